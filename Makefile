@@ -1,0 +1,42 @@
+# make demo    the main job on a real model: inspect, plan, merge, and the same prompt before and after
+# make test    set up, check, and run the suite
+# make check   format, lint, types
+# make bench   side by side with cp and PEFT; records nothing unless asked: see benchmarks/
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# pytest workers; 2 fits a small machine
+JOBS ?= 2
+
+.PHONY: demo test check bench setup base clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+base: setup
+	@$(BIN)/python demo/base_model.py
+
+demo: base
+	@demo/demo.sh
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check base
+	$(BIN)/python -m pytest -n $(JOBS)
+
+bench: setup
+	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/inspection.py
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

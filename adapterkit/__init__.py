@@ -1,0 +1,34 @@
+"""adapterkit: inspect LoRA adapters and merge them into base weights, exactly and at the speed of the disk."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.version import __version__
+
+if TYPE_CHECKING:
+    from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
+    from adapterkit.api import merge, plan
+    from adapterkit.errors import AdapterkitError
+    from adapterkit.formats import load, save
+    from adapterkit.merge import Merged, TensorMerged, execute
+    from adapterkit.plan import MergePlan
+
+# Name -> module; imported on first use, so that `adapterkit --help` stays fast.
+_EXPORTS = {
+    "Adapter": "adapter", "LazyTensor": "adapter", "LoraWeights": "adapter", "AdapterkitError": "errors",
+    "load": "formats", "save": "formats", "merge": "api", "plan": "api", "execute": "merge",
+    "Merged": "merge", "TensorMerged": "merge", "MergePlan": "plan",
+}  # fmt: skip
+
+__all__ = [
+    "Adapter", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged", "TensorMerged", "__version__",
+    "execute", "load", "merge", "plan", "save",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"adapterkit.{_EXPORTS[name]}"), name)

@@ -1,0 +1,5 @@
+"""`python -m adapterkit` is the command line."""
+
+from adapterkit.cli.main import main
+
+main()

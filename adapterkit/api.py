@@ -1,0 +1,121 @@
+"""What `import adapterkit` offers: plan a merge, run it step by step or in one call.
+
+>>> plan = adapterkit.plan("base", ["adapter", ("other", 0.3)], "out")   # headers only; raises if it cannot work
+>>> for event in adapterkit.execute(plan): ...                           # TensorMerged …, then Merged
+>>> adapterkit.merge("base", ["adapter"], "out").bytes_written           # the same in one call
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapterkit.adapter import Adapter
+from adapterkit.checkpoint import Checkpoint, open_checkpoint
+from adapterkit.errors import UsageError
+from adapterkit.formats import load
+from adapterkit.hub import hub_id, resolve
+from adapterkit.merge import Merged, execute
+from adapterkit.plan import DTYPES, Given, MergePlan, plan_merge
+from adapterkit.staging import check_output
+
+AnyPath = str | os.PathLike[str]
+AnyAdapter = AnyPath | Adapter
+
+
+def plan(
+    base: AnyPath,
+    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
+    out: AnyPath | None = None,
+    *,
+    scale: float = 1.0,
+    alpha: float | None = None,
+    scaling: float | None = None,
+    dtype: str | None = None,
+    rename: tuple[str, str] | None = None,
+    allow_partial: bool = False,
+    overwrite: bool = False,
+) -> MergePlan:
+    """Plan `base + scale · Σ weight · Δ`, from headers only; nothing is written.
+
+    `base` is a directory, a `.safetensors` or a Hub id; an adapter is a path, a Hub id or an opened `Adapter`, alone or
+    with its weight. Without `out`, `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is
+    bf16, fp16 or fp32; by default every tensor keeps its own. Raises what is listed in `adapterkit.errors`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(resolve(base), hub_id(base))
+    target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base)
+    check_output(target, overwrite)
+    given = _name_apart([_open(entry, scale, alpha, scaling) for entry in adapters])
+    _check_apart(target, checkpoint, given)
+    return plan_merge(checkpoint, given, target, dtype=dtype, rename=rename, allow_partial=allow_partial)
+
+
+def merge(
+    base: AnyPath,
+    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
+    out: AnyPath | None = None,
+    *,
+    scale: float = 1.0,
+    alpha: float | None = None,
+    scaling: float | None = None,
+    dtype: str | None = None,
+    rename: tuple[str, str] | None = None,
+    allow_partial: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    report: bool = False,
+) -> Merged:
+    """Merge in one call: `plan`, then `execute` to its end."""
+    planned = plan(
+        base, adapters, out, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype, rename=rename,
+        allow_partial=allow_partial, overwrite=overwrite,
+    )  # fmt: skip
+    *_, result = execute(planned, threads=threads, report=report)
+    assert isinstance(result, Merged)
+    return result
+
+
+def _open(
+    entry: AnyAdapter | tuple[AnyAdapter, float], scale: float, alpha: float | None, scaling: float | None
+) -> Given:
+    what, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
+    if isinstance(what, Adapter):
+        name = what.files[0].parent.name if what.files else "adapter"
+        return Given(what, weight * scale, name)
+    path = resolve(what)
+    adapter = load(path, alpha=alpha, scaling=scaling)
+    generic = path.is_file() and path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
+    name = hub_id(what) or (path.resolve().parent.name if generic else path.resolve().name)
+    return Given(adapter, weight * scale, name)
+
+
+def _name_apart(given: list[Given]) -> list[Given]:
+    """Give adapters of one name numbers, so that messages and the record tell them apart."""
+    names = [one.label for one in given]
+    return [
+        Given(one.adapter, one.weight, f"{one.label} #{names[: i + 1].count(one.label)}")
+        if names.count(one.label) > 1
+        else one
+        for i, one in enumerate(given)
+    ]
+
+
+def _default_output(checkpoint: Checkpoint, base: AnyPath) -> Path:
+    if hub_id(base):
+        return Path(checkpoint.name.rpartition("/")[2] + "-merged")
+    path = checkpoint.path.absolute()
+    return (
+        path.with_name(path.stem + "-merged.safetensors") if path.is_file() else path.with_name(path.name + "-merged")
+    )
+
+
+def _check_apart(out: Path, checkpoint: Checkpoint, given: Sequence[Given]) -> None:
+    """The output neither holds nor lies in an input."""
+    target = out.resolve()
+    inputs = [checkpoint.path, *(file for one in given for file in one.adapter.files)]
+    for path in (path.resolve() for path in inputs):
+        if target == path or path in target.parents or target in path.parents:
+            raise UsageError(f"{out}: the output would lie in, or replace, the input {path}; choose another -o")

@@ -1,0 +1,166 @@
+"""One block of rows of one edited tensor: read it, change it in float32 a cache-sized chunk at a time, round it once.
+
+Float64 tensors are computed in float64. Nothing here knows about threads or files beyond a descriptor to read from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from adapterkit.adapter import load_weights
+from adapterkit.delta import Retention, Update, add_updates, measure_columns, retention, update_for
+from adapterkit.errors import FitError
+from adapterkit.plan import Edit
+from adapterkit.tensorfile import TORCH_NAMES, read_span, tensor_bytes
+
+CHUNK_ELEMENTS = 1 << 17  # 512 KB in float32: half of a common L2 cache
+
+
+@dataclass
+class Buffers:
+    """What one worker reuses from block to block, grown to the largest it met."""
+
+    read: bytearray = field(default_factory=bytearray)
+    write: bytearray = field(default_factory=bytearray)
+    scratch: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def bytes(self, which: str, size: int) -> memoryview:
+        if len(getattr(self, which)) < size:
+            setattr(self, which, bytearray(size))
+        return memoryview(getattr(self, which))[:size]
+
+    def chunk(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        if self.scratch.numel() < rows * columns or self.scratch.dtype != dtype:
+            self.scratch = torch.empty(rows * columns, dtype=dtype)
+        return self.scratch[: rows * columns].view(rows, columns)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What an edit needs in memory: its factors, and the vectors added to a bias."""
+
+    updates: list[Update]
+    added: list[torch.Tensor]
+
+
+def load(edit: Edit, fd: int) -> Loaded:
+    """Read the factors of `edit`; raises FitError where one is not finite."""
+    depth, _ = edit.matrix
+    dtype = _compute_dtype(edit)
+    updates = []
+    for delta in edit.deltas:
+        target = delta.target
+        update = update_for(
+            load_weights(delta.weights), delta.weight, target.rows or (0, depth), target.of, target.expert,
+            target.transposed, dtype, where=delta.module,
+        )  # fmt: skip
+        if update.magnitude is not None and target.transposed:
+            update = measure_columns(update, lambda: _base_chunks(edit, fd))
+        updates.append(update)
+    added = []
+    for addition in edit.added:
+        vector = addition.vector.read().to(dtype)
+        _check_finite(vector, edit.name)
+        added.append(vector.mul_(addition.scale)[:, None])
+    return Loaded(updates, added)
+
+
+def merge_rows(
+    edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, measure: bool
+) -> tuple[memoryview, Retention | None]:
+    """The output bytes of rows `first:last` of `edit`, and with `measure` what their rounding kept of the update.
+
+    Raises FitError where a finite input becomes infinite in the output dtype.
+    """
+    _, columns = edit.matrix
+    source = _read_rows(edit, fd, first, last, buffers)
+    out_dtype = getattr(torch, TORCH_NAMES[edit.dtype])
+    in_place = edit.source is not None and edit.source.dtype == edit.dtype
+    # In place a row is only overwritten once it has been read into the chunk.
+    raw = buffers.bytes("read" if in_place else "write", tensor_bytes(edit.dtype, (last - first, columns)))
+    out = torch.frombuffer(raw, dtype=out_dtype).view(-1, columns) if raw else torch.empty(0, columns, dtype=out_dtype)
+    dtype, kept = _compute_dtype(edit), Retention()
+    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    for start in range(first, last, step):
+        stop = min(last, start + step)
+        chunk = buffers.chunk(stop - start, columns, dtype)
+        _base_rows(edit, source, first, start, chunk)
+        before = chunk.clone() if measure else chunk
+        add_updates(chunk, start, loaded.updates)
+        for vector in loaded.added:
+            chunk.add_(vector[start:stop])
+        rounded = out[start - first : stop - first]
+        rounded.copy_(chunk)
+        if out_dtype is torch.float16 and not bool(torch.isfinite(rounded).all()):
+            _check_overflow(edit, chunk)
+        if measure:
+            kept += retention(before, chunk, rounded)
+    return raw, kept if measure else None
+
+
+def _compute_dtype(edit: Edit) -> torch.dtype:
+    double = edit.dtype == "F64" or (edit.source is not None and edit.source.dtype == "F64")
+    return torch.float64 if double else torch.float32
+
+
+def _read_rows(edit: Edit, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor | None:
+    """Rows `first:last` of the source tensor in its own dtype, in the read buffer; None where the tensor is new."""
+    info = edit.source
+    if info is None:
+        return None
+    _, columns = edit.matrix
+    row = tensor_bytes(info.dtype, (columns,))
+    raw = buffers.bytes("read", (last - first) * row)
+    if not raw:
+        return None
+    read_span(fd, raw, info.start + first * row, info.file)
+    return torch.frombuffer(raw, dtype=getattr(torch, TORCH_NAMES[info.dtype])).view(-1, columns)
+
+
+def _base_rows(edit: Edit, source: torch.Tensor | None, first: int, start: int, chunk: torch.Tensor) -> None:
+    """Fill `chunk` with rows `start …` of the base as the updates find it: what the adapter replaces is replaced."""
+    stop = start + chunk.shape[0]
+    if source is not None:
+        chunk.copy_(source[start - first : stop - first])
+    for change in edit.replaced:
+        if change.rows is None:
+            values = change.values.read_rows(start, stop).reshape(chunk.shape).to(chunk.dtype)
+            at: slice | list[int] = slice(None)
+        else:
+            hits = [(index, row - start) for index, row in enumerate(change.rows) if start <= row < stop]
+            if not hits:
+                continue
+            picked, at = [index for index, _ in hits], [row for _, row in hits]
+            values = change.values.read()[picked].to(chunk.dtype)
+        _check_finite(values, edit.name)
+        if change.weight == 1.0 or source is None:
+            chunk[at] = values
+        else:  # a weighted adapter goes that share of the way to its own values
+            chunk[at] += change.weight * (values - chunk[at])
+
+
+def _base_chunks(edit: Edit, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """The whole base tensor as `(first row, rows)`, a chunk at a time."""
+    depth, columns = edit.matrix
+    step, buffers = max(1, CHUNK_ELEMENTS // max(1, columns)), Buffers()
+    for start in range(0, depth, step):
+        stop = min(depth, start + step)
+        source = _read_rows(edit, fd, start, stop, buffers)
+        chunk = buffers.chunk(stop - start, columns, _compute_dtype(edit))
+        _base_rows(edit, source, start, start, chunk)
+        yield start, chunk
+
+
+def _check_finite(values: torch.Tensor, name: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise FitError(f"{name}: the adapter brings NaN or Inf for it: the adapter is broken")
+
+
+def _check_overflow(edit: Edit, chunk: torch.Tensor) -> None:
+    limit = torch.finfo(torch.float16).max
+    finite = chunk[torch.isfinite(chunk)]
+    if finite.numel() and (beyond := finite.abs().max()) > limit:
+        raise FitError(f"{edit.name}: reaches {float(beyond):.4g}, and float16 ends at {limit:g}: use --dtype bf16")

@@ -1,0 +1,204 @@
+"""`adapterkit merge BASE ADAPTER… [-o OUT]`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adapterkit import api
+from adapterkit.errors import UsageError
+from adapterkit.merge import Merged, TensorMerged, default_threads, estimate_memory, execute
+from adapterkit.plan import DTYPES, MergePlan
+from adapterkit.targets import parse_rename
+
+# Below this share the output dtype swallows a tenth of the update or more.
+ENOUGH_KEPT = 0.9
+
+
+@click.command("merge")
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.option("-o", "--output", type=click.Path(), help="Where to write. Default: BASE-merged beside the base.")
+@click.option("--scale", type=float, default=1.0, help="Multiply every adapter's strength.")
+@click.option("--alpha", type=float, help="The alpha of an adapter without a config (scaling = alpha / rank).")
+@click.option("--scaling", type=float, help="The scaling itself of an adapter without a config.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Convert the output; by default dtypes stay.")
+@click.option("--map", "rename", metavar="OLD=NEW", help="Rename parts of the adapter's module names.")
+@click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", help="Where to compute.")
+@click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, made from headers only, and stop.")
+@click.option("--report", is_flag=True, help="Measure what rounding kept of the update, for every layer.")
+@click.option("--allow-partial", is_flag=True, help="Skip what has no place in the base, and say so.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
+def merge_command(
+    base: str, adapters: tuple[str, ...], output: str | None, scale: float, alpha: float | None,
+    scaling: float | None, dtype: str | None, rename: str | None, device: str, threads: int | None, dry_run: bool,
+    report: bool, allow_partial: bool, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Merge one or several adapters into BASE: W + Σ weight · scaling · B·A, summed in fp32 and rounded once.
+
+    BASE is a directory, a .safetensors file or a Hub id. ADAPTER is a directory, a .safetensors or a .bin file;
+    several are added up: `a:0.7 b:0.3`.
+    """
+    if dry_run and report:
+        raise UsageError("--report measures a merge, --dry-run makes none: give one of them")
+    plan = api.plan(
+        base, [_weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
+        rename=parse_rename(rename) if rename else None, allow_partial=allow_partial, overwrite=overwrite,
+    )  # fmt: skip
+    for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
+        print(f"note: {note}", file=sys.stderr)
+    threads = threads or default_threads()
+    if dry_run:
+        facts = _plan_facts(plan, threads)
+        print(json.dumps(facts, indent=2) if as_json else _plan_text(plan, facts))
+        return
+    began = time.perf_counter()
+    result = _run(plan, threads, report)
+    facts = _result_facts(plan, result, time.perf_counter() - began)
+    _warn_of_loss(result)
+    print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report))
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """`path:0.7` as (path, 0.7); a path that exists as it is written wins."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return text, 1.0
+
+
+def _run(plan: MergePlan, threads: int, report: bool) -> Merged:
+    """Execute `plan`, with a bar on stderr where that is a terminal."""
+    events = execute(plan, threads=threads, report=report)
+    for event in _drawn(events) if sys.stderr.isatty() else events:
+        if isinstance(event, Merged):
+            return event
+    raise AssertionError("a merge ends with its result")
+
+
+def _drawn(events: Iterator[TensorMerged | Merged]) -> Iterator[TensorMerged | Merged]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        for event in events:
+            if isinstance(event, TensorMerged):
+                bar.update(task, completed=event.done, total=event.total)
+            yield event
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def _plan_facts(plan: MergePlan, threads: int) -> dict[str, Any]:
+    stats = os.statvfs(_existing(plan.out.absolute().parent))
+    return {
+        "base": plan.base.name,
+        "adapters": [
+            {"name": one.label, "weight": one.weight, "modules": len(one.adapter.modules), "format": one.adapter.format}
+            for one in plan.given
+        ],
+        "output": str(plan.out),
+        "files": len(plan.files),
+        "tensors": len(plan.weight_map),
+        "tensors_changed": plan.edits,
+        "dtype": plan.dtype or "as the base",
+        "bytes_to_write": plan.bytes_to_write,
+        "bytes_free": stats.f_bavail * stats.f_frsize,
+        "peak_memory": estimate_memory(plan, threads),
+        "threads": threads,
+        "landed": {label: {name: list(at) for name, at in landed.items()} for label, landed in plan.ledger.items()},
+        "skipped": list(plan.skipped),
+        "notes": list(plan.notes),
+    }
+
+
+def _plan_text(plan: MergePlan, facts: dict[str, Any]) -> str:
+    lines = [f"base      {plan.base.name}: {facts['tensors']} tensors in {_files(facts['files'])}"]
+    for one in plan.given:
+        found = len(plan.ledger[one.label])
+        total = len(one.adapter.modules) + len(one.adapter.replaced) + len(one.adapter.tokens)
+        lines.append(f"adapter   {one.label} × {one.weight:g}: {found} of {total} modules and tensors have their place")
+    lines += [
+        f"changes   {facts['tensors_changed']} of {facts['tensors']} tensors, dtype {facts['dtype']}",
+        f"writes    {plan.out}: {_size(plan.bytes_to_write)} ({_size(facts['bytes_free'])} free)",
+        f"memory    about {_size(facts['peak_memory'])} with {facts['threads']} threads",
+        "nothing was written (--dry-run)",
+    ]
+    return "\n".join(lines)
+
+
+def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, Any]:
+    total = _total(result)
+    return {
+        "output": str(result.out),
+        "bytes_written": result.bytes_written,
+        "tensors": len(plan.weight_map),
+        "tensors_changed": result.tensors,
+        "seconds": round(seconds, 3),
+        "sha256": result.hashes,
+        "retention": {"kept": total.kept, "error": total.error} if total else None,
+        "retention_by_tensor": {name: {"kept": r.kept, "error": r.error} for name, r in result.retention.items()},
+        "skipped": list(plan.skipped),
+        "notes": list(plan.notes),
+    }
+
+
+def _result_text(facts: dict[str, Any], result: Merged, report: bool) -> str:
+    lines = []
+    if report:
+        lines.append("kept of the update after rounding: ⟨W'−W, Δ⟩/‖Δ‖², and ‖W'−W−Δ‖/‖Δ‖")
+        lines += [f"  {kept.kept:7.4f}  {kept.error:7.4f}  {name}" for name, kept in result.retention.items()]
+        if (total := _total(result)) is not None:
+            lines.append(f"  {total.kept:7.4f}  {total.error:7.4f}  in total")
+    lines.append(
+        f"merged    {facts['tensors_changed']} of {facts['tensors']} tensors in {facts['seconds']:.1f} s, "
+        f"{_size(facts['bytes_written'])}"
+    )
+    lines.append(f"wrote     {result.out}")
+    return "\n".join(lines)
+
+
+def _warn_of_loss(result: Merged) -> None:
+    low = {name: kept for name, kept in result.retention.items() if kept.kept < ENOUGH_KEPT and kept.delta}
+    if low:
+        worst = min(low, key=lambda name: low[name].kept)
+        print(
+            f"warning: the output dtype swallows a tenth or more of the update in {len(low)} of "
+            f"{len(result.retention)} tensors (worst: {worst} keeps {low[worst].kept:.0%}); --dtype fp32 keeps it",
+            file=sys.stderr,
+        )
+
+
+def _total(result: Merged) -> Any:
+    from adapterkit.delta import Retention
+
+    return sum(result.retention.values(), Retention()) if result.retention else None
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder

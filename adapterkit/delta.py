@@ -1,0 +1,155 @@
+"""Adding low-rank updates to rows of a weight matrix, in float32 or better, so that the caller rounds once.
+
+A matrix here is a weight as it is stored, seen as `(rows, columns)`. Every update covers a range of its rows and is
+`left · right`, whichever way round the module's own Δ lies in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapterkit.adapter import LoraWeights
+from adapterkit.dora import column_gain, row_gain
+from adapterkit.errors import FitError
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """`strength · left · right` on rows `start:stop`; with a magnitude, DoRA's renormalized direction instead.
+
+    `left (stop − start, rank)`, `right (rank, columns)`, in the dtype of the computation. `gain` is m/n by column, for weights stored
+    transposed: it needs the whole matrix, so it is measured beforehand; by row it comes from each chunk.
+    """
+
+    start: int
+    stop: int
+    left: torch.Tensor
+    right: torch.Tensor
+    strength: float
+    magnitude: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+    weight: float = 1.0
+
+    @property
+    def renormalizes(self) -> bool:
+        return self.magnitude is not None
+
+
+def update_for(
+    weights: LoraWeights[torch.Tensor],
+    weight: float,
+    rows: tuple[int, int],
+    of: tuple[int, int] | None,
+    expert: int | None,
+    transposed: bool,
+    dtype: torch.dtype = torch.float32,
+    where: str = "a module",
+) -> Update:
+    """The update that `weights`, times `weight`, make to the stored `rows` of a matrix, computed in `dtype`.
+
+    `of` picks rows of Δ, `expert` one expert's factors; raises FitError naming `where` if a factor is not finite.
+    """
+    for name, tensor in (("A", weights.A), ("B", weights.B), ("the magnitude", weights.magnitude)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise FitError(f"{where}: {name} holds NaN or Inf: the adapter is broken; did its training diverge?")
+    A, B = weights.A.to(dtype), weights.B.to(dtype)
+    if expert is not None:
+        A = A.reshape(weights.experts, weights.rank, -1)[expert]
+        B = B.reshape(B.shape[0], weights.rank, weights.experts)[:, :, expert]
+    A, B = A.flatten(1), B.flatten(1)
+    magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype)
+    if of is not None:
+        B = B[of[0] : of[1]]
+        magnitude = None if magnitude is None else magnitude[of[0] : of[1]]
+    left, right = (A.T, B.T) if transposed else (B, A)
+    plain = magnitude is None
+    return Update(
+        *rows,
+        left.contiguous(),
+        right.contiguous(),
+        weights.scaling * (weight if plain else 1.0),
+        magnitude,
+        None,
+        1.0 if plain else weight,
+    )
+
+
+def add_updates(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> None:
+    """Add every update to `matrix` (float32), which holds rows `first …` of the weight, in place.
+
+    Plain updates add `s·w·B·A`; a DoRA update adds `w·(diag(m/n)·(W + s·B·A) − W)`, so that several adapters add up to
+    the weighted sum of their effective Δ in any order.
+    """
+    before = matrix.clone() if len(updates) > 1 and any(update.renormalizes for update in updates) else matrix
+    for update in updates:
+        start, stop = max(update.start, first), min(update.stop, first + matrix.shape[0])
+        if start >= stop:
+            continue
+        rows, left = matrix[start - first : stop - first], update.left[start - update.start : stop - update.start]
+        if not update.renormalizes:
+            torch.addmm(rows, left, update.right, alpha=update.strength, out=rows)
+            continue
+        original = before[start - first : stop - first]
+        direction = torch.addmm(original, left, update.right, alpha=update.strength)
+        assert update.magnitude is not None
+        if update.gain is not None:
+            gain = update.gain
+        else:
+            gain = row_gain(direction, update.magnitude[start - update.start : stop - update.start])
+        direction.mul_(gain)
+        if before is matrix and update.weight == 1.0:
+            rows.copy_(direction)
+        else:
+            rows.add_(direction.sub_(original), alpha=update.weight)
+
+
+def measure_columns(update: Update, chunks: Callable[[], Iterator[tuple[int, torch.Tensor]]]) -> Update:
+    """`update` with its gain by column, from one pass over the `(first row, float32 rows)` chunks of the weight."""
+
+    def directions() -> Iterator[torch.Tensor]:
+        for first, rows in chunks():
+            start, stop = max(update.start, first), min(update.stop, first + rows.shape[0])
+            if start < stop:
+                left = update.left[start - update.start : stop - update.start]
+                yield torch.addmm(rows[start - first : stop - first], left, update.right, alpha=update.strength)
+
+    assert update.magnitude is not None
+    gain = column_gain(directions(), update.magnitude)
+    return Update(
+        update.start, update.stop, update.left, update.right, update.strength, update.magnitude, gain, update.weight
+    )
+
+
+@dataclass
+class Retention:
+    """How much of an update survives rounding: sums over elements of `W' − W` against `Δ`, in float64.
+
+    `kept` is `⟨W'−W, Δ⟩ / ‖Δ‖²` (1 is perfect), `error` is `‖W'−W−Δ‖ / ‖Δ‖`.
+    """
+
+    dot: float = 0.0
+    delta: float = 0.0
+    residual: float = 0.0
+
+    @property
+    def kept(self) -> float:
+        return self.dot / self.delta if self.delta else 1.0
+
+    @property
+    def error(self) -> float:
+        return (self.residual / self.delta) ** 0.5 if self.delta else 0.0
+
+    def __add__(self, other: Retention) -> Retention:
+        return Retention(self.dot + other.dot, self.delta + other.delta, self.residual + other.residual)
+
+
+def retention(before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> Retention:
+    """Compare what was written with what was meant; `before` and `exact` float32, `rounded` in the output dtype."""
+    delta = exact.double() - before.double()
+    applied = rounded.double() - before.double()
+    return Retention(
+        float((applied * delta).sum()), float(delta.square().sum()), float((applied - delta).square().sum())
+    )

@@ -1,0 +1,64 @@
+"""What can go wrong, and the exit code each kind ends with.
+
+    AdapterkitError          1   anything below; catch this one
+    ├── UsageError           2   the call itself makes no sense
+    ├── FormatError          1   a file is not what it claims to be
+    │   └── UnsafeFileError  1   a file that would run code, or reach outside its folder
+    ├── FitError             3   adapter and base do not belong together
+    ├── NotAllowedError      4   the Hub wants a login, or a permission
+    ├── OfflineError         5   the Hub cannot be reached
+    ├── NoSpaceError         6   the disk is too small
+    └── OutputExistsError    7   there is something where the output should go
+
+Every message says where, what was found, what was expected, and what to do next. Ctrl-C ends with 130.
+"""
+
+
+class AdapterkitError(Exception):
+    """The root of everything adapterkit raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(AdapterkitError):
+    """The call itself makes no sense: contradicting options, an output inside its own input."""
+
+    exit_code = 2
+
+
+class FormatError(AdapterkitError):
+    """A file is not what it claims to be: truncated, corrupt, or of a kind no reader knows."""
+
+
+class UnsafeFileError(FormatError):
+    """A file that would run code when loaded, or that points outside its own folder."""
+
+
+class FitError(AdapterkitError):
+    """Adapter and base do not belong together: names, shapes, ranks or numbers disagree."""
+
+    exit_code = 3
+
+
+class NotAllowedError(AdapterkitError):
+    """The Hub wants a login or a permission that is not there."""
+
+    exit_code = 4
+
+
+class OfflineError(AdapterkitError):
+    """The Hub cannot be reached and the local cache does not hold what was asked for."""
+
+    exit_code = 5
+
+
+class NoSpaceError(AdapterkitError):
+    """The disk has no room for the output."""
+
+    exit_code = 6
+
+
+class OutputExistsError(AdapterkitError):
+    """There is something where the output should go."""
+
+    exit_code = 7

@@ -1,0 +1,50 @@
+"""Adapter files, one module a format: `NAME`, `detect(source)`, `read(source)`, `write(adapter, directory)`.
+
+To add a format, write the module and name it in `FORMATS`; the first whose `detect` says yes reads the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from adapterkit.adapter import Adapter
+from adapterkit.errors import FormatError, UsageError
+from adapterkit.formats import peft
+from adapterkit.formats.source import Source, open_source
+from adapterkit.tensorfile import TensorInfo
+
+FORMATS = (peft,)
+
+
+def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: float | None = None) -> Adapter:
+    """Open the adapter at `path`, a directory or a file; its headers are read now, its weights when asked for.
+
+    `alpha` (with `scaling = alpha / rank`) or `scaling` itself stand in for a missing config; either overrides
+    nothing, so giving one beside a config is an error. Raises FormatError for files that are no adapter, or are broken.
+    """
+    if alpha is not None and scaling is not None:
+        raise UsageError("--alpha and --scaling both say how strong the adapter is: give one of them")
+    source = open_source(Path(path))
+    for reader in FORMATS:
+        if reader.detect(source):
+            return reader.read(source, alpha=alpha, scaling=scaling)
+    names = list(source.tensors)
+    raise FormatError(
+        f"{source.weights}: no reader knows these tensors: {_shown(names)}. "
+        f"Formats read: {', '.join(reader.NAME for reader in FORMATS)}."
+    )
+
+
+def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
+    """Write `adapter` to a new directory as a PEFT adapter."""
+    peft.write(adapter, Path(directory))
+
+
+def _shown(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+__all__ = ["FORMATS", "Source", "TensorInfo", "load", "save"]

@@ -1,0 +1,100 @@
+"""What is on disk where an adapter should be: its weights file, the config beside it, and the tensors by name."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.tensorfile import TensorInfo, read_header, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG = "adapter_config.json"
+# The names that training tools give the weights file, best first.
+WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
+PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one adapter, opened but not interpreted."""
+
+    weights: Path
+    tensors: Mapping[str, TensorInfo | torch.Tensor]
+    metadata: dict[str, str]
+    config: dict[str, Any] | None
+    config_file: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.weights,) if self.config is None else (self.weights, self.config_file)
+
+
+def open_source(path: Path) -> Source:
+    """Find the weights and the config at `path` and read their headers."""
+    weights = _find_weights(path)
+    config_file = weights.parent / CONFIG
+    config = read_json(config_file) if config_file.is_file() else None
+    if weights.suffix == ".safetensors":
+        header = read_header(weights)
+        return Source(weights, header.tensors, header.metadata, config, config_file)
+    return Source(weights, _read_pickle(weights), {}, config, config_file)
+
+
+def _find_weights(path: Path) -> Path:
+    if not path.exists():
+        raise FormatError(f"{path}: there is no such file or directory")
+    if path.is_file():
+        return path
+    for name in (*WEIGHTS, *PICKLED):
+        if (path / name).is_file():
+            return path / name
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(file.name for file in found[:4])
+        raise FormatError(f"{path}: several files could be the adapter ({names}): name one of them")
+    nested = sorted(path.glob(f"*/{CONFIG}"))
+    hint = f" Did you mean {nested[0].parent}?" if nested else f" Expected {WEIGHTS[0]}."
+    raise FormatError(f"{path}: no adapter weights in this directory.{hint}")
+
+
+def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a legacy `.bin`, by torch's unpickler for plain tensors, which runs no code."""
+    import torch
+
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 6):  # CVE-2025-32434: before 2.6 a crafted file could run code even so
+        raise UnsafeFileError(f"{file}: pickled weights are only safe to read with torch 2.6 or newer")
+    size = file.stat().st_size
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise UnsafeFileError(
+                    f"{file}: its contents inflate to more than the file holds; torch writes no such file"
+                )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0][:200]
+        raise UnsafeFileError(
+            f"{file}: not a plain dictionary of tensors, so it was not loaded and nothing in it was run ({reason}). "
+            "Ask its author for a .safetensors file."
+        ) from error
+    except Exception as error:  # torch raises many kinds for broken archives
+        raise FormatError(f"{file}: cannot be read as a torch file: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise FormatError(f"{file}: expected a dictionary of named tensors, found {type(state).__name__}")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise FormatError(f"{file}: {name} is a {type(tensor).__name__}, expected a tensor")
+        if tensor.is_sparse or tensor.numel() * tensor.element_size() > size:
+            raise UnsafeFileError(f"{file}: {name} is {tuple(tensor.shape)}, more than a file of {size:,} bytes holds")
+    return state

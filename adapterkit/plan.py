@@ -1,0 +1,390 @@
+"""A merge, complete and checked before a byte is written: what to copy, what to edit, and where everything lands.
+
+A plan is made from headers only and is plain data: it pickles, so any worker can run one file of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
+from adapterkit.checkpoint import Checkpoint
+from adapterkit.errors import FitError, UsageError
+from adapterkit.targets import Fit, Target, explain_missing, fit
+from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, encode_header
+
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+# The names that input and output embedding go by.
+INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One adapter of a merge: opened, how much of it, and what to call it in messages and in the card."""
+
+    adapter: Adapter
+    weight: float = 1.0
+    label: str = "the adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One module's update where it lands."""
+
+    module: str
+    weights: LoraWeights[LazyTensor]
+    weight: float
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """Values that take the place of the base's, `weight` of the way; all rows, or only some."""
+
+    values: LazyTensor
+    weight: float
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A vector added to a bias: `scale · vector`."""
+
+    vector: LazyTensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One output tensor that is not copied: where it comes from, what changes in it, where it is written.
+
+    The tensor is processed as a matrix `(rows, columns)`. Without a `source` it is new, and `replaced` gives it.
+    """
+
+    name: str
+    source: TensorInfo | None
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    deltas: tuple[Delta, ...] = ()
+    replaced: tuple[Replacement, ...] = ()
+    added: tuple[Addition, ...] = ()
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        if len(self.shape) < 2:
+            return (self.shape[0] if self.shape else 1, 1)
+        depth = self.shape[0] * self.shape[1] if self.by_expert else self.shape[0]
+        total = 1
+        for size in self.shape:
+            total *= size
+        return (depth, total // depth if depth else 0)
+
+    @property
+    def by_expert(self) -> bool:
+        return any(delta.target.expert is not None and delta.target.rows is not None for delta in self.deltas)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes `start:stop` of the input file, written at `at`."""
+
+    start: int
+    stop: int
+    at: int
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One output file: its header, the spans copied from `source`, and the tensors that are computed."""
+
+    name: str
+    source: Path
+    header: bytes
+    size: int
+    copies: tuple[Copy, ...]
+    edits: tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything a merge will do."""
+
+    base: Checkpoint
+    out: Path
+    given: tuple[Given, ...]
+    files: tuple[FilePlan, ...]
+    config: dict[str, Any]  # as the output gets it
+    weight_map: dict[str, str]
+    ledger: dict[str, dict[str, tuple[str, ...]]]  # adapter label -> its module or tensor -> the base tensors
+    skipped: tuple[str, ...] = ()  # only with allow_partial
+    notes: tuple[str, ...] = ()
+    dtype: str | None = None
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def edits(self) -> int:
+        return sum(len(file.edits) for file in self.files)
+
+
+@dataclass
+class _Changes:
+    """What happens to each base tensor, gathered over all adapters."""
+
+    deltas: dict[str, list[Delta]] = field(default_factory=lambda: defaultdict(list))
+    replaced: dict[str, list[Replacement]] = field(default_factory=lambda: defaultdict(list))
+    added: dict[str, list[Addition]] = field(default_factory=lambda: defaultdict(list))
+
+    def touch(self, name: str) -> bool:
+        return any(name in kind for kind in (self.deltas, self.replaced, self.added))
+
+
+def plan_merge(
+    base: Checkpoint,
+    given: Sequence[Given],
+    out: Path,
+    *,
+    dtype: str | None = None,
+    rename: tuple[str, str] | None = None,
+    allow_partial: bool = False,
+) -> MergePlan:
+    """Plan `base + Σ weight · adapter`, written to `out`, from headers only.
+
+    Raises FitError where anything of an adapter has no place, has two, or does not fit in shape, rank or dtype.
+    """
+    if not given:
+        raise UsageError("no adapter given: there is nothing to merge")
+    for one in given:
+        _refuse_broken(one)
+    tensors = dict(base.tensors)
+    embedding = _tied_embedding(base)
+    if embedding is not None:
+        tensors.setdefault(HEAD, replace(base.tensors[embedding], name=HEAD))
+    changes, ledger, skipped = _Changes(), {}, []
+    notes = [f"{one.label}: {problem}" for one in given for problem in one.adapter.problems if not problem.fatal]
+    for one in given:
+        found = fit(one.adapter, tensors, base.config, rename)
+        if found.missing:
+            if not allow_partial or not (found.targets or found.replaced or found.tokens):
+                raise FitError(f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in "
+                               f"{base.name}: {explain_missing(found.missing, base.tensors)}")  # fmt: skip
+            skipped += [f"{one.label}: {name}" for name in found.missing]
+        if found.drift:
+            renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.drift.items())
+            notes.append(f"{one.label}: names its modules by another prefix than the base; matched by {renames}")
+        _gather(one, found, changes)
+        ledger[one.label] = _ledger(found)
+    config, untied = dict(base.config), None
+    if embedding is not None and _must_untie(embedding, changes, given):
+        untied = (embedding, HEAD)
+        config = _with_nested(config, "tie_word_embeddings", False)
+        notes.append(f"the base ties {HEAD} to {embedding}, the adapter changes them apart: the output unties them")
+    for name in (*changes.deltas, *changes.replaced, *changes.added):
+        _check_target(name, tensors, base, changes)
+    target = None if dtype is None else DTYPES.get(dtype, dtype)
+    if target is not None:
+        if base.quantization:
+            raise FitError(f"{base.path}: is quantized ({base.quantization}); --dtype needs a 16- or 32-bit base")
+        config = _with_nested(config, "dtype" if "dtype" in config else "torch_dtype", TORCH_NAMES[target])
+    new = [name for name in changes.replaced if name not in tensors]
+    notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
+    files = tuple(
+        _plan_file(header, changes, target, untied, new if header is base.shards[-1] else []) for header in base.shards
+    )
+    return MergePlan(
+        base,
+        out,
+        tuple(given),
+        files,
+        config,
+        _weight_map(base, files),
+        ledger,
+        tuple(skipped),
+        tuple(dict.fromkeys(notes)),
+        target,
+    )
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_broken(one: Given) -> None:
+    fatal = [problem for problem in one.adapter.problems if problem.fatal]
+    if fatal:
+        more = f" (and {len(fatal) - 1} more: see adapterkit inspect)" if len(fatal) > 1 else ""
+        raise FitError(f"{one.label}: {fatal[0]}{more}")
+    if one.adapter.unread:
+        names = ", ".join(info.name for info in one.adapter.unread[:3])
+        raise FitError(f"{one.label}: {len(one.adapter.unread)} tensors that no reader knows what to do with: {names}")
+    if not (one.adapter.modules or one.adapter.replaced or one.adapter.tokens):
+        raise FitError(f"{one.label}: holds no weights at all")
+
+
+def _check_target(name: str, tensors: Mapping[str, TensorInfo], base: Checkpoint, changes: _Changes) -> None:
+    """The tensor can be computed with, and no two modules of one adapter, nor two replacements, meet in it."""
+    info = tensors.get(name)
+    if info is not None and info.dtype not in FLOAT_DTYPES:
+        scheme = base.quantization or f"{info.dtype} weights"
+        raise FitError(
+            f"{name}: is {info.dtype}: the base is quantized ({scheme}), which merge cannot write yet. "
+            "Merge into the 16-bit original it was made from."
+        )
+    whole = [change for change in changes.replaced.get(name, ()) if change.rows is None]
+    if len(whole) > 1:
+        raise FitError(f"{name}: {len(whole)} adapters replace it outright (modules_to_save); merge one of them only")
+    for change in changes.replaced.get(name, ()):
+        expected = None if info is None else info.shape if change.rows is None else (len(change.rows), *info.shape[1:])
+        if expected is not None and change.values.shape != expected:
+            hint = " Resize the base's embeddings first." if change.values.shape[1:] == info.shape[1:] and info else ""
+            raise FitError(
+                f"{name}: the adapter brings {change.values.shape}, the base has {info and info.shape}.{hint}"
+            )
+        if info is not None and change.rows and max(change.rows) >= info.shape[0]:
+            raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
+
+
+def _count(adapter: Adapter) -> str:
+    return f"{len(adapter.modules) + len(adapter.replaced) + len(adapter.tokens)} modules and tensors"
+
+
+# --- gathering -------------------------------------------------------------------------------------------------------
+
+
+def _gather(one: Given, found: Fit, changes: _Changes) -> None:
+    """Add one adapter's changes; two of its modules in the same rows are refused."""
+    taken: dict[str, list[tuple[tuple[int, int] | None, str]]] = defaultdict(list)
+    for module, places in found.targets.items():
+        weights = one.adapter.modules[module]
+        for place in places:
+            for rows, other in taken[place.tensor]:
+                if rows is None or place.rows is None or (rows[0] < place.rows[1] and place.rows[0] < rows[1]):
+                    raise FitError(f"{one.label}: {other} and {module} both land in {place.tensor}")
+            taken[place.tensor].append((place.rows, module))
+            changes.deltas[place.tensor].append(Delta(module, weights, one.weight, place))
+        if module in found.biases:
+            bias = weights.bias
+            assert bias is not None
+            changes.added[found.biases[module]].append(Addition(bias, one.weight * weights.scaling))
+    for name, tensor in found.replaced.items():
+        changes.replaced[tensor].append(Replacement(one.adapter.replaced[name], one.weight))
+    for module, tensor in found.tokens.items():
+        rows, values = one.adapter.tokens[module]
+        changes.replaced[tensor].append(Replacement(values, one.weight, rows))
+
+
+def _ledger(found: Fit) -> dict[str, tuple[str, ...]]:
+    """Where each module and tensor of the adapter went."""
+    ledger = {module: tuple(dict.fromkeys(t.tensor for t in places)) for module, places in found.targets.items()}
+    for module, bias in found.biases.items():
+        ledger[module] += (bias,)
+    return ledger | {name: (tensor,) for name, tensor in (*found.replaced.items(), *found.tokens.items())}
+
+
+# --- tied embeddings -------------------------------------------------------------------------------------------------
+
+
+def _tied_embedding(base: Checkpoint) -> str | None:
+    """The input embedding that a tied base also uses as its head."""
+    if not base.ties_embeddings:
+        return None
+    return next((name for name in base.tensors if name.endswith(INPUT_EMBEDDINGS)), None)
+
+
+def _must_untie(embedding: str, changes: _Changes, given: Sequence[Given]) -> bool:
+    """One policy: the output computes what base and adapter computed in training.
+
+    There a tied base's embedding and head were updated apart, so they part in the output, unless the adapter was
+    trained to keep them equal (trained tokens always are) and names only the embedding.
+    """
+    if changes.touch(HEAD):
+        return True
+    whole = embedding in changes.deltas or any(c.rows is None for c in changes.replaced.get(embedding, ()))
+    return whole and not all(one.adapter.keeps_tie for one in given)
+
+
+def _with_nested(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`config` with `key` set, also in the text model's own section where it stands there."""
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and key in nested:
+        config = config | {"text_config": nested | {key: value}}
+    return config | {key: value}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _plan_file(
+    header: Header, changes: _Changes, dtype: str | None, untied: tuple[str, str] | None, new: Sequence[str]
+) -> FilePlan:
+    """The layout of one output file: the input's, byte for byte, unless dtypes change or tensors are added."""
+    entries: list[tuple[str, TensorInfo | None, str, tuple[int, ...]]] = []
+    for info in sorted(header.tensors.values(), key=lambda info: (info.start, info.stop)):
+        entries.append((info.name, info, _converted(info.dtype, dtype), info.shape))
+    if untied is not None and untied[0] in header.tensors and not any(e[0] == untied[1] for e in entries):
+        info = header.tensors[untied[0]]
+        entries.append((untied[1], info, _converted(info.dtype, dtype), info.shape))
+    for name in new:
+        values = changes.replaced[name][0].values
+        entries.append((name, None, _converted(values.dtype, dtype), values.shape))
+    same = len(entries) == len(header.tensors) and all(info and info.dtype == d for _, info, d, _ in entries)
+    if same:
+        spans = [(info.start, info.stop) for _, info, _, _ in entries if info]
+        with open(header.file, "rb") as stream:
+            raw = stream.read(header.nbytes)
+    else:
+        raw, spans = encode_header(((name, d, shape) for name, _, d, shape in entries), header.metadata)
+    copies: list[Copy] = []
+    edits: list[Edit] = []
+    for (name, source, kind, shape), (start, stop) in zip(entries, spans, strict=True):
+        if source is not None and source.dtype == kind and not changes.touch(name):
+            _append_copy(copies, Copy(source.start, source.stop, start))
+            continue
+        edits.append(
+            Edit(
+                name, source, kind, shape, start, stop,
+                tuple(changes.deltas.get(name, ())),
+                tuple(changes.replaced.get(name, ())),
+                tuple(changes.added.get(name, ())),
+            )
+        )  # fmt: skip
+    size = spans[-1][1] if spans else len(raw)
+    return FilePlan(header.file.name, header.file, raw, size, tuple(copies), tuple(edits))
+
+
+def _converted(stored: str, dtype: str | None) -> str:
+    return dtype if dtype is not None and stored in FLOAT_DTYPES else stored
+
+
+def _append_copy(copies: list[Copy], copy: Copy) -> None:
+    """Join spans that are neighbours in input and output."""
+    if copy.start == copy.stop:
+        return
+    last = copies[-1] if copies else None
+    if last and last.stop == copy.start and last.at + last.stop - last.start == copy.at:
+        copies[-1] = Copy(last.start, copy.stop, last.at)
+    else:
+        copies.append(copy)
+
+
+def _weight_map(base: Checkpoint, files: Sequence[FilePlan]) -> dict[str, str]:
+    """Which file each output tensor lies in."""
+    return {
+        name: file.name
+        for header, file in zip(base.shards, files, strict=True)
+        for name in (*header.tensors, *(edit.name for edit in file.edits))
+    }
+
+
+def total_size(plan: MergePlan) -> int:
+    """The index's `total_size`: the bytes of all tensors, headers not counted."""
+    return sum(file.size - len(file.header) for file in plan.files)

@@ -1,0 +1,116 @@
+"""Time `adapterkit merge` against copying the base, against PEFT and against mergekit; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from measure import Command, alternate, child_environment, table
+from models import CACHE, cached_adapter, cached_llama
+from report import Target, report, targets_table
+
+PEFT_MERGE = Path(__file__).resolve().parent / "peers" / "peft_merge.py"
+SHARD_MB = 500  # about what the five shards of the base have, so that every tool writes files alike
+
+
+def main() -> None:
+    """Run the benchmark, print the tables and the targets, and record them if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default %(default)s)")
+    parser.add_argument("--peer-rounds", type=int, default=2, help="of them, with PEFT and mergekit (default 2)")
+    parser.add_argument("--layers", type=int, default=22, help="layers of the base; 22 is TinyLlama (1.1B)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter (default %(default)s)")
+    parser.add_argument(
+        "--big",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also merge a model with three times the layers, to compare the peak memory",
+    )
+    parser.add_argument("--record", action="store_true", help="append the outcome to benchmarks/RESULTS.md")
+    args = parser.parse_args()
+    if min(args.rounds, args.peer_rounds) < 1:
+        parser.error("--rounds and --peer-rounds must be at least 1")
+
+    base, adapter = cached_llama(args.layers), cached_adapter(args.layers, args.rank)
+    env = child_environment()
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="out-") as directory:
+        work = Path(directory)
+        results = alternate(merge_commands(base, adapter, work, args.peer_rounds), args.rounds, env)
+        torch, _, synced, ours, peft = results[:5]
+        speedup = peft.wall / ours.wall
+        work_per_copy = (ours.wall - torch.wall) / synced.wall
+        targets = [
+            Target("at least 6 x faster than PEFT", f"{speedup:.2f} x", speedup >= 6),
+            Target(
+                "beyond `import torch`, at most 1.3 x cp + sync",
+                f"{work_per_copy:.2f} x",
+                work_per_copy <= 1.3,
+            ),
+            Target("peak memory under 450 MB", f"{ours.peak_mb:.0f} MB", ours.peak_mb < 450),
+        ]
+        tables = [table(results, reference=ours)]
+        if args.big:
+            layers = 3 * args.layers
+            base, adapter = cached_llama(layers), cached_adapter(layers, args.rank)
+            # The peak hardly varies from run to run, so a few rounds will do.
+            command = adapterkit(f"adapterkit, {layers} layers", base, adapter, work)
+            [big] = alternate([command], args.peer_rounds, env)
+            growth = big.peak_mb / ours.peak_mb - 1
+            targets.append(Target("three times the layers, peak within 10%", f"{growth:+.1%}", abs(growth) <= 0.1))
+            tables.append(table([ours, big], reference=ours))
+        title = f"merge, {args.layers} layers, rank {args.rank}"
+        report(title, [*tables, targets_table(targets)], output=work, record=args.record)
+
+
+def merge_commands(base: Path, adapter: Path, work: Path, peer_rounds: int) -> list[Command]:
+    """Return the commands of the comparison: five that always run, then mergekit where it is installed."""
+    output = work / "merged"
+    copy = ["cp", "-r", str(base), str(output)]
+    peft = [sys.executable, str(PEFT_MERGE), str(base), str(adapter), str(output), f"{SHARD_MB}MB"]
+    commands = [
+        Command("import torch", [sys.executable, "-c", "import torch"]),
+        Command("cp", copy, before=partial(clean, work)),
+        Command("cp + sync", and_sync(copy, output), before=partial(clean, work)),
+        adapterkit("adapterkit", base, adapter, work),
+        Command("PEFT + sync", and_sync(peft, output), before=partial(clean, work), rounds=peer_rounds),
+    ]
+    if find_spec("mergekit") is None:
+        print("mergekit is skipped: it is not installed in this environment", file=sys.stderr)
+        return commands
+    config = work / "mergekit.yaml"
+    model = f"{base}+{adapter}"  # mergekit's notation for a base with a LoRA adapter merged into it
+    config.write_text(f"merge_method: passthrough\nmodels:\n  - model: {model}\ndtype: bfloat16\n")
+    mergekit = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config), str(output)]
+    # It first merges by PEFT into this cache, which has to start empty to be part of what is timed.
+    mergekit += ["--lora-merge-cache", str(work / "cache"), "--lora-merge-dtype", "bfloat16"]
+    mergekit += ["--out-shard-size", f"{SHARD_MB}M", "--no-copy-tokenizer"]  # the base has no tokenizer
+    synced = and_sync(mergekit, output)
+    return [*commands, Command("mergekit + sync", synced, before=partial(clean, work), rounds=peer_rounds)]
+
+
+def adapterkit(name: str, base: Path, adapter: Path, work: Path) -> Command:
+    """Return the merge by adapterkit, which syncs what it writes by itself."""
+    argv = [sys.executable, "-m", "adapterkit", "merge", str(base), str(adapter), "-o", str(work / "merged")]
+    return Command(name, argv, before=partial(clean, work))
+
+
+def and_sync(argv: Sequence[str], output: Path) -> list[str]:
+    """Return a command that runs another and then has its output on disk, not just in the page cache."""
+    return ["sh", "-c", 'output=$1; shift; "$@" && sync -f "$output"', "sh", str(output), *argv]
+
+
+def clean(work: Path) -> None:
+    """Delete every directory that a command made in the work directory."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    main()
