@@ -68,7 +68,7 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
     lines += [
         f"# {plan.base.name} + {names}",
         "",
-        f"Merged by adapterkit {__version__}: {plan.edits} of {len(plan.weight_map)} tensors changed, each rounded once "
+        f"Merged by adapterkit {__version__}: {plan.edits} of {len(plan.weight_map)} tensors changed, rounded once "
         f"({plan.dtype or 'dtypes as in the base'}).",
         "",
         "| part | weight | file | SHA-256 |",

@@ -20,8 +20,8 @@ from adapterkit.errors import FitError
 class Update:
     """`strength · left · right` on rows `start:stop`; with a magnitude, DoRA's renormalized direction instead.
 
-    `left (stop − start, rank)`, `right (rank, columns)`, in the dtype of the computation. `gain` is m/n by column, for weights stored
-    transposed: it needs the whole matrix, so it is measured beforehand; by row it comes from each chunk.
+    `left (stop − start, rank)`, `right (rank, columns)`, in the dtype of the computation. `gain` is m/n by column, for
+    weights stored transposed: it needs the whole matrix, so it is measured beforehand; by row each chunk gives it.
     """
 
     start: int

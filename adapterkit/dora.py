@@ -12,7 +12,7 @@ import torch
 
 
 def row_gain(direction: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """`m / n` as a column `(rows, 1)`, for rows `direction (rows, columns)` with magnitudes `(rows,)`, in the dtype of `direction`.
+    """`m / n` as a column `(rows, 1)`, for rows `direction (rows, columns)` with magnitudes `(rows,)`.
 
     The norms are taken in float64, so that the gain is the correctly rounded quotient but for a last bit.
     """

@@ -243,13 +243,14 @@ def _check_target(name: str, tensors: Mapping[str, TensorInfo], base: Checkpoint
     if len(whole) > 1:
         raise FitError(f"{name}: {len(whole)} adapters replace it outright (modules_to_save); merge one of them only")
     for change in changes.replaced.get(name, ()):
-        expected = None if info is None else info.shape if change.rows is None else (len(change.rows), *info.shape[1:])
-        if expected is not None and change.values.shape != expected:
-            hint = " Resize the base's embeddings first." if change.values.shape[1:] == info.shape[1:] and info else ""
-            raise FitError(
-                f"{name}: the adapter brings {change.values.shape}, the base has {info and info.shape}.{hint}"
-            )
-        if info is not None and change.rows and max(change.rows) >= info.shape[0]:
+        if info is None:
+            continue
+        expected = info.shape if change.rows is None else (len(change.rows), *info.shape[1:])
+        if change.values.shape != expected:
+            resized = change.values.shape[1:] == info.shape[1:]
+            hint = " Resize the base's embeddings as in training first." if resized else ""
+            raise FitError(f"{name}: the adapter brings {change.values.shape}, the base has {info.shape}.{hint}")
+        if change.rows and max(change.rows) >= info.shape[0]:
             raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
 
 
@@ -278,8 +279,8 @@ def _gather(one: Given, found: Fit, changes: _Changes) -> None:
     for name, tensor in found.replaced.items():
         changes.replaced[tensor].append(Replacement(one.adapter.replaced[name], one.weight))
     for module, tensor in found.tokens.items():
-        rows, values = one.adapter.tokens[module]
-        changes.replaced[tensor].append(Replacement(values, one.weight, rows))
+        indices, values = one.adapter.tokens[module]
+        changes.replaced[tensor].append(Replacement(values, one.weight, indices))
 
 
 def _ledger(found: Fit) -> dict[str, tuple[str, ...]]:

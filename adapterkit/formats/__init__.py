@@ -8,14 +8,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from adapterkit.adapter import Adapter
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.formats import peft
 from adapterkit.formats.source import Source, open_source
-from adapterkit.tensorfile import TensorInfo
 
-FORMATS = (peft,)
+
+class Format(Protocol):
+    """What the module of a format offers."""
+
+    NAME: str
+
+    def detect(self, source: Source) -> bool: ...
+    def read(self, source: Source, alpha: float | None, scaling: float | None) -> Adapter: ...
+    def write(self, adapter: Adapter, directory: Path) -> None: ...
+
+
+FORMATS: tuple[Format, ...] = (peft,)
 
 
 def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: float | None = None) -> Adapter:
@@ -29,7 +40,7 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
     source = open_source(Path(path))
     for reader in FORMATS:
         if reader.detect(source):
-            return reader.read(source, alpha=alpha, scaling=scaling)
+            return reader.read(source, alpha, scaling)
     names = list(source.tensors)
     raise FormatError(
         f"{source.weights}: no reader knows these tensors: {_shown(names)}. "
@@ -45,6 +56,3 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
 def _shown(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-__all__ = ["FORMATS", "Source", "TensorInfo", "load", "save"]

@@ -69,7 +69,7 @@ def detect(source: Source) -> bool:
     return any(".lora_A" in name or ".lora_embedding_A" in name for name in source.tensors)
 
 
-def read(source: Source, *, alpha: float | None = None, scaling: float | None = None) -> Adapter:
+def read(source: Source, alpha: float | None = None, scaling: float | None = None) -> Adapter:
     """Read the headers of a PEFT adapter.
 
     Raises FormatError for configs with wrong types or another PEFT method, UsageError where no config says the alpha.
@@ -172,7 +172,7 @@ class _Config:
             return value
 
         def pattern(name: str) -> dict[str, float]:
-            value = get(name, dict, {})
+            value: dict[str, float] = get(name, dict, {})
             for key, number in value.items():
                 if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < 1e9:
                     raise FormatError(
