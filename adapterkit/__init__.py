@@ -9,22 +9,22 @@ from adapterkit.version import __version__
 
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
-    from adapterkit.api import merge, plan
+    from adapterkit.api import merge, plan_merge
     from adapterkit.errors import AdapterkitError
     from adapterkit.formats import load, save
-    from adapterkit.merge import Merged, TensorMerged, execute
+    from adapterkit.stream import Merged, TensorMerged, run
     from adapterkit.plan import MergePlan
 
 # Name -> module; imported on first use, so that `adapterkit --help` stays fast.
 _EXPORTS = {
     "Adapter": "adapter", "LazyTensor": "adapter", "LoraWeights": "adapter", "AdapterkitError": "errors",
-    "load": "formats", "save": "formats", "merge": "api", "plan": "api", "execute": "merge",
-    "Merged": "merge", "TensorMerged": "merge", "MergePlan": "plan",
+    "load": "formats", "save": "formats", "merge": "api", "plan_merge": "api", "run": "stream",
+    "Merged": "stream", "TensorMerged": "stream", "MergePlan": "plan",
 }  # fmt: skip
 
 __all__ = [
     "Adapter", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged", "TensorMerged", "__version__",
-    "execute", "load", "merge", "plan", "save",
+    "load", "merge", "plan_merge", "run", "save",
 ]  # fmt: skip
 
 

@@ -16,15 +16,15 @@ from adapterkit.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import UsageError
 from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
-from adapterkit.merge import Merged, execute
-from adapterkit.plan import DTYPES, Given, MergePlan, plan_merge
+from adapterkit.stream import Merged, run
+from adapterkit.plan import DTYPES, Given, MergePlan, make_plan
 from adapterkit.staging import check_output
 
 AnyPath = str | os.PathLike[str]
 AnyAdapter = AnyPath | Adapter
 
 
-def plan(
+def plan_merge(
     base: AnyPath,
     adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
     out: AnyPath | None = None,
@@ -50,7 +50,7 @@ def plan(
     check_output(target, overwrite)
     given = _name_apart([_open(entry, scale, alpha, scaling) for entry in adapters])
     _check_apart(target, checkpoint, given)
-    return plan_merge(checkpoint, given, target, dtype=dtype, rename=rename, allow_partial=allow_partial)
+    return make_plan(checkpoint, given, target, dtype=dtype, rename=rename, allow_partial=allow_partial)
 
 
 def merge(
@@ -68,12 +68,12 @@ def merge(
     threads: int | None = None,
     report: bool = False,
 ) -> Merged:
-    """Merge in one call: `plan`, then `execute` to its end."""
-    planned = plan(
+    """Merge in one call: `plan_merge`, then `run` to its end."""
+    plan = plan_merge(
         base, adapters, out, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype, rename=rename,
         allow_partial=allow_partial, overwrite=overwrite,
     )  # fmt: skip
-    *_, result = execute(planned, threads=threads, report=report)
+    *_, result = run(plan, threads=threads, report=report)
     assert isinstance(result, Merged)
     return result
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 import torch
 
 from adapterkit.adapter import load_weights
-from adapterkit.delta import Retention, Update, add_updates, measure_columns, retention, update_for
+from adapterkit.delta import Retention, Update, add_updates, measure_columns, retention, settle_ties, update_for
 from adapterkit.errors import FitError
 from adapterkit.plan import Edit
 from adapterkit.tensorfile import TORCH_NAMES, read_span, tensor_bytes
 
-CHUNK_ELEMENTS = 1 << 17  # 512 KB in float32: half of a common L2 cache
+# How many of float32's lowest bits the output lacks.
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+CHUNK_ELEMENTS = 1 << 20  # 4 MB in float32: measured best of 0.5 to 8; smaller ones pay more for each call
 
 
 @dataclass
@@ -25,17 +27,20 @@ class Buffers:
 
     read: bytearray = field(default_factory=bytearray)
     write: bytearray = field(default_factory=bytearray)
-    scratch: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    sums: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    bits: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     def bytes(self, which: str, size: int) -> memoryview:
         if len(getattr(self, which)) < size:
             setattr(self, which, bytearray(size))
         return memoryview(getattr(self, which))[:size]
 
-    def chunk(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        if self.scratch.numel() < rows * columns or self.scratch.dtype != dtype:
-            self.scratch = torch.empty(rows * columns, dtype=dtype)
-        return self.scratch[: rows * columns].view(rows, columns)
+    def chunk(self, which: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        held = getattr(self, which)
+        if held.numel() < rows * columns or held.dtype != dtype:
+            held = torch.empty(rows * columns, dtype=dtype)
+            setattr(self, which, held)
+        return held[: rows * columns].view(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,19 @@ def merge_rows(
     raw = buffers.bytes("read" if in_place else "write", tensor_bytes(edit.dtype, (last - first, columns)))
     out = torch.frombuffer(raw, dtype=out_dtype).view(-1, columns) if raw else torch.empty(0, columns, dtype=out_dtype)
     dtype, kept = _compute_dtype(edit), Retention()
+    plain = loaded.updates and not edit.replaced and not any(update.renormalizes for update in loaded.updates)
+    settle = DROPPED_BITS.get(out_dtype) if plain and dtype is torch.float32 else None
     step = max(1, CHUNK_ELEMENTS // max(1, columns))
     for start in range(first, last, step):
         stop = min(last, start + step)
-        chunk = buffers.chunk(stop - start, columns, dtype)
+        chunk = buffers.chunk("sums", stop - start, columns, dtype)
         _base_rows(edit, source, first, start, chunk)
         before = chunk.clone() if measure else chunk
+        base = source[start - first : stop - first] if source is not None else before
         add_updates(chunk, start, loaded.updates)
+        if settle is not None:
+            bits = buffers.chunk("bits", stop - start, columns, torch.int32)
+            settle_ties(chunk, base, start, loaded.updates, settle, bits)
         for vector in loaded.added:
             chunk.add_(vector[start:stop])
         rounded = out[start - first : stop - first]
@@ -149,7 +160,7 @@ def _base_chunks(edit: Edit, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
     for start in range(0, depth, step):
         stop = min(depth, start + step)
         source = _read_rows(edit, fd, start, stop, buffers)
-        chunk = buffers.chunk(stop - start, columns, _compute_dtype(edit))
+        chunk = buffers.chunk("sums", stop - start, columns, _compute_dtype(edit))
         _base_rows(edit, source, start, start, chunk)
         yield start, chunk
 

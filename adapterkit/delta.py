@@ -106,6 +106,33 @@ def add_updates(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> 
             rows.add_(direction.sub_(original), alpha=update.weight)
 
 
+def settle_ties(
+    total: torch.Tensor, base: torch.Tensor, first: int, updates: Sequence[Update], dropped: int, scratch: torch.Tensor
+) -> None:
+    """Move float32 sums that lie exactly between two outputs to the side where `W + Δ` itself lies, by float64.
+
+    The sum's own rounding can end on such a midpoint, and half-to-even would then round a second time, the wrong way.
+    `total` and `base` hold rows `first …`; the output drops the lowest `dropped` bits of a float32; `scratch` is int32
+    of the shape of `total`.
+    """
+    midpoint = -(2**31)  # only the highest dropped bit is set
+    low = torch.bitwise_left_shift(total.view(torch.int32), 32 - dropped, out=scratch)
+    rows = (low.amin(dim=1) == midpoint).nonzero().flatten()
+    if not len(rows):
+        return
+    at = (low[rows] == midpoint).nonzero()
+    i, j = rows[at[:, 0]], at[:, 1]
+    exact = base[i, j].double()
+    for update in updates:
+        inside = (i + first >= update.start) & (i + first < update.stop)
+        left = update.left[(i + first - update.start).where(inside, 0)].double()
+        delta = (left * update.right[:, j].T.double()).sum(dim=1) * update.strength
+        exact += delta.where(inside, 0.0)
+    ties = total[i, j]
+    side = (exact - ties).sign().float()
+    total[i, j] = ties.nextafter(ties + side * (1 + ties.abs()))
+
+
 def measure_columns(update: Update, chunks: Callable[[], Iterator[tuple[int, torch.Tensor]]]) -> Update:
     """`update` with its gain by column, from one pass over the `(first row, float32 rows)` chunks of the weight."""
 

@@ -149,7 +149,7 @@ class _Changes:
         return any(name in kind for kind in (self.deltas, self.replaced, self.added))
 
 
-def plan_merge(
+def make_plan(
     base: Checkpoint,
     given: Sequence[Given],
     out: Path,

@@ -14,7 +14,7 @@ import click
 
 from adapterkit import api
 from adapterkit.errors import UsageError
-from adapterkit.merge import Merged, TensorMerged, default_threads, estimate_memory, execute
+from adapterkit.stream import Merged, TensorMerged, default_threads, estimate_memory, run
 from adapterkit.plan import DTYPES, MergePlan
 from adapterkit.targets import parse_rename
 
@@ -50,7 +50,7 @@ def merge_command(
     """
     if dry_run and report:
         raise UsageError("--report measures a merge, --dry-run makes none: give one of them")
-    plan = api.plan(
+    plan = api.plan_merge(
         base, [_weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
         rename=parse_rename(rename) if rename else None, allow_partial=allow_partial, overwrite=overwrite,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def _weighted(text: str) -> tuple[str, float]:
 
 def _run(plan: MergePlan, threads: int, report: bool) -> Merged:
     """Execute `plan`, with a bar on stderr where that is a terminal."""
-    events = execute(plan, threads=threads, report=report)
+    events = run(plan, threads=threads, report=report)
     for event in _drawn(events) if sys.stderr.isatty() else events:
         if isinstance(event, Merged):
             return event

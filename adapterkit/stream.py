@@ -70,7 +70,7 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
     return TORCH_BYTES + threads * 3 * BLOCK_BYTES + 2 * sum(factors[-threads:])
 
 
-def execute(plan: MergePlan, *, threads: int | None = None, report: bool = False) -> Iterator[TensorMerged | Merged]:
+def run(plan: MergePlan, *, threads: int | None = None, report: bool = False) -> Iterator[TensorMerged | Merged]:
     """Run `plan`, yielding an event for each tensor and the result last; nothing is left behind on failure.
 
     `report` measures what rounding kept of every element instead of a sample. Raises NoSpaceError where the disk is
@@ -78,11 +78,11 @@ def execute(plan: MergePlan, *, threads: int | None = None, report: bool = False
     """
     _check_space(plan)
     with staged(plan.out, directory=plan.base.is_directory) as building:
-        run = _Run(plan, building, threads or default_threads(), report)
-        yield from run.tensors()
+        state = _Run(plan, building, threads or default_threads(), report)
+        yield from state.tensors()
         if plan.base.is_directory:
-            write_companions(plan, building, run.result.hashes)
-    yield run.result
+            write_companions(plan, building, state.result.hashes)
+    yield state.result
 
 
 def _check_space(plan: MergePlan) -> None:
