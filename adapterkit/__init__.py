@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from adapterkit.api import merge, plan_merge
     from adapterkit.errors import AdapterkitError
     from adapterkit.formats import load, save
-    from adapterkit.stream import Merged, TensorMerged, run
     from adapterkit.plan import MergePlan
+    from adapterkit.stream import Merged, TensorMerged, run
 
 # Name -> module; imported on first use, so that `adapterkit --help` stays fast.
 _EXPORTS = {

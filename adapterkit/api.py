@@ -16,9 +16,9 @@ from adapterkit.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import UsageError
 from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
-from adapterkit.stream import Merged, run
 from adapterkit.plan import DTYPES, Given, MergePlan, make_plan
 from adapterkit.staging import check_output
+from adapterkit.stream import Merged, run
 
 AnyPath = str | os.PathLike[str]
 AnyAdapter = AnyPath | Adapter

@@ -1,17 +1,27 @@
-"""One block of rows of one edited tensor: read it, change it in float32 a cache-sized chunk at a time, round it once.
+"""One block of rows of one edited tensor: read it, change it a cache-sized chunk at a time, round it once.
 
-Float64 tensors are computed in float64. Nothing here knows about threads or files beyond a descriptor to read from.
+Nothing here knows about threads or files beyond a descriptor to read from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from adapterkit.adapter import load_weights
-from adapterkit.delta import Retention, Update, add_updates, measure_columns, retention, settle_ties, update_for
+from adapterkit.delta import (
+    Retention,
+    Update,
+    add_updates,
+    exact_sum,
+    measure_columns,
+    retention,
+    settle_ties,
+    update_for,
+)
 from adapterkit.errors import FitError
 from adapterkit.plan import Edit
 from adapterkit.tensorfile import TORCH_NAMES, read_span, tensor_bytes
@@ -28,6 +38,7 @@ class Buffers:
     read: bytearray = field(default_factory=bytearray)
     write: bytearray = field(default_factory=bytearray)
     sums: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    narrow: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     bits: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     def bytes(self, which: str, size: int) -> memoryview:
@@ -35,12 +46,12 @@ class Buffers:
             setattr(self, which, bytearray(size))
         return memoryview(getattr(self, which))[:size]
 
-    def chunk(self, which: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        held = getattr(self, which)
-        if held.numel() < rows * columns or held.dtype != dtype:
-            held = torch.empty(rows * columns, dtype=dtype)
+    def chunk(self, which: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        held: torch.Tensor = getattr(self, which)
+        if held.numel() < shape[0] * shape[1] or held.dtype != dtype:
+            held = torch.empty(shape[0] * shape[1], dtype=dtype)
             setattr(self, which, held)
-        return held[: rows * columns].view(rows, columns)
+        return held[: shape[0] * shape[1]].view(shape)
 
 
 @dataclass(frozen=True)
@@ -87,34 +98,45 @@ def merge_rows(
     # In place a row is only overwritten once it has been read into the chunk.
     raw = buffers.bytes("read" if in_place else "write", tensor_bytes(edit.dtype, (last - first, columns)))
     out = torch.frombuffer(raw, dtype=out_dtype).view(-1, columns) if raw else torch.empty(0, columns, dtype=out_dtype)
-    dtype, kept = _compute_dtype(edit), Retention()
-    plain = loaded.updates and not edit.replaced and not any(update.renormalizes for update in loaded.updates)
-    settle = DROPPED_BITS.get(out_dtype) if plain and dtype is torch.float32 else None
+    kept = Retention()
     step = max(1, CHUNK_ELEMENTS // max(1, columns))
     for start in range(first, last, step):
-        stop = min(last, start + step)
-        chunk = buffers.chunk("sums", stop - start, columns, dtype)
+        chunk = buffers.chunk("sums", (min(last, start + step) - start, columns), _compute_dtype(edit))
         _base_rows(edit, source, first, start, chunk)
         before = chunk.clone() if measure else chunk
-        base = source[start - first : stop - first] if source is not None else before
         add_updates(chunk, start, loaded.updates)
-        if settle is not None:
-            bits = buffers.chunk("bits", stop - start, columns, torch.int32)
-            settle_ties(chunk, base, start, loaded.updates, settle, bits)
         for vector in loaded.added:
-            chunk.add_(vector[start:stop])
-        rounded = out[start - first : stop - first]
-        rounded.copy_(chunk)
-        if out_dtype is torch.float16 and not bool(torch.isfinite(rounded).all()):
+            chunk.add_(vector[start : start + len(chunk)])
+        rows = slice(start - first, start - first + len(chunk))
+        base = source[rows] if source is not None and not edit.replaced else None
+        _round(chunk, out[rows], base, start, loaded, buffers)
+        if out_dtype is torch.float16 and not bool(torch.isfinite(out[rows]).all()):
             _check_overflow(edit, chunk)
         if measure:
-            kept += retention(before, chunk, rounded)
+            kept += retention(before, chunk, out[rows])
     return raw, kept if measure else None
 
 
+def _round(
+    exact: torch.Tensor, out: torch.Tensor, base: torch.Tensor | None, start: int, loaded: Loaded, buffers: Buffers
+) -> None:
+    """Round `exact` into `out` once: float32 sums are rounded themselves, and torch takes float64 by way of float32."""
+    dropped, shape, total = DROPPED_BITS.get(out.dtype), (exact.shape[0], exact.shape[1]), exact
+    if dropped is not None and exact.dtype is torch.float64:
+        total = buffers.chunk("narrow", shape, torch.float32).copy_(exact)
+        settle_ties(total, dropped, buffers.chunk("bits", shape, torch.int32), lambda i, j: exact[i, j])
+    elif dropped is not None and loaded.updates and base is not None:
+        exact_at = partial(exact_sum, base, start, loaded.updates)
+        settle_ties(total, dropped, buffers.chunk("bits", shape, torch.int32), exact_at)
+    out.copy_(total)
+
+
 def _compute_dtype(edit: Edit) -> torch.dtype:
-    double = edit.dtype == "F64" or (edit.source is not None and edit.source.dtype == "F64")
-    return torch.float64 if double else torch.float32
+    """float32 for plain updates of 16-bit weights; float64 where float32 would not round once."""
+    computed = edit.deltas or edit.replaced or edit.added
+    wide = edit.dtype not in ("BF16", "F16") or (edit.source is not None and edit.source.dtype == "F64")
+    involved = edit.replaced or any(delta.weights.magnitude for delta in edit.deltas)
+    return torch.float64 if wide or (computed and involved) else torch.float32
 
 
 def _read_rows(edit: Edit, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor | None:
@@ -160,7 +182,7 @@ def _base_chunks(edit: Edit, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
     for start in range(0, depth, step):
         stop = min(depth, start + step)
         source = _read_rows(edit, fd, start, stop, buffers)
-        chunk = buffers.chunk("sums", stop - start, columns, _compute_dtype(edit))
+        chunk = buffers.chunk("sums", (stop - start, columns), _compute_dtype(edit))
         _base_rows(edit, source, start, start, chunk)
         yield start, chunk
 

@@ -13,7 +13,7 @@ from typing import Any
 from adapterkit.checkpoint import CONFIG
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.plan import MergePlan, total_size
-from adapterkit.staging import RECORD
+from adapterkit.staging import RECORD, flush
 from adapterkit.version import __version__
 
 Hashes = Mapping[str, Mapping[str, str]]
@@ -30,7 +30,7 @@ def write_companions(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
     if plan.base.index is not None:
         index = {"metadata": {"total_size": total_size(plan)}, "weight_map": dict(sorted(plan.weight_map.items()))}
         _write(folder / plan.base.index.name, _json(index))
-    if plan.config:
+    if (plan.base.path / CONFIG).is_file():
         _write(folder / CONFIG, _json(plan.config))
 
 
@@ -99,6 +99,7 @@ def _copy_file(base: Path, file: Path, folder: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise FormatError(f"{source}: cannot be followed: {error}") from error
     shutil.copyfile(source, target)
+    flush(target)
 
 
 def _json(value: Mapping[str, Any]) -> str:
@@ -106,7 +107,7 @@ def _json(value: Mapping[str, Any]) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    with open(file, "w", encoding="utf-8") as stream:
+    with open(file, "w", encoding="utf-8", errors="backslashreplace") as stream:  # paths need not be UTF-8
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

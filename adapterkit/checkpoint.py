@@ -78,6 +78,8 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     if path.is_file():
         header = read_header(path)
         return Checkpoint(path, name or path.name, (header,), header.tensors)
+    if not path.is_dir():
+        raise FormatError(f"{path}: is neither a file nor a directory")
     indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) > 1:
         raise FormatError(f"{path}: two indexes, {indexes[0].name} and {indexes[1].name}: keep the one that is right")
@@ -86,7 +88,8 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     shards = []
     for file in names:
         if not (path / file).is_file():
-            raise FormatError(f"{path / file}: the shard that {indexes[0].name} names is missing. Download it again.")
+            named = f"the shard that {indexes[0].name} names" if indexes else "the file of the weights"
+            raise FormatError(f"{path / file}: {named} is missing. Download it again.")
         shards.append(read_header(path / file))
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:

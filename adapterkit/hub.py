@@ -40,7 +40,9 @@ def hub_id(spec: str | os.PathLike[str]) -> str | None:
 
 def _snapshot(repo: str, revision: str | None, folder: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError,
+    )  # fmt: skip
 
     patterns = [f"{folder}/{pattern}" for pattern in PATTERNS] if folder else PATTERNS
 
@@ -56,6 +58,8 @@ def _snapshot(repo: str, revision: str | None, folder: str | None) -> Path:
         pass
     try:
         return fetch(local=False)
+    except HFValidationError as error:
+        raise FormatError(f"{repo}: neither a local path nor a name that the Hub allows") from error
     except GatedRepoError as error:
         raise NotAllowedError(
             f"{repo}: is gated; ask for access on its page on the Hub, then `hf auth login`"

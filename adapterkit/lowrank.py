@@ -96,19 +96,19 @@ def _batch(batch: list[Weights]) -> torch.Tensor:
     factors = [_by_expert(weights) for weights in batch]
     A = torch.stack([A.to(dtype) for A, _ in factors])  # (modules, experts, rank, in)
     B = torch.stack([B.to(dtype) for _, B in factors])  # (modules, experts, out, rank)
-    # LAPACK fails on, or never returns from, what is not finite. A sum is finite only where every term is.
-    broken = ~(A.sum(dim=(-3, -2, -1), dtype=torch.float64) + B.sum(dim=(-3, -2, -1), dtype=torch.float64)).isfinite()
-    A[broken], B[broken] = 0.0, 0.0
+    broken = ~(A.isfinite().flatten(1).all(dim=1) & B.isfinite().flatten(1).all(dim=1))
+    A[broken], B[broken] = 0.0, 0.0  # LAPACK fails on, or never returns from, what is not finite
     # The core in float64: the product of two large float32 factors would overflow.
     core = _triangle(B).double() @ _triangle(A.mT).double().mT
-    values = torch.linalg.svdvals(core).flatten(1).sort(dim=1, descending=True).values
+    values: torch.Tensor = torch.linalg.svdvals(core).flatten(1).sort(dim=1, descending=True).values
     values[broken] = math.nan
     scaling = torch.tensor([abs(weights.scaling) for weights in batch], dtype=torch.float64, device=values.device)
-    return values * scaling[:, None]
+    return values.mul_(scaling[:, None])
 
 
 def _triangle(tall: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.qr(tall, mode="r").R
+    triangle: torch.Tensor = torch.linalg.qr(tall, mode="r").R
+    return triangle
 
 
 def _by_expert(weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:

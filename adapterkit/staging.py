@@ -10,10 +10,10 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError
+from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
 
 # In every directory that adapterkit makes; only such a directory may be replaced by --overwrite.
 RECORD = "adapterkit_merge.json"
@@ -21,6 +21,8 @@ RECORD = "adapterkit_merge.json"
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise OutputExistsError unless `out` may be written: absent, empty, or ours and `overwrite` given."""
+    if out.name in ("", ".."):
+        raise UsageError(f"{out}: name a new directory or file to write")
     if out.is_symlink() or (out.exists() and not out.is_dir() and not out.is_file()):
         raise OutputExistsError(f"{out}: is a link or a special file; choose another output")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -37,15 +39,19 @@ def check_output(out: Path, overwrite: bool) -> None:
 def staged(out: Path, *, directory: bool) -> Iterator[Path]:
     """Yield an empty directory or file to build `out` in; it takes `out`'s place on success only."""
     partial = out.parent / f".{out.name}.partial"
-    with errors_of(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with _claimed(partial, directory):
-            try:
-                yield partial
-                _replace(out, partial)
-                _flush_directory(out.parent)
-            finally:
-                _remove(partial)
+    with errors_of(out), _parents(out), _claimed(partial, directory):
+        _restore(out)
+        check_output(out, overwrite=True)  # whatever came between plan and run, only what is ours is replaced
+        before = _identity(out)
+        try:
+            yield partial
+            if _identity(out) != before:
+                raise OutputExistsError(f"{out}: appeared while it was being made; choose another -o")
+            flush(partial)
+            _replace(out, partial)
+            flush(out.parent)
+        finally:
+            _remove(partial)
 
 
 @contextmanager
@@ -62,13 +68,29 @@ def errors_of(out: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Make the directories above `out`; on failure those that were made go again."""
+    missing = [folder for folder in out.absolute().parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def _claimed(partial: Path, directory: bool) -> Iterator[None]:
     """Hold a lock on `partial`; what a dead process left in it is removed, a live one's is respected."""
+    if partial.is_symlink() or (partial.exists() and partial.is_dir() != directory):
+        _remove(partial)
     if directory:
         partial.mkdir(exist_ok=True)
     else:
         partial.touch()
-    fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if directory:
@@ -82,22 +104,42 @@ def _claimed(partial: Path, directory: bool) -> Iterator[None]:
 
 
 def _replace(out: Path, partial: Path) -> None:
-    if out.is_dir():  # a directory cannot be renamed over a full one
-        old = out.parent / f".{out.name}.replaced"
-        _remove(old)
-        out.rename(old)
-        try:
-            partial.rename(out)
-        except OSError:
-            old.rename(out)
-            raise
-        _remove(old)
-    else:
+    if not out.is_dir():
         partial.replace(out)
+        return
+    old = _kept_aside(out)  # a directory cannot be renamed over a full one
+    _remove(old)
+    try:
+        out.rename(old)
+        partial.rename(out)
+    except BaseException:
+        _restore(out)
+        raise
+    _remove(old)
 
 
-def _flush_directory(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _restore(out: Path) -> None:
+    """Put the old output back where a run ended between the two renames of `_replace`."""
+    if not out.exists() and _kept_aside(out).exists():
+        _kept_aside(out).rename(out)
+
+
+def _kept_aside(out: Path) -> Path:
+    return out.parent / f".{out.name}.replaced"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file or directory `path` is at the moment, or None."""
+    try:
+        stats = path.lstat()
+    except FileNotFoundError:
+        return None
+    return stats.st_dev, stats.st_ino
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a directory."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

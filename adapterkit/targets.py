@@ -45,6 +45,9 @@ DRIFTS: tuple[dict[str, str], ...] = (
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
 )
 
+# Parts of names that some checkpoints spell otherwise than the model in memory; taken where the base has only theirs.
+SEGMENTS = {"mlp": "block_sparse_moe"}  # Mixtral
+
 # A fused projection holds these parts, one row range after the other.
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -157,9 +160,13 @@ class _Names:
     tensors: Mapping[str, TensorInfo]
     drift: dict[str, str]
     rename: tuple[str, str] | None
+    segments: dict[str, bool] = field(default_factory=dict)  # what `lacks` found
 
     def to_base(self, name: str) -> str:
         name = apply_rename(name, self.rename)
+        for ours, theirs in SEGMENTS.items():
+            if f".{ours}." in f"{name}." and self.lacks(f".{ours}.") and not self.lacks(f".{theirs}."):
+                name = apply_rename(name, (ours, theirs))
         for old in sorted(self.drift, key=len, reverse=True):
             if f"{name}.".startswith(old) and not (old == "" and name.split(".")[0] in ("lm_head", "score")):
                 return (self.drift[old] + f"{name}.".removeprefix(old)).removesuffix(".")
@@ -167,6 +174,12 @@ class _Names:
 
     def find(self, name: str) -> TensorInfo | None:
         return self.tensors.get(name)
+
+    def lacks(self, segment: str) -> bool:
+        """Whether no tensor of the base has `segment` in its name."""
+        if segment not in self.segments:
+            self.segments[segment] = not any(segment in name for name in self.tensors)
+        return self.segments[segment]
 
 
 def _fit_names(adapter: Adapter, names: _Names, config: Mapping[str, Any]) -> Fit:
@@ -363,13 +376,21 @@ def _place_experts(
     if found:
         shapes = ", ".join(f"{info.name} {info.shape}" for info in found)
         raise FitError(f"{module}: {experts} experts of Δ {delta} fit none of {shapes}. Trained on another base?")
-    for leaf in weights.parameters:
-        for parts in PER_EXPERT.get(leaf, ()):
-            rows = [[names.find(f"{base}.{e}.{part}.weight") for part in parts] for e in range(experts)]
-            infos = [[info for info in row if info] for row in rows]
-            if all(len(row) == len(parts) and sum(i.shape[0] for i in row) == delta[0] for row in infos):
-                return tuple(t for e, row in enumerate(infos) for t in _over_rows(row, weights, e))
-    return ()
+    layouts = [parts for leaf in weights.parameters for parts in PER_EXPERT.get(leaf, ())]
+    split = [rows for parts in layouts if (rows := _per_expert(base, parts, weights, names))]
+    if len(split) > 1:
+        raise FitError(f"{module}: {experts} experts of {delta} fit {split[0][0][0].name} and {split[1][0][0].name}")
+    return tuple(target for e, row in enumerate(split[0]) for target in _over_rows(row, weights, e)) if split else ()
+
+
+def _per_expert(
+    base: str, parts: tuple[str, ...], weights: LoraWeights[LazyTensor], names: _Names
+) -> list[list[TensorInfo]]:
+    """The tensors of each expert, where the checkpoint has them apart and they add up to Δ; else nothing."""
+    rows = [[names.find(f"{base}.{e}.{part}.weight") for part in parts] for e in range(weights.experts)]
+    found = [[info for info in row if info and info.shape[1:] == (weights.in_features,)] for row in rows]
+    whole = all(len(row) == len(parts) and sum(i.shape[0] for i in row) == weights.out_features for row in found)
+    return found if whole else []
 
 
 # --- suggestions -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -37,6 +39,8 @@ TORCH_NAMES = {
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_NAME = 1000  # characters; real names have at most some 200
+MAX_DIMS = 64  # as in numpy; the product of many more dimensions is a number too large to work with
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +186,14 @@ def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FormatError(f"{file}: the JSON names {twice!r} twice")
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise FormatError(f"{file}: the JSON names {twice[:60]!r} twice")
         return result
 
     try:
-        value = json.loads(raw, object_pairs_hook=unique)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+        if b"\\u" in raw:  # half a surrogate pair cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -202,13 +207,17 @@ def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     def is_index(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
 
+    if len(name) > MAX_NAME or not name.isprintable():  # control characters would end up in terminals and cards
+        raise FormatError(f"{file}: {name[:60]!r} is not a tensor name: too long, or with control characters")
     try:
-        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        well_formed = isinstance(dtype, str) and all(map(is_index, (*shape, start, stop)))
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        well_formed = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= MAX_DIMS
+        well_formed = well_formed and all(map(is_index, (*shape, start, stop)))
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:
-        raise FormatError(f"{file}: the header entry of {name!r} is malformed: {str(entry)[:100]}")
+        raise FormatError(f"{file}: the header entry of {name!r} is malformed: {reprlib.repr(entry)}")
+    shape = tuple(shape)
     if dtype not in DTYPE_BITS:
         raise FormatError(f"{file}: {name} has the unknown dtype {dtype[:20]!r}")
     if stop - start != tensor_bytes(dtype, shape):

@@ -24,10 +24,14 @@ class Expected:
     slack: torch.Tensor
 
 
-def merged(base: dict[str, torch.Tensor], adapter: Path, weight: float = 1.0, conv1d: bool = False) -> dict[str, Expected]:
+def merged(
+    base: dict[str, torch.Tensor], adapter: Path, weight: float = 1.0, conv1d: bool = False
+) -> dict[str, Expected]:
     """The tensors of `base` that the PEFT adapter in the directory `adapter` changes; `conv1d`: stored (in, out)."""
     config = json.loads((adapter / "adapter_config.json").read_text())
-    tensors = {k.removeprefix("base_model.model."): v for k, v in load_file(adapter / "adapter_model.safetensors").items()}
+    tensors = {
+        k.removeprefix("base_model.model."): v for k, v in load_file(adapter / "adapter_model.safetensors").items()
+    }
     result: dict[str, Expected] = {}
     replaced = {k.replace(".base_layer", ""): v for k, v in tensors.items() if "lora_" not in k}
     for name, value in replaced.items():

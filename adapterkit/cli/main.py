@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from typing import NoReturn
 
@@ -46,8 +48,12 @@ def group() -> None:
 
 def main() -> NoReturn:
     """Run the command line; every failure is one line on stderr and its own exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # paths need not be UTF-8, and terminals need not show it
+            stream.reconfigure(errors="backslashreplace")
     try:
         result = group.main(standalone_mode=False)
+        _flush()
     except AdapterkitError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -55,12 +61,24 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; nothing was kept", 130)
-    except BrokenPipeError:  # the reader of a pipe went away
-        sys.stderr.close()
-        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     sys.exit(result if isinstance(result, int) else 0)
 
 
+def _flush() -> None:
+    """Pass on what was printed now: at exit it is too late for one line and an exit code."""
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit works
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe went away: nothing to tell anyone
+            sys.exit(1)
+        raise AdapterkitError(f"standard output: {error.strerror}") from error
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"adapterkit: {message}", file=sys.stderr)
+    """End with one line, whatever names from strangers' files it holds."""
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"adapterkit: {printable}", file=sys.stderr)
     sys.exit(code)

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,12 @@ UNMERGEABLE = {
 # Initializations that also change the base weights, unless PEFT converted the adapter when saving it.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
-# A repeated group inside a repetition can take exponential time to match; configs come from strangers.
-NESTED_REPEAT = re.compile(r"\([^()]*[+*}][^()]*\)[+*{]")
+# Configs come from strangers, and Python's matcher backtracks: repeating a group can take exponential time, and n other
+# choices (repetitions, groups) the n-th power of the name's length. These bounds keep a match within seconds.
+REPEATED_GROUP = re.compile(r"\)[+*{]")
+CHOICE = re.compile(r"\((?:\?.)?|[+*?]\??|\{")
+MAX_CHOICES = 4
+MAX_MATCHED = 150  # characters of a module's name
 
 
 def detect(source: Source) -> bool:
@@ -129,7 +133,8 @@ def write(adapter: Adapter, directory: Path) -> None:
             tensors[PREFIX + name + ".lora_magnitude_vector"] = magnitude
         if weights.bias is not None:
             tensors[PREFIX + name + ".lora_B.bias"] = weights.bias.read()
-    tensors |= {PREFIX + name: tensor.read() for name, tensor in adapter.replaced.items()}
+    for name, tensor in adapter.replaced.items():
+        tensors[PREFIX + _saved_name(name, adapter)] = tensor.read()
     for name, (_, delta) in adapter.tokens.items():
         tensors[PREFIX + name + ".token_adapter.trainable_tokens_delta"] = delta.read()
     directory.mkdir(parents=True, exist_ok=True)
@@ -168,36 +173,54 @@ class _Config:
             if value is None:
                 return default
             if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-                raise FormatError(f"{where}: {name} is {str(value)[:60]!r}, a {type(value).__name__}")
+                expected = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+                found = f"{str(value)[:60]!r}, a {type(value).__name__}"
+                raise FormatError(f"{where}: {name} is {found}; expected {expected}")
             return value
 
-        def pattern(name: str) -> dict[str, float]:
+        def number(name: str, kinds: type | tuple[type, ...], above: float) -> Any:
+            value = get(name, kinds, None)
+            if value is not None and not above < value < 1e9:  # NaN is refused too
+                raise FormatError(
+                    f"{where}: {name} is {str(value)[:60]}; expected a number above {above:g} and below 1e9"
+                )
+            return value
+
+        def pattern(name: str, kinds: type | tuple[type, ...]) -> dict[str, float]:
             value: dict[str, float] = get(name, dict, {})
             for key, number in value.items():
-                if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < 1e9:
+                if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number < 1e9:
                     raise FormatError(
                         f"{where}: {name}[{key[:60]!r}] is {str(number)[:60]!r}, expected a positive number"
                     )
                 _compile(key, where)
             return value
 
+        def names(name: str) -> tuple[str, ...]:
+            value = get(name, list, [])
+            if not all(isinstance(entry, str) for entry in value):
+                raise FormatError(f"{where}: {name} is {str(value)[:60]}; expected a list of names")
+            return tuple(value)
+
         kind = get("peft_type", str, "LORA")
         if kind.upper() != "LORA":
             raise FormatError(f"{where}: peft_type is {kind[:40]!r}; adapterkit reads LORA (with rsLoRA and DoRA)")
-        saved = get("modules_to_save", list, [])
-        parameters = get("target_parameters", list, [])
-        if not all(isinstance(name, str) for name in [*saved, *parameters]):
-            raise FormatError(f"{where}: modules_to_save and target_parameters must list names")
+        for name in ("base_model_name_or_path", "bias"):
+            get(name, str, None)
+        for name in ("fan_in_fan_out", "ensure_weight_tying"):
+            get(name, bool, None)
+        if not isinstance(raw.get("target_modules"), str):
+            names("target_modules")
         return cls(
             raw,
-            r=get("r", int, None),
-            alpha=get("lora_alpha", (int, float), None),
+            r=number("r", int, 0),
+            alpha=number("lora_alpha", (int, float), -1e9),
             rslora=get("use_rslora", bool, False),
             dora=get("use_dora", bool, False),
-            rank_pattern=pattern("rank_pattern"),
-            alpha_pattern=pattern("alpha_pattern"),
-            modules_to_save=tuple(saved),
-            target_parameters=tuple(parameters),
+            rank_pattern=pattern("rank_pattern", int),
+            alpha_pattern=pattern("alpha_pattern", (int, float)),
+            modules_to_save=names("modules_to_save"),
+            target_parameters=names("target_parameters"),
             tokens=get("trainable_token_indices", (list, dict), None),
             present=True,
         )
@@ -225,7 +248,7 @@ class _Config:
         if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
             yield Problem(
                 f"{CONFIG}: init_lora_weights",
-                f"{init} changes the base when training starts; unless the adapter was converted on saving "
+                f"{init[:40]!r} changes the base when training starts; unless the adapter was converted on saving "
                 "(PEFT's path_initial_model_for_weight_conversion), merging it into the original base is wrong",
                 fatal=False,
             )
@@ -241,6 +264,9 @@ class _Scaling:
     scaling: float | None
 
     def __post_init__(self) -> None:
+        for option, value in (("--alpha", self.alpha), ("--scaling", self.scaling)):
+            if value is not None and not isfinite(value):
+                raise UsageError(f"{option} {value}: expected a finite number")
         given = self.alpha is not None or self.scaling is not None
         if self.config.present and self.config.alpha is not None and given:
             raise UsageError(
@@ -263,16 +289,18 @@ class _Scaling:
 
 
 def _compile(key: str, where: object) -> re.Pattern[str]:
-    if len(key) > 500 or NESTED_REPEAT.search(key):
+    if len(key) > 500 or REPEATED_GROUP.search(key) or len(CHOICE.findall(key)) > MAX_CHOICES:
         raise FormatError(f"{where}: the pattern {key[:60]!r} could take for ever to match; refused")
     try:
         return re.compile(rf"(.*\.)?({key})$")
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise FormatError(f"{where}: {key[:60]!r} is not a regular expression: {error}") from error
 
 
 def _match_pattern(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:
     """The first pattern that matches, in the order of the file, as PEFT does it."""
+    if patterns and len(module) > MAX_MATCHED:
+        raise FormatError(f"{CONFIG}: a module name of {len(module)} characters is too long to match patterns against")
     for key, value in patterns.items():
         if _compile(key, CONFIG).match(module):
             return value
@@ -461,11 +489,18 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
         "use_dora": any(weights.magnitude is not None for weights in adapter.modules.values()),
         "lora_bias": any(weights.bias is not None for weights in adapter.modules.values()),
         "target_modules": sorted(adapter.modules),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.replaced}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.replaced} - set(adapter.modules))
+        or None,
         "trainable_token_indices": {name: list(rows) for name, (rows, _) in adapter.tokens.items()} or None,
         "fan_in_fan_out": any(weights.fan_in_fan_out for weights in adapter.modules.values()),
         "inference_mode": True,
     }
+
+
+def _saved_name(tensor: str, adapter: Adapter) -> str:
+    """PEFT's name for a replaced tensor: one of a module that also has factors is that module's base layer."""
+    module, _, leaf = tensor.rpartition(".")
+    return f"{module}.base_layer.{leaf}" if module in adapter.modules else tensor
 
 
 def _commonest(values: Iterable[float]) -> float:

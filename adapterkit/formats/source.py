@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError, UnsafeFileError
-from adapterkit.tensorfile import TensorInfo, read_header, read_json
+from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -74,14 +74,18 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     if version < (2, 6):  # CVE-2025-32434: before 2.6 a crafted file could run code even so
         raise UnsafeFileError(f"{file}: pickled weights are only safe to read with torch 2.6 or newer")
     size = file.stat().st_size
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > size:
-                raise UnsafeFileError(
-                    f"{file}: its contents inflate to more than the file holds; torch writes no such file"
-                )
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                inflated = sum(entry.file_size for entry in archive.infolist())
+            if inflated > size:
+                raise UnsafeFileError(
+                    f"{file}: its contents inflate to {inflated:,} bytes, more than the file's {size:,}; "
+                    "torch writes no such file. Ask its author for a .safetensors file."
+                )
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except FormatError:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0][:200]
         raise UnsafeFileError(
@@ -89,12 +93,18 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
             "Ask its author for a .safetensors file."
         ) from error
     except Exception as error:  # torch raises many kinds for broken archives
-        raise FormatError(f"{file}: cannot be read as a torch file: {str(error).splitlines()[0][:200]}") from error
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        reason = (str(error) or type(error).__name__).split("\n")[0][:200]
+        raise FormatError(f"{file}: cannot be read as a torch file: {reason}. Is it complete?") from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) and key.isprintable() for key in state):
         raise FormatError(f"{file}: expected a dictionary of named tensors, found {type(state).__name__}")
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise FormatError(f"{file}: {name} is a {type(tensor).__name__}, expected a tensor")
-        if tensor.is_sparse or tensor.numel() * tensor.element_size() > size:
+        if tensor.numel() * tensor.element_size() > size:
             raise UnsafeFileError(f"{file}: {name} is {tuple(tensor.shape)}, more than a file of {size:,} bytes holds")
-    return state
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or str(tensor.dtype).removeprefix("torch.") not in TORCH_NAMES.values():
+            raise FormatError(
+                f"{file}: {name} is no plain tensor, but {tensor.layout}, {tensor.dtype} on {tensor.device}"
+            )
+    return {name: tensor.detach() for name, tensor in state.items()}

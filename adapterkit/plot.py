@@ -1,0 +1,110 @@
+"""One picture of an adapter: ‖ΔW‖ by layer and target as a heat map, and the singular values of every module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.errors import UsageError
+from adapterkit.summary import ModuleRow, grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg")
+SIZE = (11.0, 6.2)  # inches
+LEAST = 1e-6  # σ/σ₁ below which float32 factors are noise
+TICKS = 40  # more layers than this are labelled in steps
+
+
+def check_plot(path: Path) -> None:
+    """Raise UsageError where a plot could not be drawn to `path`, before anything is measured for it."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path}: a plot is a {' or '.join(SUFFIXES)} file, by its name")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: there is no directory {path.parent} to draw it in")
+    if find_spec("matplotlib") is None:
+        raise UsageError("drawing needs matplotlib: pip install 'adapterkit[plot]'")
+
+
+def draw(rows: Sequence[ModuleRow], path: Path, title: str) -> None:
+    """Draw measured `rows` to `path`, a PNG or an SVG by its suffix; an older plot there is replaced at once or not.
+
+    Raises UsageError for other suffixes, a missing directory, or where matplotlib is not installed.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure  # without pyplot: no global state, and no display is looked for
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    _draw_norms(figure, left, rows)
+    _draw_spectra(right, rows)
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _draw_norms(figure: Figure, axes: Axes, rows: Sequence[ModuleRow]) -> None:
+    """Layers from top to bottom, targets from left to right; grey where there is no module."""
+    relative = any(row.relative is not None for row in rows)
+    table = grid(rows, relative=relative)
+    if not table.layers:
+        axes.text(0.5, 0.5, "no module has a layer number", ha="center", va="center", color="0.4")
+        axes.set_axis_off()
+        return
+    missing = float("nan")
+    cells = [[missing if cell is None else cell for cell in column] for column in zip(*table.cells, strict=True)]
+    axes.set_facecolor("0.88")
+    image = axes.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set_xticks(range(len(table.targets)), table.targets, rotation=40, ha="right", rotation_mode="anchor")
+    step = -(-len(table.layers) // TICKS)
+    axes.set_yticks(range(0, len(table.layers), step), [str(layer) for layer in table.layers[::step]], fontsize=8)
+    axes.tick_params(length=0)
+    axes.set_ylabel("layer")
+    # Thin gaps between the cells, so that neighbours of one colour can be counted.
+    axes.set_xticks([at - 0.5 for at in range(1, len(table.targets))], minor=True)
+    axes.set_yticks([at - 0.5 for at in range(1, len(table.layers))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="minor", length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, pad=0.03, aspect=35)
+    bar.outline.set_visible(False)
+    bar.set_label("‖ΔW‖$_F$ / ‖W‖$_F$" if relative else "‖ΔW‖$_F$")
+    axes.set_title("size of the update" + (", relative to the base" if relative else ""), fontsize=11)
+
+
+def _draw_spectra(axes: Axes, rows: Sequence[ModuleRow]) -> None:
+    """σᵢ/σ₁ of each module, thin, and the median of each target, bold."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    known = [row for row in rows if row.spectral and np.isfinite(row.spectral)]
+    targets = dict.fromkeys(row.target for row in known)
+    for target, color in zip(targets, cycle(colormaps["tab10"].colors)):  # type: ignore[attr-defined]
+        spectra = [np.array(row.sigma) / row.sigma[0] for row in known if row.target == target]
+        for spectrum in spectra:
+            axes.plot(range(1, len(spectrum) + 1), spectrum, color=color, linewidth=0.6, alpha=0.25)
+        longest = max(map(len, spectra))
+        padded = np.array([np.pad(s, (0, longest - len(s)), constant_values=np.nan) for s in spectra])
+        median = np.nanmedian(padded, axis=0)
+        axes.plot(range(1, longest + 1), median, color=color, linewidth=2.2, marker="o", markersize=3, label=target)
+    axes.set_yscale("log")
+    smallest = min((row.sigma[-1] / row.sigma[0] for row in known), default=0.1)
+    axes.set_ylim(max(LEAST, 0.7 * smallest), 1.4)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("i")
+    axes.set_ylabel("σᵢ / σ₁")
+    axes.grid(which="major", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    if targets:
+        axes.legend(frameon=False, fontsize=9, ncols=1 + len(targets) // 12)
+    axes.set_title("singular values: each module thin, the median of a target bold", fontsize=11)

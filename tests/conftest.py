@@ -1,0 +1,102 @@
+"""Where the tests find things: the fixtures, the real base model, and other people's adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import save_file
+
+# Before anything imports them: no test reaches the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "fixtures"
+MATERIAL = ROOT.parent / "shared" / "material"
+
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory; `make base` gets it."""
+    path = Path(os.environ.get("ADAPTERKIT_CACHE", ROOT / ".cache")) / "SmolLM2-135M-Instruct"
+    if not (path / "config.json").is_file():
+        pytest.skip("SmolLM2-135M-Instruct is not there: run `make base`")
+    return path
+
+
+@pytest.fixture
+def material() -> Callable[[str], Path]:
+    """A real adapter that other people trained, by its folder."""
+
+    def find(name: str) -> Path:
+        if not (MATERIAL / name).exists():
+            pytest.skip(f"no ../shared/material/{name} here")
+        return MATERIAL / name
+
+    return find
+
+
+@pytest.fixture
+def make_base(tmp_path: Path) -> Callable[..., Path]:
+    """Write a base checkpoint from tensors: a directory with a config, in one file or in several shards."""
+
+    def make(tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None, shards: int = 1) -> Path:
+        folder = tmp_path / "base"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config or {}))
+        names = list(tensors)
+        if shards == 1:
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            return folder
+        weight_map = {}
+        for index in range(shards):
+            file = f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
+            part = names[index::shards]
+            save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index_file = folder / "model.safetensors.index.json"
+        index_file.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """Write a PEFT adapter from tensors named without the prefix, with `config` over the defaults (r 4, alpha 6)."""
+
+    def make(tensors: dict[str, torch.Tensor], name: str = "adapter", **config: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(
+            {f"base_model.model.{key}": t.contiguous() for key, t in tensors.items()},
+            folder / "adapter_model.safetensors",
+        )
+        defaults = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "alpha_pattern": {}, "use_rslora": False}
+        (folder / "adapter_config.json").write_text(json.dumps(defaults | config))
+        return folder
+
+    return make
+
+
+def factors(module: str, out: int, inner: int, rank: int = 4, size: float = 0.1) -> dict[str, torch.Tensor]:
+    """Random A (rank, in) and B (out, rank) of `module`, with PEFT's names."""
+    return {
+        f"{module}.lora_A.weight": torch.randn(rank, inner) * size,
+        f"{module}.lora_B.weight": torch.randn(out, rank) * size,
+    }

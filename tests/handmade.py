@@ -1,0 +1,105 @@
+"""Small files made by hand, byte for byte where that matters, and the command line run in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import save_file
+
+from adapterkit.cli.main import main
+
+ROWS, COLUMNS, RANK, LAYERS = 48, 32, 4, 2
+MODULES = [f"model.layers.{layer}.self_attn.{leaf}" for layer in range(LAYERS) for leaf in ("q_proj", "o_proj")]
+CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj"]}
+
+
+def packed(header: Any, data: bytes = b"") -> bytes:
+    """A safetensors file, right or wrong: the length, `header` as JSON or as these very bytes, the data."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+def make_base(folder: Path, shards: int = 2, rows: int = ROWS) -> Path:
+    """A Hugging Face directory: one layer a shard, an untouched norm in each, a config and a tokenizer file."""
+    folder.mkdir(parents=True)
+    rng = torch.Generator().manual_seed(0)
+    tensors = {f"{name}.weight": torch.randn(rows, COLUMNS, generator=rng).bfloat16() for name in MODULES}
+    tensors |= {f"model.layers.{layer}.norm.weight": torch.ones(COLUMNS) for layer in range(LAYERS)}
+    names = ["model.safetensors"]
+    if shards > 1:
+        names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        where = {name: names[int(name.split(".")[2]) % shards] for name in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for i, file in enumerate(names):
+        part = {name: tensor for name, tensor in tensors.items() if int(name.split(".")[2]) % shards == i}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def factors(rows: int = ROWS) -> dict[str, torch.Tensor]:
+    """The tensors of a PEFT adapter for `make_base`."""
+    rng = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name in MODULES:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(RANK, COLUMNS, generator=rng)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, RANK, generator=rng)
+    return tensors
+
+
+def make_adapter(
+    folder: Path, tensors: dict[str, torch.Tensor] | None = None, config: Any = CONFIG, rows: int = ROWS
+) -> Path:
+    """A PEFT adapter directory; `config` None for no config, bytes for these very bytes."""
+    folder.mkdir(parents=True)
+    save_file(factors(rows) if tensors is None else tensors, folder / "adapter_model.safetensors")
+    if config is not None:
+        raw = config if isinstance(config, bytes) else json.dumps(config).encode()
+        (folder / "adapter_config.json").write_bytes(raw)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder`, and the bytes of the files: what must not change."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def message(self, code: int) -> str:
+        """The one line of an error that ended with `code`."""
+        lines = self.err.strip().splitlines()
+        assert (self.code, len(lines)) == (code, 1), self
+        assert lines[0].startswith("adapterkit: "), self
+        assert lines[0].isprintable(), self
+        return lines[0].removeprefix("adapterkit: ")
+
+
+def adapterkit(*args: str | Path) -> Outcome:
+    """Run `adapterkit ARGS` in this process."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    code: Any = None
+    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["adapterkit", *map(str, args)]):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return Outcome(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))  # type: ignore[attr-defined]

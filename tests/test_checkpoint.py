@@ -1,0 +1,207 @@
+"""A base on disk: what is found, and what an index, a link or a config from strangers may not do."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from handmade import make_base, packed
+from safetensors.torch import save_file
+
+from adapterkit.checkpoint import open_checkpoint
+from adapterkit.errors import FormatError, UnsafeFileError
+
+INDEX = "model.safetensors.index.json"
+
+
+def write(folder: Path, shards: dict[str, list[str]], weight_map: Any = None, config: Any = None) -> Path:
+    """A directory of shards with these tensors, and an index if a weight map is given."""
+    folder.mkdir(exist_ok=True)
+    for file, names in shards.items():
+        save_file({name: torch.zeros(2) for name in names}, folder / file)
+    if weight_map is not None:
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    if config is not None:
+        (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "", ".", "..", "a\0.safetensors", "..\\x.safetensors"],
+)
+def test_an_index_may_not_leave_its_directory(tmp_path: Path, name: str) -> None:
+    write(tmp_path, {"x.safetensors": ["a"]}, {"a": name})
+    with pytest.raises(UnsafeFileError, match="not a plain file name beside it"):
+        open_checkpoint(tmp_path)
+
+
+TWO = {"1.safetensors": ["a"], "2.safetensors": ["b"]}
+BROKEN_INDEXES = {
+    "a shard is missing": (TWO, {"a": "1.safetensors", "c": "3.safetensors"}, "3.safetensors: the shard .* is missing"),
+    "a tensor in two shards": (
+        TWO | {"2.safetensors": ["a", "b"]}, {"a": "1.safetensors", "b": "2.safetensors"}, "a is also in 1.safetensors"
+    ),
+    "a tensor elsewhere": (TWO, {"a": "2.safetensors", "b": "1.safetensors"}, "a should be in 2.safetensors, but is not"),
+    "a tensor nowhere": (TWO, {"a": "1.safetensors", "c": "1.safetensors"}, "c should be in 1.safetensors, but is not"),
+    "another format": (TWO, {"a": "pytorch_model.bin"}, "'pytorch_model.bin', which is not a safetensors file"),
+    "no weight map": (TWO, {}, "weight_map must map"),
+    "a list": (TWO, ["a"], "weight_map must map"),
+    "numbers": (TWO, {"a": 1}, "weight_map must map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shards", "weight_map", "message"), BROKEN_INDEXES.values(), ids=BROKEN_INDEXES)
+def test_an_index_that_disagrees_with_its_shards(
+    tmp_path: Path, shards: dict[str, list[str]], weight_map: Any, message: str
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        open_checkpoint(write(tmp_path, shards, weight_map))
+
+
+def test_two_indexes(tmp_path: Path) -> None:
+    write(tmp_path, TWO, {"a": "1.safetensors", "b": "2.safetensors"})
+    (tmp_path / "other.safetensors.index.json").write_text("{}")
+    with pytest.raises(FormatError, match="two indexes, model.safetensors.index.json and other"):
+        open_checkpoint(tmp_path)
+
+
+def test_what_an_index_lists_is_what_there_is(tmp_path: Path) -> None:
+    write(tmp_path, TWO | {"left-over.safetensors": ["a"]}, {"a": "1.safetensors", "b": "2.safetensors"})
+    base = open_checkpoint(tmp_path)
+    assert {name: info.file.name for name, info in base.tensors.items()} == {"a": "1.safetensors", "b": "2.safetensors"}
+
+
+# --- directories without an index ------------------------------------------------------------------------------------
+
+
+def test_no_weights_at_all(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"no safetensors weights in this directory\.$"):
+        open_checkpoint(tmp_path)
+
+
+def test_only_pickled_weights(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FormatError, match="It holds pytorch_model.bin: convert it to safetensors first"):
+        open_checkpoint(tmp_path)
+
+
+def test_several_files_and_no_index(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="several safetensors files .* no index"):
+        open_checkpoint(write(tmp_path, TWO))
+
+
+def test_model_safetensors_among_others(tmp_path: Path) -> None:
+    write(tmp_path, {"model.safetensors": ["a"], "adapter_model.safetensors": ["b"]})
+    assert list(open_checkpoint(tmp_path).tensors) == ["a"]
+
+
+def test_a_single_file(tmp_path: Path) -> None:
+    write(tmp_path, {"x.safetensors": ["a"]}, config={"model_type": "gpt2"})
+    base = open_checkpoint(tmp_path / "x.safetensors")
+    assert (list(base.tensors), base.name, base.is_directory) == (["a"], "x.safetensors", False)
+
+
+@pytest.mark.parametrize("kind", ["missing", "fifo", "device"])
+def test_what_is_no_base(tmp_path: Path, kind: str) -> None:
+    path = Path(os.devnull) if kind == "device" else tmp_path / "base"
+    if kind == "fifo":
+        os.mkfifo(path)  # opening it would block for ever
+    with pytest.raises(FormatError, match="there is no such|is neither a file nor a directory"):
+        open_checkpoint(path)
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_as_the_hub_cache_lays_it_out(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
+    make_base(blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    base = open_checkpoint(snapshot)
+    assert len(base.shards) == 2
+    assert base.config == {"model_type": "llama"}
+    assert [str(file) for file in base.other_files()[0]] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["base", "base/model.safetensors", f"base/{INDEX}", "base/config.json"])
+def test_a_link_to_itself(tmp_path: Path, name: str) -> None:
+    if name != "base":
+        make_base(tmp_path / "base", shards=1)
+        (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to(tmp_path / name)
+    if name == "base/config.json":  # as good as absent
+        assert open_checkpoint(tmp_path / "base").config == {}
+        return
+    with pytest.raises(FormatError, match="(?i)symlink loop|symbolic links|is missing"):
+        open_checkpoint(tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_link_to_nothing(tmp_path: Path, name: str) -> None:
+    """What the Hub cache holds after its blobs were deleted."""
+    base = make_base(tmp_path / "base", shards=1 if name == "model.safetensors" else 2)
+    (base / name).unlink()
+    (base / name).symlink_to("../blobs/gone")
+    with pytest.raises(FormatError, match=f"{name}: .* is missing. Download it again"):
+        open_checkpoint(base)
+
+
+# --- the config ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["[]", "null", "1", "{", "\x00"])
+def test_a_config_of_the_wrong_type(tmp_path: Path, config: str) -> None:
+    with pytest.raises(FormatError, match=r"config.json: (expected a JSON object|is not valid JSON)"):
+        open_checkpoint(write(tmp_path, {"model.safetensors": ["a"]}, config=config))
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({}, False),
+        ({"tie_word_embeddings": True}, True),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False}, False),
+        ({"text_config": None}, False),
+        ({"text_config": [True]}, False),
+        ({"tie_word_embeddings": None}, False),
+    ],
+)
+def test_tied_embeddings(tmp_path: Path, config: dict[str, Any], tied: bool) -> None:
+    assert open_checkpoint(write(tmp_path, {"model.safetensors": ["a"]}, config=config)).ties_embeddings is tied
+
+
+@pytest.mark.parametrize(
+    ("declared", "scheme"),
+    [(None, None), ({"quant_method": "gptq"}, "gptq"), ({}, "an unnamed scheme"), ("gptq", None)],
+)
+def test_quantization(tmp_path: Path, declared: Any, scheme: str | None) -> None:
+    write(tmp_path, {"model.safetensors": ["a"]}, config={"quantization_config": declared})
+    assert open_checkpoint(tmp_path).quantization == scheme
+
+
+def test_weights_in_other_formats_are_set_apart(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", ".gitattributes", "LICENSE"):
+        (base / name).touch()
+    (base / "onnx").mkdir()
+    (base / "onnx" / "model.onnx").touch()
+    (base / "onnx" / "notes.txt").touch()
+    keep, skipped = open_checkpoint(base).other_files()
+    assert [str(file) for file in keep] == ["LICENSE", "tokenizer.json", "onnx/notes.txt"]
+    assert [str(file) for file in skipped] == [
+        "model.gguf", "pytorch_model.bin", "pytorch_model.bin.index.json", "onnx/model.onnx"
+    ]  # fmt: skip
+
+
+def test_a_broken_shard_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(packed({"a": None}))
+    with pytest.raises(FormatError, match=r"model.safetensors: the header entry of 'a' is malformed"):
+        open_checkpoint(tmp_path)

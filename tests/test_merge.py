@@ -1,0 +1,270 @@
+"""The main job against float64: every element, every kind of adapter, whatever the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from conftest import FIXTURES, factors
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import adapterkit
+from adapterkit.delta import Retention
+from adapterkit.errors import FitError, UsageError
+from adapterkit.stream import Merged, TensorMerged
+
+TINY = {
+    "tiny-dora": "tiny-llama",
+    "tiny-rslora": "tiny-llama",
+    "tiny-patterns": "tiny-llama",
+    "tiny-embed-save": "tiny-llama",
+    "tiny-conv1d": "tiny-gpt2",
+    "tiny-conv": "tiny-conv",
+    "tiny-conv-dora": "tiny-conv",
+}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint directory."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def misrounded(base: Path, adapter: Path, out: Path, **how: object) -> tuple[int, int]:
+    """Check `out` against the oracle; (elements that are not the correctly rounded value, elements compared)."""
+    before, after = weights(base), weights(out)
+    expected = oracle.merged(before, adapter, **how)
+    untouched = [name for name in before if name not in expected]
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+    wrong = sum(oracle.check(after[name], value) for name, value in expected.items())
+    return wrong, sum(after[name].numel() for name in expected)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_kind_of_adapter_is_correctly_rounded(name: str, tmp_path: Path) -> None:
+    base, out = FIXTURES / "bases" / TINY[name], tmp_path / "out"
+    adapterkit.merge(base, [FIXTURES / name], out)
+    wrong, _ = misrounded(base, FIXTURES / name, out, conv1d=name == "tiny-conv1d")
+    assert wrong == 0
+
+
+@pytest.mark.base
+def test_a_real_merge_is_correctly_rounded_and_better_than_peft(smollm2: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter, out = FIXTURES / "smollm2-wikisql", tmp_path / "out"
+    adapterkit.merge(smollm2, [adapter], out)
+    wrong, total = misrounded(smollm2, adapter, out)
+    assert wrong <= 1e-6 * total
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    peft = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    expected = oracle.merged(weights(smollm2), adapter)
+    theirs = sum(int((peft[n] != oracle.rounded(e.exact, torch.bfloat16)).sum()) for n, e in expected.items())
+    assert wrong <= theirs
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_the_output_dtype_is_rounded_to_once(dtype: str, tmp_path: Path) -> None:
+    base, adapter, out = FIXTURES / "bases" / "tiny-gpt2", FIXTURES / "tiny-conv1d", tmp_path / "out"
+    adapterkit.merge(base, [adapter], out, dtype=dtype)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    before, after = weights(base), weights(out)
+    expected = oracle.merged(before, adapter, conv1d=True)
+    for name, tensor in after.items():
+        assert tensor.dtype == kind
+        exact = expected[name].exact if name in expected else before[name].double()
+        assert torch.equal(tensor, oracle.rounded(exact, kind))
+    config = json.loads((out / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == str(kind).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(("dtype", "ulps"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_float32_sums_on_a_midpoint_go_to_the_right_side(
+    dtype: torch.dtype, ulps: float, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    # W + Δ is a hair above and below the middle between 1 and the next value; float32 loses the hair.
+    hair = 2.0**-30
+    base = make_base({"m.weight": torch.ones(2, 2, dtype=dtype)})
+    A, B = torch.tensor([[ulps, ulps], [hair, -hair]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    adapter = make_adapter({"m.lora_A.weight": A, "m.lora_B.weight": B}, r=2, lora_alpha=2)
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    up, down = 1 + 2 * ulps, 1.0
+    assert weights(tmp_path / "out")["m.weight"].tolist() == [[up, down], [down, up]]
+
+
+def test_adapters_add_up_in_any_order_before_one_rounding(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base({"m.weight": torch.randn(24, 40).bfloat16()})
+    a = make_adapter(factors("m", 24, 40), "a")
+    b = make_adapter(factors("m", 24, 40, rank=2), "b", r=2, lora_alpha=3)
+    W, exact = weights(base)["m.weight"], weights(base)["m.weight"].double()
+    for folder, weight in ((a, 0.7), (b, -0.3)):
+        exact = exact + oracle.merged({"m.weight": W}, folder, weight)["m.weight"].exact - W.double()
+    for order in ([(a, 0.7), (b, -0.3)], [(b, -0.3), (a, 0.7)]):
+        adapterkit.merge(base, order, tmp_path / "out", overwrite=True)
+        assert torch.equal(weights(tmp_path / "out")["m.weight"], oracle.rounded(exact, torch.bfloat16))
+
+
+def test_weighted_dora_adds_its_effective_delta(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base({"m.weight": torch.randn(24, 40).bfloat16()})
+    magnitude = {"m.lora_magnitude_vector": torch.rand(24) * 8}
+    dora = make_adapter(factors("m", 24, 40) | magnitude, "dora", use_dora=True)
+    plain = make_adapter(factors("m", 24, 40), "plain")
+    adapterkit.merge(base, [(dora, 0.5), plain], tmp_path / "out", scale=0.8)
+    W = weights(base)["m.weight"]
+    parts = [oracle.merged({"m.weight": W}, dora, 0.4), oracle.merged({"m.weight": W}, plain, 0.8)]
+    exact = W.double() + sum(part["m.weight"].exact - W.double() for part in parts)
+    assert torch.equal(weights(tmp_path / "out")["m.weight"], oracle.rounded(exact, torch.bfloat16))
+
+
+def test_threads_blocks_and_reports_do_not_change_a_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterkit import blocks, stream
+
+    base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-patterns"
+    adapterkit.merge(base, [adapter], tmp_path / "one", threads=1)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 96)
+    adapterkit.merge(base, [adapter], tmp_path / "many", threads=5, report=True)
+    one, many = (tmp_path / name / "model.safetensors" for name in ("one", "many"))
+    assert one.read_bytes() == many.read_bytes()
+
+
+def test_dora_by_column_survives_small_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterkit import blocks, stream
+
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 96)
+    base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-dora"
+    adapterkit.merge(base, [adapter], tmp_path / "out", threads=3)
+    assert misrounded(base, adapter, tmp_path / "out")[0] == 0
+
+
+def test_shards_names_dtypes_and_untouched_bytes_stay(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    tensors = {f"layers.{i}.q.weight": torch.randn(8, 12).bfloat16() for i in range(4)}
+    tensors |= {f"layers.{i}.norm.weight": torch.randn(12) for i in range(4)} | {"steps": torch.arange(3)}
+    base = make_base(tensors, shards=3)
+    (base / "tokenizer.json").write_text("{}")
+    (base / "LICENSE").write_text("do as you like")
+    (base / "pytorch_model.bin").write_bytes(b"the unmerged model")
+    adapter = make_adapter(factors("layers.1.q", 8, 12))
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    result = adapterkit.merge(base, [adapter], tmp_path / "out")
+    out = tmp_path / "out"
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+    written = {file.name for file in out.iterdir()}
+    assert written == {*before, "README.md", "adapterkit_merge.json"} - {"pytorch_model.bin"}
+    for file in out.glob("*.safetensors"):
+        same = load_file(file).keys() - {"layers.1.q.weight"}
+        with safe_open(file, "pt") as ours, safe_open(base / file.name, "pt") as theirs:
+            assert ours.metadata() == theirs.metadata() and list(ours.keys()) == list(theirs.keys())
+            assert all(torch.equal(ours.get_tensor(name), theirs.get_tensor(name)) for name in same)
+    assert (out / "model.safetensors.index.json").read_text() != ""
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index == json.loads(before["model.safetensors.index.json"])
+    assert result.tensors == 1 and (out / "LICENSE").read_text() == "do as you like"
+    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert digest in (out / "README.md").read_text()
+    assert str(tmp_path) not in (out / "README.md").read_text() + (out / "adapterkit_merge.json").read_text()
+
+
+def test_a_single_file_becomes_a_single_file(make_base: Callable[..., Path], make_adapter: Callable[..., Path]) -> None:
+    base = make_base({"m.weight": torch.randn(8, 12).half()}) / "model.safetensors"
+    result = adapterkit.merge(base, [make_adapter(factors("m", 8, 12))])
+    assert result.out == base.with_name("model-merged.safetensors")
+    assert load_file(result.out)["m.weight"].dtype == torch.float16
+    assert sorted(file.name for file in base.parent.iterdir()) == sorted(["config.json", base.name, result.out.name])
+
+
+def test_events_name_every_tensor_and_end_with_the_result(tmp_path: Path) -> None:
+    plan = adapterkit.plan_merge(FIXTURES / "bases" / "tiny-llama", [FIXTURES / "tiny-rslora"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    *events, last = adapterkit.run(plan)
+    assert isinstance(last, Merged) and last.out == tmp_path / "out"
+    assert [event.done for event in events if isinstance(event, TensorMerged)] == list(range(1, plan.edits + 1))
+    landed = {name for places in plan.ledger.values() for at in places.values() for name in at}
+    assert landed == {event.name for event in events if isinstance(event, TensorMerged)}
+
+
+def test_abandoning_the_events_leaves_nothing(tmp_path: Path) -> None:
+    plan = adapterkit.plan_merge(FIXTURES / "bases" / "tiny-llama", [FIXTURES / "tiny-rslora"], tmp_path / "out")
+    events = adapterkit.run(plan)
+    next(events)
+    events.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_pickles(tmp_path: Path) -> None:
+    import pickle
+
+    plan = adapterkit.plan_merge(FIXTURES / "bases" / "tiny-conv", [FIXTURES / "tiny-conv-dora"], tmp_path / "out")
+    *_, result = adapterkit.run(pickle.loads(pickle.dumps(plan)))
+    assert result.tensors == plan.edits
+
+
+def test_retention_is_what_numpy_says(tmp_path: Path) -> None:
+    base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-patterns"
+    result = adapterkit.merge(base, [adapter], tmp_path / "out", report=True)
+    before, after = weights(base), weights(tmp_path / "out")
+    for name, expected in oracle.merged(before, adapter).items():
+        delta, applied = expected.exact - before[name].double(), after[name].double() - before[name].double()
+        kept = result.retention[name]
+        assert kept.kept == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-5)
+        assert kept.error == pytest.approx(float((applied - delta).norm() / delta.norm()), rel=1e-4)
+    assert sum(result.retention.values(), Retention()).kept == pytest.approx(1, abs=1e-3)
+
+
+def test_an_update_that_bf16_swallows_is_measured_as_lost(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base({"m.weight": torch.ones(64, 64).bfloat16()})
+    adapter = make_adapter(factors("m", 64, 64, size=1e-3))
+    assert adapterkit.merge(base, [adapter], tmp_path / "out").retention["m.weight"].kept == 0
+
+
+def test_fp16_overflow_is_refused(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base({"m.weight": torch.full((4, 4), 65000.0).half()})
+    adapter = make_adapter(
+        {"m.lora_A.weight": torch.ones(1, 4), "m.lora_B.weight": torch.full((4, 1), 900.0)}, r=1, lora_alpha=1
+    )
+    with pytest.raises(FitError, match=r"reaches 6\.589e\+04.*--dtype bf16"):
+        adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inf_and_nan_in_the_base_are_kept_as_they_are(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    W = torch.randn(8, 8).half()
+    W[0, 0], W[1, 1], W[2, 2] = torch.inf, -torch.inf, torch.nan
+    base = make_base({"m.weight": W})
+    adapterkit.merge(base, [make_adapter(factors("m", 8, 8))], tmp_path / "out")
+    out = weights(tmp_path / "out")["m.weight"]
+    assert out[0, 0] == torch.inf and out[1, 1] == -torch.inf and out[2, 2].isnan() and out.isfinite().sum() == 61
+
+
+def test_quantized_bases_are_named_and_refused(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    base = make_base({"m.weight": torch.zeros(48, 1, dtype=torch.uint8)}, config)
+    with pytest.raises(FitError, match="quantized|base weight is"):
+        adapterkit.plan_merge(base, [make_adapter(factors("m", 8, 12))], tmp_path / "out")
+
+
+def test_nothing_to_merge_is_a_usage_error(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no adapter given"):
+        adapterkit.plan_merge(make_base({"m.weight": torch.ones(2, 2)}), [], tmp_path / "out")

@@ -1,0 +1,272 @@
+"""Where modules land: drifting names, fused and stacked layouts, orientations; and refusals that say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from conftest import factors
+from safetensors.torch import load_file
+
+import adapterkit
+from adapterkit.errors import FitError, UsageError
+from adapterkit.targets import apply_rename, parse_rename
+
+Make = Callable[..., Path]
+
+
+def delta(tensors: dict[str, torch.Tensor], module: str, scaling: float = 1.5) -> torch.Tensor:
+    """Δ of `module` in float64; the factories' default is alpha 6 at rank 4."""
+    return scaling * tensors[f"{module}.lora_B.weight"].double() @ tensors[f"{module}.lora_A.weight"].double()
+
+
+def merged(base: Path, adapter: Path, out: Path, **how: Any) -> dict[str, torch.Tensor]:
+    adapterkit.merge(base, [adapter], out, **how)
+    return load_file(out / "model.safetensors")
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    ("trained", "stored"),
+    [
+        ("model.layers.0.q_proj", "model.layers.0.q_proj"),
+        ("layers.0.q_proj", "model.layers.0.q_proj"),
+        ("model.layers.0.q_proj", "layers.0.q_proj"),
+        ("transformer.h.0.c_attn", "h.0.c_attn"),
+        ("h.0.c_attn", "transformer.h.0.c_attn"),
+        ("model.language_model.layers.0.q_proj", "language_model.model.layers.0.q_proj"),
+        ("language_model.model.layers.0.q_proj", "model.language_model.layers.0.q_proj"),
+        ("model.language_model.layers.0.q_proj", "model.layers.0.q_proj"),
+        ("model.layers.0.q_proj", "model.language_model.layers.0.q_proj"),
+        ("model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate"),
+    ],
+)
+def test_known_drifts_are_followed_and_said(
+    trained: str, stored: str, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    W, parts = torch.randn(6, 10), factors(trained, 6, 10)
+    base = make_base({f"{stored}.weight": W, "other.weight": torch.ones(3)})
+    plan = adapterkit.plan_merge(base, [make_adapter(parts)], tmp_path / "out")
+    assert plan.ledger == {"adapter": {trained: (f"{stored}.weight",)}}
+    *_, _ = adapterkit.run(plan)
+    out = load_file(tmp_path / "out" / "model.safetensors")[f"{stored}.weight"]
+    assert torch.equal(out, oracle.rounded(W.double() + delta(parts, trained), torch.float32))
+
+
+def test_a_vision_model_moves_both_towers_at_once(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({"model.layers.0.q.weight": torch.randn(6, 10), "visual.blocks.0.qkv.weight": torch.randn(8, 4)})
+    parts = factors("model.language_model.layers.0.q", 6, 10) | factors("model.visual.blocks.0.qkv", 8, 4)
+    plan = adapterkit.plan_merge(base, [make_adapter(parts)], tmp_path / "out")
+    assert sorted(at for places in plan.ledger.values() for (at,) in places.values()) == sorted(
+        load_file(base / "model.safetensors")
+    )
+
+
+def test_one_rename_that_fixes_everything_is_offered_and_works(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({f"model.layers.{i}.self_attn.q_proj.weight": torch.randn(6, 10) for i in range(12)})
+    parts = {k: t for i in range(12) for k, t in factors(f"model.layers.{i}.attention.q_proj", 6, 10).items()}
+    adapter = make_adapter(parts)
+    with pytest.raises(FitError, match=r"--map attention=self_attn$") as error:
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+    assert "12 of 12 modules" in str(error.value) and "nearest: model.layers.0.self_attn.q_proj" in str(error.value)
+    plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out", rename=("attention", "self_attn"))
+    assert plan.edits == 12
+
+
+def test_an_adapter_of_another_architecture_is_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.randn(6, 10)})
+    with pytest.raises(FitError, match="Was this adapter trained on another base"):
+        adapterkit.plan_merge(base, [make_adapter(factors("model.layers.0.mlp.up_proj", 6, 10))], tmp_path / "out")
+
+
+def test_allow_partial_skips_by_name_and_never_everything(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({"a.weight": torch.randn(6, 10)})
+    adapter = make_adapter(factors("a", 6, 10) | factors("b", 6, 10))
+    with pytest.raises(FitError, match="1 of 2 modules and tensors have no place"):
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+    plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out", allow_partial=True)
+    assert plan.skipped == ("adapter: b",) and plan.edits == 1
+    with pytest.raises(FitError):
+        adapterkit.plan_merge(base, [make_adapter(factors("c", 6, 10), "none")], tmp_path / "out", allow_partial=True)
+
+
+@pytest.mark.parametrize("text", ["", "=", "a", "=b", "a=b=c", "..=b"])
+def test_malformed_renames_are_usage_errors(text: str) -> None:
+    with pytest.raises(UsageError, match="OLD=NEW"):
+        parse_rename(text)
+
+
+def test_renames_replace_whole_segments() -> None:
+    assert apply_rename("model.attn.q", ("attn", "self_attn")) == "model.self_attn.q"
+    assert apply_rename("model.self_attn.q", ("attn", "x")) == "model.self_attn.q"
+    assert apply_rename("model.model.q", ("model.model", "model")) == "model.q"
+    assert apply_rename("wrapper.q", ("wrapper", "")) == "q"
+
+
+# --- shapes
+
+
+def test_a_wrong_shape_names_both_shapes(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({"m.weight": torch.randn(6, 11)})
+    with pytest.raises(FitError, match=r"m: Δ is \(6, 10\), the base weight is \(6, 11\)"):
+        adapterkit.plan_merge(base, [make_adapter(factors("m", 6, 10))], tmp_path / "out")
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_shapes_decide_the_orientation_whatever_the_config_claims(
+    claimed: bool, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    W, parts = torch.randn(10, 6), factors("h.0.c_attn", 6, 10)
+    base = make_base({"h.0.c_attn.weight": W})
+    out = merged(base, make_adapter(parts, fan_in_fan_out=claimed), tmp_path / "out")["h.0.c_attn.weight"]
+    assert torch.equal(out, oracle.rounded(W.double() + delta(parts, "h.0.c_attn").T, torch.float32))
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_the_architecture_decides_for_squares(
+    claimed: bool, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    W, parts = torch.randn(8, 8), factors("h.0.attn.c_proj", 8, 8)
+    base = make_base({"h.0.attn.c_proj.weight": W}, {"model_type": "gpt2"})
+    out = merged(base, make_adapter(parts, fan_in_fan_out=claimed), tmp_path / "out")["h.0.attn.c_proj.weight"]
+    assert torch.equal(out, oracle.rounded(W.double() + delta(parts, "h.0.attn.c_proj").T, torch.float32))
+
+
+def test_squares_that_nothing_decides_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({"h.0.c_attn.weight": torch.randn(8, 24), "h.0.c_proj.weight": torch.randn(8, 8)})
+    adapter = make_adapter(factors("h.0.c_attn", 24, 8) | factors("h.0.c_proj", 8, 8))
+    with pytest.raises(FitError, match="the weight is square"):
+        adapterkit.plan_merge(base / "model.safetensors", [adapter], tmp_path / "out.safetensors")
+
+
+def test_grouped_convolutions_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({"conv.weight": torch.randn(8, 2, 3, 3)})
+    parts = {"conv.lora_A.weight": torch.randn(4, 4, 3, 3), "conv.lora_B.weight": torch.randn(8, 4, 1, 1)}
+    with pytest.raises(FitError, match="in 2 groups"):
+        adapterkit.plan_merge(base, [make_adapter(parts)], tmp_path / "out")
+
+
+def test_a_3d_convolution(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    W = torch.randn(5, 3, 2, 3, 2)
+    A, B = torch.randn(4, 3, 2, 3, 2), torch.randn(5, 4, 1, 1, 1)
+    out = merged(
+        make_base({"c.weight": W}), make_adapter({"c.lora_A.weight": A, "c.lora_B.weight": B}), tmp_path / "out"
+    )
+    exact = W.double() + 1.5 * torch.einsum("or,rixyz->oixyz", B.flatten(1).double(), A.double())
+    assert torch.equal(out["c.weight"], oracle.rounded(exact, torch.float32))
+
+
+# --- fused and stacked
+
+
+HEADS = {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 12}  # q 12 rows, k and v 4
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_split_modules_land_in_the_rows_of_fused_tensors(
+    dora: bool, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    qkv, gate_up = torch.randn(20, 12), torch.randn(28, 12)
+    base = make_base({"a.qkv_proj.weight": qkv, "m.gate_up_proj.weight": gate_up}, HEADS)
+    parts = factors("a.k_proj", 4, 12) | factors("a.q_proj", 12, 12) | factors("m.up_proj", 14, 12)
+    if dora:
+        parts |= {
+            f"{m}.lora_magnitude_vector": torch.rand(n) + 1
+            for m, n in (("a.k_proj", 4), ("a.q_proj", 12), ("m.up_proj", 14))
+        }
+    out = merged(base, make_adapter(parts, use_dora=dora), tmp_path / "out")
+
+    def expected(rows: torch.Tensor, module: str) -> torch.Tensor:
+        V = rows.double() + delta(parts, module)
+        if dora:
+            V *= (parts[f"{module}.lora_magnitude_vector"].double() / V.norm(dim=1))[:, None]
+        return V
+
+    exact = torch.cat([expected(qkv[:12], "a.q_proj"), expected(qkv[12:16], "a.k_proj"), qkv[16:].double()])
+    assert torch.equal(out["a.qkv_proj.weight"], oracle.rounded(exact, torch.float32))
+    exact = torch.cat([gate_up[:14].double(), expected(gate_up[14:], "m.up_proj")])
+    assert torch.equal(out["m.gate_up_proj.weight"], oracle.rounded(exact, torch.float32))
+
+
+def test_a_fused_split_that_the_config_does_not_tell_is_refused(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({"a.qkv_proj.weight": torch.randn(20, 12)}, HEADS | {"num_key_value_heads": 2})
+    with pytest.raises(FitError, match="whose split its config does not tell"):
+        adapterkit.plan_merge(base, [make_adapter(factors("a.k_proj", 4, 12))], tmp_path / "out")
+
+
+def test_a_fused_module_spreads_over_split_tensors(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    split = {
+        "a.q_proj.weight": torch.randn(12, 12),
+        "a.k_proj.weight": torch.randn(4, 12),
+        "a.v_proj.weight": torch.randn(4, 12),
+    }
+    parts = factors("a.qkv_proj", 20, 12)
+    out = merged(make_base(split), make_adapter(parts), tmp_path / "out")
+    exact = torch.cat(list(split.values())).double() + delta(parts, "a.qkv_proj")
+    assert torch.equal(torch.cat([out[name] for name in split]), oracle.rounded(exact, torch.float32))
+
+
+@pytest.mark.parametrize("flipped", [False, True], ids=["(E, out, in)", "(E, in, out)"])
+def test_stacked_experts_take_either_orientation(
+    flipped: bool, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    W = torch.randn(3, 10, 6) if flipped else torch.randn(3, 6, 10)
+    A, B = torch.randn(3 * 4, 10), torch.randn(6, 4 * 3)
+    parts = {"mlp.experts.lora_A.weight": A, "mlp.experts.lora_B.weight": B}
+    adapter = make_adapter(parts, target_parameters=["mlp.experts.gate_up_proj"])
+    out = merged(make_base({"mlp.experts.gate_up_proj": W}), adapter, tmp_path / "out")["mlp.experts.gate_up_proj"]
+    each = torch.einsum("ore,eri->eoi", B.reshape(6, 4, 3).double(), A.reshape(3, 4, 10).double())
+    exact = W.double() + 1.5 * (each.mT if flipped else each)
+    assert torch.equal(out, oracle.rounded(exact, torch.float32))
+
+
+def test_square_experts_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    parts = {"mlp.experts.lora_A.weight": torch.randn(12, 6), "mlp.experts.lora_B.weight": torch.randn(6, 12)}
+    adapter = make_adapter(parts, target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(FitError, match="in more than one way"):
+        adapterkit.plan_merge(make_base({"mlp.experts.down_proj": torch.randn(3, 6, 6)}), [adapter], tmp_path / "out")
+
+
+# --- collisions
+
+
+def test_two_modules_of_one_adapter_in_one_place_are_refused(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({"a.qkv_proj.weight": torch.randn(20, 12)}, HEADS)
+    adapter = make_adapter(factors("a.qkv_proj", 20, 12) | factors("a.q_proj", 12, 12))
+    with pytest.raises(FitError, match="both land in a.qkv_proj.weight"):
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+
+
+def test_two_adapters_that_replace_one_tensor_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({"m.weight": torch.randn(6, 10), "lm_head.weight": torch.randn(6, 10)})
+    saved = {"lm_head.weight": torch.randn(6, 10)}
+    two = [make_adapter(factors("m", 6, 10) | saved, name, modules_to_save=["lm_head"]) for name in "ab"]
+    with pytest.raises(FitError, match=r"lm_head\.weight: 2 adapters replace it outright"):
+        adapterkit.plan_merge(base, two, tmp_path / "out")
+
+
+def test_a_weighted_replacement_goes_that_share_of_the_way(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    W, saved = torch.randn(6, 10), torch.randn(6, 10)
+    base = make_base({"lm_head.weight": W, "m.weight": torch.randn(6, 10)})
+    adapter = make_adapter(factors("m", 6, 10) | {"lm_head.weight": saved}, modules_to_save=["lm_head"])
+    out = merged(base, adapter, tmp_path / "out", scale=0.25)["lm_head.weight"]
+    assert torch.equal(out, oracle.rounded(W.double() + 0.25 * (saved.double() - W.double()), torch.float32))
+
+
+def test_a_grown_vocabulary_is_refused_with_the_reason(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({"m.weight": torch.randn(6, 10), "lm_head.weight": torch.randn(6, 10)})
+    adapter = make_adapter(factors("m", 6, 10) | {"lm_head.weight": torch.randn(8, 10)}, modules_to_save=["lm_head"])
+    with pytest.raises(FitError, match=r"brings \(8, 10\), the base has \(6, 10\)\. Resize"):
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
