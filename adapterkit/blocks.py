@@ -85,9 +85,9 @@ def load(edit: Edit, fd: int) -> Loaded:
 
 
 def merge_rows(
-    edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, measure: bool
+    edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, measured: int
 ) -> tuple[memoryview, Retention | None]:
-    """The output bytes of rows `first:last` of `edit`, and with `measure` what their rounding kept of the update.
+    """The output bytes of rows `first:last` of `edit`, and what rounding kept of the update in the `measured` first.
 
     Raises FitError where a finite input becomes infinite in the output dtype.
     """
@@ -103,7 +103,8 @@ def merge_rows(
     for start in range(first, last, step):
         chunk = buffers.chunk("sums", (min(last, start + step) - start, columns), _compute_dtype(edit))
         _base_rows(edit, source, first, start, chunk)
-        before = chunk.clone() if measure else chunk
+        sample = max(0, min(len(chunk), first + measured - start))
+        before = chunk[:sample].clone()
         add_updates(chunk, start, loaded.updates)
         for vector in loaded.added:
             chunk.add_(vector[start : start + len(chunk)])
@@ -112,9 +113,9 @@ def merge_rows(
         _round(chunk, out[rows], base, start, loaded, buffers)
         if out_dtype is torch.float16 and not bool(torch.isfinite(out[rows]).all()):
             _check_overflow(edit, chunk)
-        if measure:
-            kept += retention(before, chunk, out[rows])
-    return raw, kept if measure else None
+        if sample:
+            kept += retention(before, chunk[:sample], out[rows][:sample])
+    return raw, kept if measured else None
 
 
 def _round(

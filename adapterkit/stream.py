@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
 COPY_BYTES = 64 << 20
+SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
 TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
 
 
@@ -240,10 +241,10 @@ class _Run:
 
         edit, output = work.edit, work.output
         source = self.sources[output.plan.source]
-        measure = bool(edit.deltas) and not edit.replaced and (self.report or first == 0)
+        measured = self._rows_to_measure(edit, first, last)
         with work.lock:
             work.loaded = work.loaded or load(edit, source)
-        data, kept = merge_rows(edit, work.loaded, source, first, last, buffers, measure)
+        data, kept = merge_rows(edit, work.loaded, source, first, last, buffers, measured)
         at = edit.start + first * tensor_bytes(edit.dtype, (edit.matrix[1],))
         write_span(output.fd, data, at)
         # The page cache need not keep these bytes; saying so makes the disk start on them now, not at the final flush.
@@ -259,6 +260,14 @@ class _Run:
             self.retention[edit.name] = work.retention
         self._part_done(output)
         self.finished.put(edit.name)
+
+    def _rows_to_measure(self, edit: Edit, first: int, last: int) -> int:
+        """How many rows of a block show what rounding keeps: all for a report, else a few at the tensor's start."""
+        if not edit.deltas or edit.replaced:
+            return 0
+        if self.report:
+            return last - first
+        return min(last, max(1, SAMPLE_ELEMENTS // max(1, edit.matrix[1]))) if first == 0 else 0
 
     def _part_done(self, output: _Output) -> None:
         """Count a finished part of a file; the last one writes the header and flushes the file."""
