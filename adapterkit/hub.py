@@ -41,7 +41,11 @@ def hub_id(spec: str | os.PathLike[str]) -> str | None:
 def _snapshot(repo: str, revision: str | None, folder: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
     )  # fmt: skip
 
     patterns = [f"{folder}/{pattern}" for pattern in PATTERNS] if folder else PATTERNS

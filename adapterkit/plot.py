@@ -86,6 +86,7 @@ def _draw_spectra(axes: Axes, rows: Sequence[ModuleRow]) -> None:
     """σᵢ/σ₁ of each module, thin, and the median of each target, bold."""
     import numpy as np
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     known = [row for row in rows if row.spectral and np.isfinite(row.spectral)]
     targets = dict.fromkeys(row.target for row in known)
@@ -100,7 +101,7 @@ def _draw_spectra(axes: Axes, rows: Sequence[ModuleRow]) -> None:
     axes.set_yscale("log")
     smallest = min((row.sigma[-1] / row.sigma[0] for row in known), default=0.1)
     axes.set_ylim(max(LEAST, 0.7 * smallest), 1.4)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("i")
     axes.set_ylabel("σᵢ / σ₁")
     axes.grid(which="major", color="0.9")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
 COPY_BYTES = 64 << 20
+HASH_BYTES = 16 << 20  # large, since after each the importing thread may hold the interpreter for some milliseconds
 SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
 TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
 
@@ -219,7 +220,7 @@ class _Run:
 
     def _hash(self, file: Path) -> None:
         """The SHA-256 of an input, for the card; reading it here also brings it into the page cache."""
-        digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+        digest, buffer = hashlib.sha256(), bytearray(HASH_BYTES)
         with open(file, "rb", buffering=0) as stream:
             while (count := stream.readinto(buffer)) and not self.stop.is_set():
                 digest.update(memoryview(buffer)[:count])

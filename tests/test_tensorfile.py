@@ -16,7 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from adapterkit.errors import FormatError
 from adapterkit.tensorfile import (
-    DTYPE_BITS, MAX_DIMS, MAX_HEADER_BYTES, MAX_NAME, TORCH_NAMES, encode_header, read_header, read_json, tensor_bytes,
+    DTYPE_BITS,
+    MAX_DIMS,
+    MAX_HEADER_BYTES,
+    MAX_NAME,
+    TORCH_NAMES,
+    encode_header,
+    read_header,
+    read_json,
+    tensor_bytes,
     write_tensors,
 )  # fmt: skip
 

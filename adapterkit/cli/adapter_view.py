@@ -197,7 +197,7 @@ def _print_wrapped(label: str, text: str) -> None:
             subsequent_indent=" " * len(label),
             break_long_words=False,
             break_on_hyphens=False,
-        )  # fmt: skip
+        )
     )
 
 
@@ -243,5 +243,5 @@ def _common_prefix(names: Sequence[str]) -> str:
     """The dotted prefix that all names share, with its dot; empty for a single name."""
     if len(names) < 2:
         return ""
-    shared = os.path.commonprefix(list(names))
+    shared = os.path.commonprefix(list(names))  # noqa: RUF071  (cut back to whole parts below)
     return shared[: shared.rfind(".") + 1]

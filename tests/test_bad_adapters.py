@@ -1,0 +1,342 @@
+"""Adapters from strangers: each bad one ends in one clear line, its exit code, and nothing on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from handmade import COLUMNS, CONFIG, MODULES, RANK, ROWS, adapterkit, contents, factors, make_adapter, make_base
+
+MATERIAL = Path(__file__).parents[2] / "shared" / "material"
+FIRST = f"base_model.model.{MODULES[0]}"
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+def refused(base: Path, adapter: Path, code: int, *options: str) -> str:
+    """The message of a merge that must fail, having left everything as it was."""
+    folder = base.parent
+    before = contents(folder)
+    result = adapterkit("merge", base, adapter, "-o", folder / "out", *options)
+    assert contents(folder) == before
+    assert result.out == ""
+    return result.message(code)
+
+
+# --- pickles ---------------------------------------------------------------------------------------------------------
+
+
+class Touch:
+    """A pickle that makes a file when it is loaded by anything that runs pickles."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def make_bin(folder: Path, state: Any, **options: Any) -> Path:
+    folder.mkdir()
+    torch.save(state, folder / "adapter_model.bin", **options)
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.mark.parametrize("how", ["plain pickle", "torch zip", "torch legacy"])
+def test_code_in_a_pickle_does_not_run(base: Path, how: str) -> None:
+    proof = base.parent / "proof"
+    state = factors() | {"evil": Touch(proof)}
+    adapter = make_bin(base.parent / "a", state, _use_new_zipfile_serialization=how == "torch zip")
+    if how == "plain pickle":
+        (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Touch(proof)))
+    message = refused(base, adapter, 1)
+    assert "nothing in it was run" in message
+    assert "safetensors" in message
+    assert not proof.exists()
+
+
+def test_the_proof_would_show(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Touch(tmp_path / "proof")))
+    assert (tmp_path / "proof").exists()
+
+
+STATES = {
+    "a list": ([torch.zeros(2)], "expected a dictionary of named tensors, found list"),
+    "a tensor": (torch.zeros(2), "expected a dictionary of named tensors, found Tensor"),
+    "numbered": ({1: torch.zeros(2)}, "expected a dictionary of named tensors"),
+    "a line break in a name": ({"a\nb": torch.zeros(2)}, "expected a dictionary of named tensors"),
+    "nested": ({"model": factors()}, "model is a dict, expected a tensor"),
+    "numpy": ({"a": np.zeros(2)}, "not a plain dictionary of tensors"),
+    "huge by stride 0": ({f"{FIRST}.lora_A.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, "more than a file of"),
+    "sparse": ({"a": torch.zeros(2, 2).to_sparse()}, "a is no plain tensor"),
+    "compressed": ({"a": torch.eye(2).to_sparse_csr()}, "a is no plain tensor"),
+    "without storage": ({"a": torch.zeros(2, device="meta")}, "a is no plain tensor"),
+    "complex128": ({"a": torch.zeros(2, dtype=torch.complex128)}, "a is no plain tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize(("state", "expected"), STATES.values(), ids=STATES)
+def test_a_bin_of_something_else(base: Path, state: Any, expected: str) -> None:
+    assert expected in refused(base, make_bin(base.parent / "a", state), 1)
+
+
+def test_a_zip_that_inflates(base: Path) -> None:
+    adapter = make_bin(base.parent / "a", factors())
+    with zipfile.ZipFile(adapter / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(1 << 24))
+    assert "inflate to 16,777,216 bytes" in refused(base, adapter, 1)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("keep", [0, 3, 100, 0.5, -1])
+def test_a_truncated_bin(base: Path, zipped: bool, keep: float) -> None:
+    adapter = make_bin(base.parent / "a", factors(), _use_new_zipfile_serialization=zipped)
+    raw = (adapter / "adapter_model.bin").read_bytes()
+    (adapter / "adapter_model.bin").write_bytes(raw[: int(keep * len(raw)) if isinstance(keep, float) else keep])
+    assert "adapter_model.bin: " in refused(base, adapter, 1)
+
+
+def test_a_zip_with_a_broken_directory(base: Path) -> None:
+    adapter = make_bin(base.parent / "a", factors())
+    raw = (adapter / "adapter_model.bin").read_bytes()
+    (adapter / "adapter_model.bin").write_bytes(raw.replace(b"PK\x01\x02", b"PK\x01\xff"))
+    assert "cannot be read as a torch file" in refused(base, adapter, 1)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_plain_bin_is_read(base: Path, zipped: bool) -> None:
+    """As torch.save writes it, today and before 1.6, also with Parameters in it; it merges as the safetensors do."""
+    state = OrderedDict((name, torch.nn.Parameter(tensor)) for name, tensor in factors().items())
+    pickled = make_bin(base.parent / "a", state, _use_new_zipfile_serialization=zipped)
+    plain = make_adapter(base.parent / "b")
+    for adapter in (pickled, plain):
+        assert adapterkit("merge", base, adapter, "-o", base.parent / f"of-{adapter.name}").code == 0
+    for shard in base.glob("*.safetensors"):
+        assert (base.parent / "of-a" / shard.name).read_bytes() == (base.parent / "of-b" / shard.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("diffusers-catundchat/pytorch_lora_weights.bin", ["--alpha", "1"]),  # its tensors were saved on a GPU
+        ("diffusers-catundchat/pytorch_lora_weights.safetensors", ["--alpha", "1"]),
+        ("sam-lora-mathieu-mit/lora_rank2.safetensors", ["--alpha", "1"]),
+        ("sd-cloneofsimo-apache/lora_disney.safetensors", ["--alpha", "1"]),
+        ("mlx-wyek1n", []),
+    ],
+)
+def test_a_real_adapter_of_an_unknown_format(base: Path, name: str, options: list[str]) -> None:
+    if not (MATERIAL / name).exists():
+        pytest.skip(f"shared/material/{name} is not here")
+    message = refused(base, MATERIAL / name, 1, *options)
+    assert "no reader knows these tensors: " in message
+    assert "Formats read: peft" in message
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty directory", "fifo", "two files", "nested", "text", "empty file"])
+def test_no_adapter_there(base: Path, kind: str) -> None:
+    adapter = base.parent / "a"
+    if kind == "fifo":
+        os.mkfifo(adapter)
+    elif kind in ("text", "empty file"):
+        adapter.write_text("hello" if kind == "text" else "")
+    elif kind != "missing":
+        adapter.mkdir()
+    if kind == "two files":
+        (adapter / "x.safetensors").touch()
+        (adapter / "y.safetensors").touch()
+    if kind == "nested":
+        make_adapter(adapter / "checkpoint-10")
+    expected = {"nested": "Did you mean", "two files": "(x.safetensors, y.safetensors): name one of them"}
+    assert expected.get(kind, str(adapter)) in refused(base, adapter, 1)
+
+
+# --- adapter_config.json ---------------------------------------------------------------------------------------------
+
+BAD_CONFIGS: dict[str, Any] = {
+    "is not valid JSON": [b"", b"{", b"\xff\xff", b'{"r": ' + b"9" * 5000 + b"}", b"[" * 100_000],
+    "expected a JSON object": [b"[]", b"null", b'"LORA"'],
+    "names 'r' twice": [b'{"r": 8, "r": 16}'],
+    "peft_type is": [{"peft_type": "IA3"}, {"peft_type": "LOHA"}, {"peft_type": 1}, {"peft_type": ["LORA"]}],
+    "r is": [{"r": "8"}, {"r": 8.0}, {"r": True}, {"r": [8]}, {"r": 0}, {"r": -4}, {"r": 10**30}],
+    "lora_alpha is": [
+        {"lora_alpha": "16"}, {"lora_alpha": True}, {"lora_alpha": NAN}, {"lora_alpha": INF}, {"lora_alpha": -INF},
+        {"lora_alpha": 10**400}, {"lora_alpha": {}},
+    ],
+    "rank_pattern": [
+        {"rank_pattern": ["q_proj"]}, {"rank_pattern": {"q_proj": "8"}}, {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"q_proj": 0.5}}, {"rank_pattern": {"q_proj": True}}, {"rank_pattern": {"q_proj": None}},
+    ],
+    "alpha_pattern": [
+        {"alpha_pattern": "q_proj"}, {"alpha_pattern": {"q_proj": "8"}}, {"alpha_pattern": {"q_proj": NAN}},
+        {"alpha_pattern": {"q_proj": INF}}, {"alpha_pattern": {"q_proj": -1}}, {"alpha_pattern": {"q_proj": {}}},
+    ],
+    "is not a regular expression": [
+        {"alpha_pattern": {"(": 8}}, {"alpha_pattern": {"a{99999999999}": 8}}, {"alpha_pattern": {"(?i)q": 8}},
+    ],
+    "could take for ever": [
+        {"alpha_pattern": {key: 8}}
+        for key in ("(a+)+b", "((a+))+b", "(a|a)*b", "(?:a|aa){5,}b", "a?" * 50, ".*" * 9 + "x", "(a|a)" * 40, "a" * 501)
+    ],
+    "target_modules is": [{"target_modules": 1}, {"target_modules": [1]}, {"target_modules": {"q_proj": 1}}],
+    "modules_to_save is": [{"modules_to_save": "score"}, {"modules_to_save": [["score"]]}, {"modules_to_save": 1}],
+    "target_parameters is": [{"target_parameters": "experts"}, {"target_parameters": [None]}],
+    "use_rslora is": [{"use_rslora": "true"}, {"use_rslora": 1}],
+    "use_dora is": [{"use_dora": "no"}, {"use_dora": 0}],
+    "fan_in_fan_out is": [{"fan_in_fan_out": "false"}],
+    "base_model_name_or_path is": [{"base_model_name_or_path": {"a": 1}}, {"base_model_name_or_path": 1}],
+    "bias is": [{"bias": True}],
+    "trainable_token_indices is": [{"trainable_token_indices": "all"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("expected", "config"),
+    [(expected, config) for expected, configs in BAD_CONFIGS.items() for config in configs],
+    ids=lambda value: str(value)[:40].encode("ascii", "backslashreplace").decode(),
+)
+def test_a_bad_config(base: Path, expected: str, config: Any) -> None:
+    config = config if isinstance(config, bytes) else CONFIG | config
+    message = refused(base, make_adapter(base.parent / "a", config=config), 1)
+    assert message.startswith(f"{base.parent}/a/adapter_config.json: ")
+    assert expected in message
+
+
+def test_a_long_name_is_not_matched_against_patterns(base: Path) -> None:
+    name = ".".join("a" * 100) + MODULES[0]
+    tensors = {f"base_model.model.{name}.lora_{k}.weight": torch.ones(RANK, RANK) for k in "AB"}
+    adapter = make_adapter(base.parent / "a", tensors, CONFIG | {"alpha_pattern": {".*.*.*x": 2}})
+    assert "too long to match patterns against" in refused(base, adapter, 1)
+
+
+UNMERGEABLE = {
+    "alora_invocation_tokens": [1, 2],
+    "layer_replication": [[0, 4], [2, 6]],
+    "megatron_config": {"a": 1},
+    "use_qalora": True,
+    "arrow_config": {"a": 1},
+}
+
+
+@pytest.mark.parametrize(("name", "value"), UNMERGEABLE.items())
+def test_a_config_that_no_merged_weight_equals(base: Path, name: str, value: Any) -> None:
+    adapter = make_adapter(base.parent / "a", config=CONFIG | {name: value})
+    assert f"adapter_config.json: {name}" in refused(base, adapter, 3)
+
+
+def test_alpha_is_asked_for_where_no_config_gives_it(base: Path) -> None:
+    message = refused(base, make_adapter(base.parent / "a", config=None), 2)
+    assert "adapter_config.json is missing" in message
+    assert "--alpha" in message
+    message = refused(base, make_adapter(base.parent / "b", config={"peft_type": "LORA", "r": 4}), 2)
+    assert "has no lora_alpha" in message
+
+
+@pytest.mark.parametrize("option", ["--alpha", "--scaling"])
+def test_alpha_beside_a_config_that_gives_it(base: Path, option: str) -> None:
+    assert "already gives the alpha" in refused(base, make_adapter(base.parent / "a"), 2, option, "1")
+
+
+@pytest.mark.parametrize("option", ["--alpha", "--scaling"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_strength_that_is_no_number(base: Path, option: str, value: str) -> None:
+    message = refused(base, make_adapter(base.parent / "a", config=None), 2, f"{option}={value}")
+    assert f"{option} {value}" in message
+
+
+def test_both_alpha_and_scaling(base: Path) -> None:
+    adapter = make_adapter(base.parent / "a", config=None)
+    assert "give one of them" in refused(base, adapter, 2, "--alpha", "1", "--scaling", "1")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_scale_or_weight_that_is_no_number(base: Path, value: str) -> None:
+    adapter = make_adapter(base.parent / "a")
+    assert "finite" in refused(base, adapter, 2, f"--scale={value}")
+    assert "finite" in refused(base, Path(f"{adapter}:{value}"), 2)
+
+
+# --- the tensors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_factors_that_are_not_finite(base: Path, factor: str, value: float) -> None:
+    tensors = factors()
+    tensors[f"{FIRST}.{factor}.weight"][1, 1] = value
+    message = refused(base, make_adapter(base.parent / "a", tensors), 3)
+    assert message.startswith(MODULES[0])
+    assert "NaN or Inf" in message
+
+
+BAD_TENSORS: dict[str, tuple[dict[str, torch.Tensor | None], int, str]] = {
+    "no B": ({f"{FIRST}.lora_B.weight": None}, 3, "lora_B missing"),
+    "no A": ({f"{FIRST}.lora_A.weight": None}, 3, "lora_A missing"),
+    "ranks differ": ({f"{FIRST}.lora_A.weight": torch.ones(RANK + 1, COLUMNS)}, 3, "ranks differ, 5 and 4"),
+    "rank 0": (
+        {f"{FIRST}.lora_A.weight": torch.ones(0, COLUMNS), f"{FIRST}.lora_B.weight": torch.ones(ROWS, 0)},
+        3, "a rank of 0",
+    ),
+    "another rank than the config's": (
+        {f"{FIRST}.lora_A.weight": torch.ones(3, COLUMNS), f"{FIRST}.lora_B.weight": torch.ones(ROWS, 3)},
+        3, "rank 3, adapter_config.json says 4",
+    ),
+    "0-d factors": ({f"{FIRST}.lora_A.weight": torch.tensor(1.0)}, 3, MODULES[0]),
+    "1-d factors": ({f"{FIRST}.lora_A.weight": torch.ones(RANK)}, 3, "expected (rank, in) and (out, rank)"),
+    "3-d B": ({f"{FIRST}.lora_B.weight": torch.ones(ROWS, RANK, 2)}, 3, MODULES[0]),
+    "another width": ({f"{FIRST}.lora_A.weight": torch.ones(RANK, COLUMNS + 1)}, 3, "the base weight is (48, 32)"),
+    "integers": ({f"{FIRST}.lora_A.weight": torch.ones(RANK, COLUMNS, dtype=torch.int8)}, 3, MODULES[0]),
+    "complex": ({f"{FIRST}.lora_A.weight": torch.ones(RANK, COLUMNS, dtype=torch.complex64)}, 3, MODULES[0]),
+    "a magnitude without use_dora": ({f"{FIRST}.lora_magnitude_vector": torch.ones(ROWS)}, 3, "use_dora"),
+    "a short magnitude": ({f"{FIRST}.lora_magnitude_vector": torch.ones(ROWS - 1)}, 3, "the magnitude is (47,)"),
+    "a short bias": ({f"{FIRST}.lora_B.bias": torch.ones(ROWS - 1)}, 3, "the bias is (47,)"),
+    "a tensor of no kind": ({"base_model.model.mystery": torch.ones(1)}, 3, "no reader knows what to do with"),
+    "a 0-d token delta": ({"base_model.model.e.token_adapter.trainable_tokens_delta": torch.tensor(1.0)}, 3, "e: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "code", "expected"), BAD_TENSORS.values(), ids=BAD_TENSORS)
+def test_bad_tensors(base: Path, changes: dict[str, torch.Tensor | None], code: int, expected: str) -> None:
+    tensors = {name: tensor for name, tensor in (factors() | changes).items() if tensor is not None}
+    assert expected in refused(base, make_adapter(base.parent / "a", tensors), code)
+
+
+def test_two_adapters_in_one_file(base: Path) -> None:
+    tensors = {}
+    for name, tensor in factors().items():
+        for adapter in ("default", "other"):
+            tensors[name.removesuffix("weight") + f"{adapter}.weight"] = tensor.clone()
+    message = refused(base, make_adapter(base.parent / "a", tensors), 3)
+    assert "a second adapter" in message or "several adapters (default, other)" in message
+
+
+def test_an_adapter_for_another_model(base: Path) -> None:
+    tensors = {name.replace("self_attn", "attention"): tensor for name, tensor in factors().items()}
+    message = refused(base, make_adapter(base.parent / "a", tensors), 3)
+    assert "4 of 4 modules and tensors have no place in base" in message
+    assert "--map attention=self_attn" in message
+
+
+def test_names_from_strangers_stay_on_one_line(base: Path) -> None:
+    tensors = {f"x{name}": tensor for name, tensor in factors().items()}
+    config = CONFIG | {"init_lora_weights": "pissa\n\x1b[2J", "target_modules": ["a\nb"]}
+    result = adapterkit("merge", base, make_adapter(base.parent / "a", tensors, config), "-o", base.parent / "out")
+    assert result.code == 3
+    assert all(line.isprintable() for line in result.err.splitlines())

@@ -1,0 +1,108 @@
+"""The layers of the design, held by reading the imports: they go down only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "adapterkit"
+
+# A module may import what stands on a lower line, and its own package.
+LEVELS = (
+    ("errors", "version"),
+    ("tensorfile", "staging"),
+    ("adapter",),
+    ("lowrank", "dora"),
+    ("delta", "summary"),
+    ("checkpoint", "targets", "formats"),
+    ("plan",),
+    ("blocks", "card", "hub", "against"),
+    ("stream",),
+    ("api",),
+    ("plot",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+FILES = LEVEL["formats"]  # files and algebra do not know each other: they meet where merges are planned and run
+ALGEBRA = (LEVEL["lowrank"], LEVEL["delta"])
+
+CORE = {"torch", "numpy", "safetensors"}
+ALLOWED = {"hub": {"huggingface_hub"}, "cli": {"click", "rich"}, "plot": {"matplotlib", "numpy"}}
+LAZY = {"torch", "rich", "textual", "matplotlib", "huggingface_hub"}  # at levels that must start fast
+
+
+def part(module: str) -> str:
+    """The row of the table that a dotted name inside the package belongs to."""
+    return module.split(".")[0]
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """Every imported module, and whether it is imported when the file is."""
+    tree = ast.parse(source)
+    lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.If) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = inside if node.module == "adapterkit" else [node.module]
+        yield from ((name, id(node) not in lazy) for name in names)
+
+
+def violations(name: str, source: str) -> list[str]:
+    """What module `name` imports and may not."""
+    found, own = [], part(name)
+    for module, eager in imports(source):
+        top, _, inner = module.partition(".")
+        if top == "adapterkit" and inner:
+            other = part(inner)
+            level, theirs = LEVEL[own], LEVEL.get(other, LEVEL["errors"])
+            crossed = level == FILES and theirs in ALGEBRA
+            if other != own and (theirs >= level or crossed):
+                found.append(f"{name} imports {inner}")
+        elif top in CORE | LAZY | {"click"} and top not in CORE | ALLOWED.get(own, set()):
+            found.append(f"{name} imports {top}")
+        if top in LAZY and eager and (LEVEL[own] >= LEVEL["plan"] or own in ("formats", "tensorfile", "adapter")):
+            found.append(f"{name} imports {top} at its top")
+    return found
+
+
+MODULES = {
+    str(file.relative_to(PACKAGE).with_suffix("")).replace("/", "."): file for file in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down_only(name: str) -> None:
+    assert part(name) in LEVEL, f"{name} is new: give it its place in LEVELS"
+    # Themselves imported only where weights are read.
+    allowed = {f"{module} imports torch at its top" for module in ("blocks", "against")}
+    assert set(violations(name, MODULES[name].read_text())) - allowed == set()
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if LEVEL[part(name)] < LEVEL["plot"]])
+def test_only_the_top_prints(name: str) -> None:
+    tree = ast.parse(MODULES[name].read_text())
+    calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert "print" not in calls
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("errors", "from adapterkit.adapter import Adapter"),
+        ("targets", "import adapterkit.lowrank"),
+        ("targets", "from adapterkit.checkpoint import Checkpoint"),
+        ("delta", "from adapterkit import stream"),
+        ("plan", "def f():\n    from adapterkit.cli import main"),
+        ("stream", "import rich"),
+        ("cli.inspect", "import torch"),
+    ],
+)
+def test_the_check_sees_violations(name: str, source: str) -> None:
+    assert violations(name, source)
