@@ -44,6 +44,7 @@ def draw(rows: Sequence[ModuleRow], path: Path, title: str) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     _draw_norms(figure, left, rows)
     _draw_spectra(right, rows)
+    figure.get_layout_engine().set(wspace=0.06, h_pad=0.1)
     figure.suptitle(title, fontsize=14, fontweight="bold")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -87,6 +88,7 @@ def _draw_spectra(axes: Axes, rows: Sequence[ModuleRow]) -> None:
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     known = [row for row in rows if row.spectral and np.isfinite(row.spectral)]
     targets = dict.fromkeys(row.target for row in known)
@@ -108,4 +110,4 @@ def _draw_spectra(axes: Axes, rows: Sequence[ModuleRow]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if targets:
         axes.legend(frameon=False, fontsize=9, ncols=1 + len(targets) // 12)
-    axes.set_title("singular values: each module thin, the median of a target bold", fontsize=11)
+    axes.set_title("singular values: modules thin, medians by target bold", fontsize=11)

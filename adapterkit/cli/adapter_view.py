@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import sys
 import textwrap
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.against import Match
 
 BARS = "▁▂▃▄▅▆▇█"
+FLAT = 1.005  # a row that varies less than this is drawn flat
 LABEL = 12  # columns of the names on the left of the header
 
 
@@ -177,7 +177,7 @@ def _bar(value: float | None, low: float, high: float) -> str:
         return "·"
     if not math.isfinite(value):
         return "x"
-    share = (value - low) / (high - low) if high > low else 0.5
+    share = (value - low) / (high - low) if high > FLAT * low else 0.5
     return BARS[min(int(share * len(BARS)), len(BARS) - 1)]
 
 
