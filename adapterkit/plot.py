@@ -88,7 +88,6 @@ def _draw_spectra(axes: Axes, rows: Sequence[ModuleRow]) -> None:
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
-    from matplotlib.ticker import MaxNLocator
 
     known = [row for row in rows if row.spectral and np.isfinite(row.spectral)]
     targets = dict.fromkeys(row.target for row in known)

@@ -243,5 +243,5 @@ def _common_prefix(names: Sequence[str]) -> str:
     """The dotted prefix that all names share, with its dot; empty for a single name."""
     if len(names) < 2:
         return ""
-    shared = os.path.commonprefix(list(names))  # noqa: RUF071  (cut back to whole parts below)
+    shared = os.path.commonprefix(list(names))
     return shared[: shared.rfind(".") + 1]
