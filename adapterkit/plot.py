@@ -44,7 +44,7 @@ def draw(rows: Sequence[ModuleRow], path: Path, title: str) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     _draw_norms(figure, left, rows)
     _draw_spectra(right, rows)
-    figure.get_layout_engine().set(wspace=0.06, h_pad=0.1)
+    figure.get_layout_engine().set(wspace=0.06, h_pad=0.1)  # type: ignore[union-attr, call-arg]
     figure.suptitle(title, fontsize=14, fontweight="bold")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
