@@ -113,6 +113,8 @@ class LoraWeights(Generic[T]):
         a, b = self.A.shape, self.B.shape
         if len(a) < 2 or len(b) < 2 or 0 in a or 0 in b:
             return f"A is {a} and B is {b}: expected (rank, in) and (out, rank). Was a sharded model saved ungathered?"
+        if self.kind != "conv" and (len(a) != 2 or len(b) != 2):
+            return f"A is {a} and B is {b}: expected (rank, in) and (out, rank)"
         if self.kind == "conv" and (len(a) != len(b) or any(size != 1 for size in b[2:])):
             return f"A is {a} and B is {b}: expected (rank, in, k…) and (out, rank, 1…)"
         if a[0] != b[1]:

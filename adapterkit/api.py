@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ def _open(
     entry: AnyAdapter | tuple[AnyAdapter, float], scale: float, alpha: float | None, scaling: float | None
 ) -> Given:
     what, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
+    if not math.isfinite(weight * scale):
+        raise UsageError(f"weight {weight} × scale {scale}: expected finite numbers")
     if isinstance(what, Adapter):
         name = what.files[0].parent.name if what.files else "adapter"
         return Given(what, weight * scale, name)

@@ -126,7 +126,8 @@ def read_header(file: Path) -> Header:
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror or error}") from error
     entries = _parse_json(file, raw)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{file}: __metadata__ must map strings to strings")
     base = 8 + length

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapter import Adapter, Kind, LazyTensor, LoraWeights, Problem
 from adapterkit.errors import FitError, FormatError, OutputExistsError, UsageError
 from adapterkit.formats.source import CONFIG, WEIGHTS, Source
-from adapterkit.tensorfile import TensorInfo, write_tensors
+from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,11 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
     tokens = {}
     for name, delta in found.tokens.items():
         indices = config.token_indices(name)
-        if len(indices) != delta.shape[0]:
+        if delta.dtype not in FLOAT_DTYPES or len(delta.shape) != 2:
+            problems.append(
+                Problem(name, f"the trained tokens are {delta.dtype} {delta.shape}, expected (tokens, dim)")
+            )
+        elif len(indices) != delta.shape[0]:
             problems.append(
                 Problem(name, f"{delta.shape[0]} trained tokens, trainable_token_indices names {len(indices)}")
             )
@@ -375,6 +379,11 @@ def _weights(
     if missing:
         return Problem(name, f"{' and '.join(missing)} missing, found {', '.join(sorted(roles))}")
     A, B = roles[a], roles[b]
+    for role, tensor in roles.items():
+        if tensor.dtype not in FLOAT_DTYPES or not tensor.shape:
+            return Problem(name, f"{role} is {tensor.dtype} {tensor.shape}, expected floating point weights")
+    if len(A.shape) < 2 or len(B.shape) < 2:
+        return Problem(name, f"A is {A.shape} and B is {B.shape}: expected (rank, in) and (out, rank)")
     parameters = _parameters(name, config)
     experts = _experts(A, config.rank(name)) if parameters != ("weight",) else 1
     kind: Kind = "embedding" if embedding else "experts" if experts > 1 else "conv" if len(A.shape) > 2 else "linear"
