@@ -48,9 +48,9 @@ def plan_merge(
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(resolve(base), hub_id(base))
     target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base)
-    check_output(target, overwrite)
     given = _name_apart([_open(entry, scale, alpha, scaling) for entry in adapters])
     _check_apart(target, checkpoint, given)
+    check_output(target, overwrite)
     return make_plan(checkpoint, given, target, dtype=dtype, rename=rename, allow_partial=allow_partial)
 
 

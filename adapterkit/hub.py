@@ -73,6 +73,8 @@ def _snapshot(repo: str, revision: str | None, folder: str | None) -> Path:
     except LocalEntryNotFoundError as error:
         raise OfflineError(f"{repo}: no such local path, not in the Hub cache, and the Hub is out of reach") from error
     except HfHubHTTPError as error:
-        raise AdapterkitError(f"{repo}: the Hub refused: {str(error).splitlines()[0]}") from error
+        raise AdapterkitError(
+            f"{repo}: the Hub refused: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
     except OSError as error:
         raise OfflineError(f"{repo}: not in the Hub cache, and the Hub cannot be reached ({error})") from error

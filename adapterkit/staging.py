@@ -40,10 +40,10 @@ def staged(out: Path, *, directory: bool) -> Iterator[Path]:
     """Yield an empty directory or file to build `out` in; it takes `out`'s place on success only."""
     partial = out.parent / f".{out.name}.partial"
     with errors_of(out), _parents(out), _claimed(partial, directory):
-        _restore(out)
-        check_output(out, overwrite=True)  # whatever came between plan and run, only what is ours is replaced
-        before = _identity(out)
         try:
+            _restore(out)
+            check_output(out, overwrite=True)  # whatever came between plan and run, only what is ours is replaced
+            before = _identity(out)
             yield partial
             if _identity(out) != before:
                 raise OutputExistsError(f"{out}: appeared while it was being made; choose another -o")

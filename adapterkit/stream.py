@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from adapterkit.card import write_companions
 from adapterkit.errors import FormatError, NoSpaceError
 from adapterkit.plan import Edit, FilePlan, MergePlan
-from adapterkit.staging import staged
+from adapterkit.staging import errors_of, staged
 from adapterkit.tensorfile import tensor_bytes, write_span
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
     return TORCH_BYTES + threads * 3 * BLOCK_BYTES + 2 * sum(factors[-threads:])
 
 
-def run(plan: MergePlan, *, threads: int | None = None, report: bool = False) -> Iterator[TensorMerged | Merged]:
+def run(
+    plan: MergePlan, *, threads: int | None = None, report: bool = False
+) -> Generator[TensorMerged | Merged, None, None]:
     """Run `plan`, yielding an event for each tensor and the result last; nothing is left behind on failure.
 
     `report` measures what rounding kept of every element instead of a sample. Raises NoSpaceError where the disk is
@@ -93,7 +95,7 @@ def _check_space(plan: MergePlan) -> None:
         folder = folder.parent
     stats = os.statvfs(folder)
     free = stats.f_bavail * stats.f_frsize
-    if plan.bytes_to_write > free:
+    if stats.f_blocks and plan.bytes_to_write > free:  # some file systems do not say
         raise NoSpaceError(
             f"{plan.out}: needs {plan.bytes_to_write / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
         )
@@ -221,7 +223,7 @@ class _Run:
     def _hash(self, file: Path) -> None:
         """The SHA-256 of an input, for the card; reading it here also brings it into the page cache."""
         digest, buffer = hashlib.sha256(), bytearray(HASH_BYTES)
-        with open(file, "rb", buffering=0) as stream:
+        with errors_of(file), open(file, "rb", buffering=0) as stream:
             while (count := stream.readinto(buffer)) and not self.stop.is_set():
                 digest.update(memoryview(buffer)[:count])
         self.hashes[file] = digest.hexdigest()

@@ -27,7 +27,7 @@ def packed(header: Any, data: bytes = b"") -> bytes:
     return len(raw).to_bytes(8, "little") + raw + data
 
 
-def make_base(folder: Path, shards: int = 2, rows: int = ROWS) -> Path:
+def write_base(folder: Path, shards: int = 2, rows: int = ROWS) -> Path:
     """A Hugging Face directory: one layer a shard, an untouched norm in each, a config and a tokenizer file."""
     folder.mkdir(parents=True)
     rng = torch.Generator().manual_seed(0)
@@ -47,7 +47,7 @@ def make_base(folder: Path, shards: int = 2, rows: int = ROWS) -> Path:
 
 
 def factors(rows: int = ROWS) -> dict[str, torch.Tensor]:
-    """The tensors of a PEFT adapter for `make_base`."""
+    """The tensors of a PEFT adapter for `write_base`."""
     rng = torch.Generator().manual_seed(1)
     tensors = {}
     for name in MODULES:
@@ -56,12 +56,10 @@ def factors(rows: int = ROWS) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def make_adapter(
-    folder: Path, tensors: dict[str, torch.Tensor] | None = None, config: Any = CONFIG, rows: int = ROWS
-) -> Path:
+def write_adapter(folder: Path, tensors: dict[str, torch.Tensor] | None = None, config: Any = CONFIG) -> Path:
     """A PEFT adapter directory; `config` None for no config, bytes for these very bytes."""
     folder.mkdir(parents=True)
-    save_file(factors(rows) if tensors is None else tensors, folder / "adapter_model.safetensors")
+    save_file(factors() if tensors is None else tensors, folder / "adapter_model.safetensors")
     if config is not None:
         raw = config if isinstance(config, bytes) else json.dumps(config).encode()
         (folder / "adapter_config.json").write_bytes(raw)
@@ -74,6 +72,17 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+class Terminal(io.TextIOWrapper):
+    """Where the command prints to; a test may say that it is a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), "utf-8", write_through=True)
+
+    def text(self) -> str:
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue().decode()
 
 
 @dataclass(frozen=True)
@@ -95,11 +104,11 @@ class Outcome:
 
 def adapterkit(*args: str | Path) -> Outcome:
     """Run `adapterkit ARGS` in this process."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    code: Any = None
+    out, err, code = Terminal(), Terminal(), None
     with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["adapterkit", *map(str, args)]):
         try:
             main()
         except SystemExit as end:
             code = end.code
-    return Outcome(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))  # type: ignore[attr-defined]
+    assert isinstance(code, int)
+    return Outcome(code, out.text(), err.text())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import make_base, packed
+from handmade import packed, write_base
 from safetensors.torch import save_file
 
 from adapterkit.checkpoint import open_checkpoint
@@ -120,7 +120,7 @@ def test_what_is_no_base(tmp_path: Path, kind: str) -> None:
 
 def test_a_directory_as_the_hub_cache_lays_it_out(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
-    make_base(blobs)
+    write_base(blobs)
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
@@ -133,7 +133,7 @@ def test_a_directory_as_the_hub_cache_lays_it_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["base", "base/model.safetensors", f"base/{INDEX}", "base/config.json"])
 def test_a_link_to_itself(tmp_path: Path, name: str) -> None:
     if name != "base":
-        make_base(tmp_path / "base", shards=1)
+        write_base(tmp_path / "base", shards=1)
         (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to(tmp_path / name)
     if name == "base/config.json":  # as good as absent
@@ -146,7 +146,7 @@ def test_a_link_to_itself(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
 def test_a_link_to_nothing(tmp_path: Path, name: str) -> None:
     """What the Hub cache holds after its blobs were deleted."""
-    base = make_base(tmp_path / "base", shards=1 if name == "model.safetensors" else 2)
+    base = write_base(tmp_path / "base", shards=1 if name == "model.safetensors" else 2)
     (base / name).unlink()
     (base / name).symlink_to("../blobs/gone")
     with pytest.raises(FormatError, match=f"{name}: .* is missing. Download it again"):
@@ -188,7 +188,7 @@ def test_quantization(tmp_path: Path, declared: Any, scheme: str | None) -> None
 
 
 def test_weights_in_other_formats_are_set_apart(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
+    base = write_base(tmp_path / "base")
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", ".gitattributes", "LICENSE"):
         (base / name).touch()
     (base / "onnx").mkdir()

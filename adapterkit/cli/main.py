@@ -52,8 +52,8 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # paths need not be UTF-8, and terminals need not show it
             stream.reconfigure(errors="backslashreplace")
     try:
-        result = group.main(standalone_mode=False)
-        _flush()
+        result = group.main(prog_name="adapterkit", standalone_mode=False)
+        print(end="", flush=True)  # at exit it would be too late for one line and an exit code
     except AdapterkitError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -62,19 +62,13 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; nothing was kept", 130)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-    sys.exit(result if isinstance(result, int) else 0)
-
-
-def _flush() -> None:
-    """Pass on what was printed now: at exit it is too late for one line and an exit code."""
-    try:
-        print(end="", flush=True)
-    except OSError as error:
+        if error.filename:
+            _fail(f"{error.filename}: {error.strerror}", 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit works
         if isinstance(error, BrokenPipeError):  # the reader of a pipe went away: nothing to tell anyone
             sys.exit(1)
-        raise AdapterkitError(f"standard output: {error.strerror}") from error
+        _fail(f"standard output: {error.strerror or error}", 1)
+    sys.exit(result if isinstance(result, int) else 0)
 
 
 def _fail(message: str, code: int) -> NoReturn:

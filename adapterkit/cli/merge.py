@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,10 @@ def _weighted(text: str) -> tuple[str, float]:
 
 def _run(plan: MergePlan, threads: int, report: bool) -> Merged:
     """Execute `plan`, with a bar on stderr where that is a terminal."""
-    events = run(plan, threads=threads, report=report)
-    for event in _drawn(events) if sys.stderr.isatty() else events:
-        if isinstance(event, Merged):
-            return event
+    with closing(run(plan, threads=threads, report=report)) as events:  # ctrl-C may come while the bar is drawn
+        for event in _drawn(events) if sys.stderr.isatty() else events:
+            if isinstance(event, Merged):
+                return event
     raise AssertionError("a merge ends with its result")
 
 

@@ -242,7 +242,7 @@ class _Config:
             rows = next((rows[key] for key in rows if module == key or module.endswith("." + key)), ())
         if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
             return ()
-        return tuple(rows)
+        return tuple(dict.fromkeys(rows))  # a row named twice is one row: the counts then disagree
 
     def problems(self) -> Iterable[Problem]:
         for name, reason in UNMERGEABLE.items():

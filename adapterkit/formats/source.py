@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
                     f"{file}: its contents inflate to {inflated:,} bytes, more than the file's {size:,}; "
                     "torch writes no such file. Ask its author for a .safetensors file."
                 )
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # on an unusual pickle: it is refused, or it is plain tensors
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except FormatError:
         raise
     except pickle.UnpicklingError as error:

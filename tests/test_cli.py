@@ -1,0 +1,222 @@
+"""The command line as a whole: help, exit codes, what it imports, and where its output goes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import huggingface_hub.errors
+import pytest
+from handmade import adapterkit, write_adapter, write_base
+
+import adapterkit as package
+from adapterkit import errors
+from adapterkit.cli import main as cli
+
+ROOT = Path(package.__file__).parents[1]
+HEAVY = {"torch", "numpy", "safetensors", "rich", "textual", "huggingface_hub", "matplotlib"}
+
+
+def python(*args: str | Path, stdout: Any = subprocess.PIPE, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def test_version() -> None:
+    result = adapterkit("--version")
+    assert (result.code, result.out, result.err) == (0, f"adapterkit, version {package.__version__}\n", "")
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_lists_every_command(option: str) -> None:
+    result = adapterkit(option)
+    assert (result.code, result.err) == (0, "")
+    for command, (_, line) in cli.COMMANDS.items():
+        assert f"  {command} " in result.out
+        assert line.split()[0] in result.out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_every_command(command: str) -> None:
+    result = adapterkit(command, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith(f"Usage: adapterkit {command} ")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["mrege"], "No such command 'mrege'"),
+        (["--nope"], "No such option"),
+        (["merge"], "Missing argument 'BASE'"),
+        (["merge", "base"], "Missing argument"),
+        (["merge", "base", "adapter", "--dtype", "int3"], "Invalid value for '--dtype'"),
+        (["merge", "base", "adapter", "--threads", "0"], "Invalid value for '--threads'"),
+        (["merge", "base", "adapter", "--scale", "much"], "Invalid value for '--scale'"),
+        (["merge", "base", "adapter", "--dry-run", "--report"], "give one of them"),
+        (["merge", "base", "adapter", "--map", "nothing"], "expected OLD=NEW"),
+    ],
+)
+def test_usage_errors(args: list[str], expected: str) -> None:
+    result = adapterkit(*args)
+    assert (result.code, result.out) == (2, "")
+    assert expected in result.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.AdapterkitError("a: b"), 1),
+        (errors.FormatError("a: b"), 1),
+        (errors.UnsafeFileError("a: b"), 1),
+        (errors.UsageError("a: b"), 2),
+        (errors.FitError("a: b"), 3),
+        (errors.NotAllowedError("a: b"), 4),
+        (errors.OfflineError("a: b"), 5),
+        (errors.NoSpaceError("a: b"), 6),
+        (errors.OutputExistsError("a: b"), 7),
+        (PermissionError(13, "b", "a"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_failure_is_one_line_and_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    @click.command()
+    def fails() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "group", fails)
+    expected = "interrupted; nothing was kept" if code == 130 else "a: b"
+    assert adapterkit().message(code) == expected
+
+
+def test_control_characters_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def fails() -> None:
+        raise errors.FormatError("a\n\x1b[2J\u202e: b")
+
+    monkeypatch.setattr(cli, "group", fails)
+    assert adapterkit().message(1) == "a\\n\\x1b[2J\\u202e: b"
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def hub_error(kind: str) -> BaseException:
+    """An error of huggingface_hub, made without the HTTP answer that some want to hold."""
+    error = getattr(huggingface_hub.errors, kind)
+    return error.__new__(error, "no")  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "expected"),
+    [
+        ("GatedRepoError", 4, "is gated"),
+        ("RepositoryNotFoundError", 1, "neither a local path nor a repository on the Hub"),
+        ("LocalEntryNotFoundError", 5, "the Hub is out of reach"),
+        ("OfflineModeIsEnabled", 5, "the Hub cannot be reached"),
+        ("HFValidationError", 1, "nor a name that the Hub allows"),
+        ("HfHubHTTPError", 1, "the Hub refused"),
+    ],
+)
+def test_what_the_hub_says(monkeypatch: pytest.MonkeyPatch, kind: str, code: int, expected: str) -> None:
+    def snapshot_download(*_: object, local_files_only: bool, **__: object) -> str:
+        raise hub_error("LocalEntryNotFoundError" if local_files_only else kind)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    message = adapterkit("merge", "nobody/nothing", "adapter").message(code)
+    assert message.startswith("nobody/nothing: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("nothing", "nothing: there is no such file or directory"),
+        ("./no/thing", "no/thing: there is no such file or directory"),
+        ("no/thing.safetensors", "no/thing.safetensors: there is no such file or directory"),
+        ("../no/thing", "../no/thing: there is no such file or directory"),
+        ("a--b/-c", "a--b/-c: neither a local path nor a name that the Hub allows"),
+    ],
+)
+def test_a_base_that_is_neither_here_nor_there(base: str, expected: str) -> None:
+    assert adapterkit("merge", base, "adapter").message(1) == expected
+
+
+# --- imports ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import adapterkit",
+        "import adapterkit; adapterkit.plan_merge",
+        "from adapterkit.cli.main import group; group(['--help'], standalone_mode=False)",
+        "from adapterkit.cli.main import group; group(['merge', '--help'], standalone_mode=False)",
+        "from adapterkit.cli.main import group; group(['inspect', '--help'], standalone_mode=False)",
+    ],
+)
+def test_what_is_not_imported(code: str) -> None:
+    result = python("-c", f"{code}\nimport sys; print('\\n', *sys.modules)")
+    assert result.stderr == ""
+    assert HEAVY & set(result.stdout.splitlines()[-1].split()) == set()
+
+
+def test_a_dry_run_does_not_import_torch(tmp_path: Path) -> None:
+    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    code = "import sys; sys.modules['torch'] = None; from adapterkit.cli.main import main; main()"
+    result = python("-c", code, "merge", base, adapter, "--dry-run")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "nothing was written (--dry-run)" in result.stdout
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
+def test_every_export_is_there() -> None:
+    assert {name for name in package.__all__ if getattr(package, name) is not None} == set(package.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'mrege'"):
+        package.mrege  # noqa: B018
+
+
+# --- standard output -------------------------------------------------------------------------------------------------
+
+
+def dry_run(tmp_path: Path) -> list[str | Path]:
+    return ["-m", "adapterkit", "merge", write_base(tmp_path / "b"), write_adapter(tmp_path / "a"), "--dry-run"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("help_page", [True, False])
+def test_a_reader_that_went_away(tmp_path: Path, help_page: bool, unbuffered: str) -> None:
+    args = ["-m", "adapterkit", "merge", "--help"] if help_page else dry_run(tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = python(*args, stdout=writer, PYTHONUNBUFFERED=unbuffered)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_device_that_is_full(tmp_path: Path, unbuffered: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        result = python(*dry_run(tmp_path), stdout=full, PYTHONUNBUFFERED=unbuffered)
+    assert (result.returncode, result.stderr) == (1, "adapterkit: standard output: No space left on device\n")
+
+
+def test_no_standard_output_at_all(tmp_path: Path) -> None:
+    closing = "import os, sys; os.close(1); os.execv(sys.executable, sys.argv[1:])"
+    result = python("-c", closing, "python", *dry_run(tmp_path))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_terminal_that_shows_ascii_only(tmp_path: Path) -> None:
+    result = python(*dry_run(tmp_path), PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "adapter   a \\xd7 1: " in result.stdout

@@ -1,0 +1,468 @@
+"""Bad luck: kills, ctrl-C, full disks, failing reads, outputs in the way. Inputs stay; an output is whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from handmade import COLUMNS, Outcome, Terminal, adapterkit, contents, factors, write_adapter, write_base
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+import adapterkit as package
+from adapterkit import card, stream
+from adapterkit.errors import OutputExistsError
+
+ROOT = Path(package.__file__).parents[1]
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Iterator[Path]:
+    """A folder with `base` (two shards) and `adapter`, and nothing else; both must be unchanged at the end."""
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    before = contents(tmp_path)
+    yield tmp_path
+    after = contents(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+
+
+def merge(folder: Path, *options: str | Path, out: str | Path = "out") -> Outcome:
+    return adapterkit("merge", folder / "base", folder / "adapter", "-o", folder / out, *options)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def nothing_left(folder: Path) -> bool:
+    return names(folder) == ["adapter", "base"]
+
+
+def nth_call(function: Callable[..., Any], n: int, act: Callable[[], None]) -> Callable[..., Any]:
+    """`function`, but its n-th call does `act` first."""
+    calls = 0
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            act()
+        return function(*args, **kwargs)
+
+    return hooked
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+# --- kills and ctrl-C ------------------------------------------------------------------------------------------------
+
+# Run the real command line in a child, where the n-th call of one function ends the process.
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch  # now: parts of its import swallow a KeyboardInterrupt
+from adapterkit import card, staging, stream
+from adapterkit.cli.main import main
+place, nth, which = sys.argv[2], int(sys.argv[3]), getattr(signal, sys.argv[4])
+owner, name = eval(place.rpartition(".")[0]), place.rpartition(".")[2]
+function, calls = getattr(owner, name), []
+def hooked(*args):
+    calls.append(name)
+    if len(calls) == nth:
+        os.kill(os.getpid(), which)
+    return function(*args)
+setattr(owner, name, hooked)
+sys.argv[1:] = sys.argv[5:]
+main()
+"""
+
+# Where a merge of four tensors in two shards may end: function, and which of its calls.
+POINTS = [
+    ("stream._Run._open_files", 1),
+    ("stream._Run._copy", 1),
+    ("stream._Run._merge_block", 1),
+    ("stream._Run._merge_block", 4),
+    ("stream._Run._part_done", 3),
+    ("stream._Run._part_done", 6),
+    ("stream.write_companions", 1),
+    ("card._copy_file", 1),
+    ("card._write", 3),
+    ("staging._replace", 1),
+]
+
+
+def ended_by(place: tuple[str, int], which: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["merge", folder / "base", folder / "adapter", "-o", folder / "out", "--threads", "2", *options]
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, ROOT, place[0], str(place[1]), which, *command], capture_output=True, text=True
+    )
+
+
+def loads(folder: Path) -> bool:
+    """Whether a loader could take `folder` for a model: a config, and shards that open."""
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt"):
+                continue
+        except SafetensorError:
+            return False
+    return (folder / "config.json").exists()
+
+
+@pytest.mark.parametrize("place", POINTS, ids=lambda place: f"{place[0]}-{place[1]}")
+def test_killed(inputs: Path, place: tuple[str, int]) -> None:
+    assert ended_by(place, "SIGKILL", inputs).returncode == -signal.SIGKILL
+    assert names(inputs) == [".out.partial", "adapter", "base"]
+    assert place[0] == "staging._replace" or not loads(inputs / ".out.partial")
+    assert merge(inputs).code == 0
+    assert names(inputs) == ["adapter", "base", "out"]
+    assert loads(inputs / "out")
+
+
+@pytest.mark.parametrize("place", POINTS, ids=lambda place: f"{place[0]}-{place[1]}")
+def test_interrupted(inputs: Path, place: tuple[str, int]) -> None:
+    result = ended_by(place, "SIGINT", inputs)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.strip() == "adapterkit: interrupted; nothing was kept"
+    assert nothing_left(inputs)
+
+
+def test_interrupted_while_progress_is_drawn(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the exception does not pass through the generator that merges, which must end all the same."""
+    monkeypatch.setattr(Terminal, "isatty", lambda _: True)
+    monkeypatch.setattr("rich.progress.Progress.update", failing(KeyboardInterrupt()))
+    result = merge(inputs)
+    assert result.code == 130
+    assert nothing_left(inputs)
+
+
+@pytest.mark.parametrize("which", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("place", [("stream._Run._merge_block", 2), ("staging._replace", 1)], ids=lambda p: p[0])
+def test_an_interrupted_overwrite_keeps_the_old_output(inputs: Path, which: str, place: tuple[str, int]) -> None:
+    assert merge(inputs).code == 0
+    old = contents(inputs / "out")
+    assert ended_by(place, which, inputs, "--overwrite", "--scale=2").returncode != 0
+    assert contents(inputs / "out") == old
+    assert merge(inputs, "--overwrite", "--scale=2").code == 0
+    assert contents(inputs / "out") != old
+    assert names(inputs) == ["adapter", "base", "out"]
+
+
+def test_killed_between_the_renames_of_an_overwrite(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old output waits aside; the next run puts it back before it begins."""
+    assert merge(inputs).code == 0
+    old = contents(inputs / "out")
+    (inputs / "out").rename(inputs / ".out.replaced")
+    monkeypatch.setattr(stream, "write_companions", failing(FULL))
+    assert merge(inputs).code != 0
+    assert contents(inputs / "out") == old
+    assert names(inputs) == ["adapter", "base", "out"]
+
+
+def test_a_failing_rename_puts_the_old_output_back(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert merge(inputs).code == 0
+    old = contents(inputs / "out")
+    monkeypatch.setattr(Path, "rename", nth_call(Path.rename, 2, failing(OSError(errno.EIO, "gone"))))
+    assert merge(inputs, "--overwrite").message(1).endswith("gone")
+    assert contents(inputs / "out") == old
+    assert names(inputs) == ["adapter", "base", "out"]
+
+
+# --- full disks ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_size_limit(inputs: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    command = [sys.executable, "-m", "adapterkit", "merge", inputs / "base", inputs / "adapter", "-o", inputs / "out"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    assert result.returncode == 6
+    assert "the disk is full (File too large)" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert nothing_left(inputs)
+
+
+@pytest.mark.parametrize("n", [1, 3, 6])
+def test_the_disk_fills_up_while_writing(inputs: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    monkeypatch.setattr(os, "pwrite", nth_call(os.pwrite, n, failing(FULL)))
+    assert "No space left on device" in merge(inputs).message(6)
+    assert nothing_left(inputs)
+
+
+@pytest.mark.parametrize("name", ["posix_fallocate", "copy_file_range", "fsync"])
+def test_the_disk_fills_up_elsewhere(inputs: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(os, name, nth_call(getattr(os, name), 2, failing(FULL)))
+    assert "No space left on device" in merge(inputs).message(6)
+    assert nothing_left(inputs)
+
+
+@pytest.mark.parametrize("place", ["_copy_file", "_write"])
+def test_the_disk_fills_up_at_the_end(inputs: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(card, place, nth_call(getattr(card, place), 1, failing(FULL)))
+    assert "No space left on device" in merge(inputs).message(6)
+    assert nothing_left(inputs)
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.statvfs
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*real(path)[:3], 0, 0, *real(path)[5:]]))
+    monkeypatch.setattr(stream, "staged", failing(AssertionError("began")))
+    assert "0.00 GB free" in merge(inputs, out="new/folder/out").message(6)
+    assert nothing_left(inputs)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_small_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: bool) -> None:
+    """The real thing, noticed beforehand, and where the check was passed but others then filled the disk."""
+    if not checked:
+        monkeypatch.setattr(stream, "_check_space", lambda plan: None)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        rows = 4096  # 256 KB a tensor, 1 MB in all
+        base = write_base(tmp_path / "base", rows=rows)
+        adapter = write_adapter(tmp_path / "adapter", factors(rows))
+        result = adapterkit("merge", base, adapter, "-o", disk / "out")
+        assert ("GB free" if checked else "No space left on device") in result.message(6)
+        assert names(disk) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# --- failing reads ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 5, 12])
+def test_a_read_that_fails(inputs: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    error = OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(os, "preadv", nth_call(os.preadv, n, failing(error)))
+    message = merge(inputs).message(1)
+    assert message.startswith(f"{inputs}/")
+    assert not message.startswith(f"{inputs}/out")
+    assert message.endswith("Input/output error")
+    assert nothing_left(inputs)
+
+
+@pytest.mark.parametrize("which", ["base/model-00002-of-00002.safetensors", "adapter/adapter_model.safetensors"])
+def test_an_input_that_shrinks_after_planning(tmp_path: Path, which: str) -> None:
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    plan = package.plan_merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    os.truncate(tmp_path / which, 1000)
+    with pytest.raises(package.AdapterkitError, match=rf"{which}: ended at byte \d+ while being (read|copied)"):
+        list(package.run(plan))
+    assert nothing_left(tmp_path)
+
+
+def test_an_input_that_vanishes_after_planning(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    plan = package.plan_merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(package.AdapterkitError, match="model-00001-of-00002.safetensors: No such file"):
+        list(package.run(plan))
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_a_plan_that_is_given_up(inputs: Path) -> None:
+    events = package.run(package.plan_merge(inputs / "base", [inputs / "adapter"], inputs / "out"))
+    next(events)
+    assert ".out.partial" in names(inputs)
+    events.close()
+    assert nothing_left(inputs)
+
+
+# --- outputs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["file/out", "file/new/out", "x" * 300, "x" * 250])
+def test_an_output_that_cannot_be_made(inputs: Path, out: str) -> None:
+    (inputs / "file").touch()
+    assert str(inputs) in merge(inputs, out=out).message(1)
+    assert names(inputs) == ["adapter", "base", "file"]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_an_output_directory_that_is_read_only(inputs: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Permission bits do not bind root, who may run the tests; so the file system's answer is played."""
+    error = OSError(code, os.strerror(code), str(inputs / "out"))
+    monkeypatch.setattr(Path, "mkdir", nth_call(Path.mkdir, 1, failing(error)))
+    assert merge(inputs).message(1) == f"{inputs}/out: {os.strerror(code)}"
+    assert nothing_left(inputs)
+
+
+def test_an_output_below_proc(inputs: Path) -> None:
+    assert merge(inputs, out="/proc/adapterkit/out").message(1).startswith("/proc/adapterkit")
+
+
+@pytest.mark.parametrize("out", ["out", "new/folder/out"])
+def test_folders_made_for_an_output_go_with_it(inputs: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "write_companions", failing(FULL))
+        assert merge(inputs, out=out).code != 0
+    assert nothing_left(inputs)
+    assert merge(inputs, out=out).code == 0
+    assert loads(inputs / out)
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "link", "dangling link", "fifo"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_something_is_in_the_way(inputs: Path, kind: str, overwrite: bool) -> None:
+    out = inputs / "out"
+    if kind == "directory":
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+    elif kind == "file":
+        out.write_text("years of work")
+    elif kind == "link":
+        (inputs / "real").mkdir()
+        out.symlink_to("real")
+    elif kind == "dangling link":
+        out.symlink_to("gone")
+    else:
+        os.mkfifo(out)
+    before = contents(inputs)
+    if kind == "file" and overwrite:  # a directory never takes the place of a file
+        assert merge(inputs, "--overwrite").code in (1, 7)
+    else:
+        assert str(out) in merge(inputs, *["--overwrite"] * overwrite).message(7)
+    assert contents(inputs) == before
+
+
+def test_an_empty_directory_is_no_obstacle(inputs: Path) -> None:
+    (inputs / "out").mkdir()
+    assert merge(inputs).code == 0
+    assert loads(inputs / "out")
+    assert names(inputs) == ["adapter", "base", "out"]
+
+
+def test_what_adapterkit_made_is_replaced_when_asked(inputs: Path) -> None:
+    assert merge(inputs).code == 0
+    first = contents(inputs / "out")
+    assert "exists already" in merge(inputs, "--scale=2").message(7)
+    assert contents(inputs / "out") == first
+    assert merge(inputs, "--scale=2", "--overwrite").code == 0
+    assert contents(inputs / "out") != first
+    assert names(inputs) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("out", ["base", "base/out", "base/deep/out", "adapter", "."])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_is_also_an_input(inputs: Path, out: str, overwrite: bool) -> None:
+    assert "input" in merge(inputs, *["--overwrite"] * overwrite, out=out).message(2)
+    assert nothing_left(inputs)
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_an_output_without_a_name(inputs: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    (inputs / "base" / "here").mkdir()
+    monkeypatch.chdir(inputs / "base" / "here")
+    result = adapterkit("merge", inputs / "base", inputs / "adapter", "-o", out)
+    result.message(2)
+    assert names(Path()) == []
+
+
+def test_two_merges_to_one_output(inputs: Path) -> None:
+    held = inputs / ".out.partial"
+    held.mkdir()
+    (held / "theirs").touch()
+    fd = os.open(held, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    assert "another adapterkit is writing there right now" in merge(inputs).message(7)
+    assert names(held) == ["theirs"]
+    os.close(fd)
+    assert merge(inputs).code == 0
+    assert names(inputs) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link to a directory", "link to a file", "dangling link"])
+def test_something_else_where_the_partial_goes(inputs: Path, kind: str) -> None:
+    partial, precious = inputs / ".out.partial", inputs / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    if kind == "file":
+        partial.write_text("left by a killed merge of a single file")
+    else:
+        to = {"link to a directory": "precious", "link to a file": "precious/thesis.tex", "dangling link": "gone"}
+        partial.symlink_to(to[kind])
+    assert merge(inputs).code == 0
+    assert contents(precious) == {"thesis.tex": b"years of work"}
+    assert names(inputs) == ["adapter", "base", "out", "precious"]
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def appear() -> None:
+        (inputs / "out").mkdir()
+        (inputs / "out" / "thesis.tex").write_text("years of work")
+
+    monkeypatch.setattr(stream, "write_companions", nth_call(stream.write_companions, 1, appear))
+    assert "appeared while" in merge(inputs).message(7)
+    assert contents(inputs / "out") == {"thesis.tex": b"years of work"}
+    assert names(inputs) == ["adapter", "base", "out"]
+
+
+def test_an_output_that_appears_between_plan_and_run(inputs: Path) -> None:
+    plan = package.plan_merge(inputs / "base", [inputs / "adapter"], inputs / "out")
+    (inputs / "out").mkdir()
+    (inputs / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputExistsError):
+        list(package.run(plan))
+    assert contents(inputs / "out") == {"thesis.tex": b"years of work"}
+    assert names(inputs) == ["adapter", "base", "out"]
+
+
+# --- companions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_fifo_beside_the_base_is_not_opened(tmp_path: Path) -> None:
+    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    os.mkfifo(base / "pipe")
+    message = adapterkit("merge", base, adapter, "-o", tmp_path / "out").message(1)
+    assert message.startswith(f"{base}/pipe: is neither a file nor a link to one")
+    assert nothing_left(tmp_path)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    base, adapter = write_base(folder / os.fsdecode(b"\xff-base")), write_adapter(folder / os.fsdecode(b"\xfe"))
+    assert adapterkit("merge", base, adapter, "-o", folder / "out").code == 0
+    assert "\\udcff-base" in (folder / "out" / "README.md").read_text("utf-8")
+
+
+# --- single files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fsync"])
+def test_a_single_file_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
+    file, out = base / "model.safetensors", tmp_path / "out.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, failing(FULL))
+        adapterkit("merge", file, adapter, "-o", out).message(6)
+    assert nothing_left(tmp_path)
+    (tmp_path / ".out.safetensors.partial").mkdir()  # left by a killed merge of a directory
+    assert adapterkit("merge", file, adapter, "-o", out).code == 0
+    assert names(tmp_path) == ["adapter", "base", "out.safetensors"]
+    assert load_file(out)["model.layers.0.self_attn.q_proj.weight"].shape[1] == COLUMNS
+    assert "exists already" in adapterkit("merge", file, adapter, "-o", out).message(7)
+    assert adapterkit("merge", file, adapter, "-o", out, "--overwrite").code == 0
