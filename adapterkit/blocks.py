@@ -78,9 +78,9 @@ def load(edit: Edit, fd: int) -> Loaded:
         updates.append(update)
     added = []
     for addition in edit.added:
-        vector = addition.vector.read().to(dtype)
+        vector = addition.vector.read().to(dtype) * addition.scale
         _check_finite(vector, edit.name)
-        added.append(vector.mul_(addition.scale)[:, None])
+        added.append(vector[:, None])
     return Loaded(updates, added)
 
 
@@ -109,10 +109,9 @@ def merge_rows(
         for vector in loaded.added:
             chunk.add_(vector[start : start + len(chunk)])
         rows = slice(start - first, start - first + len(chunk))
-        base = source[rows] if source is not None and not edit.replaced else None
-        _round(chunk, out[rows], base, start, loaded, buffers)
-        if out_dtype is torch.float16 and not bool(torch.isfinite(out[rows]).all()):
-            _check_overflow(edit, chunk)
+        base = source[rows] if source is not None else None
+        _check_range(edit, chunk, base, out_dtype)
+        _round(chunk, out[rows], None if edit.replaced else base, start, loaded, buffers)
         if sample:
             kept += retention(before, chunk[:sample], out[rows][:sample])
     return raw, kept if measured else None
@@ -193,8 +192,15 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
         raise FitError(f"{name}: the adapter brings NaN or Inf for it: the adapter is broken")
 
 
-def _check_overflow(edit: Edit, chunk: torch.Tensor) -> None:
-    limit = torch.finfo(torch.float16).max
-    finite = chunk[torch.isfinite(chunk)]
-    if finite.numel() and (beyond := finite.abs().max()) > limit:
-        raise FitError(f"{edit.name}: reaches {float(beyond):.4g}, and float16 ends at {limit:g}: use --dtype bf16")
+def _check_range(edit: Edit, exact: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> None:
+    """Refuse results beyond the output dtype, except where the base itself is not finite."""
+    limit = torch.finfo(dtype).max
+    if not exact.numel() or all(abs(float(extreme)) <= limit for extreme in exact.aminmax()):  # false for NaN
+        return
+    broken = ~torch.isfinite(exact.to(dtype))
+    if base is not None:
+        broken &= torch.isfinite(base)
+    if bool(broken.any()):
+        beyond, name = float(exact[broken].abs().max()), str(dtype).removeprefix("torch.")
+        wider = {torch.float16: "--dtype bf16", torch.bfloat16: "--dtype fp32"}.get(dtype, "a smaller --scale")
+        raise FitError(f"{edit.name}: reaches {beyond:.4g}, and {name} ends at {limit:.5g}: use {wider}")

@@ -60,6 +60,9 @@ class Checkpoint:
                     continue
                 if name.endswith(".safetensors") and file.parent == Path():
                     continue  # a shard
+                if name == "adapter_config.json":  # beside a model, transformers would load the adapter it speaks of
+                    skipped.append(file)
+                    continue
                 (skipped if name.endswith((*OTHER_WEIGHTS, ".bin.index.json")) else keep).append(file)
         return keep, skipped
 
@@ -101,6 +104,8 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         if tensor not in tensors or tensors[tensor].file.name != file:
             raise FormatError(f"{indexes[0]}: {tensor} should be in {file}, but is not")
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if not isinstance(config.get("model_type", ""), str | None):
+        raise FormatError(f"{path / CONFIG}: model_type is {str(config['model_type'])[:60]!r}, expected a name")
     return Checkpoint(
         path, name or path.resolve().name, tuple(shards), tensors, config, indexes[0] if indexes else None
     )

@@ -56,29 +56,29 @@ def update_for(
 
     `of` picks rows of Δ, `expert` one expert's factors; raises FitError naming `where` if a factor is not finite.
     """
-    for name, tensor in (("A", weights.A), ("B", weights.B), ("the magnitude", weights.magnitude)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise FitError(f"{where}: {name} holds NaN or Inf: the adapter is broken; did its training diverge?")
     A, B = weights.A.to(dtype), weights.B.to(dtype)
+    magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype)
+    strength = weights.scaling * (weight if magnitude is None else 1.0)
+    for name, tensor in (
+        ("A", A),
+        ("B", B),
+        ("the magnitude", magnitude),
+        ("the scaling", torch.tensor(strength).to(dtype)),
+    ):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise FitError(
+                f"{where}: {name} is NaN or Inf in {dtype}: the adapter is broken; did its training diverge?"
+            )
     if expert is not None:
         A = A.reshape(weights.experts, weights.rank, -1)[expert]
         B = B.reshape(B.shape[0], weights.rank, weights.experts)[:, :, expert]
     A, B = A.flatten(1), B.flatten(1)
-    magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype)
     if of is not None:
         B = B[of[0] : of[1]]
         magnitude = None if magnitude is None else magnitude[of[0] : of[1]]
     left, right = (A.T, B.T) if transposed else (B, A)
-    plain = magnitude is None
-    return Update(
-        *rows,
-        left.contiguous(),
-        right.contiguous(),
-        weights.scaling * (weight if plain else 1.0),
-        magnitude,
-        None,
-        1.0 if plain else weight,
-    )
+    share = 1.0 if magnitude is None else weight
+    return Update(*rows, left.contiguous(), right.contiguous(), strength, magnitude, None, share)
 
 
 def add_updates(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> None:

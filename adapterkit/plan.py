@@ -196,6 +196,8 @@ def make_plan(
         if base.quantization:
             raise FitError(f"{base.path}: is quantized ({base.quantization}); --dtype needs a 16- or 32-bit base")
         config = _with_nested(config, "dtype" if "dtype" in config else "torch_dtype", TORCH_NAMES[target])
+    _, left_out = base.other_files()
+    notes += [f"{file}: not copied, since it belongs to the unmerged model" for file in left_out]
     new = [name for name in changes.replaced if name not in tensors]
     notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
     files = tuple(
@@ -243,6 +245,8 @@ def _check_target(name: str, tensors: Mapping[str, TensorInfo], base: Checkpoint
     if len(whole) > 1:
         raise FitError(f"{name}: {len(whole)} adapters replace it outright (modules_to_save); merge one of them only")
     for change in changes.replaced.get(name, ()):
+        if change.values.dtype not in FLOAT_DTYPES:
+            raise FitError(f"{name}: the adapter replaces it by {change.values.dtype}; expected floating point weights")
         if info is None:
             continue
         expected = info.shape if change.rows is None else (len(change.rows), *info.shape[1:])

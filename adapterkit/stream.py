@@ -157,8 +157,10 @@ class _Run:
 
             threads_before = torch.get_num_threads()
             self.torch_ready.set()
-            yield from self._progress(workers)
-            torch.set_num_threads(threads_before)
+            try:
+                yield from self._progress(workers)
+            finally:
+                torch.set_num_threads(threads_before)
         finally:
             self.stop.set()
             self.torch_ready.set()

@@ -307,7 +307,7 @@ def _place_in_fused(
     parent, _, leaf = base.rpartition(".")
     for fused, parts in FUSED.items():
         info = names.find(f"{parent}.{fused}.weight") or names.find(f"{parent}.{fused}_weight")
-        if leaf not in parts or info is None:
+        if leaf not in parts or info is None or len(info.shape) < 2:
             continue
         sizes = _part_sizes(parts, info.shape[0], config)
         index = parts.index(leaf)
@@ -328,10 +328,12 @@ def _part_sizes(parts: tuple[str, ...], rows: int, config: Mapping[str, Any]) ->
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, dict) else config
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    if not isinstance(heads, int) or heads < 1:
-        return (rows // 3,) * 3 if rows % 3 == 0 and "num_key_value_heads" not in config else None
-    groups = config.get("num_key_value_heads") or heads
-    size = config.get("head_dim") or (width // heads if isinstance(width, int) else 0)
+    groups, size = config.get("num_key_value_heads"), config.get("head_dim")
+    if any(value is not None and (type(value) is not int or value < 1) for value in (heads, width, groups, size)):
+        return None
+    if heads is None:
+        return (rows // 3,) * 3 if rows % 3 == 0 and groups is None else None
+    groups, size = groups or heads, size or (width or 0) // heads
     sizes = (heads * size, groups * size, groups * size)
     return sizes if sum(sizes) == rows else None
 
@@ -340,9 +342,8 @@ def _place_over_parts(base: str, weights: LoraWeights[LazyTensor], names: _Names
     """A fused module on a split base: each part takes its rows of Δ."""
     parent, _, leaf = base.rpartition(".")
     infos = [names.find(f"{parent}.{part}.weight") for part in FUSED.get(leaf, ())]
-    if not infos or None in infos:
-        return ()
-    return _over_rows([info for info in infos if info], weights, None)
+    found = [info for info in infos if info is not None and len(info.shape) > 1]
+    return _over_rows(found, weights, None) if found and len(found) == len(infos) else ()
 
 
 def _over_rows(infos: list[TensorInfo], weights: LoraWeights[LazyTensor], expert: int | None) -> tuple[Target, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from handmade import COLUMNS, CONFIG, MODULES, RANK, ROWS, adapterkit, contents, factors, write_adapter, write_base
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 FIRST = f"base_model.model.{MODULES[0]}"
 NAN, INF = float("nan"), float("inf")
@@ -343,27 +343,21 @@ def test_names_from_strangers_stay_on_one_line(base: Path) -> None:
 
 # --- what a base says ------------------------------------------------------------------------------------------------
 
-left = pytest.mark.xfail(reason="reported, not fixed yet", raises=Exception)
 
-
-@pytest.mark.parametrize("model_type", [pytest.param(["llama"], marks=left), pytest.param({"a": 1}, marks=left)])
+@pytest.mark.parametrize("model_type", [["llama"], {"a": 1}])
 def test_a_model_type_that_is_no_name(base: Path, model_type: Any) -> None:
-    """It matters for square weights only, which show no orientation."""
-    for shard in base.glob("*.safetensors"):
-        save_file({name: torch.ones(COLUMNS, COLUMNS) for name in load_file(shard)}, shard)
     (base / "config.json").write_text(json.dumps({"model_type": model_type}))
-    tensors = {name: torch.ones(COLUMNS, RANK) if "lora_B" in name else t for name, t in factors().items()}
-    refused(base, write_adapter(base.parent / "a", tensors), 3)
+    assert "model_type" in refused(base, write_adapter(base.parent / "a"), 1)
 
 
 @pytest.mark.parametrize(
     "config",
     [
         {"num_attention_heads": 4, "head_dim": -8},
-        pytest.param({"num_attention_heads": 4, "head_dim": "8"}, marks=left),
-        pytest.param({"num_attention_heads": 4, "head_dim": 8.0}, marks=left),
-        pytest.param({"num_attention_heads": 4, "head_dim": [8]}, marks=left),
-        pytest.param({"num_attention_heads": 4, "num_key_value_heads": "4", "hidden_size": 32}, marks=left),
+        {"num_attention_heads": 4, "head_dim": "8"},
+        {"num_attention_heads": 4, "head_dim": 8.0},
+        {"num_attention_heads": 4, "head_dim": [8]},
+        {"num_attention_heads": 4, "num_key_value_heads": "4", "hidden_size": 32},
     ],
     ids=str,
 )
@@ -379,7 +373,7 @@ def test_head_counts_that_are_no_counts(tmp_path: Path, config: dict[str, Any]) 
 
 @pytest.mark.parametrize(
     "names",
-    [["q_proj"], pytest.param(["qkv_proj"], marks=left), pytest.param(["k_proj", "v_proj", "q_proj"], marks=left)],
+    [["q_proj"], ["qkv_proj"], ["k_proj", "v_proj", "q_proj"]],
 )
 def test_a_base_of_scalars(tmp_path: Path, names: list[str]) -> None:
     (base := tmp_path / "base").mkdir()
@@ -403,17 +397,12 @@ def test_a_base_of_scalars(tmp_path: Path, names: list[str]) -> None:
     ],
     ids=["float64 beyond float32", "bf16 overflows", "fp16 overflows", "scale beyond float32"],
 )
-def test_results_that_overflow(
-    request: pytest.FixtureRequest, base: Path, factor: torch.Tensor, options: list[str]
-) -> None:
-    if options[:1] != ["--dtype"]:
-        request.applymarker(left)
+def test_results_that_overflow(base: Path, factor: torch.Tensor, options: list[str]) -> None:
     adapter = write_adapter(base.parent / "a", factors() | {f"{FIRST}.lora_A.weight": factor})
     refused(base, adapter, 3, *options)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
-@left
 def test_a_saved_module_that_is_no_floating_point(base: Path, dtype: torch.dtype) -> None:
     tensors = factors() | {"base_model.model.score.weight": torch.ones(2, COLUMNS, dtype=dtype)}
     refused(base, write_adapter(base.parent / "a", tensors, CONFIG | {"modules_to_save": ["score"]}), 3)
@@ -429,9 +418,7 @@ def test_trained_tokens_that_are_no_rows(tmp_path: Path, rows: Any) -> None:
     refused(base, write_adapter(tmp_path / "a", tensors, config), 3)
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param("²", marks=left), pytest.param("9" * 5000, marks=left)], ids=["²", "5000"]
-)
+@pytest.mark.parametrize("number", ["²", "9" * 5000], ids=["²", "5000"])
 def test_a_layer_number_that_is_no_number(base: Path, number: str) -> None:
     tensors = {f"base_model.model.layers.{number}.q_proj.lora_{k}.weight": torch.ones(4, 4) for k in "AB"}
     refused(base, make_bin(base.parent / "a", tensors), 3)

@@ -136,6 +136,16 @@ def test_killed(inputs: Path, place: tuple[str, int]) -> None:
     assert loads(inputs / "out")
 
 
+def test_a_shard_in_the_making_opens_as_nothing(inputs: Path) -> None:
+    """Shards load without a config too, so a header must not be there before its tensors are."""
+    ended_by(("stream._Run._merge_block", 1), "SIGKILL", inputs)
+    shards = sorted((inputs / ".out.partial").glob("*.safetensors"))
+    assert len(shards) == 2
+    for shard in shards:
+        with pytest.raises(SafetensorError):
+            safe_open(shard, "pt")
+
+
 @pytest.mark.parametrize("place", POINTS, ids=lambda place: f"{place[0]}-{place[1]}")
 def test_interrupted(inputs: Path, place: tuple[str, int]) -> None:
     result = ended_by(place, "SIGINT", inputs)

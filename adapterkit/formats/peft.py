@@ -473,7 +473,7 @@ def _disagreements(config: _Config, modules: Mapping[str, LoraWeights[LazyTensor
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
