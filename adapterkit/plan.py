@@ -170,28 +170,23 @@ def make_plan(
     embedding = _tied_embedding(base)
     if embedding is not None:
         tensors.setdefault(HEAD, replace(base.tensors[embedding], name=HEAD))
-    changes, ledger, skipped = _Changes(), {}, []
-    notes = [f"{one.label}: {problem}" for one in given for problem in one.adapter.problems if not problem.fatal]
+    changes, notes = _Changes(), [f"{one.label}: {p}" for one in given for p in one.adapter.problems if not p.fatal]
+    ledger: dict[str, dict[str, tuple[str, ...]]] = {}
+    skipped: list[str] = []
     for one in given:
         found = fit(one.adapter, tensors, base.config, rename)
-        if found.missing:
-            if not allow_partial or not (found.targets or found.replaced or found.tokens):
-                raise FitError(f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in "
-                               f"{base.name}: {explain_missing(found.missing, base.tensors)}")  # fmt: skip
-            skipped += [f"{one.label}: {name}" for name in found.missing]
-        if found.drift:
-            renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.drift.items())
-            notes.append(f"{one.label}: names its modules by another prefix than the base; matched by {renames}")
+        skipped += _missing(one, found, base, allow_partial)
+        notes += _drift_note(one, found)
         _gather(one, found, changes)
         ledger[one.label] = _ledger(found)
+    for name in (*changes.deltas, *changes.replaced, *changes.added):
+        _check_target(name, tensors, base, changes)
     config, untied = dict(base.config), None
     if embedding is not None and _must_untie(embedding, changes, given):
         untied = (embedding, HEAD)
         config = _with_nested(config, "tie_word_embeddings", False)
         notes.append(f"the base ties {HEAD} to {embedding}, the adapter changes them apart: the output unties them")
-    for name in (*changes.deltas, *changes.replaced, *changes.added):
-        _check_target(name, tensors, base, changes)
-    target = None if dtype is None else DTYPES.get(dtype, dtype)
+    target = None if dtype is None else DTYPES[dtype]
     if target is not None:
         if base.quantization:
             raise FitError(f"{base.path}: is quantized ({base.quantization}); --dtype needs a 16- or 32-bit base")
@@ -204,17 +199,9 @@ def make_plan(
         _plan_file(header, changes, target, untied, new if header is base.shards[-1] else []) for header in base.shards
     )
     return MergePlan(
-        base,
-        out,
-        tuple(given),
-        files,
-        config,
-        _weight_map(base, files),
-        ledger,
-        tuple(skipped),
-        tuple(dict.fromkeys(notes)),
-        target,
-    )
+        base, out, tuple(given), files, config, _weight_map(base, files), ledger, tuple(skipped),
+        tuple(dict.fromkeys(notes)), target,
+    )  # fmt: skip
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -256,6 +243,23 @@ def _check_target(name: str, tensors: Mapping[str, TensorInfo], base: Checkpoint
             raise FitError(f"{name}: the adapter brings {change.values.shape}, the base has {info.shape}.{hint}")
         if change.rows and max(change.rows) >= info.shape[0]:
             raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
+
+
+def _missing(one: Given, found: Fit, base: Checkpoint, allow_partial: bool) -> list[str]:
+    """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
+    landed = found.targets or found.replaced or found.tokens
+    if found.missing and not (allow_partial and landed):
+        raise FitError(
+            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base.name}: "
+            f"{explain_missing(found.missing, base.tensors)}"
+        )
+    return [f"{one.label}: {name}" for name in found.missing]
+
+
+def _drift_note(one: Given, found: Fit) -> list[str]:
+    renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.drift.items())
+    prefix = f"{one.label}: names its modules by another prefix than the base; matched by "
+    return [prefix + renames] if renames else []
 
 
 def _count(adapter: Adapter) -> str:

@@ -12,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter import Adapter, Kind, LazyTensor, LoraWeights, Problem
-from adapterkit.errors import FitError, FormatError, OutputExistsError, UsageError
+from adapterkit.errors import FitError, OutputExistsError
+from adapterkit.formats.peft_config import PeftConfig, Strength
 from adapterkit.formats.source import CONFIG, WEIGHTS, Source
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, write_tensors
 
@@ -43,28 +44,6 @@ ROLES = {
 ROLE_PATTERNS = {role: re.compile(r"(?P<module>.+?)" + pattern) for role, pattern in ROLES.items()}
 SAVED = re.compile(r"(?P<module>.+)\.(?:modules_to_save\.[^.]+|base_layer)\.(?P<leaf>[^.]+)")
 
-# Fields that change what the factors mean in ways that no merged weight can express.
-UNMERGEABLE = {
-    "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens, so no merged weight equals it",
-    "layer_replication": "the adapter belongs to a model with repeated layers, which the base does not have",
-    "megatron_config": "its factors are split over Megatron ranks",
-    "use_qalora": "QA-LoRA pools its input by groups",
-    "arrow_config": "Arrow routes between adapters at run time",
-    "use_bdlora": "BD-LoRA's factors are block diagonal",
-    "velora_config": "VeLoRA is not LoRA at inference",
-    "kasa_config": "KaSA brings singular values of its own",
-    "monteclora_config": "MonteCLoRA samples its factors",
-}
-# Initializations that also change the base weights, unless PEFT converted the adapter when saving it.
-CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
-
-# Configs come from strangers, and Python's matcher backtracks: repeating a group can take exponential time, and n other
-# choices (repetitions, groups) the n-th power of the name's length. These bounds keep a match within seconds.
-REPEATED_GROUP = re.compile(r"\)[+*{]")
-CHOICE = re.compile(r"\((?:\?.)?|[+*?]\??|\{")
-MAX_CHOICES = 4
-MAX_MATCHED = 150  # characters of a module's name
-
 
 def detect(source: Source) -> bool:
     """Any tensor with a PEFT role, or a config that says so."""
@@ -78,8 +57,8 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
 
     Raises FormatError for configs with wrong types or another PEFT method, UsageError where no config says the alpha.
     """
-    config = _Config.parse(source)
-    scale = _Scaling(config, source, alpha, scaling)
+    config = PeftConfig.parse(source)
+    scale = Strength(config, source, alpha, scaling)
     found = _sort_tensors(source.tensors, config)
     problems = [*config.problems(), *found.problems]
     modules = {}
@@ -89,18 +68,8 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
             problems.append(weights)
         else:
             modules[name] = weights
-    tokens = {}
-    for name, delta in found.tokens.items():
-        indices = config.token_indices(name)
-        if delta.dtype not in FLOAT_DTYPES or len(delta.shape) != 2:
-            problems.append(
-                Problem(name, f"the trained tokens are {delta.dtype} {delta.shape}, expected (tokens, dim)")
-            )
-        elif len(indices) != delta.shape[0]:
-            problems.append(
-                Problem(name, f"{delta.shape[0]} trained tokens, trainable_token_indices names {len(indices)}")
-            )
-        tokens[name] = (indices, delta)
+    tokens = {name: (config.token_indices(name), delta) for name, delta in found.tokens.items()}
+    problems += _token_problems(tokens)
     problems += _disagreements(config, modules, found)
     return Adapter(
         format=NAME,
@@ -147,170 +116,6 @@ def write(adapter: Adapter, directory: Path) -> None:
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-# --- the config ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Config:
-    """The fields of adapter_config.json that change numbers, with their types checked."""
-
-    raw: dict[str, Any]
-    r: int | None = None
-    alpha: float | None = None
-    rslora: bool = False
-    dora: bool = False
-    rank_pattern: dict[str, float] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    target_parameters: tuple[str, ...] = ()
-    tokens: Any = None
-    present: bool = False
-
-    @classmethod
-    def parse(cls, source: Source) -> _Config:
-        raw, where = source.config, source.config_file
-        if raw is None:
-            return cls({})
-
-        def get(name: str, kinds: type | tuple[type, ...], default: Any) -> Any:
-            value = raw.get(name)
-            if value is None:
-                return default
-            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-                expected = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-                found = f"{str(value)[:60]!r}, a {type(value).__name__}"
-                raise FormatError(f"{where}: {name} is {found}; expected {expected}")
-            return value
-
-        def number(name: str, kinds: type | tuple[type, ...], above: float) -> Any:
-            value = get(name, kinds, None)
-            if value is not None and not above < value < 1e9:  # NaN is refused too
-                raise FormatError(
-                    f"{where}: {name} is {str(value)[:60]}; expected a number above {above:g} and below 1e9"
-                )
-            return value
-
-        def pattern(name: str, kinds: type | tuple[type, ...]) -> dict[str, float]:
-            value: dict[str, float] = get(name, dict, {})
-            for key, number in value.items():
-                if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number < 1e9:
-                    raise FormatError(
-                        f"{where}: {name}[{key[:60]!r}] is {str(number)[:60]!r}, expected a positive number"
-                    )
-                _compile(key, where)
-            return value
-
-        def names(name: str) -> tuple[str, ...]:
-            value = get(name, list, [])
-            if not all(isinstance(entry, str) for entry in value):
-                raise FormatError(f"{where}: {name} is {str(value)[:60]}; expected a list of names")
-            return tuple(value)
-
-        kind = get("peft_type", str, "LORA")
-        if kind.upper() != "LORA":
-            raise FormatError(f"{where}: peft_type is {kind[:40]!r}; adapterkit reads LORA (with rsLoRA and DoRA)")
-        for name in ("base_model_name_or_path", "bias"):
-            get(name, str, None)
-        for name in ("fan_in_fan_out", "ensure_weight_tying"):
-            get(name, bool, None)
-        if not isinstance(raw.get("target_modules"), str):
-            names("target_modules")
-        return cls(
-            raw,
-            r=number("r", int, 0),
-            alpha=number("lora_alpha", (int, float), -1e9),
-            rslora=get("use_rslora", bool, False),
-            dora=get("use_dora", bool, False),
-            rank_pattern=pattern("rank_pattern", int),
-            alpha_pattern=pattern("alpha_pattern", (int, float)),
-            modules_to_save=names("modules_to_save"),
-            target_parameters=names("target_parameters"),
-            tokens=get("trainable_token_indices", (list, dict), None),
-            present=True,
-        )
-
-    def rank(self, module: str) -> float | None:
-        return _match_pattern(self.rank_pattern, module, self.r)
-
-    def alpha_of(self, module: str) -> float | None:
-        return _match_pattern(self.alpha_pattern, module, self.alpha)
-
-    def token_indices(self, module: str) -> tuple[int, ...]:
-        """The rows of `module` that were trained; a bare list in the config means the input embedding."""
-        rows = self.tokens
-        if isinstance(rows, dict):
-            rows = next((rows[key] for key in rows if module == key or module.endswith("." + key)), ())
-        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
-            return ()
-        return tuple(dict.fromkeys(rows))  # a row named twice is one row: the counts then disagree
-
-    def problems(self) -> Iterable[Problem]:
-        for name, reason in UNMERGEABLE.items():
-            if self.raw.get(name):
-                yield Problem(f"{CONFIG}: {name}", reason)
-        init = self.raw.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
-            yield Problem(
-                f"{CONFIG}: init_lora_weights",
-                f"{init[:40]!r} changes the base when training starts; unless the adapter was converted on saving "
-                "(PEFT's path_initial_model_for_weight_conversion), merging it into the original base is wrong",
-                fatal=False,
-            )
-
-
-@dataclass(frozen=True)
-class _Scaling:
-    """How strong each module is: from the config, or from the caller where there is none; never guessed."""
-
-    config: _Config
-    source: Source
-    alpha: float | None
-    scaling: float | None
-
-    def __post_init__(self) -> None:
-        for option, value in (("--alpha", self.alpha), ("--scaling", self.scaling)):
-            if value is not None and not isfinite(value):
-                raise UsageError(f"{option} {value}: expected a finite number")
-        given = self.alpha is not None or self.scaling is not None
-        if self.config.present and self.config.alpha is not None and given:
-            raise UsageError(
-                f"{self.source.config_file} already gives the alpha: leave --alpha and --scaling away, "
-                "or change the strength with --scale"
-            )
-        if not given and self.config.alpha is None:
-            where = self.source.config_file
-            missing = "has no lora_alpha" if self.config.present else "is missing"
-            raise UsageError(f"{where} {missing}, so the strength of {self.source.weights.name} is unknown: "
-                             "give --alpha (scaling = alpha / rank) or --scaling")  # fmt: skip
-
-    def of(self, module: str, rank: int) -> tuple[float, float | None]:
-        """(scaling, alpha) of `module`: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732)."""
-        if self.scaling is not None:
-            return self.scaling, None
-        alpha = self.alpha if self.alpha is not None else self.config.alpha_of(module)
-        assert alpha is not None
-        return alpha / (rank**0.5 if self.config.rslora else rank), alpha
-
-
-def _compile(key: str, where: object) -> re.Pattern[str]:
-    if len(key) > 500 or REPEATED_GROUP.search(key) or len(CHOICE.findall(key)) > MAX_CHOICES:
-        raise FormatError(f"{where}: the pattern {key[:60]!r} could take for ever to match; refused")
-    try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(f"{where}: {key[:60]!r} is not a regular expression: {error}") from error
-
-
-def _match_pattern(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:
-    """The first pattern that matches, in the order of the file, as PEFT does it."""
-    if patterns and len(module) > MAX_MATCHED:
-        raise FormatError(f"{CONFIG}: a module name of {len(module)} characters is too long to match patterns against")
-    for key, value in patterns.items():
-        if _compile(key, CONFIG).match(module):
-            return value
-    return default
-
-
 # --- the tensors -----------------------------------------------------------------------------------------------------
 
 
@@ -325,7 +130,7 @@ class _Found:
     problems: list[Problem] = field(default_factory=list)
 
 
-def _sort_tensors(tensors: Mapping[str, TensorInfo | torch.Tensor], config: _Config) -> _Found:
+def _sort_tensors(tensors: Mapping[str, TensorInfo | torch.Tensor], config: PeftConfig) -> _Found:
     """Give every tensor its module and role; what fits nowhere is kept in `unread`."""
     found, adapter_names = _Found(), set()
     for key, stored in tensors.items():
@@ -353,7 +158,7 @@ def _sort_tensors(tensors: Mapping[str, TensorInfo | torch.Tensor], config: _Con
     return found
 
 
-def _replaces(name: str, config: _Config) -> str | None:
+def _replaces(name: str, config: PeftConfig) -> str | None:
     """The base tensor that takes this one's place, or None where nothing in the config explains it."""
     if match := SAVED.fullmatch(name):
         return f"{match['module']}.{match['leaf']}"
@@ -370,7 +175,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "
 
 
 def _weights(
-    name: str, roles: dict[str, LazyTensor], config: _Config, scale: _Scaling
+    name: str, roles: dict[str, LazyTensor], config: PeftConfig, scale: Strength
 ) -> LoraWeights[LazyTensor] | Problem:
     """Bring the tensors of one module into adapterkit's form, or say why they do not make one."""
     embedding = "embedding_A" in roles or "embedding_B" in roles
@@ -413,7 +218,7 @@ def _weights(
     return weights
 
 
-def _parameters(name: str, config: _Config) -> tuple[str, ...]:
+def _parameters(name: str, config: PeftConfig) -> tuple[str, ...]:
     """The parameters a module's factors may be meant for: `weight`, or those that target_parameters names."""
     bare = name.replace(".base_layer", "")
     named = [path.rpartition(".") for path in config.target_parameters]
@@ -451,7 +256,18 @@ def _described(key: str, tensor: LazyTensor) -> TensorInfo:
     return TensorInfo(key, tensor.dtype, tensor.shape, Path(), 0, tensor.nbytes)
 
 
-def _disagreements(config: _Config, modules: Mapping[str, LoraWeights[LazyTensor]], found: _Found) -> Iterable[Problem]:
+def _token_problems(tokens: Mapping[str, tuple[tuple[int, ...], LazyTensor]]) -> Iterable[Problem]:
+    """Where the trained rows are not what the config says of them."""
+    for name, (rows, delta) in tokens.items():
+        if delta.dtype not in FLOAT_DTYPES or len(delta.shape) != 2:
+            yield Problem(name, f"the trained tokens are {delta.dtype} {delta.shape}, expected (tokens, dim)")
+        elif len(rows) != delta.shape[0]:
+            yield Problem(name, f"{delta.shape[0]} trained tokens, trainable_token_indices names {len(rows)}")
+
+
+def _disagreements(
+    config: PeftConfig, modules: Mapping[str, LoraWeights[LazyTensor]], found: _Found
+) -> Iterable[Problem]:
     """Where the config and the tensors tell different stories."""
     targets = config.raw.get("target_modules")
     names = [*modules, *found.tokens]
