@@ -12,7 +12,8 @@ import torch
 from adapterkit.adapter import Adapter, LazyTensor
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError
-from adapterkit.targets import Fit, Target, explain_missing, fit
+from adapterkit.renames import explain_missing
+from adapterkit.targets import Fit, Target, fit
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
 
 CHUNK_BYTES = 16 << 20  # rows of W in memory at once, as float32

@@ -14,7 +14,8 @@ from typing import Any
 from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError, UsageError
-from adapterkit.targets import Fit, Target, explain_missing, fit
+from adapterkit.renames import explain_missing
+from adapterkit.targets import Fit, Target, fit
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, encode_header
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}

@@ -47,11 +47,11 @@ def merged(
         magnitude = tensors.get(f"{module}.lora_magnitude_vector")
         name = f"{module}.weight"
         W = replaced.get(name, base[name]).double()
-        result[name] = _lora(W, a, b, _scaling(config, module, a.shape[0]), magnitude, weight, embedding or conv1d)
+        result[name] = _lora(W, a, b, scaling_of(config, module, a.shape[0]), magnitude, weight, embedding or conv1d)
     return result
 
 
-def _scaling(config: dict, module: str, rank: int) -> float:
+def scaling_of(config: dict, module: str, rank: int) -> float:
     """alpha / r, or alpha / √r with rsLoRA; the first alpha_pattern that matches wins."""
     alpha = config["lora_alpha"]
     for pattern, value in config["alpha_pattern"].items():

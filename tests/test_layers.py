@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 LEVELS = (
     ("errors", "version"),
     ("tensorfile", "staging"),
-    ("adapter",),
+    ("adapter", "renames"),
     ("lowrank", "dora"),
     ("delta", "summary"),
     ("checkpoint", "targets", "formats"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import adapterkit
 from adapterkit.errors import FitError, UsageError
-from adapterkit.targets import apply_rename, parse_rename
+from adapterkit.renames import apply_rename, parse_rename
 
 Make = Callable[..., Path]
 

@@ -16,8 +16,8 @@ import click
 from adapterkit import api
 from adapterkit.errors import UsageError
 from adapterkit.plan import DTYPES, MergePlan
+from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged, TensorMerged, default_threads, estimate_memory, run
-from adapterkit.targets import parse_rename
 
 # Below this share the output dtype swallows a tenth of the update or more.
 ENOUGH_KEPT = 0.9
