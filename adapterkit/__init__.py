@@ -1,4 +1,4 @@
-"""adapterkit: inspect LoRA adapters and merge them into base weights, exactly and at the speed of the disk."""
+"""adapterkit: inspect LoRA adapters and merge them into base weights, exactly and streaming."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
 def _check_range(edit: Edit, exact: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> None:
     """Refuse results beyond the output dtype, except where the base itself is not finite."""
     limit = torch.finfo(dtype).max
-    # No element exceeds the norm of all, which is the cheapest pass there is; false for NaN, and where squares overflow.
+    # No element exceeds the norm of all, which is the cheapest pass there is; false for NaN and overflowing squares.
     if float(torch.linalg.vector_norm(exact)) <= limit:
         return
     broken = ~torch.isfinite(exact.to(dtype))
