@@ -7,28 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from math import gcd
 
 import torch
 
 from adapterkit.adapter import load_weights
-from adapterkit.delta import (
-    Retention,
-    Update,
-    add_updates,
-    exact_sum,
-    measure_columns,
-    retention,
-    settle_ties,
-    update_for,
-)
+from adapterkit.delta import Retention, Update, add_updates, exact_sum, measure_columns, retention, update_for
 from adapterkit.errors import FitError
 from adapterkit.plan import Edit
+from adapterkit.rounding import Midpoints, round_once
 from adapterkit.tensorfile import TORCH_NAMES, read_span, tensor_bytes
 
-# How many of float32's lowest bits the output lacks.
-DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
-CHUNK_ELEMENTS = 1 << 20  # 4 MB in float32: measured best of 0.5 to 8; smaller ones pay more for each call
+# 1 MB in float32: with its base and output it stays in the L2 cache of most cores.
+CHUNK_ELEMENTS = 1 << 18
+GROUP_ROWS = 32  # how many rows the search for midpoints takes together
 
 
 @dataclass
@@ -36,22 +28,17 @@ class Buffers:
     """What one worker reuses from block to block, grown to the largest it met."""
 
     read: bytearray = field(default_factory=bytearray)
-    write: bytearray = field(default_factory=bytearray)
     sums: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    narrow: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    bits: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
-    def bytes(self, which: str, size: int) -> memoryview:
-        if len(getattr(self, which)) < size:
-            setattr(self, which, bytearray(size))
-        return memoryview(getattr(self, which))[:size]
+    def bytes(self, size: int) -> memoryview:
+        if len(self.read) < size:
+            self.read = bytearray(size)
+        return memoryview(self.read)[:size]
 
-    def chunk(self, which: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        held: torch.Tensor = getattr(self, which)
-        if held.numel() < shape[0] * shape[1] or held.dtype != dtype:
-            held = torch.empty(shape[0] * shape[1], dtype=dtype)
-            setattr(self, which, held)
-        return held[: shape[0] * shape[1]].view(shape)
+    def chunk(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        if self.sums.numel() < shape[0] * shape[1] or self.sums.dtype != dtype:
+            self.sums = torch.empty(shape[0] * shape[1], dtype=dtype)
+        return self.sums[: shape[0] * shape[1]].view(shape)
 
 
 @dataclass(frozen=True)
@@ -85,58 +72,58 @@ def load(edit: Edit, fd: int) -> Loaded:
 
 
 def merge_rows(
-    edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, measured: int
-) -> tuple[memoryview, Retention | None]:
-    """The output bytes of rows `first:last` of `edit`, and what rounding kept of the update in the `measured` first.
+    edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, into: memoryview, measured: int
+) -> Retention | None:
+    """Compute rows `first:last` of `edit` as bytes `into`; return what rounding kept of the first `measured` of them.
 
     Raises FitError where a finite input becomes infinite in the output dtype.
     """
     _, columns = edit.matrix
     source = _read_rows(edit, fd, first, last, buffers)
-    out_dtype = getattr(torch, TORCH_NAMES[edit.dtype])
-    in_place = edit.source is not None and edit.source.dtype == edit.dtype
-    # In place a row is only overwritten once it has been read into the chunk.
-    raw = buffers.bytes("read" if in_place else "write", tensor_bytes(edit.dtype, (last - first, columns)))
-    out = torch.frombuffer(raw, dtype=out_dtype).view(-1, columns) if raw else torch.empty(0, columns, dtype=out_dtype)
-    kept = Retention()
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    dtype = getattr(torch, TORCH_NAMES[edit.dtype])
+    out = torch.frombuffer(into, dtype=dtype).view(-1, columns) if into else torch.empty(0, columns, dtype=dtype)
+    kept, squares = Retention(), []
+    step = _chunk_rows(columns)
+    midpoints = Midpoints(dtype, gcd(last - first, step, GROUP_ROWS)) if _rounds_twice(edit) else None
     for start in range(first, last, step):
-        chunk = buffers.chunk("sums", (min(last, start + step) - start, columns), _compute_dtype(edit))
+        stop = min(last, start + step)
+        rows = slice(start - first, stop - first)
+        chunk = buffers.chunk((stop - start, columns), _compute_dtype(edit))
         _base_rows(edit, source, first, start, chunk)
-        sample = max(0, min(len(chunk), first + measured - start))
-        before = chunk[:sample].clone()
+        sample = max(0, min(stop, first + measured) - start)
+        before = chunk[:sample].clone() if sample else chunk
         add_updates(chunk, start, loaded.updates)
         for vector in loaded.added:
-            chunk.add_(vector[start : start + len(chunk)])
-        rows = slice(start - first, start - first + len(chunk))
-        base = source[rows] if source is not None else None
-        _check_range(edit, chunk, base, out_dtype)
-        _round(chunk, out[rows], None if edit.replaced else base, start, loaded, buffers)
+            chunk.add_(vector[start:stop])
+        out[rows] = round_once(chunk, dtype) if chunk.dtype is torch.float64 else chunk
+        squares.append((flat := chunk.view(-1)).dot(flat))
+        if midpoints:
+            midpoints.look(chunk)
         if sample:
             kept += retention(before, chunk[:sample], out[rows][:sample])
-    return raw, kept if measured else None
+    if midpoints and source is not None:
+        i, j = midpoints.found()
+        out[i, j] = round_once(exact_sum(source, first, loaded.updates, i, j), dtype)
+    _check_range(edit, squares, out, source)
+    return kept if measured else None
 
 
-def _round(
-    exact: torch.Tensor, out: torch.Tensor, base: torch.Tensor | None, start: int, loaded: Loaded, buffers: Buffers
-) -> None:
-    """Round `exact` into `out` once: float32 sums are rounded themselves, and torch takes float64 by way of float32."""
-    dropped, shape, total = DROPPED_BITS.get(out.dtype), (exact.shape[0], exact.shape[1]), exact
-    if dropped is not None and exact.dtype is torch.float64:
-        total = buffers.chunk("narrow", shape, torch.float32).copy_(exact)
-        settle_ties(total, dropped, buffers.chunk("bits", shape, torch.int32), lambda i, j: exact[i, j])
-    elif dropped is not None and loaded.updates and base is not None:
-        exact_at = partial(exact_sum, base, start, loaded.updates)
-        settle_ties(total, dropped, buffers.chunk("bits", shape, torch.int32), exact_at)
-    out.copy_(total)
+def _chunk_rows(columns: int) -> int:
+    """How many rows fit a chunk; where it is more than one group of them, whole groups."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, columns))
+    return rows - rows % GROUP_ROWS if rows > GROUP_ROWS else 1 << rows.bit_length() - 1
+
+
+def _rounds_twice(edit: Edit) -> bool:
+    """Whether updates are added in float32 and rounded again to a 16-bit dtype."""
+    return bool(edit.deltas) and _compute_dtype(edit) is torch.float32
 
 
 def _compute_dtype(edit: Edit) -> torch.dtype:
     """float32 for plain updates of 16-bit weights; float64 where float32 would not round once."""
-    computed = edit.deltas or edit.replaced or edit.added
     wide = edit.dtype not in ("BF16", "F16") or (edit.source is not None and edit.source.dtype == "F64")
-    involved = edit.replaced or any(delta.weights.magnitude for delta in edit.deltas)
-    return torch.float64 if wide or (computed and involved) else torch.float32
+    involved = edit.replaced or edit.added or any(delta.weights.magnitude for delta in edit.deltas)
+    return torch.float64 if wide or involved else torch.float32
 
 
 def _read_rows(edit: Edit, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor | None:
@@ -146,7 +133,7 @@ def _read_rows(edit: Edit, fd: int, first: int, last: int, buffers: Buffers) -> 
         return None
     _, columns = edit.matrix
     row = tensor_bytes(info.dtype, (columns,))
-    raw = buffers.bytes("read", (last - first) * row)
+    raw = buffers.bytes((last - first) * row)
     if not raw:
         return None
     read_span(fd, raw, info.start + first * row, info.file)
@@ -182,7 +169,7 @@ def _base_chunks(edit: Edit, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
     for start in range(0, depth, step):
         stop = min(depth, start + step)
         source = _read_rows(edit, fd, start, stop, buffers)
-        chunk = buffers.chunk("sums", (stop - start, columns), _compute_dtype(edit))
+        chunk = buffers.chunk((stop - start, columns), _compute_dtype(edit))
         _base_rows(edit, source, start, start, chunk)
         yield start, chunk
 
@@ -192,16 +179,19 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
         raise FitError(f"{name}: the adapter brings NaN or Inf for it: the adapter is broken")
 
 
-def _check_range(edit: Edit, exact: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> None:
-    """Refuse results beyond the output dtype, except where the base itself is not finite."""
-    limit = torch.finfo(dtype).max
-    # No element exceeds the norm of all, which is the cheapest pass there is; false for NaN and overflowing squares.
-    if float(torch.linalg.vector_norm(exact)) <= limit:
+def _check_range(edit: Edit, squares: list[torch.Tensor], out: torch.Tensor, base: torch.Tensor | None) -> None:
+    """Refuse results beyond the output dtype, except where the base itself is not finite.
+
+    No square exceeds the sum of them all, `squares` by chunk, which is the cheapest pass there is; it is NaN or Inf
+    where one of them is, and may be Inf where none is.
+    """
+    limit = torch.finfo(out.dtype).max
+    if not squares or float(torch.stack(squares).max()) < limit * limit:  # false for NaN
         return
-    broken = ~torch.isfinite(exact.to(dtype))
+    broken = ~torch.isfinite(out)
     if base is not None:
         broken &= torch.isfinite(base)
     if bool(broken.any()):
-        beyond, name = float(exact[broken].abs().max()), str(dtype).removeprefix("torch.")
-        wider = {torch.float16: "--dtype bf16", torch.bfloat16: "--dtype fp32"}.get(dtype, "a smaller --scale")
-        raise FitError(f"{edit.name}: reaches {beyond:.4g}, and {name} ends at {limit:.5g}: use {wider}")
+        name = str(out.dtype).removeprefix("torch.")
+        wider = {torch.float16: "--dtype bf16", torch.bfloat16: "--dtype fp32"}.get(out.dtype, "a smaller --scale")
+        raise FitError(f"{edit.name}: a merged weight is beyond {limit:.5g}, where {name} ends: use {wider}")

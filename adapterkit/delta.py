@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 
 from adapterkit.adapter import LoraWeights
 from adapterkit.dora import column_gain, row_gain
 from adapterkit.errors import FitError
-
-# How many float32 neighbours of a midpoint are decided in float64: beyond what summing a common update can be off by.
-NEAR = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,44 +106,19 @@ def add_updates(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> 
             rows.add_(direction.sub_(original), alpha=update.weight)
 
 
-def settle_ties(
-    total: torch.Tensor,
-    dropped: int,
-    scratch: torch.Tensor,
-    exact: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> None:
-    """Move float32 values next to a midpoint between two outputs to the side where the `exact` value lies, in place.
-
-    Rounding to float32 can end on such a midpoint, or across it, and rounding again would then go the wrong way; which
-    way, would depend on the order of summation. The output drops the lowest `dropped` bits of a float32; `exact(i, j)`
-    gives elements of `total` in float64; `scratch` is int32 of its shape.
-    """
-    bits = total.view(torch.int32)
-    # The dropped bits, shifted to the top, so that the midpoint and its neighbours are the smallest integers there are.
-    torch.add(bits, NEAR, out=scratch).bitwise_left_shift_(32 - dropped)
-    nearest = -(2**31) + (2 * NEAR << (32 - dropped))
-    groups = scratch.view(-1, gcd(scratch.numel(), 64))  # a minimum is cheaper than a mask, and most groups have none
-    hits = (groups.amin(dim=1) <= nearest).nonzero().flatten()
-    if not len(hits):
-        return
-    at = (groups[hits] <= nearest).nonzero()
-    flat = hits[at[:, 0]] * groups.shape[1] + at[:, 1]
-    i, j = flat // total.shape[1], flat % total.shape[1]
-    middle = (bits[i, j] >> dropped << dropped | 1 << (dropped - 1)).view(torch.float32)
-    side = (exact(i, j) - middle).sign().float()
-    total[i, j] = middle.nextafter(middle + side * (1 + middle.abs()))
-
-
 def exact_sum(
     base: torch.Tensor, first: int, updates: Sequence[Update], i: torch.Tensor, j: torch.Tensor
 ) -> torch.Tensor:
-    """Elements `(i, j)` of `W + Σ Δ` in float64, for plain updates; `base` holds rows `first …` of W."""
+    """Elements of `W + Σ Δ` in float64, for plain updates; `base` holds rows `first …` of W.
+
+    The elements are rows `i (hits, depth)` of `base` in columns `j (hits, 1)`.
+    """
     total = base[i, j].double()
     for update in updates:
-        inside = (i + first >= update.start) & (i + first < update.stop)
-        left = update.left[(i + first - update.start).where(inside, 0)].double()
-        delta = (left * update.right[:, j].T.double()).sum(dim=1) * update.strength
-        total += delta.where(inside, 0.0)
+        at = i + (first - update.start)
+        inside = (at >= 0) & (at < update.stop - update.start)
+        left, right = update.left[at.where(inside, 0)].double(), update.right[:, j].permute(1, 0, 2).double()
+        total += torch.where(inside, (left @ right).squeeze(2) * update.strength, 0.0)
     return total
 
 

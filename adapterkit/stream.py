@@ -1,13 +1,12 @@
 """Run a merge plan: file by file, block of rows by block of rows, on as many threads as there are cores.
 
-Untouched spans are copied by the kernel. A worker reads a block, computes and writes it; reading, computing and
-writing overlap between the workers, and the disk starts on each block at once. `import torch` takes a second, so
-reserving space, copying and hashing begin before it.
+Every input is read through once for its SHA-256, and untouched spans are written from what that has in hand. A block is
+read and computed while the worker's last one is on its way to the disk. `import torch` takes a second, so hashing and
+copying begin before it; from then on they run just ahead of the blocks, which so find their input in the page cache.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import threading
@@ -21,18 +20,20 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from adapterkit.card import write_companions
-from adapterkit.errors import FormatError, NoSpaceError
+from adapterkit.errors import NoSpaceError
+from adapterkit.outfile import OutputFile, PageBuffer
 from adapterkit.plan import Edit, FilePlan, MergePlan
-from adapterkit.staging import errors_of, staged
-from adapterkit.tensorfile import tensor_bytes, write_span
+from adapterkit.staging import staged
+from adapterkit.tensorfile import read_span, tensor_bytes
 
 if TYPE_CHECKING:
     from adapterkit.blocks import Buffers, Loaded
     from adapterkit.delta import Retention
 
 BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
-COPY_BYTES = 64 << 20
+BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
 HASH_BYTES = 16 << 20  # large, since after each the importing thread may hold the interpreter for some milliseconds
+HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
 SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
 TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
 
@@ -69,7 +70,7 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
         for file in plan.files
         for edit in file.edits
     )
-    return TORCH_BYTES + threads * 3 * BLOCK_BYTES + 2 * sum(factors[-threads:])
+    return TORCH_BYTES + threads * (3 * BLOCK_BYTES + HASH_BYTES) + 2 * sum(factors[-threads:])
 
 
 def run(
@@ -103,16 +104,17 @@ def _check_space(plan: MergePlan) -> None:
 
 @dataclass
 class _Output:
-    """An open output file; its header is written when everything else is, so that half a file never loads."""
+    """An output file and how many parts of it are still to do: every edit, and the untouched spans as one."""
 
     plan: FilePlan
-    fd: int
-    parts: int  # still to do: every edit, and the copies as one
+    file: OutputFile
+    parts: int
+    begin: int  # where in all of the base's bytes its source begins
 
 
 @dataclass
 class _EditWork:
-    """An edit in progress: the first worker to get there reads its factors, the last one drops them."""
+    """An edit in progress: the first worker to get there reads its factors, the last block to be written drops them."""
 
     edit: Edit
     output: _Output
@@ -122,8 +124,70 @@ class _EditWork:
     retention: Retention | None = None
 
 
-_Early = tuple[int, Callable[[], None]]  # (index of the file, what to do)
-_Block = tuple[int, _EditWork, int, int]  # (index of the file, the edit, first row, last row + 1)
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows `first:last` of an edit."""
+
+    work: _EditWork
+    first: int
+    last: int
+
+    @property
+    def place(self) -> int:
+        """Where in all of the base's bytes its input begins."""
+        source, (_, columns) = self.work.edit.source, self.work.edit.matrix
+        return self.work.output.begin + (
+            source.start + tensor_bytes(source.dtype, (self.first, columns)) if source else 0
+        )
+
+
+@dataclass
+class _Digest:
+    """The SHA-256 of an input, taken step by step; one worker at a time is `busy` with it.
+
+    Bytes that `output` takes over untouched are written on the way.
+    """
+
+    file: Path
+    fd: int
+    left: int
+    output: _Output | None = None
+    at: int = 0
+    busy: bool = False
+    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    @property
+    def place(self) -> int:
+        """How far in all of the base's bytes it has come; an adapter is due at once."""
+        return self.output.begin + self.at if self.output else 0
+
+
+class _Desk:
+    """What one worker works with: buffers, and of the written blocks two, since one is on its way to the disk."""
+
+    def __init__(self, writers: ThreadPoolExecutor) -> None:
+        self.hashing = PageBuffer()
+        self.buffers: Buffers | None = None
+        self.writers = writers
+        self.outgoing: deque[tuple[PageBuffer, Future[None] | None]] = deque([(PageBuffer(), None) for _ in range(2)])
+
+    def free_page(self) -> PageBuffer:
+        """A buffer whose last block is written; raises what went wrong with that."""
+        page, written = self.outgoing.popleft()
+        if written is not None:
+            written.result()
+        return page
+
+    def send(self, page: PageBuffer, write: Callable[[], None]) -> None:
+        self.outgoing.append((page, self.writers.submit(write)))
+
+    def wait(self) -> None:
+        for _, written in self.outgoing:
+            if written is not None:
+                written.result()
+
+
+_Task = Callable[[_Desk], None]
 
 
 class _Run:
@@ -135,20 +199,19 @@ class _Run:
         self.torch_ready = threading.Event()
         self.stop = threading.Event()
         self.finished: SimpleQueue[str | None] = SimpleQueue()
-        self.hashes: dict[Path, str] = {}
         self.retention: dict[str, Retention] = {}
-        self.sources: dict[Path, int] = {}
+        self.digests: dict[Path, _Digest] = {}  # adapters first, then the base's files in the order of the blocks
         self.outputs: list[_Output] = []
-        self.early: deque[_Early] = deque()
         self.blocks: deque[_Block] = deque()
 
     def tensors(self) -> Iterator[TensorMerged]:
         """Run everything; an event for each tensor that is done."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge")
+        writers = ThreadPoolExecutor(self.threads, thread_name_prefix="write")
         try:
             self._open_files()
-            self._list_tasks()
-            workers = [pool.submit(self._work) for _ in range(self.threads)]
+            self._list_blocks()
+            workers = [pool.submit(self._work, _Desk(writers)) for _ in range(self.threads)]
             for worker in workers:
                 worker.add_done_callback(lambda _: self.finished.put(None))
             import torch
@@ -165,95 +228,119 @@ class _Run:
             self.stop.set()
             self.torch_ready.set()
             pool.shutdown(wait=True)
-            for fd in (*self.sources.values(), *(output.fd for output in self.outputs)):
-                os.close(fd)
+            writers.shutdown(wait=True)
+            for digest in self.digests.values():
+                os.close(digest.fd)
+            for output in self.outputs:
+                output.file.close()
 
     @property
     def result(self) -> Merged:
         plan = self.plan
-        hashes = {plan.base.name: {shard.file.name: self.hashes[shard.file] for shard in plan.base.shards}}
+        done = {file: digest.sha256.hexdigest() for file, digest in self.digests.items()}
+        hashes = {plan.base.name: {shard.file.name: done[shard.file] for shard in plan.base.shards}}
         for one in plan.given:
-            hashes[one.label] = {file.name: self.hashes[file] for file in one.adapter.files}
+            hashes[one.label] = {file.name: done[file] for file in one.adapter.files}
         return Merged(plan.out, plan.bytes_to_write, plan.edits, hashes, dict(sorted(self.retention.items())))
 
     # --- before
 
     def _open_files(self) -> None:
-        """Open every file and reserve the space of the output: a full disk shows itself now."""
-        for file in self.plan.files:
-            self.sources[file.source] = os.open(file.source, os.O_RDONLY | os.O_CLOEXEC)
-            path = self.building / file.name if self.plan.base.is_directory else self.building
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self.outputs.append(_Output(file, fd, len(file.edits) + 1))
-            if file.size:
-                os.posix_fallocate(fd, 0, file.size)
+        """Open every input, and every output with its space reserved."""
+        for file in (file for one in self.plan.given for file in one.adapter.files):
+            self._open_input(file, file.stat().st_size)
+        begin = 0
+        for shard, plan in zip(self.plan.base.shards, self.plan.files, strict=True):
+            path = self.building / plan.name if self.plan.base.is_directory else self.building
+            output = _Output(plan, OutputFile(path, plan.size), len(plan.edits) + 1, begin)
+            self.outputs.append(output)
+            self._open_input(shard.file, shard.size, output)  # as planned: if it shrank since, reading it fails
+            begin += shard.size
 
-    def _list_tasks(self) -> None:
-        """What needs no torch (hashing the inputs, copying untouched spans) apart from what does."""
-        self.early.extend((0, partial(self._hash, file)) for one in self.plan.given for file in one.adapter.files)
-        for index, output in enumerate(self.outputs):
-            self.early.append((index, partial(self._copy, output)))
-            self.early.append((index, partial(self._hash, output.plan.source)))
+    def _open_input(self, file: Path, size: int, output: _Output | None = None) -> None:
+        if file not in self.digests:
+            self.digests[file] = _Digest(file, os.open(file, os.O_RDONLY | os.O_CLOEXEC), size, output)
+
+    def _list_blocks(self) -> None:
+        for output in self.outputs:
             for edit in output.plan.edits:
                 rows, columns = edit.matrix
                 step = max(1, BLOCK_BYTES // max(1, tensor_bytes(edit.dtype, (columns,))))
+                step -= step % BLOCK_ROWS if step > BLOCK_ROWS else 0
                 starts = range(0, max(1, rows), step)
                 work = _EditWork(edit, output, len(starts))
-                self.blocks.extend((index, work, start, min(rows, start + step)) for start in starts)
+                self.blocks.extend(_Block(work, start, min(rows, start + step)) for start in starts)
 
     # --- the workers
 
-    def _work(self) -> None:
-        """Take tasks until none is left: early ones while torch is on its way, then everything file by file."""
-        buffers: Buffers | None = None
-        while not self.stop.is_set():
-            with self.lock:
-                ready = self.torch_ready.is_set()
-                at = self.blocks[0][0] if self.blocks else len(self.outputs)
-                early = self.early.popleft() if self.early and (not ready or self.early[0][0] <= at) else None
-                block = self.blocks.popleft() if early is None and ready and self.blocks else None
-            if early is not None:
-                early[1]()
-            elif block is not None:
-                buffers = buffers or _new_buffers()
-                self._merge_block(*block[1:], buffers)
-            elif ready:
-                return
-            else:
-                self.torch_ready.wait()
+    def _work(self, desk: _Desk) -> None:
+        while not self.stop.is_set() and (task := self._next_task()) is not None:
+            task(desk)
+        desk.wait()
 
-    def _hash(self, file: Path) -> None:
-        """The SHA-256 of an input, for the card; reading it here also brings it into the page cache."""
-        digest, buffer = hashlib.sha256(), bytearray(HASH_BYTES)
-        with errors_of(file), open(file, "rb", buffering=0) as stream:
-            while (count := stream.readinto(buffer)) and not self.stop.is_set():
-                digest.update(memoryview(buffer)[:count])
-        self.hashes[file] = digest.hexdigest()
+    def _next_task(self) -> _Task | None:
+        """Hashing while torch is on its way; then blocks, and hashing just ahead of them."""
+        with self.lock:
+            ready = self.torch_ready.is_set()
+            digest = self._due_digest(self.blocks[0] if ready and self.blocks else None)
+            if digest is not None:
+                digest.busy = True
+                return partial(self._hash, digest)
+            if ready:
+                return partial(self._merge_block, self.blocks.popleft()) if self.blocks else None
+        return self._wait_for_torch
 
-    def _copy(self, output: _Output) -> None:
-        source = self.sources[output.plan.source]
+    def _wait_for_torch(self, _: _Desk) -> None:
+        self.torch_ready.wait()
+
+    def _due_digest(self, block: _Block | None) -> _Digest | None:
+        """The first digest to go on with; only as far ahead of the next block as its input stays in the page cache."""
+        limit = block.place + HASH_AHEAD if block else None
+        for digest in self.digests.values():
+            if limit is not None and digest.place > limit:
+                return None
+            if digest.left and not digest.busy:
+                return digest
+        return None
+
+    def _hash(self, digest: _Digest, desk: _Desk) -> None:
+        """Hash the next bytes of an input, and copy what of them is untouched."""
+        data = desk.hashing.view(min(HASH_BYTES, digest.left), digest.at)
+        read_span(digest.fd, data, digest.at, digest.file)
+        digest.sha256.update(data)
+        if digest.output is not None:
+            self._copy(digest.output, data, digest.at)
+        digest.at += len(data)
+        digest.left -= len(data)
+        digest.busy = False
+        if digest.output is not None and not digest.left:
+            self._part_done(digest.output)
+
+    def _copy(self, output: _Output, data: memoryview, start: int) -> None:
+        """Write those of the input's bytes from `start` on, `data`, that the output takes over as they are."""
         for copy in output.plan.copies:
-            start, at = copy.start, copy.at
-            while start < copy.stop and not self.stop.is_set():
-                count = _copy_range(source, output.fd, min(COPY_BYTES, copy.stop - start), start, at)
-                if count == 0:
-                    raise FormatError(f"{output.plan.source}: ended at byte {start} while being copied")
-                start, at = start + count, at + count
-        self._part_done(output)
+            first, last = max(copy.start, start), min(copy.stop, start + len(data))
+            if first < last:
+                output.file.write(data[first - start : last - start], copy.at + first - copy.start)
 
-    def _merge_block(self, work: _EditWork, first: int, last: int, buffers: Buffers) -> None:
+    def _merge_block(self, block: _Block, desk: _Desk) -> None:
+        """Compute a block, and leave the writing to another thread."""
         from adapterkit.blocks import load, merge_rows
 
-        edit, output = work.edit, work.output
-        source = self.sources[output.plan.source]
-        measured = self._rows_to_measure(edit, first, last)
+        work, first, last = block.work, block.first, block.last
+        edit, source = work.edit, self.digests[work.output.plan.source].fd
+        buffers = desk.buffers = desk.buffers or _new_buffers()
         with work.lock:
             work.loaded = work.loaded or load(edit, source)
-        data, kept = merge_rows(edit, work.loaded, source, first, last, buffers, measured)
-        at = edit.start + first * tensor_bytes(edit.dtype, (edit.matrix[1],))
-        write_span(output.fd, data, at)
-        # The page cache need not keep these bytes; saying so makes the disk start on them now, not at the final flush.
-        os.posix_fadvise(output.fd, at, len(data), os.POSIX_FADV_DONTNEED)
+        row = tensor_bytes(edit.dtype, (edit.matrix[1],))
+        at, page = edit.start + first * row, desk.free_page()
+        data = page.view((last - first) * row, at)
+        measured = self._rows_to_measure(edit, first, last)
+        kept = merge_rows(edit, work.loaded, source, first, last, buffers, data, measured)
+        desk.send(page, partial(self._write, work, kept, data, at))
+
+    def _write(self, work: _EditWork, kept: Retention | None, data: memoryview, at: int) -> None:
+        work.output.file.write(data, at)
         with work.lock:
             if kept is not None:
                 work.retention = kept if work.retention is None else work.retention + kept
@@ -262,9 +349,9 @@ class _Run:
                 return
         work.loaded = None
         if work.retention is not None:
-            self.retention[edit.name] = work.retention
-        self._part_done(output)
-        self.finished.put(edit.name)
+            self.retention[work.edit.name] = work.retention
+        self._part_done(work.output)
+        self.finished.put(work.edit.name)
 
     def _rows_to_measure(self, edit: Edit, first: int, last: int) -> int:
         """How many rows of a block show what rounding keeps: all for a report, else a few at the tensor's start."""
@@ -280,8 +367,7 @@ class _Run:
             output.parts -= 1
             if output.parts or self.stop.is_set():
                 return
-        write_span(output.fd, output.plan.header, 0)
-        os.fsync(output.fd)
+        output.file.finish(output.plan.header)
 
     # --- the main thread
 
@@ -308,15 +394,3 @@ def _new_buffers() -> Buffers:
 
     torch.set_num_threads(1)
     return Buffers()
-
-
-def _copy_range(source: int, target: int, count: int, start: int, at: int) -> int:
-    """Copy in the kernel; by hand between file systems that cannot."""
-    try:
-        return os.copy_file_range(source, target, count, start, at)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
-            raise
-        data = os.pread(source, min(count, BLOCK_BYTES), start)
-        write_span(target, data, at)
-        return len(data)

@@ -97,14 +97,6 @@ def read_span(fd: int, into: memoryview, offset: int, file: Path) -> None:
         done += got
 
 
-def write_span(fd: int, data: memoryview | bytes, offset: int) -> None:
-    """Write all of `data` at `offset`."""
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
-
-
 def read_header(file: Path) -> Header:
     """Read and check the header of `file`; the data itself is not read.
 

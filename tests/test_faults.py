@@ -217,7 +217,7 @@ def test_the_disk_fills_up_while_writing(inputs: Path, monkeypatch: pytest.Monke
     assert nothing_left(inputs)
 
 
-@pytest.mark.parametrize("name", ["posix_fallocate", "copy_file_range", "fsync"])
+@pytest.mark.parametrize("name", ["posix_fallocate", "fsync"])
 def test_the_disk_fills_up_elsewhere(inputs: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(os, name, nth_call(getattr(os, name), 2, failing(FULL)))
     assert "No space left on device" in merge(inputs).message(6)

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 # A module may import what stands on a lower line, and its own package.
 LEVELS = (
     ("errors", "version"),
-    ("tensorfile", "staging"),
+    ("tensorfile", "staging", "outfile"),
     ("adapter", "renames"),
-    ("lowrank", "dora"),
+    ("lowrank", "dora", "rounding"),
     ("delta", "summary"),
     ("checkpoint", "targets", "formats"),
     ("plan",),
