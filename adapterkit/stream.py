@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
 BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
-HASH_BYTES = 16 << 20  # large, since after each the importing thread may hold the interpreter for some milliseconds
+HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
 HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
 SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
 TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
