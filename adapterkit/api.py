@@ -1,8 +1,8 @@
 """What `import adapterkit` offers: plan a merge, run it step by step or in one call.
 
->>> plan = adapterkit.plan("base", ["adapter", ("other", 0.3)], "out")   # headers only; raises if it cannot work
->>> for event in adapterkit.execute(plan): ...                           # TensorMerged …, then Merged
->>> adapterkit.merge("base", ["adapter"], "out").bytes_written           # the same in one call
+>>> plan = adapterkit.plan_merge("base", ["adapter", ("other", 0.3)], "out")  # headers only; raises if it cannot work
+>>> for event in adapterkit.run(plan): ...  # TensorMerged …, then Merged
+>>> adapterkit.merge("base", ["adapter"], "out").bytes_written  # the same in one call
 """
 
 from __future__ import annotations
