@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
+import torch
 from handmade import COLUMNS, Outcome, Terminal, adapterkit, contents, factors, write_adapter, write_base
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -282,6 +284,19 @@ def test_an_input_that_shrinks_after_planning(tmp_path: Path, which: str) -> Non
     with pytest.raises(package.AdapterkitError, match=rf"{which}: ended at byte \d+ while being (read|copied)"):
         list(package.run(plan))
     assert nothing_left(tmp_path)
+
+
+def test_a_base_that_loses_only_untouched_bytes_after_planning(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base({"m.weight": torch.ones(24, 40).bfloat16(), "z.weight": torch.ones(24, 40).bfloat16()})
+    plan = package.plan_merge(base, [make_adapter(conftest.factors("m", 24, 40))], tmp_path / "out")
+    [file] = plan.files
+    assert file.copies[-1].stop == file.size  # the last tensor is untouched
+    os.truncate(file.source, file.size - 1)
+    with pytest.raises(package.AdapterkitError, match=rf"ended at byte {file.size - 1} while being read"):
+        list(package.run(plan))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_input_that_vanishes_after_planning(tmp_path: Path) -> None:
