@@ -5,7 +5,7 @@ Nothing here knows about threads or files beyond a descriptor to read from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 
@@ -14,8 +14,9 @@ import torch
 from adapterkit.adapter import load_weights
 from adapterkit.delta import Retention, Update, add_updates, exact_sum, measure_columns, retention, update_for
 from adapterkit.errors import FitError
+from adapterkit.fused import add_rounded
 from adapterkit.plan import Edit
-from adapterkit.rounding import Midpoints, round_once
+from adapterkit.rounding import near_midpoints, round_once
 from adapterkit.tensorfile import TORCH_NAMES, read_span, tensor_bytes
 
 # 1 MB in float32: with its base and output it stays in the L2 cache of most cores.
@@ -35,10 +36,10 @@ class Buffers:
             self.read = bytearray(size)
         return memoryview(self.read)[:size]
 
-    def chunk(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        if self.sums.numel() < shape[0] * shape[1] or self.sums.dtype != dtype:
-            self.sums = torch.empty(shape[0] * shape[1], dtype=dtype)
-        return self.sums[: shape[0] * shape[1]].view(shape)
+    def chunk(self, rows: int, columns: int) -> torch.Tensor:
+        if self.sums.numel() < rows * columns:
+            self.sums = torch.empty(rows * columns)
+        return self.sums[: rows * columns].view(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -79,44 +80,63 @@ def merge_rows(
     Raises FitError where a finite input becomes infinite in the output dtype.
     """
     _, columns = edit.matrix
+    if not into:
+        return None
     source = _read_rows(edit, fd, first, last, buffers)
-    dtype = getattr(torch, TORCH_NAMES[edit.dtype])
-    out = torch.frombuffer(into, dtype=dtype).view(-1, columns) if into else torch.empty(0, columns, dtype=dtype)
-    kept, squares = Retention(), []
+    out = torch.frombuffer(into, dtype=getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, columns)
+    if source is not None and _compute_dtype(edit) is torch.float32:
+        squares = _merge_plain(source, first, loaded.updates, out, buffers)
+    else:
+        by_chunk = []
+        for start, sums in _sums(edit, loaded, source, first, last):
+            out[start - first :][: len(sums)] = round_once(sums, out.dtype)
+            by_chunk.append((flat := sums.view(-1)).dot(flat))
+        squares = torch.stack(by_chunk)
+    _check_range(edit, squares, out, source)
+    if not measured:
+        return None
+    kept = Retention()
+    for start, sums in _sums(edit, loaded, source, first, first + measured):
+        before = _base_rows(edit, source, first, start, start + len(sums))
+        kept += retention(before, sums, out[start - first :][: len(sums)])
+    return kept
+
+
+def _merge_plain(
+    source: torch.Tensor, first: int, updates: Sequence[Update], out: torch.Tensor, buffers: Buffers
+) -> torch.Tensor:
+    """Plain updates of 16-bit weights in float32, which rounds twice: what comes close to a midpoint is settled after.
+
+    Returns the sum of squares of each chunk.
+    """
+    rows, columns = out.shape
     step = _chunk_rows(columns)
-    midpoints = Midpoints(dtype, gcd(last - first, step, GROUP_ROWS)) if _rounds_twice(edit) else None
+    depth = gcd(rows, step, GROUP_ROWS)
+    sums = buffers.chunk(min(rows, step), columns)
+    squares, least, greatest = add_rounded(source, first, updates, out, sums, depth)
+    i, j = near_midpoints(least, greatest, out.dtype, depth)
+    out[i, j] = round_once(exact_sum(source, first, updates, i, j), out.dtype)
+    return squares
+
+
+def _sums(
+    edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: int, last: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows `first:last` with everything added but not rounded yet, as `(first row, rows)`, a chunk at a time."""
+    step = _chunk_rows(edit.matrix[1])
     for start in range(first, last, step):
         stop = min(last, start + step)
-        rows = slice(start - first, stop - first)
-        chunk = buffers.chunk((stop - start, columns), _compute_dtype(edit))
-        _base_rows(edit, source, first, start, chunk)
-        sample = max(0, min(stop, first + measured) - start)
-        before = chunk[:sample].clone() if sample else chunk
-        add_updates(chunk, start, loaded.updates)
+        sums = _base_rows(edit, source, first, start, stop)
+        add_updates(sums, start, loaded.updates)
         for vector in loaded.added:
-            chunk.add_(vector[start:stop])
-        out[rows] = round_once(chunk, dtype) if chunk.dtype is torch.float64 else chunk
-        squares.append((flat := chunk.view(-1)).dot(flat))
-        if midpoints:
-            midpoints.look(chunk)
-        if sample:
-            kept += retention(before, chunk[:sample], out[rows][:sample])
-    if midpoints and source is not None:
-        i, j = midpoints.found()
-        out[i, j] = round_once(exact_sum(source, first, loaded.updates, i, j), dtype)
-    _check_range(edit, squares, out, source)
-    return kept if measured else None
+            sums.add_(vector[start:stop])
+        yield start, sums
 
 
 def _chunk_rows(columns: int) -> int:
     """How many rows fit a chunk; where it is more than one group of them, whole groups."""
     rows = max(1, CHUNK_ELEMENTS // max(1, columns))
     return rows - rows % GROUP_ROWS if rows > GROUP_ROWS else 1 << rows.bit_length() - 1
-
-
-def _rounds_twice(edit: Edit) -> bool:
-    """Whether updates are added in float32 and rounded again to a 16-bit dtype."""
-    return bool(edit.deltas) and _compute_dtype(edit) is torch.float32
 
 
 def _compute_dtype(edit: Edit) -> torch.dtype:
@@ -140,38 +160,38 @@ def _read_rows(edit: Edit, fd: int, first: int, last: int, buffers: Buffers) -> 
     return torch.frombuffer(raw, dtype=getattr(torch, TORCH_NAMES[info.dtype])).view(-1, columns)
 
 
-def _base_rows(edit: Edit, source: torch.Tensor | None, first: int, start: int, chunk: torch.Tensor) -> None:
-    """Fill `chunk` with rows `start …` of the base as the updates find it: what the adapter replaces is replaced."""
-    stop = start + chunk.shape[0]
-    if source is not None:
-        chunk.copy_(source[start - first : stop - first])
+def _base_rows(edit: Edit, source: torch.Tensor | None, first: int, start: int, stop: int) -> torch.Tensor:
+    """Rows `start:stop` of the base as the updates find it: what the adapter replaces is replaced.
+
+    `source` holds rows `first …` of the base tensor, or is None where it is new.
+    """
+    shape, dtype = (stop - start, edit.matrix[1]), _compute_dtype(edit)
+    rows = torch.empty(shape, dtype=dtype) if source is None else source[start - first : stop - first].to(dtype)
     for change in edit.replaced:
         if change.rows is None:
-            values = change.values.read_rows(start, stop).reshape(chunk.shape).to(chunk.dtype)
+            values = change.values.read_rows(start, stop).reshape(shape).to(dtype)
             at: slice | list[int] = slice(None)
         else:
             hits = [(index, row - start) for index, row in enumerate(change.rows) if start <= row < stop]
             if not hits:
                 continue
             picked, at = [index for index, _ in hits], [row for _, row in hits]
-            values = change.values.read()[picked].to(chunk.dtype)
+            values = change.values.read()[picked].to(dtype)
         _check_finite(values, edit.name)
         if change.weight == 1.0 or source is None:
-            chunk[at] = values
+            rows[at] = values
         else:  # a weighted adapter goes that share of the way to its own values
-            chunk[at] += change.weight * (values - chunk[at])
+            rows[at] += change.weight * (values - rows[at])
+    return rows
 
 
 def _base_chunks(edit: Edit, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The whole base tensor as `(first row, rows)`, a chunk at a time."""
     depth, columns = edit.matrix
-    step, buffers = max(1, CHUNK_ELEMENTS // max(1, columns)), Buffers()
+    step, buffers = _chunk_rows(columns), Buffers()
     for start in range(0, depth, step):
         stop = min(depth, start + step)
-        source = _read_rows(edit, fd, start, stop, buffers)
-        chunk = buffers.chunk((stop - start, columns), _compute_dtype(edit))
-        _base_rows(edit, source, start, start, chunk)
-        yield start, chunk
+        yield start, _base_rows(edit, _read_rows(edit, fd, start, stop, buffers), start, start, stop)
 
 
 def _check_finite(values: torch.Tensor, name: str) -> None:
@@ -179,14 +199,14 @@ def _check_finite(values: torch.Tensor, name: str) -> None:
         raise FitError(f"{name}: the adapter brings NaN or Inf for it: the adapter is broken")
 
 
-def _check_range(edit: Edit, squares: list[torch.Tensor], out: torch.Tensor, base: torch.Tensor | None) -> None:
+def _check_range(edit: Edit, squares: torch.Tensor, out: torch.Tensor, base: torch.Tensor | None) -> None:
     """Refuse results beyond the output dtype, except where the base itself is not finite.
 
     No square exceeds the sum of them all, `squares` by chunk, which is the cheapest pass there is; it is NaN or Inf
     where one of them is, and may be Inf where none is.
     """
     limit = torch.finfo(out.dtype).max
-    if not squares or float(torch.stack(squares).max()) < limit * limit:  # false for NaN
+    if float(squares.max()) < limit * limit:  # false for NaN
         return
     broken = ~torch.isfinite(out)
     if base is not None:

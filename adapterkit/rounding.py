@@ -16,37 +16,26 @@ DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 NEAR = 2
 
 
-class Midpoints:
-    """Finds the sums close to a midpoint, in two passes over each chunk and without a temporary of its size.
+def midpoint_shift(dtype: torch.dtype) -> int:
+    """How far left float32 bits are shifted so that, as int16, their low half is the least of all on a midpoint."""
+    return 16 - DROPPED_BITS[dtype]
 
-    Chunks are seen as groups of `depth` rows; what comes out are the columns of a group that hold such a sum.
+
+def near_midpoints(
+    least: torch.Tensor, greatest: torch.Tensor, dtype: torch.dtype, depth: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `(hits, depth)` and columns `(hits, 1)` of the groups of `depth` rows that hold a sum close to a midpoint.
+
+    `least` and `greatest`, `(groups, 2·columns)`, are over each group's int16 halves of the shifted bits: low, high …
+    Just before a midpoint the low half is 2¹⁵ − 1, on it −2¹⁵: so finding the few sums takes two passes that only
+    read, and no temporary of their size.
     """
-
-    def __init__(self, dtype: torch.dtype, depth: int) -> None:
-        self.shift = 16 - DROPPED_BITS[dtype]
-        self.depth = depth
-        self.least: list[torch.Tensor] = []
-        self.greatest: list[torch.Tensor] = []
-
-    def look(self, total: torch.Tensor) -> None:
-        """Take note of the next rows, float32 `(a multiple of depth, columns)`."""
-        bits = total.view(torch.int32)
-        if self.shift:
-            bits = bits << self.shift
-        # Low half, high half, low half …; as int16, a midpoint has the least low half of all, and 2¹⁵ − 1 comes before.
-        halves = bits.view(-1, self.depth, total.shape[1]).view(torch.int16)
-        self.least.append(halves.amin(dim=1))
-        self.greatest.append(halves.amax(dim=1))
-
-    def found(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows `(hits, depth)` and columns `(hits, 1)` of everything in which a sum close to a midpoint lies."""
-        near = NEAR << self.shift
-        least, greatest = torch.cat(self.least), torch.cat(self.greatest)
-        close = (least.numpy() <= near - 2**15) | (greatest.numpy() >= 2**15 - near)  # numpy: six times faster here
-        group, column = np.divmod(np.flatnonzero(close), least.shape[1])
-        low = column % 2 == 0
-        rows = torch.from_numpy(group[low])[:, None] * self.depth + torch.arange(self.depth)
-        return rows, torch.from_numpy(column[low] // 2)[:, None]
+    near = NEAR << midpoint_shift(dtype)
+    close = (least.numpy() <= near - 2**15) | (greatest.numpy() >= 2**15 - near)  # numpy: six times faster here
+    group, column = np.divmod(np.flatnonzero(close), least.shape[1])
+    low = column % 2 == 0
+    rows = torch.from_numpy(group[low])[:, None] * depth + torch.arange(depth)
+    return rows, torch.from_numpy(column[low] // 2)[:, None]
 
 
 def round_once(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

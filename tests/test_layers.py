@@ -16,7 +16,8 @@ LEVELS = (
     ("tensorfile", "staging", "outfile"),
     ("adapter", "renames"),
     ("lowrank", "dora", "rounding"),
-    ("delta", "summary"),
+    ("delta",),
+    ("fused", "summary"),
     ("checkpoint", "targets", "formats"),
     ("plan",),
     ("blocks", "card", "hub", "against"),
@@ -28,7 +29,7 @@ LEVELS = (
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = LEVEL["formats"]  # files and algebra do not know each other: they meet where merges are planned and run
-ALGEBRA = (LEVEL["lowrank"], LEVEL["delta"])
+ALGEBRA = (LEVEL["lowrank"], LEVEL["summary"])
 
 CORE = {"torch", "numpy", "safetensors"}
 ALLOWED = {"hub": {"huggingface_hub"}, "cli": {"click", "rich"}, "plot": {"matplotlib", "numpy"}}

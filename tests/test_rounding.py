@@ -8,7 +8,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from adapterkit.rounding import DROPPED_BITS, NEAR, Midpoints, round_once
+from adapterkit.fused import add_rounded
+from adapterkit.rounding import DROPPED_BITS, NEAR, near_midpoints, round_once
 
 KINDS = [torch.bfloat16, torch.float16]
 
@@ -50,10 +51,9 @@ def test_every_sum_close_to_a_midpoint_is_found(dtype: torch.dtype, chunks: list
     bits = total.view(torch.int32)
     for row, column, step in [(0, 0, -NEAR), (1, 74, 0), (2, 37, NEAR), (len(total) - 1, 5, -1)]:
         bits[row, column] = (bits[row, column] & -2 * half) + half + step
-    midpoints = Midpoints(dtype, depth)
-    for chunk in total.split(chunks):
-        midpoints.look(chunk)
-    rows, columns = midpoints.found()
+    out = torch.empty(total.shape, dtype=dtype)
+    _, least, greatest = add_rounded(total, 0, [], out, torch.empty(max(chunks), 75), depth)
+    rows, columns = near_midpoints(least, greatest, dtype, depth)
     found = torch.zeros(total.shape, dtype=torch.bool)
     found[rows, columns] = True
     close = ((bits & 2 * half - 1) - half).abs() <= NEAR
