@@ -16,7 +16,7 @@ from adapterkit.delta import Retention, Update, add_updates, exact_sum, measure_
 from adapterkit.errors import FitError
 from adapterkit.fused import add_rounded
 from adapterkit.plan import Edit
-from adapterkit.rounding import near_midpoints, round_once
+from adapterkit.rounding import on_midpoints, round_once
 from adapterkit.tensorfile import TORCH_NAMES, read_span, tensor_bytes
 
 # 1 MB in float32: with its base and output it stays in the L2 cache of most cores.
@@ -105,7 +105,7 @@ def merge_rows(
 def _merge_plain(
     source: torch.Tensor, first: int, updates: Sequence[Update], out: torch.Tensor, buffers: Buffers
 ) -> torch.Tensor:
-    """Plain updates of 16-bit weights in float32, which rounds twice: what comes close to a midpoint is settled after.
+    """Plain updates of 16-bit weights in float32, which rounds twice: what lands on a midpoint is settled after.
 
     Returns the sum of squares of each chunk.
     """
@@ -113,8 +113,8 @@ def _merge_plain(
     step = _chunk_rows(columns)
     depth = gcd(rows, step, GROUP_ROWS)
     sums = buffers.chunk(min(rows, step), columns)
-    squares, least, greatest = add_rounded(source, first, updates, out, sums, depth)
-    i, j = near_midpoints(least, greatest, out.dtype, depth)
+    squares, least = add_rounded(source, first, updates, out, sums, depth)
+    i, j = on_midpoints(least, depth)
     out[i, j] = round_once(exact_sum(source, first, updates, i, j), out.dtype)
     return squares
 

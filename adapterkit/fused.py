@@ -17,12 +17,11 @@ from adapterkit.rounding import midpoint_shift
 
 def add_rounded(
     base: torch.Tensor, first: int, updates: Sequence[Update], out: torch.Tensor, sums: torch.Tensor, depth: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`out = round(base + Σ strength·left·right)` for plain updates, summed in float32, rounded to a 16-bit dtype.
 
     `base` and `out` are rows `first …` of the matrix; as many at a time as `sums`, which is float32, has room for.
-    Returns `Σ x²` of each such chunk, and for each column of `depth` rows the least and the greatest int16 half of the
-    sums' bits, as `near_midpoints` wants them.
+    Returns `Σ x²` of each such chunk, and what `on_midpoints` wants, of each `depth` rows.
     """
     bits = sums.view(torch.int32)
     spans = [(update.start - first, update.stop - first) for update in updates]
@@ -47,11 +46,10 @@ def _chunks(
     lefts: list[torch.Tensor],
     rights: list[torch.Tensor],
     strengths: list[float],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loop; `bits` and `halves` are `sums` seen as int32 and int16, which TorchScript cannot do itself."""
     squares: list[torch.Tensor] = []
     least: list[torch.Tensor] = []
-    greatest: list[torch.Tensor] = []
     for first in range(0, base.shape[0], sums.shape[0]):
         last = min(base.shape[0], first + sums.shape[0])
         chunk = sums[: last - first]
@@ -60,16 +58,18 @@ def _chunks(
             begin, end = max(first, start), min(last, stop)
             if begin < end:
                 rows = chunk[begin - first : end - first]
-                torch.addmm(rows, left[begin - start : end - start], right, alpha=strength, out=rows)
+                factor = left[begin - start : end - start]
+                if min(rows.shape) > 1:
+                    torch.addmm(rows, factor, right, alpha=strength, out=rows)
+                else:  # as a matrix times a vector it would round after every term
+                    rows.add_(factor @ right, alpha=strength)
         out[first:last] = chunk
         flat = chunk.view(-1)
         squares.append(flat.dot(flat))
         if shift > 0:  # in place, since the sums are not needed any more
             bits.bitwise_left_shift_(shift)
-        group = halves[: last - first].view(-1, depth, halves.shape[1])
-        least.append(group.amin(1))
-        greatest.append(group.amax(1))
-    return torch.stack(squares), torch.cat(least), torch.cat(greatest)
+        least.append(halves[: last - first].view(-1, depth, halves.shape[1]).amin(1))
+    return torch.stack(squares), torch.cat(least)
 
 
 with warnings.catch_warnings():

@@ -1,8 +1,7 @@
 """Rounding once: to a 16-bit dtype by way of float32, without the second rounding that this can hide.
 
-A sum rounded to float32 may land on the midpoint between two outputs, or cross it, and rounding again then goes the
-wrong way; which way, would depend on the order of summation. So sums close to a midpoint, a few in a hundred thousand,
-are found and decided in float64.
+A sum rounded to float32 may land on the midpoint between two outputs that it only came close to, and rounding it again
+then goes to even instead of to the nearest. So the sums on a midpoint, one in 65536, are found and decided in float64.
 """
 
 from __future__ import annotations
@@ -12,28 +11,21 @@ import torch
 
 # How many of float32's lowest bits the output lacks.
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
-# How many float32 neighbours of a midpoint count as close: a common update is summed with an error below one of them.
-NEAR = 2
 
 
 def midpoint_shift(dtype: torch.dtype) -> int:
-    """How far left float32 bits are shifted so that, as int16, their low half is the least of all on a midpoint."""
+    """How far left float32 bits are shifted so that their low half, as int16, is the least of all on midpoints."""
     return 16 - DROPPED_BITS[dtype]
 
 
-def near_midpoints(
-    least: torch.Tensor, greatest: torch.Tensor, dtype: torch.dtype, depth: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `(hits, depth)` and columns `(hits, 1)` of the groups of `depth` rows that hold a sum close to a midpoint.
+def on_midpoints(least: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `(hits, depth)` and columns `(hits, 1)` of the groups of `depth` rows that hold a sum on a midpoint.
 
-    `least` and `greatest`, `(groups, 2·columns)`, are over each group's int16 halves of the shifted bits: low, high …
-    Just before a midpoint the low half is 2¹⁵ − 1, on it −2¹⁵: so finding the few sums takes two passes that only
-    read, and no temporary of their size.
+    `least (groups, 2·columns)` is over each group's int16 halves of the shifted bits: low half, high half, low half …
+    So the few sums are found by one pass that only reads, and needs no temporary of its size.
     """
-    near = NEAR << midpoint_shift(dtype)
-    close = (least.numpy() <= near - 2**15) | (greatest.numpy() >= 2**15 - near)  # numpy: six times faster here
-    group, column = np.divmod(np.flatnonzero(close), least.shape[1])
-    low = column % 2 == 0
+    group, column = np.divmod(np.flatnonzero(least.numpy() == -(2**15)), least.shape[1])  # torch: six times slower here
+    low = column % 2 == 0  # a high half is as little for −0
     rows = torch.from_numpy(group[low])[:, None] * depth + torch.arange(depth)
     return rows, torch.from_numpy(column[low] // 2)[:, None]
 
