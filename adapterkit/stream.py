@@ -163,10 +163,9 @@ class _Digest:
 
 
 class _Desk:
-    """What one worker works with: buffers, and of the written blocks two, since one is on its way to the disk."""
+    """What one worker works with: of what may be written two buffers, since one can be on its way to the disk."""
 
     def __init__(self, writers: ThreadPoolExecutor) -> None:
-        self.hashing = PageBuffer()
         self.buffers: Buffers | None = None
         self.writers = writers
         self.outgoing: deque[tuple[PageBuffer, Future[None] | None]] = deque([(PageBuffer(), None) for _ in range(2)])
@@ -177,6 +176,10 @@ class _Desk:
         if written is not None:
             written.result()
         return page
+
+    def keep(self, page: PageBuffer) -> None:
+        """Put a page back that nothing of is written."""
+        self.outgoing.appendleft((page, None))
 
     def send(self, page: PageBuffer, write: Callable[[], None]) -> None:
         self.outgoing.append((page, self.writers.submit(write)))
@@ -305,23 +308,28 @@ class _Run:
 
     def _hash(self, digest: _Digest, desk: _Desk) -> None:
         """Hash the next bytes of an input, and copy what of them is untouched."""
-        data = desk.hashing.view(min(HASH_BYTES, digest.left), digest.at)
-        read_span(digest.fd, data, digest.at, digest.file)
+        page, start, output = desk.free_page(), digest.at, digest.output
+        data = page.view(min(HASH_BYTES, digest.left), start)
+        read_span(digest.fd, data, start, digest.file)
         digest.sha256.update(data)
-        if digest.output is not None:
-            self._copy(digest.output, data, digest.at)
         digest.at += len(data)
         digest.left -= len(data)
+        ended = not digest.left
         digest.busy = False
-        if digest.output is not None and not digest.left:
-            self._part_done(digest.output)
+        untouched = _untouched(output.plan, data, start) if output else []
+        if output and untouched:
+            with self.lock:
+                output.parts += 1
+            desk.send(page, partial(self._copy, output, untouched))
+        else:
+            desk.keep(page)
+        if output and ended:
+            self._part_done(output)
 
-    def _copy(self, output: _Output, data: memoryview, start: int) -> None:
-        """Write those of the input's bytes from `start` on, `data`, that the output takes over as they are."""
-        for copy in output.plan.copies:
-            first, last = max(copy.start, start), min(copy.stop, start + len(data))
-            if first < last:
-                output.file.write(data[first - start : last - start], copy.at + first - copy.start)
+    def _copy(self, output: _Output, untouched: list[tuple[memoryview, int]]) -> None:
+        for data, at in untouched:
+            output.file.write(data, at)
+        self._part_done(output)
 
     def _merge_block(self, block: _Block, desk: _Desk) -> None:
         """Compute a block, and leave the writing to another thread."""
@@ -384,6 +392,16 @@ class _Run:
             for worker in workers:
                 if worker.done() and (error := worker.exception()) is not None:
                     raise error
+
+
+def _untouched(plan: FilePlan, data: memoryview, start: int) -> list[tuple[memoryview, int]]:
+    """What of the input's bytes from `start` on, `data`, the output takes over as they are, and where to."""
+    spans = []
+    for copy in plan.copies:
+        first, last = max(copy.start, start), min(copy.stop, start + len(data))
+        if first < last:
+            spans.append((data[first - start : last - start], copy.at + first - copy.start))
+    return spans
 
 
 def _new_buffers() -> Buffers:
