@@ -70,7 +70,7 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
         for file in plan.files
         for edit in file.edits
     )
-    return TORCH_BYTES + threads * (3 * BLOCK_BYTES + HASH_BYTES) + 2 * sum(factors[-threads:])
+    return TORCH_BYTES + threads * 3 * BLOCK_BYTES + 2 * sum(factors[-threads:])
 
 
 def run(
