@@ -134,7 +134,7 @@ def header_rows(adapter: Adapter, *, strength_known: bool = True) -> list[Module
     return [
         ModuleRow(
             name=name,
-            layer=_layer(name),
+            layer=layer_of(name),
             target=_target(name),
             kind=weights.kind,
             rank=weights.rank,
@@ -222,7 +222,7 @@ def _kind(adapter: Adapter) -> str:
     return " + ".join(names) or "LoRA"
 
 
-def _layer(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
     """The first number in a dotted path."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 

@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 from conftest import FIXTURES, factors
+from handmade import adapterkit as run_adapterkit
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -268,3 +269,17 @@ def test_quantized_bases_are_named_and_refused(
 def test_nothing_to_merge_is_a_usage_error(make_base: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no adapter given"):
         adapterkit.plan_merge(make_base({"m.weight": torch.ones(2, 2)}), [], tmp_path / "out")
+
+
+def test_the_report_has_a_line_for_each_layer_and_one_for_all(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    modules = ["lm_head", "layers.10.q", "layers.2.q", "layers.2.k"]
+    base = make_base({f"{module}.weight": torch.randn(8, 12).bfloat16() for module in modules})
+    adapter = make_adapter({name: x for module in modules for name, x in factors(module, 8, 12).items()})
+    result = run_adapterkit("merge", base, adapter, "-o", tmp_path / "out", "--report")
+    assert result.code == 0
+    head, *lines, _, _ = result.out.splitlines()
+    assert head.startswith("kept of the update")
+    assert [line.split(maxsplit=2)[2] for line in lines] == ["layer 2", "layer 10", "lm_head.weight", "in total"]
+    assert all(0.9 < float(line.split()[0]) < 1.1 for line in lines)

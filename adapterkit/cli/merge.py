@@ -35,7 +35,9 @@ ENOUGH_KEPT = 0.9
 @click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", help="Where to compute.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, made from headers only, and stop.")
-@click.option("--report", is_flag=True, help="Measure what rounding kept of the update, for every layer.")
+@click.option(
+    "--report", is_flag=True, help="Measure what rounding kept of the update, by layer; with --json, by tensor."
+)
 @click.option("--allow-partial", is_flag=True, help="Skip what has no place in the base, and say so.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
@@ -162,16 +164,31 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, 
 def _result_text(facts: dict[str, Any], result: Merged, report: bool) -> str:
     lines = []
     if report:
-        lines.append("kept of the update after rounding: ⟨W'−W, Δ⟩/‖Δ‖², and ‖W'−W−Δ‖/‖Δ‖")
-        lines += [f"  {kept.kept:7.4f}  {kept.error:7.4f}  {name}" for name, kept in result.retention.items()]
-        if (total := _total(result)) is not None:
-            lines.append(f"  {total.kept:7.4f}  {total.error:7.4f}  in total")
+        lines += _report(result)
     lines.append(
         f"merged    {facts['tensors_changed']} of {facts['tensors']} tensors in {facts['seconds']:.1f} s, "
         f"{_size(facts['bytes_written'])}"
     )
     lines.append(f"wrote     {result.out}")
     return "\n".join(lines)
+
+
+def _report(result: Merged) -> list[str]:
+    """What rounding kept, a line for each layer; --json has every tensor."""
+    from adapterkit.delta import Retention
+    from adapterkit.summary import layer_of
+
+    parts: dict[int | str, list[Retention]] = {}
+    for name, kept in result.retention.items():
+        layer = layer_of(name)
+        parts.setdefault(name if layer is None else layer, []).append(kept)
+    lines = ["kept of the update after rounding: ⟨W'−W, Δ⟩/‖Δ‖², and ‖W'−W−Δ‖/‖Δ‖"]
+    for part in sorted(parts, key=lambda part: (isinstance(part, str), part)):
+        kept = sum(parts[part], Retention())
+        lines.append(f"  {kept.kept:7.4f}  {kept.error:7.4f}  {part if isinstance(part, str) else f'layer {part}'}")
+    if (total := _total(result)) is not None:
+        lines.append(f"  {total.kept:7.4f}  {total.error:7.4f}  in total")
+    return lines
 
 
 def _warn_of_loss(result: Merged) -> None:
