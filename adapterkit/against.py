@@ -12,6 +12,7 @@ import torch
 from adapterkit.adapter import Adapter, LazyTensor
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError
+from adapterkit.quant import SUPPORTED, Packed, weights
 from adapterkit.renames import explain_missing
 from adapterkit.targets import Fit, Target, fit
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
@@ -35,8 +36,9 @@ def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, F
 
     Raises FitError where a name is found but its shape does not fit.
     """
-    places = fit(adapter, checkpoint.tensors, checkpoint.config)
-    hint = explain_missing(places.missing, checkpoint.tensors) if places.missing else ""
+    tensors = weights(checkpoint.tensors, checkpoint.config)
+    places = fit(adapter, tensors, checkpoint.config)
+    hint = explain_missing(places.missing, tensors) if places.missing else ""
     total = len(adapter.modules)
     return Match(name, len(places.targets), total, places.missing, hint), places
 
@@ -44,27 +46,30 @@ def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, F
 def base_norms(places: Fit, checkpoint: Checkpoint) -> Iterator[tuple[str, float]]:
     """‖W‖_F by module, over the rows that its Δ lands on; a row chunk at a time, squares summed in float64.
 
-    Raises FitError where the base is quantized: its stored numbers are not its weights.
+    Raises FitError where the base is quantized by an unknown scheme: its stored numbers are not its weights.
     """
+    tensors = weights(checkpoint.tensors, checkpoint.config)
     for module, targets in places.targets.items():
-        yield module, math.sqrt(sum(_square(checkpoint.tensors[target.tensor], target) for target in targets))
+        yield module, math.sqrt(sum(_square(tensors[target.tensor], target) for target in targets))
 
 
-def _square(info: TensorInfo, target: Target) -> float:
+def _square(info: TensorInfo | Packed, target: Target) -> float:
     """‖W[rows]‖_F², with W seen as a matrix of rows of its last dimension."""
     if info.dtype not in FLOAT_DTYPES:
         raise FitError(
             f"{info.name}: is stored as {info.dtype}, so its numbers are not the weights; "
-            "compare against the base before it was quantized"
+            f"what can be dequantized is {SUPPORTED}"
         )
     width = max(1, info.shape[-1])
     depth = prod(info.shape) // width
-    matrix = LazyTensor.of(replace(info, shape=(depth, width)))
+    read = (
+        info.open(width) if isinstance(info, Packed) else LazyTensor.of(replace(info, shape=(depth, width))).read_rows
+    )
     first, last = target.rows or (0, depth)
     step = max(1, CHUNK_BYTES // (4 * width))
     total = 0.0
     for start in range(first, last, step):
-        rows = matrix.read_rows(start, min(last, start + step))
+        rows = read(start, min(last, start + step))
         norms = torch.linalg.vector_norm(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
         total += float(norms.double().square().sum())
     return total

@@ -16,8 +16,9 @@ from adapterkit.delta import Retention, Update, add_updates, exact_sum, measure_
 from adapterkit.errors import FitError
 from adapterkit.fused import add_rounded
 from adapterkit.plan import Edit
+from adapterkit.quant.packed import Packed, Rows
 from adapterkit.rounding import on_midpoints, round_once
-from adapterkit.tensorfile import TORCH_NAMES, read_span, tensor_bytes
+from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_span, tensor_bytes
 
 # 1 MB in float32: with its base and output it stays in the L2 cache of most cores.
 CHUNK_ELEMENTS = 1 << 18
@@ -44,16 +45,18 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What an edit needs in memory: its factors, and the vectors added to a bias."""
+    """What an edit needs in memory: its factors, the vectors added to a bias, and a quantized weight's scales."""
 
     updates: list[Update]
     added: list[torch.Tensor]
+    packed: Rows | None
 
 
 def load(edit: Edit, fd: int) -> Loaded:
     """Read the factors of `edit`; raises FitError where one is not finite."""
-    depth, _ = edit.matrix
+    depth, columns = edit.matrix
     dtype = _compute_dtype(edit)
+    packed = edit.source.open(columns) if isinstance(edit.source, Packed) else None
     updates = []
     for delta in edit.deltas:
         target = delta.target
@@ -62,14 +65,14 @@ def load(edit: Edit, fd: int) -> Loaded:
             target.transposed, dtype, where=delta.module,
         )  # fmt: skip
         if update.magnitude is not None and target.transposed:
-            update = measure_columns(update, lambda: _base_chunks(edit, fd))
+            update = measure_columns(update, lambda: _base_chunks(edit, packed, fd))
         updates.append(update)
     added = []
     for addition in edit.added:
         vector = addition.vector.read().to(dtype) * addition.scale
         _check_finite(vector, edit.name)
         added.append(vector[:, None])
-    return Loaded(updates, added)
+    return Loaded(updates, added, packed)
 
 
 def merge_rows(
@@ -82,7 +85,7 @@ def merge_rows(
     _, columns = edit.matrix
     if not into:
         return None
-    source = _read_rows(edit, fd, first, last, buffers)
+    source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
     out = torch.frombuffer(into, dtype=getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, columns)
     if source is not None and _compute_dtype(edit) is torch.float32:
         squares = _merge_plain(source, first, loaded.updates, out, buffers)
@@ -146,10 +149,14 @@ def _compute_dtype(edit: Edit) -> torch.dtype:
     return torch.float64 if wide or involved else torch.float32
 
 
-def _read_rows(edit: Edit, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor | None:
+def _read_rows(
+    edit: Edit, packed: Rows | None, fd: int, first: int, last: int, buffers: Buffers
+) -> torch.Tensor | None:
     """Rows `first:last` of the source tensor in its own dtype, in the read buffer; None where the tensor is new."""
     info = edit.source
-    if info is None:
+    if packed is not None:
+        return packed(first, last)
+    if not isinstance(info, TensorInfo):
         return None
     _, columns = edit.matrix
     row = tensor_bytes(info.dtype, (columns,))
@@ -185,13 +192,13 @@ def _base_rows(edit: Edit, source: torch.Tensor | None, first: int, start: int, 
     return rows
 
 
-def _base_chunks(edit: Edit, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
+def _base_chunks(edit: Edit, packed: Rows | None, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The whole base tensor as `(first row, rows)`, a chunk at a time."""
     depth, columns = edit.matrix
     step, buffers = _chunk_rows(columns), Buffers()
     for start in range(0, depth, step):
         stop = min(depth, start + step)
-        yield start, _base_rows(edit, _read_rows(edit, fd, start, stop, buffers), start, start, stop)
+        yield start, _base_rows(edit, _read_rows(edit, packed, fd, start, stop, buffers), start, start, stop)
 
 
 def _check_finite(values: torch.Tensor, name: str) -> None:

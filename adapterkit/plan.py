@@ -14,10 +14,12 @@ from typing import Any
 from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError, UsageError
+from adapterkit.quant import SUPPORTED, Packed, weights
 from adapterkit.renames import explain_missing
 from adapterkit.targets import Fit, Target, fit
-from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, encode_header
+from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight, encode_header
 
+DEQUANTIZED = f"what can be dequantized is {SUPPORTED}. Merge into the 16-bit original it was made from."
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 # The names that input and output embedding go by.
@@ -69,7 +71,7 @@ class Edit:
     """
 
     name: str
-    source: TensorInfo | None
+    source: TensorInfo | Packed | None
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -110,6 +112,7 @@ class FilePlan:
     source: Path
     header: bytes
     size: int
+    tensors: tuple[str, ...]
     copies: tuple[Copy, ...]
     edits: tuple[Edit, ...]
 
@@ -167,16 +170,16 @@ def make_plan(
         raise UsageError("no adapter given: there is nothing to merge")
     for one in given:
         _refuse_broken(one)
-    tensors = dict(base.tensors)
+    tensors = weights(base.tensors, base.config)
     embedding = _tied_embedding(base)
     if embedding is not None:
-        tensors.setdefault(HEAD, replace(base.tensors[embedding], name=HEAD))
+        tensors.setdefault(HEAD, replace(tensors[embedding], name=HEAD))
     changes, notes = _Changes(), [f"{one.label}: {p}" for one in given for p in one.adapter.problems if not p.fatal]
     ledger: dict[str, dict[str, tuple[str, ...]]] = {}
     skipped: list[str] = []
     for one in given:
         found = fit(one.adapter, tensors, base.config, rename)
-        skipped += _missing(one, found, base, allow_partial)
+        skipped += _missing(one, found, base.name, tensors, allow_partial)
         notes += _drift_note(one, found)
         _gather(one, found, changes)
         ledger[one.label] = _ledger(found)
@@ -187,22 +190,27 @@ def make_plan(
         untied = (embedding, HEAD)
         config = _with_nested(config, "tie_word_embeddings", False)
         notes.append(f"the base ties {HEAD} to {embedding}, the adapter changes them apart: the output unties them")
+    schemes = dict.fromkeys(weight.scheme for weight in tensors.values() if isinstance(weight, Packed))
+    if schemes:
+        notes.append(f"the base is quantized ({'; '.join(schemes)}): the output is not")
+        config.pop("quantization_config", None)
     target = None if dtype is None else DTYPES[dtype]
     if target is not None:
-        if base.quantization:
-            raise FitError(f"{base.path}: is quantized ({base.quantization}); --dtype needs a 16- or 32-bit base")
+        if base.quantization and not schemes:
+            raise FitError(f"{base.path}: is quantized ({base.quantization}); {DEQUANTIZED}")
         config = _with_nested(config, "dtype" if "dtype" in config else "torch_dtype", TORCH_NAMES[target])
     _, left_out = base.other_files()
     notes += [f"{file}: not copied, since it belongs to the unmerged model" for file in left_out]
     new = [name for name in changes.replaced if name not in tensors]
     notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
     files = tuple(
-        _plan_file(header, changes, target, untied, new if header is base.shards[-1] else []) for header in base.shards
+        _plan_file(header, tensors, changes, target, untied, new if header is base.shards[-1] else [])
+        for header in base.shards
     )
+    weight_map = {name: file.name for file in files for name in file.tensors}
     return MergePlan(
-        base, out, tuple(given), files, config, _weight_map(base, files), ledger, tuple(skipped),
-        tuple(dict.fromkeys(notes)), target,
-    )  # fmt: skip
+        base, out, tuple(given), files, config, weight_map, ledger, tuple(skipped), tuple(dict.fromkeys(notes)), target
+    )
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -220,15 +228,12 @@ def _refuse_broken(one: Given) -> None:
         raise FitError(f"{one.label}: holds no weights at all")
 
 
-def _check_target(name: str, tensors: Mapping[str, TensorInfo], base: Checkpoint, changes: _Changes) -> None:
+def _check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, changes: _Changes) -> None:
     """The tensor can be computed with, and no two modules of one adapter, nor two replacements, meet in it."""
     info = tensors.get(name)
     if info is not None and info.dtype not in FLOAT_DTYPES:
         scheme = base.quantization or f"{info.dtype} weights"
-        raise FitError(
-            f"{name}: is {info.dtype}: the base is quantized ({scheme}), which merge cannot write yet. "
-            "Merge into the 16-bit original it was made from."
-        )
+        raise FitError(f"{name}: is {info.dtype}: the base is quantized ({scheme}); {DEQUANTIZED}")
     whole = [change for change in changes.replaced.get(name, ()) if change.rows is None]
     if len(whole) > 1:
         raise FitError(f"{name}: {len(whole)} adapters replace it outright (modules_to_save); merge one of them only")
@@ -246,13 +251,13 @@ def _check_target(name: str, tensors: Mapping[str, TensorInfo], base: Checkpoint
             raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
 
 
-def _missing(one: Given, found: Fit, base: Checkpoint, allow_partial: bool) -> list[str]:
+def _missing(one: Given, found: Fit, base: str, tensors: Mapping[str, Weight], allow_partial: bool) -> list[str]:
     """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
     landed = found.targets or found.replaced or found.tokens
     if found.missing and not (allow_partial and landed):
         raise FitError(
-            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base.name}: "
-            f"{explain_missing(found.missing, base.tensors)}"
+            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base}: "
+            f"{explain_missing(found.missing, tensors)}"
         )
     return [f"{one.label}: {name}" for name in found.missing]
 
@@ -334,21 +339,27 @@ def _with_nested(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]
 
 
 def _plan_file(
-    header: Header, changes: _Changes, dtype: str | None, untied: tuple[str, str] | None, new: Sequence[str]
+    header: Header,
+    tensors: Mapping[str, TensorInfo | Packed],
+    changes: _Changes,
+    dtype: str | None,
+    untied: tuple[str, str] | None,
+    new: Sequence[str],
 ) -> FilePlan:
-    """The layout of one output file: the input's, byte for byte, unless dtypes change or tensors are added."""
-    entries: list[tuple[str, TensorInfo | None, str, tuple[int, ...]]] = []
-    for info in sorted(header.tensors.values(), key=lambda info: (info.start, info.stop)):
-        entries.append((info.name, info, _converted(info.dtype, dtype), info.shape))
+    """The layout of one output file: the input's, byte for byte, unless dtypes change or tensors come and go."""
+    entries: list[tuple[str, TensorInfo | Packed | None, str, tuple[int, ...]]] = []
+    for stored in sorted(header.tensors.values(), key=lambda info: (info.start, info.stop)):
+        if (info := tensors.get(stored.name)) is not None:  # else a part of a quantized weight
+            entries.append((info.name, info, _converted(info.dtype, dtype), info.shape))
     if untied is not None and untied[0] in header.tensors and not any(e[0] == untied[1] for e in entries):
-        info = header.tensors[untied[0]]
+        info = tensors[untied[0]]
         entries.append((untied[1], info, _converted(info.dtype, dtype), info.shape))
     for name in new:
         values = changes.replaced[name][0].values
         entries.append((name, None, _converted(values.dtype, dtype), values.shape))
-    same = len(entries) == len(header.tensors) and all(info and info.dtype == d for _, info, d, _ in entries)
-    if same:
-        spans = [(info.start, info.stop) for _, info, _, _ in entries if info]
+    kept = [info for _, info, kind, _ in entries if isinstance(info, TensorInfo) and info.dtype == kind]
+    if len(kept) == len(entries) == len(header.tensors):
+        spans = [(info.start, info.stop) for info in kept]
         with open(header.file, "rb") as stream:
             raw = stream.read(header.nbytes)
     else:
@@ -356,7 +367,7 @@ def _plan_file(
     copies: list[Copy] = []
     edits: list[Edit] = []
     for (name, source, kind, shape), (start, stop) in zip(entries, spans, strict=True):
-        if source is not None and source.dtype == kind and not changes.touch(name):
+        if isinstance(source, TensorInfo) and source.dtype == kind and not changes.touch(name):
             _append_copy(copies, Copy(source.start, source.stop, start))
             continue
         edits.append(
@@ -368,7 +379,8 @@ def _plan_file(
             )
         )  # fmt: skip
     size = spans[-1][1] if spans else len(raw)
-    return FilePlan(header.file.name, header.file, raw, size, tuple(copies), tuple(edits))
+    names = tuple(name for name, *_ in entries)
+    return FilePlan(header.file.name, header.file, raw, size, names, tuple(copies), tuple(edits))
 
 
 def _converted(stored: str, dtype: str | None) -> str:
@@ -384,15 +396,6 @@ def _append_copy(copies: list[Copy], copy: Copy) -> None:
         copies[-1] = Copy(last.start, copy.stop, last.at)
     else:
         copies.append(copy)
-
-
-def _weight_map(base: Checkpoint, files: Sequence[FilePlan]) -> dict[str, str]:
-    """Which file each output tensor lies in."""
-    return {
-        name: file.name
-        for header, file in zip(base.shards, files, strict=True)
-        for name in (*header.tensors, *(edit.name for edit in file.edits))
-    }
 
 
 def total_size(plan: MergePlan) -> int:

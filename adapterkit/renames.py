@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from adapterkit.errors import UsageError
-from adapterkit.tensorfile import TensorInfo
+from adapterkit.tensorfile import Weight
 
 
-def explain_missing(missing: Sequence[str], tensors: Mapping[str, TensorInfo]) -> str:
+def explain_missing(missing: Sequence[str], tensors: Mapping[str, Weight]) -> str:
     """Why names have no place: the nearest names in the base, and the one rename that would fix them all."""
     stems = [re.sub(r"\.(weight|bias)$", "", name) for name in tensors]
     nearest = {name: _nearest(name, stems) for name in missing[:500]}

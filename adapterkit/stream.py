@@ -135,10 +135,8 @@ class _Block:
     @property
     def place(self) -> int:
         """Where in all of the base's bytes its input begins."""
-        source, (_, columns) = self.work.edit.source, self.work.edit.matrix
-        return self.work.output.begin + (
-            source.start + tensor_bytes(source.dtype, (self.first, columns)) if source else 0
-        )
+        source, (rows, _) = self.work.edit.source, self.work.edit.matrix
+        return self.work.output.begin + (source.start + source.nbytes * self.first // rows if source and rows else 0)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
 from adapterkit.errors import FitError
 from adapterkit.renames import apply_rename
-from adapterkit.tensorfile import TensorInfo
+from adapterkit.tensorfile import Weight
 
 # --- the tables ------------------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ class Fit:
 
 def fit(
     adapter: Adapter,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, Weight],
     config: Mapping[str, Any],
     rename: tuple[str, str] | None = None,
 ) -> Fit:
@@ -124,7 +124,7 @@ def fit(
 class _Names:
     """Looks the adapter's names up in the base, by one drift and the user's rename."""
 
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, Weight]
     drift: dict[str, str]
     rename: tuple[str, str] | None
     segments: dict[str, bool] = field(default_factory=dict)  # what `lacks` found
@@ -139,7 +139,7 @@ class _Names:
                 return (self.drift[old] + f"{name}.".removeprefix(old)).removesuffix(".")
         return name
 
-    def find(self, name: str) -> TensorInfo | None:
+    def find(self, name: str) -> Weight | None:
         return self.tensors.get(name)
 
     def lacks(self, segment: str) -> bool:
@@ -187,7 +187,7 @@ def _is_new(tensor: str, adapter: Adapter) -> bool:
     return any(f".{entry}." in f".{tensor}." for entry in adapter.new_modules)
 
 
-def _find(base: str, weights: LoraWeights[LazyTensor], names: _Names) -> list[TensorInfo]:
+def _find(base: str, weights: LoraWeights[LazyTensor], names: _Names) -> list[Weight]:
     """The base tensors by the module's own name that its Δ could be meant for."""
     base = base.replace(".base_layer", "")
     if weights.parameters != ("weight",):
@@ -205,7 +205,7 @@ class _Orientations:
         self.model_type = config.get("model_type")
         self.seen: set[bool] = set()
 
-    def learn(self, weights: LoraWeights[LazyTensor], found: list[TensorInfo]) -> None:
+    def learn(self, weights: LoraWeights[LazyTensor], found: list[Weight]) -> None:
         shape = (weights.out_features, weights.in_features)
         telling = weights.kind == "linear" and len(found) == 1 and shape[0] != shape[1]
         if telling and found[0].shape in (shape, shape[::-1]):
@@ -228,7 +228,7 @@ def _places(
     module: str,
     base: str,
     weights: LoraWeights[LazyTensor],
-    found: list[TensorInfo],
+    found: list[Weight],
     names: _Names,
     config: Mapping[str, Any],
     orientations: _Orientations,
@@ -245,7 +245,7 @@ def _places(
     return _place_in_fused(module, base, weights, names, config) or _place_over_parts(base, weights, names)
 
 
-def _transposed(module: str, weights: LoraWeights[LazyTensor], info: TensorInfo, orientations: _Orientations) -> bool:
+def _transposed(module: str, weights: LoraWeights[LazyTensor], info: Weight, orientations: _Orientations) -> bool:
     """Whether Δ is added transposed; raises FitError where the shapes do not fit at all."""
     delta = (weights.out_features, weights.in_features)
     if weights.kind == "embedding":
@@ -313,7 +313,7 @@ def _place_over_parts(base: str, weights: LoraWeights[LazyTensor], names: _Names
     return _over_rows(found, weights, None) if found and len(found) == len(infos) else ()
 
 
-def _over_rows(infos: list[TensorInfo], weights: LoraWeights[LazyTensor], expert: int | None) -> tuple[Target, ...]:
+def _over_rows(infos: list[Weight], weights: LoraWeights[LazyTensor], expert: int | None) -> tuple[Target, ...]:
     rows, width = sum(info.shape[0] for info in infos), weights.in_features
     if rows != weights.out_features or any(info.shape[1:] != (width,) for info in infos):
         shapes = ", ".join(f"{info.name} {info.shape}" for info in infos)
@@ -326,7 +326,7 @@ def _over_rows(infos: list[TensorInfo], weights: LoraWeights[LazyTensor], expert
 
 
 def _place_experts(
-    module: str, base: str, weights: LoraWeights[LazyTensor], found: list[TensorInfo], names: _Names
+    module: str, base: str, weights: LoraWeights[LazyTensor], found: list[Weight], names: _Names
 ) -> tuple[Target, ...]:
     """Stacked experts: one range of rows for each in a 3-d tensor, or one tensor for each expert and part."""
     delta, experts = (weights.out_features, weights.in_features), weights.experts
@@ -353,7 +353,7 @@ def _place_experts(
 
 def _per_expert(
     base: str, parts: tuple[str, ...], weights: LoraWeights[LazyTensor], names: _Names
-) -> list[list[TensorInfo]]:
+) -> list[list[Weight]]:
     """The tensors of each expert, where the checkpoint has them apart and they add up to Δ; else nothing."""
     rows = [[names.find(f"{base}.{e}.{part}.weight") for part in parts] for e in range(weights.experts)]
     found = [[info for info in row if info and info.shape[1:] == (weights.in_features,)] for row in rows]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.errors import FormatError
 
@@ -43,6 +43,17 @@ MAX_NAME = 1000  # characters; real names have at most some 200
 MAX_DIMS = 64  # as in numpy; the product of many more dimensions is a number too large to work with
 
 
+class Weight(Protocol):
+    """What a tensor is, whether it is stored as such or quantized."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor lies: `file[start:stop]` holds its elements, row-major, of `dtype` and `shape`."""
@@ -58,15 +69,20 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.stop - self.start
 
+    def read_bytes(self) -> bytearray:
+        """The tensor as it is stored."""
+        data = bytearray(self.nbytes)
+        with open(self.file, "rb", buffering=0) as file:
+            read_span(file.fileno(), memoryview(data), self.start, self.file)
+        return data
+
     def read(self) -> torch.Tensor:
         """Read the whole tensor into memory, in its own dtype."""
         import torch
 
         if self.dtype not in TORCH_NAMES:
             raise FormatError(f"{self.file}: {self.name} has dtype {self.dtype}, which torch cannot hold")
-        data = bytearray(self.nbytes)
-        with open(self.file, "rb", buffering=0) as file:
-            read_span(file.fileno(), memoryview(data), self.start, self.file)
+        data = self.read_bytes()
         dtype = getattr(torch, TORCH_NAMES[self.dtype])
         if not data:
             return torch.empty(self.shape, dtype=dtype)

@@ -1,0 +1,66 @@
+"""LLM.int8 weights, as bitsandbytes saves them (arXiv 2208.07339): `W = q · SCB / 127` by row.
+
+bitsandbytes multiplies by the float32 nearest 1/127, after `q · SCB`; so does this, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import FormatError
+from adapterkit.quant.packed import Packed, Rows, float_dtype
+from adapterkit.tensorfile import TORCH_NAMES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+SCALE, LAYOUT = "SCB", "weight_format"
+
+
+@dataclass(frozen=True)
+class Packed8bit(Packed):
+    """A weight in signed bytes `(out, in)`, and its rows' greatest magnitudes `(out,)`."""
+
+    scale: TensorInfo
+    layout: TensorInfo | None
+
+    @property
+    def scheme(self) -> str:
+        return "bitsandbytes LLM.int8"
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.stored, self.scale, *((self.layout,) if self.layout else ()))
+
+    def open(self, columns: int) -> Rows:
+        import torch
+
+        scale, dtype = self.scale.read()[:, None], getattr(torch, TORCH_NAMES[self.dtype])
+
+        def rows(first: int, last: int) -> torch.Tensor:
+            start, stop = self.stored.start + first * columns, self.stored.start + last * columns
+            q = replace(self.stored, start=start, stop=stop, shape=(last - first, columns)).read()
+            return (q * scale[first:last] * (1 / 127)).to(dtype)
+
+        return rows
+
+
+def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[Packed8bit]:
+    """Every LLM.int8 weight. Raises FormatError where its scale does not fit or it is not stored by rows."""
+    dtype = float_dtype(config, tensors)
+    for name, stored in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        scale = tensors.get(f"{module}.{SCALE}")
+        if leaf != "weight" or scale is None:
+            continue
+        if stored.dtype != "I8" or len(stored.shape) != 2 or scale.dtype != "F32" or scale.shape != stored.shape[:1]:
+            raise FormatError(
+                f"{stored.file}: {name} is {stored.dtype} {stored.shape} and its SCB {scale.dtype} {scale.shape}; "
+                "expected I8 (out, in) and F32 (out,)"
+            )
+        layout = tensors.get(f"{module}.{LAYOUT}")
+        if layout is not None and (layout.nbytes > 8 or any(layout.read_bytes())):
+            raise FormatError(f"{layout.file}: {layout.name}: only LLM.int8 weights stored by rows (0) are supported")
+        yield Packed8bit(name, stored.shape, dtype, stored, scale, layout)

@@ -1,0 +1,82 @@
+"""Block-scaled FP8 (DeepSeek-V3, arXiv 2412.19437; transformers' `fp8`): `W = q · scale` by square block.
+
+`q` is e4m3 `(out, in)`, `weight_scale_inv (⌈out/b⌉, ⌈in/b⌉)` multiplies it, whatever its name says. The scale can
+lie in another shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import FormatError
+from adapterkit.quant.packed import Packed, Rows, float_dtype
+from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+SCALE = "_scale_inv"
+
+
+@dataclass(frozen=True)
+class PackedFP8(Packed):
+    """A weight in e4m3, and one scale for each `block` of rows and columns."""
+
+    scale: TensorInfo
+    block: tuple[int, int]
+
+    @property
+    def scheme(self) -> str:
+        return f"FP8, blocks of {self.block[0]}×{self.block[1]}"
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.stored, self.scale)
+
+    def open(self, columns: int) -> Rows:
+        import torch
+
+        height, width = self.block
+        # One scale a column from here on: as many as the weight has rows of blocks.
+        scale = self.scale.read().float().repeat_interleave(width, dim=1)[:, :columns]
+        dtype = getattr(torch, TORCH_NAMES[self.dtype])
+
+        def rows(first: int, last: int) -> torch.Tensor:
+            start, stop = self.stored.start + first * columns, self.stored.start + last * columns
+            q = replace(self.stored, start=start, stop=stop, shape=(last - first, columns)).read()
+            return q.float().mul_(scale[torch.arange(first, last) // height]).to(dtype)
+
+        return rows
+
+
+def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[PackedFP8]:
+    """Every block-scaled FP8 weight among `tensors`. Raises FormatError where its scales do not fit its blocks."""
+    declared = config.get("quantization_config")
+    block = declared.get("weight_block_size") if isinstance(declared, dict) else None
+    dtype = float_dtype(config, tensors)
+    for name, scale in tensors.items():
+        weight = name.removesuffix(SCALE)
+        if weight == name or not weight.endswith("weight"):
+            continue
+        stored = tensors.get(weight)
+        if stored is None:
+            raise FormatError(f"{scale.file}: {name} scales {weight}, which is missing")
+        if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
+            raise FormatError(
+                f"{scale.file}: {name}: the config's quantization_config has weight_block_size {block!r}, expected two "
+                "sizes: without them blocks cannot be told where they do not divide the weight"
+            )
+        shape = tuple(-(-size // each) for size, each in zip(stored.shape, block, strict=False))
+        if (
+            stored.dtype != "F8_E4M3"
+            or len(stored.shape) != 2
+            or scale.shape != shape
+            or scale.dtype not in FLOAT_DTYPES
+        ):
+            raise FormatError(
+                f"{scale.file}: {weight} is {stored.dtype} {stored.shape} and its scale {scale.dtype} {scale.shape}; "
+                f"expected F8_E4M3 and {shape} for blocks of {block[0]}×{block[1]}"
+            )
+        yield PackedFP8(weight, stored.shape, dtype, stored, scale, (block[0], block[1]))

@@ -1,0 +1,71 @@
+"""A weight that is stored quantized: what it is once dequantized, and how its rows are read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+# Rows `first:last` of a weight seen as a matrix, dequantized.
+Rows = Callable[[int, int], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Packed(ABC):
+    """One quantized weight, by its logical `shape` and the `dtype` that its scheme dequantizes to.
+
+    Plain data, so that plans pickle; `stored` holds the numbers, `parts` are all the tensors it is made from.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    stored: TensorInfo
+
+    @property
+    @abstractmethod
+    def scheme(self) -> str:
+        """What to call the scheme, with its block size and nesting."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[TensorInfo, ...]: ...
+
+    @abstractmethod
+    def open(self, columns: int) -> Rows:
+        """Read the scales, and return what reads and dequantizes rows of `columns` elements, from any thread."""
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def start(self) -> int:
+        return self.stored.start
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes
+
+
+def float_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """The dtype to dequantize to where the weights do not say: the model's own, else that of its other weights."""
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            named = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(str(section.get(key)))
+            if named:
+                return named
+    sizes = dict.fromkeys(FLOAT_DTYPES, 0)
+    for info in tensors.values():
+        if info.dtype in sizes and not info.name.endswith(("SCB", "absmax", "scale_inv", "quant_map")):
+            sizes[info.dtype] += info.nbytes
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return most if sizes[most] else "BF16"
