@@ -179,7 +179,7 @@ def make_plan(
     skipped: list[str] = []
     for one in given:
         found = fit(one.adapter, tensors, base.config, rename)
-        skipped += _missing(one, found, base.name, tensors, allow_partial)
+        skipped += _missing(one, found, base, tensors, allow_partial)
         notes += _drift_note(one, found)
         _gather(one, found, changes)
         ledger[one.label] = _ledger(found)
@@ -251,12 +251,14 @@ def _check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, ch
             raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
 
 
-def _missing(one: Given, found: Fit, base: str, tensors: Mapping[str, Weight], allow_partial: bool) -> list[str]:
+def _missing(one: Given, found: Fit, base: Checkpoint, tensors: Mapping[str, Weight], allow_partial: bool) -> list[str]:
     """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
     landed = found.targets or found.replaced or found.tokens
+    if found.missing and base.quantization and not any(isinstance(weight, Packed) for weight in tensors.values()):
+        raise FitError(f"{base.path}: is quantized ({base.quantization}); {DEQUANTIZED}")
     if found.missing and not (allow_partial and landed):
         raise FitError(
-            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base}: "
+            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base.name}: "
             f"{explain_missing(found.missing, tensors)}"
         )
     return [f"{one.label}: {name}" for name in found.missing]

@@ -68,7 +68,11 @@ def violations(name: str, source: str) -> list[str]:
                 found.append(f"{name} imports {inner}")
         elif top in CORE | LAZY | {"click"} and top not in CORE | ALLOWED.get(own, set()):
             found.append(f"{name} imports {top}")
-        if top in LAZY and eager and (LEVEL[own] >= LEVEL["plan"] or own in ("formats", "quant", "tensorfile", "adapter")):
+        if (
+            top in LAZY
+            and eager
+            and (LEVEL[own] >= LEVEL["plan"] or own in ("formats", "quant", "tensorfile", "adapter"))
+        ):
             found.append(f"{name} imports {top} at its top")
     return found
 

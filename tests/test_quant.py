@@ -1,0 +1,370 @@
+"""Quantized weights against references written from the formats, against the libraries where they are right, merged."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import factors
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from adapterkit import blocks, quant, stream
+from adapterkit.checkpoint import open_checkpoint
+from adapterkit.errors import FitError, FormatError
+from adapterkit.tensorfile import read_header
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+functional = bitsandbytes.functional
+
+SHAPES = [(64, 64), (33, 62), (7, 4304), (5, 33), (3, 128)]
+BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def packed_4bit(
+    weight: torch.Tensor, kind: str = "nf4", blocksize: int = 64, nested: bool = False, storage: Any = torch.uint8
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """`weight` as bitsandbytes quantizes it and transformers stores it, by suffix; and its quant_state."""
+    stored, state = functional.quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=nested, quant_type=kind, quant_storage=storage
+    )
+    parts = {f".{name}": value.contiguous() for name, value in state.as_dict(packed=True).items()}
+    return {"": stored} | parts, state
+
+
+def dequantized_4bit(stored: torch.Tensor, state: Any) -> torch.Tensor:
+    """The weight, by the format's own words: float32 throughout, in numpy, one element at a time."""
+    count = int(np.prod(state.shape))
+    raw = stored.reshape(-1).view(torch.uint8).numpy()
+    nibbles = np.stack([raw >> 4, raw & 15], axis=1).reshape(-1)[:count]
+    absmax = state.absmax.numpy()
+    if state.nested:
+        scale = np.repeat(state.state2.absmax.numpy(), state.state2.blocksize)[: len(absmax)]
+        absmax = state.state2.code.numpy()[absmax] * scale + np.float32(state.offset.item())
+    values = state.code.numpy()[nibbles] * np.repeat(absmax, state.blocksize)[:count]
+    assert values.dtype == np.float32
+    return torch.from_numpy(values).view(state.shape).to(state.dtype)
+
+
+def read(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> torch.Tensor:
+    """`m.weight` as adapterkit dequantizes it from a file, in two parts."""
+    save_file(tensors, folder / "packed.safetensors")
+    weight = quant.weights(read_header(folder / "packed.safetensors").tensors, config or {})["m.weight"]
+    assert isinstance(weight, quant.Packed)
+    depth, columns = weight.shape
+    rows = weight.open(columns)
+    return torch.cat([rows(0, depth // 2), rows(depth // 2, depth)])
+
+
+def named(parts: dict[str, torch.Tensor], module: str = "m") -> dict[str, torch.Tensor]:
+    return {f"{module}.weight{suffix}": tensor for suffix, tensor in parts.items()}
+
+
+# --- one weight ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("blocksize", BLOCKS)
+def test_4bit_is_dequantized_bit_for_bit(tmp_path: Path, kind: str, nested: bool, blocksize: int) -> None:
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            parts, state = packed_4bit(torch.randn(shape).to(dtype), kind, blocksize, nested)
+            got = read(tmp_path, named(parts))
+            assert got.dtype == dtype and torch.equal(got, dequantized_4bit(parts[""], state)), (shape, dtype)
+            if shape[1] % blocksize == 0 or blocksize >= 2048:  # where the library's own kernels are right
+                assert torch.equal(got, functional.dequantize_4bit(parts[""], state))
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+def test_4bit_weights_stored_as_another_dtype(tmp_path: Path, storage: torch.dtype) -> None:
+    parts, state = packed_4bit(torch.randn(48, 32).bfloat16(), storage=storage)
+    assert parts[""].dtype == storage
+    assert torch.equal(read(tmp_path, named(parts)), dequantized_4bit(parts[""], state))
+
+
+def test_where_blocks_straddle_rows_bitsandbytes_is_wrong_on_avx512(tmp_path: Path) -> None:
+    """Its CPU kernel looks scales up by row; its own generic code agrees with the format, and with us."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+
+    parts, state = packed_4bit(torch.randn(7, 4304).bfloat16())
+    got, kernel = read(tmp_path, named(parts)), functional.dequantize_4bit(parts[""], state)
+    raw, generic = parts[""].view(-1), inspect.unwrap(_dequantize_4bit_compute)
+    assert torch.equal(got, generic(raw, state.absmax, state.code, 64, state.shape, state.dtype))
+    if torch.equal(got, kernel):
+        pytest.skip("this bitsandbytes has it fixed")
+    assert (got.float() - kernel.float()).abs().max() > 0.1
+
+
+def test_int8_is_dequantized_bit_for_bit(tmp_path: Path) -> None:
+    q, scale, _ = functional.int8_vectorwise_quant(torch.randn(33, 47).half())
+    tensors = {"m.weight": q, "m.SCB": scale, "m.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    got = read(tmp_path, tensors, {"torch_dtype": "float16"})
+    assert torch.equal(got, functional.int8_vectorwise_dequant(q, scale).half())
+
+
+def fp8(shape: tuple[int, int], block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    grid = tuple(-(-size // block) for size in shape)
+    return torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(grid) + 0.5
+
+
+@pytest.mark.parametrize(("shape", "block"), [((256, 128), 128), ((96, 200), 32), ((130, 70), 128)])
+def test_fp8_is_dequantized_bit_for_bit(tmp_path: Path, shape: tuple[int, int], block: int) -> None:
+    q, scale = fp8(shape, block)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [block, block]}, "dtype": "bfloat16"}
+    got = read(tmp_path, {"m.weight": q, "m.weight_scale_inv": scale}, config)
+    for i, j in [(0, 0), (shape[0] - 1, shape[1] - 1), (shape[0] // 2, shape[1] // 3), (block - 1, block - 1)]:
+        if i < shape[0] and j < shape[1]:
+            assert got[i, j] == (q[i, j].float() * scale[i // block, j // block]).bfloat16()
+    whole = scale.numpy().repeat(block, axis=0).repeat(block, axis=1)[: shape[0], : shape[1]]
+    assert torch.equal(got, (q.float() * torch.from_numpy(whole)).bfloat16())
+    if shape[0] % block == 0 and shape[1] % block == 0:
+        from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+        assert torch.equal(got, Fp8Dequantize(None)._dequantize_one(q, scale, torch.bfloat16))
+
+
+def test_fp8_blocks_that_do_not_divide_are_wrong_in_transformers(tmp_path: Path) -> None:
+    """192 rows in blocks of 128 have two scales, which transformers takes for two blocks of 96."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    q, scale = fp8((192, 128), 128)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "dtype": "bfloat16"}
+    got = read(tmp_path, {"m.weight": q, "m.weight_scale_inv": scale}, config)
+    theirs = Fp8Dequantize(None)._dequantize_one(q, scale, torch.bfloat16)
+    assert torch.equal(got[:96], theirs[:96]) and torch.equal(got[128:], theirs[128:])
+    assert torch.equal(got[96:128], (q[96:128].float() * scale[0, 0]).bfloat16())
+    if torch.equal(got, theirs):
+        pytest.skip("this transformers has it fixed")
+
+
+# --- a merge ---------------------------------------------------------------------------------------------------------
+
+QUANTIZED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.fixture
+def four_bits(make_base: Callable[..., Path]) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A base in two shards: two weights in NF4 with nesting, blocks across rows, and two that are not quantized."""
+    tensors: dict[str, torch.Tensor] = {}
+    plain = {"layers.0.norm.weight": torch.randn(40).bfloat16(), "head.weight": torch.randn(24, 40).bfloat16()}
+    expected = dict(plain)
+    for layer in range(2):
+        parts, state = packed_4bit(torch.randn(24, 40).bfloat16(), nested=True)
+        tensors |= named(parts, f"layers.{layer}.q")
+        expected[f"layers.{layer}.q.weight"] = dequantized_4bit(parts[""], state)
+    config = {"torch_dtype": "bfloat16", "quantization_config": QUANTIZED, "hidden_size": 40}
+    return make_base(tensors | plain, config, shards=2), expected
+
+
+def test_a_4bit_base_is_dequantized_and_merged_with_one_more_rounding(
+    four_bits: tuple[Path, dict[str, torch.Tensor]],
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, dense = four_bits
+    adapter = make_adapter(factors("layers.0.q", 24, 40) | factors("head", 24, 40))
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 400)  # five rows: blocks of 64 elements straddle them
+    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 96)
+    plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+    assert any("NF4, blocks of 64, nested" in note for note in plan.notes)
+    *_, result = adapterkit.run(plan)
+    out = {k: v for file in sorted((tmp_path / "out").glob("*.safetensors")) for k, v in load_file(file).items()}
+    assert set(out) == set(dense)
+    expected = oracle.merged(dense, adapter)
+    for name, before in dense.items():
+        assert out[name].dtype == torch.bfloat16
+        if name in expected:
+            assert torch.equal(out[name], oracle.rounded(expected[name].exact, torch.bfloat16))
+        else:
+            assert torch.equal(out[name], before)
+    assert result.tensors == 3
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"torch_dtype": "bfloat16", "hidden_size": 40}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in out.values())
+    assert set(index["weight_map"]) == set(out)
+    assert open_checkpoint(tmp_path / "out").quantization is None
+
+
+def test_another_dtype_for_the_output(
+    four_bits: tuple[Path, dict[str, torch.Tensor]], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, dense = four_bits
+    adapter = make_adapter(factors("layers.1.q", 24, 40))
+    adapterkit.merge(base, [adapter], tmp_path / "out", dtype="fp32")
+    out = {k: v for file in sorted((tmp_path / "out").glob("*.safetensors")) for k, v in load_file(file).items()}
+    assert all(tensor.dtype == torch.float32 for tensor in out.values())
+    exact = oracle.merged(dense, adapter)["layers.1.q.weight"].exact
+    assert torch.equal(out["layers.1.q.weight"], exact.float())
+    assert torch.equal(out["layers.0.q.weight"], dense["layers.0.q.weight"].float())
+
+
+def test_a_dora_on_a_4bit_base(
+    four_bits: tuple[Path, dict[str, torch.Tensor]], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, dense = four_bits
+    magnitude = {"layers.0.q.lora_magnitude_vector": torch.rand(24) * 8}
+    adapter = make_adapter(factors("layers.0.q", 24, 40) | magnitude, use_dora=True)
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    out = {k: v for file in sorted((tmp_path / "out").glob("*.safetensors")) for k, v in load_file(file).items()}
+    expected = oracle.merged(dense, adapter)["layers.0.q.weight"].exact
+    assert torch.equal(out["layers.0.q.weight"], oracle.rounded(expected, torch.bfloat16))
+
+
+def test_an_fp8_base_whose_scales_lie_in_another_shard(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    q, scale = fp8((48, 40), 32)
+    config = {"dtype": "float16", "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+    base = make_base({"m.weight": q, "m.weight_scale_inv": scale, "n.weight": torch.ones(3).half()}, config, shards=2)
+    adapter = make_adapter(factors("m", 48, 40))
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    out = {k: v for file in sorted((tmp_path / "out").glob("*.safetensors")) for k, v in load_file(file).items()}
+    whole = scale.numpy().repeat(32, axis=0).repeat(32, axis=1)[:48, :40]
+    dense = (q.float() * torch.from_numpy(whole)).half()
+    expected = oracle.merged({"m.weight": dense}, adapter)["m.weight"].exact
+    assert set(out) == {"m.weight", "n.weight"}
+    assert torch.equal(out["m.weight"], oracle.rounded(expected, torch.float16))
+
+
+def test_inspect_compares_with_the_dequantized_base(
+    four_bits: tuple[Path, dict[str, torch.Tensor]], make_adapter: Callable[..., Path]
+) -> None:
+    from adapterkit.against import base_norms, match
+
+    base, dense = four_bits
+    checkpoint = open_checkpoint(base)
+    found, places = match(adapterkit.load(make_adapter(factors("layers.0.q", 24, 40))), checkpoint, "base")
+    assert (found.found, found.total) == (1, 1)
+    [(module, norm)] = base_norms(places, checkpoint)
+    assert module == "layers.0.q" and norm == pytest.approx(float(dense["layers.0.q.weight"].double().norm()), rel=1e-6)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def without(suffix: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(parts: dict[str, torch.Tensor]) -> None:
+        del parts[suffix]
+
+    return change
+
+
+def replaced(suffix: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(parts: dict[str, torch.Tensor]) -> None:
+        parts[suffix] = value
+
+    return change
+
+
+def restated(**facts: Any) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Change what the quant_state says."""
+
+    def change(parts: dict[str, torch.Tensor]) -> None:
+        key = ".quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(parts[key].tolist())) | facts
+        parts[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(".absmax"), "m.weight.absmax is missing"),
+        (without(".quant_map"), "m.weight.quant_map is missing"),
+        (without(".nested_absmax"), "m.weight.nested_absmax is missing"),
+        (without(".nested_quant_map"), "m.weight.nested_quant_map is missing"),
+        (without(".quant_state.bitsandbytes__nf4"), "has an absmax, but no quant_state"),
+        (without(""), "m.weight is missing"),
+        (replaced("", torch.zeros(400, 1, dtype=torch.uint8)), "400 bytes; .* take 480"),
+        (replaced(".absmax", torch.zeros(14, dtype=torch.uint8)), r"U8 \(14,\), expected U8 with 15 elements"),
+        (replaced(".absmax", torch.zeros(15)), "F32 .* expected U8 with 15"),
+        (replaced(".quant_map", torch.zeros(15)), "expected F32 with 16"),
+        (replaced(".quant_state.bitsandbytes__nf4", torch.zeros(4, dtype=torch.uint8)), "is not the JSON object"),
+        (replaced(".quant_state.bitsandbytes__int3", torch.tensor([123, 125], dtype=torch.uint8)), "expected nf4 or"),
+        (restated(blocksize=63), "blocksize 63"),
+        (restated(blocksize=0), "blocksize 0"),
+        (restated(blocksize="64"), "blocksize '64'"),
+        (restated(shape=[24, -40]), "shape"),
+        (restated(shape=[2**39, 40]), "take"),
+        (restated(dtype="float8"), "dtype 'float8'"),
+        (restated(quant_type="fp4"), "quant_type is 'fp4'"),
+        (restated(nested_offset=None), "nested_offset None"),
+    ],
+)
+def test_broken_4bit_weights_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    parts, _ = packed_4bit(torch.randn(24, 40).bfloat16(), nested=True)
+    change(parts)
+    with pytest.raises(FormatError, match=message):
+        read(tmp_path, named(parts))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"m.weight": torch.zeros(4, 4).char(), "m.SCB": torch.zeros(5)}, "expected I8"),
+        ({"m.weight": torch.zeros(4, 4), "m.SCB": torch.zeros(4)}, "expected I8"),
+        (
+            {"m.weight": torch.zeros(4, 4).char(), "m.SCB": torch.zeros(4), "m.weight_format": torch.tensor(2).byte()},
+            "only LLM.int8 weights stored by rows",
+        ),
+        (
+            {"m.weight": torch.zeros(4, 4).char(), "n.weight": torch.zeros(4, 4).char(), "n.SCB": torch.zeros(4)},
+            "m.weight is I8 and has no scale",
+        ),
+        ({"m.weight_scale_inv": torch.ones(1, 1)}, "which is missing"),
+        (
+            {"m.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn), "m.weight_scale_inv": torch.ones(2, 1)},
+            "expected F8",
+        ),
+    ],
+)
+def test_broken_8bit_weights_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+    config = {"quantization_config": {"weight_block_size": [128, 128]}}
+    with pytest.raises(FormatError, match=message):
+        read(tmp_path, tensors, config)
+
+
+def test_fp8_without_a_block_size_is_refused(tmp_path: Path) -> None:
+    q, scale = fp8((8, 8), 8)
+    with pytest.raises(FormatError, match="weight_block_size None"):
+        read(tmp_path, {"m.weight": q, "m.weight_scale_inv": scale})
+
+
+def test_unknown_schemes_are_named_with_what_is_supported(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    base = make_base({"m.qweight": torch.zeros(5, 24, dtype=torch.int32), "n.weight": torch.ones(4, 4)}, config)
+    with pytest.raises(FitError, match="quantized .gptq.; what can be dequantized is bitsandbytes NF4"):
+        adapterkit.plan_merge(base, [make_adapter(factors("m", 24, 40))], tmp_path / "out")
+    # What such a base stores as it is can be merged into, and the rest stays quantized.
+    adapterkit.merge(base, [make_adapter(factors("n", 4, 4), "other")], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+
+
+def test_a_packed_weight_that_ends_early_leaves_nothing(
+    four_bits: tuple[Path, dict[str, torch.Tensor]], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, _ = four_bits
+    plan = adapterkit.plan_merge(base, [make_adapter(factors("layers.0.q", 24, 40))], tmp_path / "out")
+    for file in base.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-600])
+    with pytest.raises(FormatError, match="ended at byte"):
+        list(adapterkit.run(plan))
+    assert not (tmp_path / "out").exists()
