@@ -17,7 +17,8 @@ from adapterkit.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import UsageError
 from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
-from adapterkit.plan import DTYPES, Given, MergePlan, make_plan
+from adapterkit.plan import Given, MergePlan
+from adapterkit.planning import DTYPES, make_plan
 from adapterkit.staging import check_output
 from adapterkit.stream import Merged, run
 

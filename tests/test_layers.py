@@ -20,6 +20,8 @@ LEVELS = (
     ("fused", "summary"),
     ("checkpoint", "targets", "formats", "quant"),
     ("plan",),
+    ("layout",),
+    ("planning",),
     ("blocks", "card", "hub", "against"),
     ("stream",),
     ("api",),

@@ -15,7 +15,8 @@ import click
 
 from adapterkit import api
 from adapterkit.errors import UsageError
-from adapterkit.plan import DTYPES, MergePlan
+from adapterkit.plan import MergePlan
+from adapterkit.planning import DTYPES
 from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged, TensorMerged, default_threads, estimate_memory, run
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from adapterkit.errors import FormatError
 from adapterkit.quant import bnb4, bnb8, fp8
-from adapterkit.quant.packed import Packed
+from adapterkit.quant.packed import Packed, Packing
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
 
-__all__ = ["SCHEMES", "SUPPORTED", "Packed", "weights"]
+__all__ = ["SCHEMES", "SUPPORTED", "Packed", "Packing", "weights"]
 
 SCHEMES = (bnb4, bnb8, fp8)
 SUPPORTED = "bitsandbytes NF4 and FP4, LLM.int8, block-scaled FP8"

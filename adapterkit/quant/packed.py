@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
 
@@ -69,3 +69,37 @@ def float_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
             sizes[info.dtype] += info.nbytes
     most = max(sizes, key=lambda dtype: sizes[dtype])
     return most if sizes[most] else "BF16"
+
+
+class Packing(ABC):
+    """How one weight is to be quantized: which tensors that makes, known before any number is."""
+
+    bits: ClassVar[int]  # that an element of the weight itself takes
+    dtype: str  # that it dequantizes to
+
+    @abstractmethod
+    def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """Name, dtype and shape of every tensor that weight `name` is stored in, itself first."""
+
+    @abstractmethod
+    def rows_together(self, columns: int) -> int:
+        """How many rows of `columns` elements, or a multiple, are packed at a time, so that no block is cut."""
+
+    @abstractmethod
+    def start(self, columns: int) -> Packer: ...
+
+
+class Packer(ABC):
+    """Quantizes one weight, some rows at a time, in any order and from any thread."""
+
+    @abstractmethod
+    def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """The packed bytes of `rows`, float32, which begin with row `first`; their scales are kept."""
+
+    @abstractmethod
+    def finish(self) -> list[bytes]:
+        """The other tensors of the layout, when all rows are packed."""
+
+    @abstractmethod
+    def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """What rows `first:last` dequantize to, in float32, after `finish`."""

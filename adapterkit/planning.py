@@ -1,0 +1,254 @@
+"""Planning a merge: adapters fitted to a base, everything checked, and a plan made of it, from headers only."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.adapter import Adapter
+from adapterkit.checkpoint import Checkpoint
+from adapterkit.errors import FitError, UsageError
+from adapterkit.layout import Entry, lay_out
+from adapterkit.plan import Addition, Delta, Given, MergePlan, Replacement
+from adapterkit.quant import SUPPORTED, Packed, weights
+from adapterkit.renames import explain_missing
+from adapterkit.targets import Fit, fit
+from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
+
+DEQUANTIZED = f"what can be dequantized is {SUPPORTED}. Merge into the 16-bit original it was made from."
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+# The names that input and output embedding go by.
+INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
+HEAD = "lm_head.weight"
+
+
+@dataclass
+class _Changes:
+    """What happens to each base tensor, gathered over all adapters."""
+
+    deltas: dict[str, list[Delta]] = field(default_factory=lambda: defaultdict(list))
+    replaced: dict[str, list[Replacement]] = field(default_factory=lambda: defaultdict(list))
+    added: dict[str, list[Addition]] = field(default_factory=lambda: defaultdict(list))
+
+    def touch(self, name: str) -> bool:
+        return any(name in kind for kind in (self.deltas, self.replaced, self.added))
+
+
+def make_plan(
+    base: Checkpoint,
+    given: Sequence[Given],
+    out: Path,
+    *,
+    dtype: str | None = None,
+    rename: tuple[str, str] | None = None,
+    allow_partial: bool = False,
+) -> MergePlan:
+    """Plan `base + Σ weight · adapter`, written to `out`, from headers only.
+
+    Raises FitError where anything of an adapter has no place, has two, or does not fit in shape, rank or dtype.
+    """
+    if not given:
+        raise UsageError("no adapter given: there is nothing to merge")
+    for one in given:
+        _refuse_broken(one)
+    tensors = weights(base.tensors, base.config)
+    embedding = _tied_embedding(base)
+    if embedding is not None:
+        tensors.setdefault(HEAD, replace(tensors[embedding], name=HEAD))
+    changes, notes = _Changes(), [f"{one.label}: {p}" for one in given for p in one.adapter.problems if not p.fatal]
+    ledger: dict[str, dict[str, tuple[str, ...]]] = {}
+    skipped: list[str] = []
+    for one in given:
+        found = fit(one.adapter, tensors, base.config, rename)
+        skipped += _missing(one, found, base, tensors, allow_partial)
+        notes += _drift_note(one, found)
+        _gather(one, found, changes)
+        ledger[one.label] = _ledger(found)
+    for name in (*changes.deltas, *changes.replaced, *changes.added):
+        _check_target(name, tensors, base, changes)
+    config, untied = dict(base.config), None
+    if embedding is not None and _must_untie(embedding, changes, given):
+        untied = (embedding, HEAD)
+        config = _with_nested(config, "tie_word_embeddings", False)
+        notes.append(f"the base ties {HEAD} to {embedding}, the adapter changes them apart: the output unties them")
+    schemes = dict.fromkeys(weight.scheme for weight in tensors.values() if isinstance(weight, Packed))
+    if schemes:
+        notes.append(f"the base is quantized ({'; '.join(schemes)}): the output is not")
+        config.pop("quantization_config", None)
+    target = None if dtype is None else DTYPES[dtype]
+    if target is not None:
+        if base.quantization and not schemes:
+            raise FitError(f"{base.path}: is quantized ({base.quantization}); {DEQUANTIZED}")
+        config = _with_nested(config, "dtype" if "dtype" in config else "torch_dtype", TORCH_NAMES[target])
+    _, left_out = base.other_files()
+    notes += [f"{file}: not copied, since it belongs to the unmerged model" for file in left_out]
+    new = [name for name in changes.replaced if name not in tensors]
+    notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
+    last = base.shards[-1]
+    files = tuple(
+        lay_out(header, list(_entries(header, tensors, changes, target, untied, new if header is last else [])))
+        for header in base.shards
+    )
+    weight_map = {name: file.name for file in files for name in file.tensors}
+    return MergePlan(
+        base, out, tuple(given), files, config, weight_map, ledger, tuple(skipped), tuple(dict.fromkeys(notes)), target
+    )
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _refuse_broken(one: Given) -> None:
+    fatal = [problem for problem in one.adapter.problems if problem.fatal]
+    if fatal:
+        more = f" (and {len(fatal) - 1} more: see adapterkit inspect)" if len(fatal) > 1 else ""
+        raise FitError(f"{one.label}: {fatal[0]}{more}")
+    if one.adapter.unread:
+        names = ", ".join(info.name for info in one.adapter.unread[:3])
+        raise FitError(f"{one.label}: {len(one.adapter.unread)} tensors that no reader knows what to do with: {names}")
+    if not (one.adapter.modules or one.adapter.replaced or one.adapter.tokens):
+        raise FitError(f"{one.label}: holds no weights at all")
+
+
+def _check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, changes: _Changes) -> None:
+    """The tensor can be computed with, and no two modules of one adapter, nor two replacements, meet in it."""
+    info = tensors.get(name)
+    if info is not None and info.dtype not in FLOAT_DTYPES:
+        scheme = base.quantization or f"{info.dtype} weights"
+        raise FitError(f"{name}: is {info.dtype}: the base is quantized ({scheme}); {DEQUANTIZED}")
+    whole = [change for change in changes.replaced.get(name, ()) if change.rows is None]
+    if len(whole) > 1:
+        raise FitError(f"{name}: {len(whole)} adapters replace it outright (modules_to_save); merge one of them only")
+    for change in changes.replaced.get(name, ()):
+        if change.values.dtype not in FLOAT_DTYPES:
+            raise FitError(f"{name}: the adapter replaces it by {change.values.dtype}; expected floating point weights")
+        if info is None:
+            continue
+        expected = info.shape if change.rows is None else (len(change.rows), *info.shape[1:])
+        if change.values.shape != expected:
+            resized = change.values.shape[1:] == info.shape[1:]
+            hint = " Resize the base's embeddings as in training first." if resized else ""
+            raise FitError(f"{name}: the adapter brings {change.values.shape}, the base has {info.shape}.{hint}")
+        if change.rows and max(change.rows) >= info.shape[0]:
+            raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
+
+
+def _missing(one: Given, found: Fit, base: Checkpoint, tensors: Mapping[str, Weight], allow_partial: bool) -> list[str]:
+    """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
+    landed = found.targets or found.replaced or found.tokens
+    if found.missing and base.quantization and not any(isinstance(weight, Packed) for weight in tensors.values()):
+        raise FitError(f"{base.path}: is quantized ({base.quantization}); {DEQUANTIZED}")
+    if found.missing and not (allow_partial and landed):
+        raise FitError(
+            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base.name}: "
+            f"{explain_missing(found.missing, tensors)}"
+        )
+    return [f"{one.label}: {name}" for name in found.missing]
+
+
+def _drift_note(one: Given, found: Fit) -> list[str]:
+    renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.drift.items())
+    prefix = f"{one.label}: names its modules by another prefix than the base; matched by "
+    return [prefix + renames] if renames else []
+
+
+def _count(adapter: Adapter) -> str:
+    return f"{len(adapter.modules) + len(adapter.replaced) + len(adapter.tokens)} modules and tensors"
+
+
+# --- gathering -------------------------------------------------------------------------------------------------------
+
+
+def _gather(one: Given, found: Fit, changes: _Changes) -> None:
+    """Add one adapter's changes; two of its modules in the same rows are refused."""
+    taken: dict[str, list[tuple[tuple[int, int] | None, str]]] = defaultdict(list)
+    for module, places in found.targets.items():
+        weights = one.adapter.modules[module]
+        for place in places:
+            for rows, other in taken[place.tensor]:
+                if rows is None or place.rows is None or (rows[0] < place.rows[1] and place.rows[0] < rows[1]):
+                    raise FitError(f"{one.label}: {other} and {module} both land in {place.tensor}")
+            taken[place.tensor].append((place.rows, module))
+            changes.deltas[place.tensor].append(Delta(module, weights, one.weight, place))
+        if module in found.biases:
+            bias = weights.bias
+            assert bias is not None
+            changes.added[found.biases[module]].append(Addition(bias, one.weight * weights.scaling))
+    for name, tensor in found.replaced.items():
+        changes.replaced[tensor].append(Replacement(one.adapter.replaced[name], one.weight))
+    for module, tensor in found.tokens.items():
+        indices, values = one.adapter.tokens[module]
+        changes.replaced[tensor].append(Replacement(values, one.weight, indices))
+
+
+def _ledger(found: Fit) -> dict[str, tuple[str, ...]]:
+    """Where each module and tensor of the adapter went."""
+    ledger = {module: tuple(dict.fromkeys(t.tensor for t in places)) for module, places in found.targets.items()}
+    for module, bias in found.biases.items():
+        ledger[module] += (bias,)
+    return ledger | {name: (tensor,) for name, tensor in (*found.replaced.items(), *found.tokens.items())}
+
+
+# --- tied embeddings -------------------------------------------------------------------------------------------------
+
+
+def _tied_embedding(base: Checkpoint) -> str | None:
+    """The input embedding that a tied base also uses as its head."""
+    if not base.ties_embeddings:
+        return None
+    return next((name for name in base.tensors if name.endswith(INPUT_EMBEDDINGS)), None)
+
+
+def _must_untie(embedding: str, changes: _Changes, given: Sequence[Given]) -> bool:
+    """One policy: the output computes what base and adapter computed in training.
+
+    There a tied base's embedding and head were updated apart, so they part in the output, unless the adapter was
+    trained to keep them equal (trained tokens always are) and names only the embedding.
+    """
+    if changes.touch(HEAD):
+        return True
+    whole = embedding in changes.deltas or any(c.rows is None for c in changes.replaced.get(embedding, ()))
+    return whole and not all(one.adapter.keeps_tie for one in given)
+
+
+def _with_nested(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`config` with `key` set, also in the text model's own section where it stands there."""
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and key in nested:
+        config = config | {"text_config": nested | {key: value}}
+    return config | {key: value}
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _entries(
+    header: Header,
+    tensors: Mapping[str, TensorInfo | Packed],
+    changes: _Changes,
+    dtype: str | None,
+    untied: tuple[str, str] | None,
+    new: Sequence[str],
+) -> Iterator[Entry]:
+    """The tensors of one output file, in the order of the base's."""
+
+    def entry(name: str, source: TensorInfo | Packed | None, stored: str, shape: tuple[int, ...]) -> Entry:
+        kind = dtype if dtype is not None and stored in FLOAT_DTYPES else stored
+        return Entry(
+            name, source, kind, shape, tuple(changes.deltas.get(name, ())), tuple(changes.replaced.get(name, ())),
+            tuple(changes.added.get(name, ())),
+        )  # fmt: skip
+
+    for stored in sorted(header.tensors.values(), key=lambda info: (info.start, info.stop)):
+        if (info := tensors.get(stored.name)) is not None:  # else a part of a quantized weight
+            yield entry(info.name, info, info.dtype, info.shape)
+    if untied is not None and untied[0] in header.tensors and untied[1] not in header.tensors:
+        info = tensors[untied[0]]
+        yield entry(untied[1], info, info.dtype, info.shape)
+    for name in new:
+        values = changes.replaced[name][0].values
+        yield entry(name, None, values.dtype, values.shape)
