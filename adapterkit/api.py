@@ -19,6 +19,7 @@ from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
 from adapterkit.plan import Given, MergePlan
 from adapterkit.planning import DTYPES, make_plan
+from adapterkit.quant import KINDS
 from adapterkit.staging import check_output
 from adapterkit.stream import Merged, run
 
@@ -35,6 +36,8 @@ def plan_merge(
     alpha: float | None = None,
     scaling: float | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
@@ -43,16 +46,27 @@ def plan_merge(
 
     `base` is a directory, a `.safetensors` or a Hub id; an adapter is a path, a Hub id or an opened `Adapter`, alone or
     with its weight. Without `out`, `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is
-    bf16, fp16 or fp32; by default every tensor keeps its own. Raises what is listed in `adapterkit.errors`.
+    bf16, fp16 or fp32; by default every tensor keeps its own. A quantized base is dequantized, unless `quantize` is
+    nf4, fp4, int8 or same; where that keeps less than half of the update, running the plan raises LossError unless
+    `accept_loss`. Raises what is listed in `adapterkit.errors`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if quantize is not None and quantize not in (*KINDS, "same"):
+        raise UsageError(f"quantize {quantize!r}: expected one of {', '.join((*KINDS, 'same'))}")
+    if quantize is not None and dtype is not None:
+        raise UsageError("a quantized output has the dtypes of its scheme: give dtype or quantize, not both")
+    if accept_loss and quantize is None:
+        raise UsageError("only a quantized output can lose an update: accept_loss goes with quantize")
     checkpoint = open_checkpoint(resolve(base), hub_id(base))
     target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base)
     given = _name_apart([_open(entry, scale, alpha, scaling) for entry in adapters])
     _check_apart(target, checkpoint, given)
     check_output(target, overwrite)
-    return make_plan(checkpoint, given, target, dtype=dtype, rename=rename, allow_partial=allow_partial)
+    return make_plan(
+        checkpoint, given, target, dtype=dtype, quantize=quantize, accept_loss=accept_loss, rename=rename,
+        allow_partial=allow_partial,
+    )  # fmt: skip
 
 
 def merge(
@@ -64,6 +78,8 @@ def merge(
     alpha: float | None = None,
     scaling: float | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
@@ -72,8 +88,8 @@ def merge(
 ) -> Merged:
     """Merge in one call: `plan_merge`, then `run` to its end."""
     plan = plan_merge(
-        base, adapters, out, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype, rename=rename,
-        allow_partial=allow_partial, overwrite=overwrite,
+        base, adapters, out, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype, quantize=quantize,
+        accept_loss=accept_loss, rename=rename, allow_partial=allow_partial, overwrite=overwrite,
     )  # fmt: skip
     *_, result = run(plan, threads=threads, report=report)
     assert isinstance(result, Merged)

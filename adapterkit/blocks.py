@@ -16,7 +16,7 @@ from adapterkit.delta import Retention, Update, add_updates, exact_sum, measure_
 from adapterkit.errors import FitError
 from adapterkit.fused import add_rounded
 from adapterkit.plan import Edit
-from adapterkit.quant.packed import Packed, Rows
+from adapterkit.quant.packed import Packed, Packer, Rows
 from adapterkit.rounding import on_midpoints, round_once
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_span, tensor_bytes
 
@@ -50,6 +50,7 @@ class Loaded:
     updates: list[Update]
     added: list[torch.Tensor]
     packed: Rows | None
+    packer: Packer | None
 
 
 def load(edit: Edit, fd: int) -> Loaded:
@@ -72,7 +73,8 @@ def load(edit: Edit, fd: int) -> Loaded:
         vector = addition.vector.read().to(dtype) * addition.scale
         _check_finite(vector, edit.name)
         added.append(vector[:, None])
-    return Loaded(updates, added, packed)
+    packer = edit.packing.start(columns) if edit.packing else None
+    return Loaded(updates, added, packed, packer)
 
 
 def merge_rows(
@@ -105,6 +107,35 @@ def merge_rows(
     return kept
 
 
+def pack_rows(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, into: memoryview) -> None:
+    """Compute rows `first:last` of `edit` and quantize them into `into`. Raises FitError where they are not finite."""
+    assert loaded.packer is not None
+    source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
+    for start, sums in _sums(edit, loaded, source, first, last):
+        if not bool(sums.isfinite().all()):
+            raise FitError(f"{edit.name}: holds NaN or Inf, which cannot be quantized")
+        at = edit.offset(start) - edit.offset(first)
+        packed = loaded.packer.pack(sums.float(), start)
+        into[at : at + len(packed)] = packed.numpy().data
+
+
+def finish_packing(edit: Edit, loaded: Loaded, fd: int, buffers: Buffers) -> tuple[list[bytes], Retention | None]:
+    """The other tensors of a quantized weight of which all rows are packed, and what is kept of its update."""
+    packer, depth = loaded.packer, edit.matrix[0]
+    assert packer is not None
+    parts = packer.finish()
+    if not edit.deltas or edit.replaced:
+        return parts, None
+    kept, step = Retention(), _step(edit)
+    for first in range(0, depth, step):
+        last = min(depth, first + step)
+        source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
+        before = _base_rows(edit, source, first, first, last)
+        [(_, sums)] = _sums(edit, loaded, source, first, last)
+        kept += retention(before, sums, packer.unpack(packer.pack(sums.float(), first), first, last))
+    return parts, kept
+
+
 def _merge_plain(
     source: torch.Tensor, first: int, updates: Sequence[Update], out: torch.Tensor, buffers: Buffers
 ) -> torch.Tensor:
@@ -126,7 +157,7 @@ def _sums(
     edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: int, last: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Rows `first:last` with everything added but not rounded yet, as `(first row, rows)`, a chunk at a time."""
-    step = _chunk_rows(edit.matrix[1])
+    step = _step(edit)
     for start in range(first, last, step):
         stop = min(last, start + step)
         sums = _base_rows(edit, source, first, start, stop)
@@ -140,6 +171,12 @@ def _chunk_rows(columns: int) -> int:
     """How many rows fit a chunk; where it is more than one group of them, whole groups."""
     rows = max(1, CHUNK_ELEMENTS // max(1, columns))
     return rows - rows % GROUP_ROWS if rows > GROUP_ROWS else 1 << rows.bit_length() - 1
+
+
+def _step(edit: Edit) -> int:
+    """How many rows to take at a time, so that no block of a quantized output is cut."""
+    step, together = _chunk_rows(edit.matrix[1]), edit.rows_together
+    return max(together, step - step % together)
 
 
 def _compute_dtype(edit: Edit) -> torch.dtype:

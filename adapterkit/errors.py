@@ -4,6 +4,7 @@
     ├── UsageError           2   the call itself makes no sense
     ├── FormatError          1   a file is not what it claims to be
     │   └── UnsafeFileError  1   a file that would run code, or reach outside its folder
+    ├── LossError            1   quantizing would erase the update
     ├── FitError             3   adapter and base do not belong together
     ├── NotAllowedError      4   the Hub wants a login, or a permission
     ├── OfflineError         5   the Hub cannot be reached
@@ -32,6 +33,10 @@ class FormatError(AdapterkitError):
 
 class UnsafeFileError(FormatError):
     """A file that would run code when loaded, or that points outside its own folder."""
+
+
+class LossError(AdapterkitError):
+    """Quantizing the result would erase most of the update."""
 
 
 class FitError(AdapterkitError):

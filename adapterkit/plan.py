@@ -79,6 +79,11 @@ class Edit:
         return self.start + (row * columns * bits + 7) // 8
 
     @property
+    def rows_together(self) -> int:
+        """Of how many rows a block is to have a multiple."""
+        return self.packing.rows_together(self.matrix[1]) if self.packing else 1
+
+    @property
     def matrix(self) -> tuple[int, int]:
         if len(self.shape) < 2:
             return (self.shape[0] if self.shape else 1, 1)

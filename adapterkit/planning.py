@@ -6,16 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from adapterkit.adapter import Adapter
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError, UsageError
 from adapterkit.layout import Entry, lay_out
 from adapterkit.plan import Addition, Delta, Given, MergePlan, Replacement
-from adapterkit.quant import SUPPORTED, Packed, weights
+from adapterkit.quant import KINDS, SUPPORTED, Packed, Packing, Quantize, weights
+from adapterkit.quant.packed import float_dtype
 from adapterkit.renames import explain_missing
-from adapterkit.targets import Fit, fit
+from adapterkit.targets import CONV1D_MODELS, Fit, fit
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 
 DEQUANTIZED = f"what can be dequantized is {SUPPORTED}. Merge into the 16-bit original it was made from."
@@ -44,12 +45,15 @@ def make_plan(
     out: Path,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
+    accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
 ) -> MergePlan:
     """Plan `base + Σ weight · adapter`, written to `out`, from headers only.
 
-    Raises FitError where anything of an adapter has no place, has two, or does not fit in shape, rank or dtype.
+    A quantized base is dequantized, unless `quantize` names a kind of `quant.KINDS`, or "same". Raises FitError where
+    anything of an adapter has no place, has two, or does not fit in shape, rank or dtype.
     """
     if not given:
         raise UsageError("no adapter given: there is nothing to merge")
@@ -76,7 +80,13 @@ def make_plan(
         config = _with_nested(config, "tie_word_embeddings", False)
         notes.append(f"the base ties {HEAD} to {embedding}, the adapter changes them apart: the output unties them")
     schemes = dict.fromkeys(weight.scheme for weight in tensors.values() if isinstance(weight, Packed))
-    if schemes:
+    packings: dict[str, Packing | None] = {}
+    if quantize is not None:
+        how = _how(quantize, base, tensors)
+        packings = _packings(how, base, tensors, changes)
+        if quantize != "same":
+            config["quantization_config"] = how.declaration(float_dtype(base.config, base.tensors))
+    elif schemes:
         notes.append(f"the base is quantized ({'; '.join(schemes)}): the output is not")
         config.pop("quantization_config", None)
     target = None if dtype is None else DTYPES[dtype]
@@ -90,12 +100,24 @@ def make_plan(
     notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
     last = base.shards[-1]
     files = tuple(
-        lay_out(header, list(_entries(header, tensors, changes, target, untied, new if header is last else [])))
+        lay_out(
+            header, list(_entries(header, tensors, changes, packings, target, untied, new if header is last else []))
+        )
         for header in base.shards
     )
     weight_map = {name: file.name for file in files for name in file.tensors}
     return MergePlan(
-        base, out, tuple(given), files, config, weight_map, ledger, tuple(skipped), tuple(dict.fromkeys(notes)), target
+        base,
+        out,
+        tuple(given),
+        files,
+        config,
+        weight_map,
+        ledger,
+        tuple(skipped),
+        tuple(dict.fromkeys(notes)),
+        target,
+        accept_loss,
     )
 
 
@@ -223,6 +245,53 @@ def _with_nested(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]
     return config | {key: value}
 
 
+# --- quantized output ------------------------------------------------------------------------------------------------
+
+# Not linear layers, though their weights are matrices; and heads, which transformers leaves as they are.
+NOT_LINEAR = (
+    *INPUT_EMBEDDINGS, "wpe.weight", "position_embeddings.weight", "token_type_embeddings.weight",
+    "embed_positions.weight", "relative_attention_bias.weight", "lm_head.weight", "embed_out.weight", "score.weight", "classifier.weight",
+)  # fmt: skip
+
+
+def _how(kind: str, base: Checkpoint, tensors: Mapping[str, TensorInfo | Packed]) -> Quantize:
+    """What `--quantize KIND` asks for on this base."""
+    packed = [weight for weight in tensors.values() if isinstance(weight, Packed)]
+    if kind == "same":
+        if not packed:
+            raise UsageError(f"{base.path}: is not quantized; --quantize takes one of {', '.join(KINDS)} here")
+        stuck = next((weight for weight in packed if weight.packing() is None), None)
+        if stuck is not None:
+            raise FitError(f"{stuck.name}: is {stuck.scheme}, which cannot be written; --quantize {KINDS[0]} can")
+        return Quantize(packed[0].kind)
+    if base.config.get("model_type") in CONV1D_MODELS:
+        raise FitError(f"{base.path}: stores its linear layers transposed (Conv1D); quantizing those is not supported")
+    return Quantize(kind)
+
+
+def _packings(
+    how: Quantize, base: Checkpoint, tensors: Mapping[str, TensorInfo | Packed], changes: _Changes
+) -> dict[str, Packing | None]:
+    """How each weight is to be quantized; None for one that stays quantized as it is."""
+    packed = {name: weight for name, weight in tensors.items() if isinstance(weight, Packed)}
+    linear = {
+        name: weight
+        for name, weight in base.tensors.items()
+        if weight.dtype in FLOAT_DTYPES and len(weight.shape) == 2 and name.endswith(".weight")
+        and not name.endswith(NOT_LINEAR)
+    }  # fmt: skip
+    return {
+        name: None if isinstance(weight, Packed) and weight.kind == how.kind and not changes.touch(name)
+        else how.packing(weight)
+        for name, weight in (packed or linear).items()
+    }  # fmt: skip
+
+
+def _stays(weight: TensorInfo | Packed, packings: Mapping[str, Packing | None]) -> TypeGuard[Packed]:
+    """Whether a quantized weight goes to the output as it is stored."""
+    return isinstance(weight, Packed) and weight.name in packings and packings[weight.name] is None
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +299,7 @@ def _entries(
     header: Header,
     tensors: Mapping[str, TensorInfo | Packed],
     changes: _Changes,
+    packings: Mapping[str, Packing | None],
     dtype: str | None,
     untied: tuple[str, str] | None,
     new: Sequence[str],
@@ -240,11 +310,15 @@ def _entries(
         kind = dtype if dtype is not None and stored in FLOAT_DTYPES else stored
         return Entry(
             name, source, kind, shape, tuple(changes.deltas.get(name, ())), tuple(changes.replaced.get(name, ())),
-            tuple(changes.added.get(name, ())),
+            tuple(changes.added.get(name, ())), packings.get(name),
         )  # fmt: skip
 
+    kept = {part.name for weight in tensors.values() if _stays(weight, packings) for part in weight.parts}
     for stored in sorted(header.tensors.values(), key=lambda info: (info.start, info.stop)):
-        if (info := tensors.get(stored.name)) is not None:  # else a part of a quantized weight
+        info = tensors.get(stored.name)
+        if stored.name in kept:
+            yield Entry(stored.name, stored, stored.dtype, stored.shape)
+        elif info is not None:  # else a part of a quantized weight
             yield entry(info.name, info, info.dtype, info.shape)
     if untied is not None and untied[0] in header.tensors and untied[1] not in header.tensors:
         info = tensors[untied[0]]

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from adapterkit.card import write_companions
-from adapterkit.errors import NoSpaceError
+from adapterkit.errors import LossError, NoSpaceError
 from adapterkit.outfile import OutputFile, PageBuffer
 from adapterkit.plan import Edit, FilePlan, MergePlan
 from adapterkit.staging import staged
@@ -35,6 +35,7 @@ BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for m
 HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
 HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
 SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
+ENOUGH_LEFT = 0.5  # of an update, in a quantized output
 TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
 
 
@@ -85,6 +86,7 @@ def run(
     with staged(plan.out, directory=plan.base.is_directory) as building:
         state = _Run(plan, building, threads or default_threads(), report)
         yield from state.tensors()
+        _check_loss(plan, state.retention)
         if plan.base.is_directory:
             write_companions(plan, building, state.result.hashes)
     yield state.result
@@ -99,6 +101,22 @@ def _check_space(plan: MergePlan) -> None:
     if stats.f_blocks and plan.bytes_to_write > free:  # some file systems do not say
         raise NoSpaceError(
             f"{plan.out}: needs {plan.bytes_to_write / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+        )
+
+
+def _check_loss(plan: MergePlan, retention: dict[str, Retention]) -> None:
+    """Refuse a quantized output in which little of the update is left, unless that was accepted."""
+    quantized = {edit.name for file in plan.files for edit in file.edits if edit.packing and edit.deltas}
+    measured = [kept for name, kept in retention.items() if name in quantized]
+    if not measured or plan.accept_loss:
+        return
+    total = measured[0]
+    for kept in measured[1:]:
+        total += kept
+    if total.kept < ENOUGH_LEFT:
+        raise LossError(
+            f"{plan.out}: quantizing keeps {total.kept:.1%} of the update, which is as good as none of it; nothing was "
+            "written. Leave --quantize out for 16 bits, or say --accept-loss."
         )
 
 
@@ -118,7 +136,9 @@ class _EditWork:
 
     edit: Edit
     output: _Output
-    blocks: int
+    total: int  # blocks
+    computed: int = 0
+    written: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     loaded: Loaded | None = None
     retention: Retention | None = None
@@ -267,7 +287,8 @@ class _Run:
             for edit in output.plan.edits:
                 rows, columns = edit.matrix
                 step = max(1, BLOCK_BYTES // max(1, tensor_bytes(edit.dtype, (columns,))))
-                step -= step % BLOCK_ROWS if step > BLOCK_ROWS else 0
+                unit = BLOCK_ROWS * edit.rows_together
+                step = step - step % unit if step > unit else max(edit.rows_together, step - step % edit.rows_together)
                 starts = range(0, max(1, rows), step)
                 work = _EditWork(edit, output, len(starts))
                 self.blocks.extend(_Block(work, start, min(rows, start + step)) for start in starts)
@@ -331,27 +352,45 @@ class _Run:
 
     def _merge_block(self, block: _Block, desk: _Desk) -> None:
         """Compute a block, and leave the writing to another thread."""
-        from adapterkit.blocks import load, merge_rows
+        from adapterkit.blocks import load, merge_rows, pack_rows
 
         work, first, last = block.work, block.first, block.last
         edit, source = work.edit, self.digests[work.output.plan.source].fd
         buffers = desk.buffers = desk.buffers or _new_buffers()
         with work.lock:
             work.loaded = work.loaded or load(edit, source)
-        row = tensor_bytes(edit.dtype, (edit.matrix[1],))
-        at, page = edit.start + first * row, desk.free_page()
-        data = page.view((last - first) * row, at)
-        measured = self._rows_to_measure(edit, first, last)
-        kept = merge_rows(edit, work.loaded, source, first, last, buffers, data, measured)
+        at, page = edit.offset(first), desk.free_page()
+        data = page.view(edit.offset(last) - at, at)
+        if edit.packing is None:
+            measured = self._rows_to_measure(edit, first, last)
+            kept = merge_rows(edit, work.loaded, source, first, last, buffers, data, measured)
+        else:
+            pack_rows(edit, work.loaded, source, first, last, buffers, data)
+            kept = self._finish_packing(work, source, buffers)
         desk.send(page, partial(self._write, work, kept, data, at))
+
+    def _finish_packing(self, work: _EditWork, source: int, buffers: Buffers) -> Retention | None:
+        """Count a packed block; after the last one of an edit write what belongs to all of them."""
+        from adapterkit.blocks import finish_packing
+
+        with work.lock:
+            work.computed += 1
+            if work.computed < work.total:
+                return None
+        assert work.loaded is not None
+        parts, kept = finish_packing(work.edit, work.loaded, source, buffers)
+        for data, (start, stop) in zip(parts, work.edit.parts, strict=True):
+            assert len(data) == stop - start
+            work.output.file.write(memoryview(data), start)
+        return kept
 
     def _write(self, work: _EditWork, kept: Retention | None, data: memoryview, at: int) -> None:
         work.output.file.write(data, at)
         with work.lock:
             if kept is not None:
                 work.retention = kept if work.retention is None else work.retention + kept
-            work.blocks -= 1
-            if work.blocks:
+            work.written += 1
+            if work.written < work.total:
                 return
         work.loaded = None
         if work.retention is not None:

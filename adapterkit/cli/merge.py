@@ -17,6 +17,7 @@ from adapterkit import api
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
+from adapterkit.quant import KINDS
 from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged, TensorMerged, default_threads, estimate_memory, run
 
@@ -32,6 +33,8 @@ ENOUGH_KEPT = 0.9
 @click.option("--alpha", type=float, help="The alpha of an adapter without a config (scaling = alpha / rank).")
 @click.option("--scaling", type=float, help="The scaling itself of an adapter without a config.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Convert the output; by default dtypes stay.")
+@click.option("--quantize", type=click.Choice([*KINDS, "same"]), help="Quantize the output; by default it is not.")
+@click.option("--accept-loss", is_flag=True, help="Even where quantizing erases more than half of the update.")
 @click.option("--map", "rename", metavar="OLD=NEW", help="Rename parts of the adapter's module names.")
 @click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", help="Where to compute.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
@@ -44,8 +47,8 @@ ENOUGH_KEPT = 0.9
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 def merge_command(
     base: str, adapters: tuple[str, ...], output: str | None, scale: float, alpha: float | None,
-    scaling: float | None, dtype: str | None, rename: str | None, device: str, threads: int | None, dry_run: bool,
-    report: bool, allow_partial: bool, overwrite: bool, as_json: bool,
+    scaling: float | None, dtype: str | None, quantize: str | None, accept_loss: bool, rename: str | None, device: str,
+    threads: int | None, dry_run: bool, report: bool, allow_partial: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Merge one or several adapters into BASE: W + Σ weight · scaling · B·A, summed in fp32 and rounded once.
 
@@ -56,7 +59,8 @@ def merge_command(
         raise UsageError("--report measures a merge, --dry-run makes none: give one of them")
     plan = api.plan_merge(
         base, [_weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
-        rename=parse_rename(rename) if rename else None, allow_partial=allow_partial, overwrite=overwrite,
+        quantize=quantize, accept_loss=accept_loss, rename=parse_rename(rename) if rename else None,
+        allow_partial=allow_partial, overwrite=overwrite,
     )  # fmt: skip
     for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
         print(f"note: {note}", file=sys.stderr)
@@ -68,7 +72,7 @@ def merge_command(
     began = time.perf_counter()
     result = _run(plan, threads, report)
     facts = _result_facts(plan, result, time.perf_counter() - began)
-    _warn_of_loss(result)
+    _warn_of_loss(result, quantize)
     print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report))
 
 
@@ -192,13 +196,14 @@ def _report(result: Merged) -> list[str]:
     return lines
 
 
-def _warn_of_loss(result: Merged) -> None:
+def _warn_of_loss(result: Merged, quantize: str | None) -> None:
     low = {name: kept for name, kept in result.retention.items() if kept.kept < ENOUGH_KEPT and kept.delta}
     if low:
+        what, instead = (quantize, "16 bits keep it") if quantize else ("the output dtype", "--dtype fp32 keeps it")
         worst = min(low, key=lambda name: low[name].kept)
         print(
-            f"warning: the output dtype swallows a tenth or more of the update in {len(low)} of "
-            f"{len(result.retention)} tensors (worst: {worst} keeps {low[worst].kept:.0%}); --dtype fp32 keeps it",
+            f"warning: {what} swallows a tenth or more of the update in {len(low)} of "
+            f"{len(result.retention)} tensors (worst: {worst} keeps {low[worst].kept:.0%}); {instead}",
             file=sys.stderr,
         )
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from adapterkit.errors import FormatError
 from adapterkit.quant import bnb4, bnb8, fp8
 from adapterkit.quant.packed import Packed, Packing
-from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
+from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
 
-__all__ = ["SCHEMES", "SUPPORTED", "Packed", "Packing", "weights"]
+__all__ = ["KINDS", "SCHEMES", "SUPPORTED", "Packed", "Packing", "Quantize", "weights"]
 
 SCHEMES = (bnb4, bnb8, fp8)
 SUPPORTED = "bitsandbytes NF4 and FP4, LLM.int8, block-scaled FP8"
@@ -31,3 +32,34 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
                 f"{next(iter(packed.values())).scheme}"
             )
     return found
+
+
+KINDS = (*bnb4.KINDS, "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantize:
+    """What weights are to be quantized to: a kind of `KINDS`, and for 4 bits the blocks, and whether scales nest."""
+
+    kind: str
+    blocksize: int = 64
+    nested: bool = False
+
+    def packing(self, weight: TensorInfo | Packed) -> Packing:
+        """How to quantize `weight`; one that is stored by the same kind keeps its block size and nesting."""
+        if isinstance(weight, Packed) and weight.kind == self.kind and (own := weight.packing()):
+            return own
+        if self.kind == "int8":
+            return bnb8.Packing8bit(weight.shape, weight.dtype)
+        return bnb4.Packing4bit(weight.shape, weight.dtype, self.kind, self.blocksize, self.nested)
+
+    def declaration(self, dtype: str) -> dict[str, Any]:
+        """The `quantization_config` by which transformers loads them; `dtype` is what they dequantize to."""
+        four = self.kind != "int8"
+        return {
+            "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four, "_load_in_4bit": four,
+            "_load_in_8bit": not four, "bnb_4bit_compute_dtype": TORCH_NAMES[dtype] if four else "float32",
+            "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": self.kind if four else "fp4",
+            "bnb_4bit_use_double_quant": self.nested and four, "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0,
+        }  # fmt: skip

@@ -10,12 +10,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from adapterkit.errors import FormatError
-from adapterkit.quant.packed import Packed, Rows
-from adapterkit.tensorfile import TORCH_NAMES, TensorInfo
+from adapterkit.quant.packed import Packed, Packer, Packing, Rows
+from adapterkit.tensorfile import DTYPE_BITS, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,6 @@ class Nested:
 class Packed4bit(Packed):
     """A weight in 4 bits: 16 values of `code`, times one `absmax` for each `blocksize` elements."""
 
-    kind: str
     blocksize: int
     absmax: TensorInfo
     code: TensorInfo
@@ -56,6 +55,9 @@ class Packed4bit(Packed):
     def parts(self) -> tuple[TensorInfo, ...]:
         nested = (self.nested.scales, self.nested.code) if self.nested else ()
         return (self.stored, self.absmax, self.code, self.state, *nested)
+
+    def packing(self) -> Packing4bit:
+        return Packing4bit(self.shape, self.dtype, self.kind, self.blocksize, bool(self.nested), self.stored.dtype)
 
     def open(self, columns: int) -> Rows:
         import torch
@@ -164,7 +166,7 @@ def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, Ten
         raise FormatError(f"{absmax.file}: {absmax.name} is {absmax.dtype}: nested, but its nested_absmax is missing")
     code = part(".quant_map", "F32", 16)
     return Packed4bit(
-        weight, tuple(shape), DTYPES[facts["dtype"]], stored, kind, blocksize, absmax, code, state, nested
+        weight, kind, tuple(shape), DTYPES[facts["dtype"]], stored, blocksize, absmax, code, state, nested
     )
 
 
@@ -187,3 +189,142 @@ def _is_size(value: Any) -> TypeGuard[int]:
 
 def _is_block(value: Any) -> TypeGuard[int]:
     return type(value) is int and 2 <= value <= 2**20 and value % 2 == 0
+
+
+# --- quantizing ------------------------------------------------------------------------------------------------------
+
+# NF4: quantiles of the normal distribution, scaled to ±1 (arXiv 2305.14314, appendix E). FP4: sign, 2 exponent and
+# 1 mantissa bits, in the order of the bits, over 12.
+CODES = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(sign * size / 12 for sign in (1.0, -1.0) for size in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+}  # fmt: skip
+NESTED_BLOCK = 256
+OFFSET_DIGITS = 25  # what a float32 takes in JSON, at most
+TINY = 1e-38  # stands in for the scale of a block of zeros
+
+
+def dynamic_code() -> torch.Tensor:
+    """The 256 values of the dynamic data type that nests the scales (arXiv 1511.04561; arXiv 2110.02861)."""
+    import torch
+
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        means = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(values))
+
+
+def nearest(values: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The index of the code nearest to each of `values / absmax`, and `absmax`, one a block; `code` is sorted.
+
+    In the arithmetic of bitsandbytes' reference: full blocks times the reciprocal, a last, short one divided.
+    """
+    import torch
+
+    full = len(values) // blocksize * blocksize
+    absmax = values[:full].view(-1, blocksize).abs().amax(dim=1)
+    scaled = (values[:full].view(-1, blocksize) * absmax.clamp(min=TINY).reciprocal()[:, None]).view(-1)
+    if full < len(values):
+        last = values[full:].abs().max()
+        absmax = torch.cat([absmax, last[None]])
+        scaled = torch.cat([scaled, values[full:] / last.clamp(min=TINY)])
+    return torch.bucketize(scaled.clamp_(-1, 1), (code[:-1] + code[1:]) / 2, out_int32=True), absmax
+
+
+@dataclass(frozen=True)
+class Packing4bit(Packing):
+    """To NF4 or FP4 as bitsandbytes stores it, packed into elements of `storage`."""
+
+    bits = 4
+
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    blocksize: int
+    nested: bool
+    storage: str = "U8"
+
+    def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        count = prod(self.shape)
+        blocks = -(-count // self.blocksize)
+        packed = (count + 1) // 2 * 8 // DTYPE_BITS[self.storage]
+        tensors = [(name, self.storage, (packed, 1)), (f"{name}.absmax", "U8" if self.nested else "F32", (blocks,))]
+        if self.nested:
+            tensors += [(f"{name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),))]
+            tensors += [(f"{name}.nested_quant_map", "F32", (256,))]
+        room = len(self.state(0.0)) + (OFFSET_DIGITS if self.nested else 0)
+        tensors += [(f"{name}.quant_map", "F32", (16,))]
+        return (*tensors, (f"{name}.quant_state.bitsandbytes__{self.kind}", "U8", (room,)))
+
+    def state(self, offset: float) -> bytes:
+        """The quant_state as JSON."""
+        dtype = next(name for name, stored in DTYPES.items() if stored == self.dtype)
+        facts = {"quant_type": self.kind, "blocksize": self.blocksize, "dtype": dtype, "shape": list(self.shape)}
+        if self.nested:
+            facts |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+        return json.dumps(facts).encode()
+
+    def rows_together(self, columns: int) -> int:
+        return self.blocksize // gcd(self.blocksize, columns)
+
+    def start(self, columns: int) -> Packer4bit:
+        return Packer4bit(self, columns)
+
+
+class Packer4bit(Packer):
+    """One weight on its way to 4 bits."""
+
+    def __init__(self, packing: Packing4bit, columns: int) -> None:
+        import torch
+
+        self.packing, self.columns, self.count = packing, columns, prod(packing.shape)
+        self.code = torch.tensor(CODES[packing.kind])
+        self.order = self.code.argsort()
+        self.absmax = torch.empty(-(-self.count // packing.blocksize))
+        self.restored = self.absmax  # as a reader finds it: after nesting another
+
+    def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        import torch
+
+        index, absmax = nearest(rows.reshape(-1), self.code[self.order], self.packing.blocksize)
+        block = first * self.columns // self.packing.blocksize
+        self.absmax[block : block + len(absmax)] = absmax
+        nibbles = self.order.to(torch.uint8)[index]
+        if len(nibbles) % 2:
+            nibbles = torch.cat([nibbles, self.zero])
+        return nibbles[::2] << 4 | nibbles[1::2]
+
+    @property
+    def zero(self) -> torch.Tensor:
+        """What fills up the last byte."""
+        import torch
+
+        return (self.code == 0).nonzero()[:1, 0].to(torch.uint8)
+
+    def finish(self) -> list[bytes]:
+        if not self.packing.nested:
+            return [_bytes(self.absmax), _bytes(self.code), self.packing.state(0.0)]
+        import torch
+
+        offset, code = self.absmax.mean(), dynamic_code()
+        index, scales = nearest(self.absmax - offset, code, NESTED_BLOCK)
+        self.restored = code[index] * scales.repeat_interleave(NESTED_BLOCK)[: len(index)] + offset
+        state = self.packing.state(float(offset))
+        room = len(self.packing.state(0.0)) + OFFSET_DIGITS
+        return [_bytes(index.to(torch.uint8)), _bytes(scales), _bytes(code), _bytes(self.code), state.ljust(room)]
+
+    def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        begin, end = first * self.columns, last * self.columns
+        absmax = self.restored[begin // self.packing.blocksize : -(-end // self.packing.blocksize)]
+        values = dequantize(packed, absmax, pair_table(self.code), self.packing.blocksize)
+        return values[: end - begin].view(last - first, self.columns)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()

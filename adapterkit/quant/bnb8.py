@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
-from adapterkit.quant.packed import Packed, Rows, float_dtype
+from adapterkit.quant.packed import Packed, Packer, Packing, Rows, float_dtype
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class Packed8bit(Packed):
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.stored, self.scale, *((self.layout,) if self.layout else ()))
+
+    def packing(self) -> Packing8bit:
+        return Packing8bit(self.shape, self.dtype)
 
     def open(self, columns: int) -> Rows:
         import torch
@@ -63,4 +66,55 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterat
         layout = tensors.get(f"{module}.{LAYOUT}")
         if layout is not None and (layout.nbytes > 8 or any(layout.read_bytes())):
             raise FormatError(f"{layout.file}: {layout.name}: only LLM.int8 weights stored by rows (0) are supported")
-        yield Packed8bit(name, stored.shape, dtype, stored, scale, layout)
+        yield Packed8bit(name, "int8", stored.shape, dtype, stored, scale, layout)
+
+
+# --- quantizing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packing8bit(Packing):
+    """To LLM.int8. bitsandbytes takes the weight in float16, so that is what is quantized here too."""
+
+    bits = 8
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        module = name.rpartition(".")[0]
+        return (
+            (name, "I8", self.shape), (f"{module}.{SCALE}", "F32", self.shape[:1]), (f"{module}.{LAYOUT}", "U8", ()),
+        )  # fmt: skip
+
+    def rows_together(self, columns: int) -> int:
+        return 1
+
+    def start(self, columns: int) -> Packer8bit:
+        return Packer8bit(self.shape[0])
+
+
+class Packer8bit(Packer):
+    """One weight on its way to 8 bits."""
+
+    def __init__(self, rows: int) -> None:
+        import torch
+
+        self.scale = torch.empty(rows)
+
+    def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        import torch
+
+        half = rows.half()
+        scale = half.abs().amax(dim=1).float()
+        self.scale[first : first + len(rows)] = scale
+        factor = torch.where(scale > 0, 127.0 / scale, 0.0)
+        return torch.round(half * factor[:, None]).to(torch.int8).view(-1).view(torch.uint8)
+
+    def finish(self) -> list[bytes]:
+        return [self.scale.numpy().tobytes(), b"\0"]
+
+    def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        import torch
+
+        return packed.view(torch.int8).view(last - first, -1) * self.scale[first:last, None] * (1 / 127)

@@ -35,6 +35,9 @@ class PackedFP8(Packed):
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.stored, self.scale)
 
+    def packing(self) -> None:
+        return None
+
     def open(self, columns: int) -> Rows:
         import torch
 
@@ -79,4 +82,4 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterat
                 f"{scale.file}: {weight} is {stored.dtype} {stored.shape} and its scale {scale.dtype} {scale.shape}; "
                 f"expected F8_E4M3 and {shape} for blocks of {block[0]}×{block[1]}"
             )
-        yield PackedFP8(weight, stored.shape, dtype, stored, scale, (block[0], block[1]))
+        yield PackedFP8(weight, "fp8", stored.shape, dtype, stored, scale, (block[0], block[1]))

@@ -25,6 +25,7 @@ class Packed(ABC):
     """
 
     name: str
+    kind: str  # nf4, fp4, int8, fp8
     shape: tuple[int, ...]
     dtype: str
     stored: TensorInfo
@@ -41,6 +42,10 @@ class Packed(ABC):
     @abstractmethod
     def open(self, columns: int) -> Rows:
         """Read the scales, and return what reads and dequantizes rows of `columns` elements, from any thread."""
+
+    @abstractmethod
+    def packing(self) -> Packing | None:
+        """How to quantize another weight to just this, or None where that is not supported."""
 
     @property
     def file(self) -> Path:
