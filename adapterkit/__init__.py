@@ -9,7 +9,7 @@ from adapterkit.version import __version__
 
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
-    from adapterkit.api import merge, plan_merge
+    from adapterkit.api import merge, plan_merge, plan_quantize, quantize
     from adapterkit.errors import AdapterkitError
     from adapterkit.formats import load, save
     from adapterkit.plan import MergePlan
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 # Name -> module; imported on first use, so that `adapterkit --help` stays fast.
 _EXPORTS = {
     "Adapter": "adapter", "LazyTensor": "adapter", "LoraWeights": "adapter", "AdapterkitError": "errors",
-    "load": "formats", "save": "formats", "merge": "api", "plan_merge": "api", "run": "stream",
+    "load": "formats", "save": "formats", "merge": "api", "plan_merge": "api", "plan_quantize": "api",
+    "quantize": "api", "run": "stream",
     "Merged": "stream", "TensorMerged": "stream", "MergePlan": "plan",
 }  # fmt: skip
 
 __all__ = [
     "Adapter", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged", "TensorMerged", "__version__",
-    "load", "merge", "plan_merge", "run", "save",
+    "load", "merge", "plan_merge", "plan_quantize", "quantize", "run", "save",
 ]  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
 from adapterkit.plan import Given, MergePlan
 from adapterkit.planning import DTYPES, make_plan
-from adapterkit.quant import KINDS
+from adapterkit.planning import plan_quantize as make_quantize_plan
+from adapterkit.quant import BLOCKSIZES, KINDS, Quantize
 from adapterkit.staging import check_output
 from adapterkit.stream import Merged, run
 
@@ -59,7 +60,7 @@ def plan_merge(
     if accept_loss and quantize is None:
         raise UsageError("only a quantized output can lose an update: accept_loss goes with quantize")
     checkpoint = open_checkpoint(resolve(base), hub_id(base))
-    target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base)
+    target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base, "merged")
     given = _name_apart([_open(entry, scale, alpha, scaling) for entry in adapters])
     _check_apart(target, checkpoint, given)
     check_output(target, overwrite)
@@ -96,6 +97,49 @@ def merge(
     return result
 
 
+def plan_quantize(
+    base: AnyPath,
+    out: AnyPath | None = None,
+    *,
+    to: str,
+    blocksize: int = 64,
+    nested: bool = False,
+    overwrite: bool = False,
+) -> MergePlan:
+    """Plan `base` with its linear layers quantized to nf4, fp4 or int8, as transformers and bitsandbytes store them.
+
+    `blocksize` and `nested` (double quantization) are those of 4 bits. Without `out`, `<base>-<to>` beside the base.
+    """
+    if to not in KINDS:
+        raise UsageError(f"to {to!r}: expected one of {', '.join(KINDS)}")
+    if blocksize not in BLOCKSIZES:
+        raise UsageError(f"block size {blocksize}: expected one of {', '.join(map(str, BLOCKSIZES))}")
+    if to == "int8" and (blocksize != 64 or nested):
+        raise UsageError("int8 has one scale a row: block size and nesting are for nf4 and fp4")
+    checkpoint = open_checkpoint(resolve(base), hub_id(base))
+    target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base, to)
+    _check_apart(target, checkpoint, [])
+    check_output(target, overwrite)
+    return make_quantize_plan(checkpoint, Quantize(to, blocksize, nested), target)
+
+
+def quantize(
+    base: AnyPath,
+    out: AnyPath | None = None,
+    *,
+    to: str,
+    blocksize: int = 64,
+    nested: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+) -> Merged:
+    """Quantize in one call: `plan_quantize`, then `run` to its end."""
+    plan = plan_quantize(base, out, to=to, blocksize=blocksize, nested=nested, overwrite=overwrite)
+    *_, result = run(plan, threads=threads)
+    assert isinstance(result, Merged)
+    return result
+
+
 def _open(
     entry: AnyAdapter | tuple[AnyAdapter, float], scale: float, alpha: float | None, scaling: float | None
 ) -> Given:
@@ -123,13 +167,11 @@ def _name_apart(given: list[Given]) -> list[Given]:
     ]
 
 
-def _default_output(checkpoint: Checkpoint, base: AnyPath) -> Path:
+def _default_output(checkpoint: Checkpoint, base: AnyPath, what: str) -> Path:
     if hub_id(base):
-        return Path(checkpoint.name.rpartition("/")[2] + "-merged")
+        return Path(f"{checkpoint.name.rpartition('/')[2]}-{what}")
     path = checkpoint.path.absolute()
-    return (
-        path.with_name(path.stem + "-merged.safetensors") if path.is_file() else path.with_name(path.name + "-merged")
-    )
+    return path.with_name(f"{path.stem}-{what}.safetensors" if path.is_file() else f"{path.name}-{what}")
 
 
 def _check_apart(out: Path, checkpoint: Checkpoint, given: Sequence[Given]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from adapterkit.checkpoint import CONFIG
 from adapterkit.errors import FormatError, UnsafeFileError
-from adapterkit.plan import MergePlan, total_size
+from adapterkit.plan import Given, MergePlan, total_size
 from adapterkit.staging import RECORD, flush
 from adapterkit.version import __version__
 
@@ -62,13 +62,17 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
     bases = dict.fromkeys(name for name in known if name)
     lines = ["---"]
     if len(bases) == 1:
-        lines += [f"base_model: {next(iter(bases))}", "base_model_relation: merge"]
-    lines += ["library_name: transformers", "tags:", "- adapterkit", "- lora", "- merge", "---", ""]
-    names = " + ".join(one.label if one.weight == 1 else f"{one.weight:g} · {one.label}" for one in plan.given)
+        relation = "merge" if plan.given else "quantized"
+        lines += [f"base_model: {next(iter(bases))}", f"base_model_relation: {relation}"]
+    lines += ["library_name: transformers", "tags:", "- adapterkit", *(["- lora", "- merge"] if plan.given else [])]
+    names = [plan.base.name, *(_weighted(one) for one in plan.given)]
+    changed = f"{plan.edits} weights changed" if plan.given else f"{plan.edits} weights quantized"
     lines += [
-        f"# {plan.base.name} + {names}",
+        "---",
         "",
-        f"Merged by adapterkit {__version__}: {plan.edits} of {len(plan.weight_map)} tensors changed, rounded once "
+        f"# {' + '.join(names)}",
+        "",
+        f"{'Merged' if plan.given else 'Quantized'} by adapterkit {__version__}: {changed}, rounded once "
         f"({plan.dtype or 'dtypes as in the base'}).",
         "",
         "| part | weight | file | SHA-256 |",
@@ -83,6 +87,10 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
         lines += [f"- {note}" for note in plan.notes]
         lines += [f"- skipped, as asked: {name}" for name in plan.skipped]
     return "\n".join(lines) + "\n"
+
+
+def _weighted(one: Given) -> str:
+    return one.label if one.weight == 1 else f"{one.weight:g} · {one.label}"
 
 
 def _hub_id(name: str | None) -> str | None:

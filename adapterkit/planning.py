@@ -39,6 +39,97 @@ class _Changes:
         return any(name in kind for kind in (self.deltas, self.replaced, self.added))
 
 
+@dataclass
+class _Draft:
+    """A plan in the making: what the output holds, one decision after the other."""
+
+    base: Checkpoint
+    tensors: dict[str, TensorInfo | Packed]  # by the names that the model has for them
+    config: dict[str, Any]
+    changes: _Changes = field(default_factory=_Changes)
+    ledger: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    untied: tuple[str, str] | None = None  # the embedding, and the head that parts from it
+    packings: dict[str, Packing | None] = field(default_factory=dict)  # None: stays quantized as it is
+    dtype: str | None = None
+
+    @classmethod
+    def of(cls, base: Checkpoint) -> _Draft:
+        return cls(base, weights(base.tensors, base.config), dict(base.config))
+
+    @property
+    def schemes(self) -> list[str]:
+        """What the base's weights are quantized by."""
+        return list(dict.fromkeys(one.scheme for one in self.tensors.values() if isinstance(one, Packed)))
+
+    def fit(self, given: Sequence[Given], rename: tuple[str, str] | None, allow_partial: bool) -> None:
+        """Find a place for everything that the adapters bring."""
+        embedding = _tied_embedding(self.base)
+        if embedding is not None:
+            self.tensors.setdefault(HEAD, replace(self.tensors[embedding], name=HEAD))
+        for one in given:
+            self.notes += [f"{one.label}: {problem}" for problem in one.adapter.problems if not problem.fatal]
+        for one in given:
+            found = fit(one.adapter, self.tensors, self.base.config, rename)
+            self.skipped += _missing(one, found, self.base, self.tensors, allow_partial)
+            self.notes += _drift_note(one, found)
+            _gather(one, found, self.changes)
+            self.ledger[one.label] = _ledger(found)
+        for name in (*self.changes.deltas, *self.changes.replaced, *self.changes.added):
+            _check_target(name, self.tensors, self.base, self.changes)
+        if embedding is not None and _must_untie(embedding, self.changes, given):
+            self.untied = (embedding, HEAD)
+            self.config = _with_nested(self.config, "tie_word_embeddings", False)
+            self.notes.append(
+                f"the base ties {HEAD} to {embedding}, the adapter changes them apart: the output unties them"
+            )
+
+    def dequantize(self) -> None:
+        """Store what is quantized as the model computes with it."""
+        if self.schemes:
+            self.notes.append(f"the base is quantized ({'; '.join(self.schemes)}): the output is not")
+            self.config.pop("quantization_config", None)
+
+    def convert(self, dtype: str) -> None:
+        """Store every floating point tensor as `dtype`."""
+        if self.base.quantization and not self.schemes:
+            raise FitError(f"{self.base.path}: is quantized ({self.base.quantization}); {DEQUANTIZED}")
+        self.dtype = DTYPES[dtype]
+        key = "dtype" if "dtype" in self.config else "torch_dtype"
+        self.config = _with_nested(self.config, key, TORCH_NAMES[self.dtype])
+
+    def quantize(self, how: Quantize) -> None:
+        """Quantize what the base has quantized, or where that is nothing its linear layers."""
+        if self.base.config.get("model_type") in CONV1D_MODELS:
+            raise FitError(f"{self.base.path}: its linear layers are stored transposed (Conv1D): not supported")
+        packed = {name: weight for name, weight in self.tensors.items() if isinstance(weight, Packed)}
+        linear = {name: weight for name, weight in self.base.tensors.items() if _is_linear(name, weight)}
+        for name, weight in (packed or linear).items():
+            stays = isinstance(weight, Packed) and weight.kind == how.kind and not self.changes.touch(name)
+            self.packings[name] = None if stays else how.packing(weight)
+        if {weight.kind for weight in packed.values()} != {how.kind}:
+            dtype = float_dtype(self.base.config, self.base.tensors)
+            self.config["quantization_config"] = how.declaration(dtype)
+
+    def plan(self, out: Path, given: Sequence[Given], accept_loss: bool) -> MergePlan:
+        """Lay out every file."""
+        base = self.base
+        _, left_out = base.other_files()
+        self.notes += [f"{file}: not copied, since it belongs to the unmerged model" for file in left_out]
+        new = [name for name in self.changes.replaced if name not in self.tensors]
+        self.notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
+        files = tuple(
+            lay_out(header, list(_entries(header, self, new if header is base.shards[-1] else [])))
+            for header in base.shards
+        )
+        weight_map = {name: file.name for file in files for name in file.tensors}
+        return MergePlan(
+            base, out, tuple(given), files, self.config, weight_map, self.ledger, tuple(self.skipped),
+            tuple(dict.fromkeys(self.notes)), self.dtype, accept_loss,
+        )  # fmt: skip
+
+
 def make_plan(
     base: Checkpoint,
     given: Sequence[Given],
@@ -59,66 +150,26 @@ def make_plan(
         raise UsageError("no adapter given: there is nothing to merge")
     for one in given:
         _refuse_broken(one)
-    tensors = weights(base.tensors, base.config)
-    embedding = _tied_embedding(base)
-    if embedding is not None:
-        tensors.setdefault(HEAD, replace(tensors[embedding], name=HEAD))
-    changes, notes = _Changes(), [f"{one.label}: {p}" for one in given for p in one.adapter.problems if not p.fatal]
-    ledger: dict[str, dict[str, tuple[str, ...]]] = {}
-    skipped: list[str] = []
-    for one in given:
-        found = fit(one.adapter, tensors, base.config, rename)
-        skipped += _missing(one, found, base, tensors, allow_partial)
-        notes += _drift_note(one, found)
-        _gather(one, found, changes)
-        ledger[one.label] = _ledger(found)
-    for name in (*changes.deltas, *changes.replaced, *changes.added):
-        _check_target(name, tensors, base, changes)
-    config, untied = dict(base.config), None
-    if embedding is not None and _must_untie(embedding, changes, given):
-        untied = (embedding, HEAD)
-        config = _with_nested(config, "tie_word_embeddings", False)
-        notes.append(f"the base ties {HEAD} to {embedding}, the adapter changes them apart: the output unties them")
-    schemes = dict.fromkeys(weight.scheme for weight in tensors.values() if isinstance(weight, Packed))
-    packings: dict[str, Packing | None] = {}
-    if quantize is not None:
-        how = _how(quantize, base, tensors)
-        packings = _packings(how, base, tensors, changes)
-        if quantize != "same":
-            config["quantization_config"] = how.declaration(float_dtype(base.config, base.tensors))
-    elif schemes:
-        notes.append(f"the base is quantized ({'; '.join(schemes)}): the output is not")
-        config.pop("quantization_config", None)
-    target = None if dtype is None else DTYPES[dtype]
-    if target is not None:
-        if base.quantization and not schemes:
-            raise FitError(f"{base.path}: is quantized ({base.quantization}); {DEQUANTIZED}")
-        config = _with_nested(config, "dtype" if "dtype" in config else "torch_dtype", TORCH_NAMES[target])
-    _, left_out = base.other_files()
-    notes += [f"{file}: not copied, since it belongs to the unmerged model" for file in left_out]
-    new = [name for name in changes.replaced if name not in tensors]
-    notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
-    last = base.shards[-1]
-    files = tuple(
-        lay_out(
-            header, list(_entries(header, tensors, changes, packings, target, untied, new if header is last else []))
-        )
-        for header in base.shards
-    )
-    weight_map = {name: file.name for file in files for name in file.tensors}
-    return MergePlan(
-        base,
-        out,
-        tuple(given),
-        files,
-        config,
-        weight_map,
-        ledger,
-        tuple(skipped),
-        tuple(dict.fromkeys(notes)),
-        target,
-        accept_loss,
-    )
+    draft = _Draft.of(base)
+    draft.fit(given, rename, allow_partial)
+    if quantize is None:
+        draft.dequantize()
+    else:
+        draft.quantize(Quantize(quantize) if quantize != "same" else _same(base, draft.tensors))
+    if dtype is not None:
+        draft.convert(dtype)
+    return draft.plan(out, given, accept_loss)
+
+
+def plan_quantize(base: Checkpoint, how: Quantize, out: Path) -> MergePlan:
+    """Plan `base` with its linear layers quantized, written to `out`. Raises FitError where they are already."""
+    draft = _Draft.of(base)
+    if draft.schemes or base.quantization:
+        raise FitError(f"{base.path}: is quantized already ({'; '.join(draft.schemes) or base.quantization})")
+    draft.quantize(how)
+    if not draft.packings:
+        raise FitError(f"{base.path}: holds no linear layer to quantize")
+    return draft.plan(out, (), False)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -250,41 +301,26 @@ def _with_nested(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]
 # Not linear layers, though their weights are matrices; and heads, which transformers leaves as they are.
 NOT_LINEAR = (
     *INPUT_EMBEDDINGS, "wpe.weight", "position_embeddings.weight", "token_type_embeddings.weight",
-    "embed_positions.weight", "relative_attention_bias.weight", "lm_head.weight", "embed_out.weight", "score.weight", "classifier.weight",
+    "embed_positions.weight", "relative_attention_bias.weight", "lm_head.weight", "embed_out.weight", "score.weight",
+    "classifier.weight",
 )  # fmt: skip
 
 
-def _how(kind: str, base: Checkpoint, tensors: Mapping[str, TensorInfo | Packed]) -> Quantize:
-    """What `--quantize KIND` asks for on this base."""
+def _is_linear(name: str, weight: TensorInfo) -> bool:
+    """Whether a tensor is the weight of a linear layer that transformers would quantize."""
+    matrix = weight.dtype in FLOAT_DTYPES and len(weight.shape) == 2
+    return matrix and name.endswith(".weight") and not name.endswith(NOT_LINEAR)
+
+
+def _same(base: Checkpoint, tensors: Mapping[str, TensorInfo | Packed]) -> Quantize:
+    """What the base is quantized to, where that can be written."""
     packed = [weight for weight in tensors.values() if isinstance(weight, Packed)]
-    if kind == "same":
-        if not packed:
-            raise UsageError(f"{base.path}: is not quantized; --quantize takes one of {', '.join(KINDS)} here")
-        stuck = next((weight for weight in packed if weight.packing() is None), None)
-        if stuck is not None:
-            raise FitError(f"{stuck.name}: is {stuck.scheme}, which cannot be written; --quantize {KINDS[0]} can")
-        return Quantize(packed[0].kind)
-    if base.config.get("model_type") in CONV1D_MODELS:
-        raise FitError(f"{base.path}: stores its linear layers transposed (Conv1D); quantizing those is not supported")
-    return Quantize(kind)
-
-
-def _packings(
-    how: Quantize, base: Checkpoint, tensors: Mapping[str, TensorInfo | Packed], changes: _Changes
-) -> dict[str, Packing | None]:
-    """How each weight is to be quantized; None for one that stays quantized as it is."""
-    packed = {name: weight for name, weight in tensors.items() if isinstance(weight, Packed)}
-    linear = {
-        name: weight
-        for name, weight in base.tensors.items()
-        if weight.dtype in FLOAT_DTYPES and len(weight.shape) == 2 and name.endswith(".weight")
-        and not name.endswith(NOT_LINEAR)
-    }  # fmt: skip
-    return {
-        name: None if isinstance(weight, Packed) and weight.kind == how.kind and not changes.touch(name)
-        else how.packing(weight)
-        for name, weight in (packed or linear).items()
-    }  # fmt: skip
+    if not packed:
+        raise UsageError(f"{base.path}: is not quantized; here --quantize takes one of {', '.join(KINDS)}")
+    stuck = next((weight for weight in packed if weight.packing() is None), None)
+    if stuck is not None:
+        raise FitError(f"{stuck.name}: is {stuck.scheme}, which cannot be written; --quantize {KINDS[0]} can")
+    return Quantize(packed[0].kind)
 
 
 def _stays(weight: TensorInfo | Packed, packings: Mapping[str, Packing | None]) -> TypeGuard[Packed]:
@@ -295,19 +331,12 @@ def _stays(weight: TensorInfo | Packed, packings: Mapping[str, Packing | None]) 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _entries(
-    header: Header,
-    tensors: Mapping[str, TensorInfo | Packed],
-    changes: _Changes,
-    packings: Mapping[str, Packing | None],
-    dtype: str | None,
-    untied: tuple[str, str] | None,
-    new: Sequence[str],
-) -> Iterator[Entry]:
+def _entries(header: Header, draft: _Draft, new: Sequence[str]) -> Iterator[Entry]:
     """The tensors of one output file, in the order of the base's."""
+    tensors, changes, packings = draft.tensors, draft.changes, draft.packings
 
     def entry(name: str, source: TensorInfo | Packed | None, stored: str, shape: tuple[int, ...]) -> Entry:
-        kind = dtype if dtype is not None and stored in FLOAT_DTYPES else stored
+        kind = draft.dtype if draft.dtype is not None and stored in FLOAT_DTYPES else stored
         return Entry(
             name, source, kind, shape, tuple(changes.deltas.get(name, ())), tuple(changes.replaced.get(name, ())),
             tuple(changes.added.get(name, ())), packings.get(name),
@@ -320,9 +349,9 @@ def _entries(
             yield Entry(stored.name, stored, stored.dtype, stored.shape)
         elif info is not None:  # else a part of a quantized weight
             yield entry(info.name, info, info.dtype, info.shape)
-    if untied is not None and untied[0] in header.tensors and untied[1] not in header.tensors:
-        info = tensors[untied[0]]
-        yield entry(untied[1], info, info.dtype, info.shape)
+    if draft.untied and draft.untied[0] in header.tensors and draft.untied[1] not in header.tensors:
+        info = tensors[draft.untied[0]]
+        yield entry(draft.untied[1], info, info.dtype, info.shape)
     for name in new:
         values = changes.replaced[name][0].values
         yield entry(name, None, values.dtype, values.shape)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import adapterkit
 from adapterkit import blocks, quant, stream
 from adapterkit.checkpoint import open_checkpoint
-from adapterkit.errors import FitError, FormatError
+from adapterkit.errors import FitError, FormatError, LossError, UsageError
+from adapterkit.quant import bnb4, bnb8
 from adapterkit.tensorfile import read_header
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -367,4 +368,171 @@ def test_a_packed_weight_that_ends_early_leaves_nothing(
         file.write_bytes(file.read_bytes()[:-600])
     with pytest.raises(FormatError, match="ended at byte"):
         list(adapterkit.run(plan))
+    assert not (tmp_path / "out").exists()
+
+
+# --- quantizing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+def test_4bit_is_quantized_as_by_bitsandbytes(kind: str, nested: bool, blocksize: int) -> None:
+    for shape in SHAPES:
+        for dtype, name in zip(DTYPES, ("BF16", "F16", "F32"), strict=True):
+            weight = torch.randn(shape).to(dtype)
+            expected, state = packed_4bit(weight, kind, blocksize, nested)
+            packing = bnb4.Packing4bit(shape, name, kind, blocksize, nested)
+            packer, step = packing.start(shape[1]), packing.rows_together(shape[1])
+            rows = [(at, min(shape[0], at + step)) for at in range(0, shape[0], step)]
+            packed = {at: packer.pack(weight[at:end].float(), at) for at, end in reversed(rows)}
+            assert torch.equal(torch.cat([packed[at] for at, _ in rows]), expected[""].view(-1))
+            *parts, facts = packer.finish()
+            assert json.loads(facts) == json.loads(bytes(expected[f".quant_state.bitsandbytes__{kind}"].tolist()))
+            layout = {part: shape for part, _, shape in packing.layout("")}
+            assert {part: value.shape for part, value in expected.items() if "state" not in part} == {
+                part: shape for part, shape in layout.items() if "state" not in part
+            }
+            if not nested:
+                assert parts[0] == state.absmax.numpy().tobytes()
+                continue
+            # Its CPU kernel for the nested scales does not always take the nearest code; it is never nearer than ours.
+            absmax = functional.quantize_4bit(weight, blocksize=blocksize, quant_type=kind)[1].absmax
+            theirs = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            assert bool(((packer.restored - absmax).abs() <= (theirs - absmax).abs() + 1e-6).all())
+            if len(absmax) > 1:  # the only one is its own mean: 0 of 0, any code will do
+                assert np.mean(np.frombuffer(parts[0], np.uint8) != state.absmax.numpy()) < 0.02
+
+
+def test_int8_is_quantized_as_by_bitsandbytes() -> None:
+    weight = torch.randn(33, 47).bfloat16()
+    weight[5] = 0
+    packer = bnb8.Packing8bit((33, 47), "BF16").start(47)
+    packed = torch.cat([packer.pack(weight[:20].float(), 0), packer.pack(weight[20:].float(), 20)])
+    q, scale, _ = functional.int8_vectorwise_quant(weight[[i for i in range(33) if i != 5]].half())
+    ours = packed.view(torch.int8).view(33, 47)
+    assert torch.equal(ours[[i for i in range(33) if i != 5]], q) and not ours[5].any()
+    scales, layout = packer.finish()
+    assert np.array_equal(np.delete(np.frombuffer(scales, np.float32), 5), scale.numpy()) and layout == b"\0"
+
+
+@pytest.fixture
+def sixteen_bits(make_base: Callable[..., Path]) -> Path:
+    tensors = {f"layers.{layer}.q.weight": torch.randn(24, 40).bfloat16() for layer in range(2)}
+    tensors |= {"embed_tokens.weight": torch.randn(9, 40).bfloat16(), "lm_head.weight": torch.randn(9, 40).bfloat16()}
+    return make_base(tensors | {"norm.weight": torch.randn(40).bfloat16()}, {"torch_dtype": "bfloat16"}, shards=2)
+
+
+@pytest.mark.parametrize(("to", "nested"), [("nf4", True), ("fp4", False), ("int8", False)])
+def test_quantizing_a_base_takes_its_linear_layers_and_nothing_else(
+    sixteen_bits: Path, tmp_path: Path, to: str, nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 80 * 8)  # eight rows: as many as make whole blocks
+    result = adapterkit.quantize(sixteen_bits, tmp_path / "out", to=to, nested=nested)
+    assert result.tensors == 2
+    out = open_checkpoint(tmp_path / "out")
+    found = quant.weights(out.tensors, out.config)
+    before = {k: v for file in sorted(sixteen_bits.glob("*.safetensors")) for k, v in load_file(file).items()}
+    assert set(found) == set(before)
+    for name, weight in found.items():
+        if not name.startswith("layers."):
+            assert not isinstance(weight, quant.Packed) and torch.equal(weight.read(), before[name])
+            continue
+        assert isinstance(weight, quant.Packed) and (weight.kind, weight.dtype) == (to, "BF16")
+        if to == "int8":
+            q, scale, _ = functional.int8_vectorwise_quant(before[name].half())
+            expected = functional.int8_vectorwise_dequant(q, scale).bfloat16()
+            assert torch.equal(weight.open(40)(0, 24), expected)
+        else:
+            parts, state = packed_4bit(before[name], to, nested=nested)
+            assert torch.equal(weight.stored.read(), parts[""])
+            if not nested:
+                assert torch.equal(weight.open(40)(0, 24), dequantized_4bit(parts[""], state))
+    declared = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert declared["load_in_4bit"] is (to != "int8") and declared["bnb_4bit_use_double_quant"] is nested
+    with pytest.raises(FitError, match="is quantized already"):
+        adapterkit.quantize(tmp_path / "out", tmp_path / "twice", to=to)
+
+
+def test_requantizing_keeps_the_scheme_and_what_is_untouched(
+    four_bits: tuple[Path, dict[str, torch.Tensor]], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, dense = four_bits
+    adapter = make_adapter(factors("layers.0.q", 24, 40, size=0.7))
+    result = adapterkit.merge(base, [adapter], tmp_path / "out", quantize="same")
+    before, out = open_checkpoint(base), open_checkpoint(tmp_path / "out")
+    assert out.config == before.config and set(out.tensors) == set(before.tensors)
+    for name, info in before.tensors.items():
+        if not name.startswith("layers.0.q"):
+            assert out.tensors[name].read_bytes() == info.read_bytes()
+    weight = quant.weights(out.tensors, out.config)["layers.0.q.weight"]
+    assert isinstance(weight, quant.Packed) and weight.scheme == "bitsandbytes NF4, blocks of 64, nested"
+    after = weight.open(40)(0, 24).double()
+    W, exact = dense["layers.0.q.weight"].double(), oracle.merged(dense, adapter)["layers.0.q.weight"].exact
+    expected, _ = packed_4bit(exact.float().bfloat16(), nested=True)
+    assert (weight.stored.read() != expected[""]).float().mean() < 0.02  # quantized from float32, not from bfloat16
+    kept = result.retention["layers.0.q.weight"]
+    assert kept.kept == pytest.approx(float(((after - W) * (exact - W)).sum() / (exact - W).square().sum()), rel=2e-3)
+
+
+def test_quantizing_an_update_away_is_refused_unless_accepted(
+    four_bits: tuple[Path, dict[str, torch.Tensor]], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, _ = four_bits
+    adapter = make_adapter(factors("layers.0.q", 24, 40, size=0.02))
+    with pytest.raises(LossError, match="of the update"):
+        adapterkit.merge(base, [adapter], tmp_path / "out", quantize="same")
+    assert not (tmp_path / "out").exists()
+    result = adapterkit.merge(base, [adapter], tmp_path / "out", quantize="same", accept_loss=True)
+    assert result.retention["layers.0.q.weight"].kept < 0.5
+
+
+def test_quantizing_while_merging_is_merging_and_quantizing(
+    sixteen_bits: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(factors("layers.1.q", 24, 40))
+    adapterkit.merge(sixteen_bits, [adapter], tmp_path / "wide", dtype="fp32")
+    adapterkit.quantize(tmp_path / "wide", tmp_path / "two", to="nf4")
+    adapterkit.merge(sixteen_bits, [adapter], tmp_path / "one", quantize="nf4")
+    one, two = (open_checkpoint(tmp_path / name).tensors for name in ("one", "two"))
+    for name in (f"layers.{layer}.q.weight{part}" for layer in range(2) for part in ("", ".absmax")):
+        a, b = one[name].read(), two[name].read()
+        close = torch.isclose(a, b, rtol=1e-6) if a.is_floating_point() else a == b
+        assert close.float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ({"quantize": "int3"}, UsageError, "expected one of nf4, fp4, int8, same"),
+        ({"quantize": "same"}, UsageError, "is not quantized"),
+        ({"quantize": "nf4", "dtype": "fp32"}, UsageError, "not both"),
+        ({"accept_loss": True}, UsageError, "goes with quantize"),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    sixteen_bits: Path, make_adapter: Callable[..., Path], tmp_path: Path, how: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        adapterkit.plan_merge(sixteen_bits, [make_adapter(factors("layers.0.q", 24, 40))], tmp_path / "out", **how)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"to": "int4"}, "expected one of nf4, fp4, int8"),
+        ({"to": "nf4", "blocksize": 48}, "block size 48"),
+        ({"to": "int8", "nested": True}, "one scale a row"),
+    ],
+)
+def test_what_quantize_cannot_do(sixteen_bits: Path, tmp_path: Path, how: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        adapterkit.plan_quantize(sixteen_bits, tmp_path / "out", **how)
+
+
+def test_quantizing_nan_is_refused(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    weight = torch.randn(8, 64)
+    weight[3, 3] = torch.nan
+    with pytest.raises(FitError, match=r"m\.weight: holds NaN"):
+        adapterkit.quantize(make_base({"m.weight": weight}), tmp_path / "out", to="nf4")
     assert not (tmp_path / "out").exists()

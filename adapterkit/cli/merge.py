@@ -6,20 +6,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 
 from adapterkit import api
+from adapterkit.cli.running import files, run_with_bar, size
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
 from adapterkit.quant import KINDS
 from adapterkit.renames import parse_rename
-from adapterkit.stream import Merged, TensorMerged, default_threads, estimate_memory, run
+from adapterkit.stream import Merged, default_threads, estimate_memory
 
 # Below this share the output dtype swallows a tenth of the update or more.
 ENOUGH_KEPT = 0.9
@@ -70,7 +69,7 @@ def merge_command(
         print(json.dumps(facts, indent=2) if as_json else _plan_text(plan, facts))
         return
     began = time.perf_counter()
-    result = _run(plan, threads, report)
+    result = run_with_bar(plan, "merging", threads, report)
     facts = _result_facts(plan, result, time.perf_counter() - began)
     _warn_of_loss(result, quantize)
     print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report))
@@ -85,28 +84,6 @@ def _weighted(text: str) -> tuple[str, float]:
         return path, float(weight)
     except ValueError:
         return text, 1.0
-
-
-def _run(plan: MergePlan, threads: int, report: bool) -> Merged:
-    """Execute `plan`, with a bar on stderr where that is a terminal."""
-    with closing(run(plan, threads=threads, report=report)) as events:  # ctrl-C may come while the bar is drawn
-        for event in _drawn(events) if sys.stderr.isatty() else events:
-            if isinstance(event, Merged):
-                return event
-    raise AssertionError("a merge ends with its result")
-
-
-def _drawn(events: Iterator[TensorMerged | Merged]) -> Iterator[TensorMerged | Merged]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merging", total=None)
-        for event in events:
-            if isinstance(event, TensorMerged):
-                bar.update(task, completed=event.done, total=event.total)
-            yield event
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
@@ -136,15 +113,15 @@ def _plan_facts(plan: MergePlan, threads: int) -> dict[str, Any]:
 
 
 def _plan_text(plan: MergePlan, facts: dict[str, Any]) -> str:
-    lines = [f"base      {plan.base.name}: {facts['tensors']} tensors in {_files(facts['files'])}"]
+    lines = [f"base      {plan.base.name}: {facts['tensors']} tensors in {files(facts['files'])}"]
     for one in plan.given:
         found = len(plan.ledger[one.label])
         total = len(one.adapter.modules) + len(one.adapter.replaced) + len(one.adapter.tokens)
         lines.append(f"adapter   {one.label} × {one.weight:g}: {found} of {total} modules and tensors have their place")
     lines += [
         f"changes   {facts['tensors_changed']} of {facts['tensors']} tensors, dtype {facts['dtype']}",
-        f"writes    {plan.out}: {_size(plan.bytes_to_write)} ({_size(facts['bytes_free'])} free)",
-        f"memory    about {_size(facts['peak_memory'])} with {facts['threads']} threads",
+        f"writes    {plan.out}: {size(plan.bytes_to_write)} ({size(facts['bytes_free'])} free)",
+        f"memory    about {size(facts['peak_memory'])} with {facts['threads']} threads",
         "nothing was written (--dry-run)",
     ]
     return "\n".join(lines)
@@ -172,7 +149,7 @@ def _result_text(facts: dict[str, Any], result: Merged, report: bool) -> str:
         lines += _report(result)
     lines.append(
         f"merged    {facts['tensors_changed']} of {facts['tensors']} tensors in {facts['seconds']:.1f} s, "
-        f"{_size(facts['bytes_written'])}"
+        f"{size(facts['bytes_written'])}"
     )
     lines.append(f"wrote     {result.out}")
     return "\n".join(lines)
@@ -212,14 +189,6 @@ def _total(result: Merged) -> Any:
     from adapterkit.delta import Retention
 
     return sum(result.retention.values(), Retention()) if result.retention else None
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _existing(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from adapterkit.quant import bnb4, bnb8, fp8
 from adapterkit.quant.packed import Packed, Packing
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
 
-__all__ = ["KINDS", "SCHEMES", "SUPPORTED", "Packed", "Packing", "Quantize", "weights"]
+__all__ = ["BLOCKSIZES", "KINDS", "SCHEMES", "SUPPORTED", "Packed", "Packing", "Quantize", "weights"]
 
 SCHEMES = (bnb4, bnb8, fp8)
 SUPPORTED = "bitsandbytes NF4 and FP4, LLM.int8, block-scaled FP8"
@@ -35,6 +35,7 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
 
 
 KINDS = (*bnb4.KINDS, "int8")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
 
 
 @dataclass(frozen=True, slots=True)

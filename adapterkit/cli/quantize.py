@@ -1,0 +1,52 @@
+"""`adapterkit quantize BASE [-o OUT] --to KIND`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import click
+
+from adapterkit import api
+from adapterkit.cli.running import run_with_bar, size
+from adapterkit.quant import BLOCKSIZES, KINDS
+from adapterkit.stream import default_threads
+
+
+@click.command("quantize")
+@click.argument("base")
+@click.option("-o", "--output", type=click.Path(), help="Where to write. Default: BASE-KIND beside the base.")
+@click.option("--to", type=click.Choice(KINDS), required=True, help="What to quantize to.")
+@click.option("--blocksize", type=click.Choice([str(size) for size in BLOCKSIZES]), default="64", show_default=True,
+              help="How many elements share a scale in 4 bits.")  # fmt: skip
+@click.option("--nested", is_flag=True, help="Quantize the scales too (double quantization).")
+@click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def quantize_command(
+    base: str, output: str | None, to: str, blocksize: str, nested: bool, threads: int | None, overwrite: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Quantize the linear layers of BASE as bitsandbytes does, a few rows at a time; everything else stays.
+
+    transformers loads the output like one that it quantized itself.
+    """
+    plan = api.plan_quantize(
+        base, output, to=to, blocksize=int(blocksize), nested=nested, overwrite=overwrite
+    )  # fmt: skip
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    began = time.perf_counter()
+    result = run_with_bar(plan, "quantizing", threads or default_threads())
+    seconds = time.perf_counter() - began
+    before = sum(shard.size for shard in plan.base.shards)
+    if as_json:
+        facts = {
+            "output": str(result.out), "bytes_before": before, "bytes_written": result.bytes_written,
+            "tensors_quantized": result.tensors, "seconds": round(seconds, 3), "sha256": result.hashes,
+        }  # fmt: skip
+        print(json.dumps(facts, indent=2))
+        return
+    print(f"quantized {result.tensors} weights in {seconds:.1f} s, {size(before)} to {size(result.bytes_written)}")
+    print(f"wrote     {result.out}")
