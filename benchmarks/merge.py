@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from measure import Command, alternate, child_environment, table
-from models import CACHE, cached_adapter, cached_llama
+from models import CACHE, cached_adapter, cached_llama, cached_nf4
 from report import Target, report, targets_table
 
 PEFT_MERGE = Path(__file__).resolve().parent / "peers" / "peft_merge.py"
@@ -32,11 +32,15 @@ def main() -> None:
         default=True,
         help="also merge a model with three times the layers, to compare the peak memory",
     )
+    parser.add_argument("--quantized", action="store_true", help="merge into the base in NF4 instead, into 16 bits")
     parser.add_argument("--record", action="store_true", help="append the outcome to benchmarks/RESULTS.md")
     args = parser.parse_args()
     if min(args.rounds, args.peer_rounds) < 1:
         parser.error("--rounds and --peer-rounds must be at least 1")
 
+    if args.quantized:
+        quantized(args)
+        return
     base, adapter = cached_llama(args.layers), cached_adapter(args.layers, args.rank)
     env = child_environment()
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="out-") as directory:
@@ -66,6 +70,32 @@ def main() -> None:
             tables.append(table([ours, big], reference=ours))
         title = f"merge, {args.layers} layers, rank {args.rank}"
         report(title, [*tables, targets_table(targets)], output=work, record=args.record)
+
+
+def quantized(args: argparse.Namespace) -> None:
+    """Merge into an NF4 base on the CPU, against PEFT's two ways."""
+    base, adapter = cached_nf4(args.layers), cached_adapter(args.layers, args.rank)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="out-") as directory:
+        work = Path(directory)
+        peft = [sys.executable, str(PEFT_MERGE), str(base), str(adapter), str(work / "merged"), f"{SHARD_MB}MB"]
+        peers = {"PEFT, requantizing + sync": "requantize", "PEFT, dequantize() first + sync": "dequantize"}
+        commands = [
+            Command("import torch", [sys.executable, "-c", "import torch"]),
+            adapterkit("adapterkit", base, adapter, work),
+            *(
+                Command(name, and_sync([*peft, how], work / "merged"), partial(clean, work), args.peer_rounds)
+                for name, how in peers.items()
+            ),
+        ]
+        results = alternate(commands, args.rounds, child_environment())
+        _, ours, *theirs = results
+        speedup = min(peer.wall for peer in theirs) / ours.wall
+        targets = [
+            Target("at least 4 x faster than the faster of PEFT's ways", f"{speedup:.2f} x", speedup >= 4),
+            Target("peak memory under 500 MB", f"{ours.peak_mb:.0f} MB", ours.peak_mb < 500),
+        ]
+        title = f"merge into NF4 with nesting, 16-bit output, {args.layers} layers, rank {args.rank}"
+        report(title, [table(results, reference=ours), targets_table(targets)], output=work, record=args.record)
 
 
 def merge_commands(base: Path, adapter: Path, work: Path, peer_rounds: int) -> list[Command]:

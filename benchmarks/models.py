@@ -72,6 +72,17 @@ def cached_llama(layers: int = 22, shards: int = 5) -> Path:
     return _cached(f"llama-h{TINYLLAMA.hidden}-l{layers}-s{shards}", write_llama, layers, shards)
 
 
+def cached_nf4(layers: int = 22, shards: int = 5) -> Path:
+    """Return the same base in NF4 with nested scales, which adapterkit quantizes if it is not there yet."""
+    base = cached_llama(layers, shards)
+    path = base.with_name(f"{base.name}-nf4")
+    if not path.is_dir():
+        import adapterkit
+
+        adapterkit.quantize(base, path, to="nf4", nested=True)
+    return path
+
+
 def cached_adapter(layers: int = 22, rank: int = 16, shape: Llama = TINYLLAMA, dtype: str = "F32") -> Path:
     """Return the directory of a PEFT LoRA adapter, writing it if it is not there yet."""
     name = f"adapter-h{shape.hidden}-l{layers}-r{rank}-{dtype.lower()}"

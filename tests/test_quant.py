@@ -401,7 +401,8 @@ def test_4bit_is_quantized_as_by_bitsandbytes(kind: str, nested: bool, blocksize
             theirs = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
             assert bool(((packer.restored - absmax).abs() <= (theirs - absmax).abs() + 1e-6).all())
             if len(absmax) > 1:  # the only one is its own mean: 0 of 0, any code will do
-                assert np.mean(np.frombuffer(parts[0], np.uint8) != state.absmax.numpy()) < 0.02
+                others = int((np.frombuffer(parts[0], np.uint8) != state.absmax.numpy()).sum())
+                assert others <= max(1, len(absmax) // 50)
 
 
 def test_int8_is_quantized_as_by_bitsandbytes() -> None:
