@@ -38,6 +38,7 @@ def plan_merge(
     scaling: float | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    original: AnyPath | None = None,
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
@@ -49,7 +50,8 @@ def plan_merge(
     with its weight. Without `out`, `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is
     bf16, fp16 or fp32; by default every tensor keeps its own. A quantized base is dequantized, unless `quantize` is
     nf4, fp4, int8 or same; where that keeps less than half of the update, running the plan raises LossError unless
-    `accept_loss`. Raises what is listed in `adapterkit.errors`.
+    `accept_loss`. `original` is the 16-bit model that a quantized base was made from, to be checked and merged into.
+    Raises what is listed in `adapterkit.errors`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -60,13 +62,16 @@ def plan_merge(
     if accept_loss and quantize is None:
         raise UsageError("only a quantized output can lose an update: accept_loss goes with quantize")
     checkpoint = open_checkpoint(resolve(base), hub_id(base))
-    target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base, "merged")
     given = _name_apart([_open(entry, scale, alpha, scaling) for entry in adapters])
-    _check_apart(target, checkpoint, given)
+    sixteen = None if original is None else open_checkpoint(resolve(original), hub_id(original))
+    named = (sixteen, original) if sixteen and original is not None else (checkpoint, base)
+    target = Path(out).expanduser() if out is not None else _default_output(*named, "merged")
+    for one in (checkpoint, *((sixteen,) if sixteen else ())):
+        _check_apart(target, one, given)
     check_output(target, overwrite)
     return make_plan(
-        checkpoint, given, target, dtype=dtype, quantize=quantize, accept_loss=accept_loss, rename=rename,
-        allow_partial=allow_partial,
+        checkpoint, given, target, dtype=dtype, quantize=quantize, original=sixteen, accept_loss=accept_loss,
+        rename=rename, allow_partial=allow_partial,
     )  # fmt: skip
 
 
@@ -80,6 +85,7 @@ def merge(
     scaling: float | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    original: AnyPath | None = None,
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
@@ -90,7 +96,7 @@ def merge(
     """Merge in one call: `plan_merge`, then `run` to its end."""
     plan = plan_merge(
         base, adapters, out, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype, quantize=quantize,
-        accept_loss=accept_loss, rename=rename, allow_partial=allow_partial, overwrite=overwrite,
+        original=original, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial, overwrite=overwrite,
     )  # fmt: skip
     *_, result = run(plan, threads=threads, report=report)
     assert isinstance(result, Merged)

@@ -51,6 +51,7 @@ class Loaded:
     added: list[torch.Tensor]
     packed: Rows | None
     packer: Packer | None
+    twin: tuple[Rows, Rows] | None  # what was quantized from the source, and how far that may be from it
 
 
 def load(edit: Edit, fd: int) -> Loaded:
@@ -74,7 +75,8 @@ def load(edit: Edit, fd: int) -> Loaded:
         _check_finite(vector, edit.name)
         added.append(vector[:, None])
     packer = edit.packing.start(columns) if edit.packing else None
-    return Loaded(updates, added, packed, packer)
+    twin = (edit.twin.open(columns), edit.twin.slack(columns)) if edit.twin else None
+    return Loaded(updates, added, packed, packer, twin)
 
 
 def merge_rows(
@@ -88,6 +90,7 @@ def merge_rows(
     if not into:
         return None
     source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
+    _check_twin(edit, loaded, source, first, last)
     out = torch.frombuffer(into, dtype=getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, columns)
     if source is not None and _compute_dtype(edit) is torch.float32:
         squares = _merge_plain(source, first, loaded.updates, out, buffers)
@@ -111,6 +114,7 @@ def pack_rows(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffer
     """Compute rows `first:last` of `edit` and quantize them into `into`. Raises FitError where they are not finite."""
     assert loaded.packer is not None
     source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
+    _check_twin(edit, loaded, source, first, last)
     for start, sums in _sums(edit, loaded, source, first, last):
         if not bool(sums.isfinite().all()):
             raise FitError(f"{edit.name}: holds NaN or Inf, which cannot be quantized")
@@ -236,6 +240,22 @@ def _base_chunks(edit: Edit, packed: Rows | None, fd: int) -> Iterator[tuple[int
     for start in range(0, depth, step):
         stop = min(depth, start + step)
         yield start, _base_rows(edit, _read_rows(edit, packed, fd, start, stop, buffers), start, start, stop)
+
+
+def _check_twin(edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: int, last: int) -> None:
+    """Refuse an original that its quantized twin cannot have been made from."""
+    if loaded.twin is None or source is None:
+        return
+    values, slack = loaded.twin
+    other = values(first, last).float()
+    off = (source.float() - other).abs() > slack(first, last) + other.abs() * 2**-8  # which is rounded to 16 bits
+    if bool(off.any()):
+        i, j = off.nonzero()[0].tolist()
+        here, there = float(source[i, j]), float(other[i, j])
+        raise FitError(
+            f"{edit.name}: is {here:.6g} at [{first + i}, {j}] in the original and {there:.6g} in the quantized base, "
+            "further than rounding explains: is it the model that was quantized?"
+        )
 
 
 def _check_finite(values: torch.Tensor, name: str) -> None:

@@ -67,6 +67,11 @@ class Checkpoint:
         return keep, skipped
 
 
+def is_base(path: Path) -> bool:
+    """Whether the directory at `path` holds a model, and not an adapter."""
+    return (path / CONFIG).is_file() and not (path / "adapter_config.json").is_file()
+
+
 def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     """Open the base model at `path` by reading its headers.
 

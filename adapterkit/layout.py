@@ -22,11 +22,13 @@ class Entry:
     replaced: tuple[Replacement, ...] = ()
     added: tuple[Addition, ...] = ()
     packing: Packing | None = None
+    twin: Packed | None = None
 
     @property
     def copied(self) -> TensorInfo | None:
         """The input's tensor, where the output takes it over byte for byte."""
-        if self.deltas or self.replaced or self.added or self.packing or not isinstance(self.source, TensorInfo):
+        changed = self.deltas or self.replaced or self.added or self.packing or self.twin
+        if changed or not isinstance(self.source, TensorInfo):
             return None
         return self.source if self.source.dtype == self.dtype else None
 
@@ -58,7 +60,7 @@ def lay_out(header: Header, entries: Sequence[Entry]) -> FilePlan:
         edits.append(
             Edit(
                 entry.name, entry.source, entry.dtype, entry.shape, start, stop, entry.deltas, entry.replaced,
-                entry.added, entry.packing, tuple(parts),
+                entry.added, entry.packing, entry.twin, tuple(parts),
             )
         )  # fmt: skip
     size = max((stop for _, stop in spans.values()), default=len(raw))

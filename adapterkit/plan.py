@@ -70,6 +70,7 @@ class Edit:
     replaced: tuple[Replacement, ...] = ()
     added: tuple[Addition, ...] = ()
     packing: Packing | None = None
+    twin: Packed | None = None  # what was made from the source by quantizing, if that is to be checked
     parts: tuple[tuple[int, int], ...] = ()
 
     def offset(self, row: int) -> int:

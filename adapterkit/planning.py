@@ -52,6 +52,7 @@ class _Draft:
     notes: list[str] = field(default_factory=list)
     untied: tuple[str, str] | None = None  # the embedding, and the head that parts from it
     packings: dict[str, Packing | None] = field(default_factory=dict)  # None: stays quantized as it is
+    twins: dict[str, Packed] = field(default_factory=dict)
     dtype: str | None = None
 
     @classmethod
@@ -85,6 +86,21 @@ class _Draft:
                 f"the base ties {HEAD} to {embedding}, the adapter changes them apart: the output unties them"
             )
 
+    def compare(self, quantized: Checkpoint) -> None:
+        """Have every weight checked to be what `quantized` was made from."""
+        found = weights(quantized.tensors, quantized.config)
+        self.twins = {name: weight for name, weight in found.items() if isinstance(weight, Packed)}
+        if not self.twins or self.schemes:
+            which = self.base if self.schemes else quantized
+            what = "is quantized itself" if self.schemes else "is not quantized"
+            raise FitError(f"{which.path}: {what}; --original is the 16-bit model that a quantized BASE was made from")
+        for name, weight in self.twins.items():
+            info = self.tensors.get(name)
+            if info is None or info.shape != weight.shape:
+                has = "has no such weight" if info is None else f"has {info.shape}"
+                raise FitError(f"{name}: is {weight.shape} in {quantized.name}, the original {self.base.name} {has}")
+        self.notes.append(f"merged onto {self.base.name}, checked to be what {quantized.name} was quantized from")
+
     def dequantize(self) -> None:
         """Store what is quantized as the model computes with it."""
         if self.schemes:
@@ -103,10 +119,11 @@ class _Draft:
         """Quantize what the base has quantized, or where that is nothing its linear layers."""
         if self.base.config.get("model_type") in CONV1D_MODELS:
             raise FitError(f"{self.base.path}: its linear layers are stored transposed (Conv1D): not supported")
-        packed = {name: weight for name, weight in self.tensors.items() if isinstance(weight, Packed)}
+        packed = self.twins or {name: one for name, one in self.tensors.items() if isinstance(one, Packed)}
         linear = {name: weight for name, weight in self.base.tensors.items() if _is_linear(name, weight)}
         for name, weight in (packed or linear).items():
-            stays = isinstance(weight, Packed) and weight.kind == how.kind and not self.changes.touch(name)
+            same = isinstance(weight, Packed) and weight.kind == how.kind
+            stays = same and not self.twins and not self.changes.touch(name)
             self.packings[name] = None if stays else how.packing(weight)
         if {weight.kind for weight in packed.values()} != {how.kind}:
             dtype = float_dtype(self.base.config, self.base.tensors)
@@ -137,25 +154,31 @@ def make_plan(
     *,
     dtype: str | None = None,
     quantize: str | None = None,
+    original: Checkpoint | None = None,
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
 ) -> MergePlan:
     """Plan `base + Σ weight · adapter`, written to `out`, from headers only.
 
-    A quantized base is dequantized, unless `quantize` names a kind of `quant.KINDS`, or "same". Raises FitError where
+    A quantized base is dequantized, unless `quantize` names a kind of `quant.KINDS`, or "same". With the `original` it
+    was made from, that is merged into instead. Raises FitError where
     anything of an adapter has no place, has two, or does not fit in shape, rank or dtype.
     """
     if not given:
         raise UsageError("no adapter given: there is nothing to merge")
     for one in given:
         _refuse_broken(one)
-    draft = _Draft.of(base)
+    draft = _Draft.of(original or base)
+    if original is not None:
+        draft.compare(base)
     draft.fit(given, rename, allow_partial)
     if quantize is None:
         draft.dequantize()
     else:
-        draft.quantize(Quantize(quantize) if quantize != "same" else _same(base, draft.tensors))
+        draft.quantize(Quantize(quantize) if quantize != "same" else _same(base, draft.twins or draft.tensors))
+        if quantize == "same":
+            draft.config["quantization_config"] = base.config.get("quantization_config")
     if dtype is not None:
         draft.convert(dtype)
     return draft.plan(out, given, accept_loss)
@@ -312,7 +335,7 @@ def _is_linear(name: str, weight: TensorInfo) -> bool:
     return matrix and name.endswith(".weight") and not name.endswith(NOT_LINEAR)
 
 
-def _same(base: Checkpoint, tensors: Mapping[str, TensorInfo | Packed]) -> Quantize:
+def _same(base: Checkpoint, tensors: Mapping[str, Weight]) -> Quantize:
     """What the base is quantized to, where that can be written."""
     packed = [weight for weight in tensors.values() if isinstance(weight, Packed)]
     if not packed:
@@ -339,7 +362,7 @@ def _entries(header: Header, draft: _Draft, new: Sequence[str]) -> Iterator[Entr
         kind = draft.dtype if draft.dtype is not None and stored in FLOAT_DTYPES else stored
         return Entry(
             name, source, kind, shape, tuple(changes.deltas.get(name, ())), tuple(changes.replaced.get(name, ())),
-            tuple(changes.added.get(name, ())), packings.get(name),
+            tuple(changes.added.get(name, ())), packings.get(name), draft.twins.get(name),
         )  # fmt: skip
 
     kept = {part.name for weight in tensors.values() if _stays(weight, packings) for part in weight.parts}

@@ -22,7 +22,7 @@ LEVELS = (
     ("plan",),
     ("layout",),
     ("planning",),
-    ("blocks", "card", "hub", "against"),
+    ("blocks", "card", "hub", "against", "inventory"),
     ("stream",),
     ("api",),
     ("plot",),

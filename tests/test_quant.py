@@ -13,6 +13,7 @@ import oracle
 import pytest
 import torch
 from conftest import factors
+from handmade import adapterkit as run_adapterkit
 from safetensors.torch import load_file, save_file
 
 import adapterkit
@@ -537,3 +538,97 @@ def test_quantizing_nan_is_refused(make_base: Callable[..., Path], tmp_path: Pat
     with pytest.raises(FitError, match=r"m\.weight: holds NaN"):
         adapterkit.quantize(make_base({"m.weight": weight}), tmp_path / "out", to="nf4")
     assert not (tmp_path / "out").exists()
+
+
+def test_inspect_tells_how_a_base_is_stored(four_bits: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    base, _ = four_bits
+    result = run_adapterkit("inspect", base)
+    assert result.code == 0
+    assert "bitsandbytes NF4, blocks of 64, nested        2          1,920" in result.out
+    facts = json.loads(run_adapterkit("inspect", base, "--json").out)
+    packed, plain = sorted(facts["stored"], key=lambda row: row["merge"], reverse=True)
+    assert (packed["weights"], packed["parameters"], packed["merge"]) == (2, 1920, "dequantized to BF16")
+    assert (plain["scheme"], plain["weights"], plain["parameters"]) == ("BF16", 2, 1000)
+    assert packed["bytes"] + plain["bytes"] < facts["bytes"] and facts["unsupported"] is None
+    assert run_adapterkit("inspect", base, "--modules").code == 2
+
+
+def test_inspect_names_schemes_it_does_not_know(make_base: Callable[..., Path]) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
+    base = make_base({"m.qweight": torch.zeros(5, 24, dtype=torch.int32), "n.weight": torch.ones(4, 4)}, config)
+    result = run_adapterkit("inspect", base)
+    assert result.code == 0 and "quantized (awq)" in result.out and "copied only" in result.out
+
+
+@pytest.mark.parametrize(
+    ("to", "nested", "dtype"),
+    [("nf4", False, "bf16"), ("nf4", True, "fp16"), ("fp4", True, "bf16"), ("int8", False, "bf16")],
+)
+def test_merging_onto_the_original(
+    sixteen_bits: Path, make_adapter: Callable[..., Path], tmp_path: Path, to: str, nested: bool, dtype: str
+) -> None:
+    adapterkit.quantize(sixteen_bits, tmp_path / "small", to=to, nested=nested)
+    adapter = make_adapter(factors("layers.0.q", 24, 40))
+    adapterkit.merge(tmp_path / "small", [adapter], tmp_path / "onto", original=sixteen_bits)
+    adapterkit.merge(sixteen_bits, [adapter], tmp_path / "plain")
+    for file in sorted((tmp_path / "plain").glob("*.safetensors")):
+        assert (tmp_path / "onto" / file.name).read_bytes() == file.read_bytes()
+    # Quantized again, it is what quantizing the sum gives, and keeps the scheme.
+    adapterkit.merge(tmp_path / "small", [adapter], tmp_path / "again", original=sixteen_bits, quantize="same")
+    adapterkit.merge(sixteen_bits, [adapter], tmp_path / "at once", quantize=to)
+    if not nested:
+        for file in sorted((tmp_path / "at once").glob("*.safetensors")):
+            assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    small, again = open_checkpoint(tmp_path / "small"), open_checkpoint(tmp_path / "again")
+    assert small.config == again.config
+    assert {name: info.dtype for name, info in small.tensors.items()} == {
+        name: info.dtype for name, info in again.tensors.items()
+    }
+    # One weight a little off, and it is another model.
+    for file in sixteen_bits.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "layers.1.q.weight" in tensors:
+            tensors["layers.1.q.weight"][7, 9] += 1
+            save_file(tensors, file)
+    with pytest.raises(FitError, match=r"layers\.1\.q\.weight: .* at \[7, 9\] in the original"):
+        adapterkit.merge(tmp_path / "small", [adapter], tmp_path / "wrong", original=sixteen_bits)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_an_fp8_base_and_its_original(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}
+    scale = torch.rand(2, 2) + 0.5
+    weight = torch.randn(48, 40).bfloat16()
+    whole = torch.from_numpy(scale.numpy().repeat(32, axis=0).repeat(32, axis=1)[:48, :40])
+    q = (weight.float() / whole).to(torch.float8_e4m3fn)
+    base = make_base({"m.weight": q, "m.weight_scale_inv": scale}, config)
+    original = tmp_path / "original.safetensors"
+    save_file({"m.weight": weight}, original)
+    adapter = make_adapter(factors("m", 48, 40))
+    adapterkit.merge(base, [adapter], tmp_path / "out.safetensors", original=original)
+    expected = oracle.merged({"m.weight": weight}, adapter)["m.weight"].exact
+    out = load_file(tmp_path / "out.safetensors")["m.weight"]
+    assert torch.equal(out, oracle.rounded(expected, torch.bfloat16))
+    with pytest.raises(FitError, match="which cannot be written"):
+        adapterkit.plan_merge(base, [adapter], tmp_path / "no", quantize="same")
+
+
+def test_originals_that_are_none(
+    four_bits: tuple[Path, dict[str, torch.Tensor]],
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    base, dense = four_bits
+    adapter = make_adapter(factors("layers.0.q", 24, 40))
+    other = tmp_path / "other.safetensors"
+    for tensors, message in [
+        ({"layers.0.q.weight": torch.ones(24, 40)}, "has no such weight"),
+        ({name: torch.ones(3, 3) for name in dense}, r"has \(3, 3\)"),
+    ]:
+        save_file(tensors, other)
+        with pytest.raises(FitError, match=message):
+            adapterkit.plan_merge(base, [adapter], tmp_path / "out", original=other)
+    with pytest.raises(FitError, match="is quantized itself; --original"):
+        adapterkit.plan_merge(other, [adapter], tmp_path / "out", original=base)

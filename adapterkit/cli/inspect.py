@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from adapterkit.checkpoint import is_base
 from adapterkit.errors import FitError, UsageError
 from adapterkit.formats import load
 from adapterkit.hub import resolve
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 @click.command("inspect")
-@click.argument("path", metavar="ADAPTER")
+@click.argument("path", metavar="ADAPTER|BASE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--modules", is_flag=True, help="A row for every module; in JSON, its singular values too.")
 @click.option("--against", metavar="BASE", help="Check that it fits BASE, and compare ‖ΔW‖ with ‖W‖.")
@@ -38,10 +39,18 @@ def inspect_command(
     """Show an adapter's rank, scaling, targets and problems, and how large its updates ΔW are by layer and target.
 
     ADAPTER is a directory, a .safetensors or .bin file, or a Hub id; BASE a checkpoint directory or file, or a Hub id.
+    Of a BASE directory itself, shows how its weights are stored and what merging does with them.
     Ends with 3 where part of the adapter has no place in BASE.
     """
     from adapterkit.cli import adapter_view
+    from adapterkit.cli.base_view import show_base
 
+    if is_base(where := resolve(path)):
+        asked = {"--against": against, "--plot": plot, "--modules": modules, "--alpha": alpha, "--scaling": scaling}
+        if wrong := next((name for name, value in asked.items() if value), None):
+            raise UsageError(f"{path}: is a base model, and {wrong} is about adapters")
+        show_base(where, path, as_json)
+        return
     if plot:
         _check_plot(Path(plot), header_only)
     adapter, strength_known = _open(path, alpha, scaling)

@@ -14,7 +14,7 @@ from math import gcd, prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from adapterkit.errors import FormatError
-from adapterkit.quant.packed import Packed, Packer, Packing, Rows
+from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Rows
 from adapterkit.tensorfile import DTYPE_BITS, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -55,6 +55,22 @@ class Packed4bit(Packed):
     def parts(self) -> tuple[TensorInfo, ...]:
         nested = (self.nested.scales, self.nested.code) if self.nested else ()
         return (self.stored, self.absmax, self.code, self.state, *nested)
+
+    def slack(self, columns: int) -> Rows:
+        absmax, code = self._scales(), self.code.read().sort().values
+        steps = absmax.abs() * (code[1:] - code[:-1]).max() / 2 * MARGIN
+        if self.nested is not None:  # by how much the scale itself is off
+            nested, scales = self.nested.code.read(), self.nested.scales.read()
+            off = scales * (nested[1:] - nested[:-1]).max() / 2 * MARGIN
+            steps += off.repeat_interleave(self.nested.blocksize)[: len(steps)]
+
+        def rows(first: int, last: int) -> torch.Tensor:
+            begin, end = first * columns, last * columns
+            block = begin // self.blocksize
+            found = steps[block : -(-end // self.blocksize)].repeat_interleave(self.blocksize)
+            return found[begin - block * self.blocksize :][: end - begin].view(last - first, columns)
+
+        return rows
 
     def packing(self) -> Packing4bit:
         return Packing4bit(self.shape, self.dtype, self.kind, self.blocksize, bool(self.nested), self.stored.dtype)

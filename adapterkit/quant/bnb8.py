@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
-from adapterkit.quant.packed import Packed, Packer, Packing, Rows, float_dtype
+from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Rows, float_dtype
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ class Packed8bit(Packed):
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.stored, self.scale, *((self.layout,) if self.layout else ()))
+
+    def slack(self, columns: int) -> Rows:
+        steps = self.scale.read()[:, None] / 254 * MARGIN
+        return lambda first, last: steps[first:last].expand(-1, columns)
 
     def packing(self) -> Packing8bit:
         return Packing8bit(self.shape, self.dtype)

@@ -13,6 +13,7 @@ from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
 if TYPE_CHECKING:
     import torch
 
+MARGIN = 1.02  # on half a step: for the rounding of scales
 # Rows `first:last` of a weight seen as a matrix, dequantized.
 Rows = Callable[[int, int], "torch.Tensor"]
 
@@ -42,6 +43,10 @@ class Packed(ABC):
     @abstractmethod
     def open(self, columns: int) -> Rows:
         """Read the scales, and return what reads and dequantizes rows of `columns` elements, from any thread."""
+
+    @abstractmethod
+    def slack(self, columns: int) -> Rows:
+        """How far a weight can be, in float32, from what it dequantizes to before that is rounded: half a step."""
 
     @abstractmethod
     def packing(self) -> Packing | None:

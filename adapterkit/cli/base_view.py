@@ -1,0 +1,39 @@
+"""How a base checkpoint is printed: what it is, and how its weights are stored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from adapterkit.checkpoint import open_checkpoint
+from adapterkit.cli.running import files, size
+from adapterkit.inventory import inventory, unsupported
+
+
+def show_base(path: Path, given: str, as_json: bool) -> None:
+    """Print the base at `path`, which the user calls `given`."""
+    checkpoint = open_checkpoint(path)
+    rows = inventory(checkpoint)
+    warning = unsupported(checkpoint, rows)
+    stored = sum(shard.size for shard in checkpoint.shards)
+    model = str(checkpoint.config.get("model_type", "not named"))
+    if as_json:
+        facts = {
+            "path": given, "model_type": model, "files": len(checkpoint.shards), "bytes": stored,
+            "quantization": checkpoint.quantization, "stored": [asdict(row) for row in rows], "unsupported": warning,
+        }  # fmt: skip
+        print(json.dumps(facts, indent=2))
+        return
+    click.echo(f"base        {given}")
+    click.echo(f"model       {model}")
+    click.echo(f"weights     {sum(row.weights for row in rows):,} in {files(len(checkpoint.shards))}, {size(stored)}")
+    click.echo(f"parameters  {sum(row.parameters for row in rows):,}")
+    if warning:
+        click.echo(f"⚠ {warning}")
+    width = max(len("stored as"), *(len(row.scheme) for row in rows)) if rows else 0
+    click.echo(f"\n{'stored as':{width}}  weights     parameters        bytes  merge")
+    for row in rows:
+        click.echo(f"{row.scheme:{width}}  {row.weights:7,}  {row.parameters:13,}  {size(row.bytes):>11}  {row.merge}")
