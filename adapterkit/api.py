@@ -20,7 +20,7 @@ from adapterkit.hub import hub_id, resolve
 from adapterkit.plan import Given, MergePlan
 from adapterkit.planning import DTYPES, make_plan
 from adapterkit.planning import plan_quantize as make_quantize_plan
-from adapterkit.quant import BLOCKSIZES, KINDS, Quantize
+from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS, Quantize, Rounding
 from adapterkit.staging import check_output
 from adapterkit.stream import Merged, run
 
@@ -38,6 +38,8 @@ def plan_merge(
     scaling: float | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
     original: AnyPath | None = None,
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
@@ -50,8 +52,9 @@ def plan_merge(
     with its weight. Without `out`, `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is
     bf16, fp16 or fp32; by default every tensor keeps its own. A quantized base is dequantized, unless `quantize` is
     nf4, fp4, int8 or same; where that keeps less than half of the update, running the plan raises LossError unless
-    `accept_loss`. `original` is the 16-bit model that a quantized base was made from, to be checked and merged into.
-    Raises what is listed in `adapterkit.errors`.
+    `accept_loss`; `rounding` is nearest, stochastic (by `seed`) or compensated (see `quant.choose`). `original` is the
+    16-bit model that a quantized base was made from, to be checked and merged into. Raises what is listed in
+    `adapterkit.errors`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -59,6 +62,7 @@ def plan_merge(
         raise UsageError(f"quantize {quantize!r}: expected one of {', '.join((*KINDS, 'same'))}")
     if quantize is not None and dtype is not None:
         raise UsageError("a quantized output has the dtypes of its scheme: give dtype or quantize, not both")
+    _check_rounding(rounding, seed, quantize is not None)
     if accept_loss and quantize is None:
         raise UsageError("only a quantized output can lose an update: accept_loss goes with quantize")
     checkpoint = open_checkpoint(resolve(base), hub_id(base))
@@ -70,8 +74,8 @@ def plan_merge(
         _check_apart(target, one, given)
     check_output(target, overwrite)
     return make_plan(
-        checkpoint, given, target, dtype=dtype, quantize=quantize, original=sixteen, accept_loss=accept_loss,
-        rename=rename, allow_partial=allow_partial,
+        checkpoint, given, target, dtype=dtype, quantize=quantize, rounding=Rounding(rounding, seed),
+        original=sixteen, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial,
     )  # fmt: skip
 
 
@@ -85,6 +89,8 @@ def merge(
     scaling: float | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
     original: AnyPath | None = None,
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
@@ -96,7 +102,8 @@ def merge(
     """Merge in one call: `plan_merge`, then `run` to its end."""
     plan = plan_merge(
         base, adapters, out, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype, quantize=quantize,
-        original=original, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial, overwrite=overwrite,
+        rounding=rounding, seed=seed, original=original, accept_loss=accept_loss, rename=rename,
+        allow_partial=allow_partial, overwrite=overwrite,
     )  # fmt: skip
     *_, result = run(plan, threads=threads, report=report)
     assert isinstance(result, Merged)
@@ -110,6 +117,8 @@ def plan_quantize(
     to: str,
     blocksize: int = 64,
     nested: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
     overwrite: bool = False,
 ) -> MergePlan:
     """Plan `base` with its linear layers quantized to nf4, fp4 or int8, as transformers and bitsandbytes store them.
@@ -122,11 +131,12 @@ def plan_quantize(
         raise UsageError(f"block size {blocksize}: expected one of {', '.join(map(str, BLOCKSIZES))}")
     if to == "int8" and (blocksize != 64 or nested):
         raise UsageError("int8 has one scale a row: block size and nesting are for nf4 and fp4")
+    _check_rounding(rounding, seed, True)
     checkpoint = open_checkpoint(resolve(base), hub_id(base))
     target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base, to)
     _check_apart(target, checkpoint, [])
     check_output(target, overwrite)
-    return make_quantize_plan(checkpoint, Quantize(to, blocksize, nested), target)
+    return make_quantize_plan(checkpoint, Quantize(to, blocksize, nested, Rounding(rounding, seed)), target)
 
 
 def quantize(
@@ -136,11 +146,15 @@ def quantize(
     to: str,
     blocksize: int = 64,
     nested: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
     overwrite: bool = False,
     threads: int | None = None,
 ) -> Merged:
     """Quantize in one call: `plan_quantize`, then `run` to its end."""
-    plan = plan_quantize(base, out, to=to, blocksize=blocksize, nested=nested, overwrite=overwrite)
+    plan = plan_quantize(
+        base, out, to=to, blocksize=blocksize, nested=nested, rounding=rounding, seed=seed, overwrite=overwrite
+    )
     *_, result = run(plan, threads=threads)
     assert isinstance(result, Merged)
     return result
@@ -160,6 +174,17 @@ def _open(
     generic = path.is_file() and path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
     name = hub_id(what) or (path.resolve().parent.name if generic else path.resolve().name)
     return Given(adapter, weight * scale, name)
+
+
+def _check_rounding(rounding: str, seed: int, quantized: bool) -> None:
+    if rounding not in ROUNDINGS:
+        raise UsageError(f"rounding {rounding!r}: expected one of {', '.join(ROUNDINGS)}")
+    if rounding != "nearest" and not quantized:
+        raise UsageError(
+            "only a quantized output can be rounded otherwise than to the nearest: rounding goes with quantize"
+        )
+    if seed and rounding != "stochastic":
+        raise UsageError("only stochastic rounding has a seed")
 
 
 def _name_apart(given: list[Given]) -> list[Given]:

@@ -180,6 +180,8 @@ def _chunk_rows(columns: int) -> int:
 def _step(edit: Edit) -> int:
     """How many rows to take at a time, so that no block of a quantized output is cut."""
     step, together = _chunk_rows(edit.matrix[1]), edit.rows_together
+    if edit.packing and edit.packing.rounding.kind == "compensated":  # goes by columns: the longer, the fewer calls
+        step *= 16
     return max(together, step - step % together)
 
 

@@ -13,7 +13,8 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError, UsageError
 from adapterkit.layout import Entry, lay_out
 from adapterkit.plan import Addition, Delta, Given, MergePlan, Replacement
-from adapterkit.quant import KINDS, SUPPORTED, Packed, Packing, Quantize, weights
+from adapterkit.quant import KINDS, SUPPORTED, Packed, Packing, Quantize, Rounding, weights
+from adapterkit.quant.choose import NEAREST
 from adapterkit.quant.packed import float_dtype
 from adapterkit.renames import explain_missing
 from adapterkit.targets import CONV1D_MODELS, Fit, fit
@@ -154,6 +155,7 @@ def make_plan(
     *,
     dtype: str | None = None,
     quantize: str | None = None,
+    rounding: Rounding = NEAREST,
     original: Checkpoint | None = None,
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
@@ -176,7 +178,8 @@ def make_plan(
     if quantize is None:
         draft.dequantize()
     else:
-        draft.quantize(Quantize(quantize) if quantize != "same" else _same(base, draft.twins or draft.tensors))
+        kind = quantize if quantize != "same" else _same(base, draft.twins or draft.tensors)
+        draft.quantize(Quantize(kind, rounding=rounding))
         if quantize == "same":
             draft.config["quantization_config"] = base.config.get("quantization_config")
     if dtype is not None:
@@ -335,7 +338,7 @@ def _is_linear(name: str, weight: TensorInfo) -> bool:
     return matrix and name.endswith(".weight") and not name.endswith(NOT_LINEAR)
 
 
-def _same(base: Checkpoint, tensors: Mapping[str, Weight]) -> Quantize:
+def _same(base: Checkpoint, tensors: Mapping[str, Weight]) -> str:
     """What the base is quantized to, where that can be written."""
     packed = [weight for weight in tensors.values() if isinstance(weight, Packed)]
     if not packed:
@@ -343,7 +346,7 @@ def _same(base: Checkpoint, tensors: Mapping[str, Weight]) -> Quantize:
     stuck = next((weight for weight in packed if weight.packing() is None), None)
     if stuck is not None:
         raise FitError(f"{stuck.name}: is {stuck.scheme}, which cannot be written; --quantize {KINDS[0]} can")
-    return Quantize(packed[0].kind)
+    return packed[0].kind
 
 
 def _stays(weight: TensorInfo | Packed, packings: Mapping[str, Packing | None]) -> TypeGuard[Packed]:

@@ -16,7 +16,7 @@ from adapterkit.cli.running import files, run_with_bar, size
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
-from adapterkit.quant import KINDS
+from adapterkit.quant import KINDS, ROUNDINGS
 from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged, default_threads, estimate_memory
 
@@ -33,6 +33,8 @@ ENOUGH_KEPT = 0.9
 @click.option("--scaling", type=float, help="The scaling itself of an adapter without a config.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Convert the output; by default dtypes stay.")
 @click.option("--quantize", type=click.Choice([*KINDS, "same"]), help="Quantize the output; by default it is not.")
+@click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", help="How to quantize what is in between.")
+@click.option("--seed", type=int, default=0, help="Of stochastic rounding.")
 @click.option("--original", metavar="BASE16", help="Merge into BASE16 instead, checked to be what BASE was made from.")
 @click.option("--accept-loss", is_flag=True, help="Even where quantizing erases more than half of the update.")
 @click.option("--map", "rename", metavar="OLD=NEW", help="Rename parts of the adapter's module names.")
@@ -47,9 +49,9 @@ ENOUGH_KEPT = 0.9
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 def merge_command(
     base: str, adapters: tuple[str, ...], output: str | None, scale: float, alpha: float | None,
-    scaling: float | None, dtype: str | None, quantize: str | None, original: str | None, accept_loss: bool,
-    rename: str | None, device: str, threads: int | None, dry_run: bool, report: bool, allow_partial: bool,
-    overwrite: bool, as_json: bool,
+    scaling: float | None, dtype: str | None, quantize: str | None, rounding: str, seed: int, original: str | None,
+    accept_loss: bool, rename: str | None, device: str, threads: int | None, dry_run: bool, report: bool,
+    allow_partial: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Merge one or several adapters into BASE: W + Σ weight · scaling · B·A, summed in fp32 and rounded once.
 
@@ -60,8 +62,8 @@ def merge_command(
         raise UsageError("--report measures a merge, --dry-run makes none: give one of them")
     plan = api.plan_merge(
         base, [_weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
-        quantize=quantize, original=original, accept_loss=accept_loss, rename=parse_rename(rename) if rename else None,
-        allow_partial=allow_partial, overwrite=overwrite,
+        quantize=quantize, rounding=rounding, seed=seed, original=original, accept_loss=accept_loss,
+        rename=parse_rename(rename) if rename else None, allow_partial=allow_partial, overwrite=overwrite,
     )  # fmt: skip
     for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
         print(f"note: {note}", file=sys.stderr)

@@ -10,7 +10,7 @@ import click
 
 from adapterkit import api
 from adapterkit.cli.running import run_with_bar, size
-from adapterkit.quant import BLOCKSIZES, KINDS
+from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS
 from adapterkit.stream import default_threads
 
 
@@ -21,19 +21,21 @@ from adapterkit.stream import default_threads
 @click.option("--blocksize", type=click.Choice([str(size) for size in BLOCKSIZES]), default="64", show_default=True,
               help="How many elements share a scale in 4 bits.")  # fmt: skip
 @click.option("--nested", is_flag=True, help="Quantize the scales too (double quantization).")
+@click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", help="How to quantize what is in between.")
+@click.option("--seed", type=int, default=0, help="Of stochastic rounding.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def quantize_command(
-    base: str, output: str | None, to: str, blocksize: str, nested: bool, threads: int | None, overwrite: bool,
-    as_json: bool,
+    base: str, output: str | None, to: str, blocksize: str, nested: bool, rounding: str, seed: int, threads: int | None,
+    overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize the linear layers of BASE as bitsandbytes does, a few rows at a time; everything else stays.
 
     transformers loads the output like one that it quantized itself.
     """
     plan = api.plan_quantize(
-        base, output, to=to, blocksize=int(blocksize), nested=nested, overwrite=overwrite
+        base, output, to=to, blocksize=int(blocksize), nested=nested, rounding=rounding, seed=seed, overwrite=overwrite
     )  # fmt: skip
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapterkit.errors import FormatError
 from adapterkit.quant import bnb4, bnb8, fp8
+from adapterkit.quant.choose import NEAREST, ROUNDINGS, Rounding
 from adapterkit.quant.packed import Packed, Packing
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
 
-__all__ = ["BLOCKSIZES", "KINDS", "SCHEMES", "SUPPORTED", "Packed", "Packing", "Quantize", "weights"]
+__all__ = [
+    "BLOCKSIZES",
+    "KINDS",
+    "ROUNDINGS",
+    "SCHEMES",
+    "SUPPORTED",
+    "Packed",
+    "Packing",
+    "Quantize",
+    "Rounding",
+    "weights",
+]
 
 SCHEMES = (bnb4, bnb8, fp8)
 SUPPORTED = "bitsandbytes NF4 and FP4, LLM.int8, block-scaled FP8"
@@ -45,14 +57,18 @@ class Quantize:
     kind: str
     blocksize: int = 64
     nested: bool = False
+    rounding: Rounding = NEAREST
 
     def packing(self, weight: TensorInfo | Packed) -> Packing:
         """How to quantize `weight`; one that is stored by the same kind keeps its block size and nesting."""
         if isinstance(weight, Packed) and weight.kind == self.kind and (own := weight.packing()):
-            return own
+            return replace(own, rounding=self.rounding.of(weight.name))  # type: ignore[type-var]
+        rounding = self.rounding.of(weight.name)
         if self.kind == "int8":
-            return bnb8.Packing8bit(weight.shape, weight.dtype)
-        return bnb4.Packing4bit(weight.shape, weight.dtype, self.kind, self.blocksize, self.nested)
+            return bnb8.Packing8bit(weight.shape, weight.dtype, rounding)
+        return bnb4.Packing4bit(
+            weight.shape, weight.dtype, self.kind, self.blocksize, self.nested, rounding=rounding
+        )  # fmt: skip
 
     def declaration(self, dtype: str) -> dict[str, Any]:
         """The `quantization_config` by which transformers loads them; `dtype` is what they dequantize to."""

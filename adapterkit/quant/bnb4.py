@@ -14,6 +14,7 @@ from math import gcd, prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from adapterkit.errors import FormatError
+from adapterkit.quant.choose import NEAREST, Rounding, choose
 from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Rows
 from adapterkit.tensorfile import DTYPE_BITS, TORCH_NAMES, TensorInfo
 
@@ -236,8 +237,8 @@ def dynamic_code() -> torch.Tensor:
     return torch.tensor(sorted(values))
 
 
-def nearest(values: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The index of the code nearest to each of `values / absmax`, and `absmax`, one a block; `code` is sorted.
+def scale(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`values / absmax`, in [−1, 1], and `absmax`, one a block.
 
     In the arithmetic of bitsandbytes' reference: full blocks times the reciprocal, a last, short one divided.
     """
@@ -250,7 +251,7 @@ def nearest(values: torch.Tensor, code: torch.Tensor, blocksize: int) -> tuple[t
         last = values[full:].abs().max()
         absmax = torch.cat([absmax, last[None]])
         scaled = torch.cat([scaled, values[full:] / last.clamp(min=TINY)])
-    return torch.bucketize(scaled.clamp_(-1, 1), (code[:-1] + code[1:]) / 2, out_int32=True), absmax
+    return scaled.clamp_(-1, 1), absmax
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,7 @@ class Packing4bit(Packing):
     blocksize: int
     nested: bool
     storage: str = "U8"
+    rounding: Rounding = NEAREST
 
     def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         count = prod(self.shape)
@@ -308,9 +310,13 @@ class Packer4bit(Packer):
     def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         import torch
 
-        index, absmax = nearest(rows.reshape(-1), self.code[self.order], self.packing.blocksize)
-        block = first * self.columns // self.packing.blocksize
-        self.absmax[block : block + len(absmax)] = absmax
+        size, at = self.packing.blocksize, first * self.columns
+        scaled, absmax = scale(rows.reshape(-1), size)
+        self.absmax[at // size : at // size + len(absmax)] = absmax
+        unit = scaled if self.packing.rounding.kind == "nearest" else absmax.repeat_interleave(size)[: len(scaled)]
+        index = choose(
+            scaled.view_as(rows), unit.view_as(rows), self.code[self.order], self.packing.rounding, at
+        ).reshape(-1)  # fmt: skip
         nibbles = self.order.to(torch.uint8)[index]
         if len(nibbles) % 2:
             nibbles = torch.cat([nibbles, self.zero])
@@ -329,7 +335,8 @@ class Packer4bit(Packer):
         import torch
 
         offset, code = self.absmax.mean(), dynamic_code()
-        index, scales = nearest(self.absmax - offset, code, NESTED_BLOCK)
+        scaled, scales = scale(self.absmax - offset, NESTED_BLOCK)
+        index = choose(scaled, scaled, code, NEAREST, 0)
         self.restored = code[index] * scales.repeat_interleave(NESTED_BLOCK)[: len(index)] + offset
         state = self.packing.state(float(offset))
         room = len(self.packing.state(0.0)) + OFFSET_DIGITS

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
+from adapterkit.quant.choose import NEAREST, Rounding, choose
 from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Rows, float_dtype
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo
 
@@ -84,6 +85,7 @@ class Packing8bit(Packing):
 
     shape: tuple[int, ...]
     dtype: str
+    rounding: Rounding = NEAREST
 
     def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         module = name.rpartition(".")[0]
@@ -95,16 +97,16 @@ class Packing8bit(Packing):
         return 1
 
     def start(self, columns: int) -> Packer8bit:
-        return Packer8bit(self.shape[0])
+        return Packer8bit(self)
 
 
 class Packer8bit(Packer):
     """One weight on its way to 8 bits."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, packing: Packing8bit) -> None:
         import torch
 
-        self.scale = torch.empty(rows)
+        self.scale, self.rounding = torch.empty(packing.shape[0]), packing.rounding
 
     def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         import torch
@@ -113,7 +115,12 @@ class Packer8bit(Packer):
         scale = half.abs().amax(dim=1).float()
         self.scale[first : first + len(rows)] = scale
         factor = torch.where(scale > 0, 127.0 / scale, 0.0)
-        return torch.round(half * factor[:, None]).to(torch.int8).view(-1).view(torch.uint8)
+        scaled = half * factor[:, None]
+        if self.rounding.kind == "nearest":
+            return torch.round(scaled).to(torch.int8).view(-1).view(torch.uint8)
+        unit = (scale / 127)[:, None].expand_as(scaled)
+        index = choose(scaled, unit, torch.arange(-127.0, 128.0), self.rounding, first * rows.shape[1])
+        return (index - 127).to(torch.int8).reshape(-1).view(torch.uint8)
 
     def finish(self) -> list[bytes]:
         return [self.scale.numpy().tobytes(), b"\0"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from adapterkit.quant.choose import Rounding
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Packing(ABC):
 
     bits: ClassVar[int]  # that an element of the weight itself takes
     dtype: str  # that it dequantizes to
+    rounding: Rounding
 
     @abstractmethod
     def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
