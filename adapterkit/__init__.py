@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adapterkit.api import merge, plan_merge, plan_quantize, quantize
     from adapterkit.errors import AdapterkitError
     from adapterkit.formats import load, save
+    from adapterkit.live import apply, remove
     from adapterkit.plan import MergePlan
     from adapterkit.stream import Merged, TensorMerged, run
 
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "Adapter": "adapter", "LazyTensor": "adapter", "LoraWeights": "adapter", "AdapterkitError": "errors",
     "load": "formats", "save": "formats", "merge": "api", "plan_merge": "api", "plan_quantize": "api",
-    "quantize": "api", "run": "stream",
-    "Merged": "stream", "TensorMerged": "stream", "MergePlan": "plan",
+    "quantize": "api", "run": "stream", "Merged": "stream", "TensorMerged": "stream", "MergePlan": "plan",
+    "apply": "live", "remove": "live",
 }  # fmt: skip
 
 __all__ = [
     "Adapter", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged", "TensorMerged", "__version__",
-    "load", "merge", "plan_merge", "plan_quantize", "quantize", "run", "save",
+    "apply", "load", "merge", "plan_merge", "plan_quantize", "quantize", "remove", "run", "save",
 ]  # fmt: skip
 
 

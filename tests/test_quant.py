@@ -21,6 +21,7 @@ from adapterkit import blocks, quant, stream
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.errors import FitError, FormatError, LossError, UsageError
 from adapterkit.quant import bnb4, bnb8
+from adapterkit.quant.choose import Rounding, chance, choose
 from adapterkit.tensorfile import read_header
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -632,3 +633,84 @@ def test_originals_that_are_none(
             adapterkit.plan_merge(base, [adapter], tmp_path / "out", original=other)
     with pytest.raises(FitError, match="is quantized itself; --original"):
         adapterkit.plan_merge(other, [adapter], tmp_path / "out", original=base)
+
+
+# --- rounding --------------------------------------------------------------------------------------------------------
+
+
+def test_chance_is_uniform_and_does_not_depend_on_how_it_is_divided() -> None:
+    whole = chance(100_000, seed=7, at=0)
+    assert torch.equal(torch.cat([chance(777, 7, 0), chance(99_223, 7, 777)]), whole)
+    assert float(whole.min()) >= 0 and float(whole.max()) < 1 and float(whole.mean()) == pytest.approx(0.5, abs=5e-3)
+    assert float(torch.histc(whole, 50, 0, 1).std()) < 80  # of 2000 each
+    assert abs(float(torch.corrcoef(torch.stack([whole[:-1], whole[1:]]))[0, 1])) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([whole, chance(100_000, 8, 0)]))[0, 1])) < 0.02
+
+
+def test_stochastic_rounding_is_right_on_average_and_takes_a_neighbour() -> None:
+    code = torch.tensor([-1.0, -0.2, 0.0, 0.5, 1.0])
+    values = torch.linspace(-1, 1, 41)
+    scaled = values.repeat(4000, 1)
+    index = choose(scaled, scaled, code, Rounding("stochastic", 3), 0)
+    got = code[index]
+    assert torch.allclose(got.mean(dim=0), values, atol=0.03)
+    below = code[(torch.searchsorted(code, values, right=True) - 1).clamp(0, 3)]
+    above = code[torch.searchsorted(code, values)]
+    assert bool(((got == below) | (got == above)).all())
+
+
+def test_compensated_rounding_keeps_the_sum_of_a_row() -> None:
+    code = torch.tensor(bnb4.CODES["nf4"])
+    scaled = torch.rand(50, 700) * 1.6 - 0.8
+    unit = torch.rand(50, 1).expand(-1, 700) + 0.1
+    exact = (scaled * unit).sum(dim=1)
+    step = unit[:, 0] * 0.16  # half of the greatest step
+    for rounding, factor in ((Rounding("compensated"), 1.0), (Rounding("nearest"), None)):
+        got = (code[choose(scaled, unit, code, rounding, 0)] * unit).sum(dim=1)
+        if factor is not None:
+            assert bool(((got - exact).abs() <= step * factor).all())
+        else:
+            assert bool(((got - exact).abs() > step).any())
+
+
+def test_a_block_of_zeros_and_rows_of_one_survive_compensation() -> None:
+    code = torch.tensor(bnb4.CODES["nf4"])
+    index = choose(torch.zeros(3, 1), torch.zeros(3, 1), code, Rounding("compensated"), 0)
+    assert index.tolist() == [[7]] * 3
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_other_roundings_keep_what_nearest_erases(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, rounding: str, to: str
+) -> None:
+    original = make_base({"m.weight": torch.randn(256, 256).bfloat16()}, {"torch_dtype": "bfloat16"})
+    adapterkit.quantize(original, tmp_path / "small", to=to)
+    size = {"nf4": 0.05, "int8": 0.02}[to]
+    adapter = make_adapter(factors("m", 256, 256, size=size))
+    again = {"quantize": "same", "accept_loss": True}
+    kept = {
+        how: adapterkit.merge(tmp_path / "small", [adapter], tmp_path / how, rounding=how, **again).retention[
+            "m.weight"
+        ]
+        for how in ("nearest", rounding)
+    }
+    assert kept["nearest"].kept < 0.1 < 0.15 < kept[rounding].kept < 1.2
+    once = (tmp_path / rounding / "model.safetensors").read_bytes()
+    adapterkit.merge(
+        tmp_path / "small", [adapter], tmp_path / rounding, rounding=rounding, threads=1, overwrite=True, **again
+    )
+    assert (tmp_path / rounding / "model.safetensors").read_bytes() == once
+
+
+def test_the_seed_decides_and_is_asked_for_only_where_it_does(sixteen_bits: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        adapterkit.quantize(sixteen_bits, tmp_path / str(seed), to="nf4", rounding="stochastic", seed=seed)
+    names = sorted(file.name for file in (tmp_path / "1").glob("*.safetensors"))
+    assert any((tmp_path / "1" / n).read_bytes() != (tmp_path / "2" / n).read_bytes() for n in names)
+    for how, message in [
+        ({"rounding": "up"}, "expected one of nearest"),
+        ({"seed": 3}, "only stochastic rounding has a seed"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            adapterkit.plan_quantize(sixteen_bits, tmp_path / "out", to="nf4", **how)

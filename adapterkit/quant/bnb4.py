@@ -107,7 +107,7 @@ def pair_table(code: torch.Tensor) -> torch.Tensor:
     """The two values in each of the 256 bytes, as one 8-byte element each, which torch looks up fastest."""
     import torch
 
-    byte = torch.arange(256)
+    byte = torch.arange(256, device=code.device)
     return torch.stack([code[byte >> 4], code[byte & 15]], dim=1).view(torch.float64).view(-1)
 
 

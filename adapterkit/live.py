@@ -1,0 +1,292 @@
+"""Adapters merged into a model that is already in memory, in place, and taken out again bit for bit.
+
+Plain updates of 16- and 32-bit weights are undone by a residual, a few percent of the weights' size. What else an
+adapter changes (DoRA, biases, replaced tensors) is kept as it was. A layer in 4 or 8 bits is replaced by a dense one,
+since quantizing the sum again would erase the update; taking the adapter out puts the quantized layer back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from adapterkit.adapter import Adapter, load_weights
+from adapterkit.delta import Update, add_updates, update_for
+from adapterkit.errors import FitError, UsageError
+from adapterkit.quant import bnb4
+from adapterkit.renames import explain_missing
+from adapterkit.residual import Residual, record, restore
+from adapterkit.rounding import round_once
+from adapterkit.targets import Target, fit
+from adapterkit.tensorfile import TORCH_NAMES
+
+BLOCK_ELEMENTS = 1 << 22  # of a weight, at a time
+
+Undo = Callable[[], None]
+
+
+@dataclass
+class Receipt:
+    """One adapter in a model: which, and what takes it out again, to be run backwards."""
+
+    adapter: Adapter
+    undo: list[Undo] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    """A model's tensor as `targets.fit` looks at it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+RECEIPTS = "_adapterkit_receipts"  # the attribute of a model that holds them, oldest first
+
+
+@torch.no_grad()
+def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
+    """Merge `weight · adapter` into `model`, in place: `W + weight · s · B·A`, rounded once.
+
+    Raises FitError where anything of the adapter has no place or does not fit; the model is then as it was.
+    """
+    receipts: list[Receipt] = getattr(model, RECEIPTS, [])
+    if any(receipt.adapter is adapter for receipt in receipts):
+        raise UsageError("this adapter is in the model already: remove it before applying it again")
+    found = {name: _described(name, model) for name, _ in model.named_parameters(remove_duplicate=False)}
+    config: Any = getattr(model, "config", None)
+    places = fit(adapter, found, config.to_dict() if hasattr(config, "to_dict") else {})
+    if places.missing:
+        raise FitError(f"{len(places.missing)} modules have no place: {explain_missing(places.missing, found)}")
+    receipt = Receipt(adapter)
+    try:
+        for name, tensor in places.replaced.items():
+            receipt.undo.append(_replace(model, tensor, adapter.replaced[name].read(), weight, None))
+        for module, tensor in places.tokens.items():
+            rows, values = adapter.tokens[module]
+            receipt.undo.append(_replace(model, tensor, values.read(), weight, rows))
+        for tensor in dict.fromkeys(t.tensor for targets in places.targets.values() for t in targets):
+            _refuse_tied(model, tensor)
+            updates = _updates(adapter, places.targets, tensor, model, weight)
+            receipt.undo.append(_merge_into(model, tensor, updates))
+        for module, bias in places.biases.items():
+            weights = adapter.modules[module]
+            assert weights.bias is not None
+            receipt.undo.append(_add_to(model, bias, weights.bias.read(), weight * weights.scaling))
+    except BaseException:
+        _run_backwards(receipt)
+        raise
+    setattr(model, RECEIPTS, [*receipts, receipt])
+
+
+@torch.no_grad()
+def remove(model: nn.Module, adapter: Adapter) -> None:
+    """Take `adapter` out of `model` again: every bit is as it was before `apply`.
+
+    Raises UsageError where it is not in the model, or another was applied after it.
+    """
+    receipts: list[Receipt] = getattr(model, RECEIPTS, [])
+    if not any(receipt.adapter is adapter for receipt in receipts):
+        raise UsageError("this adapter is not in the model")
+    if receipts[-1].adapter is not adapter:
+        raise UsageError("another adapter was applied after this one: remove that first")
+    _run_backwards(receipts.pop())
+
+
+def _run_backwards(receipt: Receipt) -> None:
+    while receipt.undo:
+        receipt.undo.pop()()
+
+
+# --- one weight ------------------------------------------------------------------------------------------------------
+
+
+def _merge_into(model: nn.Module, name: str, updates: list[Update]) -> Undo:
+    """Add `updates` to the weight `name`; returns what undoes it."""
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if _is_quantized(layer):
+        dense = _dense(layer)
+        _set(model, path, dense)
+        _add(dense.weight.data, updates)
+        return lambda: _set(model, path, layer)
+    data = getattr(layer, leaf).data
+    if any(update.renormalizes for update in updates):
+        return _keep_and(data, lambda: _add(data, updates))
+    matrix = _matrix(data, updates)
+    residuals: list[tuple[int, int, Residual]] = []
+
+    def undo() -> None:
+        for first, last, residual in residuals:
+            matrix[first:last] = restore(matrix[first:last], first, updates, residual)
+
+    for first, last in _blocks(matrix):
+        before = matrix[first:last].clone()
+        _add_rows(matrix, first, last, updates)
+        residuals.append((first, last, record(before, matrix[first:last], first, updates)))
+    return undo
+
+
+def _add(data: torch.Tensor, updates: list[Update]) -> None:
+    matrix = _matrix(data, updates)
+    for first, last in _blocks(matrix):
+        _add_rows(matrix, first, last, updates)
+
+
+def _add_rows(matrix: torch.Tensor, first: int, last: int, updates: list[Update]) -> None:
+    """Rows `first:last`, summed in the dtype of the factors and rounded once."""
+    sums = matrix[first:last].to(updates[0].left.dtype, copy=True)
+    add_updates(sums, first, updates)
+    matrix[first:last] = round_once(sums, matrix.dtype) if sums.dtype is torch.float64 else sums.to(matrix.dtype)
+
+
+def _updates(
+    adapter: Adapter, places: dict[str, tuple[Target, ...]], tensor: str, model: nn.Module, weight: float
+) -> list[Update]:
+    """The updates of every module that lands in `tensor`, on its device."""
+    path, _, leaf = tensor.rpartition(".")
+    layer = model.get_submodule(path)
+    parameter: torch.Tensor = getattr(layer, leaf)
+    shape = _shape(layer, parameter)
+    updates = []
+    for module, targets in places.items():
+        for target in (target for target in targets if target.tensor == tensor):
+            weights = adapter.modules[module]
+            if weights.magnitude is not None and target.transposed:
+                raise FitError(f"{module}: DoRA on a weight stored transposed is not supported in a live model")
+            depth = shape[0] * shape[1] if target.expert is not None and target.rows is not None else shape[0]
+            wide = parameter.dtype in (torch.float32, torch.float64) or weights.magnitude is not None
+            update = update_for(
+                load_weights(weights), weight, target.rows or (0, depth), target.of, target.expert, target.transposed,
+                torch.float64 if wide else torch.float32, where=module,
+            )  # fmt: skip
+            updates.append(_moved(update, parameter.device))
+    return updates
+
+
+def _moved(update: Update, device: torch.device) -> Update:
+    magnitude = None if update.magnitude is None else update.magnitude.to(device)
+    return Update(
+        update.start, update.stop, update.left.to(device), update.right.to(device), update.strength, magnitude, None,
+        update.weight,
+    )  # fmt: skip
+
+
+def _matrix(data: torch.Tensor, updates: list[Update]) -> torch.Tensor:
+    """`data` seen as rows as long as the updates' are."""
+    return data.view(-1, updates[0].right.shape[1]) if data.is_contiguous() else _refuse_strides(data)
+
+
+def _refuse_strides(data: torch.Tensor) -> torch.Tensor:
+    raise FitError(f"a weight of {tuple(data.shape)} is not contiguous in memory; make it so first")
+
+
+def _blocks(matrix: torch.Tensor) -> list[tuple[int, int]]:
+    step = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+    return [(first, min(len(matrix), first + step)) for first in range(0, len(matrix), step)]
+
+
+# --- whole tensors ---------------------------------------------------------------------------------------------------
+
+
+def _add_to(model: nn.Module, name: str, vector: torch.Tensor, scale: float) -> Undo:
+    data = model.get_parameter(name).data
+    sums = data.double() + vector.to(data.device).double() * scale
+    return _keep_and(data, lambda: data.copy_(round_once(sums, data.dtype)))
+
+
+def _replace(model: nn.Module, name: str, values: torch.Tensor, weight: float, rows: tuple[int, ...] | None) -> Undo:
+    """Go `weight` of the way to `values`, for some rows or all."""
+    data = model.get_parameter(name).data
+    at = slice(None) if rows is None else list(rows)
+    if data[at].shape != values.shape:
+        raise FitError(f"{name}: the adapter brings {tuple(values.shape)}, the model has {tuple(data[at].shape)}")
+    old, new = data[at].double(), values.to(data.device).double()
+
+    def change() -> None:
+        data[at] = round_once(old + weight * (new - old) if weight != 1.0 else new, data.dtype)
+
+    return _keep_and(data, change)
+
+
+def _keep_and(data: torch.Tensor, change: Callable[[], object]) -> Undo:
+    """Make `change`, and keep `data` as it was."""
+    before = data.clone()
+    change()
+
+    def undo() -> None:
+        data.copy_(before)
+
+    return undo
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def _described(name: str, model: nn.Module) -> _Parameter:
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    parameter: torch.Tensor = getattr(layer, leaf)
+    names = {f"torch.{torch_name}": stored for stored, torch_name in TORCH_NAMES.items()}
+    return _Parameter(name, names.get(str(parameter.dtype), "U8"), _shape(layer, parameter))
+
+
+def _shape(layer: nn.Module, parameter: torch.Tensor) -> tuple[int, ...]:
+    state = getattr(parameter, "quant_state", None)
+    return (
+        tuple(state.shape) if state is not None and parameter.numel() != prod(state.shape) else tuple(parameter.shape)
+    )
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return type(layer).__name__ in ("Linear4bit", "Linear8bitLt") and type(layer).__module__.startswith("bitsandbytes")
+
+
+def _dense(layer: nn.Module) -> nn.Linear:
+    """A linear layer with what a bitsandbytes layer computes with."""
+    bias: Any = layer.bias
+    if type(layer).__name__ == "Linear4bit":
+        values = _from_4bit(layer.weight)
+    else:
+        weight: Any = layer.weight
+        scale = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
+        dtype = bias.dtype if bias is not None else torch.get_default_dtype()
+        values = (weight.data * scale[:, None] * (1 / 127)).to(dtype)
+    dense = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
+    dense.weight = nn.Parameter(values, requires_grad=False)
+    dense.bias = bias
+    return dense.train(layer.training)
+
+
+def _from_4bit(weight: Any) -> torch.Tensor:
+    """The weight of a Linear4bit; bitsandbytes' own kernel is wrong where blocks straddle rows (see tests)."""
+    state, stored = weight.quant_state, weight.data
+    if getattr(state, "packing_format_for_cpu", False):  # rearranged for its CPU kernels
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        stored, state = _convert_weight_packed_for_cpu_inverse(stored, state)
+    absmax = state.absmax
+    if state.nested:
+        scales = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: absmax.numel()]
+        absmax = state.state2.code[absmax.int()] * scales + state.offset
+    raw = stored.reshape(-1).view(torch.uint8)
+    values = bnb4.dequantize(raw, absmax.float(), bnb4.pair_table(state.code), state.blocksize)
+    return values[: prod(state.shape)].view(state.shape).to(state.dtype)
+
+
+def _set(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _refuse_tied(model: nn.Module, name: str) -> None:
+    parameter = model.get_parameter(name)
+    tied = [other for other, one in model.named_parameters(remove_duplicate=False) if one is parameter]
+    if len(tied) > 1:
+        raise FitError(f"{name}: is tied to {', '.join(other for other in tied if other != name)}: untie them first")

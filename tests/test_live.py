@@ -1,0 +1,196 @@
+"""Adapters in a live model: what `merge` writes, in place, and out again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, factors
+from test_merge import weights
+from torch import nn
+
+import adapterkit
+from adapterkit import live
+from adapterkit.delta import Update
+from adapterkit.errors import FitError, UsageError
+from adapterkit.residual import record, restore
+
+KINDS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+class Model(nn.Module):
+    """A few layers, with the names that adapters are written for."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.q = nn.Linear(40, 24, dtype=dtype)
+        self.k = nn.Linear(40, 24, bias=False, dtype=dtype)
+        self.embed = nn.Embedding(17, 40, dtype=dtype)
+        self.conv = nn.Conv2d(3, 5, 2, dtype=dtype)
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone().view(torch.uint8) for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["tiny-rslora", "tiny-patterns", "tiny-dora", "tiny-embed-save"])
+def test_a_live_model_is_what_a_merge_writes_and_comes_back(tmp_path: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = FIXTURES / "bases" / "tiny-llama", adapterkit.load(FIXTURES / name)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    before = bits(model)
+    adapterkit.merge(base, [FIXTURES / name], tmp_path / "out")
+    adapterkit.apply(model, adapter)
+    after, merged = model.state_dict(), weights(tmp_path / "out")
+    changed = 0
+    for tensor, expected in merged.items():
+        if tensor in after:
+            close = torch.isclose(after[tensor].float(), expected.float(), rtol=2**-7, atol=0)
+            assert bool(close.all()) and (after[tensor] != expected).float().mean() < 1e-3
+            changed += not torch.equal(after[tensor].view(torch.uint8), before[tensor])
+    assert changed >= 4
+    adapterkit.remove(model, adapter)
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 30.0])
+def test_every_bit_comes_back(make_adapter: Callable[..., Path], dtype: torch.dtype, size: float) -> None:
+    model = Model(dtype)
+    with torch.no_grad():
+        model.q.weight[0, :6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-7]).to(dtype)
+    tensors = factors("q", 24, 40, size=size) | factors("k", 24, 40, size=size)
+    tensors |= {"embed.lora_embedding_A": torch.randn(4, 17) * size, "embed.lora_embedding_B": torch.randn(40, 4)}
+    tensors |= {"conv.lora_A.weight": torch.randn(4, 3, 2, 2) * size, "conv.lora_B.weight": torch.randn(5, 4, 1, 1)}
+    adapter = adapterkit.load(make_adapter(tensors))
+    before = bits(model)
+    adapterkit.apply(model, adapter, 0.7)
+    exact = model.k.weight.data.double()
+    delta = adapter["k"].B.double() @ adapter["k"].A.double() * adapter.modules["k"].scaling * 0.7
+    original = before["k.weight"].view(dtype).view(24, 40).double()
+    assert torch.allclose(exact, original + delta, rtol=2 * torch.finfo(dtype).eps, atol=1e-5 * size**2 + 1e-6)
+    assert not same(bits(model), before)
+    adapterkit.remove(model, adapter)
+    assert same(bits(model), before)
+
+
+def test_adapters_stack_and_swap(make_adapter: Callable[..., Path]) -> None:
+    model = Model()
+    a, b = (adapterkit.load(make_adapter(factors("q", 24, 40), name)) for name in ("a", "b"))
+    before = bits(model)
+    adapterkit.apply(model, a)
+    with_a = bits(model)
+    adapterkit.apply(model, b, 0.5)
+    with pytest.raises(UsageError, match="another adapter was applied after"):
+        adapterkit.remove(model, a)
+    with pytest.raises(UsageError, match="in the model already"):
+        adapterkit.apply(model, b)
+    adapterkit.remove(model, b)
+    assert same(bits(model), with_a)
+    adapterkit.remove(model, a)
+    assert same(bits(model), before)
+    with pytest.raises(UsageError, match="not in the model"):
+        adapterkit.remove(model, a)
+    adapterkit.apply(model, b)
+    adapterkit.remove(model, b)
+    assert same(bits(model), before)
+
+
+def test_biases_tokens_and_replaced_tensors(make_adapter: Callable[..., Path]) -> None:
+    model = Model()
+    before = bits(model)
+    lora_bias = factors("q", 24, 40) | {"q.lora_B.bias": torch.randn(24)}
+    saved = {"k.weight": torch.randn(24, 40), "q.bias": torch.randn(24)}
+    adapter = adapterkit.load(make_adapter(lora_bias, "biased", lora_bias=True))
+    adapterkit.apply(model, adapter)
+    expected = before["q.bias"].view(torch.bfloat16).double() + adapter["q"].bias.double() * 1.5
+    assert torch.equal(model.q.bias.data, expected.bfloat16())
+    adapterkit.remove(model, adapter)
+    assert same(bits(model), before)
+    whole = adapterkit.load(make_adapter(factors("q", 24, 40) | {"k.weight": saved["k.weight"]}, modules_to_save=["k"]))
+    adapterkit.apply(model, whole)
+    assert torch.equal(model.k.weight.data, saved["k.weight"].bfloat16())
+    adapterkit.remove(model, whole)
+    assert same(bits(model), before)
+
+
+def test_what_does_not_fit_leaves_the_model_as_it_was(make_adapter: Callable[..., Path]) -> None:
+    model = Model()
+    before = bits(model)
+    for tensors, message in [
+        (factors("q", 24, 40) | factors("nowhere", 24, 40), "have no place"),
+        (factors("q", 24, 40) | factors("k", 25, 40), "the base weight is"),
+        (factors("q", 24, 40) | {"k.lora_A.weight": torch.full((4, 40), torch.nan), "k.lora_B.weight": torch.ones(24, 4)},
+         "is NaN or Inf"),
+    ]:  # fmt: skip
+        adapter = adapterkit.load(make_adapter(tensors, message.replace(" ", "-")))
+        with pytest.raises(FitError, match=message):
+            adapterkit.apply(model, adapter)
+        assert same(bits(model), before)
+    model.k.weight = model.q.weight
+    with pytest.raises(FitError, match="is tied to"):
+        adapterkit.apply(model, adapterkit.load(make_adapter(factors("q", 24, 40), "tied")))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_layers_become_dense_and_come_back(make_adapter: Callable[..., Path], kind: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = Model()
+    if kind == "nf4":
+        layer: Any = bitsandbytes.nn.Linear4bit(40, 24, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
+        layer.weight = bitsandbytes.nn.Params4bit(
+            model.k.weight.data.clone(), requires_grad=False, quant_type="nf4", blocksize=64, compress_statistics=True
+        )
+    else:
+        layer = bitsandbytes.nn.Linear8bitLt(40, 24, bias=False, has_fp16_weights=False)
+        layer.weight = bitsandbytes.nn.Int8Params(model.k.weight.data.clone(), requires_grad=False)
+    model.k = layer.to("cpu")
+    adapter = adapterkit.load(make_adapter(factors("k", 24, 40)))
+    x = torch.randn(3, 40).bfloat16()
+    before = model.k(x)
+    stored = model.k.weight.data.clone()
+    adapterkit.apply(model, adapter)
+    assert type(model.k) is nn.Linear
+    delta = adapter["k"].B.double() @ adapter["k"].A.double() * 1.5
+    got = nn.functional.linear(x.double(), model.k.weight.double() - delta)
+    assert torch.allclose(got, before.double(), atol=0.15)
+    adapterkit.remove(model, adapter)
+    assert model.k is layer and torch.equal(model.k.weight.data, stored)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_residual_restores_whatever_arithmetic_undoes_the_sum(dtype: torch.dtype) -> None:
+    """Recorded with float32 factors, restored by way of another order of summation, and by way of float64."""
+    W = (torch.randn(200, 300) * torch.logspace(-3, 1, 300)).to(dtype)
+    kind = torch.float64 if dtype is torch.float32 else torch.float32
+    B, A = torch.randn(200, 16, dtype=kind) * 0.05, torch.randn(16, 300, dtype=kind)
+    update = Update(0, 200, B, A, 0.3)
+    after = (W.to(kind) + 0.3 * (B @ A)).to(dtype)
+    residual = record(W, after, 0, [update])
+    assert torch.equal(restore(after, 0, [update], residual), W)
+    assert len(residual.at) < W.numel() * 0.5
+    turned = Update(0, 200, B.flip(1).contiguous(), A.flip(0).contiguous(), 0.3)
+    assert torch.equal(restore(after, 0, [turned], residual), W)
+    wide = Update(0, 200, B.double(), A.double(), 0.3)
+    assert torch.equal(restore(after, 0, [wide], residual), W)
+    # And what is not recorded matters: without it the subtraction alone is off.
+    empty = type(residual)(residual.at[:0], residual.steps[:0])
+    assert not torch.equal(restore(after, 0, [update], empty), W)
+
+
+def test_blocks_do_not_matter(make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "BLOCK_ELEMENTS", 200)
+    model = Model()
+    adapter = adapterkit.load(make_adapter(factors("q", 24, 40)))
+    before = bits(model)
+    adapterkit.apply(model, adapter)
+    adapterkit.remove(model, adapter)
+    assert same(bits(model), before)
