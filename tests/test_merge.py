@@ -283,3 +283,17 @@ def test_the_report_has_a_line_for_each_layer_and_one_for_all(
     assert head.startswith("kept of the update")
     assert [line.split(maxsplit=2)[2] for line in lines] == ["layer 2", "layer 10", "lm_head.weight", "in total"]
     assert all(0.9 < float(line.split()[0]) < 1.1 for line in lines)
+
+
+@pytest.mark.parametrize(("stored", "output"), [("float32", "bf16"), ("float64", None), ("bfloat16", "bf16")])
+def test_retention_does_not_depend_on_how_the_base_is_stored(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, stored: str, output: str | None
+) -> None:
+    W = torch.randn(24, 40).bfloat16().to(getattr(torch, stored))
+    base, adapter = make_base({"m.weight": W}), make_adapter(factors("m", 24, 40, size=0.05))
+    result = adapterkit.merge(base, [adapter], tmp_path / "out", dtype=output, report=True)
+    exact = oracle.merged({"m.weight": W}, adapter)["m.weight"].exact
+    delta, applied = exact - W.double(), weights(tmp_path / "out")["m.weight"].double() - W.double()
+    kept = result.retention["m.weight"]
+    assert kept.delta == pytest.approx(float(delta.square().sum()), rel=1e-4)
+    assert kept.kept == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-4)

@@ -714,3 +714,18 @@ def test_the_seed_decides_and_is_asked_for_only_where_it_does(sixteen_bits: Path
     ]:
         with pytest.raises(UsageError, match=message):
             adapterkit.plan_quantize(sixteen_bits, tmp_path / "out", to="nf4", **how)
+
+
+def test_requantizing_a_float32_base_measures_the_update(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    W = torch.randn(64, 64)
+    base, adapter = make_base({"m.weight": W}), make_adapter(factors("m", 64, 64, size=0.3))
+    result = adapterkit.merge(base, [adapter], tmp_path / "out", quantize="nf4")
+    out = open_checkpoint(tmp_path / "out")
+    weight = quant.weights(out.tensors, out.config)["m.weight"]
+    assert isinstance(weight, quant.Packed) and weight.dtype == "F32"
+    after, exact = weight.open(64)(0, 64).double(), oracle.merged({"m.weight": W}, adapter)["m.weight"].exact
+    delta = exact - W.double()
+    kept = float(((after - W.double()) * delta).sum() / delta.square().sum())
+    assert result.retention["m.weight"].kept == pytest.approx(kept, rel=1e-4)
