@@ -216,7 +216,9 @@ def _base_rows(edit: Edit, source: torch.Tensor | None, first: int, start: int, 
     `source` holds rows `first …` of the base tensor, or is None where it is new.
     """
     shape, dtype = (stop - start, edit.matrix[1]), _compute_dtype(edit)
-    rows = torch.empty(shape, dtype=dtype) if source is None else source[start - first : stop - first].to(dtype, copy=True)
+    rows = (
+        torch.empty(shape, dtype=dtype) if source is None else source[start - first : stop - first].to(dtype, copy=True)
+    )
     for change in edit.replaced:
         if change.rows is None:
             values = change.values.read_rows(start, stop).reshape(shape).to(dtype)

@@ -7,13 +7,12 @@ copying begin before it; from then on they run just ahead of the blocks, which s
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,13 +20,14 @@ from typing import TYPE_CHECKING
 
 from adapterkit.card import write_companions
 from adapterkit.errors import LossError, NoSpaceError
-from adapterkit.outfile import OutputFile, PageBuffer
-from adapterkit.plan import Edit, FilePlan, MergePlan
+from adapterkit.jobs import Block, Desk, Digest, EditWork, Output, untouched_in
+from adapterkit.outfile import OutputFile
+from adapterkit.plan import Edit, MergePlan
 from adapterkit.staging import staged
 from adapterkit.tensorfile import read_span, tensor_bytes
 
 if TYPE_CHECKING:
-    from adapterkit.blocks import Buffers, Loaded
+    from adapterkit.blocks import Buffers
     from adapterkit.delta import Retention
 
 BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
@@ -120,95 +120,7 @@ def _check_loss(plan: MergePlan, retention: dict[str, Retention]) -> None:
         )
 
 
-@dataclass
-class _Output:
-    """An output file and how many parts of it are still to do: every edit, and the untouched spans as one."""
-
-    plan: FilePlan
-    file: OutputFile
-    parts: int
-    begin: int  # where in all of the base's bytes its source begins
-
-
-@dataclass
-class _EditWork:
-    """An edit in progress: the first worker to get there reads its factors, the last block to be written drops them."""
-
-    edit: Edit
-    output: _Output
-    total: int  # blocks
-    computed: int = 0
-    written: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    loaded: Loaded | None = None
-    retention: Retention | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Rows `first:last` of an edit."""
-
-    work: _EditWork
-    first: int
-    last: int
-
-    @property
-    def place(self) -> int:
-        """Where in all of the base's bytes its input begins."""
-        source, (rows, _) = self.work.edit.source, self.work.edit.matrix
-        return self.work.output.begin + (source.start + source.nbytes * self.first // rows if source and rows else 0)
-
-
-@dataclass
-class _Digest:
-    """The SHA-256 of an input, taken step by step; one worker at a time is `busy` with it.
-
-    Bytes that `output` takes over untouched are written on the way.
-    """
-
-    file: Path
-    fd: int
-    left: int
-    output: _Output | None = None
-    at: int = 0
-    busy: bool = False
-    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
-
-    @property
-    def place(self) -> int:
-        """How far in all of the base's bytes it has come; an adapter is due at once."""
-        return self.output.begin + self.at if self.output else 0
-
-
-class _Desk:
-    """What one worker works with: of what may be written two buffers, since one can be on its way to the disk."""
-
-    def __init__(self, writers: ThreadPoolExecutor) -> None:
-        self.buffers: Buffers | None = None
-        self.writers = writers
-        self.outgoing: deque[tuple[PageBuffer, Future[None] | None]] = deque([(PageBuffer(), None) for _ in range(2)])
-
-    def free_page(self) -> PageBuffer:
-        """A buffer whose last block is written; raises what went wrong with that."""
-        page, written = self.outgoing.popleft()
-        if written is not None:
-            written.result()
-        return page
-
-    def keep(self, page: PageBuffer) -> None:
-        """Put a page back that nothing of is written."""
-        self.outgoing.appendleft((page, None))
-
-    def send(self, page: PageBuffer, write: Callable[[], None]) -> None:
-        self.outgoing.append((page, self.writers.submit(write)))
-
-    def wait(self) -> None:
-        for _, written in self.outgoing:
-            if written is not None:
-                written.result()
-
-
-_Task = Callable[[_Desk], None]
+_Task = Callable[[Desk], None]
 
 
 class _Run:
@@ -221,9 +133,9 @@ class _Run:
         self.stop = threading.Event()
         self.finished: SimpleQueue[str | None] = SimpleQueue()
         self.retention: dict[str, Retention] = {}
-        self.digests: dict[Path, _Digest] = {}  # adapters first, then the base's files in the order of the blocks
-        self.outputs: list[_Output] = []
-        self.blocks: deque[_Block] = deque()
+        self.digests: dict[Path, Digest] = {}  # adapters first, then the base's files in the order of the blocks
+        self.outputs: list[Output] = []
+        self.blocks: deque[Block] = deque()
 
     def tensors(self) -> Iterator[TensorMerged]:
         """Run everything; an event for each tensor that is done."""
@@ -232,7 +144,7 @@ class _Run:
         try:
             self._open_files()
             self._list_blocks()
-            workers = [pool.submit(self._work, _Desk(writers)) for _ in range(self.threads)]
+            workers = [pool.submit(self._work, Desk(writers)) for _ in range(self.threads)]
             for worker in workers:
                 worker.add_done_callback(lambda _: self.finished.put(None))
             import torch
@@ -273,14 +185,14 @@ class _Run:
         begin = 0
         for shard, plan in zip(self.plan.base.shards, self.plan.files, strict=True):
             path = self.building / plan.name if self.plan.base.is_directory else self.building
-            output = _Output(plan, OutputFile(path, plan.size), len(plan.edits) + 1, begin)
+            output = Output(plan, OutputFile(path, plan.size), len(plan.edits) + 1, begin)
             self.outputs.append(output)
             self._open_input(shard.file, shard.size, output)  # as planned: if it shrank since, reading it fails
             begin += shard.size
 
-    def _open_input(self, file: Path, size: int, output: _Output | None = None) -> None:
+    def _open_input(self, file: Path, size: int, output: Output | None = None) -> None:
         if file not in self.digests:
-            self.digests[file] = _Digest(file, os.open(file, os.O_RDONLY | os.O_CLOEXEC), size, output)
+            self.digests[file] = Digest(file, os.open(file, os.O_RDONLY | os.O_CLOEXEC), size, output)
 
     def _list_blocks(self) -> None:
         for output in self.outputs:
@@ -290,12 +202,12 @@ class _Run:
                 unit = BLOCK_ROWS * edit.rows_together
                 step = step - step % unit if step > unit else max(edit.rows_together, step - step % edit.rows_together)
                 starts = range(0, max(1, rows), step)
-                work = _EditWork(edit, output, len(starts))
-                self.blocks.extend(_Block(work, start, min(rows, start + step)) for start in starts)
+                work = EditWork(edit, output, len(starts))
+                self.blocks.extend(Block(work, start, min(rows, start + step)) for start in starts)
 
     # --- the workers
 
-    def _work(self, desk: _Desk) -> None:
+    def _work(self, desk: Desk) -> None:
         while not self.stop.is_set() and (task := self._next_task()) is not None:
             task(desk)
         desk.wait()
@@ -312,10 +224,10 @@ class _Run:
                 return partial(self._merge_block, self.blocks.popleft()) if self.blocks else None
         return self._wait_for_torch
 
-    def _wait_for_torch(self, _: _Desk) -> None:
+    def _wait_for_torch(self, _: Desk) -> None:
         self.torch_ready.wait()
 
-    def _due_digest(self, block: _Block | None) -> _Digest | None:
+    def _due_digest(self, block: Block | None) -> Digest | None:
         """The first digest to go on with; only as far ahead of the next block as its input stays in the page cache."""
         limit = block.place + HASH_AHEAD if block else None
         for digest in self.digests.values():
@@ -325,7 +237,7 @@ class _Run:
                 return digest
         return None
 
-    def _hash(self, digest: _Digest, desk: _Desk) -> None:
+    def _hash(self, digest: Digest, desk: Desk) -> None:
         """Hash the next bytes of an input, and copy what of them is untouched."""
         page, start, output = desk.free_page(), digest.at, digest.output
         data = page.view(min(HASH_BYTES, digest.left), start)
@@ -335,7 +247,7 @@ class _Run:
         digest.left -= len(data)
         ended = not digest.left
         digest.busy = False
-        untouched = _untouched(output.plan, data, start) if output else []
+        untouched = untouched_in(output.plan, data, start) if output else []
         if output and untouched:
             with self.lock:
                 output.parts += 1
@@ -345,12 +257,12 @@ class _Run:
         if output and ended:
             self._part_done(output)
 
-    def _copy(self, output: _Output, untouched: list[tuple[memoryview, int]]) -> None:
+    def _copy(self, output: Output, untouched: list[tuple[memoryview, int]]) -> None:
         for data, at in untouched:
             output.file.write(data, at)
         self._part_done(output)
 
-    def _merge_block(self, block: _Block, desk: _Desk) -> None:
+    def _merge_block(self, block: Block, desk: Desk) -> None:
         """Compute a block, and leave the writing to another thread."""
         from adapterkit.blocks import load, merge_rows, pack_rows
 
@@ -369,7 +281,7 @@ class _Run:
             kept = self._finish_packing(work, source, buffers)
         desk.send(page, partial(self._write, work, kept, data, at))
 
-    def _finish_packing(self, work: _EditWork, source: int, buffers: Buffers) -> Retention | None:
+    def _finish_packing(self, work: EditWork, source: int, buffers: Buffers) -> Retention | None:
         """Count a packed block; after the last one of an edit write what belongs to all of them."""
         from adapterkit.blocks import finish_packing
 
@@ -384,7 +296,7 @@ class _Run:
             work.output.file.write(memoryview(data), start)
         return kept
 
-    def _write(self, work: _EditWork, kept: Retention | None, data: memoryview, at: int) -> None:
+    def _write(self, work: EditWork, kept: Retention | None, data: memoryview, at: int) -> None:
         work.output.file.write(data, at)
         with work.lock:
             if kept is not None:
@@ -406,7 +318,7 @@ class _Run:
             return last - first
         return min(last, max(1, SAMPLE_ELEMENTS // max(1, edit.matrix[1]))) if first == 0 else 0
 
-    def _part_done(self, output: _Output) -> None:
+    def _part_done(self, output: Output) -> None:
         """Count a finished part of a file; the last one writes the header and flushes the file."""
         with self.lock:
             output.parts -= 1
@@ -429,16 +341,6 @@ class _Run:
             for worker in workers:
                 if worker.done() and (error := worker.exception()) is not None:
                     raise error
-
-
-def _untouched(plan: FilePlan, data: memoryview, start: int) -> list[tuple[memoryview, int]]:
-    """What of the input's bytes from `start` on, `data`, the output takes over as they are, and where to."""
-    spans = []
-    for copy in plan.copies:
-        first, last = max(copy.start, start), min(copy.stop, start + len(data))
-        if first < last:
-            spans.append((data[first - start : last - start], copy.at + first - copy.start))
-    return spans
 
 
 def _new_buffers() -> Buffers:

@@ -1,0 +1,124 @@
+"""What adapters change in a base, by tensor: gathered over all of them, and checked to go together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from adapterkit.adapter import Adapter
+from adapterkit.checkpoint import Checkpoint
+from adapterkit.errors import FitError
+from adapterkit.plan import Addition, Delta, Given, Replacement
+from adapterkit.quant import SUPPORTED, Packed
+from adapterkit.renames import explain_missing
+from adapterkit.targets import Fit
+from adapterkit.tensorfile import FLOAT_DTYPES, Weight
+
+DEQUANTIZED = f"what can be dequantized is {SUPPORTED}. Merge into the 16-bit original it was made from."
+
+
+@dataclass
+class Changes:
+    """What happens to each base tensor, gathered over all adapters."""
+
+    deltas: dict[str, list[Delta]] = field(default_factory=lambda: defaultdict(list))
+    replaced: dict[str, list[Replacement]] = field(default_factory=lambda: defaultdict(list))
+    added: dict[str, list[Addition]] = field(default_factory=lambda: defaultdict(list))
+
+    def touch(self, name: str) -> bool:
+        return any(name in kind for kind in (self.deltas, self.replaced, self.added))
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def refuse_broken(one: Given) -> None:
+    fatal = [problem for problem in one.adapter.problems if problem.fatal]
+    if fatal:
+        more = f" (and {len(fatal) - 1} more: see adapterkit inspect)" if len(fatal) > 1 else ""
+        raise FitError(f"{one.label}: {fatal[0]}{more}")
+    if one.adapter.unread:
+        names = ", ".join(info.name for info in one.adapter.unread[:3])
+        raise FitError(f"{one.label}: {len(one.adapter.unread)} tensors that no reader knows what to do with: {names}")
+    if not (one.adapter.modules or one.adapter.replaced or one.adapter.tokens):
+        raise FitError(f"{one.label}: holds no weights at all")
+
+
+def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, changes: Changes) -> None:
+    """The tensor can be computed with, and no two modules of one adapter, nor two replacements, meet in it."""
+    info = tensors.get(name)
+    if info is not None and info.dtype not in FLOAT_DTYPES:
+        scheme = base.quantization or f"{info.dtype} weights"
+        raise FitError(f"{name}: is {info.dtype}: the base is quantized ({scheme}); {DEQUANTIZED}")
+    whole = [change for change in changes.replaced.get(name, ()) if change.rows is None]
+    if len(whole) > 1:
+        raise FitError(f"{name}: {len(whole)} adapters replace it outright (modules_to_save); merge one of them only")
+    for change in changes.replaced.get(name, ()):
+        if change.values.dtype not in FLOAT_DTYPES:
+            raise FitError(f"{name}: the adapter replaces it by {change.values.dtype}; expected floating point weights")
+        if info is None:
+            continue
+        expected = info.shape if change.rows is None else (len(change.rows), *info.shape[1:])
+        if change.values.shape != expected:
+            resized = change.values.shape[1:] == info.shape[1:]
+            hint = " Resize the base's embeddings as in training first." if resized else ""
+            raise FitError(f"{name}: the adapter brings {change.values.shape}, the base has {info.shape}.{hint}")
+        if change.rows and max(change.rows) >= info.shape[0]:
+            raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
+
+
+def missing(one: Given, found: Fit, base: Checkpoint, tensors: Mapping[str, Weight], allow_partial: bool) -> list[str]:
+    """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
+    landed = found.targets or found.replaced or found.tokens
+    if found.missing and base.quantization and not any(isinstance(weight, Packed) for weight in tensors.values()):
+        raise FitError(f"{base.path}: is quantized ({base.quantization}); {DEQUANTIZED}")
+    if found.missing and not (allow_partial and landed):
+        raise FitError(
+            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base.name}: "
+            f"{explain_missing(found.missing, tensors)}"
+        )
+    return [f"{one.label}: {name}" for name in found.missing]
+
+
+def drift_note(one: Given, found: Fit) -> list[str]:
+    renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.drift.items())
+    prefix = f"{one.label}: names its modules by another prefix than the base; matched by "
+    return [prefix + renames] if renames else []
+
+
+def _count(adapter: Adapter) -> str:
+    return f"{len(adapter.modules) + len(adapter.replaced) + len(adapter.tokens)} modules and tensors"
+
+
+# --- gathering -------------------------------------------------------------------------------------------------------
+
+
+def gather(one: Given, found: Fit, changes: Changes) -> None:
+    """Add one adapter's changes; two of its modules in the same rows are refused."""
+    taken: dict[str, list[tuple[tuple[int, int] | None, str]]] = defaultdict(list)
+    for module, places in found.targets.items():
+        weights = one.adapter.modules[module]
+        for place in places:
+            for rows, other in taken[place.tensor]:
+                if rows is None or place.rows is None or (rows[0] < place.rows[1] and place.rows[0] < rows[1]):
+                    raise FitError(f"{one.label}: {other} and {module} both land in {place.tensor}")
+            taken[place.tensor].append((place.rows, module))
+            changes.deltas[place.tensor].append(Delta(module, weights, one.weight, place))
+        if module in found.biases:
+            bias = weights.bias
+            assert bias is not None
+            changes.added[found.biases[module]].append(Addition(bias, one.weight * weights.scaling))
+    for name, tensor in found.replaced.items():
+        changes.replaced[tensor].append(Replacement(one.adapter.replaced[name], one.weight))
+    for module, tensor in found.tokens.items():
+        indices, values = one.adapter.tokens[module]
+        changes.replaced[tensor].append(Replacement(values, one.weight, indices))
+
+
+def ledger_of(found: Fit) -> dict[str, tuple[str, ...]]:
+    """Where each module and tensor of the adapter went."""
+    ledger = {module: tuple(dict.fromkeys(t.tensor for t in places)) for module, places in found.targets.items()}
+    for module, bias in found.biases.items():
+        ledger[module] += (bias,)
+    return ledger | {name: (tensor,) for name, tensor in (*found.replaced.items(), *found.tokens.items())}
