@@ -181,7 +181,7 @@ def _step(edit: Edit) -> int:
     """How many rows to take at a time, so that no block of a quantized output is cut."""
     step, together = _chunk_rows(edit.matrix[1]), edit.rows_together
     if edit.packing and edit.packing.rounding.kind == "compensated":  # goes by columns: the longer, the fewer calls
-        step *= 16
+        step *= 4
     return max(together, step - step % together)
 
 

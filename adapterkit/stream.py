@@ -23,6 +23,7 @@ from adapterkit.errors import LossError, NoSpaceError
 from adapterkit.jobs import Block, Desk, Digest, EditWork, Output, untouched_in
 from adapterkit.outfile import OutputFile
 from adapterkit.plan import Edit, MergePlan
+from adapterkit.quant import Packed
 from adapterkit.staging import staged
 from adapterkit.tensorfile import read_span, tensor_bytes
 
@@ -71,7 +72,13 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
         for file in plan.files
         for edit in file.edits
     )
-    return TORCH_BYTES + threads * 3 * BLOCK_BYTES + 2 * sum(factors[-threads:])
+    edits = [edit for file in plan.files for edit in file.edits]
+    blocks = 3  # the input, and two outputs
+    if any(isinstance(edit.source, Packed) or edit.twin for edit in edits):
+        blocks += 4  # its numbers as indices, as float32, and rounded
+    if any(edit.packing and edit.packing.rounding.kind == "compensated" for edit in edits):
+        blocks += 5
+    return TORCH_BYTES + threads * blocks * BLOCK_BYTES + 2 * sum(factors[-threads:])
 
 
 def run(

@@ -21,7 +21,8 @@ from adapterkit import blocks, quant, stream
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.errors import FitError, FormatError, LossError, UsageError
 from adapterkit.quant import bnb4, bnb8
-from adapterkit.quant.choose import Rounding, chance, choose
+from adapterkit.quant.choose import Rounding, chance, choose, search
+from adapterkit.quant.codes import CODES, dynamic_code
 from adapterkit.tensorfile import read_header
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -660,7 +661,7 @@ def test_stochastic_rounding_is_right_on_average_and_takes_a_neighbour() -> None
 
 
 def test_compensated_rounding_keeps_the_sum_of_a_row() -> None:
-    code = torch.tensor(bnb4.CODES["nf4"])
+    code = torch.tensor(CODES["nf4"])
     scaled = torch.rand(50, 700) * 1.6 - 0.8
     unit = torch.rand(50, 1).expand(-1, 700) + 0.1
     exact = (scaled * unit).sum(dim=1)
@@ -674,7 +675,7 @@ def test_compensated_rounding_keeps_the_sum_of_a_row() -> None:
 
 
 def test_a_block_of_zeros_and_rows_of_one_survive_compensation() -> None:
-    code = torch.tensor(bnb4.CODES["nf4"])
+    code = torch.tensor(CODES["nf4"])
     index = choose(torch.zeros(3, 1), torch.zeros(3, 1), code, Rounding("compensated"), 0)
     assert index.tolist() == [[7]] * 3
 
@@ -729,3 +730,20 @@ def test_requantizing_a_float32_base_measures_the_update(
     delta = exact - W.double()
     kept = float(((after - W.double()) * delta).sum() / delta.square().sum())
     assert result.retention["m.weight"].kept == pytest.approx(kept, rel=1e-4)
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize(
+    "code",
+    [torch.tensor(CODES["nf4"]), torch.tensor(CODES["fp4"]).sort().values, torch.arange(-127.0, 128), dynamic_code()],
+)
+def test_search_is_bucketize(code: torch.Tensor, right: bool) -> None:
+    for edges in (code, (code[1:] + code[:-1]) / 2):
+        most = float(edges.abs().max())
+        next_to = [torch.nextafter(edges, torch.tensor(side)) for side in (torch.inf, -torch.inf)]
+        values = torch.cat(
+            [torch.empty(50_000).uniform_(-1.1 * most, 1.1 * most), edges, *next_to, torch.randn(99) / 1e4]
+        )
+        assert torch.equal(
+            search(values, edges, right=right), torch.bucketize(values, edges, right=right, out_int32=True)
+        )

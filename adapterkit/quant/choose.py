@@ -38,14 +38,14 @@ def choose(scaled: torch.Tensor, unit: torch.Tensor, code: torch.Tensor, roundin
     `unit`, of the same shape, is what 1 is worth there; `code` is sorted; `at` says how many elements of the weight
     came before, so that chance does not depend on how it is divided.
     """
-    import torch
-
     bounds = (code[:-1] + code[1:]) / 2
     if rounding.kind == "nearest":
-        return torch.bucketize(scaled, bounds, out_int32=True)
+        return search(scaled, bounds)
     if rounding.kind == "compensated":
-        return _carried(scaled, unit, code, bounds)
-    below = (torch.bucketize(scaled, code, right=True, out_int32=True) - 1).clamp_(0, len(code) - 2)
+        from adapterkit.quant.carry import carry_errors
+
+        return carry_errors(scaled, unit, code, bounds)
+    below = (search(scaled, code, right=True) - 1).clamp_(0, len(code) - 2)
     gap = code[below + 1] - code[below]
     up = (scaled - code[below]) > gap * chance(scaled.numel(), rounding.seed, at).view_as(scaled)
     return below + up
@@ -61,16 +61,22 @@ def chance(count: int, seed: int, at: int) -> torch.Tensor:
     return (x >> 40 & 0xFFFFFF).float() * 2.0**-24
 
 
-def _carried(scaled: torch.Tensor, unit: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """A column at a time, each with the error of the one before; at most half of the greatest step is carried on."""
+def search(values: torch.Tensor, edges: torch.Tensor, *, right: bool = False) -> torch.Tensor:
+    """`torch.bucketize(values, edges, right=right)`, several times faster where edges are a few thousandths apart.
+
+    Values are sorted into 65536 equal bins first. A bin holds one edge at most, and only there is anything compared.
+    """
     import torch
 
-    most = float((code[1:] - code[:-1]).max()) / 2
-    columns, units = scaled.T.contiguous(), unit.T.contiguous()
-    index = torch.empty(columns.shape, dtype=torch.int32)
-    error = torch.zeros(len(scaled))
-    for j in range(len(columns)):
-        value = columns[j] + torch.where(units[j] > 0, error / units[j], 0.0)
-        index[j] = torch.bucketize(value, bounds, out_int32=True)
-        error = (value - code[index[j]]).clamp_(-most, most) * units[j]
-    return index.T
+    scale = 32767.5 / float(edges.abs().max())
+
+    def bins(x: torch.Tensor) -> torch.Tensor:  # never falls where x rises, which is all that this rests on
+        return (x * scale).add_(32767.5).clamp_(0, 65535).int()
+
+    held = torch.zeros(65537, dtype=torch.int32).index_add_(0, bins(edges) + 1, torch.ones(len(edges)).int())
+    if int(held.max()) > 1:
+        return torch.bucketize(values, edges, right=right, out_int32=True)
+    flat = values.reshape(-1)
+    index = held.cumsum(0, dtype=torch.int32).index_select(0, bins(flat))  # edges in the bins before
+    edge = torch.cat([edges, edges.new_tensor([torch.inf])]).index_select(0, index)
+    return index.add_(flat >= edge if right else flat > edge).view(values.shape)
