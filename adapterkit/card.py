@@ -66,14 +66,15 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
         lines += [f"base_model: {next(iter(bases))}", f"base_model_relation: {relation}"]
     lines += ["library_name: transformers", "tags:", "- adapterkit", *(["- lora", "- merge"] if plan.given else [])]
     names = [plan.base.name, *(_weighted(one) for one in plan.given)]
-    changed = f"{plan.edits} weights changed" if plan.given else f"{plan.edits} weights quantized"
+    schemes = dict.fromkeys(edit.packing.scheme for file in plan.files for edit in file.edits if edit.packing)
+    changed = f"{plan.edits} weights {'changed' if plan.given else 'quantized'}"
+    stored = f"quantized to {'; '.join(schemes)}" if schemes else plan.dtype or "dtypes as in the base"
     lines += [
         "---",
         "",
         f"# {' + '.join(names)}",
         "",
-        f"{'Merged' if plan.given else 'Quantized'} by adapterkit {__version__}: {changed}, rounded once "
-        f"({plan.dtype or 'dtypes as in the base'}).",
+        f"{'Merged' if plan.given else 'Quantized'} by adapterkit {__version__}: {changed}, rounded once ({stored}).",
         "",
         "| part | weight | file | SHA-256 |",
         "| --- | --- | --- | --- |",

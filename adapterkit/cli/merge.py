@@ -76,7 +76,7 @@ def merge_command(
     result = run_with_bar(plan, "merging", threads, report)
     facts = _result_facts(plan, result, time.perf_counter() - began)
     _warn_of_loss(result, quantize)
-    print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report))
+    print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report, quantize is not None))
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -106,6 +106,9 @@ def _plan_facts(plan: MergePlan, threads: int) -> dict[str, Any]:
         "tensors": len(plan.weight_map),
         "tensors_changed": plan.edits,
         "dtype": plan.dtype or "as the base",
+        "quantized_to": list(
+            dict.fromkeys(edit.packing.scheme for file in plan.files for edit in file.edits if edit.packing)
+        ),
         "bytes_to_write": plan.bytes_to_write,
         "bytes_free": stats.f_bavail * stats.f_frsize,
         "peak_memory": estimate_memory(plan, threads),
@@ -122,8 +125,9 @@ def _plan_text(plan: MergePlan, facts: dict[str, Any]) -> str:
         found = len(plan.ledger[one.label])
         total = len(one.adapter.modules) + len(one.adapter.replaced) + len(one.adapter.tokens)
         lines.append(f"adapter   {one.label} × {one.weight:g}: {found} of {total} modules and tensors have their place")
+    stored = f"quantized to {'; '.join(facts['quantized_to'])}" if facts["quantized_to"] else f"dtype {facts['dtype']}"
     lines += [
-        f"changes   {facts['tensors_changed']} of {facts['tensors']} tensors, dtype {facts['dtype']}",
+        f"changes   {facts['tensors_changed']} of {facts['tensors']} tensors, {stored}",
         f"writes    {plan.out}: {size(plan.bytes_to_write)} ({size(facts['bytes_free'])} free)",
         f"memory    about {size(facts['peak_memory'])} with {facts['threads']} threads",
         "nothing was written (--dry-run)",
@@ -147,10 +151,12 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, 
     }
 
 
-def _result_text(facts: dict[str, Any], result: Merged, report: bool) -> str:
+def _result_text(facts: dict[str, Any], result: Merged, report: bool, quantized: bool) -> str:
     lines = []
     if report:
         lines += _report(result)
+    if quantized and (total := _total(result)) is not None:
+        lines.append(f"kept      {total.kept:.1%} of the update, with an error of {total.error:.2f} times its size")
     lines.append(
         f"merged    {facts['tensors_changed']} of {facts['tensors']} tensors in {facts['seconds']:.1f} s, "
         f"{size(facts['bytes_written'])}"

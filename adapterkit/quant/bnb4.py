@@ -50,8 +50,7 @@ class Packed4bit(Packed):
 
     @property
     def scheme(self) -> str:
-        nesting = ", nested" if self.nested else ""
-        return f"bitsandbytes {self.kind.upper()}, blocks of {self.blocksize}{nesting}"
+        return _scheme(self.kind, self.blocksize, bool(self.nested))
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -102,6 +101,10 @@ class Packed4bit(Packed):
             return absmax.float()
         scales = nested.scales.read().repeat_interleave(nested.blocksize)[: absmax.numel()]
         return nested.code.read()[absmax.int()] * scales + nested.offset
+
+
+def _scheme(kind: str, blocksize: int, nested: bool) -> str:
+    return f"bitsandbytes {kind.upper()}, blocks of {blocksize}{', nested' if nested else ''}"
 
 
 def pair_table(code: torch.Tensor) -> torch.Tensor:
@@ -246,6 +249,10 @@ class Packing4bit(Packing):
     nested: bool
     storage: str = "U8"
     rounding: Rounding = NEAREST
+
+    @property
+    def scheme(self) -> str:
+        return _scheme(self.kind, self.blocksize, self.nested)
 
     def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         count = prod(self.shape)

@@ -17,6 +17,7 @@ from adapterkit.tensorfile import TORCH_NAMES, TensorInfo
 if TYPE_CHECKING:
     import torch
 
+NAME = "bitsandbytes LLM.int8"
 SCALE, LAYOUT = "SCB", "weight_format"
 
 
@@ -29,7 +30,7 @@ class Packed8bit(Packed):
 
     @property
     def scheme(self) -> str:
-        return "bitsandbytes LLM.int8"
+        return NAME
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -86,6 +87,10 @@ class Packing8bit(Packing):
     shape: tuple[int, ...]
     dtype: str
     rounding: Rounding = NEAREST
+
+    @property
+    def scheme(self) -> str:
+        return NAME
 
     def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         module = name.rpartition(".")[0]

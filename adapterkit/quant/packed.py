@@ -89,6 +89,11 @@ class Packing(ABC):
     dtype: str  # that it dequantizes to
     rounding: Rounding
 
+    @property
+    @abstractmethod
+    def scheme(self) -> str:
+        """What to call the scheme, as `Packed.scheme` does."""
+
     @abstractmethod
     def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Name, dtype and shape of every tensor that weight `name` is stored in, itself first."""
