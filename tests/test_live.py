@@ -194,3 +194,20 @@ def test_blocks_do_not_matter(make_adapter: Callable[..., Path], monkeypatch: py
     adapterkit.apply(model, adapter)
     adapterkit.remove(model, adapter)
     assert same(bits(model), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", KINDS)
+def test_every_bit_comes_back_on_a_gpu(make_adapter: Callable[..., Path], dtype: torch.dtype) -> None:
+    model, on_cpu = Model(dtype).cuda(), Model(dtype)
+    on_cpu.load_state_dict(model.state_dict())
+    adapter = adapterkit.load(make_adapter(factors("q", 24, 40) | factors("k", 24, 40)))
+    before = bits(model)
+    adapterkit.apply(model, adapter)
+    adapterkit.apply(on_cpu, adapter)
+    for name, tensor in model.state_dict().items():
+        off = (tensor.cpu().double() - on_cpu.state_dict()[name].double()).abs()
+        assert bool((off <= tensor.cpu().double().abs() * torch.finfo(dtype).eps).all())
+    adapterkit.remove(model, adapter)
+    assert same(bits(model), before)

@@ -19,8 +19,8 @@ from adapterkit.version import __version__
 # imported when they are called, so that --help costs nothing.
 COMMANDS = {
     "inspect": ("inspect", "What an adapter is: rank, scaling, targets, norms, and what is wrong with it."),
-    "quantize": ("quantize", "Quantize a base model to NF4, FP4 or LLM.int8, streaming."),
     "merge": ("merge", "Merge adapters into a base model, streaming, rounded once."),
+    "quantize": ("quantize", "Quantize a base model to NF4, FP4 or LLM.int8, streaming."),
 }
 
 
