@@ -303,10 +303,11 @@ class Packer4bit(Packer):
         index = choose(
             scaled.view_as(rows), unit.view_as(rows), self.code[self.order], self.packing.rounding, at
         ).reshape(-1)  # fmt: skip
-        nibbles = self.order.to(torch.uint8)[index]
+        nibbles = self.order.to(torch.uint8).index_select(0, index)
         if len(nibbles) % 2:
             nibbles = torch.cat([nibbles, self.zero])
-        return nibbles[::2] << 4 | nibbles[1::2]
+        both = nibbles.view(torch.int16)  # the first of two in the low byte
+        return (both << 4 | both >> 8).to(torch.uint8)
 
     @property
     def zero(self) -> torch.Tensor:
