@@ -183,6 +183,8 @@ def _check_rounding(rounding: str, seed: int, quantized: bool) -> None:
         raise UsageError(
             "only a quantized output can be rounded otherwise than to the nearest: rounding goes with quantize"
         )
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed}: expected a whole number from 0 to 2^63 - 1")
     if seed and rounding != "stochastic":
         raise UsageError("only stochastic rounding has a seed")
 

@@ -7,7 +7,7 @@ A matrix here is a weight as it is stored, seen as `(rows, columns)`. Every upda
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,12 @@ class Update:
     @property
     def renormalizes(self) -> bool:
         return self.magnitude is not None
+
+    def to(self, device: torch.device) -> Update:
+        """The same on another device."""
+        left, right = self.left.to(device), self.right.to(device)
+        magnitude, gain = (None if one is None else one.to(device) for one in (self.magnitude, self.gain))
+        return replace(self, left=left, right=right, magnitude=magnitude, gain=gain)
 
 
 def update_for(

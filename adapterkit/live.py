@@ -27,7 +27,13 @@ from adapterkit.tensorfile import TORCH_NAMES
 
 BLOCK_ELEMENTS = 1 << 22  # of a weight, at a time
 
-Undo = Callable[[], None]
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """What takes one change back: `check` raises where that is not possible any more, before anything is touched."""
+
+    check: Callable[[], object]
+    run: Callable[[], object]
 
 
 @dataclass
@@ -67,18 +73,17 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
     receipt = Receipt(adapter)
     try:
         for name, tensor in places.replaced.items():
-            receipt.undo.append(_replace(model, tensor, adapter.replaced[name].read(), weight, None))
+            _replace(model, tensor, adapter.replaced[name].read(), weight, None, receipt.undo)
         for module, tensor in places.tokens.items():
             rows, values = adapter.tokens[module]
-            receipt.undo.append(_replace(model, tensor, values.read(), weight, rows))
+            _replace(model, tensor, values.read(), weight, rows, receipt.undo)
         for tensor in dict.fromkeys(t.tensor for targets in places.targets.values() for t in targets):
             _refuse_tied(model, tensor)
-            updates = _updates(adapter, places.targets, tensor, model, weight)
-            receipt.undo.append(_merge_into(model, tensor, updates))
+            _merge_into(model, tensor, _updates(adapter, places.targets, tensor, model, weight), receipt.undo)
         for module, bias in places.biases.items():
             weights = adapter.modules[module]
             assert weights.bias is not None
-            receipt.undo.append(_add_to(model, bias, weights.bias.read(), weight * weights.scaling))
+            _add_to(model, bias, weights.bias.read(), weight * weights.scaling, receipt.undo)
     except BaseException:
         _run_backwards(receipt)
         raise
@@ -87,50 +92,80 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
 
 @torch.no_grad()
 def remove(model: nn.Module, adapter: Adapter) -> None:
-    """Take `adapter` out of `model` again: every bit is as it was before `apply`.
+    """Take `adapter` out of `model` again, which may have moved to another device: every bit is as before `apply`.
 
-    Raises UsageError where it is not in the model, or another was applied after it.
+    Raises UsageError where it is not in the model, another was applied after it, or the weights have changed since.
     """
     receipts: list[Receipt] = getattr(model, RECEIPTS, [])
     if not any(receipt.adapter is adapter for receipt in receipts):
         raise UsageError("this adapter is not in the model")
     if receipts[-1].adapter is not adapter:
         raise UsageError("another adapter was applied after this one: remove that first")
+    for undo in receipts[-1].undo:
+        undo.check()
     _run_backwards(receipts.pop())
 
 
 def _run_backwards(receipt: Receipt) -> None:
     while receipt.undo:
-        receipt.undo.pop()()
+        receipt.undo.pop().run()
 
 
 # --- one weight ------------------------------------------------------------------------------------------------------
 
 
-def _merge_into(model: nn.Module, name: str, updates: list[Update]) -> Undo:
-    """Add `updates` to the weight `name`; returns what undoes it."""
+def _merge_into(model: nn.Module, name: str, updates: list[Update], undo: list[Undo]) -> None:
+    """Add `updates` to the weight `name`."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
     if _is_quantized(layer):
         dense = _dense(layer)
+        undo.append(Undo(lambda: None, lambda: _set(model, path, layer)))
         _set(model, path, dense)
         _add(dense.weight.data, updates)
-        return lambda: _set(model, path, layer)
+        return
     data = getattr(layer, leaf).data
     if any(update.renormalizes for update in updates):
-        return _keep_and(data, lambda: _add(data, updates))
+        _keep(model, name, undo)
+        _add(data, updates)
+        return
     matrix = _matrix(data, updates)
-    residuals: list[tuple[int, int, Residual]] = []
+    done: list[tuple[int, int, Residual, int]] = []  # rows, what restores them, and their fingerprint
 
-    def undo() -> None:
-        for first, last, residual in residuals:
-            matrix[first:last] = restore(matrix[first:last], first, updates, residual)
+    def check() -> None:
+        now = _matrix(_unconverted(model, name, data), updates)
+        if any(_fingerprint(now[first:last]) != seen for first, last, _, seen in done):
+            raise UsageError(f"{name}: has changed since the adapter was applied, so the old bits cannot be restored")
 
+    def run() -> None:
+        now = _matrix(_unconverted(model, name, data), updates)
+        here = [update.to(now.device) for update in updates]
+        for first, last, residual, _ in done:
+            now[first:last] = restore(now[first:last], first, here, residual.to(now.device))
+
+    undo.append(Undo(check, run))
     for first, last in _blocks(matrix):
         before = matrix[first:last].clone()
-        _add_rows(matrix, first, last, updates)
-        residuals.append((first, last, record(before, matrix[first:last], first, updates)))
-    return undo
+        try:
+            _add_rows(matrix, first, last, updates)
+            after = matrix[first:last]
+            done.append((first, last, record(before, after, first, updates), _fingerprint(after)))
+        except BaseException:
+            matrix[first:last] = before
+            raise
+
+
+def _unconverted(model: nn.Module, name: str, then: torch.Tensor) -> torch.Tensor:
+    """The weight as it is now; another device is fine, another dtype is not."""
+    now = model.get_parameter(name).data
+    if now.dtype != then.dtype or now.shape != then.shape:
+        raise UsageError(f"{name}: is {now.dtype} {tuple(now.shape)} now; the adapter was applied to {then.dtype}")
+    return now
+
+
+def _fingerprint(values: torch.Tensor) -> int:
+    """A sum over the bits, to notice that a weight was changed."""
+    return int(values.contiguous().view(torch.int16).sum(dtype=torch.int64))
 
 
 def _add(data: torch.Tensor, updates: list[Update]) -> None:
@@ -166,16 +201,8 @@ def _updates(
                 load_weights(weights), weight, target.rows or (0, depth), target.of, target.expert, target.transposed,
                 torch.float64 if wide else torch.float32, where=module,
             )  # fmt: skip
-            updates.append(_moved(update, parameter.device))
+            updates.append(update.to(parameter.device))
     return updates
-
-
-def _moved(update: Update, device: torch.device) -> Update:
-    magnitude = None if update.magnitude is None else update.magnitude.to(device)
-    return Update(
-        update.start, update.stop, update.left.to(device), update.right.to(device), update.strength, magnitude, None,
-        update.weight,
-    )  # fmt: skip
 
 
 def _matrix(data: torch.Tensor, updates: list[Update]) -> torch.Tensor:
@@ -195,35 +222,31 @@ def _blocks(matrix: torch.Tensor) -> list[tuple[int, int]]:
 # --- whole tensors ---------------------------------------------------------------------------------------------------
 
 
-def _add_to(model: nn.Module, name: str, vector: torch.Tensor, scale: float) -> Undo:
+def _add_to(model: nn.Module, name: str, vector: torch.Tensor, scale: float, undo: list[Undo]) -> None:
     data = model.get_parameter(name).data
-    sums = data.double() + vector.to(data.device).double() * scale
-    return _keep_and(data, lambda: data.copy_(round_once(sums, data.dtype)))
+    _keep(model, name, undo)
+    data.copy_(round_once(data.double() + vector.to(data.device).double() * scale, data.dtype))
 
 
-def _replace(model: nn.Module, name: str, values: torch.Tensor, weight: float, rows: tuple[int, ...] | None) -> Undo:
+def _replace(
+    model: nn.Module, name: str, values: torch.Tensor, weight: float, rows: tuple[int, ...] | None, undo: list[Undo]
+) -> None:
     """Go `weight` of the way to `values`, for some rows or all."""
     data = model.get_parameter(name).data
     at = slice(None) if rows is None else list(rows)
     if data[at].shape != values.shape:
         raise FitError(f"{name}: the adapter brings {tuple(values.shape)}, the model has {tuple(data[at].shape)}")
+    _keep(model, name, undo)
     old, new = data[at].double(), values.to(data.device).double()
-
-    def change() -> None:
-        data[at] = round_once(old + weight * (new - old) if weight != 1.0 else new, data.dtype)
-
-    return _keep_and(data, change)
+    data[at] = round_once(old + weight * (new - old) if weight != 1.0 else new, data.dtype)
 
 
-def _keep_and(data: torch.Tensor, change: Callable[[], object]) -> Undo:
-    """Make `change`, and keep `data` as it was."""
-    before = data.clone()
-    change()
-
-    def undo() -> None:
-        data.copy_(before)
-
-    return undo
+def _keep(model: nn.Module, name: str, undo: list[Undo]) -> None:
+    """Keep a tensor as it is, to put it back."""
+    before = model.get_parameter(name).data.clone()
+    undo.append(
+        Undo(lambda: _unconverted(model, name, before), lambda: _unconverted(model, name, before).copy_(before))
+    )
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,10 @@ class Residual:
     at: torch.Tensor
     steps: torch.Tensor
 
+    def to(self, device: torch.device) -> Residual:
+        """The same on another device."""
+        return Residual(self.at.to(device), self.steps.to(device))
+
 
 def record(before: torch.Tensor, after: torch.Tensor, first: int, updates: Sequence[Update]) -> Residual:
     """What restores `before` from `after`, rows `first …` of a matrix, when `updates` are known again."""

@@ -186,6 +186,59 @@ def test_a_residual_restores_whatever_arithmetic_undoes_the_sum(dtype: torch.dty
     assert not torch.equal(restore(after, 0, [update], empty), W)
 
 
+def test_a_model_that_moved_is_undone_and_one_that_changed_is_refused(make_adapter: Callable[..., Path]) -> None:
+    model = Model()
+    adapter = adapterkit.load(make_adapter(factors("q", 24, 40) | factors("k", 24, 40)))
+    before = bits(model)
+    adapterkit.apply(model, adapter)
+    for parameter in model.parameters():  # as `to` another device does: the parameters stay, their memory does not
+        parameter.data = parameter.data.clone()
+    with_adapter = bits(model)
+    model.float()
+    with pytest.raises(UsageError, match=r"is torch\.float32 .* now"):
+        adapterkit.remove(model, adapter)
+    model.bfloat16()
+    with torch.no_grad():
+        model.k.weight[3, 3] += 1
+    changed = bits(model)
+    with pytest.raises(UsageError, match=r"k\.weight: has changed since"):
+        adapterkit.remove(model, adapter)
+    assert same(bits(model), changed)
+    with torch.no_grad():
+        model.k.weight.copy_(with_adapter["k.weight"].view(torch.bfloat16).view(24, 40))
+    adapterkit.remove(model, adapter)
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("broken", ["record", "_add_rows", "_set"])
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(
+    make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(live, "BLOCK_ELEMENTS", 200)
+    model, calls = Model(), []
+    adapter = adapterkit.load(make_adapter(factors("q", 24, 40) | factors("k", 24, 40) | {"q.bias": torch.randn(24)}))
+    if broken == "_set":
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        layer = bitsandbytes.nn.Linear8bitLt(40, 24, bias=False, has_fp16_weights=False)
+        layer.weight = bitsandbytes.nn.Int8Params(model.k.weight.data.clone(), requires_grad=False)
+        model.k = layer.to("cpu")
+    before, layers, whole = bits(model), dict(model.named_modules()), getattr(live, broken)
+
+    def fails(*args: Any) -> Any:
+        calls.append(1)
+        result = whole(*args)
+        if len(calls) == (1 if broken == "_set" else 7):
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(live, broken, fails)
+    with pytest.raises(KeyboardInterrupt):
+        adapterkit.apply(model, adapter)
+    assert same(bits(model), before) and dict(model.named_modules()) == layers
+    with pytest.raises(UsageError, match="not in the model"):
+        adapterkit.remove(model, adapter)
+
+
 def test_blocks_do_not_matter(make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "BLOCK_ELEMENTS", 200)
     model = Model()

@@ -712,6 +712,8 @@ def test_the_seed_decides_and_is_asked_for_only_where_it_does(sixteen_bits: Path
     for how, message in [
         ({"rounding": "up"}, "expected one of nearest"),
         ({"seed": 3}, "only stochastic rounding has a seed"),
+        ({"seed": 2**63, "rounding": "stochastic"}, "expected a whole number"),
+        ({"seed": -1, "rounding": "stochastic"}, "expected a whole number"),
     ]:
         with pytest.raises(UsageError, match=message):
             adapterkit.plan_quantize(sixteen_bits, tmp_path / "out", to="nf4", **how)
