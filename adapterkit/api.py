@@ -98,6 +98,7 @@ def merge(
     overwrite: bool = False,
     threads: int | None = None,
     report: bool = False,
+    device: str = "auto",
 ) -> Merged:
     """Merge in one call: `plan_merge`, then `run` to its end."""
     plan = plan_merge(
@@ -105,7 +106,7 @@ def merge(
         rounding=rounding, seed=seed, original=original, accept_loss=accept_loss, rename=rename,
         allow_partial=allow_partial, overwrite=overwrite,
     )  # fmt: skip
-    *_, result = run(plan, threads=threads, report=report)
+    *_, result = run(plan, threads=threads, report=report, device=device)
     assert isinstance(result, Merged)
     return result
 
@@ -150,12 +151,13 @@ def quantize(
     seed: int = 0,
     overwrite: bool = False,
     threads: int | None = None,
+    device: str = "auto",
 ) -> Merged:
     """Quantize in one call: `plan_quantize`, then `run` to its end."""
     plan = plan_quantize(
         base, out, to=to, blocksize=blocksize, nested=nested, rounding=rounding, seed=seed, overwrite=overwrite
     )
-    *_, result = run(plan, threads=threads)
+    *_, result = run(plan, threads=threads, device=device)
     assert isinstance(result, Merged)
     return result
 

@@ -1,57 +1,56 @@
 """One block of rows of one edited tensor: read it, change it a cache-sized chunk at a time, round it once.
 
-Nothing here knows about threads or files beyond a descriptor to read from.
+Nothing here knows about threads, or files beyond a descriptor to read from. The buffers know where to compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
 
 import torch
 
 from adapterkit.adapter import load_weights
 from adapterkit.delta import Retention, Update, add_updates, exact_sum, measure_columns, retention, update_for
+from adapterkit.device import CPU, Buffers, Place
 from adapterkit.errors import FitError
 from adapterkit.fused import add_rounded
 from adapterkit.plan import Edit
 from adapterkit.quant.packed import Packed, Packer, Rows
 from adapterkit.rounding import on_midpoints, round_once
-from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_span, tensor_bytes
+from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, tensor_bytes
 
-# 1 MB in float32: with its base and output it stays in the L2 cache of most cores.
-CHUNK_ELEMENTS = 1 << 18
 GROUP_ROWS = 32  # how many rows the search for midpoints takes together
-
-
-@dataclass
-class Buffers:
-    """What one worker reuses from block to block, grown to the largest it met."""
-
-    read: bytearray = field(default_factory=bytearray)
-    sums: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def bytes(self, size: int) -> memoryview:
-        if len(self.read) < size:
-            self.read = bytearray(size)
-        return memoryview(self.read)[:size]
-
-    def chunk(self, rows: int, columns: int) -> torch.Tensor:
-        if self.sums.numel() < rows * columns:
-            self.sums = torch.empty(rows * columns)
-        return self.sums[: rows * columns].view(rows, columns)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What an edit needs in memory: its factors, the vectors added to a bias, and a quantized weight's scales."""
+    """What an edit needs in memory, at the place where it is computed.
 
+    Its factors, the vectors added to a bias, and what quantized weights need, which goes where their rows are.
+    """
+
+    place: Place
     updates: list[Update]
     added: list[torch.Tensor]
     packed: Rows | None
     packer: Packer | None
-    twin: tuple[Rows, Rows] | None  # what was quantized from the source, and how far that may be from it
+    twin: Twin | None
+
+    def at(self, place: Place) -> Loaded:
+        """The same at another place."""
+        updates = [update.to(place.device) for update in self.updates]
+        return replace(self, place=place, updates=updates, added=[vector.to(place.device) for vector in self.added])
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What was quantized from the source, and how far it may be from that."""
+
+    rows: Rows
+    slack: Callable[[int, int], torch.Tensor]
 
 
 def load(edit: Edit, fd: int) -> Loaded:
@@ -75,8 +74,8 @@ def load(edit: Edit, fd: int) -> Loaded:
         _check_finite(vector, edit.name)
         added.append(vector[:, None])
     packer = edit.packing.start(columns) if edit.packing else None
-    twin = (edit.twin.open(columns), edit.twin.slack(columns)) if edit.twin else None
-    return Loaded(updates, added, packed, packer, twin)
+    twin = Twin(edit.twin.open(columns), edit.twin.slack(columns)) if edit.twin else None
+    return Loaded(CPU, updates, added, packed, packer, twin)
 
 
 def merge_rows(
@@ -91,21 +90,22 @@ def merge_rows(
         return None
     source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
     _check_twin(edit, loaded, source, first, last)
-    out = torch.frombuffer(into, dtype=getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, columns)
+    out = buffers.output(into, getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, columns)
     if source is not None and _compute_dtype(edit) is torch.float32:
         squares = _merge_plain(source, first, loaded.updates, out, buffers)
     else:
         by_chunk = []
-        for start, sums in _sums(edit, loaded, source, first, last):
+        for start, sums in _sums(edit, loaded, source, first, last, buffers):
             out[start - first :][: len(sums)] = round_once(sums, out.dtype)
             by_chunk.append((flat := sums.view(-1)).dot(flat))
         squares = torch.stack(by_chunk)
     _check_range(edit, squares, out, source)
+    buffers.deliver(out, into)
     if not measured:
         return None
     kept = Retention()
-    for start, sums in _sums(edit, loaded, source, first, first + measured):
-        before = _base_rows(edit, source, first, start, start + len(sums))
+    for start, sums in _sums(edit, loaded, source, first, first + measured, buffers):
+        before = _base_rows(edit, source, first, start, start + len(sums), buffers)
         kept += retention(before, sums, out[start - first :][: len(sums)])
     return kept
 
@@ -115,12 +115,12 @@ def pack_rows(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffer
     assert loaded.packer is not None
     source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
     _check_twin(edit, loaded, source, first, last)
-    for start, sums in _sums(edit, loaded, source, first, last):
+    for start, sums in _sums(edit, loaded, source, first, last, buffers):
         if not bool(sums.isfinite().all()):
             raise FitError(f"{edit.name}: holds NaN or Inf, which cannot be quantized")
         at = edit.offset(start) - edit.offset(first)
         packed = loaded.packer.pack(sums.float(), start)
-        into[at : at + len(packed)] = packed.numpy().data
+        into[at : at + len(packed)] = packed.cpu().numpy().data
 
 
 def finish_packing(edit: Edit, loaded: Loaded, fd: int, buffers: Buffers) -> tuple[list[bytes], Retention | None]:
@@ -130,12 +130,12 @@ def finish_packing(edit: Edit, loaded: Loaded, fd: int, buffers: Buffers) -> tup
     parts = packer.finish()
     if not edit.deltas or edit.replaced:
         return parts, None
-    kept, step = Retention(), _step(edit)
+    kept, step = Retention(), _step(edit, buffers.place.chunk)
     for first in range(0, depth, step):
         last = min(depth, first + step)
         source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
-        before = _base_rows(edit, source, first, first, last)
-        [(_, sums)] = _sums(edit, loaded, source, first, last)
+        before = _base_rows(edit, source, first, first, last, buffers)
+        [(_, sums)] = _sums(edit, loaded, source, first, last, buffers)
         kept += retention(before, sums, packer.unpack(packer.pack(sums.float(), first), first, last))
     return parts, kept
 
@@ -148,9 +148,9 @@ def _merge_plain(
     Returns the sum of squares of each chunk.
     """
     rows, columns = out.shape
-    step = _chunk_rows(columns)
+    step = _chunk_rows(columns, buffers.place.chunk)
     depth = gcd(rows, step, GROUP_ROWS)
-    sums = buffers.chunk(min(rows, step), columns)
+    sums = buffers.sums(min(rows, step), columns)
     squares, least = add_rounded(source, first, updates, out, sums, depth)
     i, j = on_midpoints(least, depth)
     out[i, j] = round_once(exact_sum(source, first, updates, i, j), out.dtype)
@@ -158,28 +158,28 @@ def _merge_plain(
 
 
 def _sums(
-    edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: int, last: int
+    edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: int, last: int, buffers: Buffers
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Rows `first:last` with everything added but not rounded yet, as `(first row, rows)`, a chunk at a time."""
-    step = _step(edit)
+    step = _step(edit, buffers.place.chunk)
     for start in range(first, last, step):
         stop = min(last, start + step)
-        sums = _base_rows(edit, source, first, start, stop)
+        sums = _base_rows(edit, source, first, start, stop, buffers)
         add_updates(sums, start, loaded.updates)
         for vector in loaded.added:
             sums.add_(vector[start:stop])
         yield start, sums
 
 
-def _chunk_rows(columns: int) -> int:
-    """How many rows fit a chunk; where it is more than one group of them, whole groups."""
-    rows = max(1, CHUNK_ELEMENTS // max(1, columns))
+def _chunk_rows(columns: int, chunk: int) -> int:
+    """How many rows have `chunk` elements at most; where it is more than one group of them, whole groups."""
+    rows = max(1, chunk // max(1, columns))
     return rows - rows % GROUP_ROWS if rows > GROUP_ROWS else 1 << rows.bit_length() - 1
 
 
-def _step(edit: Edit) -> int:
+def _step(edit: Edit, chunk: int) -> int:
     """How many rows to take at a time, so that no block of a quantized output is cut."""
-    step, together = _chunk_rows(edit.matrix[1]), edit.rows_together
+    step, together = _chunk_rows(edit.matrix[1], chunk), edit.rows_together
     if edit.packing and edit.packing.rounding.kind == "compensated":  # goes by columns: the longer, the fewer calls
         step *= 4
     return max(together, step - step % together)
@@ -195,40 +195,40 @@ def _compute_dtype(edit: Edit) -> torch.dtype:
 def _read_rows(
     edit: Edit, packed: Rows | None, fd: int, first: int, last: int, buffers: Buffers
 ) -> torch.Tensor | None:
-    """Rows `first:last` of the source tensor in its own dtype, in the read buffer; None where the tensor is new."""
+    """Rows `first:last` of the source tensor in its own dtype, valid until the next; None where the tensor is new."""
     info = edit.source
     if packed is not None:
-        return packed(first, last)
+        return packed(first, last, partial(buffers.read, fd))
     if not isinstance(info, TensorInfo):
         return None
     _, columns = edit.matrix
     row = tensor_bytes(info.dtype, (columns,))
-    raw = buffers.bytes((last - first) * row)
-    if not raw:
-        return None
-    read_span(fd, raw, info.start + first * row, info.file)
-    return torch.frombuffer(raw, dtype=getattr(torch, TORCH_NAMES[info.dtype])).view(-1, columns)
+    start, stop = info.start + first * row, info.start + last * row
+    return buffers.read(fd, replace(info, start=start, stop=stop, shape=(last - first, columns)))
 
 
-def _base_rows(edit: Edit, source: torch.Tensor | None, first: int, start: int, stop: int) -> torch.Tensor:
+def _base_rows(
+    edit: Edit, source: torch.Tensor | None, first: int, start: int, stop: int, buffers: Buffers
+) -> torch.Tensor:
     """Rows `start:stop` of the base as the updates find it: what the adapter replaces is replaced.
 
     `source` holds rows `first …` of the base tensor, or is None where it is new.
     """
-    shape, dtype = (stop - start, edit.matrix[1]), _compute_dtype(edit)
-    rows = (
-        torch.empty(shape, dtype=dtype) if source is None else source[start - first : stop - first].to(dtype, copy=True)
-    )
+    shape, dtype, device = (stop - start, edit.matrix[1]), _compute_dtype(edit), buffers.place.device
+    if source is None:
+        rows = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        rows = source[start - first : stop - first].to(dtype, copy=True)
     for change in edit.replaced:
         if change.rows is None:
-            values = change.values.read_rows(start, stop).reshape(shape).to(dtype)
+            values = change.values.read_rows(start, stop).reshape(shape).to(device, dtype)
             at: slice | list[int] = slice(None)
         else:
             hits = [(index, row - start) for index, row in enumerate(change.rows) if start <= row < stop]
             if not hits:
                 continue
             picked, at = [index for index, _ in hits], [row for _, row in hits]
-            values = change.values.read()[picked].to(dtype)
+            values = change.values.read()[picked].to(device, dtype)
         _check_finite(values, edit.name)
         if change.weight == 1.0 or source is None:
             rows[at] = values
@@ -240,19 +240,19 @@ def _base_rows(edit: Edit, source: torch.Tensor | None, first: int, start: int, 
 def _base_chunks(edit: Edit, packed: Rows | None, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The whole base tensor as `(first row, rows)`, a chunk at a time."""
     depth, columns = edit.matrix
-    step, buffers = _chunk_rows(columns), Buffers()
+    step, buffers = _chunk_rows(columns, CPU.chunk), Buffers()
     for start in range(0, depth, step):
         stop = min(depth, start + step)
-        yield start, _base_rows(edit, _read_rows(edit, packed, fd, start, stop, buffers), start, start, stop)
+        yield start, _base_rows(edit, _read_rows(edit, packed, fd, start, stop, buffers), start, start, stop, buffers)
 
 
 def _check_twin(edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: int, last: int) -> None:
     """Refuse an original that its quantized twin cannot have been made from."""
     if loaded.twin is None or source is None:
         return
-    values, slack = loaded.twin
-    other = values(first, last).float()
-    off = (source.float() - other).abs() > slack(first, last) + other.abs() * 2**-8  # which is rounded to 16 bits
+    other = loaded.twin.rows(first, last, lambda info: info.read().to(source.device)).float()
+    slack = loaded.twin.slack(first, last).to(source.device)
+    off = (source.float() - other).abs() > slack + other.abs() * 2**-8  # which is rounded to 16 bits
     if bool(off.any()):
         i, j = off.nonzero()[0].tolist()
         here, there = float(source[i, j]), float(other[i, j])

@@ -15,8 +15,9 @@ from adapterkit.outfile import OutputFile, PageBuffer
 from adapterkit.plan import Edit, FilePlan
 
 if TYPE_CHECKING:
-    from adapterkit.blocks import Buffers, Loaded
+    from adapterkit.blocks import Loaded
     from adapterkit.delta import Retention
+    from adapterkit.device import Buffers, Place
 
 
 @dataclass
@@ -87,6 +88,28 @@ class Desk:
         self.writers = writers
         self.outgoing: deque[tuple[PageBuffer, Future[None] | None]] = deque([(PageBuffer(), None) for _ in range(2)])
 
+    def move_to(self, place: Place) -> Buffers:
+        """Buffers for that place."""
+        if self.buffers is None or self.buffers.place != place:
+            import torch
+
+            torch.set_num_threads(1)  # of this worker, which computes on its own core
+            self.leave()
+            self.buffers = place.buffers()
+            self.outgoing = deque((self.buffers.page(), written) for _, written in self.outgoing)
+        return self.buffers
+
+    def leave(self) -> None:
+        """Have everything written, and give the buffers back."""
+        try:
+            for _, written in self.outgoing:
+                if written is not None:
+                    written.result()
+        finally:
+            if self.buffers is not None:
+                self.buffers.close()
+                self.buffers = None
+
     def free_page(self) -> PageBuffer:
         """A buffer whose last block is written; raises what went wrong with that."""
         page, written = self.outgoing.popleft()
@@ -100,11 +123,6 @@ class Desk:
 
     def send(self, page: PageBuffer, write: Callable[[], None]) -> None:
         self.outgoing.append((page, self.writers.submit(write)))
-
-    def wait(self) -> None:
-        for _, written in self.outgoing:
-            if written is not None:
-                written.result()
 
 
 def untouched_in(plan: FilePlan, data: memoryview, start: int) -> list[tuple[memoryview, int]]:

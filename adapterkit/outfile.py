@@ -19,14 +19,17 @@ class PageBuffer:
     """Memory that starts on a page and grows to the largest span asked of it."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, PAGE)
+        self._memory = self._map(PAGE)
 
     def view(self, size: int, at: int) -> memoryview:
         """`size` bytes as far into a page as `at` is in the file, so that whole pages of the two coincide."""
         begin = at % PAGE
         if len(self._memory) < begin + size:
-            self._memory = mmap.mmap(-1, begin + size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._memory = self._map(begin + size + PAGE)
         return memoryview(self._memory)[begin : begin + size]
+
+    def _map(self, size: int) -> mmap.mmap:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class OutputFile:

@@ -8,10 +8,12 @@ copying begin before it; from then on they run just ahead of the blocks, which s
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from adapterkit.card import write_companions
-from adapterkit.errors import LossError, NoSpaceError
+from adapterkit.errors import LossError, NoSpaceError, UsageError
 from adapterkit.jobs import Block, Desk, Digest, EditWork, Output, untouched_in
 from adapterkit.outfile import OutputFile
 from adapterkit.plan import Edit, MergePlan
@@ -28,8 +30,9 @@ from adapterkit.staging import staged
 from adapterkit.tensorfile import read_span, tensor_bytes
 
 if TYPE_CHECKING:
-    from adapterkit.blocks import Buffers
+    from adapterkit.blocks import Loaded
     from adapterkit.delta import Retention
+    from adapterkit.device import Buffers, Place
 
 BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
 BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
@@ -58,6 +61,8 @@ class Merged:
     tensors: int
     hashes: dict[str, dict[str, str]]  # the base's and each adapter's label -> file name -> SHA-256
     retention: dict[str, Retention]
+    place: str  # where it was computed in the end
+    notes: tuple[str, ...]  # what was done otherwise than asked for
 
 
 def default_threads() -> int:
@@ -82,21 +87,34 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
 
 
 def run(
-    plan: MergePlan, *, threads: int | None = None, report: bool = False
+    plan: MergePlan, *, threads: int | None = None, report: bool = False, device: str = "auto"
 ) -> Generator[TensorMerged | Merged, None, None]:
     """Run `plan`, yielding an event for each tensor and the result last; nothing is left behind on failure.
 
-    `report` measures what rounding kept of every element instead of a sample. Raises NoSpaceError where the disk is
-    too small, before or while writing, and FitError where factors are not finite or results exceed their dtype.
+    `report` measures what rounding kept of every element instead of a sample; `device` is auto, cpu, cuda or cuda:N.
+    Raises NoSpaceError where the disk is too small, before or while writing, FitError where factors are not finite or
+    results exceed their dtype, and UsageError where there is no such device.
     """
+    threads = threads or default_threads()
+    check_device(plan, device, threads)
     _check_space(plan)
     with staged(plan.out, directory=plan.base.is_directory) as building:
-        state = _Run(plan, building, threads or default_threads(), report)
+        state = _Run(plan, building, threads, report, device)
         yield from state.tensors()
         _check_loss(plan, state.retention)
         if plan.base.is_directory:
             write_companions(plan, building, state.result.hashes)
     yield state.result
+
+
+def check_device(plan: MergePlan, device: str, threads: int) -> None:
+    """Raise UsageError where `device` names none, or a GPU that is not there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise UsageError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda"):
+        from adapterkit.device import choose
+
+        choose(device, plan, threads)
 
 
 def _check_space(plan: MergePlan) -> None:
@@ -133,8 +151,11 @@ _Task = Callable[[Desk], None]
 class _Run:
     """What the workers of one merge share."""
 
-    def __init__(self, plan: MergePlan, building: Path, threads: int, report: bool) -> None:
+    def __init__(self, plan: MergePlan, building: Path, threads: int, report: bool, device: str) -> None:
         self.plan, self.building, self.threads, self.report = plan, building, threads, report
+        self.device = device
+        self.place: Place | None = None  # not known before torch is there
+        self.notes: list[str] = []
         self.lock = threading.Lock()
         self.torch_ready = threading.Event()
         self.stop = threading.Event()
@@ -157,11 +178,14 @@ class _Run:
             import torch
 
             import adapterkit.blocks  # noqa: F401  (here, so that no worker imports while another waits)
+            from adapterkit.device import CPU, choose, exact_products
 
+            self.place = choose(self.device, self.plan, self.threads)
             threads_before = torch.get_num_threads()
             self.torch_ready.set()
             try:
-                yield from self._progress(workers)
+                with nullcontext() if self.place == CPU else exact_products():
+                    yield from self._progress(workers)
             finally:
                 torch.set_num_threads(threads_before)
         finally:
@@ -181,7 +205,9 @@ class _Run:
         hashes = {plan.base.name: {shard.file.name: done[shard.file] for shard in plan.base.shards}}
         for one in plan.given:
             hashes[one.label] = {file.name: done[file] for file in one.adapter.files}
-        return Merged(plan.out, plan.bytes_to_write, plan.edits, hashes, dict(sorted(self.retention.items())))
+        retention = dict(sorted(self.retention.items()))
+        place, notes = str(self.place), tuple(self.notes)
+        return Merged(plan.out, plan.bytes_to_write, plan.edits, hashes, retention, place, notes)
 
     # --- before
 
@@ -215,9 +241,11 @@ class _Run:
     # --- the workers
 
     def _work(self, desk: Desk) -> None:
-        while not self.stop.is_set() and (task := self._next_task()) is not None:
-            task(desk)
-        desk.wait()
+        try:
+            while not self.stop.is_set() and (task := self._next_task()) is not None:
+                task(desk)
+        finally:
+            desk.leave()
 
     def _next_task(self) -> _Task | None:
         """Hashing while torch is on its way; then blocks, and hashing just ahead of them."""
@@ -271,24 +299,52 @@ class _Run:
 
     def _merge_block(self, block: Block, desk: Desk) -> None:
         """Compute a block, and leave the writing to another thread."""
+        work, first, last = block.work, block.first, block.last
+        at = work.edit.offset(first)
+        while True:
+            assert self.place is not None
+            place, page = self.place, None
+            try:
+                buffers = desk.move_to(place)
+                page = desk.free_page()
+                data = page.view(work.edit.offset(last) - at, at)
+                with buffers.at_work():
+                    kept = self._compute(work, first, last, buffers, data)
+            except RuntimeError as error:
+                if page is not None:
+                    desk.keep(page)
+                self._retreat(place, error)
+            else:
+                desk.send(page, partial(self._write, work, kept, data, at))
+                return
+
+    def _retreat(self, place: Place, error: RuntimeError) -> None:
+        """Go on with less memory where a GPU had too little for `error`, which else is raised again."""
+        from adapterkit.device import CPU, out_of_memory
+
+        if place == CPU or not out_of_memory(error):
+            raise error
+        with self.lock:
+            if self.place == place:  # else another worker has done it
+                self.place = place.smaller()
+                self.notes.append(f"{place.device} has too little memory free: went on with {self.place}")
+
+    def _compute(self, work: EditWork, first: int, last: int, buffers: Buffers, data: memoryview) -> Retention | None:
+        """Rows `first:last` as bytes `data`, and what is kept of the update as far as it is measured."""
         from adapterkit.blocks import load, merge_rows, pack_rows
 
-        work, first, last = block.work, block.first, block.last
         edit, source = work.edit, self.digests[work.output.plan.source].fd
-        buffers = desk.buffers = desk.buffers or _new_buffers()
         with work.lock:
-            work.loaded = work.loaded or load(edit, source)
-        at, page = edit.offset(first), desk.free_page()
-        data = page.view(edit.offset(last) - at, at)
+            loaded = work.loaded or load(edit, source)
+            work.loaded = loaded = loaded if loaded.place == buffers.place else loaded.at(buffers.place)
         if edit.packing is None:
-            measured = self._rows_to_measure(edit, first, last)
-            kept = merge_rows(edit, work.loaded, source, first, last, buffers, data, measured)
-        else:
-            pack_rows(edit, work.loaded, source, first, last, buffers, data)
-            kept = self._finish_packing(work, source, buffers)
-        desk.send(page, partial(self._write, work, kept, data, at))
+            return merge_rows(
+                edit, loaded, source, first, last, buffers, data, self._rows_to_measure(edit, first, last)
+            )
+        pack_rows(edit, loaded, source, first, last, buffers, data)
+        return self._finish_packing(work, loaded, source, buffers)
 
-    def _finish_packing(self, work: EditWork, source: int, buffers: Buffers) -> Retention | None:
+    def _finish_packing(self, work: EditWork, loaded: Loaded, source: int, buffers: Buffers) -> Retention | None:
         """Count a packed block; after the last one of an edit write what belongs to all of them."""
         from adapterkit.blocks import finish_packing
 
@@ -296,8 +352,7 @@ class _Run:
             work.computed += 1
             if work.computed < work.total:
                 return None
-        assert work.loaded is not None
-        parts, kept = finish_packing(work.edit, work.loaded, source, buffers)
+        parts, kept = finish_packing(work.edit, loaded, source, buffers)
         for data, (start, stop) in zip(parts, work.edit.parts, strict=True):
             assert len(data) == stop - start
             work.output.file.write(memoryview(data), start)
@@ -348,13 +403,3 @@ class _Run:
             for worker in workers:
                 if worker.done() and (error := worker.exception()) is not None:
                     raise error
-
-
-def _new_buffers() -> Buffers:
-    """The buffers of this worker, which from now on computes on its own core only."""
-    import torch
-
-    from adapterkit.blocks import Buffers
-
-    torch.set_num_threads(1)
-    return Buffers()

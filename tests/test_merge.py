@@ -129,22 +129,22 @@ def test_weighted_dora_adds_its_effective_delta(
 
 
 def test_threads_blocks_and_reports_do_not_change_a_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterkit import blocks, stream
+    from adapterkit import device, stream
 
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-patterns"
     adapterkit.merge(base, [adapter], tmp_path / "one", threads=1)
     monkeypatch.setattr(stream, "BLOCK_BYTES", 640)
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 96)
+    monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), 96))
     adapterkit.merge(base, [adapter], tmp_path / "many", threads=5, report=True)
     one, many = (tmp_path / name / "model.safetensors" for name in ("one", "many"))
     assert one.read_bytes() == many.read_bytes()
 
 
 def test_dora_by_column_survives_small_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterkit import blocks, stream
+    from adapterkit import device, stream
 
     monkeypatch.setattr(stream, "BLOCK_BYTES", 640)
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 96)
+    monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), 96))
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-dora"
     adapterkit.merge(base, [adapter], tmp_path / "out", threads=3)
     assert misrounded(base, adapter, tmp_path / "out")[0] == 0

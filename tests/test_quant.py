@@ -17,7 +17,7 @@ from handmade import adapterkit as run_adapterkit
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit import blocks, quant, stream
+from adapterkit import device, quant, stream
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.errors import FitError, FormatError, LossError, UsageError
 from adapterkit.quant import bnb4, bnb8
@@ -180,7 +180,7 @@ def test_a_4bit_base_is_dequantized_and_merged_with_one_more_rounding(
     base, dense = four_bits
     adapter = make_adapter(factors("layers.0.q", 24, 40) | factors("head", 24, 40))
     monkeypatch.setattr(stream, "BLOCK_BYTES", 400)  # five rows: blocks of 64 elements straddle them
-    monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 96)
+    monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), 96))
     plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
     assert any("NF4, blocks of 64, nested" in note for note in plan.notes)
     *_, result = adapterkit.run(plan)

@@ -12,13 +12,13 @@ from typing import Any
 import click
 
 from adapterkit import api
-from adapterkit.cli.running import files, run_with_bar, size
+from adapterkit.cli.running import DEVICE_HELP, files, run_with_bar, size
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
 from adapterkit.quant import KINDS, ROUNDINGS
 from adapterkit.renames import parse_rename
-from adapterkit.stream import Merged, default_threads, estimate_memory
+from adapterkit.stream import Merged, check_device, default_threads, estimate_memory
 
 # Below this share the output dtype swallows a tenth of the update or more.
 ENOUGH_KEPT = 0.9
@@ -38,7 +38,7 @@ ENOUGH_KEPT = 0.9
 @click.option("--original", metavar="BASE16", help="Merge into BASE16 instead, checked to be what BASE was made from.")
 @click.option("--accept-loss", is_flag=True, help="Even where quantizing erases more than half of the update.")
 @click.option("--map", "rename", metavar="OLD=NEW", help="Rename parts of the adapter's module names.")
-@click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", help="Where to compute.")
+@click.option("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
 @click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, made from headers only, and stop.")
 @click.option(
@@ -68,12 +68,13 @@ def merge_command(
     for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
         print(f"note: {note}", file=sys.stderr)
     threads = threads or default_threads()
+    check_device(plan, device, threads)
     if dry_run:
-        facts = _plan_facts(plan, threads)
+        facts = _plan_facts(plan, threads, device)
         print(json.dumps(facts, indent=2) if as_json else _plan_text(plan, facts))
         return
     began = time.perf_counter()
-    result = run_with_bar(plan, "merging", threads, report)
+    result = run_with_bar(plan, "merging", threads, device, report)
     facts = _result_facts(plan, result, time.perf_counter() - began)
     _warn_of_loss(result, quantize)
     print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report, quantize is not None))
@@ -93,7 +94,7 @@ def _weighted(text: str) -> tuple[str, float]:
 # --- what is printed -------------------------------------------------------------------------------------------------
 
 
-def _plan_facts(plan: MergePlan, threads: int) -> dict[str, Any]:
+def _plan_facts(plan: MergePlan, threads: int, device: str) -> dict[str, Any]:
     stats = os.statvfs(_existing(plan.out.absolute().parent))
     return {
         "base": plan.base.name,
@@ -113,6 +114,7 @@ def _plan_facts(plan: MergePlan, threads: int) -> dict[str, Any]:
         "bytes_free": stats.f_bavail * stats.f_frsize,
         "peak_memory": estimate_memory(plan, threads),
         "threads": threads,
+        "device": device,
         "landed": {label: {name: list(at) for name, at in landed.items()} for label, landed in plan.ledger.items()},
         "skipped": list(plan.skipped),
         "notes": list(plan.notes),
@@ -129,7 +131,7 @@ def _plan_text(plan: MergePlan, facts: dict[str, Any]) -> str:
     lines += [
         f"changes   {facts['tensors_changed']} of {facts['tensors']} tensors, {stored}",
         f"writes    {plan.out}: {size(plan.bytes_to_write)} ({size(facts['bytes_free'])} free)",
-        f"memory    about {size(facts['peak_memory'])} with {facts['threads']} threads",
+        f"memory    about {size(facts['peak_memory'])} with {facts['threads']} threads, device {facts['device']}",
         "nothing was written (--dry-run)",
     ]
     return "\n".join(lines)
@@ -143,11 +145,12 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, 
         "tensors": len(plan.weight_map),
         "tensors_changed": result.tensors,
         "seconds": round(seconds, 3),
+        "device": result.place,
         "sha256": result.hashes,
         "retention": {"kept": total.kept, "error": total.error} if total else None,
         "retention_by_tensor": {name: {"kept": r.kept, "error": r.error} for name, r in result.retention.items()},
         "skipped": list(plan.skipped),
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *result.notes],
     }
 
 

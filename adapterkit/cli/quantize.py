@@ -9,7 +9,7 @@ import time
 import click
 
 from adapterkit import api
-from adapterkit.cli.running import run_with_bar, size
+from adapterkit.cli.running import DEVICE_HELP, run_with_bar, size
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS
 from adapterkit.stream import default_threads
 
@@ -23,12 +23,13 @@ from adapterkit.stream import default_threads
 @click.option("--nested", is_flag=True, help="Quantize the scales too (double quantization).")
 @click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", help="How to quantize what is in between.")
 @click.option("--seed", type=int, default=0, help="Of stochastic rounding.")
+@click.option("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
 @click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def quantize_command(
-    base: str, output: str | None, to: str, blocksize: str, nested: bool, rounding: str, seed: int, threads: int | None,
-    overwrite: bool, as_json: bool,
+    base: str, output: str | None, to: str, blocksize: str, nested: bool, rounding: str, seed: int, device: str,
+    threads: int | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize the linear layers of BASE as bitsandbytes does, a few rows at a time; everything else stays.
 
@@ -40,13 +41,14 @@ def quantize_command(
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
     began = time.perf_counter()
-    result = run_with_bar(plan, "quantizing", threads or default_threads())
+    result = run_with_bar(plan, "quantizing", threads or default_threads(), device)
     seconds = time.perf_counter() - began
     before = sum(shard.size for shard in plan.base.shards)
     if as_json:
         facts = {
             "output": str(result.out), "bytes_before": before, "bytes_written": result.bytes_written,
-            "tensors_quantized": result.tensors, "seconds": round(seconds, 3), "sha256": result.hashes,
+            "tensors_quantized": result.tensors, "seconds": round(seconds, 3), "device": result.place,
+            "sha256": result.hashes,
         }  # fmt: skip
         print(json.dumps(facts, indent=2))
         return

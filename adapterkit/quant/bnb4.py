@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from adapterkit.errors import FormatError
 from adapterkit.quant.choose import NEAREST, Rounding, choose
 from adapterkit.quant.codes import CODES, dynamic_code
-from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Rows
+from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Read, Rows
 from adapterkit.tensorfile import DTYPE_BITS, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>.+)")
 KINDS = ("nf4", "fp4")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_STATE_BYTES = 4096  # real ones have some 150
+KERNEL_BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has CUDA kernels for in every version
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Packed4bit(Packed):
         nested = (self.nested.scales, self.nested.code) if self.nested else ()
         return (self.stored, self.absmax, self.code, self.state, *nested)
 
-    def slack(self, columns: int) -> Rows:
+    def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         absmax, code = self._scales(), self.code.read().sort().values
         steps = absmax.abs() * (code[1:] - code[:-1]).max() / 2 * MARGIN
         if self.nested is not None:  # by how much the scale itself is off
@@ -79,17 +81,22 @@ class Packed4bit(Packed):
     def open(self, columns: int) -> Rows:
         import torch
 
-        absmax, pairs = self._scales(), pair_table(self.code.read())
-        dtype = getattr(torch, TORCH_NAMES[self.dtype])
+        absmax, code = self._scales(), self.code.read()
+        pairs, dtype = pair_table(code), getattr(torch, TORCH_NAMES[self.dtype])
         count = prod(self.shape)
+        known = self.blocksize in KERNEL_BLOCKSIZES and torch.equal(code, torch.tensor(CODES[self.kind]))
 
-        def rows(first: int, last: int) -> torch.Tensor:
+        def rows(first: int, last: int, read: Read = TensorInfo.read) -> torch.Tensor:
             begin, end = first * columns, last * columns
             block, behind = begin // self.blocksize, -(-end // self.blocksize)  # whole blocks
             start, stop = block * self.blocksize, min(behind * self.blocksize, count)
             low, high = self.stored.start + start // 2, self.stored.start + (stop + 1) // 2
-            raw = replace(self.stored, start=low, stop=high, dtype="U8", shape=(high - low,)).read()
-            values = dequantize(raw, absmax[block:behind], pairs, self.blocksize)
+            raw = read(replace(self.stored, start=low, stop=high, dtype="U8", shape=(high - low,)))
+            scales = absmax[block:behind].to(raw.device)
+            if raw.is_cuda and known and has_kernels():
+                values = kernel(raw, scales, self.blocksize, self.kind, stop - start, dtype)
+            else:
+                values = dequantize(raw, scales, pairs.to(raw.device), self.blocksize)
             return values[begin - start : end - start].view(last - first, columns).to(dtype)
 
         return rows
@@ -125,6 +132,26 @@ def dequantize(raw: torch.Tensor, absmax: torch.Tensor, pairs: torch.Tensor, blo
     if full < len(values):
         values[full:].mul_(absmax[full // blocksize])
     return values
+
+
+def kernel(
+    raw: torch.Tensor, absmax: torch.Tensor, blocksize: int, kind: str, count: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The same by bitsandbytes' CUDA kernel, the `count` values rounded to `dtype` already."""
+    import torch
+
+    done: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(raw, absmax, blocksize, kind, (count,), dtype)
+    return done.view(-1)
+
+
+@cache
+def has_kernels() -> bool:
+    """Whether bitsandbytes is there and loads."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception:  # it has many ways to fail beside a CUDA that it was not built for
+        return False
+    return True
 
 
 # --- finding them ----------------------------------------------------------------------------------------------------
@@ -298,14 +325,13 @@ class Packer4bit(Packer):
 
         size, at = self.packing.blocksize, first * self.columns
         scaled, absmax = scale(rows.reshape(-1), size)
-        self.absmax[at // size : at // size + len(absmax)] = absmax
+        self.absmax[at // size : at // size + len(absmax)] = absmax.cpu()
         unit = scaled if self.packing.rounding.kind == "nearest" else absmax.repeat_interleave(size)[: len(scaled)]
-        index = choose(
-            scaled.view_as(rows), unit.view_as(rows), self.code[self.order], self.packing.rounding, at
-        ).reshape(-1)  # fmt: skip
-        nibbles = self.order.to(torch.uint8).index_select(0, index)
+        code, order = self.code[self.order].to(rows.device), self.order.to(rows.device, torch.uint8)
+        index = choose(scaled.view_as(rows), unit.view_as(rows), code, self.packing.rounding, at).reshape(-1)
+        nibbles = order.index_select(0, index)
         if len(nibbles) % 2:
-            nibbles = torch.cat([nibbles, self.zero])
+            nibbles = torch.cat([nibbles, self.zero.to(rows.device)])
         both = nibbles.view(torch.int16)  # the first of two in the low byte
         return (both << 4 | both >> 8).to(torch.uint8)
 
@@ -331,8 +357,8 @@ class Packer4bit(Packer):
 
     def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
         begin, end = first * self.columns, last * self.columns
-        absmax = self.restored[begin // self.packing.blocksize : -(-end // self.packing.blocksize)]
-        values = dequantize(packed, absmax, pair_table(self.code), self.packing.blocksize)
+        absmax = self.restored[begin // self.packing.blocksize : -(-end // self.packing.blocksize)].to(packed.device)
+        values = dequantize(packed, absmax, pair_table(self.code.to(packed.device)), self.packing.blocksize)
         return values[: end - begin].view(last - first, self.columns)
 
 

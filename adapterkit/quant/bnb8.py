@@ -5,13 +5,13 @@ bitsandbytes multiplies by the float32 nearest 1/127, after `q · SCB`; so does 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
 from adapterkit.quant.choose import NEAREST, Rounding, choose
-from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Rows, float_dtype
+from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Read, Rows, float_dtype
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Packed8bit(Packed):
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.stored, self.scale, *((self.layout,) if self.layout else ()))
 
-    def slack(self, columns: int) -> Rows:
+    def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         steps = self.scale.read()[:, None] / 254 * MARGIN
         return lambda first, last: steps[first:last].expand(-1, columns)
 
@@ -48,10 +48,10 @@ class Packed8bit(Packed):
 
         scale, dtype = self.scale.read()[:, None], getattr(torch, TORCH_NAMES[self.dtype])
 
-        def rows(first: int, last: int) -> torch.Tensor:
+        def rows(first: int, last: int, read: Read = TensorInfo.read) -> torch.Tensor:
             start, stop = self.stored.start + first * columns, self.stored.start + last * columns
-            q = replace(self.stored, start=start, stop=stop, shape=(last - first, columns)).read()
-            return (q * scale[first:last] * (1 / 127)).to(dtype)
+            q = read(replace(self.stored, start=start, stop=stop, shape=(last - first, columns)))
+            return (q * scale[first:last].to(q.device) * (1 / 127)).to(dtype)
 
         return rows
 
@@ -118,13 +118,14 @@ class Packer8bit(Packer):
 
         half = rows.half()
         scale = half.abs().amax(dim=1).float()
-        self.scale[first : first + len(rows)] = scale
+        self.scale[first : first + len(rows)] = scale.cpu()
         factor = torch.where(scale > 0, 127.0 / scale, 0.0)
         scaled = half * factor[:, None]
         if self.rounding.kind == "nearest":
             return torch.round(scaled).to(torch.int8).view(-1).view(torch.uint8)
         unit = (scale / 127)[:, None].expand_as(scaled)
-        index = choose(scaled, unit, torch.arange(-127.0, 128.0), self.rounding, first * rows.shape[1])
+        code = torch.arange(-127.0, 128.0, device=rows.device)
+        index = choose(scaled, unit, code, self.rounding, first * rows.shape[1])
         return (index - 127).to(torch.int8).reshape(-1).view(torch.uint8)
 
     def finish(self) -> list[bytes]:
@@ -133,4 +134,5 @@ class Packer8bit(Packer):
     def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
         import torch
 
-        return packed.view(torch.int8).view(last - first, -1) * self.scale[first:last, None] * (1 / 127)
+        scale = self.scale[first:last, None].to(packed.device)
+        return packed.view(torch.int8).view(last - first, -1) * scale * (1 / 127)

@@ -48,15 +48,15 @@ def choose(scaled: torch.Tensor, unit: torch.Tensor, code: torch.Tensor, roundin
         return carry_errors(scaled, unit, code, bounds)
     below = (search(scaled, code, right=True) - 1).clamp_(0, len(code) - 2)
     gap = code[below + 1] - code[below]
-    up = (scaled - code[below]) > gap * chance(scaled.numel(), rounding.seed, at).view_as(scaled)
+    up = (scaled - code[below]) > gap * chance(scaled.numel(), rounding.seed, at, scaled.device).view_as(scaled)
     return below + up
 
 
-def chance(count: int, seed: int, at: int) -> torch.Tensor:
+def chance(count: int, seed: int, at: int, device: torch.device | None = None) -> torch.Tensor:
     """`count` float32 numbers in [0, 1), each a hash of its place `at …` and `seed` (SplitMix64's mixing)."""
     import torch
 
-    x = torch.arange(at, at + count) * -7046029254386353131 + seed
+    x = torch.arange(at, at + count, device=device) * -7046029254386353131 + seed
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     return (x >> 40 & 0xFFFFFF).float() * 2.0**-24
@@ -75,7 +75,8 @@ def search(values: torch.Tensor, edges: torch.Tensor, *, right: bool = False) ->
     def bins(x: torch.Tensor) -> torch.Tensor:  # never falls where x rises, which is all that this rests on
         return (x * scale).add_(half).clamp_(0, BINS - 1).int()
 
-    held = torch.zeros(BINS + 1, dtype=torch.int32).index_add_(0, bins(edges) + 1, torch.ones(len(edges)).int())
+    one = torch.ones_like(edges, dtype=torch.int32)
+    held = one.new_zeros(BINS + 1).index_add_(0, bins(edges) + 1, one)
     if int(held.max()) > 1:
         return torch.bucketize(values, edges, right=right, out_int32=True)
     flat = values.reshape(-1)

@@ -6,12 +6,12 @@ lie in another shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
-from adapterkit.quant.packed import MARGIN, Packed, Rows, float_dtype
+from adapterkit.quant.packed import MARGIN, Packed, Read, Rows, float_dtype
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class PackedFP8(Packed):
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.stored, self.scale)
 
-    def slack(self, columns: int) -> Rows:
+    def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         values = self.open(columns)
         least = float(self.scale.read().abs().max()) * 2**-10  # half of e4m3's least step
         return lambda first, last: values(first, last).float().abs() * 2**-4 * MARGIN + least
@@ -51,10 +51,10 @@ class PackedFP8(Packed):
         scale = self.scale.read().float().repeat_interleave(width, dim=1)[:, :columns]
         dtype = getattr(torch, TORCH_NAMES[self.dtype])
 
-        def rows(first: int, last: int) -> torch.Tensor:
+        def rows(first: int, last: int, read: Read = TensorInfo.read) -> torch.Tensor:
             start, stop = self.stored.start + first * columns, self.stored.start + last * columns
-            q = replace(self.stored, start=start, stop=stop, shape=(last - first, columns)).read()
-            return q.float().mul_(scale[torch.arange(first, last) // height]).to(dtype)
+            q = read(replace(self.stored, start=start, stop=stop, shape=(last - first, columns)))
+            return q.float().mul_(scale[torch.arange(first, last) // height].to(q.device)).to(dtype)
 
         return rows
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from adapterkit.quant.choose import Rounding
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     import torch
 
 MARGIN = 1.02  # on half a step: for the rounding of scales
-# Rows `first:last` of a weight seen as a matrix, dequantized.
-Rows = Callable[[int, int], "torch.Tensor"]
+# What reads a tensor, onto the device where it is computed with.
+Read = Callable[[TensorInfo], "torch.Tensor"]
+
+
+class Rows(Protocol):
+    """Rows `first:last` of a weight seen as a matrix, dequantized where `read` puts what is stored."""
+
+    def __call__(self, first: int, last: int, read: Read = TensorInfo.read) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ class Packed(ABC):
         """Read the scales, and return what reads and dequantizes rows of `columns` elements, from any thread."""
 
     @abstractmethod
-    def slack(self, columns: int) -> Rows:
-        """How far a weight can be, in float32, from what it dequantizes to before that is rounded: half a step."""
+    def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
+        """How far weights of rows `first:last` can be, in float32, from what they dequantize to: half a step."""
 
     @abstractmethod
     def packing(self) -> Packing | None:
