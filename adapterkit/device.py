@@ -10,7 +10,6 @@ import mmap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ GPU_CHUNK = 1 << 22  # as many as a block has, at most: every launch costs some 
 LEAST_CHUNK = 1 << 18  # with which a GPU is hardly worth it
 
 # What `auto` reckons with, by thread and per second: measured on one core of a Xeon (benchmarks/RESULTS.md).
-CPU_FLOPS = 6e10
-PACK_ELEMENTS = {"nearest": 4e7, "stochastic": 1.6e7, "compensated": 7e6}
+CPU_FLOPS = 1e11
+PACK_ELEMENTS = {"nearest": 7e7, "stochastic": 1.5e7, "compensated": 1.2e7}
 DISK_BYTES = 2e9  # a fast disk's, for the whole machine
 GPU_START = 2.0  # seconds that a process takes to set a GPU up
 
@@ -89,26 +88,28 @@ def _cpu_seconds(edit: Edit) -> float:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products on a GPU in the precision of their inputs: no TF32, and 16 bits summed in float32.
+    """Matrix products in the precision of their inputs: no TF32, no bf16 for float32, and 16 bits summed in float32.
 
     The settings are the process's own, and put back.
     """
-    settings: Any = torch.backends.cuda.matmul
-    flags = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = {name: getattr(settings, name) for name in flags}
+    gpu: Any = torch.backends.cuda.matmul
+    cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    kept = [(gpu, f"allow_{kind}_reduced_precision_reduction") for kind in ("bf16", "fp16")]
+    precision = None
     try:
         precision = torch.get_float32_matmul_precision()
-        put_back = partial(torch.set_float32_matmul_precision, precision)
     except RuntimeError:  # set by torch's newer interface, which the older one then refuses to describe
-        put_back = partial(setattr, settings, "fp32_precision", settings.fp32_precision)
+        kept += [(gpu, "fp32_precision"), (cpu, "fp32_precision")]
+    before = [(settings, name, getattr(settings, name)) for settings, name in kept]
     torch.set_float32_matmul_precision("highest")
-    for name in flags:
+    for settings, name in kept[:2]:
         setattr(settings, name, False)
     try:
         yield
     finally:
-        put_back()
-        for name, value in before.items():
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for settings, name, value in before:
             setattr(settings, name, value)
 
 

@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,13 +177,13 @@ class _Run:
             import torch
 
             import adapterkit.blocks  # noqa: F401  (here, so that no worker imports while another waits)
-            from adapterkit.device import CPU, choose, exact_products
+            from adapterkit.device import choose, exact_products
 
             self.place = choose(self.device, self.plan, self.threads)
             threads_before = torch.get_num_threads()
             self.torch_ready.set()
             try:
-                with nullcontext() if self.place == CPU else exact_products():
+                with exact_products():
                     yield from self._progress(workers)
             finally:
                 torch.set_num_threads(threads_before)

@@ -281,10 +281,11 @@ def test_products_are_exact_and_the_settings_come_back() -> None:
         assert torch.get_float32_matmul_precision() == "high"
         if hasattr(settings, "fp32_precision"):  # torch's newer interface
             torch.set_float32_matmul_precision("highest")
-            settings.fp32_precision = "tf32"
+            cpu = torch.backends.mkldnn.matmul
+            settings.fp32_precision, cpu.fp32_precision = "tf32", "bf16"
             with device.exact_products():
-                assert settings.fp32_precision == "ieee"
-            assert settings.fp32_precision == "tf32"
+                assert settings.fp32_precision == cpu.fp32_precision == "ieee"
+            assert settings.fp32_precision == "tf32" and cpu.fp32_precision == "bf16"
     finally:
         torch.set_float32_matmul_precision(before[0])
         settings.allow_bf16_reduced_precision_reduction = before[1]
