@@ -65,11 +65,12 @@ class Llama:
 
 TINYLLAMA = Llama(hidden=2048, intermediate=5632, heads=32, kv_heads=4, vocab=32000)
 LLAMA2_7B = Llama(hidden=4096, intermediate=11008, heads=32, kv_heads=32, vocab=32000)
+LLAMA3_8B = Llama(hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=128256)
 
 
-def cached_llama(layers: int = 22, shards: int = 5) -> Path:
-    """Return the directory of a TinyLlama-shaped bf16 base model, writing it if it is not there yet."""
-    return _cached(f"llama-h{TINYLLAMA.hidden}-l{layers}-s{shards}", write_llama, layers, shards)
+def cached_llama(layers: int = 22, shards: int = 5, shape: Llama = TINYLLAMA) -> Path:
+    """Return the directory of a Llama-shaped bf16 base model, writing it if it is not there yet."""
+    return _cached(f"llama-h{shape.hidden}-l{layers}-s{shards}", write_llama, layers, shards, shape)
 
 
 def cached_nf4(layers: int = 22, shards: int = 5) -> Path:
@@ -89,14 +90,14 @@ def cached_adapter(layers: int = 22, rank: int = 16, shape: Llama = TINYLLAMA, d
     return _cached(name, write_adapter, layers, rank, shape, dtype)
 
 
-def write_llama(directory: Path, layers: int = 22, shards: int = 5) -> None:
-    """Write a TinyLlama-shaped bf16 model as a sharded Hugging Face directory."""
+def write_llama(directory: Path, layers: int = 22, shards: int = 5, shape: Llama = TINYLLAMA) -> None:
+    """Write a Llama-shaped bf16 model as a sharded Hugging Face directory."""
     rng = np.random.default_rng(SEED)
 
-    def fill(name: str, shape: Shape) -> np.ndarray:
-        return np.ones(shape, np.float32) if name.endswith("norm.weight") else _normal(rng, shape, WEIGHT_STD)
+    def fill(name: str, sizes: Shape) -> np.ndarray:
+        return np.ones(sizes, np.float32) if name.endswith("norm.weight") else _normal(rng, sizes, WEIGHT_STD)
 
-    shapes = TINYLLAMA.weights(layers)
+    shapes = shape.weights(layers)
     total_size = sum(prod(shape) for shape in shapes.values()) * ITEM_SIZE["BF16"]
     directory.mkdir(parents=True)
     weight_map: dict[str, str] = {}
@@ -106,7 +107,7 @@ def write_llama(directory: Path, layers: int = 22, shards: int = 5) -> None:
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     _write_json(directory / "model.safetensors.index.json", index)
-    _write_json(directory / "config.json", _llama_config(TINYLLAMA, layers))
+    _write_json(directory / "config.json", _llama_config(shape, layers))
 
 
 def write_adapter(

@@ -1,7 +1,8 @@
 """Merge an adapter as PEFT's documentation does: `peft_merge.py BASE ADAPTER OUTPUT MAX_SHARD_SIZE [HOW]`.
 
-HOW is for a 4-bit base: `requantize` is what PEFT's merge does, `dequantize` makes the model 16-bit before. There the
-tensors are saved by safetensors, since transformers 5.23 cannot save what it loaded in 4 bits (NotImplementedError).
+HOW names a device for a 16-bit base. For a 4-bit one `requantize` is what PEFT's merge does, `dequantize` makes the
+model 16-bit before; there the tensors are saved by safetensors, since transformers 5.23 cannot save what it loaded in
+4 bits (NotImplementedError).
 """
 
 import sys
@@ -12,12 +13,14 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-base, adapter, output, max_shard_size, *how = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map="cpu" if how else None)
-if how == ["dequantize"]:
+base, adapter, output, max_shard_size, *more = sys.argv[1:]
+how = more[0] if more else None
+quantized = how in ("requantize", "dequantize")
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map="cpu" if quantized else how)
+if how == "dequantize":
     model = model.dequantize()
 merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-if how:
+if quantized:
     Path(output).mkdir()
     save_file(merged.state_dict(), Path(output) / "model.safetensors")
 else:
