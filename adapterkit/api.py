@@ -40,6 +40,7 @@ def plan_merge(
     quantize: str | None = None,
     rounding: str = "nearest",
     seed: int = 0,
+    calibration: AnyPath | None = None,
     original: AnyPath | None = None,
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
@@ -52,9 +53,9 @@ def plan_merge(
     with its weight. Without `out`, `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is
     bf16, fp16 or fp32; by default every tensor keeps its own. A quantized base is dequantized, unless `quantize` is
     nf4, fp4, int8 or same; where that keeps less than half of the update, running the plan raises LossError unless
-    `accept_loss`; `rounding` is nearest, stochastic (by `seed`) or compensated (see `quant.choose`). `original` is the
-    16-bit model that a quantized base was made from, to be checked and merged into. Raises what is listed in
-    `adapterkit.errors`.
+    `accept_loss`. `rounding` is nearest, stochastic (by `seed`) or compensated (see `quant.choose`), the last also by
+    `calibration`, a text file over which running the plan first runs the base. `original` is the 16-bit model that a
+    quantized base was made from, to be checked and merged into. Raises what is listed in `adapterkit.errors`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -76,6 +77,7 @@ def plan_merge(
     return make_plan(
         checkpoint, given, target, dtype=dtype, quantize=quantize, rounding=Rounding(rounding, seed),
         original=sixteen, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial,
+        calibration=_text(calibration, rounding),
     )  # fmt: skip
 
 
@@ -91,6 +93,7 @@ def merge(
     quantize: str | None = None,
     rounding: str = "nearest",
     seed: int = 0,
+    calibration: AnyPath | None = None,
     original: AnyPath | None = None,
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
@@ -103,8 +106,8 @@ def merge(
     """Merge in one call: `plan_merge`, then `run` to its end."""
     plan = plan_merge(
         base, adapters, out, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype, quantize=quantize,
-        rounding=rounding, seed=seed, original=original, accept_loss=accept_loss, rename=rename,
-        allow_partial=allow_partial, overwrite=overwrite,
+        rounding=rounding, seed=seed, calibration=calibration, original=original, accept_loss=accept_loss,
+        rename=rename, allow_partial=allow_partial, overwrite=overwrite,
     )  # fmt: skip
     *_, result = run(plan, threads=threads, report=report, device=device)
     assert isinstance(result, Merged)
@@ -120,6 +123,7 @@ def plan_quantize(
     nested: bool = False,
     rounding: str = "nearest",
     seed: int = 0,
+    calibration: AnyPath | None = None,
     overwrite: bool = False,
 ) -> MergePlan:
     """Plan `base` with its linear layers quantized to nf4, fp4 or int8, as transformers and bitsandbytes store them.
@@ -137,7 +141,8 @@ def plan_quantize(
     target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base, to)
     _check_apart(target, checkpoint, [])
     check_output(target, overwrite)
-    return make_quantize_plan(checkpoint, Quantize(to, blocksize, nested, Rounding(rounding, seed)), target)
+    how = Quantize(to, blocksize, nested, Rounding(rounding, seed))
+    return make_quantize_plan(checkpoint, how, target, _text(calibration, rounding))
 
 
 def quantize(
@@ -149,14 +154,16 @@ def quantize(
     nested: bool = False,
     rounding: str = "nearest",
     seed: int = 0,
+    calibration: AnyPath | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     device: str = "auto",
 ) -> Merged:
     """Quantize in one call: `plan_quantize`, then `run` to its end."""
     plan = plan_quantize(
-        base, out, to=to, blocksize=blocksize, nested=nested, rounding=rounding, seed=seed, overwrite=overwrite
-    )
+        base, out, to=to, blocksize=blocksize, nested=nested, rounding=rounding, seed=seed, calibration=calibration,
+        overwrite=overwrite,
+    )  # fmt: skip
     *_, result = run(plan, threads=threads, device=device)
     assert isinstance(result, Merged)
     return result
@@ -189,6 +196,17 @@ def _check_rounding(rounding: str, seed: int, quantized: bool) -> None:
         raise UsageError(f"seed {seed}: expected a whole number from 0 to 2^63 - 1")
     if seed and rounding != "stochastic":
         raise UsageError("only stochastic rounding has a seed")
+
+
+def _text(calibration: AnyPath | None, rounding: str) -> Path | None:
+    if calibration is None:
+        return None
+    if rounding != "compensated":
+        raise UsageError("a calibration text is for compensated rounding")
+    path = Path(calibration).expanduser()
+    if not path.is_file():
+        raise UsageError(f"{path}: expected a text file to calibrate with")
+    return path
 
 
 def _name_apart(given: list[Given]) -> list[Given]:

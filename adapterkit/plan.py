@@ -136,6 +136,7 @@ class MergePlan:
     notes: tuple[str, ...] = ()
     dtype: str | None = None
     accept_loss: bool = False  # of an update that quantizing erases
+    calibration: Path | None = None  # a text, for compensated rounding
 
     @property
     def bytes_to_write(self) -> int:

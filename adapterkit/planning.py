@@ -115,7 +115,7 @@ class _Draft:
             dtype = float_dtype(self.base.config, self.base.tensors)
             self.config["quantization_config"] = how.declaration(dtype)
 
-    def plan(self, out: Path, given: Sequence[Given], accept_loss: bool) -> MergePlan:
+    def plan(self, out: Path, given: Sequence[Given]) -> MergePlan:
         """Lay out every file."""
         base = self.base
         _, left_out = base.other_files()
@@ -129,7 +129,7 @@ class _Draft:
         weight_map = {name: file.name for file in files for name in file.tensors}
         return MergePlan(
             base, out, tuple(given), files, self.config, weight_map, self.ledger, tuple(self.skipped),
-            tuple(dict.fromkeys(self.notes)), self.dtype, accept_loss,
+            tuple(dict.fromkeys(self.notes)), self.dtype,
         )  # fmt: skip
 
 
@@ -141,6 +141,7 @@ def make_plan(
     dtype: str | None = None,
     quantize: str | None = None,
     rounding: Rounding = NEAREST,
+    calibration: Path | None = None,
     original: Checkpoint | None = None,
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
@@ -149,8 +150,8 @@ def make_plan(
     """Plan `base + Σ weight · adapter`, written to `out`, from headers only.
 
     A quantized base is dequantized, unless `quantize` names a kind of `quant.KINDS`, or "same". With the `original` it
-    was made from, that is merged into instead. Raises FitError where
-    anything of an adapter has no place, has two, or does not fit in shape, rank or dtype.
+    was made from, that is merged into instead. Raises FitError where anything of an adapter has no place, has two, or
+    does not fit in shape, rank or dtype.
     """
     if not given:
         raise UsageError("no adapter given: there is nothing to merge")
@@ -169,10 +170,10 @@ def make_plan(
             draft.config["quantization_config"] = base.config.get("quantization_config")
     if dtype is not None:
         draft.convert(dtype)
-    return draft.plan(out, given, accept_loss)
+    return replace(draft.plan(out, given), accept_loss=accept_loss, calibration=calibration)
 
 
-def plan_quantize(base: Checkpoint, how: Quantize, out: Path) -> MergePlan:
+def plan_quantize(base: Checkpoint, how: Quantize, out: Path, calibration: Path | None = None) -> MergePlan:
     """Plan `base` with its linear layers quantized, written to `out`. Raises FitError where they are already."""
     draft = _Draft.of(base)
     if draft.schemes or base.quantization:
@@ -180,7 +181,7 @@ def plan_quantize(base: Checkpoint, how: Quantize, out: Path) -> MergePlan:
     draft.quantize(how)
     if not draft.packings:
         raise FitError(f"{base.path}: holds no linear layer to quantize")
-    return draft.plan(out, (), False)
+    return replace(draft.plan(out, ()), calibration=calibration)
 
 
 # --- tied embeddings -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -97,6 +97,12 @@ def run(
     threads = threads or default_threads()
     check_device(plan, device, threads)
     _check_space(plan)
+    if plan.calibration is not None:
+        from adapterkit.calibration import calibrated
+
+        with calibrated(plan) as plan:
+            yield from run(replace(plan, calibration=None), threads=threads, report=report, device=device)
+        return
     with staged(plan.out, directory=plan.base.is_directory) as building:
         state = _Run(plan, building, threads, report, device)
         yield from state.tensors()

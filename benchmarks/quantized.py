@@ -87,7 +87,9 @@ def perplexity_table(work: Path, folder: Path, samples: int) -> str:
     """Perplexity of every way to use an adapter trained on 16 bits with a base in NF4."""
     texts = {"WikiSQL, the adapter's own": wikisql(folder, samples), "GSM8K": gsm8k(folder, samples)}
     lines = [f"| SmolLM2-135M + an adapter for WikiSQL | {' | '.join(texts)} |", "|---|" + "--:|" * len(texts)]
-    for name, load in ways_to_load(work):
+    calibration = work / "calibration.txt"  # of other texts than those that are measured
+    calibration.write_text("\n\n".join(wikisql(folder, 2 * samples)[samples:] + gsm8k(folder, 4 * samples)[samples:]))
+    for name, load in ways_to_load(work, calibration):
         model = load()
         cells = [f"{perplexity(model, kind):.3f}" for kind in texts.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -98,7 +100,7 @@ def perplexity_table(work: Path, folder: Path, samples: int) -> str:
     )
 
 
-def ways_to_load(work: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+def ways_to_load(work: Path, calibration: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each model's name, and what makes it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -124,11 +126,13 @@ def ways_to_load(work: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "NF4 base + adapter, merged to 16 bits by adapterkit", lambda: load(merged(base))
     yield "the same onto the original", lambda: load(merged(base, original=BASE))
     yield "merged and requantized by PEFT", lambda: peft(base, merge=True)
-    for how in ROUNDINGS:
-        again = {"quantize": "same", "rounding": how, "accept_loss": True}
-        yield f"merged and requantized by adapterkit, {how}", lambda again=again: load(merged(base, **again))
+    roundings: dict[str, dict[str, Any]] = {how: {"rounding": how} for how in ROUNDINGS}
+    roundings["calibrated"] = {"rounding": "compensated", "calibration": calibration}
+    for name, how in roundings.items():
+        again = how | {"quantize": "same", "accept_loss": True}
+        yield f"merged and requantized by adapterkit, {name}", lambda again=again: load(merged(base, **again))
         onto = again | {"original": BASE}
-        yield f"onto the original and quantized, {how}", lambda onto=onto: load(merged(base, **onto))
+        yield f"onto the original and quantized, {name}", lambda onto=onto: load(merged(base, **onto))
 
 
 def wikisql(folder: Path, samples: int) -> list[str]:

@@ -35,6 +35,7 @@ ENOUGH_KEPT = 0.9
 @click.option("--quantize", type=click.Choice([*KINDS, "same"]), help="Quantize the output; by default it is not.")
 @click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", help="How to quantize what is in between.")
 @click.option("--seed", type=int, default=0, help="Of stochastic rounding.")
+@click.option("--calibration", metavar="TEXT", help="For compensated rounding, by what this file makes the layers see.")
 @click.option("--original", metavar="BASE16", help="Merge into BASE16 instead, checked to be what BASE was made from.")
 @click.option("--accept-loss", is_flag=True, help="Even where quantizing erases more than half of the update.")
 @click.option("--map", "rename", metavar="OLD=NEW", help="Rename parts of the adapter's module names.")
@@ -49,9 +50,9 @@ ENOUGH_KEPT = 0.9
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 def merge_command(
     base: str, adapters: tuple[str, ...], output: str | None, scale: float, alpha: float | None,
-    scaling: float | None, dtype: str | None, quantize: str | None, rounding: str, seed: int, original: str | None,
-    accept_loss: bool, rename: str | None, device: str, threads: int | None, dry_run: bool, report: bool,
-    allow_partial: bool, overwrite: bool, as_json: bool,
+    scaling: float | None, dtype: str | None, quantize: str | None, rounding: str, seed: int, calibration: str | None,
+    original: str | None, accept_loss: bool, rename: str | None, device: str, threads: int | None, dry_run: bool,
+    report: bool, allow_partial: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Merge one or several adapters into BASE: W + Σ weight · scaling · B·A, summed in fp32 and rounded once.
 
@@ -62,8 +63,9 @@ def merge_command(
         raise UsageError("--report measures a merge, --dry-run makes none: give one of them")
     plan = api.plan_merge(
         base, [_weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
-        quantize=quantize, rounding=rounding, seed=seed, original=original, accept_loss=accept_loss,
-        rename=parse_rename(rename) if rename else None, allow_partial=allow_partial, overwrite=overwrite,
+        quantize=quantize, rounding=rounding, seed=seed, calibration=calibration, original=original,
+        accept_loss=accept_loss, rename=parse_rename(rename) if rename else None, allow_partial=allow_partial,
+        overwrite=overwrite,
     )  # fmt: skip
     for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
         print(f"note: {note}", file=sys.stderr)

@@ -23,20 +23,22 @@ from adapterkit.stream import default_threads
 @click.option("--nested", is_flag=True, help="Quantize the scales too (double quantization).")
 @click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", help="How to quantize what is in between.")
 @click.option("--seed", type=int, default=0, help="Of stochastic rounding.")
+@click.option("--calibration", metavar="TEXT", help="For compensated rounding, by what this file makes the layers see.")
 @click.option("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
 @click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def quantize_command(
-    base: str, output: str | None, to: str, blocksize: str, nested: bool, rounding: str, seed: int, device: str,
-    threads: int | None, overwrite: bool, as_json: bool,
+    base: str, output: str | None, to: str, blocksize: str, nested: bool, rounding: str, seed: int,
+    calibration: str | None, device: str, threads: int | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize the linear layers of BASE as bitsandbytes does, a few rows at a time; everything else stays.
 
     transformers loads the output like one that it quantized itself.
     """
     plan = api.plan_quantize(
-        base, output, to=to, blocksize=int(blocksize), nested=nested, rounding=rounding, seed=seed, overwrite=overwrite
+        base, output, to=to, blocksize=int(blocksize), nested=nested, rounding=rounding, seed=seed,
+        calibration=calibration, overwrite=overwrite,
     )  # fmt: skip
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -319,6 +319,7 @@ class Packer4bit(Packer):
         self.order = self.code.argsort()
         self.absmax = torch.empty(-(-self.count // packing.blocksize))
         self.restored = self.absmax  # as a reader finds it: after nesting another
+        self.shares = packing.rounding.read_shares()
 
     def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         import torch
@@ -328,8 +329,8 @@ class Packer4bit(Packer):
         self.absmax[at // size : at // size + len(absmax)] = absmax.cpu()
         unit = scaled if self.packing.rounding.kind == "nearest" else absmax.repeat_interleave(size)[: len(scaled)]
         code, order = self.code[self.order].to(rows.device), self.order.to(rows.device, torch.uint8)
-        index = choose(scaled.view_as(rows), unit.view_as(rows), code, self.packing.rounding, at).reshape(-1)
-        nibbles = order.index_select(0, index)
+        index = choose(scaled.view_as(rows), unit.view_as(rows), code, self.packing.rounding, at, self.shares)
+        nibbles = order.index_select(0, index.reshape(-1))
         if len(nibbles) % 2:
             nibbles = torch.cat([nibbles, self.zero.to(rows.device)])
         both = nibbles.view(torch.int16)  # the first of two in the low byte

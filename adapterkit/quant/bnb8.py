@@ -112,6 +112,7 @@ class Packer8bit(Packer):
         import torch
 
         self.scale, self.rounding = torch.empty(packing.shape[0]), packing.rounding
+        self.shares = packing.rounding.read_shares()
 
     def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         import torch
@@ -125,7 +126,7 @@ class Packer8bit(Packer):
             return torch.round(scaled).to(torch.int8).view(-1).view(torch.uint8)
         unit = (scale / 127)[:, None].expand_as(scaled)
         code = torch.arange(-127.0, 128.0, device=rows.device)
-        index = choose(scaled, unit, code, self.rounding, first * rows.shape[1])
+        index = choose(scaled, unit, code, self.rounding, first * rows.shape[1], self.shares)
         return (index - 127).to(torch.int8).reshape(-1).view(torch.uint8)
 
     def finish(self) -> list[bytes]:

@@ -1,8 +1,9 @@
 """Which code to take for a weight between two of them.
 
 `nearest` has the least error. `stochastic` takes one of the two neighbours by chance, the nearer the likelier: an
-update smaller than a step then survives on average, as noise. `compensated` adds each weight's error to the next one of
-its row before that is rounded (GPTQ, arXiv 2210.17323, with nothing known of the inputs): a row keeps its sum.
+update smaller than a step then survives on average, as noise. `compensated` makes up for each weight's error in those
+of its row that are rounded later: with nothing known of the inputs in the next one, so that a row keeps its sum; with a
+calibration (see `calibration.py`) in all of them, so that what the row computes changes least (GPTQ, arXiv 2210.17323).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from zlib import crc32
+
+from adapterkit.tensorfile import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -20,24 +23,36 @@ ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """One of `ROUNDINGS`, and the seed of its chance."""
+    """One of `ROUNDINGS`; the seed of its chance; where calibrated, what shares of an error later columns take over."""
 
     kind: str = "nearest"
     seed: int = 0
+    shares: TensorInfo | None = None
 
     def of(self, name: str) -> Rounding:
         """The same, by a seed of weight `name`'s own."""
         return Rounding(self.kind, self.seed ^ crc32(name.encode()))
 
+    def read_shares(self) -> torch.Tensor | None:
+        """The shares in memory, if there are any."""
+        return None if self.shares is None else self.shares.read()
+
 
 NEAREST = Rounding()
 
 
-def choose(scaled: torch.Tensor, unit: torch.Tensor, code: torch.Tensor, rounding: Rounding, at: int) -> torch.Tensor:
+def choose(
+    scaled: torch.Tensor,
+    unit: torch.Tensor,
+    code: torch.Tensor,
+    rounding: Rounding,
+    at: int,
+    shares: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The int32 index of a code for each of `scaled (rows, columns)`.
 
     `unit`, of the same shape, is what 1 is worth there; `code` is sorted; `at` says how many elements of the weight
-    came before, so that chance does not depend on how it is divided.
+    came before, so that chance does not depend on how it is divided; `shares` are those of `rounding`, read.
     """
     bounds = (code[:-1] + code[1:]) / 2
     if rounding.kind == "nearest":
@@ -45,7 +60,7 @@ def choose(scaled: torch.Tensor, unit: torch.Tensor, code: torch.Tensor, roundin
     if rounding.kind == "compensated":
         from adapterkit.quant.carry import carry_errors
 
-        return carry_errors(scaled, unit, code, bounds)
+        return carry_errors(scaled, unit, code, bounds, shares)
     below = (search(scaled, code, right=True) - 1).clamp_(0, len(code) - 2)
     gap = code[below + 1] - code[below]
     up = (scaled - code[below]) > gap * chance(scaled.numel(), rounding.seed, at, scaled.device).view_as(scaled)

@@ -1,0 +1,160 @@
+"""Compensated rounding that knows the inputs: what a text makes the linear layers see (GPTQ, arXiv 2210.17323).
+
+Rounding W to Q changes what a layer computes by `‖(W − Q)·X‖`, so by `H = Σ x·xᵀ` over its inputs. With U the upper
+Cholesky factor of H⁻¹, column j's error times `U[j, k] / U[j, j]` is taken off each later column k: its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from adapterkit.errors import FitError, UsageError
+from adapterkit.plan import Edit, MergePlan
+from adapterkit.tensorfile import TensorInfo, read_header
+
+SPAN = 2048  # columns that share their errors, at most: H of more would not fit memory
+TOKENS = 512  # of one forward pass
+PASSES = 64  # at most
+DAMPING = 0.01  # of the mean of H's diagonal, as the paper has it
+
+
+@contextmanager
+def calibrated(plan: MergePlan) -> Iterator[MergePlan]:
+    """`plan` with the shares that its calibration text gives, which are on disk as long as this lasts.
+
+    The base is run whole, by transformers. Raises UsageError where that is not installed or the text has too little in
+    it, FitError where the base does not load or lacks a layer that is to be rounded.
+    """
+    edits = {edit.name: edit for file in plan.files for edit in file.edits if edit.packing}
+    with TemporaryDirectory(prefix="adapterkit-") as folder:
+        shares = _measure(plan, edits, Path(folder))
+        files = [replace(file, edits=tuple(_with(edit, shares) for edit in file.edits)) for file in plan.files]
+        yield replace(plan, files=tuple(files))
+
+
+def _with(edit: Edit, shares: dict[str, TensorInfo]) -> Edit:
+    if edit.name not in shares:
+        return edit
+    packing: Any = edit.packing
+    return replace(edit, packing=replace(packing, rounding=replace(packing.rounding, shares=shares[edit.name])))
+
+
+def _measure(plan: MergePlan, edits: dict[str, Edit], folder: Path) -> dict[str, TensorInfo]:
+    """Run the base over the text, and write the shares of every edited weight into `folder`."""
+    assert plan.calibration is not None
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    except ImportError as error:
+        raise UsageError("a calibration runs the model: install adapterkit[train]") from error
+    text = plan.calibration.read_text("utf-8", "replace")
+    base = plan.base.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        with _no_progress_bar():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                base, dtype="auto", device_map="cpu", use_safetensors=True
+            )
+    except (OSError, ValueError) as error:
+        raise FitError(f"{base}: transformers cannot run it on the calibration text: {error}") from error
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(ids) < 2:
+        raise UsageError(f"{plan.calibration}: holds {len(ids)} tokens, from which there is nothing to learn")
+    seen = _Seen()
+    for name in edits:
+        _module(model, name).register_forward_pre_hook(seen.hook(name))
+    with torch.no_grad():
+        for batch in ids.split(TOKENS)[:PASSES]:
+            seen.last = None
+            model(batch[None], logits_to_keep=1)
+    del model
+    written: dict[int, TensorInfo] = {}
+    for name in edits:
+        H = seen.moments.get(name)
+        if H is None:
+            raise FitError(f"{name}: the text never reaches that layer; calibrate with more of it, or without")
+        if id(H) not in written:
+            file = folder / f"{len(written)}.safetensors"
+            save_file({"shares": shares_of(H)}, file)
+            written[id(H)] = read_header(file).tensors["shares"]
+    return {name: written[id(seen.moments[name])] for name in edits}
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one of its own while it loads a model."""
+    import transformers.utils.logging
+
+    logging: Any = transformers.utils.logging
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+def _module(model: nn.Module, weight: str) -> nn.Module:
+    """The layer that a tensor of the checkpoint is the weight of; a checkpoint may lack the model's first names."""
+    wanted = weight.removesuffix(".weight")
+    found = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{wanted}")]
+    if len(found) != 1:
+        raise FitError(f"{weight}: the model that transformers builds has {len(found)} layers of that name")
+    return model.get_submodule(found[0])
+
+
+class _Seen:
+    """`Σ x·xᵀ` of the inputs of layers, by weight; layers that get the very same tensor share one."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, torch.Tensor] = {}
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and where it was added up
+
+    def hook(self, name: str) -> Any:
+        """What adds up the inputs of the layer of weight `name` when it is called."""
+
+        def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0]
+            if self.last is not None and self.last[0] is x:
+                self.moments[name] = self.last[1]
+                return
+            rows = x.detach().reshape(-1, x.shape[-1]).float()
+            spans = spans_of(rows.shape[1])
+            width = spans[0][1]
+            total = self.moments.get(name)
+            if total is None:
+                total = self.moments[name] = torch.zeros(len(spans), width, width)
+            for part, (start, stop) in zip(total, spans, strict=True):
+                inside = rows[:, start:stop]
+                part[: stop - start, : stop - start].addmm_(inside.T, inside)
+            self.last = (x, total)
+
+        return add
+
+
+def spans_of(columns: int) -> list[tuple[int, int]]:
+    """Columns in as few spans of equal width as `SPAN` allows; the last may be narrower."""
+    count = -(-columns // SPAN)
+    width = -(-columns // count)
+    return [(start, min(columns, start + width)) for start in range(0, columns, width)]
+
+
+def shares_of(moments: torch.Tensor) -> torch.Tensor:
+    """`U[j, k] / U[j, j]` for k > j, float32 `(columns, width)`, from `H (spans, width, width)`."""
+    found = []
+    for H in moments.double():
+        diagonal = H.diagonal()
+        diagonal[diagonal == 0] = 1.0  # of inputs that were never there
+        diagonal += DAMPING * diagonal.mean()
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+        found.append((upper / upper.diagonal()[:, None]).triu(1).float())
+    return torch.cat(found)
