@@ -62,11 +62,8 @@ def choose(wanted: str, plan: MergePlan, threads: int) -> Place:
     number = int(wanted.partition(":")[2] or 0) if wanted != "auto" else 0
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if number >= found:
-        why = (
-            "this torch was built without CUDA"
-            if not torch.version.cuda and not torch.version.hip
-            else "see nvidia-smi"
-        )
+        built = torch.version.cuda or torch.version.hip
+        why = "see nvidia-smi" if built else "it was built without CUDA"
         raise UsageError(f"device {wanted}: torch finds {found} GPUs here ({why}); use cpu or auto")
     return Place(torch.device("cuda", number), GPU_CHUNK)
 
@@ -79,11 +76,9 @@ def _gains(plan: MergePlan, threads: int) -> bool:
 
 def _cpu_seconds(edit: Edit) -> float:
     rows, columns = edit.matrix
-    flops = (
-        2 * rows * columns * sum(delta.weights.rank * (3 if delta.weights.magnitude else 1) for delta in edit.deltas)
-    )
+    ranks = sum(delta.weights.rank * (3 if delta.weights.magnitude else 1) for delta in edit.deltas)
     packing = rows * columns / PACK_ELEMENTS[edit.packing.rounding.kind] if edit.packing else 0.0
-    return flops / CPU_FLOPS + packing
+    return 2 * rows * columns * ranks / CPU_FLOPS + packing
 
 
 @contextmanager

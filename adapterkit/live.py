@@ -321,7 +321,7 @@ def _dense(layer: nn.Module) -> nn.Linear:
 
 
 def _from_4bit(weight: Any) -> torch.Tensor:
-    """The weight of a Linear4bit; bitsandbytes' own kernel is wrong where blocks straddle rows (see tests)."""
+    """The weight of a Linear4bit; bitsandbytes' CPU kernel is wrong where blocks straddle rows (see tests)."""
     state, stored = weight.quant_state, weight.data
     if getattr(state, "packing_format_for_cpu", False):  # rearranged for its CPU kernels
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -331,9 +331,12 @@ def _from_4bit(weight: Any) -> torch.Tensor:
     if state.nested:
         scales = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: absmax.numel()]
         absmax = state.state2.code[absmax.int()] * scales + state.offset
-    raw = stored.reshape(-1).view(torch.uint8)
-    values = bnb4.dequantize(raw, absmax.float(), bnb4.pair_table(state.code), state.blocksize)
-    return values[: prod(state.shape)].view(state.shape).to(state.dtype)
+    raw, count = stored.reshape(-1).view(torch.uint8), prod(state.shape)
+    if raw.is_cuda and bnb4.has_kernels():
+        values = bnb4.kernel(raw, absmax.float(), state.blocksize, state.quant_type, count, state.dtype)
+    else:
+        values = bnb4.dequantize(raw, absmax.float(), bnb4.pair_table(state.code), state.blocksize)
+    return values[:count].view(state.shape).to(state.dtype)
 
 
 def _set(model: nn.Module, path: str, layer: nn.Module) -> None:
