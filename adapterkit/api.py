@@ -67,7 +67,7 @@ def plan_merge(
     if accept_loss and quantize is None:
         raise UsageError("only a quantized output can lose an update: accept_loss goes with quantize")
     checkpoint = open_checkpoint(resolve(base), hub_id(base))
-    given = _name_apart([_open(entry, scale, alpha, scaling) for entry in adapters])
+    given = open_adapters(adapters, scale, alpha, scaling)
     sixteen = None if original is None else open_checkpoint(resolve(original), hub_id(original))
     named = (sixteen, original) if sixteen and original is not None else (checkpoint, base)
     target = Path(out).expanduser() if out is not None else _default_output(*named, "merged")
@@ -167,6 +167,16 @@ def quantize(
     *_, result = run(plan, threads=threads, device=device)
     assert isinstance(result, Merged)
     return result
+
+
+def open_adapters(
+    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
+    scale: float = 1.0,
+    alpha: float | None = None,
+    scaling: float | None = None,
+) -> list[Given]:
+    """Adapters as they are given to a call, opened, with names that tell them apart."""
+    return _name_apart([_open(entry, scale, alpha, scaling) for entry in adapters])
 
 
 def _open(

@@ -25,13 +25,13 @@ def write_companions(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
     for file in keep:
         if str(file) not in ("README.md", RECORD):
             _copy_file(plan.base.path, file, folder)
-    _write(folder / RECORD, _json(record(plan, hashes)))
-    _write(folder / "README.md", card(plan, hashes))
+    write_json(folder / RECORD, record(plan, hashes))
+    write_text(folder / "README.md", card(plan, hashes))
     if plan.base.index is not None:
         index = {"metadata": {"total_size": total_size(plan)}, "weight_map": dict(sorted(plan.weight_map.items()))}
-        _write(folder / plan.base.index.name, _json(index))
+        write_json(folder / plan.base.index.name, index)
     if (plan.base.path / CONFIG).is_file():
-        _write(folder / CONFIG, _json(plan.config))
+        write_json(folder / CONFIG, plan.config)
 
 
 def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
             {
                 "name": one.label,
                 "weight": one.weight,
-                "base_model": _hub_id(one.adapter.base_model),
+                "base_model": public_name(one.adapter.base_model),
                 "files": hashes[one.label],
             }
             for one in plan.given
@@ -58,7 +58,7 @@ def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
 
 def card(plan: MergePlan, hashes: Hashes) -> str:
     """The model card: YAML that the Hub reads, then what was merged into what, with file hashes."""
-    known = [_hub_id(plan.base.name), *(_hub_id(one.adapter.base_model) for one in plan.given)]
+    known = [public_name(plan.base.name), *(public_name(one.adapter.base_model) for one in plan.given)]
     bases = dict.fromkeys(name for name in known if name)
     lines = ["---"]
     if len(bases) == 1:
@@ -94,7 +94,7 @@ def _weighted(one: Given) -> str:
     return one.label if one.weight == 1 else f"{one.weight:g} · {one.label}"
 
 
-def _hub_id(name: str | None) -> str | None:
+def public_name(name: str | None) -> str | None:
     """`name` where it is a Hub id; a local path, which would leak directory names, is none."""
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") else None
 
@@ -111,11 +111,13 @@ def _copy_file(base: Path, file: Path, folder: Path) -> None:
     flush(target)
 
 
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object and flush it to the disk."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write `text` and flush it to the disk."""
     with open(file, "w", encoding="utf-8", errors="backslashreplace") as stream:  # paths need not be UTF-8
         stream.write(text)
         stream.flush()

@@ -1,4 +1,4 @@
-"""Exact algebra on low-rank factors: `Δ = scaling · B · A` is never formed as an out×in matrix.
+"""Exact algebra on low-rank factors: `Δ = scaling · B · A` is never formed as an out×in matrix. CPU or GPU.
 
 With `B = Q_B R_B` and `Aᵀ = Q_A R_A`, `Δ = Q_B (scaling · R_B R_Aᵀ) Q_Aᵀ`: the singular values of Δ are those of the
 core between the two orthogonal factors, which is at most rank × rank. A Gram matrix in float32 would lose every value
@@ -17,6 +17,124 @@ import torch
 from adapterkit.adapter import LoraWeights
 
 Weights = LoraWeights[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`Δ = left · right`, float64: `left (…, out, rank)`, `right (…, rank, in)`; what comes before is a batch."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @classmethod
+    def of(cls, weights: Weights) -> Product:
+        """`B · A` without the scaling: a batch of as many as there are experts, one where they are not stacked."""
+        A, B = _by_expert(weights)
+        return cls(B.double(), A.double())
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[-1]
+
+    @property
+    def most(self) -> int:
+        """The greatest rank that a matrix of this shape can have."""
+        return min(self.left.shape[-2], self.right.shape[-1])
+
+    def times(self, factor: torch.Tensor | float) -> Product:
+        """`factor · Δ`, a number or one for each of the batch."""
+        if isinstance(factor, torch.Tensor):
+            factor = factor[..., None, None]
+        return Product(self.left * factor, self.right)
+
+    def padded(self, rank: int) -> Product:
+        """The same Δ with a rank that is higher in name: what is added is zero."""
+        more = rank - self.rank
+        left = torch.nn.functional.pad(self.left, (0, more))
+        return Product(left, torch.nn.functional.pad(self.right, (0, 0, 0, more)))
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """`Δ = U · diag(sigma) · Vᵀ`, float64: `U (…, out, k)`, `sigma (…, k)` largest first, `V (…, in, k)`."""
+
+    U: torch.Tensor
+    sigma: torch.Tensor
+    V: torch.Tensor
+
+    def __getitem__(self, index: slice) -> Decomposition:
+        """Some of the batch."""
+        return Decomposition(self.U[index], self.sigma[index], self.V[index])
+
+    def first(self, rank: int) -> Product:
+        """The best approximation of that rank (Eckart and Young, 1936), both factors of the same norm."""
+        root = self.sigma[..., :rank].sqrt()
+        return Product(self.U[..., :rank] * root[..., None, :], (self.V[..., :rank] * root[..., None, :]).mT)
+
+
+def added(products: Sequence[Product]) -> Product:
+    """The exact sum of Δs of one shape: factors side by side, ranks added up."""
+    return Product(
+        torch.cat([product.left for product in products], dim=-1),
+        torch.cat([product.right for product in products], dim=-2),
+    )
+
+
+def decompose(product: Product) -> Decomposition:
+    """The singular value decomposition of Δ, by way of its rank × rank core.
+
+    The sign of a pair of vectors is that by which the largest element of U's is positive, so that it does not depend on
+    the machine.
+    """
+    left, right = torch.linalg.qr(product.left), torch.linalg.qr(product.right.mT)
+    core = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
+    U, V = left.Q @ core.U, right.Q @ core.Vh.mT
+    largest = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
+    return Decomposition(U * sign, core.S, V * sign)
+
+
+def stacked(found: Sequence[Decomposition]) -> Decomposition:
+    """Decompositions of matrices of one shape as a batch; those with fewer values than others get zeros."""
+    width = max(one.sigma.shape[-1] for one in found)
+
+    def wide(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+
+    return Decomposition(*(torch.stack([wide(getattr(one, name)) for one in found]) for name in ("U", "sigma", "V")))
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How much of a Δ to keep: a rank, a share of `‖Δ‖_F²`, or all but a relative error `‖Δ − Δ'‖_F / ‖Δ‖_F`."""
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+
+    def rank_for(self, sigma: torch.Tensor, beyond: float = 0.0) -> int:
+        """The least rank, at least 1, that keeps so much of singular values `(k,)`, largest first.
+
+        `beyond` is the energy of those that are not known.
+        """
+        if self.rank is not None:
+            return max(1, min(self.rank, len(sigma)))
+        rest = tails(sigma) + beyond  # rest[k]: the energy that rank k leaves out
+        total = float(rest[0])
+        most = self.error**2 if self.error is not None else 1.0 - (self.energy or 1.0)
+        return max(1, int((rest > most * total).sum())) if total else 1
+
+
+def tails(sigma: torch.Tensor) -> torch.Tensor:
+    """`Σ_{i>k} σᵢ²` for k = 0 … len(sigma), added up from the smallest."""
+    squares = sigma.double().square()
+    return torch.cat([squares.flip(-1).cumsum(-1).flip(-1), squares.new_zeros(1)])
+
+
+def inner(one: Product, other: Product) -> torch.Tensor:
+    """`⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ)`, one for each of the batch."""
+    products: torch.Tensor = (one.left.mT @ other.left) * (one.right @ other.right.mT)
+    return products.sum(dim=(-2, -1))
 
 
 @dataclass(frozen=True, slots=True)

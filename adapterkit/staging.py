@@ -15,8 +15,9 @@ from pathlib import Path
 
 from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
 
-# In every directory that adapterkit makes; only such a directory may be replaced by --overwrite.
+# In every directory that adapterkit makes, one or the other; only such a directory may be replaced by --overwrite.
 RECORD = "adapterkit_merge.json"
+ADAPTER_RECORD = "adapterkit_adapter.json"
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -29,7 +30,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{out}: exists already. Choose another -o, or replace it with --overwrite.")
-    if out.is_dir() and not (out / RECORD).is_file():
+    if out.is_dir() and not any((out / name).is_file() for name in (RECORD, ADAPTER_RECORD)):
         raise OutputExistsError(
             f"{out}: was not made by adapterkit, so --overwrite will not delete it. Remove it first."
         )

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit import device, quant, stream
+from adapterkit.chance import chance
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.errors import FitError, FormatError, LossError, UsageError
 from adapterkit.quant import bnb4, bnb8
-from adapterkit.quant.choose import Rounding, chance, choose, search
+from adapterkit.quant.choose import Rounding, choose, search
 from adapterkit.quant.codes import CODES, dynamic_code
 from adapterkit.tensorfile import read_header
 

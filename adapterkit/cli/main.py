@@ -20,6 +20,8 @@ from adapterkit.version import __version__
 COMMANDS = {
     "inspect": ("inspect", "What an adapter is: rank, scaling, targets, norms, and what is wrong with it."),
     "merge": ("merge", "Merge adapters into a base model, streaming, rounded once."),
+    "combine": ("combine", "Combine adapters into one: exact sums, SVD, TIES, DARE, KnOTS and more."),
+    "resize": ("combine", "Change an adapter's rank, optimally, and say what that costs."),
     "quantize": ("quantize", "Quantize a base model to NF4, FP4 or LLM.int8, streaming."),
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from adapterkit import api
-from adapterkit.cli.running import DEVICE_HELP, files, run_with_bar, size
+from adapterkit.cli.running import DEVICE_HELP, files, run_with_bar, size, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
@@ -62,7 +62,7 @@ def merge_command(
     if dry_run and report:
         raise UsageError("--report measures a merge, --dry-run makes none: give one of them")
     plan = api.plan_merge(
-        base, [_weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
+        base, [weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
         quantize=quantize, rounding=rounding, seed=seed, calibration=calibration, original=original,
         accept_loss=accept_loss, rename=parse_rename(rename) if rename else None, allow_partial=allow_partial,
         overwrite=overwrite,
@@ -80,17 +80,6 @@ def merge_command(
     facts = _result_facts(plan, result, time.perf_counter() - began)
     _warn_of_loss(result, quantize)
     print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report, quantize is not None))
-
-
-def _weighted(text: str) -> tuple[str, float]:
-    """`path:0.7` as (path, 0.7); a path that exists as it is written wins."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or os.path.exists(text):
-        return text, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        return text, 1.0
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -43,3 +44,14 @@ def files(count: int) -> str:
 
 def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """`path:0.7` as (path, 0.7); a path that exists as it is written wins."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return text, 1.0

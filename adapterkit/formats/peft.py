@@ -301,7 +301,8 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
         return adapter.config
     ranks = {name: weights.rank for name, weights in adapter.modules.items()}
     alphas = {name: weights.scaling * weights.rank for name, weights in adapter.modules.items()}
-    if any(weights.kind == "experts" for weights in adapter.modules.values()):
+    parameters = adapter.config.get("target_parameters")
+    if not parameters and any(weights.kind == "experts" for weights in adapter.modules.values()):
         raise FitError("writing stacked experts needs the target_parameters of the original config")
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
@@ -313,7 +314,8 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": {_exactly(name): a for name, a in alphas.items() if a != alpha},
         "use_dora": any(weights.magnitude is not None for weights in adapter.modules.values()),
         "lora_bias": any(weights.bias is not None for weights in adapter.modules.values()),
-        "target_modules": sorted(adapter.modules),
+        "target_modules": sorted(name for name, weights in adapter.modules.items() if weights.kind != "experts"),
+        "target_parameters": parameters,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.replaced} - set(adapter.modules))
         or None,
         "trainable_token_indices": {name: list(rows) for name, (rows, _) in adapter.tokens.items()} or None,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from zlib import crc32
 
+from adapterkit.chance import chance, seed_for
 from adapterkit.tensorfile import TensorInfo
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Rounding:
 
     def of(self, name: str) -> Rounding:
         """The same, by a seed of weight `name`'s own."""
-        return Rounding(self.kind, self.seed ^ crc32(name.encode()))
+        return Rounding(self.kind, seed_for(self.seed, name))
 
     def read_shares(self) -> torch.Tensor | None:
         """The shares in memory, if there are any."""
@@ -65,16 +65,6 @@ def choose(
     gap = code[below + 1] - code[below]
     up = (scaled - code[below]) > gap * chance(scaled.numel(), rounding.seed, at, scaled.device).view_as(scaled)
     return below + up
-
-
-def chance(count: int, seed: int, at: int, device: torch.device | None = None) -> torch.Tensor:
-    """`count` float32 numbers in [0, 1), each a hash of its place `at …` and `seed` (SplitMix64's mixing)."""
-    import torch
-
-    x = torch.arange(at, at + count, device=device) * -7046029254386353131 + seed
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    return (x >> 40 & 0xFFFFFF).float() * 2.0**-24
 
 
 def search(values: torch.Tensor, edges: torch.Tensor, *, right: bool = False) -> torch.Tensor:

@@ -1,0 +1,115 @@
+"""What `import adapterkit` offers for adapters alone: combined and resized, without a base.
+
+>>> adapterkit.combine(["a", ("b", 0.3)], "out", method="svd", rank=16).error  # relative to the exact sum
+>>> adapterkit.resize("adapter", "out", energy=0.99)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from adapterkit.api import AnyAdapter, AnyPath, open_adapters
+from adapterkit.combining import Combined, ModuleDone, check_limit
+from adapterkit.combining import combine as run_combine
+from adapterkit.errors import UsageError
+from adapterkit.lowrank import Limit
+from adapterkit.newadapter import write_adapter
+from adapterkit.plan import Given
+from adapterkit.staging import check_output
+
+OnModule = Callable[[ModuleDone], None]
+
+
+def combine(
+    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
+    out: AnyPath,
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    options: Mapping[str, float | str] | None = None,
+    seed: int | None = None,
+    saved: str = "error",
+    overwrite: bool = False,
+    on_module: OnModule = lambda _: None,
+) -> Combined:
+    """Combine adapters, each alone or with its weight, into one that is written to `out`.
+
+    `method` is one of `methods.METHODS`, `options` are its own; `rank` or the least one that keeps `energy` of
+    `‖Δ‖_F²` truncates the result optimally; `seed` is that of dropped elements. `saved` says what to do with tensors
+    that several adapters hold whole: error, first or average. Raises UsageError and FitError before anything is
+    written.
+    """
+    if not adapters:
+        raise UsageError("no adapter given: there is nothing to combine")
+    target, given = Path(out).expanduser(), open_adapters(adapters)
+    limit = Limit(rank, energy) if rank is not None or energy is not None else None
+    _check(target, given, overwrite)
+    result = _finished(
+        run_combine(given, method, limit=limit, options=options, seed=seed, saved=saved), on_module
+    )  # fmt: skip
+    how = f"{method}{_of(limit)}{''.join(f', {name} {value}' for name, value in (options or {}).items())}"
+    _write(result, target, f"combined by {how}", given)
+    return result
+
+
+def resize(
+    adapter: AnyAdapter,
+    out: AnyPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    uniform: bool = False,
+    overwrite: bool = False,
+    on_module: OnModule = lambda _: None,
+) -> Combined:
+    """Change an adapter's rank: to `rank`, padding what has less, or module by module to what keeps enough.
+
+    Enough is `energy` of `‖Δ‖_F²`, or all but a relative `error`; `uniform` gives every module the greatest rank that
+    one of them needs.
+    """
+    if rank is None and energy is None and error is None:
+        raise UsageError("say how much to keep: a rank, an energy or an error")
+    if uniform and rank is not None:
+        raise UsageError("a rank is the same for every module already: uniform goes with energy or error")
+    limit = Limit(rank, energy, error)
+    check_limit(limit)
+    target, given = Path(out).expanduser(), open_adapters([adapter])
+    _check(target, given, overwrite)
+    if uniform:
+        needed = _finished(run_combine(given, "linear", limit=limit), lambda _: None)
+        limit = Limit(rank=max((row.rank for row in needed.modules), default=1))
+    result = _finished(run_combine(given, "linear", limit=limit, pad=limit.rank is not None), on_module)
+    _write(result, target, f"resized{_of(limit)}", given)
+    return result
+
+
+def _finished(steps: Iterator[ModuleDone | Combined], on_module: OnModule) -> Combined:
+    for step in steps:
+        if isinstance(step, Combined):
+            return step
+        on_module(step)
+    raise AssertionError("a combination ends with its result")
+
+
+def _check(out: Path, given: Sequence[Given], overwrite: bool) -> None:
+    for file in (file.resolve() for one in given for file in one.adapter.files):
+        if out.resolve() in (file, *file.parents):
+            raise UsageError(f"{out}: the output would replace the input {file}; choose another -o")
+    check_output(out, overwrite)
+
+
+def _of(limit: Limit | None) -> str:
+    """What a limit asks for, in words."""
+    if limit is None:
+        return ""
+    facts = {"rank": limit.rank, "energy": limit.energy, "error": limit.error}
+    return " to " + next(f"{name} {value}" for name, value in facts.items() if value is not None)
+
+
+def _write(result: Combined, out: Path, made: str, given: Sequence[Given]) -> None:
+    rows = {row.name: {"rank": row.rank, "error": row.error} for row in result.modules}
+    facts = {"relative_error": result.error, "modules": rows}
+    write_adapter(result.adapter, out, made, given, facts, result.notes)

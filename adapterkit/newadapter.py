@@ -1,0 +1,57 @@
+"""A new adapter on disk: all or nothing, with a record of what it was made from and a card."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adapterkit.adapter import Adapter
+from adapterkit.card import public_name, write_json, write_text
+from adapterkit.formats import save
+from adapterkit.plan import Given
+from adapterkit.staging import ADAPTER_RECORD, staged
+from adapterkit.version import __version__
+
+
+def write_adapter(
+    adapter: Adapter, out: Path, made: str, given: Sequence[Given], facts: Mapping[str, Any], notes: Sequence[str] = ()
+) -> None:
+    """Write `adapter` to the directory `out` as PEFT reads it; `made` says how, `facts` are for programs.
+
+    Raises OutputExistsError where there is something already that is not ours, NoSpaceError where the disk is full.
+    """
+    hashes = {one.label: {file.name: _digest(file) for file in one.adapter.files} for one in given}
+    with staged(out, directory=True) as folder:
+        save(adapter, folder)
+        sources = [{"name": one.label, "weight": one.weight, "files": hashes[one.label]} for one in given]
+        record = {"adapterkit": __version__, "made": made, "from": sources, **facts, "notes": list(notes)}
+        write_json(folder / ADAPTER_RECORD, record)
+        write_text(folder / "README.md", _card(adapter, made, given, hashes, notes))
+
+
+def _card(
+    adapter: Adapter, made: str, given: Sequence[Given], hashes: Mapping[str, Mapping[str, str]], notes: Sequence[str]
+) -> str:
+    """The adapter's card: YAML that the Hub reads, then what it was made from."""
+    base = public_name(adapter.base_model)
+    lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- adapterkit", "- lora"]
+    lines += [
+        "---",
+        "",
+        f"# {' + '.join(one.label for one in given)}",
+        "",
+        f"Made by adapterkit {__version__}: {made}.",
+    ]
+    lines += ["", "| from | weight | file | SHA-256 |", "| --- | --- | --- | --- |"]
+    for one in given:
+        lines += [f"| {one.label} | {one.weight:g} | {f} | `{digest}` |" for f, digest in hashes[one.label].items()]
+    if notes:
+        lines += ["", "Notes:", "", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
