@@ -105,7 +105,7 @@ POINTS = [
     ("stream._Run._part_done", 6),
     ("stream.write_companions", 1),
     ("card._copy_file", 1),
-    ("card._write", 3),
+    ("card.write_text", 3),
     ("staging._replace", 1),
 ]
 
@@ -226,7 +226,7 @@ def test_the_disk_fills_up_elsewhere(inputs: Path, monkeypatch: pytest.MonkeyPat
     assert nothing_left(inputs)
 
 
-@pytest.mark.parametrize("place", ["_copy_file", "_write"])
+@pytest.mark.parametrize("place", ["_copy_file", "write_text"])
 def test_the_disk_fills_up_at_the_end(inputs: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setattr(card, place, nth_call(getattr(card, place), 1, failing(FULL)))
     assert "No space left on device" in merge(inputs).message(6)
