@@ -1,4 +1,4 @@
-"""What `import adapterkit` offers for adapters alone: combined and resized, without a base.
+"""What `import adapterkit` offers for adapters alone: combined, resized and compared, without a base.
 
 >>> adapterkit.combine(["a", ("b", 0.3)], "out", method="svd", rank=16).error  # relative to the exact sum
 >>> adapterkit.resize("adapter", "out", energy=0.99)
@@ -12,6 +12,8 @@ from pathlib import Path
 from adapterkit.api import AnyAdapter, AnyPath, open_adapters
 from adapterkit.combining import Combined, ModuleDone, check_limit
 from adapterkit.combining import combine as run_combine
+from adapterkit.comparing import Pair
+from adapterkit.comparing import compare as run_compare
 from adapterkit.errors import UsageError
 from adapterkit.lowrank import Limit
 from adapterkit.newadapter import write_adapter
@@ -84,6 +86,11 @@ def resize(
     result = _finished(run_combine(given, "linear", limit=limit, pad=limit.rank is not None), on_module)
     _write(result, target, f"resized{_of(limit)}", given)
     return result
+
+
+def compare(adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]]) -> list[Pair]:
+    """How alike every two of the adapters are, in all and module by module; see `comparing.Alike`."""
+    return list(run_compare(open_adapters(adapters)))
 
 
 def _finished(steps: Iterator[ModuleDone | Combined], on_module: OnModule) -> Combined:

@@ -87,7 +87,7 @@ def combine(
     if limit is not None and limit.rank is not None:
         _check_rank(given, modules, limit.rank, pad)
     done: dict[str, tuple[Weights, ModuleDone]] = {}
-    for batch in _batches(given, modules):
+    for batch in batches(given, modules):
         for name, weights, energy, discarded in _combine_batch(given, batch, method, limit, settings, seed or 0):
             if pad and limit is not None and limit.rank is not None and weights.rank < limit.rank:
                 weights = weights_of(Product.of(weights).padded(limit.rank), weights)
@@ -154,31 +154,19 @@ def check_limit(limit: Limit | None) -> None:
 
 def _check(given: Sequence[Given], modules: Mapping[str, None], method: str) -> list[str]:
     """Refuse adapters that do not go together; what a person should know where they do."""
-    notes = []
     for one in given:
         mine = one.adapter.modules
-        others = [other for other in given if other is not one]
-        if others and mine and not any(name in other.adapter.modules for other in others for name in mine):
-            here, there = next(iter(mine)), next((n for other in others for n in other.adapter.modules), "none")
-            raise FitError(f"{one.label}: shares no module with the others ({here} here, {there} there)")
         dora = [name for name, weights in mine.items() if weights.magnitude is not None]
         if dora:
             raise FitError(
                 f"{one.label}: {dora[0]} is DoRA, so its Δ depends on the base: adapterkit convert --to lora it first"
             )
-        if not METHODS[method].biases and any(w.bias is not None for w in mine.values()):
+        if not METHODS[method].biases and any(weights.bias is not None for weights in mine.values()):
             raise FitError(
                 f"{one.label}: has trained biases (lora_bias), which {method} has no rule for; linear adds them"
             )
-    for name in modules:
-        having = [(one, one.adapter.modules[name]) for one in given if name in one.adapter.modules]
-        (first, like), *rest = having
-        for other, weights in rest:
-            if _shape(weights) != _shape(like):
-                raise FitError(
-                    f"{name}: Δ is {_shape(like)[0]} in {first.label} and {_shape(weights)[0]} in {other.label}. "
-                    "Were they trained on the same base?"
-                )
+    check_fit(given, modules)
+    notes = []
     alone = [name for name in modules if sum(name in one.adapter.modules for one in given) < len(given)]
     if alone:
         notes.append(
@@ -188,6 +176,24 @@ def _check(given: Sequence[Given], modules: Mapping[str, None], method: str) -> 
     if len(bases) > 1:
         notes.append("made for different bases by name: " + ", ".join(f"{who}: {base}" for base, who in bases.items()))
     return notes
+
+
+def check_fit(given: Sequence[Given], modules: Mapping[str, None]) -> None:
+    """Raise FitError where an adapter shares no module with the others, or one has another shape in them."""
+    for one in given:
+        mine, others = one.adapter.modules, [other.adapter.modules for other in given if other is not one]
+        if others and mine and not any(name in other for other in others for name in mine):
+            here, there = next(iter(mine)), next((name for other in others for name in other), "none")
+            raise FitError(f"{one.label}: shares no module with the others ({here} here, {there} there)")
+    for name in modules:
+        having = [(one, one.adapter.modules[name]) for one in given if name in one.adapter.modules]
+        (first, like), *rest = having
+        for other, weights in rest:
+            if _shape(weights) != _shape(like):
+                raise FitError(
+                    f"{name}: Δ is {_shape(like)[0]} in {first.label} and {_shape(weights)[0]} in {other.label}. "
+                    "Were they trained on the same base?"
+                )
 
 
 def _shape(weights: LoraWeights[LazyTensor]) -> tuple[object, ...]:
@@ -214,7 +220,7 @@ def _check_rank(given: Sequence[Given], modules: Mapping[str, None], rank: int, 
 # --- modules ---------------------------------------------------------------------------------------------------------
 
 
-def _batches(given: Sequence[Given], modules: Mapping[str, None]) -> Iterator[list[str]]:
+def batches(given: Sequence[Given], modules: Mapping[str, None]) -> Iterator[list[str]]:
     """Modules of equal shapes and ranks, in the same adapters, as many as fit a window."""
     groups: defaultdict[object, list[str]] = defaultdict(list)
     for name in modules:
@@ -277,6 +283,11 @@ def _new(product: Product, held: Sequence[Given], loaded: Sequence[Sequence[Weig
     ]
     new = weights_of(product, loaded[0][index])
     return replace(new, bias=torch.stack(biases).sum(0).float()) if biases else new
+
+
+def parts_of(given: Sequence[Given], names: Sequence[str]) -> list[Part]:
+    """Each adapter's share in a batch of modules. Raises FitError where a factor is not finite."""
+    return [_part(one.weight, [_finite(one, name) for name in names]) for one in given]
 
 
 def _finite(one: Given, name: str) -> Weights:

@@ -137,6 +137,17 @@ def inner(one: Product, other: Product) -> torch.Tensor:
     return products.sum(dim=(-2, -1))
 
 
+def overlaps(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`φ(i, j) = ‖U₁[:, :i]ᵀ·U₂[:, :j]‖_F² / min(i, j)` for every i and j (arXiv 2106.09685, equation 4).
+
+    `one (…, n, k)` and `other (…, n, l)` have orthonormal columns; the result is `(…, k, l)`, between 0 and 1.
+    """
+    sums = (one.mT @ other).square().cumsum(-2).cumsum(-1)
+    i, j = (torch.arange(1, size + 1, device=one.device) for size in (one.shape[-1], other.shape[-1]))
+    found: torch.Tensor = sums / torch.minimum(i[:, None], j)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Spectrum:
     """The singular values of one Δ, largest first, and the figures that follow from them.

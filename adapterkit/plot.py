@@ -1,13 +1,15 @@
-"""One picture of an adapter: ‖ΔW‖ by layer and target as a heat map, and the singular values of every module."""
+"""Pictures: an adapter's ‖ΔW‖ by layer and target and its singular values; how alike adapters are."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import UsageError
 from adapterkit.summary import ModuleRow, grid
@@ -15,6 +17,8 @@ from adapterkit.summary import ModuleRow, grid
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from adapterkit.comparing import Pair
 
 SUFFIXES = (".png", ".svg")
 SIZE = (11.0, 6.2)  # inches
@@ -46,6 +50,10 @@ def draw(rows: Sequence[ModuleRow], path: Path, title: str) -> None:
     _draw_spectra(right, rows)
     figure.get_layout_engine().set(wspace=0.06, h_pad=0.1)  # type: ignore[union-attr, call-arg]
     figure.suptitle(title, fontsize=14, fontweight="bold")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)
@@ -54,33 +62,60 @@ def draw(rows: Sequence[ModuleRow], path: Path, title: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def draw_likeness(pairs: Sequence[Pair], path: Path) -> None:
+    """Draw the cosine of every two adapters' Δs by layer and target to `path`, a heat map for each pair."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(5.5, 4.2 * len(pairs)), SIZE[1]), layout="constrained")
+    for axes, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+        rows = [row for row in pair.modules if row.layer is not None]
+        squares: dict[tuple[str | None, int | None], list[float]] = {}
+        for row in rows:
+            squares.setdefault((row.target, row.layer), []).append(row.cosine)
+        targets = tuple(dict.fromkeys(str(row.target) for row in rows))
+        layers = tuple(sorted({row.layer for row in rows if row.layer is not None}))
+        cells = [[fmean(squares.get((target, layer), [math.nan])) for target in targets] for layer in layers]
+        label = f"cosine of ΔW: {pair.total.cosine:.3f} in all"
+        _heat_map(figure, axes, cells, targets, layers, label, {"cmap": "RdBu", "vmin": -1, "vmax": 1})
+        axes.set_title(f"{pair.first}\nand {pair.second}", fontsize=10)
+    _save(figure, path)
+
+
 def _draw_norms(figure: Figure, axes: Axes, rows: Sequence[ModuleRow]) -> None:
-    """Layers from top to bottom, targets from left to right; grey where there is no module."""
     relative = any(row.relative is not None for row in rows)
     table = grid(rows, relative=relative)
-    if not table.layers:
+    cells = [[math.nan if cell is None else cell for cell in column] for column in zip(*table.cells, strict=True)]
+    label = "‖ΔW‖$_F$ / ‖W‖$_F$" if relative else "‖ΔW‖$_F$"
+    _heat_map(figure, axes, cells, table.targets, table.layers, label, {"cmap": "viridis"})
+    axes.set_title("size of the update" + (", relative to the base" if relative else ""), fontsize=11)
+
+
+def _heat_map(
+    figure: Figure, axes: Axes, cells: Sequence[Sequence[float]], targets: Sequence[str], layers: Sequence[int],
+    label: str, colors: dict[str, Any],
+) -> None:  # fmt: skip
+    """Layers from top to bottom, targets from left to right; grey where there is no module."""
+    if not layers:
         axes.text(0.5, 0.5, "no module has a layer number", ha="center", va="center", color="0.4")
         axes.set_axis_off()
         return
-    missing = float("nan")
-    cells = [[missing if cell is None else cell for cell in column] for column in zip(*table.cells, strict=True)]
     axes.set_facecolor("0.88")
-    image = axes.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest")
-    axes.set_xticks(range(len(table.targets)), table.targets, rotation=40, ha="right", rotation_mode="anchor")
-    step = -(-len(table.layers) // TICKS)
-    axes.set_yticks(range(0, len(table.layers), step), [str(layer) for layer in table.layers[::step]], fontsize=8)
+    image = axes.imshow(cells, aspect="auto", interpolation="nearest", **colors)
+    axes.set_xticks(range(len(targets)), targets, rotation=40, ha="right", rotation_mode="anchor")
+    step = -(-len(layers) // TICKS)
+    axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
     axes.tick_params(length=0)
     axes.set_ylabel("layer")
     # Thin gaps between the cells, so that neighbours of one colour can be counted.
-    axes.set_xticks([at - 0.5 for at in range(1, len(table.targets))], minor=True)
-    axes.set_yticks([at - 0.5 for at in range(1, len(table.layers))], minor=True)
+    axes.set_xticks([at - 0.5 for at in range(1, len(targets))], minor=True)
+    axes.set_yticks([at - 0.5 for at in range(1, len(layers))], minor=True)
     axes.grid(which="minor", color="white", linewidth=0.8)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, pad=0.03, aspect=35)
     bar.outline.set_visible(False)
-    bar.set_label("‖ΔW‖$_F$ / ‖W‖$_F$" if relative else "‖ΔW‖$_F$")
-    axes.set_title("size of the update" + (", relative to the base" if relative else ""), fontsize=11)
+    bar.set_label(label)
 
 
 def _draw_spectra(axes: Axes, rows: Sequence[ModuleRow]) -> None:

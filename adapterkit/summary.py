@@ -135,7 +135,7 @@ def header_rows(adapter: Adapter, *, strength_known: bool = True) -> list[Module
         ModuleRow(
             name=name,
             layer=layer_of(name),
-            target=_target(name),
+            target=target_of(name),
             kind=weights.kind,
             rank=weights.rank,
             alpha=weights.alpha if strength_known else None,
@@ -227,7 +227,7 @@ def layer_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
-def _target(name: str) -> str:
+def target_of(name: str) -> str:
     """The last part of a path that is no number; what PEFT nests under base_layer stays apart from its wrapper."""
     parts = [part for part in name.split(".") if not part.isdecimal()] or [name]
     last = max((at for at, part in enumerate(parts) if part != "base_layer"), default=0)

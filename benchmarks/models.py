@@ -64,6 +64,7 @@ class Llama:
 
 
 TINYLLAMA = Llama(hidden=2048, intermediate=5632, heads=32, kv_heads=4, vocab=32000)
+SMOLLM2 = Llama(hidden=576, intermediate=1536, heads=9, kv_heads=3, vocab=49152)
 LLAMA2_7B = Llama(hidden=4096, intermediate=11008, heads=32, kv_heads=32, vocab=32000)
 LLAMA3_8B = Llama(hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=128256)
 
@@ -84,10 +85,12 @@ def cached_nf4(layers: int = 22, shards: int = 5) -> Path:
     return path
 
 
-def cached_adapter(layers: int = 22, rank: int = 16, shape: Llama = TINYLLAMA, dtype: str = "F32") -> Path:
-    """Return the directory of a PEFT LoRA adapter, writing it if it is not there yet."""
-    name = f"adapter-h{shape.hidden}-l{layers}-r{rank}-{dtype.lower()}"
-    return _cached(name, write_adapter, layers, rank, shape, dtype)
+def cached_adapter(
+    layers: int = 22, rank: int = 16, shape: Llama = TINYLLAMA, dtype: str = "F32", number: int = 1
+) -> Path:
+    """Return the directory of a PEFT LoRA adapter, the `number`-th of its kind, writing it if it is not there yet."""
+    name = f"adapter-h{shape.hidden}-l{layers}-r{rank}-{dtype.lower()}{f'-{number}' if number > 1 else ''}"
+    return _cached(name, write_adapter, layers, rank, shape, dtype, number)
 
 
 def write_llama(directory: Path, layers: int = 22, shards: int = 5, shape: Llama = TINYLLAMA) -> None:
@@ -111,10 +114,15 @@ def write_llama(directory: Path, layers: int = 22, shards: int = 5, shape: Llama
 
 
 def write_adapter(
-    directory: Path, layers: int = 22, rank: int = 16, shape: Llama = TINYLLAMA, dtype: str = "F32"
+    directory: Path,
+    layers: int = 22,
+    rank: int = 16,
+    shape: Llama = TINYLLAMA,
+    dtype: str = "F32",
+    number: int = 1,
 ) -> None:
     """Write a LoRA adapter of all seven linear layers, in PEFT's layout, for a Llama of this shape."""
-    rng = np.random.default_rng(SEED + 1)
+    rng = np.random.default_rng(SEED + number)
     alpha = 2 * rank
     # Every entry of (alpha/rank)·B·A then has the standard deviation DELTA_RATIO * WEIGHT_STD.
     a_std = WEIGHT_STD

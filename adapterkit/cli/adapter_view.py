@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import sys
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import click
 
+from adapterkit.cli.tables import between, common_prefix, given, number, print_table, print_wrapped, span, table, width
 from adapterkit.summary import ModuleRow, Summary, TargetRow, by_target, grid
 
 if TYPE_CHECKING:
@@ -32,9 +29,9 @@ def show_header(path: str, summary: Summary, match: Match | None, *, has_config:
         "adapter": path,
         "format": f"{summary.format}, {summary.kind}",
         "base": summary.base_model or "not named",
-        "rank": _span(summary.ranks),
-        "alpha": _span(summary.alphas) or ("not given" if summary.scalings else unknown),
-        "scaling": _span(summary.scalings) or unknown,
+        "rank": span(summary.ranks),
+        "alpha": span(summary.alphas) or ("not given" if summary.scalings else unknown),
+        "scaling": span(summary.scalings) or unknown,
         "targets": ", ".join(summary.targets),
         "layers": f"{_runs(summary.layers)} ({len(summary.layers)})" if summary.layers else "",
         "modules": str(summary.modules),
@@ -47,14 +44,14 @@ def show_header(path: str, summary: Summary, match: Match | None, *, has_config:
     }
     for label, text in lines.items():
         if text:
-            _print_wrapped(f"{label:{LABEL}}", text)
+            print_wrapped(f"{label:{LABEL}}", text)
     for problem in summary.problems:
         refused = "; merge refuses it" if problem["fatal"] else ""
-        _print_wrapped("⚠ ", f"{problem['where']}: {problem['what']}{refused}")
+        print_wrapped("⚠ ", f"{problem['where']}: {problem['what']}{refused}")
     if summary.unread:
-        _print_wrapped("⚠ ", f"{len(summary.unread)} tensors are of no known kind; merge refuses them")
+        print_wrapped("⚠ ", f"{len(summary.unread)} tensors are of no known kind; merge refuses them")
     if match and match.missing:
-        _print_wrapped("⚠ ", match.hint)
+        print_wrapped("⚠ ", match.hint)
 
 
 def show_rows(rows: Sequence[ModuleRow], summary: Summary, *, measured: bool, modules: bool) -> None:
@@ -62,19 +59,19 @@ def show_rows(rows: Sequence[ModuleRow], summary: Summary, *, measured: bool, mo
     delta = "ΔW" if summary.scalings else "BA"
     if measured:
         for warning in _warnings(rows):
-            _print_wrapped("⚠ ", warning)
+            print_wrapped("⚠ ", warning)
         if rows and not summary.scalings:
-            _print_wrapped("⚠ ", "the norms are those of B·A: the scaling is unknown")
+            print_wrapped("⚠ ", "the norms are those of B·A: the scaling is unknown")
         if "DoRA" in summary.kind:
-            _print_wrapped("", "Norms of a DoRA are those of its low-rank part scaling·B·A, before the magnitude.")
+            print_wrapped("", "Norms of a DoRA are those of its low-rank part scaling·B·A, before the magnitude.")
         if rows:
             click.echo()
-            _print_table(_target_table(by_target(rows), delta))
+            print_table(_target_table(by_target(rows), delta))
             _print_bars(rows, delta)
     if modules and rows:
-        prefix = _common_prefix([row.name for row in rows])
+        prefix = common_prefix([row.name for row in rows])
         click.echo(f"\nmodules of {prefix}" if prefix else "")
-        _print_table(_module_table(rows, len(prefix), delta, measured))
+        print_table(_module_table(rows, len(prefix), delta, measured))
 
 
 def _warnings(rows: Sequence[ModuleRow]) -> Iterable[str]:
@@ -93,17 +90,17 @@ def _target_table(targets: Sequence[TargetRow], delta: str) -> Table:
     columns: dict[str, Callable[[TargetRow], str]] = {
         "target": lambda row: row.target,
         "n": lambda row: str(row.modules),
-        "rank": lambda row: _span(row.ranks),
-        "scaling": lambda row: _span(row.scalings) or "?",
-        f"‖{delta}‖_F\nmin–max": lambda row: _range(row.frobenius_min, row.frobenius_max),
-        "\nmean": lambda row: _number(row.frobenius_mean),
-        f"‖{delta}‖₂\nmax": lambda row: _number(row.spectral_max),
-        "stable\nrank": lambda row: _number(row.stable_rank_mean),
-        "99%\nrank": lambda row: _number(row.rank_99_mean),
+        "rank": lambda row: span(row.ranks),
+        "scaling": lambda row: span(row.scalings) or "?",
+        f"‖{delta}‖_F\nmin–max": lambda row: between(row.frobenius_min, row.frobenius_max),
+        "\nmean": lambda row: number(row.frobenius_mean),
+        f"‖{delta}‖₂\nmax": lambda row: number(row.spectral_max),
+        "stable\nrank": lambda row: number(row.stable_rank_mean),
+        "99%\nrank": lambda row: number(row.rank_99_mean),
     }
     if any(row.relative_mean is not None for row in targets):
-        columns[f"‖{delta}‖_F\n/ ‖W‖_F"] = lambda row: _number(row.relative_mean)
-    return _table(columns, targets)
+        columns[f"‖{delta}‖_F\n/ ‖W‖_F"] = lambda row: number(row.relative_mean)
+    return table(columns, targets)
 
 
 def _module_table(rows: Sequence[ModuleRow], prefix: int, delta: str, measured: bool) -> Table:
@@ -111,41 +108,19 @@ def _module_table(rows: Sequence[ModuleRow], prefix: int, delta: str, measured: 
         "module": lambda row: row.name[prefix:],
         "out×in": lambda row: "×".join(map(str, (row.shape_B[0], *row.shape_A[1:]))),
         "rank": lambda row: str(row.rank),
-        "scaling": lambda row: _given(row.scaling),
+        "scaling": lambda row: given(row.scaling),
     }
     if not measured:
-        return _table(columns | {"alpha": lambda row: _given(row.alpha), "dtype": lambda row: row.dtype}, rows)
+        return table(columns | {"alpha": lambda row: given(row.alpha), "dtype": lambda row: row.dtype}, rows)
     columns |= {
-        f"‖{delta}‖_F": lambda row: _number(row.frobenius),
-        f"‖{delta}‖₂": lambda row: _number(row.spectral),
-        "stable\nrank": lambda row: _number(row.stable_rank),
-        "99%\nrank": lambda row: _number(row.rank_99),
+        f"‖{delta}‖_F": lambda row: number(row.frobenius),
+        f"‖{delta}‖₂": lambda row: number(row.spectral),
+        "stable\nrank": lambda row: number(row.stable_rank),
+        "99%\nrank": lambda row: number(row.rank_99),
     }
     if any(row.relative is not None for row in rows):
-        columns["/ ‖W‖_F"] = lambda row: _number(row.relative)
-    return _table(columns, rows)
-
-
-R = ModuleRow | TargetRow
-
-
-def _table(columns: dict[str, Callable[..., str]], rows: Iterable[R]) -> Table:
-    """A table of text on the left and numbers on the right, without lines but the one under the names."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for index, header in enumerate(columns):
-        table.add_column(header, justify="right" if index else "left", vertical="bottom", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
-    return table
-
-
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-
-    Console(file=sys.stdout, width=_width(), highlight=False, markup=False).print(table)
+        columns["/ ‖W‖_F"] = lambda row: number(row.relative)
+    return table(columns, rows)
 
 
 # --- bars ------------------------------------------------------------------------------------------------------------
@@ -153,18 +128,18 @@ def _print_table(table: Table) -> None:
 
 def _print_bars(rows: Sequence[ModuleRow], delta: str) -> None:
     """A row of bars for each target, one bar for a layer or, where the width asks for it, for a few."""
-    table = grid(rows)
-    if len(table.layers) < 2:
+    cells_of = grid(rows)
+    if len(cells_of.layers) < 2:
         return
-    name = max(map(len, table.targets))
-    each = math.ceil(len(table.layers) / (_width() - name - 18))
+    name = max(map(len, cells_of.targets))
+    each = math.ceil(len(cells_of.layers) / (width() - name - 18))
     every = f", {each} layers a bar" if each > 1 else ""
-    click.echo(f"\n‖{delta}‖_F over layers {_runs(table.layers)}{every}; ▁ is the row's least, █ its most")
-    for target, cells in zip(table.targets, table.cells, strict=True):
+    click.echo(f"\n‖{delta}‖_F over layers {_runs(cells_of.layers)}{every}; ▁ is the row's least, █ its most")
+    for target, cells in zip(cells_of.targets, cells_of.cells, strict=True):
         means = [_mean(cells[at : at + each]) for at in range(0, len(cells), each)]
         known = [value for value in means if value is not None and math.isfinite(value)]
         low, high = (min(known), max(known)) if known else (math.nan, math.nan)
-        click.echo(f"{target:{name}}  {''.join(_bar(value, low, high) for value in means)}  {_range(low, high)}")
+        click.echo(f"{target:{name}}  {''.join(_bar(value, low, high) for value in means)}  {between(low, high)}")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -185,50 +160,14 @@ def _bar(value: float | None, low: float, high: float) -> str:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def _width() -> int:
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
-
-
-def _print_wrapped(label: str, text: str) -> None:
-    click.echo(
-        textwrap.fill(
-            text,
-            _width(),
-            initial_indent=label,
-            subsequent_indent=" " * len(label),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    )
-
-
-def _number(value: float | None) -> str:
-    """What was measured, with three digits: `0.550`."""
-    return "–" if value is None else f"{value:#.3g}".rstrip(".") if value else "0"
-
-
-def _given(value: float | None) -> str:
-    """What was set, as short as it goes: `2`."""
-    return "?" if value is None else f"{value:.4g}"
-
-
-def _range(low: float, high: float, word: Callable[[float], str] = _number) -> str:
-    return word(low) if word(low) == word(high) else f"{word(low)}–{word(high)}"
-
-
-def _span(values: Sequence[float]) -> str:
-    """`8` or `4–16`."""
-    return _range(values[0], values[-1], _given) if values else ""
-
-
 def _runs(numbers: Sequence[int]) -> str:
     """`0–3, 8, 10–11`."""
     runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+    for at in numbers:
+        if runs and at == runs[-1][1] + 1:
+            runs[-1][1] = at
         else:
-            runs.append([number, number])
+            runs.append([at, at])
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
 
 
@@ -238,11 +177,3 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} GiB"
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    """The dotted prefix that all names share, with its dot; empty for a single name."""
-    if len(names) < 2:
-        return ""
-    shared = os.path.commonprefix(list(names))
-    return shared[: shared.rfind(".") + 1]

@@ -1,0 +1,87 @@
+"""`adapterkit compare ADAPTER ADAPTER…`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapterkit.cli.running import weighted
+from adapterkit.cli.tables import common_prefix, number, print_table, table
+from adapterkit.summary import to_json
+
+if TYPE_CHECKING:
+    from adapterkit.comparing import Alike, Pair
+
+
+FIGURES = ("cosine", "distance", "norm_ratio", "overlap_in", "overlap_out", "sign_conflict", "lost")
+
+
+@click.command("compare")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.option("--modules", is_flag=True, help="A row for every module; in JSON, φ(i, j) too.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the cosines by layer to a .png or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def compare_command(adapters: tuple[str, ...], modules: bool, plot: str | None, as_json: bool) -> None:
+    """Compare what adapters do to a base, two by two, module by module, by their factors alone.
+
+    cosine and distance are those of the updates as vectors; overlap is the share of the subspaces of inputs (φ of the
+    LoRA paper) and outputs that both use; signs is how many of the elements pull against each other; lost is what
+    adding the two up at the greater of their ranks would lose.
+    """
+    from adapterkit.adapters import compare
+    from adapterkit.plot import check_plot, draw_likeness
+
+    if plot:
+        check_plot(Path(plot))
+    pairs = compare([weighted(text) for text in adapters])
+    if plot:
+        draw_likeness(pairs, Path(plot))
+    if as_json:
+        shown = [
+            replace(pair, modules=pair.modules if modules else tuple(replace(row, phi=()) for row in pair.modules))
+            for pair in pairs
+        ]
+        print(json.dumps([to_json(pair) for pair in shown], indent=2))
+        return
+    for index, pair in enumerate(pairs):
+        _show(pair, modules, first=index == 0)
+
+
+def _show(pair: Pair, modules: bool, first: bool) -> None:
+    print("" if first else "\n", f"{pair.first} and {pair.second}: {len(pair.modules)} modules in both", sep="", end="")
+    print(f", {pair.alone[0]} and {pair.alone[1]} in one only" if any(pair.alone) else "")
+    targets: dict[str | None, list[Alike]] = {}
+    for row in pair.modules:
+        targets.setdefault(row.target, []).append(row)
+    prefix = common_prefix([str(row.name) for row in pair.modules])
+    rows = (
+        [replace(row, name=str(row.name)[len(prefix) :]) for row in pair.modules]
+        if modules
+        else [_mean(str(target), group) for target, group in targets.items()]
+    )
+    print_table(table(_columns("module" if modules else "target"), [*rows, replace(pair.total, name="in all")]))
+
+
+def _columns(first: str) -> dict[str, Callable[[Alike], str]]:
+    return {
+        first: lambda row: str(row.name),
+        "cosine": lambda row: f"{row.cosine:+.3f}",
+        "‖Δ₁−Δ₂‖\n/ ‖Δ₁‖": lambda row: number(row.distance),
+        "‖Δ₂‖\n/ ‖Δ₁‖": lambda row: number(row.norm_ratio),
+        "overlap\nof inputs": lambda row: f"{row.overlap_in:.3f}",
+        "\nof outputs": lambda row: f"{row.overlap_out:.3f}",
+        "signs\nagainst": lambda row: f"{row.sign_conflict:.1%}",
+        "sum\nlost": lambda row: f"{row.lost:.1%}",
+    }
+
+
+def _mean(target: str, rows: list[Alike]) -> Alike:
+    """The mean of each figure over the modules of a target."""
+    shares: Any = {name: fmean(getattr(row, name) for row in rows) for name in FIGURES}
+    return replace(rows[0], name=target, **shares)

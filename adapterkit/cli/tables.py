@@ -1,0 +1,78 @@
+"""Tables and numbers as a terminal shows them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table(columns: dict[str, Callable[..., str]], rows: Iterable[Any]) -> Table:
+    """A table of text on the left and numbers on the right, without lines but the one under the names."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for index, header in enumerate(columns):
+        table.add_column(header, justify="right" if index else "left", vertical="bottom", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    return table
+
+
+def print_table(table: Table) -> None:
+    from rich.console import Console
+
+    Console(file=sys.stdout, width=width(), highlight=False, markup=False).print(table)
+
+
+def width() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+
+
+def print_wrapped(label: str, text: str) -> None:
+    click.echo(
+        textwrap.fill(
+            text,
+            width(),
+            initial_indent=label,
+            subsequent_indent=" " * len(label),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
+
+
+def number(value: float | None) -> str:
+    """What was measured, with three digits: `0.550`."""
+    return "–" if value is None else f"{value:#.3g}".rstrip(".") if value else "0"
+
+
+def given(value: float | None) -> str:
+    """What was set, as short as it goes: `2`."""
+    return "?" if value is None else f"{value:.4g}"
+
+
+def between(low: float, high: float, word: Callable[[float], str] = number) -> str:
+    return word(low) if word(low) == word(high) else f"{word(low)}–{word(high)}"
+
+
+def span(values: Sequence[float]) -> str:
+    """`8` or `4–16`."""
+    return between(values[0], values[-1], given) if values else ""
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """The dotted prefix that all names share, with its dot; empty for a single name."""
+    if len(names) < 2:
+        return ""
+    shared = os.path.commonprefix(list(names))
+    return shared[: shared.rfind(".") + 1]
