@@ -10,16 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from adapterkit.api import AnyAdapter, AnyPath, open_adapters
+from adapterkit.checkpoint import open_checkpoint
 from adapterkit.combining import Combined, ModuleDone, check_limit
 from adapterkit.combining import combine as run_combine
 from adapterkit.comparing import Pair
 from adapterkit.comparing import compare as run_compare
+from adapterkit.converting import rescale, to_dora, to_lora
 from adapterkit.errors import UsageError
+from adapterkit.extracting import extract as run_extract
+from adapterkit.hub import hub_id, resolve
 from adapterkit.lowrank import Limit
 from adapterkit.newadapter import write_adapter
 from adapterkit.plan import Given
 from adapterkit.staging import check_output
 
+KINDS = ("dora", "lora", "rslora")
 OnModule = Callable[[ModuleDone], None]
 
 
@@ -91,6 +96,86 @@ def resize(
 def compare(adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]]) -> list[Pair]:
     """How alike every two of the adapters are, in all and module by module; see `comparing.Alike`."""
     return list(run_compare(open_adapters(adapters)))
+
+
+def convert(
+    adapter: AnyAdapter,
+    out: AnyPath,
+    *,
+    to: str,
+    base: AnyPath | None = None,
+    initial: AnyAdapter | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+    on_module: OnModule = lambda _: None,
+) -> Combined:
+    """Make an adapter another kind: `dora`, `lora` or `rslora`.
+
+    To DoRA from LoRA, exactly, and back to LoRA, as nearly as `rank` or `energy` allow, needs the `base`. To LoRA from
+    an adapter whose `initial` state changed the base (PiSSA, OLoRA): `s·(B·A − B₀·A₀)`, exactly, or truncated. Else
+    `lora` and `rslora` describe the same factors by another scaling. Raises UsageError for what does not go together.
+    """
+    if to not in KINDS:
+        raise UsageError(f"to {to!r}: expected one of {', '.join(KINDS)}")
+    target, [one] = Path(out).expanduser(), open_adapters([adapter])
+    dora = any(weights.magnitude is not None for weights in one.adapter.modules.values())
+    limit = Limit(rank, energy) if rank is not None or energy is not None else None
+    check_limit(limit)
+    _check(target, [one], overwrite)
+    checkpoint = None if base is None else open_checkpoint(resolve(base), hub_id(base))
+    needs = to == "dora" or dora
+    if needs and checkpoint is None:
+        raise UsageError(f"{one.label}: converting {'from' if dora else 'to'} DoRA takes the base, for its norms")
+    if not needs and checkpoint is not None:
+        raise UsageError(f"{one.label}: is no DoRA, so converting it to {to} takes no base")
+    if initial is not None and (needs or to != "lora"):
+        raise UsageError("an initial adapter is taken off a LoRA adapter, to make a LoRA adapter")
+    if limit is not None and not (dora and to == "lora") and initial is None:
+        raise UsageError(f"converting to {to} keeps everything: rank and energy are for what cannot be kept")
+    if seed is not None and not (dora and to == "lora"):
+        raise UsageError("only the conversion from DoRA begins by chance: nothing else takes a seed")
+    given = [one]
+    if checkpoint is not None and to == "dora":
+        steps = to_dora(one, checkpoint)
+    elif checkpoint is not None:
+        if to != "lora" or limit is None:
+            raise UsageError(f"{one.label}: DoRA's update has full rank: convert it to lora, with a rank or an energy")
+        steps = to_lora(one, checkpoint, limit, seed or 0)
+    elif initial is not None:
+        given = open_adapters([(one.adapter, 1.0), (initial, -1.0)])
+        steps = run_combine(given, "linear", limit=limit, saved="first")
+    else:
+        steps = iter([rescale(one, to == "rslora")])
+    result = _finished(steps, on_module)
+    _write(result, target, f"converted to {to}{_of(limit)}", given)
+    return result
+
+
+def extract(
+    base: AnyPath,
+    tuned: AnyPath,
+    out: AnyPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    whole: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    on_module: OnModule = lambda _: None,
+) -> Combined:
+    """Write the adapter that makes `tuned` of `base`, as nearly as `rank` or `energy` allow; see `extracting`."""
+    if rank is None and energy is None:
+        raise UsageError("say how much to keep: a rank or an energy")
+    limit = Limit(rank, energy)
+    check_limit(limit)
+    target = Path(out).expanduser()
+    check_output(target, overwrite)
+    one, other = (open_checkpoint(resolve(path), hub_id(path)) for path in (base, tuned))
+    result = _finished(run_extract(one, other, limit, whole=whole, seed=seed), on_module)
+    _write(result, target, f"extracted from {other.name} over {one.name}{_of(limit)}", [])
+    return result
 
 
 def _finished(steps: Iterator[ModuleDone | Combined], on_module: OnModule) -> Combined:

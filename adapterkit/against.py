@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
-from adapterkit.adapter import Adapter, LazyTensor
+from adapterkit.adapter import Adapter
+from adapterkit.based import reader
 from adapterkit.checkpoint import Checkpoint
-from adapterkit.errors import FitError
-from adapterkit.quant import SUPPORTED, Packed, weights
+from adapterkit.quant import Packed, weights
 from adapterkit.renames import explain_missing
 from adapterkit.targets import Fit, Target, fit
-from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
+from adapterkit.tensorfile import TensorInfo
 
 CHUNK_BYTES = 16 << 20  # rows of W in memory at once, as float32
 
@@ -55,16 +55,9 @@ def base_norms(places: Fit, checkpoint: Checkpoint) -> Iterator[tuple[str, float
 
 def _square(info: TensorInfo | Packed, target: Target) -> float:
     """‖W[rows]‖_F², with W seen as a matrix of rows of its last dimension."""
-    if info.dtype not in FLOAT_DTYPES:
-        raise FitError(
-            f"{info.name}: is stored as {info.dtype}, so its numbers are not the weights; "
-            f"what can be dequantized is {SUPPORTED}"
-        )
     width = max(1, info.shape[-1])
     depth = prod(info.shape) // width
-    read = (
-        info.open(width) if isinstance(info, Packed) else LazyTensor.of(replace(info, shape=(depth, width))).read_rows
-    )
+    read = reader(info, width)
     first, last = target.rows or (0, depth)
     step = max(1, CHUNK_BYTES // (4 * width))
     total = 0.0

@@ -40,11 +40,11 @@ def _card(
     lines += [
         "---",
         "",
-        f"# {' + '.join(one.label for one in given)}",
+        f"# {' + '.join(one.label for one in given) or 'Extracted adapter'}",
         "",
         f"Made by adapterkit {__version__}: {made}.",
     ]
-    lines += ["", "| from | weight | file | SHA-256 |", "| --- | --- | --- | --- |"]
+    lines += [] if not given else ["", "| from | weight | file | SHA-256 |", "| --- | --- | --- | --- |"]
     for one in given:
         lines += [f"| {one.label} | {one.weight:g} | {f} | `{digest}` |" for f, digest in hashes[one.label].items()]
     if notes:

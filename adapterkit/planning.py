@@ -106,7 +106,7 @@ class _Draft:
         if self.base.config.get("model_type") in CONV1D_MODELS:
             raise FitError(f"{self.base.path}: its linear layers are stored transposed (Conv1D): not supported")
         packed = self.twins or {name: one for name, one in self.tensors.items() if isinstance(one, Packed)}
-        linear = {name: weight for name, weight in self.base.tensors.items() if _is_linear(name, weight)}
+        linear = {name: weight for name, weight in self.base.tensors.items() if is_linear(name, weight)}
         for name, weight in (packed or linear).items():
             same = isinstance(weight, Packed) and weight.kind == how.kind
             stays = same and not self.twins and not self.changes.touch(name)
@@ -224,7 +224,7 @@ NOT_LINEAR = (
 )  # fmt: skip
 
 
-def _is_linear(name: str, weight: TensorInfo) -> bool:
+def is_linear(name: str, weight: Weight) -> bool:
     """Whether a tensor is the weight of a linear layer that transformers would quantize."""
     matrix = weight.dtype in FLOAT_DTYPES and len(weight.shape) == 2
     return matrix and name.endswith(".weight") and not name.endswith(NOT_LINEAR)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
+from adapterkit.cli.results import bar_of, show_result
 from adapterkit.cli.running import weighted
 from adapterkit.errors import UsageError
 from adapterkit.methods import METHODS
 
 if TYPE_CHECKING:
-    from adapterkit.combining import Combined, ModuleDone
+    pass
 
 LIST = "\n".join(f"  {name:16}{method.help}" for name, method in METHODS.items())
 
@@ -48,12 +45,12 @@ def combine_command(
     if inner is not None:
         options["inner"] = inner
     began = time.perf_counter()
-    with _bar("combining") as on_module:
+    with bar_of("combining") as on_module:
         result = combine(
             [weighted(text) for text in adapters], output, method=method, rank=rank, energy=energy, options=options,
             seed=seed, saved=saved, overwrite=overwrite, on_module=on_module,
         )  # fmt: skip
-    _show(result, output, f"combined  {len(adapters)} adapters by {method}", time.perf_counter() - began, as_json)
+    show_result(result, output, f"combined  {len(adapters)} adapters by {method}", time.perf_counter() - began, as_json)
 
 
 @click.command("resize")
@@ -73,12 +70,12 @@ def resize_command(
     from adapterkit.adapters import resize
 
     began = time.perf_counter()
-    with _bar("resizing") as on_module:
+    with bar_of("resizing") as on_module:
         result = resize(
             adapter, output, rank=rank, energy=energy, error=error, uniform=uniform, overwrite=overwrite,
             on_module=on_module,
         )  # fmt: skip
-    _show(result, output, "resized   1 adapter", time.perf_counter() - began, as_json)
+    show_result(result, output, "resized   1 adapter", time.perf_counter() - began, as_json)
 
 
 def _setting(text: str) -> tuple[str, float | str]:
@@ -90,39 +87,3 @@ def _setting(text: str) -> tuple[str, float | str]:
         return name, float(value)
     except ValueError:
         return name, value
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[ModuleDone], None]]:
-    """What draws the modules that are done, where stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda row: bar.update(task, completed=row.done, total=row.total)
-
-
-def _show(result: Combined, output: str, what: str, seconds: float, as_json: bool) -> None:
-    for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if as_json:
-        rows = [
-            {"name": row.name, "rank": row.rank, "norm": row.energy**0.5, "error": row.error} for row in result.modules
-        ]
-        facts = {"output": output, "error": result.error, "seconds": round(seconds, 3), "modules": rows}
-        print(json.dumps(facts | {"notes": list(result.notes)}, indent=2))
-        return
-    ranks = sorted({row.rank for row in result.modules})
-    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no ranks"
-    print(f"{what} in {seconds:.1f} s: {len(result.modules)} modules, {span}")
-    if result.error:
-        worst = max(result.modules, key=lambda row: row.error)
-        print(
-            f"kept      {1 - result.error**2:.2%} of ‖Δ‖², relative error {result.error:.3g} "
-            f"(worst: {worst.name}, {worst.error:.3g})"
-        )
-    print(f"wrote     {output}")

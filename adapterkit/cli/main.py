@@ -22,6 +22,8 @@ COMMANDS = {
     "merge": ("merge", "Merge adapters into a base model, streaming, rounded once."),
     "combine": ("combine", "Combine adapters into one: exact sums, SVD, TIES, DARE, KnOTS and more."),
     "resize": ("combine", "Change an adapter's rank, optimally, and say what that costs."),
+    "convert": ("convert", "Make an adapter another kind: LoRA to DoRA, DoRA to LoRA, rsLoRA, PiSSA to LoRA."),
+    "extract": ("convert", "Extract an adapter from a fine-tuned model and its base."),
     "compare": ("compare", "How alike adapters are: angles, subspaces, signs, and what adding them up loses."),
     "quantize": ("quantize", "Quantize a base model to NF4, FP4 or LLM.int8, streaming."),
 }

@@ -299,8 +299,12 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
     """The config with which PEFT computes each module's own scaling."""
     if adapter.format == NAME and "lora_alpha" in adapter.config:
         return adapter.config
+    rslora = bool(adapter.config.get("use_rslora"))
     ranks = {name: weights.rank for name, weights in adapter.modules.items()}
-    alphas = {name: weights.scaling * weights.rank for name, weights in adapter.modules.items()}
+    alphas = {
+        name: weights.scaling * (weights.rank**0.5 if rslora else weights.rank)
+        for name, weights in adapter.modules.items()
+    }
     parameters = adapter.config.get("target_parameters")
     if not parameters and any(weights.kind == "experts" for weights in adapter.modules.values()):
         raise FitError("writing stacked experts needs the target_parameters of the original config")
@@ -312,6 +316,7 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
         "lora_alpha": alpha,
         "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {_exactly(name): a for name, a in alphas.items() if a != alpha},
+        "use_rslora": rslora,
         "use_dora": any(weights.magnitude is not None for weights in adapter.modules.values()),
         "lora_bias": any(weights.bias is not None for weights in adapter.modules.values()),
         "target_modules": sorted(name for name, weights in adapter.modules.items() if weights.kind != "experts"),

@@ -1,0 +1,67 @@
+"""`adapterkit convert ADAPTER -o OUT --to KIND` and `adapterkit extract BASE FINETUNED -o OUT`."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from adapterkit.cli.results import bar_of, show_result
+
+
+@click.command("convert")
+@click.argument("adapter")
+@click.option("-o", "--output", type=click.Path(), required=True, help="The directory to write.")
+@click.option("--to", type=click.Choice(["dora", "lora", "rslora"]), required=True, help="What to make of it.")
+@click.option("--base", help="The base model, to and from DoRA.")
+@click.option("--initial", metavar="ADAPTER", help="What a PiSSA or OLoRA adapter was before training.")
+@click.option("--rank", type=int, help="From DoRA, or with --initial: truncate to this rank, optimally.")
+@click.option("--energy", type=float, help="The same by the share of ‖Δ‖² that each module keeps.")
+@click.option("--seed", type=int, help="Where the search for the best rank begins, from DoRA.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every module.")
+def convert_command(
+    adapter: str, output: str, to: str, base: str | None, initial: str | None, rank: int | None, energy: float | None,
+    seed: int | None, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Make ADAPTER another kind.
+
+    LoRA to DoRA is exact: the magnitudes are the norms of W + s·B·A. DoRA to LoRA is the best approximation of the
+    rank or energy asked for. lora and rslora otherwise describe the same update by another scaling; with --initial,
+    what a PiSSA or OLoRA adapter changed in the base is taken off.
+    """
+    from adapterkit.adapters import convert
+
+    began = time.perf_counter()
+    with bar_of("converting") as on_module:
+        result = convert(
+            adapter, output, to=to, base=base, initial=initial, rank=rank, energy=energy, seed=seed,
+            overwrite=overwrite, on_module=on_module,
+        )  # fmt: skip
+    show_result(result, output, f"converted to {to}", time.perf_counter() - began, as_json)
+
+
+@click.command("extract")
+@click.argument("base")
+@click.argument("finetuned")
+@click.option("-o", "--output", type=click.Path(), required=True, help="The directory to write.")
+@click.option("--rank", type=int, help="The rank of every module.")
+@click.option("--energy", type=float, help="The least rank of each module that keeps this share of ‖Δ‖².")
+@click.option("--whole", is_flag=True, help="Take embeddings, norms and heads that differ too, as modules_to_save.")
+@click.option("--seed", type=int, default=0, help="Where the search for the best rank begins.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every module.")
+def extract_command(
+    base: str, finetuned: str, output: str, rank: int | None, energy: float | None, whole: bool, seed: int,
+    overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Extract the adapter that makes FINETUNED of BASE, a few rows at a time, and say what it does not hold."""
+    from adapterkit.adapters import extract
+
+    began = time.perf_counter()
+    with bar_of("extracting") as on_module:
+        result = extract(
+            base, finetuned, output, rank=rank, energy=energy, whole=whole, seed=seed, overwrite=overwrite,
+            on_module=on_module,
+        )  # fmt: skip
+    show_result(result, output, "extracted", time.perf_counter() - began, as_json)
