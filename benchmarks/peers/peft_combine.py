@@ -1,0 +1,13 @@
+"""Combine two adapters by `svd` as PEFT's documentation does: `peft_combine.py BASE ONE OTHER OUTPUT RANK`."""
+
+import sys
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, one, other, output, rank = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), one, "one")
+model.load_adapter(other, "other")
+model.add_weighted_adapter(["one", "other"], [0.7, 0.3], "both", combination_type="svd", svd_rank=int(rank))
+model.save_pretrained(output, selected_adapters=["both"])
