@@ -325,6 +325,14 @@ def test_truncating_what_has_no_low_rank_is_near_the_optimum(two: tuple[Path, Pa
     assert math.sqrt(row.discarded) == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.chance and name != "cat"])
+def test_the_order_of_adapters_does_not_matter(make_adapter: MakeAdapter, tmp_path: Path, method: str) -> None:
+    given = [(make_adapter(factors("q", 24, 40, size=0.1 * n), f"a{n}"), 0.5 + 0.3 * n) for n in (1, 2, 3)]
+    for name, order in (("x", (0, 1, 2)), ("y", (2, 0, 1))):
+        adapterkit.combine([given[at] for at in order], tmp_path / name, method=method)
+    assert relative(delta(tmp_path / "x", "q"), delta(tmp_path / "y", "q")) < 1e-5
+
+
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +368,7 @@ def llama_pair(make_adapter: MakeAdapter) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize("method", ["svd", "ties", "knots", "iso"])
+@pytest.mark.parametrize("method", METHODS)
 def test_peft_loads_the_result_and_computes_what_we_say(
     llama_pair: dict[str, Path], tmp_path: Path, method: str
 ) -> None:
@@ -369,16 +377,38 @@ def test_peft_loads_the_result_and_computes_what_we_say(
     assert relative(peft_delta(model, "ours", MODULE), delta(tmp_path / "out", MODULE)) < 1e-5
 
 
-def test_pefts_svd_scales_twice_and_ours_does_not(llama_pair: dict[str, Path], tmp_path: Path) -> None:
-    model = peft_model(llama_pair)
-    model.add_weighted_adapter(["a", "b"], [0.7, 0.3], "both", combination_type="svd", svd_rank=8)
-    exact = 0.7 * delta(llama_pair["a"], MODULE) + 0.3 * delta(llama_pair["b"], MODULE)
-    adapterkit.combine([(llama_pair["a"], 0.7), (llama_pair["b"], 0.3)], tmp_path / "out", method="svd", rank=8)
+def test_svd_is_right_where_pefts_was_not(
+    llama_pair: dict[str, Path], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """PEFT 0.20 applied the scaling twice, by √r too much with rsLoRA, and ignored the rank of a single source."""
+    how = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    tensors = {k: t for i in range(2) for k, t in factors(f"model.layers.{i}.self_attn.q_proj", 48, 48).items()}
+    paths = llama_pair | {"rs": make_adapter(tensors, "rs", **how)}
+    exact = sum(w * delta(paths[name], MODULE) for name, w in (("a", 0.7), ("b", 0.3), ("rs", -0.5)))
+    assert isinstance(exact, torch.Tensor)
+    weighted = [(paths["a"], 0.7), (paths["b"], 0.3), (paths["rs"], -0.5)]
+    adapterkit.combine(weighted, tmp_path / "out", method="svd", rank=12)
     assert relative(delta(tmp_path / "out", MODULE), exact) < 1e-6
-    theirs = relative(peft_delta(model, "both", MODULE), exact)
-    if theirs < 1e-3:
-        pytest.skip("this PEFT has it fixed")
-    assert theirs > 0.5
+    adapterkit.combine([(paths["a"], 1.0)], tmp_path / "one", method="svd", rank=2)
+    assert adapterkit.load(tmp_path / "one")[MODULE].rank == 2
+
+
+def test_convolutions_combine_where_pefts_svd_crashes(tmp_path: Path) -> None:
+    adapter = FIXTURES / "tiny-conv"
+    adapterkit.combine([(adapter, 0.5), (adapter, 0.25)], tmp_path / "out", method="svd")
+    for name in adapterkit.load(adapter).modules:
+        one, other = adapterkit.load(tmp_path / "out")[name], adapterkit.load(adapter)[name]
+        made = one.scaling * one.B.double().flatten(1) @ one.A.double().flatten(1)
+        assert relative(made, 0.75 * other.scaling * other.B.double().flatten(1) @ other.A.double().flatten(1)) < 1e-6
+
+
+def test_what_one_adapter_saved_whole_is_kept(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    """PEFT takes the base's copy instead."""
+    score = torch.randn(3, 8)
+    a = make_adapter(factors("q", 24, 40) | {"score.weight": score}, "a", modules_to_save=["score"])
+    result = adapterkit.combine([a, make_adapter(factors("q", 24, 40), "b")], tmp_path / "out")
+    assert torch.equal(adapterkit.load(tmp_path / "out").replaced["score.weight"].read(), score)
+    assert any("taken whole, as score.weight" in note for note in result.notes)
 
 
 def test_peft_linear_has_pefts_numbers(llama_pair: dict[str, Path], tmp_path: Path) -> None:

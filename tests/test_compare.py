@@ -118,10 +118,11 @@ def test_the_command_line(two: tuple[Path, Path], tmp_path: Path) -> None:
     done = run_adapterkit("compare", *two, "--json")
     [pair] = json.loads(done.out)
     assert len(pair["modules"]) == 2 and pair["modules"][0]["phi"] == []
-    [pair] = json.loads(run_adapterkit("compare", *two, "--json", "--modules").out)
+    [pair] = json.loads(run_adapterkit("compare", *two, "--json", "--by", "module").out)
     assert len(pair["modules"][0]["phi"]) == 3
     assert "layers.0.q" not in run_adapterkit("compare", *two).out
-    assert "0.q" in run_adapterkit("compare", *two, "--modules").out
+    assert "layer" in run_adapterkit("compare", *two, "--by", "layer").out
+    assert "0.q" in run_adapterkit("compare", *two, "--by", "module").out
     done = run_adapterkit("compare", *two, "--plot", tmp_path / "likeness.png")
     assert done.code == 0 and (tmp_path / "likeness.png").stat().st_size > 5000
     assert run_adapterkit("compare", *two, "--plot", tmp_path / "likeness.gif").code == 2

@@ -24,10 +24,11 @@ FIGURES = ("cosine", "distance", "norm_ratio", "overlap_in", "overlap_out", "sig
 
 @click.command("compare")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
-@click.option("--modules", is_flag=True, help="A row for every module; in JSON, φ(i, j) too.")
+@click.option("--by", type=click.Choice(["target", "layer", "module"]), default="target", show_default=True,
+              help="What has a row of its own; by module, JSON has φ(i, j) too.")  # fmt: skip
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the cosines by layer to a .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def compare_command(adapters: tuple[str, ...], modules: bool, plot: str | None, as_json: bool) -> None:
+def compare_command(adapters: tuple[str, ...], by: str, plot: str | None, as_json: bool) -> None:
     """Compare what adapters do to a base, two by two, module by module, by their factors alone.
 
     cosine and distance are those of the updates as vectors; overlap is the share of the subspaces of inputs (φ of the
@@ -44,28 +45,25 @@ def compare_command(adapters: tuple[str, ...], modules: bool, plot: str | None, 
         draw_likeness(pairs, Path(plot))
     if as_json:
         shown = [
-            replace(pair, modules=pair.modules if modules else tuple(replace(row, phi=()) for row in pair.modules))
+            replace(pair, modules=tuple(row if by == "module" else replace(row, phi=()) for row in pair.modules))
             for pair in pairs
         ]
         print(json.dumps([to_json(pair) for pair in shown], indent=2))
         return
     for index, pair in enumerate(pairs):
-        _show(pair, modules, first=index == 0)
+        _show(pair, by, first=index == 0)
 
 
-def _show(pair: Pair, modules: bool, first: bool) -> None:
+def _show(pair: Pair, by: str, first: bool) -> None:
     print("" if first else "\n", f"{pair.first} and {pair.second}: {len(pair.modules)} modules in both", sep="", end="")
     print(f", {pair.alone[0]} and {pair.alone[1]} in one only" if any(pair.alone) else "")
-    targets: dict[str | None, list[Alike]] = {}
-    for row in pair.modules:
-        targets.setdefault(row.target, []).append(row)
     prefix = common_prefix([str(row.name) for row in pair.modules])
-    rows = (
-        [replace(row, name=str(row.name)[len(prefix) :]) for row in pair.modules]
-        if modules
-        else [_mean(str(target), group) for target, group in targets.items()]
-    )
-    print_table(table(_columns("module" if modules else "target"), [*rows, replace(pair.total, name="in all")]))
+    groups: dict[str, list[Alike]] = {}
+    for row in pair.modules:
+        name = {"target": row.target, "layer": "–" if row.layer is None else row.layer, "module": row.name}[by]
+        groups.setdefault(str(name), []).append(row)
+    rows = [_mean(name.removeprefix(prefix) if by == "module" else name, group) for name, group in groups.items()]
+    print_table(table(_columns(by), [*rows, replace(pair.total, name="in all")]))
 
 
 def _columns(first: str) -> dict[str, Callable[[Alike], str]]:
@@ -81,7 +79,7 @@ def _columns(first: str) -> dict[str, Callable[[Alike], str]]:
     }
 
 
-def _mean(target: str, rows: list[Alike]) -> Alike:
-    """The mean of each figure over the modules of a target."""
+def _mean(name: str, rows: list[Alike]) -> Alike:
+    """The mean of each figure over some modules."""
     shares: Any = {name: fmean(getattr(row, name) for row in rows) for name in FIGURES}
-    return replace(rows[0], name=target, **shares)
+    return replace(rows[0], name=name, **shares)
