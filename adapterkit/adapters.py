@@ -125,7 +125,7 @@ def convert(
     check_limit(limit)
     _check(target, [one], overwrite)
     checkpoint = None if base is None else open_checkpoint(resolve(base), hub_id(base))
-    needs = to == "dora" or dora
+    needs = to == "dora" or (dora and to == "lora")
     if needs and checkpoint is None:
         raise UsageError(f"{one.label}: converting {'from' if dora else 'to'} DoRA takes the base, for its norms")
     if not needs and checkpoint is not None:
@@ -140,7 +140,7 @@ def convert(
     if checkpoint is not None and to == "dora":
         steps = to_dora(one, checkpoint)
     elif checkpoint is not None:
-        if to != "lora" or limit is None:
+        if limit is None:
             raise UsageError(f"{one.label}: DoRA's update has full rank: convert it to lora, with a rank or an energy")
         steps = to_lora(one, checkpoint, limit, seed or 0)
     elif initial is not None:

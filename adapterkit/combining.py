@@ -86,21 +86,21 @@ def combine(
     notes = _check(given, modules, method)
     if limit is not None and limit.rank is not None:
         _check_rank(given, modules, limit.rank, pad)
+    replaced, tokens, more = combine_wholes(given, saved)
     done: dict[str, tuple[Weights, ModuleDone]] = {}
     for batch in batches(given, modules):
         for name, weights, energy, discarded in _combine_batch(given, batch, method, limit, settings, seed or 0):
             if pad and limit is not None and limit.rank is not None and weights.rank < limit.rank:
-                weights = weights_of(Product.of(weights).padded(limit.rank), weights)
+                weights = replace(weights_of(Product.of(weights).padded(limit.rank), weights), bias=weights.bias)
             row = ModuleDone(name, weights.rank, energy, discarded, len(done) + 1, len(modules))
             done[name] = weights, row
             yield row
     found = {name: _lazy(done[name][0]) for name in modules}
-    replaced, tokens, more = combine_wholes(given, saved)
-    names = dict.fromkeys(one.adapter.base_model for one in given)
+    base = next((one.adapter.base_model for one in given if one.adapter.base_model), None)
     experts = [name for one in given for name in one.adapter.config.get("target_parameters") or ()]
     adapter = Adapter(
         "", found, replaced, tokens, frozenset().union(*(one.adapter.new_modules for one in given)),
-        any(one.adapter.keeps_tie for one in given), next(iter(names)),
+        any(one.adapter.keeps_tie for one in given), base,
         {"target_parameters": list(dict.fromkeys(experts))} if experts else {},
     )  # fmt: skip
     yield Combined(adapter, tuple(done[name][1] for name in modules), (*notes, *more))

@@ -162,6 +162,9 @@ def test_biases_add_up_with_their_scalings(make_adapter: MakeAdapter, tmp_path: 
     adapterkit.combine([(a, 0.5), (b, 2.0)], tmp_path / "out")
     got = adapterkit.load(tmp_path / "out")["q"]
     assert got.bias is not None and torch.allclose(got.bias * got.scaling, 0.5 * 1.5 * one + 2.0 * 2.0 * other)
+    adapterkit.resize(a, tmp_path / "wide", rank=9)
+    wide = adapterkit.load(tmp_path / "wide")["q"]
+    assert wide.rank == 9 and wide.bias is not None and torch.allclose(wide.bias * wide.scaling, 1.5 * one)
     with pytest.raises(FitError, match="lora_bias.*ties has no rule"):
         adapterkit.combine([a, b], tmp_path / "ties", method="ties")
 

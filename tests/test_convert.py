@@ -170,7 +170,9 @@ def test_transposed_weights_come_back_too(tmp_path: Path) -> None:
 # --- scalings and initial adapters -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "to"), [("tiny-rslora", "lora"), ("tiny-patterns", "rslora")])
+@pytest.mark.parametrize(
+    ("name", "to"), [("tiny-rslora", "lora"), ("tiny-patterns", "rslora"), ("tiny-dora", "rslora")]
+)
 def test_another_scaling_describes_the_same_factors(name: str, to: str, tmp_path: Path) -> None:
     adapterkit.convert(FIXTURES / name, tmp_path / "out", to=to)
     before, after = adapterkit.load(FIXTURES / name), adapterkit.load(tmp_path / "out")
@@ -179,6 +181,7 @@ def test_another_scaling_describes_the_same_factors(name: str, to: str, tmp_path
         new = after.modules[module]
         assert torch.equal(new.A.read(), weights.A.read()) and torch.equal(new.B.read(), weights.B.read())
         assert new.scaling == pytest.approx(weights.scaling, rel=1e-12)
+        assert (new.magnitude is None) is (weights.magnitude is None)
 
 
 def test_an_initial_adapter_is_taken_off(make_adapter: MakeAdapter, tmp_path: Path) -> None:
@@ -328,4 +331,4 @@ def test_the_commands(tuned: tuple[Path, Path], tmp_path: Path) -> None:
         "--json",
     )
     assert done.code == 0 and json.loads(done.out)["modules"][0]["rank"] == 3
-    assert run_adapterkit("convert", tmp_path / "dora", "-o", tmp_path / "x", "--to", "rslora").code == 2
+    assert run_adapterkit("convert", tmp_path / "dora", "-o", tmp_path / "x", "--to", "lora").code == 2

@@ -324,6 +324,7 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.replaced} - set(adapter.modules))
         or None,
         "trainable_token_indices": {name: list(rows) for name, (rows, _) in adapter.tokens.items()} or None,
+        **({"ensure_weight_tying": True} if adapter.keeps_tie else {}),
         "fan_in_fan_out": any(weights.fan_in_fan_out for weights in adapter.modules.values()),
         "inference_mode": True,
     }
