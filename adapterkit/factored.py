@@ -13,7 +13,7 @@ import torch
 
 from adapterkit.elementwise import ties, trim
 from adapterkit.errors import FitError
-from adapterkit.lowrank import Decomposition, Product, added, decompose
+from adapterkit.lowrank import Decomposition, Product, added, decompose, signs_of
 from adapterkit.methods import Options
 
 NUMERICAL_RANK = 1e-7  # of the greatest singular value; below it is the rounding of float32 factors
@@ -102,11 +102,10 @@ def _inner(aligned: Sequence[torch.Tensor], parts: Sequence[Part], options: Opti
 
 
 def _left_vectors(matrix: torch.Tensor) -> torch.Tensor:
-    """Left singular vectors of a tall matrix, with signs that do not depend on the machine."""
+    """Left singular vectors of a tall matrix."""
     Q, R = torch.linalg.qr(matrix)
     vectors: torch.Tensor = Q @ torch.linalg.svd(R, full_matrices=False).U
-    largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
+    return vectors * signs_of(vectors)
 
 
 def _nearest_orthogonal(matrix: torch.Tensor) -> torch.Tensor:

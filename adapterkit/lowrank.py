@@ -81,17 +81,18 @@ def added(products: Sequence[Product]) -> Product:
 
 
 def decompose(product: Product) -> Decomposition:
-    """The singular value decomposition of Δ, by way of its rank × rank core.
-
-    The sign of a pair of vectors is that by which the largest element of U's is positive, so that it does not depend on
-    the machine.
-    """
+    """The singular value decomposition of Δ, by way of its rank × rank core."""
     left, right = torch.linalg.qr(product.left), torch.linalg.qr(product.right.mT)
     core = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
     U, V = left.Q @ core.U, right.Q @ core.Vh.mT
-    largest = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
+    sign = signs_of(U)
     return Decomposition(U * sign, core.S, V * sign)
+
+
+def signs_of(vectors: torch.Tensor) -> torch.Tensor:
+    """The sign for each column by which its largest element is positive, so that it does not depend on the machine."""
+    largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def stacked(found: Sequence[Decomposition]) -> Decomposition:

@@ -13,7 +13,7 @@ from math import prod
 import torch
 
 from adapterkit.chance import chance, seed_for
-from adapterkit.lowrank import Decomposition, Limit
+from adapterkit.lowrank import Decomposition, Limit, signs_of
 
 CHUNK_ELEMENTS = 1 << 20
 KEPT_ELEMENTS = 1 << 25  # of a matrix that is computed once instead of in every pass
@@ -109,8 +109,7 @@ def _leading(matrix: Matrix, width: int, seed: int) -> tuple[Decomposition, floa
     right = torch.linalg.qr(projection)
     core = torch.linalg.svd(right.R.mT, full_matrices=False)
     U, V = basis @ core.U, right.Q @ core.Vh.mT
-    largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
+    sign = signs_of(U)
     return Decomposition(U * sign, core.S, V * sign), energy
 
 
