@@ -10,7 +10,7 @@ from adapterkit.version import __version__
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
     from adapterkit.adapters import combine, compare, convert, extract, resize
-    from adapterkit.api import merge, plan_merge, plan_quantize, quantize
+    from adapterkit.api import merge, plan_merge, plan_quantize, quantize, verify
     from adapterkit.errors import AdapterkitError
     from adapterkit.formats import load, save
     from adapterkit.live import apply, remove
@@ -22,14 +22,14 @@ _EXPORTS = {
     "Adapter": "adapter", "LazyTensor": "adapter", "LoraWeights": "adapter", "AdapterkitError": "errors",
     "load": "formats", "save": "formats", "merge": "api", "plan_merge": "api", "plan_quantize": "api",
     "quantize": "api", "run": "stream", "Merged": "stream", "TensorMerged": "stream", "MergePlan": "plan",
-    "apply": "live", "remove": "live",
+    "apply": "live", "remove": "live", "verify": "api",
     **dict.fromkeys(("combine", "compare", "convert", "extract", "resize"), "adapters"),
 }  # fmt: skip
 
 __all__ = [
     "Adapter", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged", "TensorMerged", "__version__",
     "apply", "combine", "compare", "convert", "extract", "load", "merge", "plan_merge", "plan_quantize", "quantize",
-    "remove", "resize", "run", "save",
+    "remove", "resize", "run", "save", "verify",
 ]  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterkit.adapter import Adapter
 from adapterkit.checkpoint import Checkpoint, open_checkpoint
@@ -22,7 +23,10 @@ from adapterkit.planning import DTYPES, make_plan
 from adapterkit.planning import plan_quantize as make_quantize_plan
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS, Quantize, Rounding
 from adapterkit.staging import check_output
-from adapterkit.stream import Merged, run
+from adapterkit.stream import Merged, default_threads, run
+
+if TYPE_CHECKING:
+    from adapterkit.verifying import Verdict
 
 AnyPath = str | os.PathLike[str]
 AnyAdapter = AnyPath | Adapter
@@ -112,6 +116,29 @@ def merge(
     *_, result = run(plan, threads=threads, report=report, device=device)
     assert isinstance(result, Merged)
     return result
+
+
+def verify(
+    merged: AnyPath,
+    base: AnyPath,
+    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
+    *,
+    scale: float = 1.0,
+    sample: float = 1.0,
+    rename: tuple[str, str] | None = None,
+    threads: int | None = None,
+) -> Iterator[Verdict]:
+    """Whether `merged` is `base` with the weighted `adapters` in it: a verdict for each tensor; see `verifying`.
+
+    `sample` is the share of the rows that is looked at. Raises FitError where it is another model's checkpoint.
+    """
+    if not 0 < sample <= 1:
+        raise UsageError(f"sample {sample}: expected a share above 0 and up to 1")
+    from adapterkit.verifying import verify as run_verify
+
+    checkpoint, there = (open_checkpoint(resolve(path), hub_id(path)) for path in (base, merged))
+    plan = make_plan(checkpoint, open_adapters(adapters, scale), Path("never written"), rename=rename)
+    return run_verify(plan, there, share=sample, threads=threads or default_threads())
 
 
 def plan_quantize(

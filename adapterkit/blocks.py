@@ -140,6 +140,17 @@ def finish_packing(edit: Edit, loaded: Loaded, fd: int, buffers: Buffers) -> tup
     return parts, kept
 
 
+def replayed(
+    edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `first:last` of the base, zero where the tensor is new, and with everything added but not rounded."""
+    source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
+    before = torch.zeros(last - first, edit.matrix[1], dtype=_compute_dtype(edit))
+    if source is not None:
+        before.copy_(source)
+    return before, torch.cat([sums for _, sums in _sums(edit, loaded, source, first, last, buffers)])
+
+
 def _merge_plain(
     source: torch.Tensor, first: int, updates: Sequence[Update], out: torch.Tensor, buffers: Buffers
 ) -> torch.Tensor:

@@ -25,7 +25,7 @@ LEVELS = (
     ("planning", "device"),
     ("wholes", "based"),
     ("blocks", "calibration", "card", "hub", "against", "inventory", "live", "combining"),
-    ("jobs", "newadapter", "comparing", "converting", "extracting"),
+    ("jobs", "newadapter", "comparing", "converting", "extracting", "verifying"),
     ("stream",),
     ("api",),
     ("adapters",),
@@ -41,7 +41,7 @@ CORE = {"torch", "numpy", "safetensors"}
 ALLOWED = {"hub": {"huggingface_hub"}, "cli": {"click", "rich"}, "plot": {"matplotlib", "numpy"}}
 TORCH_AT_TOP = {  # themselves imported only where weights are read
     "against", "based", "blocks", "calibration", "combining", "comparing", "converting", "device", "extracting", "live",
-    "quant.carry", "wholes",
+    "quant.carry", "verifying", "wholes",
 }  # fmt: skip
 LAZY = {"torch", "rich", "textual", "matplotlib", "huggingface_hub"}  # at levels that must start fast
 
