@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Ends with this where the checkpoint is not what it should be, as adapters that do not fit a base do.
 DOES_NOT_FIT = 3
 SAYS = {
-    "exact": "every element is the exact sum, rounded once",
+    "exact": "every bit is as adapterkit merges it, rounded once",
     "rounded": "within the rounding of tools that round more often",
     "scaled": "the update is there with another strength",
     "missing": "the update is not there",
