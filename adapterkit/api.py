@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter import Adapter
+from adapterkit.budget import default_threads
 from adapterkit.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import UsageError
 from adapterkit.formats import load
@@ -23,7 +24,7 @@ from adapterkit.planning import DTYPES, make_plan
 from adapterkit.planning import plan_quantize as make_quantize_plan
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS, Quantize, Rounding
 from adapterkit.staging import check_output
-from adapterkit.stream import Merged, default_threads, run
+from adapterkit.stream import Merged, run
 
 if TYPE_CHECKING:
     from adapterkit.verifying import Verdict

@@ -8,7 +8,6 @@ copying begin before it; from then on they run just ahead of the blocks, which s
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,12 +18,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from adapterkit.budget import BLOCK_BYTES, check_device, check_loss, check_space, default_threads
 from adapterkit.card import write_companions
-from adapterkit.errors import LossError, NoSpaceError, UsageError
 from adapterkit.jobs import Block, Desk, Digest, EditWork, Output, untouched_in
 from adapterkit.outfile import OutputFile
 from adapterkit.plan import Edit, MergePlan
-from adapterkit.quant import Packed
 from adapterkit.staging import staged
 from adapterkit.tensorfile import read_span, tensor_bytes
 
@@ -33,13 +31,10 @@ if TYPE_CHECKING:
     from adapterkit.delta import Retention
     from adapterkit.device import Buffers, Place
 
-BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
 BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
 HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
 HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
 SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
-ENOUGH_LEFT = 0.5  # of an update, in a quantized output
-TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +59,6 @@ class Merged:
     notes: tuple[str, ...]  # what was done otherwise than asked for
 
 
-def default_threads() -> int:
-    """As many as this process may use, up to 8: beyond that the disk is the limit."""
-    return min(8, len(os.sched_getaffinity(0)))
-
-
-def estimate_memory(plan: MergePlan, threads: int) -> int:
-    """The peak resident bytes to expect: torch, a worker's blocks, and the factors in flight; not the model's size."""
-    factors = sorted(
-        sum(4 * d.weights.rank * (d.weights.in_features + d.weights.out_features) for d in edit.deltas)
-        for file in plan.files
-        for edit in file.edits
-    )
-    edits = [edit for file in plan.files for edit in file.edits]
-    blocks = 3  # the input, and two outputs
-    if any(isinstance(edit.source, Packed) or edit.twin for edit in edits):
-        blocks += 4  # its numbers as indices, as float32, and rounded
-    if any(edit.packing and edit.packing.rounding.kind == "compensated" for edit in edits):
-        blocks += 5
-    return TORCH_BYTES + threads * blocks * BLOCK_BYTES + 2 * sum(factors[-threads:])
-
-
 def run(
     plan: MergePlan, *, threads: int | None = None, report: bool = False, device: str = "auto"
 ) -> Generator[TensorMerged | Merged, None, None]:
@@ -96,7 +70,7 @@ def run(
     """
     threads = threads or default_threads()
     check_device(plan, device, threads)
-    _check_space(plan)
+    check_space(plan)
     if plan.calibration is not None:
         from adapterkit.calibration import calibrated
 
@@ -106,48 +80,10 @@ def run(
     with staged(plan.out, directory=plan.base.is_directory) as building:
         state = _Run(plan, building, threads, report, device)
         yield from state.tensors()
-        _check_loss(plan, state.retention)
+        check_loss(plan, state.retention)
         if plan.base.is_directory:
             write_companions(plan, building, state.result.hashes)
     yield state.result
-
-
-def check_device(plan: MergePlan, device: str, threads: int) -> None:
-    """Raise UsageError where `device` names none, or a GPU that is not there."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
-        raise UsageError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda"):
-        from adapterkit.device import choose
-
-        choose(device, plan, threads)
-
-
-def _check_space(plan: MergePlan) -> None:
-    folder = plan.out.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    stats = os.statvfs(folder)
-    free = stats.f_bavail * stats.f_frsize
-    if stats.f_blocks and plan.bytes_to_write > free:  # some file systems do not say
-        raise NoSpaceError(
-            f"{plan.out}: needs {plan.bytes_to_write / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
-        )
-
-
-def _check_loss(plan: MergePlan, retention: dict[str, Retention]) -> None:
-    """Refuse a quantized output in which little of the update is left, unless that was accepted."""
-    quantized = {edit.name for file in plan.files for edit in file.edits if edit.packing and edit.deltas}
-    measured = [kept for name, kept in retention.items() if name in quantized]
-    if not measured or plan.accept_loss:
-        return
-    total = measured[0]
-    for kept in measured[1:]:
-        total += kept
-    if total.kept < ENOUGH_LEFT:
-        raise LossError(
-            f"{plan.out}: quantizing keeps {total.kept:.1%} of the update, which is as good as none of it; nothing was "
-            "written. Leave --quantize out for 16 bits, or say --accept-loss."
-        )
 
 
 _Task = Callable[[Desk], None]

@@ -245,7 +245,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(inputs: Path, monkeypatch: py
 def test_a_small_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: bool) -> None:
     """The real thing, noticed beforehand, and where the check was passed but others then filled the disk."""
     if not checked:
-        monkeypatch.setattr(stream, "_check_space", lambda plan: None)
+        monkeypatch.setattr(stream, "check_space", lambda plan: None)
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk], capture_output=True).returncode:

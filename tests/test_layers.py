@@ -25,7 +25,7 @@ LEVELS = (
     ("planning", "device"),
     ("wholes", "based"),
     ("blocks", "calibration", "card", "hub", "against", "inventory", "live", "combining"),
-    ("jobs", "newadapter", "comparing", "converting", "extracting", "verifying"),
+    ("jobs", "budget", "newadapter", "comparing", "converting", "extracting", "verifying"),
     ("stream",),
     ("api",),
     ("adapters",),

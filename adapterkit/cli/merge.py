@@ -12,13 +12,14 @@ from typing import Any
 import click
 
 from adapterkit import api
+from adapterkit.budget import check_device, default_threads, estimate_memory
 from adapterkit.cli.running import DEVICE_HELP, files, run_with_bar, size, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
 from adapterkit.quant import KINDS, ROUNDINGS
 from adapterkit.renames import parse_rename
-from adapterkit.stream import Merged, check_device, default_threads, estimate_memory
+from adapterkit.stream import Merged
 
 # Below this share the output dtype swallows a tenth of the update or more.
 ENOUGH_KEPT = 0.9

@@ -9,9 +9,9 @@ import time
 import click
 
 from adapterkit import api
+from adapterkit.budget import default_threads
 from adapterkit.cli.running import DEVICE_HELP, run_with_bar, size
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS
-from adapterkit.stream import default_threads
 
 
 @click.command("quantize")

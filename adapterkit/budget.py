@@ -1,0 +1,78 @@
+"""What a plan takes and what it may cost: threads, memory, a device, room on the disk, and how much of the update."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from adapterkit.errors import LossError, NoSpaceError, UsageError
+from adapterkit.plan import MergePlan
+from adapterkit.quant import Packed
+
+if TYPE_CHECKING:
+    from adapterkit.delta import Retention
+
+BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
+ENOUGH_LEFT = 0.5  # of an update, in a quantized output
+TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
+
+
+def default_threads() -> int:
+    """As many as this process may use, up to 8: beyond that the disk is the limit."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def estimate_memory(plan: MergePlan, threads: int) -> int:
+    """The peak resident bytes to expect: torch, a worker's blocks, and the factors in flight; not the model's size."""
+    factors = sorted(
+        sum(4 * d.weights.rank * (d.weights.in_features + d.weights.out_features) for d in edit.deltas)
+        for file in plan.files
+        for edit in file.edits
+    )
+    edits = [edit for file in plan.files for edit in file.edits]
+    blocks = 3  # the input, and two outputs
+    if any(isinstance(edit.source, Packed) or edit.twin for edit in edits):
+        blocks += 4  # its numbers as indices, as float32, and rounded
+    if any(edit.packing and edit.packing.rounding.kind == "compensated" for edit in edits):
+        blocks += 5
+    return TORCH_BYTES + threads * blocks * BLOCK_BYTES + 2 * sum(factors[-threads:])
+
+
+def check_device(plan: MergePlan, device: str, threads: int) -> None:
+    """Raise UsageError where `device` names none, or a GPU that is not there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise UsageError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda"):
+        from adapterkit.device import choose
+
+        choose(device, plan, threads)
+
+
+def check_space(plan: MergePlan) -> None:
+    """Raise NoSpaceError where the output would not fit the disk."""
+    folder = plan.out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    stats = os.statvfs(folder)
+    free = stats.f_bavail * stats.f_frsize
+    if stats.f_blocks and plan.bytes_to_write > free:  # some file systems do not say
+        raise NoSpaceError(
+            f"{plan.out}: needs {plan.bytes_to_write / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+        )
+
+
+def check_loss(plan: MergePlan, retention: dict[str, Retention]) -> None:
+    """Refuse a quantized output in which little of the update is left, unless that was accepted."""
+    quantized = {edit.name for file in plan.files for edit in file.edits if edit.packing and edit.deltas}
+    measured = [kept for name, kept in retention.items() if name in quantized]
+    if not measured or plan.accept_loss:
+        return
+    total = measured[0]
+    for kept in measured[1:]:
+        total += kept
+    if total.kept < ENOUGH_LEFT:
+        raise LossError(
+            f"{plan.out}: quantizing keeps {total.kept:.1%} of the update, which is as good as none of it; nothing was "
+            "written. Leave --quantize out for 16 bits, or say --accept-loss."
+        )
