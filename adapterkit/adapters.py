@@ -121,36 +121,40 @@ def convert(
         raise UsageError(f"to {to!r}: expected one of {', '.join(KINDS)}")
     target, [one] = Path(out).expanduser(), open_adapters([adapter])
     dora = any(weights.magnitude is not None for weights in one.adapter.modules.values())
+    back = dora and to == "lora"
     limit = Limit(rank, energy) if rank is not None or energy is not None else None
     check_limit(limit)
-    _check(target, [one], overwrite)
-    checkpoint = None if base is None else open_checkpoint(resolve(base), hub_id(base))
-    needs = to == "dora" or (dora and to == "lora")
-    if needs and checkpoint is None:
-        raise UsageError(f"{one.label}: converting {'from' if dora else 'to'} DoRA takes the base, for its norms")
-    if not needs and checkpoint is not None:
-        raise UsageError(f"{one.label}: is no DoRA, so converting it to {to} takes no base")
-    if initial is not None and (needs or to != "lora"):
+    if (to == "dora" or back) is not (base is not None):
+        wants = f"converting {'from' if back else 'to'} DoRA takes the base, for its norms"
+        raise UsageError(f"{one.label}: {wants if base is None else f'converting it to {to} takes no base'}")
+    if initial is not None and (base is not None or to != "lora"):
         raise UsageError("an initial adapter is taken off a LoRA adapter, to make a LoRA adapter")
-    if limit is not None and not (dora and to == "lora") and initial is None:
+    if back and limit is None:
+        raise UsageError(f"{one.label}: DoRA's update has full rank: convert it to lora, with a rank or an energy")
+    if limit is not None and not back and initial is None:
         raise UsageError(f"converting to {to} keeps everything: rank and energy are for what cannot be kept")
-    if seed is not None and not (dora and to == "lora"):
+    if seed is not None and not back:
         raise UsageError("only the conversion from DoRA begins by chance: nothing else takes a seed")
-    given = [one]
-    if checkpoint is not None and to == "dora":
-        steps = to_dora(one, checkpoint)
-    elif checkpoint is not None:
-        if limit is None:
-            raise UsageError(f"{one.label}: DoRA's update has full rank: convert it to lora, with a rank or an energy")
-        steps = to_lora(one, checkpoint, limit, seed or 0)
-    elif initial is not None:
-        given = open_adapters([(one.adapter, 1.0), (initial, -1.0)])
-        steps = run_combine(given, "linear", limit=limit, saved="first")
-    else:
-        steps = iter([rescale(one, to == "rslora")])
-    result = _finished(steps, on_module)
+    _check(target, [one], overwrite)
+    given = [one] if initial is None else open_adapters([(one.adapter, 1.0), (initial, -1.0)])
+    result = _finished(_conversion(given, to, base, limit, seed or 0), on_module)
     _write(result, target, f"converted to {to}{_of(limit)}", given)
     return result
+
+
+def _conversion(
+    given: Sequence[Given], to: str, base: AnyPath | None, limit: Limit | None, seed: int
+) -> Iterator[ModuleDone | Combined]:
+    """The steps of a conversion that makes sense: with a base to or from DoRA, of two adapters their difference."""
+    if base is None:
+        if len(given) > 1:
+            return run_combine(given, "linear", limit=limit, saved="first")
+        return iter([rescale(given[0], to == "rslora")])
+    checkpoint = open_checkpoint(resolve(base), hub_id(base))
+    if to == "dora":
+        return to_dora(given[0], checkpoint)
+    assert limit is not None
+    return to_lora(given[0], checkpoint, limit, seed)
 
 
 def extract(
