@@ -16,7 +16,6 @@ import adapterkit
 from adapterkit import live
 from adapterkit.delta import Update
 from adapterkit.errors import FitError, UsageError
-from adapterkit.residual import record, restore
 
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -164,26 +163,6 @@ def test_quantized_layers_become_dense_and_come_back(make_adapter: Callable[...,
     assert torch.allclose(got, before.double(), atol=0.15)
     adapterkit.remove(model, adapter)
     assert model.k is layer and torch.equal(model.k.weight.data, stored)
-
-
-@pytest.mark.parametrize("dtype", KINDS)
-def test_a_residual_restores_whatever_arithmetic_undoes_the_sum(dtype: torch.dtype) -> None:
-    """Recorded with float32 factors, restored by way of another order of summation, and by way of float64."""
-    W = (torch.randn(200, 300) * torch.logspace(-3, 1, 300)).to(dtype)
-    kind = torch.float64 if dtype is torch.float32 else torch.float32
-    B, A = torch.randn(200, 16, dtype=kind) * 0.05, torch.randn(16, 300, dtype=kind)
-    update = Update(0, 200, B, A, 0.3)
-    after = (W.to(kind) + 0.3 * (B @ A)).to(dtype)
-    residual = record(W, after, 0, [update])
-    assert torch.equal(restore(after, 0, [update], residual), W)
-    assert len(residual.at) < W.numel() * 0.5
-    turned = Update(0, 200, B.flip(1).contiguous(), A.flip(0).contiguous(), 0.3)
-    assert torch.equal(restore(after, 0, [turned], residual), W)
-    wide = Update(0, 200, B.double(), A.double(), 0.3)
-    assert torch.equal(restore(after, 0, [wide], residual), W)
-    # And what is not recorded matters: without it the subtraction alone is off.
-    empty = type(residual)(residual.at[:0], residual.steps[:0])
-    assert not torch.equal(restore(after, 0, [update], empty), W)
 
 
 def test_a_model_that_moved_is_undone_and_one_that_changed_is_refused(make_adapter: Callable[..., Path]) -> None:

@@ -1,0 +1,177 @@
+"""Undoing a rounded sum: every bit comes back, whatever arithmetic computes the update again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapterkit import residual
+from adapterkit.delta import Update, add_updates
+from adapterkit.residual import record, restore
+
+KINDS = [torch.bfloat16, torch.float16, torch.float32]
+Add = Callable[[torch.Tensor, int, Sequence[Update]], None]
+
+
+def factors_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What Δ is computed in."""
+    return torch.float64 if dtype is torch.float32 else torch.float32
+
+
+def rank_one_at_a_time(order: str) -> Add:
+    """Adds `s·B[:, k]·A[k]` term by term, rounding after each: forwards, backwards, or shuffled."""
+
+    def add(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> None:
+        for update in updates:
+            start, stop = max(update.start, first), min(update.stop, first + len(matrix))
+            if start >= stop:
+                continue
+            left = update.left[start - update.start : stop - update.start]
+            terms = {
+                "forwards": torch.arange,
+                "backwards": lambda n: torch.arange(n).flip(0),
+                "shuffled": torch.randperm,
+            }
+            total = torch.zeros(stop - start, matrix.shape[1], dtype=matrix.dtype)
+            for k in terms[order](update.right.shape[0]).tolist():
+                total += left[:, k, None] * update.right[k]
+            matrix[start - first : stop - first] += update.strength * total
+
+    return add
+
+
+def in_pairs(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> None:
+    """Adds the terms up as a tree."""
+    for update in updates:
+        start, stop = max(update.start, first), min(update.stop, first + len(matrix))
+        if start >= stop:
+            continue
+        left = update.left[start - update.start : stop - update.start]
+        terms = [left[:, k, None] * update.right[k] for k in range(update.right.shape[0])]
+        while len(terms) > 1:
+            terms = [sum(terms[at : at + 2][1:], terms[at]) for at in range(0, len(terms), 2)]
+        matrix[start - first : stop - first] += update.strength * terms[0]
+
+
+def in_float64(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> None:
+    wide = [Update(u.start, u.stop, u.left.double(), u.right.double(), u.strength) for u in updates]
+    exact = matrix.double()
+    add_updates(exact, first, wide)
+    matrix.copy_(exact)
+
+
+ARITHMETIC: dict[str, Add] = {
+    "the same": add_updates, "in pairs": in_pairs, "in float64": in_float64,
+    **{order: rank_one_at_a_time(order) for order in ("forwards", "backwards", "shuffled")},
+}  # fmt: skip
+
+
+def check(W: torch.Tensor, updates: list[Update], monkeypatch: pytest.MonkeyPatch) -> residual.Residual:
+    """Merge, record, and restore by every arithmetic; bits, not values, are compared."""
+    sums = W.to(updates[0].left.dtype)
+    add_updates(sums, 0, updates)
+    after = sums.to(W.dtype)
+    found = record(W, after, 0, updates)
+    for name, add in ARITHMETIC.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(residual, "add_updates", add)
+            assert torch.equal(restore(after, 0, updates, found).view(torch.uint8), W.view(torch.uint8)), name
+    return found
+
+
+def updates_of(rows: int, columns: int, rank: int, size: float, dtype: torch.dtype) -> list[Update]:
+    kind = factors_dtype(dtype)
+    left, right = torch.randn(rows, rank, dtype=kind) * size, torch.randn(rank, columns, dtype=kind)
+    return [Update(0, rows, left, right, 0.3)]
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.05, 1.0, 1e3])
+@pytest.mark.parametrize("rank", [1, 16, 256])
+def test_every_arithmetic_restores_every_bit(
+    dtype: torch.dtype, size: float, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    W = (torch.randn(40, 120) * torch.logspace(-4, 1, 120)).to(dtype)
+    check(W, updates_of(40, 120, rank, size, dtype), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("zero", [True, False])
+def test_zeros_denormals_and_what_is_not_finite(
+    dtype: torch.dtype, zero: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = torch.finfo(dtype)
+    odd = [
+        0.0,
+        -0.0,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+        limits.tiny,
+        -limits.tiny,
+        limits.smallest_normal / 3,
+        1e-7,
+        1.0,
+    ]
+    W = torch.tensor(odd * 12).to(dtype).view(-1, 10).contiguous()
+    updates = updates_of(len(W), 10, 5, 1e-4, dtype)
+    if zero:
+        updates[0].left[::2] = 0.0
+        updates[0].right[:, :4] = 0.0
+    check(W, updates, monkeypatch)
+
+
+def test_several_updates_of_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.randn(40, 60).bfloat16()
+    [one], [other] = updates_of(25, 60, 8, 0.05, W.dtype), updates_of(30, 60, 3, 0.2, W.dtype)
+    check(W, [one, Update(10, 40, other.left, other.right, -1.7)], monkeypatch)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 10**6), st.sampled_from(KINDS), st.integers(1, 40), st.floats(-6, 3), st.floats(-6, 3),
+)  # fmt: skip
+def test_any_sizes(seed: int, dtype: torch.dtype, rank: int, weight: float, update: float) -> None:
+    torch.manual_seed(seed)
+    W = (torch.randn(9, 31) * 10**weight).to(dtype)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        check(W, updates_of(9, 31, rank, 10**update, dtype), monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_gpu_restores_what_the_cpu_recorded_and_the_other_way_round(dtype: torch.dtype) -> None:
+    W, updates = torch.randn(300, 400).to(dtype), updates_of(300, 400, 16, 0.05, dtype)
+    gpu = torch.device("cuda")
+    for here, there in ((torch.device("cpu"), gpu), (gpu, torch.device("cpu"))):
+        mine, theirs = ([update.to(device) for update in updates] for device in (here, there))
+        sums = W.to(here, factors_dtype(dtype))
+        add_updates(sums, 0, mine)
+        after = sums.to(dtype)
+        found = record(W.to(here), after, 0, mine)
+        assert torch.equal(restore(after.to(there), 0, theirs, found.to(there)).cpu(), W)
+
+
+def test_what_is_recorded_is_little_and_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    W = torch.randn(512, 512).mul_(0.02).bfloat16()
+    updates = updates_of(512, 512, 16, 0.01 * 0.02 / 0.3 / 4, W.dtype)  # 1% of the weights
+    found = check(W, updates, monkeypatch)
+    assert len(found.sure) < 0.02 * W.numel() and len(found.unsure) < 0.002 * W.numel()
+    assert found.sure_steps.abs().float().quantile(0.9) == 1  # a bit each, once coded
+    sums = W.float()
+    add_updates(sums, 0, updates)
+    after, none = sums.bfloat16(), found.sure[:0]
+    for part in ("sure", "unsure"):
+        less = {f"{part}": none, f"{part}_steps": getattr(found, f"{part}_steps")[:0]}
+        broken = residual.Residual(**{**vars(found), **less})
+        for add in ARITHMETIC.values():
+            monkeypatch.setattr(residual, "add_updates", add)
+            if not torch.equal(restore(after, 0, updates, broken), W):
+                break
+        else:
+            raise AssertionError(f"nothing depends on {part}")
