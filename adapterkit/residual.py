@@ -3,8 +3,8 @@
 `W' = round(W + Δ)` forgets: `Ŵ = round(W' − Δ)` is not always W. Where every arithmetic gives the same Ŵ, the steps
 from that to W are recorded, if there are any; where `W' − Δ` lies so close to a boundary between two values that
 another order of summation could round it the other way, the steps from W'. Sums differ from each other by no more than
-the bound `γ_r·|s|·‖B_i‖·‖A_:j‖` (Cauchy and Schwarz on the standard bound of a dot product) with `γ_r = r·u / (1 − r·u)`;
-u is the unit roundoff of what Δ is computed in.
+the bound `γ_r·|s|·‖B_i‖·‖A_:j‖` (Cauchy and Schwarz on the standard bound of a dot product), `γ_r = r·u / (1 − r·u)`,
+with u the unit roundoff of what Δ is computed in.
 """
 
 from __future__ import annotations
