@@ -2,19 +2,19 @@
 
 `W' = round(W + Δ)` forgets: `Ŵ = round(W' − Δ)` is not always W. Where every arithmetic gives the same Ŵ, the steps
 from that to W are recorded, if there are any; where `W' − Δ` lies so close to a boundary between two values that
-another order of summation could round it the other way, the steps from W'. Sums differ from each other by no more than
+another order of summation could round it the other way, W itself. Sums differ from each other by no more than
 the bound `γ_r·|s|·‖B_i‖·‖A_:j‖` (Cauchy and Schwarz on the standard bound of a dot product), `γ_r = r·u / (1 − r·u)`,
 with u the unit roundoff of what Δ is computed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
-from adapterkit.delta import Update, add_updates
+from adapterkit.delta import Update
 
 # On the bound: for the rounding of the norms in it, and of the comparison itself.
 MARGIN = 1 + 2.0**-10
@@ -22,15 +22,12 @@ MARGIN = 1 + 2.0**-10
 
 @dataclass(frozen=True)
 class Residual:
-    """The recorded elements, by flat position: `steps` are counted among the values of the dtype.
-
-    At `sure` positions they lead from Ŵ to W, at `unsure` ones from W' to W.
-    """
+    """The recorded elements, by flat position: the steps from Ŵ to W among the values of the dtype, or W itself."""
 
     sure: torch.Tensor
-    sure_steps: torch.Tensor
+    steps: torch.Tensor
     unsure: torch.Tensor
-    unsure_steps: torch.Tensor
+    values: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.sure) + len(self.unsure)
@@ -42,52 +39,72 @@ class Residual:
 
 def record(before: torch.Tensor, after: torch.Tensor, first: int, updates: Sequence[Update]) -> Residual:
     """What restores `before` from `after`, rows `first …` of a matrix, when `updates` are known again."""
-    back, slack = _subtracted(after, first, updates), _slack(after, first, updates)
-    low, high = (_ordered((back + way).to(before.dtype)) for way in (-slack, slack))
-    found, wanted, given = _ordered(back.to(before.dtype)), _ordered(before), _ordered(after)
+    back = _subtracted(after, first, updates)
+    low, high = (_ordered(end.to(before.dtype)) for end in _reach(back, after, first, updates))
+    found, wanted = _ordered(back.to(before.dtype)), _ordered(before)
     # −0 − 0 is either zero, by the sign of the latter, on which sums need not agree.
     unsure = ((low != high) | ~back.isfinite() | ((after == 0) & after.signbit())).view(-1)
     sure = (found != wanted).view(-1) & ~unsure
     here, there = sure.nonzero()[:, 0].int(), unsure.nonzero()[:, 0].int()
-    return Residual(here, (wanted - found).view(-1)[sure], there, (wanted - given).view(-1)[unsure])
+    return Residual(here, (wanted - found).view(-1)[sure], there, before.reshape(-1)[unsure])
 
 
 def restore(after: torch.Tensor, first: int, updates: Sequence[Update], residual: Residual) -> torch.Tensor:
     """The rows that `record` was given as `before`."""
     back = _ordered(_subtracted(after, first, updates).to(after.dtype)).view(-1)
-    sure, unsure = residual.sure.long(), residual.unsure.long()
-    back[sure] += residual.sure_steps
-    back[unsure] = _ordered(after).view(-1)[unsure] + residual.unsure_steps
-    return _from_ordered(back, after.dtype).view(after.shape)
+    back[residual.sure.long()] += residual.steps
+    restored = _from_ordered(back, after.dtype)
+    restored[residual.unsure.long()] = residual.values
+    return restored.view(after.shape)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left · right`, in any order, but on its own: summed onto W', every term would be rounded at the size of that."""
+    return left @ right
 
 
 def _subtracted(after: torch.Tensor, first: int, updates: Sequence[Update]) -> torch.Tensor:
     """`W' − Δ`, in the dtype of the factors."""
-    dtype = updates[0].left.dtype
-    back = after.to(dtype, copy=True)
-    negated = [Update(update.start, update.stop, update.left, update.right, -update.strength) for update in updates]
-    add_updates(back, first, negated)
+    back = after.to(updates[0].left.dtype, copy=True)
+    for update, rows, left in _inside(back, first, updates):
+        rows.sub_(product(left, update.right), alpha=update.strength)
     return back
 
 
-def _slack(after: torch.Tensor, first: int, updates: Sequence[Update]) -> torch.Tensor:
-    """By how much `W' − Δ` may differ between two ways to compute it."""
-    limits = torch.finfo(updates[0].left.dtype)
+def _reach(back: torch.Tensor, after: torch.Tensor, first: int, updates: Sequence[Update]) -> list[torch.Tensor]:
+    """The least and the greatest that `W' − Δ` can be, however its terms are added up.
+
+    Rounding never crosses a number of its own precision, so the last subtraction can only land on a boundary between
+    two values of the output that the exact difference is beside: one number to either side takes care of that.
+    """
+    limits = torch.finfo(back.dtype)
     unit = limits.eps / 2
-    # Each update is one more addition to the sum, of |W'| at least; twice, once for each of the two ways.
-    slack = after.to(updates[0].left.dtype).abs() * (2 * unit * (len(updates) + 1))
+    slack = torch.zeros_like(back)
+    sizes = torch.zeros_like(back)  # Σ |s|·‖B_i‖·‖A_:j‖, which bounds |Δ|
+    for update, part, left in _inside(slack, first, updates):
+        terms = update.right.shape[0] + 3  # of the sum; and s, the norms, and s times the sum are rounded
+        gamma = terms * unit / (1 - terms * unit)
+        norms = left.norm(dim=1)[:, None] * update.right.norm(dim=0)
+        part += norms * (abs(update.strength) * 2 * gamma * MARGIN)  # once for each of two ways to add up
+        part += (norms > 0) * (2 * terms * limits.tiny * max(1.0, abs(update.strength)))  # what may be flushed to zero
+        start = max(update.start, first) - first
+        sizes[start : start + len(part)] += norms * abs(update.strength)
+    if len(updates) > 1:  # then what comes after the first is subtracted from a number that is rounded already
+        slack += (after.to(back.dtype).abs() + sizes) * (2 * (len(updates) - 1) * unit * MARGIN)
+    slack = slack.nan_to_num_(nan=torch.inf)
+    infinity = back.new_tensor(torch.inf)
+    return [torch.nextafter(back - slack, -infinity), torch.nextafter(back + slack, infinity)]
+
+
+def _inside(
+    matrix: torch.Tensor, first: int, updates: Sequence[Update]
+) -> Iterator[tuple[Update, torch.Tensor, torch.Tensor]]:
+    """Each update with its rows of `matrix`, which begins with row `first`, and its left factor there."""
     for update in updates:
-        start, stop = max(update.start, first), min(update.stop, first + len(after))
+        start, stop = max(update.start, first), min(update.stop, first + len(matrix))
         if start < stop:
-            terms = update.right.shape[0] + 4  # of the sum; rounding s, s·Σ, and adding that to W' and to others
-            gamma = terms * unit / (1 - terms * unit)
-            rows = update.left[start - update.start : stop - update.start].norm(dim=1)
-            norms = rows[:, None] * update.right.norm(dim=0)
-            bound = norms * (abs(update.strength) * 2 * gamma * MARGIN)
-            # Products below the least normal number may be flushed to zero.
-            flushed = (norms > 0) * (2 * terms * limits.tiny * max(1.0, abs(update.strength)))
-            slack[start - first : stop - first] += bound + flushed
-    return slack.nan_to_num_(nan=torch.inf)
+            left = update.left[start - update.start : stop - update.start]
+            yield update, matrix[start - first : stop - first], left
 
 
 def _ordered(values: torch.Tensor) -> torch.Tensor:
