@@ -168,7 +168,7 @@ class GpuBuffers(Buffers):
     def __init__(self, place: Place) -> None:
         super().__init__()
         self.place = place
-        self._stream: Any = CUDA.Stream(place.device)
+        self._stream: Any = CUDA.Stream(device=place.device)
         self._taken: Any = CUDA.Event()  # the last bytes read have left the pinned memory
         self._sums = torch.empty(0, device=place.device)
         self._pinned: list[PinnedPages] = []
@@ -199,7 +199,7 @@ class GpuBuffers(Buffers):
         self._stream.synchronize()
 
     def page(self) -> PageBuffer:
-        page = PinnedPages()
+        page = PinnedPages(self.place.device)
         self._pinned.append(page)
         return page
 
@@ -215,20 +215,23 @@ class GpuBuffers(Buffers):
 class PinnedPages(PageBuffer):
     """Pages that stay where they are, so that a GPU copies to and from them itself; with direct writes like others."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pinned = 0  # the address
         super().__init__()
 
     def unpin(self) -> None:
         """Let the pages move again."""
         if self._pinned:
-            CUDA.cudart().cudaHostUnregister(self._pinned)
+            with CUDA.device(self._device):
+                CUDA.cudart().cudaHostUnregister(self._pinned)
             self._pinned = 0
 
     def _map(self, size: int) -> mmap.mmap:
         self.unpin()
         memory = super()._map(size)
         address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-        failed = int(CUDA.cudart().cudaHostRegister(address, -(-size // PAGE) * PAGE, 0))
+        with CUDA.device(self._device):
+            failed = int(CUDA.cudart().cudaHostRegister(address, -(-size // PAGE) * PAGE, 0))
         self._pinned = 0 if failed else address  # not pinned it works too, only slower
         return memory

@@ -41,7 +41,7 @@ class StandIn:
         self.refuse_to_pin = False
         self.on_stream: dict[int, int] = {}
 
-    def Stream(self, _: torch.device) -> StandIn:
+    def Stream(self, device: torch.device) -> StandIn:
         return self
 
     def Event(self) -> StandIn:
