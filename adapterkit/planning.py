@@ -52,7 +52,7 @@ class _Draft:
 
     def fit(self, given: Sequence[Given], rename: tuple[str, str] | None, allow_partial: bool) -> None:
         """Find a place for everything that the adapters bring."""
-        embedding = _tied_embedding(self.base)
+        embedding = tied_embedding(self.base)
         if embedding is not None:
             self.tensors.setdefault(HEAD, replace(self.tensors[embedding], name=HEAD))
         for one in given:
@@ -187,7 +187,7 @@ def plan_quantize(base: Checkpoint, how: Quantize, out: Path, calibration: Path 
 # --- tied embeddings -------------------------------------------------------------------------------------------------
 
 
-def _tied_embedding(base: Checkpoint) -> str | None:
+def tied_embedding(base: Checkpoint) -> str | None:
     """The input embedding that a tied base also uses as its head."""
     if not base.ties_embeddings:
         return None

@@ -21,6 +21,7 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.device import Buffers
 from adapterkit.errors import FitError
 from adapterkit.plan import Edit, Given, MergePlan
+from adapterkit.planning import HEAD, tied_embedding
 from adapterkit.quant import Packed
 from adapterkit.quant import weights as weights_in
 from adapterkit.rounding import round_once
@@ -69,6 +70,9 @@ def verify(plan: MergePlan, merged: Checkpoint, *, share: float = 1.0, threads: 
     touched = {name: pair for name, pair in edits.items() if pair[0].deltas or pair[0].replaced or pair[0].added}
     _check_names(plan, merged, before, after, touched)
     names = [name for name in dict.fromkeys((*before, *touched)) if name in after]
+    embedding = tied_embedding(plan.base)
+    if embedding is not None and HEAD in after and HEAD not in names:  # written out, as some tools do
+        yield _untouched(HEAD, after[embedding], after[HEAD], share)
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         yield from pool.map(
             lambda name: (
@@ -88,7 +92,7 @@ def _check_names(
     touched: Mapping[str, object],
 ) -> None:
     """Refuse a checkpoint of another model; a tied head may be left out, or written out."""
-    tied = {"lm_head.weight"} if plan.base.ties_embeddings else set()
+    tied = {HEAD} if plan.base.ties_embeddings else set()
     lacking = [name for name in before if name not in after and name not in tied]
     extra = [name for name in after if name not in before and name not in touched and name not in tied]
     if lacking or extra:

@@ -186,6 +186,22 @@ def test_a_requantized_merge_is_named_with_what_it_keeps(base: Path, adapter: Pa
     assert max(kept) < 0.9
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_tied_head_that_is_written_out_is_the_embedding(
+    make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path, broken: bool
+) -> None:
+    tensors = {"model.embed_tokens.weight": torch.randn(30, 64), "model.layers.0.q.weight": torch.randn(48, 64)}
+    base = make_base(tensors, {"tie_word_embeddings": True})
+    adapter = make_adapter(factors("model.layers.0.q", 48, 64))
+    adapterkit.merge(base, [adapter], tmp_path / "whole")
+
+    def write_out(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (2 if broken else 1)
+
+    found = verdicts(changed(tmp_path / "whole", tmp_path / "out", write_out), base, adapter)
+    assert found["lm_head.weight"].fits is not broken and sum(verdict.fits for verdict in found.values()) == 3 - broken
+
+
 def test_what_cannot_be_compared_is_said(base: Path, adapter: Path, make_base: MakeBase, tmp_path: Path) -> None:
     base = base.rename(tmp_path / "right")
     tensors = {k: v for file in base.glob("*.safetensors") for k, v in load_file(file).items()}
