@@ -88,7 +88,7 @@ def combine(
         _check_rank(given, modules, limit.rank, pad)
     replaced, tokens, more = combine_wholes(given, saved)
     done: dict[str, tuple[Weights, ModuleDone]] = {}
-    for batch in batches(given, modules):
+    for batch in batches(given, modules, most=None if method in FACTORED else 1):  # each of those takes seconds
         for name, weights, energy, discarded in _combine_batch(given, batch, method, limit, settings, seed or 0):
             if pad and limit is not None and limit.rank is not None and weights.rank < limit.rank:
                 weights = replace(weights_of(Product.of(weights).padded(limit.rank), weights), bias=weights.bias)
@@ -220,8 +220,8 @@ def _check_rank(given: Sequence[Given], modules: Mapping[str, None], rank: int, 
 # --- modules ---------------------------------------------------------------------------------------------------------
 
 
-def batches(given: Sequence[Given], modules: Mapping[str, None]) -> Iterator[list[str]]:
-    """Modules of equal shapes and ranks, in the same adapters, as many as fit a window."""
+def batches(given: Sequence[Given], modules: Mapping[str, None], most: int | None = None) -> Iterator[list[str]]:
+    """Modules of equal shapes and ranks, in the same adapters, as many as fit a window, or at `most`."""
     groups: defaultdict[object, list[str]] = defaultdict(list)
     for name in modules:
         held = {one.label: one.adapter.modules[name] for one in given if name in one.adapter.modules}
@@ -229,7 +229,7 @@ def batches(given: Sequence[Given], modules: Mapping[str, None]) -> Iterator[lis
     for names in groups.values():
         held = {one.label: one.adapter.modules[names[0]] for one in given if names[0] in one.adapter.modules}
         size = sum(8 * math.prod(tensor.shape) for weights in held.values() for tensor in (weights.A, weights.B))
-        step = max(1, WINDOW_BYTES // size)
+        step = most or max(1, WINDOW_BYTES // size)
         yield from (names[first : first + step] for first in range(0, len(names), step))
 
 

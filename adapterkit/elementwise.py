@@ -54,7 +54,7 @@ def combined(parts: Sequence[Dense], method: str, density: float, seed: int) -> 
             else:
                 x = torch.where(x.abs() >= bound, x, 0.0)
             kept.append(part.weight * x.double())
-        return ties(kept) if elect else torch.stack(kept).sum(0)
+        return (ties(kept) if elect else torch.stack(kept).sum(0)).float()
 
     return Matrix(shape, rows)
 
@@ -79,9 +79,13 @@ def drop(x: torch.Tensor, density: float, seed: int, at: int) -> torch.Tensor:
 
 def ties(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Elect the sign of the greater sum, and take the mean of the elements that have it (arXiv 2306.01708)."""
-    stacked = torch.stack(list(tensors))
-    agree = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
-    return torch.where(agree, stacked, 0.0).sum(0) / agree.sum(0).clamp(min=1)
+    elected = sum(tensors[1:], tensors[0]).sign()
+    total, count = torch.zeros_like(elected), torch.zeros_like(elected)
+    for tensor in tensors:
+        agree = (tensor * elected) > 0
+        total += tensor * agree
+        count += agree
+    return total / count.clamp_(min=1)
 
 
 def _threshold(part: Dense, shape: tuple[int, int], density: float) -> float:

@@ -16,7 +16,7 @@ from adapterkit.chance import chance, seed_for
 from adapterkit.lowrank import Decomposition, Limit, signs_of
 
 CHUNK_ELEMENTS = 1 << 20
-KEPT_ELEMENTS = 1 << 25  # of a matrix that is computed once instead of in every pass
+KEPT_ELEMENTS = 1 << 26  # of a matrix that is computed once instead of in every pass
 OVERSAMPLING = 10
 POWER_ITERATIONS = 3
 FIRST_GUESS = 32  # of the rank that an energy or an error wants
