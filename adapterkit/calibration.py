@@ -14,12 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from adapterkit.errors import FitError, UsageError
 from adapterkit.plan import Edit, MergePlan
-from adapterkit.tensorfile import TensorInfo, read_header
+from adapterkit.staging import errors_of
+from adapterkit.tensorfile import TensorInfo, read_header, write_tensors
 
 SPAN = 2048  # columns that share their errors, at most: H of more would not fit memory
 TOKENS = 512  # of one forward pass
@@ -32,7 +32,8 @@ def calibrated(plan: MergePlan) -> Iterator[MergePlan]:
     """`plan` with the shares that its calibration text gives, which are on disk as long as this lasts.
 
     The base is run whole, by transformers. Raises UsageError where that is not installed or the text has too little in
-    it, FitError where the base does not load or lacks a layer that is to be rounded.
+    it, FitError where the base does not load or lacks a layer that is to be rounded, NoSpaceError where the directory
+    for temporary files is full.
     """
     edits = {edit.name: edit for file in plan.files for edit in file.edits if edit.packing}
     with TemporaryDirectory(prefix="adapterkit-") as folder:
@@ -83,7 +84,8 @@ def _measure(plan: MergePlan, edits: dict[str, Edit], folder: Path) -> dict[str,
             raise FitError(f"{name}: the text never reaches that layer; calibrate with more of it, or without")
         if id(H) not in written:
             file = folder / f"{len(written)}.safetensors"
-            save_file({"shares": shares_of(H)}, file)
+            with errors_of(file):
+                write_tensors(file, {"shares": shares_of(H)}, {})
             written[id(H)] = read_header(file).tensors["shares"]
     return {name: written[id(seen.moments[name])] for name in edits}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import adapterkit
 from adapterkit import calibration, quant
 from adapterkit.calibration import DAMPING, shares_of, spans_of
 from adapterkit.checkpoint import open_checkpoint
-from adapterkit.errors import FitError, UsageError
+from adapterkit.errors import FitError, NoSpaceError, UsageError
 from adapterkit.quant.carry import carry_errors
 from adapterkit.quant.codes import CODES
 
@@ -180,6 +182,13 @@ def test_what_cannot_be_calibrated_is_said(model: Path, tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(calibration, "_module", lambda model, name: whole(model, f"other.{name}"))
         fails(FitError, "has 0 layers of that name")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "write_tensors", full)
+        fails(NoSpaceError, "the disk is full")
 
     def missing(name: str, *args: Any, whole: Any = builtins.__import__, **more: Any) -> Any:
         if name == "transformers":
