@@ -53,9 +53,8 @@ def combine(
     target, given = Path(out).expanduser(), open_adapters(adapters)
     limit = Limit(rank, energy) if rank is not None or energy is not None else None
     _check(target, given, overwrite)
-    result = _finished(
-        run_combine(given, method, limit=limit, options=options, seed=seed, saved=saved), on_module
-    )  # fmt: skip
+    steps = run_combine(given, method, limit=limit, options=options, seed=seed, saved=saved)
+    result = _finished(steps, on_module)
     how = f"{method}{_of(limit)}{''.join(f', {name} {value}' for name, value in (options or {}).items())}"
     _write(result, target, f"combined by {how}", given)
     return result

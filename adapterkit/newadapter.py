@@ -37,14 +37,10 @@ def _card(
     """The adapter's card: YAML that the Hub reads, then what it was made from."""
     base = public_name(adapter.base_model)
     lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- adapterkit", "- lora"]
-    lines += [
-        "---",
-        "",
-        f"# {' + '.join(one.label for one in given) or 'Extracted adapter'}",
-        "",
-        f"Made by adapterkit {__version__}: {made}.",
-    ]
-    lines += [] if not given else ["", "| from | weight | file | SHA-256 |", "| --- | --- | --- | --- |"]
+    title = " + ".join(one.label for one in given) or "Extracted adapter"
+    lines += ["---", "", f"# {title}", "", f"Made by adapterkit {__version__}: {made}."]
+    if given:
+        lines += ["", "| from | weight | file | SHA-256 |", "| --- | --- | --- | --- |"]
     for one in given:
         lines += [f"| {one.label} | {one.weight:g} | {f} | `{digest}` |" for f, digest in hashes[one.label].items()]
     if notes:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 
 import torch
 
@@ -156,7 +157,7 @@ def _unit(values: torch.Tensor, limit: torch.finfo) -> torch.Tensor:
     return torch.exp2(torch.floor(torch.log2(values.abs().clamp(min=limit.tiny)))) * limit.eps
 
 
-def _touched(plan: MergePlan, edit: Edit, source: object, after: Weight, share: float) -> Verdict:
+def _touched(plan: MergePlan, edit: Edit, source: Path, after: Weight, share: float) -> Verdict:
     """Compare a tensor with its replay, and where they differ find out what is there instead."""
     plain = replace(edit, dtype=after.dtype, packing=None, twin=None)
     wide = replace(plain, dtype="F64")  # computed in float64
@@ -165,7 +166,7 @@ def _touched(plan: MergePlan, edit: Edit, source: object, after: Weight, share: 
     parts = [mine for mine in alone if mine is not None]
     rows, columns = edit.matrix
     read, sums, buffers = reader(after, columns), _Sums(len(parts)), Buffers()
-    fd = os.open(str(source), os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         ours, whole, loaded = load(plain, fd), load(wide, fd), [load(mine, fd) for mine in parts]
         for first, last in _spans(rows, columns, share):
