@@ -50,6 +50,7 @@ def plan_merge(
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
+    receipt: bool = True,
     overwrite: bool = False,
 ) -> MergePlan:
     """Plan `base + scale · Σ weight · Δ`, from headers only; nothing is written.
@@ -60,7 +61,8 @@ def plan_merge(
     nf4, fp4, int8 or same; where that keeps less than half of the update, running the plan raises LossError unless
     `accept_loss`. `rounding` is nearest, stochastic (by `seed`) or compensated (see `quant.choose`), the last also by
     `calibration`, a text file over which running the plan first runs the base. `original` is the 16-bit model that a
-    quantized base was made from, to be checked and merged into. Raises what is listed in `adapterkit.errors`.
+    quantized base was made from, to be checked and merged into. With a `receipt` the merge can be undone bit for bit,
+    see `unmerge`. Raises what is listed in `adapterkit.errors`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -77,12 +79,12 @@ def plan_merge(
     named = (sixteen, original) if sixteen and original is not None else (checkpoint, base)
     target = Path(out).expanduser() if out is not None else _default_output(*named, "merged")
     for one in (checkpoint, *((sixteen,) if sixteen else ())):
-        _check_apart(target, one, given)
+        check_apart(target, one, given)
     check_output(target, overwrite)
     return make_plan(
         checkpoint, given, target, dtype=dtype, quantize=quantize, rounding=Rounding(rounding, seed),
         original=sixteen, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial,
-        calibration=_text(calibration, rounding),
+        calibration=_text(calibration, rounding), receipt=receipt,
     )  # fmt: skip
 
 
@@ -103,6 +105,7 @@ def merge(
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
+    receipt: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
     report: bool = False,
@@ -112,7 +115,7 @@ def merge(
     plan = plan_merge(
         base, adapters, out, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype, quantize=quantize,
         rounding=rounding, seed=seed, calibration=calibration, original=original, accept_loss=accept_loss,
-        rename=rename, allow_partial=allow_partial, overwrite=overwrite,
+        rename=rename, allow_partial=allow_partial, receipt=receipt, overwrite=overwrite,
     )  # fmt: skip
     *_, result = run(plan, threads=threads, report=report, device=device)
     assert isinstance(result, Merged)
@@ -167,7 +170,7 @@ def plan_quantize(
     _check_rounding(rounding, seed, True)
     checkpoint = open_checkpoint(resolve(base), hub_id(base))
     target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base, to)
-    _check_apart(target, checkpoint, [])
+    check_apart(target, checkpoint, [])
     check_output(target, overwrite)
     how = Quantize(to, blocksize, nested, Rounding(rounding, seed))
     return make_quantize_plan(checkpoint, how, target, _text(calibration, rounding))
@@ -265,7 +268,7 @@ def _default_output(checkpoint: Checkpoint, base: AnyPath, what: str) -> Path:
     return path.with_name(f"{path.stem}-{what}.safetensors" if path.is_file() else f"{path.name}-{what}")
 
 
-def _check_apart(out: Path, checkpoint: Checkpoint, given: Sequence[Given]) -> None:
+def check_apart(out: Path, checkpoint: Checkpoint, given: Sequence[Given]) -> None:
     """The output neither holds nor lies in an input."""
     target = out.resolve()
     inputs = [checkpoint.path, *(file for one in given for file in one.adapter.files)]

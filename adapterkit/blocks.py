@@ -17,10 +17,11 @@ from adapterkit.delta import Retention, Update, add_updates, exact_sum, measure_
 from adapterkit.device import CPU, Buffers, Place
 from adapterkit.errors import FitError
 from adapterkit.fused import add_rounded
-from adapterkit.plan import Edit
+from adapterkit.plan import Edit, Recorded
 from adapterkit.quant.packed import Packed, Packer, Rows
 from adapterkit.rounding import on_midpoints, round_once
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, tensor_bytes
+from adapterkit.undo import Undo, difference, restore, undo, undo_marked
 
 GROUP_ROWS = 32  # how many rows the search for midpoints takes together
 
@@ -58,15 +59,19 @@ def load(edit: Edit, fd: int) -> Loaded:
     depth, columns = edit.matrix
     dtype = _compute_dtype(edit)
     packed = edit.source.open(columns) if isinstance(edit.source, Packed) else None
-    updates = []
+    updates: list[Update] = []
     for delta in edit.deltas:
         target = delta.target
         update = update_for(
             load_weights(delta.weights), delta.weight, target.rows or (0, depth), target.of, target.expert,
             target.transposed, dtype, where=delta.module,
         )  # fmt: skip
-        if update.magnitude is not None and target.transposed:
+        if update.magnitude is not None and target.transposed and not edit.recorded:
             update = measure_columns(update, lambda: _base_chunks(edit, packed, fd))
+        elif update.magnitude is not None and target.transposed:
+            by_column = edit.recorded[0].gains
+            assert by_column is not None
+            update = replace(update, gain=by_column.read()[sum(one.renormalizes for one in updates)][None])
         updates.append(update)
     added = []
     for addition in edit.added:
@@ -79,20 +84,30 @@ def load(edit: Edit, fd: int) -> Loaded:
 
 
 def merge_rows(
-    edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, into: memoryview, measured: int
-) -> Retention | None:
-    """Compute rows `first:last` of `edit` as bytes `into`; return what rounding kept of the first `measured` of them.
+    edit: Edit,
+    loaded: Loaded,
+    fd: int,
+    first: int,
+    last: int,
+    buffers: Buffers,
+    into: memoryview,
+    measured: int,
+    undoable: bool,
+) -> tuple[Retention | None, Undo | None]:
+    """Compute rows `first:last` of `edit` as bytes `into`.
 
+    Returns what rounding kept of the first `measured` of them, and what restores the base's, if they are `undoable`.
     Raises FitError where a finite input becomes infinite in the output dtype.
     """
     _, columns = edit.matrix
     if not into:
-        return None
+        return None, None
     source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
     _check_twin(edit, loaded, source, first, last)
     out = buffers.output(into, getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, columns)
+    undone = None
     if source is not None and _compute_dtype(edit) is torch.float32:
-        squares = _merge_plain(source, first, loaded.updates, out, buffers)
+        squares, undone = _merge_plain(source, first, loaded.updates, out, buffers, undoable)
     else:
         by_chunk = []
         for start, sums in _sums(edit, loaded, source, first, last, buffers):
@@ -100,14 +115,34 @@ def merge_rows(
             by_chunk.append((flat := sums.view(-1)).dot(flat))
         squares = torch.stack(by_chunk)
     _check_range(edit, squares, out, source)
+    if undoable and undone is None and source is not None:
+        if edit.replaced or edit.added:
+            undone = difference(source, out)
+        else:
+            step = _chunk_rows(columns, buffers.place.chunk)
+            undone = undo(loaded.updates, source, first, out, step, _compute_dtype(edit))
     buffers.deliver(out, into)
     if not measured:
-        return None
+        return None, undone
     kept = Retention()
     for start, sums in _sums(edit, loaded, source, first, first + measured, buffers):
         before = _base_rows(edit, source, first, start, start + len(sums), buffers)
         kept += retention(before, sums, out[start - first :][: len(sums)])
-    return kept
+    return kept, undone
+
+
+def restore_rows(edit: Edit, loaded: Loaded, fd: int, recorded: Recorded, buffers: Buffers, into: memoryview) -> None:
+    """Restore the base's rows of `edit` that a receipt has `recorded`, as bytes `into`.
+
+    Raises FormatError where what it holds cannot belong to them.
+    """
+    _, columns = edit.matrix
+    after = _read_rows(edit, None, fd, recorded.first, recorded.last, buffers)
+    out = buffers.output(into, getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, columns)
+    assert after is not None
+    step = _chunk_rows(columns, buffers.place.chunk)
+    restore(recorded, loaded.updates, after, out, step, buffers if _compute_dtype(edit) is torch.float32 else None)
+    buffers.deliver(out, into)
 
 
 def pack_rows(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, into: memoryview) -> None:
@@ -152,20 +187,21 @@ def replayed(
 
 
 def _merge_plain(
-    source: torch.Tensor, first: int, updates: Sequence[Update], out: torch.Tensor, buffers: Buffers
-) -> torch.Tensor:
+    source: torch.Tensor, first: int, updates: Sequence[Update], out: torch.Tensor, buffers: Buffers, undoable: bool
+) -> tuple[torch.Tensor, Undo | None]:
     """Plain updates of 16-bit weights in float32, which rounds twice: what lands on a midpoint is settled after.
 
-    Returns the sum of squares of each chunk.
+    Returns the sum of squares of each chunk, and what undoes it all.
     """
     rows, columns = out.shape
     step = _chunk_rows(columns, buffers.place.chunk)
     depth = gcd(rows, step, GROUP_ROWS)
     sums = buffers.sums(min(rows, step), columns)
-    squares, least = add_rounded(source, first, updates, out, sums, depth)
+    doubts = buffers.doubts(source, len(sums)) if undoable and updates else None
+    squares, least = add_rounded(source, first, updates, out, sums, depth, doubts)
     i, j = on_midpoints(least, depth)
     out[i, j] = round_once(exact_sum(source, first, updates, i, j), out.dtype)
-    return squares
+    return squares, undo_marked(source, out, updates, doubts.found(source, squares)) if doubts else None
 
 
 def _sums(
@@ -198,7 +234,8 @@ def _step(edit: Edit, chunk: int) -> int:
 
 def _compute_dtype(edit: Edit) -> torch.dtype:
     """float32 for plain updates of 16-bit weights; float64 where float32 would not round once."""
-    wide = edit.dtype not in ("BF16", "F16") or (edit.source is not None and edit.source.dtype == "F64")
+    stored = "" if edit.source is None else edit.source.dtype
+    wide = edit.dtype not in ("BF16", "F16") or stored == "F64" or (stored == "F32" and bool(edit.recorded))
     involved = edit.replaced or edit.added or any(delta.weights.magnitude for delta in edit.deltas)
     return torch.float64 if wide or involved else torch.float32
 

@@ -6,32 +6,71 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapterkit.checkpoint import CONFIG
+from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, Checkpoint
 from adapterkit.errors import FormatError, UnsafeFileError
-from adapterkit.plan import Given, MergePlan, total_size
-from adapterkit.staging import RECORD, flush
+from adapterkit.plan import Given, Hashes, MergePlan, total_size
+from adapterkit.receipt import BEFORE, FOLDER, as_json, folder_of
+from adapterkit.staging import RECEIPT, RECORD, flush
 from adapterkit.version import __version__
 
-Hashes = Mapping[str, Mapping[str, str]]
+README = "README.md"
+REPLACED = (README, RECORD, RECEIPT, CONFIG)  # and the index
 
 
-def write_companions(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
+def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
     """Write everything but the weights into `folder`; the index and the config, which make it load, come last."""
-    keep, _ = plan.base.other_files()
-    for file in keep:
-        if str(file) not in ("README.md", RECORD):
-            _copy_file(plan.base.path, file, folder)
+    base = plan.base
+    if plan.receipt:
+        names = {one.label: public_name(one.adapter.base_model) for one in plan.given}
+        keep_replaced(base, folder / BEFORE)
+        write_json(folder / RECEIPT, as_json(plan, hashes, names))
+    if not base.is_directory:
+        return
+    copy_others(base, folder)
     write_json(folder / RECORD, record(plan, hashes))
-    write_text(folder / "README.md", card(plan, hashes))
-    if plan.base.index is not None:
+    write_text(folder / README, card(plan, hashes))
+    if base.index is not None:
         index = {"metadata": {"total_size": total_size(plan)}, "weight_map": dict(sorted(plan.weight_map.items()))}
-        write_json(folder / plan.base.index.name, index)
-    if (plan.base.path / CONFIG).is_file():
+        write_json(folder / base.index.name, index)
+    if (base.path / CONFIG).is_file():
         write_json(folder / CONFIG, plan.config)
+
+
+def copy_others(base: Checkpoint, folder: Path) -> None:
+    """Copy what lies beside the weights, but for what a merge makes anew: that belongs to the one before alone."""
+    for file in base.other_files()[0]:
+        if str(file) not in REPLACED and file.parts[0] != FOLDER:
+            copy_file(base.path / file, folder / file)
+
+
+def keep_replaced(base: Checkpoint, before: Path) -> None:
+    """Keep the files of the base that a merge makes anew, an earlier receipt among them, for `restore_replaced`."""
+    folder = folder_of(base.path, base.is_directory)
+    for name in (*REPLACED, *([base.index.name] if base.index else [])):
+        if (folder / name).is_file():
+            copy_file(folder / name, before / name)
+    for file in _files_below(folder / FOLDER):
+        copy_file(file, before / file.relative_to(folder))
+
+
+def restore_replaced(before: Path, folder: Path) -> None:
+    """Put back what `keep_replaced` kept. Raises UnsafeFileError for anything else, which could be other weights."""
+    for file in _files_below(before):
+        name = file.relative_to(before)
+        index = len(name.parts) == 1 and name.name.endswith(INDEX_SUFFIX)
+        if not (index or str(name) in REPLACED or name.parts[0] == FOLDER):
+            raise UnsafeFileError(f"{file}: is nothing that a merge keeps; remove it")
+        copy_file(file, folder / name)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for at, folders, files in os.walk(folder):
+        folders.sort()
+        yield from (Path(at) / name for name in sorted(files))
 
 
 def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
@@ -39,13 +78,13 @@ def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
     name = plan.base.name
     return {
         "adapterkit": __version__,
-        "base": {"name": name, "files": hashes[name]},
+        "base": {"name": name, "files": hashes.base},
         "adapters": [
             {
                 "name": one.label,
                 "weight": one.weight,
                 "base_model": public_name(one.adapter.base_model),
-                "files": hashes[one.label],
+                "files": hashes.adapters[one.label],
             }
             for one in plan.given
         ],
@@ -80,9 +119,11 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
         "| --- | --- | --- | --- |",
     ]
     name = plan.base.name
-    lines += [f"| {name} (base) | | {file} | `{digest}` |" for file, digest in hashes[name].items()]
+    lines += [f"| {name} (base) | | {file} | `{digest}` |" for file, digest in hashes.base.items()]
     for one in plan.given:
-        lines += [f"| {one.label} | {one.weight:g} | {f} | `{digest}` |" for f, digest in hashes[one.label].items()]
+        lines += [
+            f"| {one.label} | {one.weight:g} | {f} | `{digest}` |" for f, digest in hashes.adapters[one.label].items()
+        ]
     if plan.notes or plan.skipped:
         lines += ["", "Notes:", ""]
         lines += [f"- {note}" for note in plan.notes]
@@ -99,8 +140,7 @@ def public_name(name: str | None) -> str | None:
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") else None
 
 
-def _copy_file(base: Path, file: Path, folder: Path) -> None:
-    source, target = base / file, folder / file
+def copy_file(source: Path, target: Path) -> None:
     try:
         if not source.is_file():
             raise UnsafeFileError(f"{source}: is neither a file nor a link to one; remove it from the base")

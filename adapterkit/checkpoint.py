@@ -12,6 +12,7 @@ from adapterkit.tensorfile import Header, TensorInfo, read_header, read_json
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
+MAX_NAME_BYTES = 255  # of a file, on every common file system
 # Weights in other formats: never copied along, since they would still hold the unmerged model.
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".safetensors")
 
@@ -95,7 +96,7 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     names = sorted(set(weight_map.values())) if weight_map is not None else [_only_file(path).name]
     shards = []
     for file in names:
-        if not (path / file).is_file():
+        if not os.path.isfile(path / file):
             named = f"the shard that {indexes[0].name} names" if indexes else "the file of the weights"
             raise FormatError(f"{path / file}: {named} is missing. Download it again.")
         shards.append(read_header(path / file))
@@ -138,6 +139,6 @@ def _read_index(file: Path) -> dict[str, str]:
     for name in set(weight_map.values()):
         if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
             raise UnsafeFileError(f"{file}: names the shard {name[:80]!r}, which is not a plain file name beside it")
-        if not name.endswith(".safetensors"):
+        if not name.endswith(".safetensors") or len(name.encode()) > MAX_NAME_BYTES:
             raise FormatError(f"{file}: names the shard {name[:80]!r}, which is not a safetensors file")
     return weight_map

@@ -112,6 +112,55 @@ def add_updates(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> 
             rows.add_(direction.sub_(original), alpha=update.weight)
 
 
+def gains(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> torch.Tensor:
+    """m/n of every DoRA update, for rows `first …` of the weight, `matrix`: of each row, or else of each column."""
+    found = []
+    for update in (update for update in updates if update.renormalizes):
+        if update.gain is not None:
+            found.append(update.gain[0])
+            continue
+        gain = matrix.new_ones(len(matrix))
+        start, stop = max(update.start, first), min(update.stop, first + len(matrix))
+        if start < stop:
+            inside = slice(start - update.start, stop - update.start)
+            rows = matrix[start - first : stop - first]
+            direction = torch.addmm(rows, update.left[inside], update.right, alpha=update.strength)
+            assert update.magnitude is not None
+            gain[start - first : stop - first] = row_gain(direction, update.magnitude[inside])[:, 0]
+        found.append(gain)
+    return torch.stack(found) if found else matrix.new_empty(0, 0)
+
+
+def linear(
+    shape: tuple[int, int], first: int, updates: Sequence[Update], found: torch.Tensor
+) -> tuple[list[Update], torch.Tensor | None]:
+    """Plain updates, and a factor, with which `W' = factor · W + Σ Δ`: what DoRA does to rows of W, its `gains` known.
+
+    A DoRA update adds `w·(g·(W + s·B·A) − W)`.
+    """
+    if not any(update.renormalizes for update in updates):
+        return list(updates), None
+    factor, plain, by = found.new_ones(shape), [], iter(found)
+    for update in updates:
+        if not update.renormalizes:
+            plain.append(update)
+            continue
+        gain = next(by)
+        start, stop = max(update.start, first), min(update.stop, first + shape[0])
+        if start >= stop:
+            continue
+        left, right, share = update.left[start - update.start : stop - update.start], update.right, update.weight
+        if update.gain is not None:
+            factor[start - first : stop - first] += share * (gain - 1)
+            right = right * gain
+        else:
+            gain = gain[start - first : stop - first, None]
+            factor[start - first : stop - first] += share * (gain - 1)
+            left = left * gain
+        plain.append(Update(start, stop, left, right, share * update.strength))
+    return plain, factor
+
+
 def exact_sum(
     base: torch.Tensor, first: int, updates: Sequence[Update], i: torch.Tensor, j: torch.Tensor
 ) -> torch.Tensor:

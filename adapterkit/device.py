@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from adapterkit.errors import UsageError
+from adapterkit.fused import Doubts
 from adapterkit.outfile import PAGE, PageBuffer
 from adapterkit.plan import Edit, MergePlan
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_span
 
 CUDA: Any = torch.cuda  # untyped in parts
 
-# In float32 1 MB, which with its base and output stays in the L2 cache of most cores.
-CPU_CHUNK = 1 << 18
+# In float32 half a megabyte, which with all that is made of it stays in the L2 cache of most cores.
+CPU_CHUNK = 1 << 16
 GPU_CHUNK = 1 << 22  # as many as a block has, at most: every launch costs some µs
 LEAST_CHUNK = 1 << 18  # with which a GPU is hardly worth it
 
@@ -122,6 +123,8 @@ class Buffers:
         self.place = CPU
         self._memory = memoryview(bytearray())
         self._sums = torch.empty(0)
+        self._products = torch.empty(0)
+        self._marks = torch.empty(0)
 
     def at_work(self) -> AbstractContextManager[object]:
         """Within it the worker computes at its place."""
@@ -141,6 +144,19 @@ class Buffers:
         if self._sums.numel() < rows * columns:
             self._sums = torch.empty(rows * columns)
         return self._sums[: rows * columns].view(rows, columns)
+
+    def products(self, rows: int, columns: int) -> torch.Tensor:
+        """Another matrix like `sums`."""
+        if self._products.numel() < rows * columns:
+            self._products = self._sums.new_empty(rows * columns)
+        return self._products[: rows * columns].view(rows, columns)
+
+    def doubts(self, base: torch.Tensor, rows: int) -> Doubts:
+        """Room to mark elements of `base`, `rows` of which are computed at a time; valid until the next."""
+        if self._marks.numel() < base.numel() or self._marks.dtype != base.dtype:
+            self._marks = torch.empty_like(base).view(-1)
+        off = self.products(rows, base.shape[1])
+        return Doubts(self._marks[: base.numel()].view_as(base), torch.empty_like(off, dtype=base.dtype), off)
 
     def output(self, into: memoryview, dtype: torch.dtype) -> torch.Tensor:
         """Where to compute what `deliver` puts into `into`."""
@@ -171,6 +187,7 @@ class GpuBuffers(Buffers):
         self._stream: Any = CUDA.Stream(device=place.device)
         self._taken: Any = CUDA.Event()  # the last bytes read have left the pinned memory
         self._sums = torch.empty(0, device=place.device)
+        self._products = torch.empty(0, device=place.device)
         self._pinned: list[PinnedPages] = []
         self._input = self.page()
 

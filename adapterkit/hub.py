@@ -32,6 +32,11 @@ def resolve(spec: str | os.PathLike[str]) -> Path:
     return _snapshot(match["repo"], match["revision"], match["folder"])
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be that of a repository on the Hub."""
+    return HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+
+
 def hub_id(spec: str | os.PathLike[str]) -> str | None:
     """The repository that `spec` names on the Hub, or None where it is a local path."""
     match = HUB_ID.fullmatch(str(spec))

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.digest import OutputDigest
 from adapterkit.outfile import OutputFile, PageBuffer
-from adapterkit.plan import Edit, FilePlan
+from adapterkit.plan import Edit, FilePlan, Recorded
+from adapterkit.sidecar import SidecarWriter
 
 if TYPE_CHECKING:
     from adapterkit.blocks import Loaded
@@ -28,6 +30,8 @@ class Output:
     file: OutputFile
     parts: int
     begin: int  # where in all of the base's bytes its source begins
+    digest: OutputDigest | None = None
+    sidecar: SidecarWriter | None = None
 
 
 @dataclass
@@ -37,6 +41,7 @@ class EditWork:
     edit: Edit
     output: Output
     total: int  # blocks
+    number: int | None = None  # of the tensor in the sidecar, if what undoes it is recorded
     computed: int = 0
     written: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -51,6 +56,7 @@ class Block:
     work: EditWork
     first: int
     last: int
+    recorded: Recorded | None = None  # what restores them
 
     @property
     def place(self) -> int:
@@ -80,13 +86,16 @@ class Digest:
         return self.output.begin + self.at if self.output else 0
 
 
+Written = Future[Future[None] | None]
+
+
 class Desk:
     """What one worker works with: of what may be written two buffers, since one can be on its way to the disk."""
 
     def __init__(self, writers: ThreadPoolExecutor) -> None:
         self.buffers: Buffers | None = None
         self.writers = writers
-        self.outgoing: deque[tuple[PageBuffer, Future[None] | None]] = deque([(PageBuffer(), None) for _ in range(2)])
+        self.outgoing: deque[tuple[PageBuffer, Written | None]] = deque([(PageBuffer(), None) for _ in range(4)])
 
     def move_to(self, place: Place) -> Buffers:
         """Buffers for that place."""
@@ -104,7 +113,7 @@ class Desk:
         try:
             for _, written in self.outgoing:
                 if written is not None:
-                    written.result()
+                    _wait(written)
         finally:
             if self.buffers is not None:
                 self.buffers.close()
@@ -114,15 +123,23 @@ class Desk:
         """A buffer whose last block is written; raises what went wrong with that."""
         page, written = self.outgoing.popleft()
         if written is not None:
-            written.result()
+            _wait(written)
         return page
 
     def keep(self, page: PageBuffer) -> None:
         """Put a page back that nothing of is written."""
         self.outgoing.appendleft((page, None))
 
-    def send(self, page: PageBuffer, write: Callable[[], None]) -> None:
+    def send(self, page: PageBuffer, write: Callable[[], Future[None] | None]) -> None:
+        """Have `write` called by another thread; its result is what else needs the page."""
         self.outgoing.append((page, self.writers.submit(write)))
+
+
+def _wait(written: Written) -> None:
+    """Until it is written, and nothing else needs the page."""
+    needed = written.result()
+    if needed is not None:
+        needed.result()
 
 
 def untouched_in(plan: FilePlan, data: memoryview, start: int) -> list[tuple[memoryview, int]]:

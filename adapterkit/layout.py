@@ -57,6 +57,8 @@ def lay_out(header: Header, entries: Sequence[Entry]) -> FilePlan:
         if (source := entry.copied) is not None:
             _append_copy(copies, Copy(source.start, source.stop, start))
             continue
+        if start == stop:  # nothing to compute, in as many rows as its shape may claim
+            continue
         edits.append(
             Edit(
                 entry.name, entry.source, entry.dtype, entry.shape, start, stop, entry.deltas, entry.replaced,

@@ -37,6 +37,7 @@ class OutputFile:
 
     def __init__(self, path: Path, size: int) -> None:
         """Create `path` and reserve `size` bytes, so that a full disk shows itself now. Raises OSError."""
+        self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._direct = -1
         try:
@@ -69,6 +70,10 @@ class OutputFile:
         """Write the header, and return when everything is on the disk."""
         _write_all(self._fd, memoryview(header), 0)
         os.fsync(self._fd)
+
+    def fileno(self) -> int:
+        """The open file, to read what was written."""
+        return self._fd
 
     def close(self) -> None:
         """Close the descriptors."""

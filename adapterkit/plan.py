@@ -5,6 +5,7 @@ A plan is made from headers only and is plain data: it pickles, so any worker ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Given:
 class Delta:
     """One module's update where it lands."""
 
+    adapter: str  # its label
     module: str
     weights: LoraWeights[LazyTensor]
     weight: float
@@ -53,6 +55,16 @@ class Addition:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """Where a receipt keeps what restores rows `first:last`: a residual in code, and the gains of DoRA's updates."""
+
+    first: int
+    last: int
+    residual: TensorInfo
+    gains: TensorInfo | None
+
+
+@dataclass(frozen=True, slots=True)
 class Edit:
     """One output tensor that is not copied: where it comes from, what changes in it, where it is written.
 
@@ -72,6 +84,7 @@ class Edit:
     packing: Packing | None = None
     twin: Packed | None = None  # what was made from the source by quantizing, if that is to be checked
     parts: tuple[tuple[int, int], ...] = ()
+    recorded: tuple[Recorded, ...] = ()  # then the deltas are not added but taken out of the source
 
     def offset(self, row: int) -> int:
         """Where in the output file `row` begins."""
@@ -122,6 +135,19 @@ class FilePlan:
 
 
 @dataclass(frozen=True)
+class Hashes:
+    """The SHA-256 of every file of a run: of the base by name, of adapters by label and name, of outputs by name."""
+
+    base: dict[str, str]
+    adapters: dict[str, dict[str, str]]
+    outputs: dict[str, str]  # none where they were not asked for
+
+
+# Called with a plan, the folder that its output or receipt is made in, and the hashes of it all.
+Finish = Callable[["MergePlan", Path, Hashes], None]
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """Everything a merge will do."""
 
@@ -137,6 +163,10 @@ class MergePlan:
     dtype: str | None = None
     accept_loss: bool = False  # of an update that quantizing erases
     calibration: Path | None = None  # a text, for compensated rounding
+    receipt: bool = False  # whether what undoes it is recorded
+    restores: bool = False  # makes a base again, whose hashes are known
+    beside: bool = False  # whether a folder goes with the output, which is a single file
+    finish: Finish | None = None  # checks the result and writes what else belongs to it; by default what a merge needs
 
     @property
     def bytes_to_write(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,10 +123,12 @@ class _Draft:
         self.notes += [f"{file}: not copied, since it belongs to the unmerged model" for file in left_out]
         new = [name for name in self.changes.replaced if name not in self.tensors]
         self.notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
-        files = tuple(
-            lay_out(header, list(_entries(header, self, new if header is base.shards[-1] else [])))
-            for header in base.shards
-        )
+        entries = [list(_entries(header, self, new if header is base.shards[-1] else [])) for header in base.shards]
+        names = Counter(name for file in entries for entry in file for name, *_ in entry.stored())
+        for name, count in names.items():
+            if count > 1:
+                raise FitError(f"{name}: the base has a tensor of this name, which a part of a quantized weight needs")
+        files = tuple(map(lay_out, base.shards, entries))
         weight_map = {name: file.name for file in files for name in file.tensors}
         return MergePlan(
             base, out, tuple(given), files, self.config, weight_map, self.ledger, tuple(self.skipped),
@@ -146,6 +149,7 @@ def make_plan(
     accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
+    receipt: bool = False,
 ) -> MergePlan:
     """Plan `base + Σ weight · adapter`, written to `out`, from headers only.
 
@@ -170,7 +174,9 @@ def make_plan(
             draft.config["quantization_config"] = base.config.get("quantization_config")
     if dtype is not None:
         draft.convert(dtype)
-    return replace(draft.plan(out, given), accept_loss=accept_loss, calibration=calibration)
+    plan = draft.plan(out, given)
+    beside = receipt and not plan.base.is_directory
+    return replace(plan, accept_loss=accept_loss, calibration=calibration, receipt=receipt, beside=beside)
 
 
 def plan_quantize(base: Checkpoint, how: Quantize, out: Path, calibration: Path | None = None) -> MergePlan:
@@ -226,7 +232,7 @@ NOT_LINEAR = (
 
 def is_linear(name: str, weight: Weight) -> bool:
     """Whether a tensor is the weight of a linear layer that transformers would quantize."""
-    matrix = weight.dtype in FLOAT_DTYPES and len(weight.shape) == 2
+    matrix = weight.dtype in FLOAT_DTYPES and len(weight.shape) == 2 and 0 not in weight.shape
     return matrix and name.endswith(".weight") and not name.endswith(NOT_LINEAR)
 
 

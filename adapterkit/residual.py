@@ -1,10 +1,10 @@
 """What it takes to undo a rounded sum bit for bit, whatever arithmetic undoes it.
 
-`W' = round(W + Δ)` forgets: `Ŵ = round(W' − Δ)` is not always W. Where every arithmetic gives the same Ŵ, the steps
-from that to W are recorded, if there are any; where `W' − Δ` lies so close to a boundary between two values that
-another order of summation could round it the other way, W itself. Sums differ from each other by no more than
-the bound `γ_r·|s|·‖B_i‖·‖A_:j‖` (Cauchy and Schwarz on the standard bound of a dot product), `γ_r = r·u / (1 − r·u)`,
-with u the unit roundoff of what Δ is computed in.
+`W' = round(W + Δ)` forgets: `round(W' − Δ)` is not always W. Recorded is W itself, wherever `W' − Δ` rounds to
+something else, or lies so close to a boundary between two values that another order of summation could round it so.
+Sums differ from each other by no more than `γ_r·|s|·‖B_i‖·‖A_:j‖` (Cauchy and Schwarz on the standard bound of a dot
+product), `γ_r = r·u / (1 − r·u)`, with u the unit roundoff of what Δ is computed in. Everything else is restored by any
+arithmetic.
 """
 
 from __future__ import annotations
@@ -12,50 +12,104 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
 from adapterkit.delta import Update
 
 # On the bound: for the rounding of the norms in it, and of the comparison itself.
 MARGIN = 1 + 2.0**-10
+FAR = 2**14  # steps: no need to know how many more
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The recorded elements, by flat position: the steps from Ŵ to W among the values of the dtype, or W itself."""
+    """The recorded elements, by flat position in order, what they were, and how many steps off subtraction may land."""
 
-    sure: torch.Tensor
-    steps: torch.Tensor
-    unsure: torch.Tensor
+    at: torch.Tensor
     values: torch.Tensor
+    reach: torch.Tensor
 
     def __len__(self) -> int:
-        return len(self.sure) + len(self.unsure)
+        return len(self.at)
+
+    def moved(self, by: int) -> Residual:
+        """The same of elements that lie so much further on."""
+        return Residual(self.at + by, self.values, self.reach)
 
     def to(self, device: torch.device) -> Residual:
         """The same on another device."""
-        return Residual(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return Residual(self.at.to(device), self.values.to(device), self.reach.to(device))
 
 
-def record(before: torch.Tensor, after: torch.Tensor, first: int, updates: Sequence[Update]) -> Residual:
-    """What restores `before` from `after`, rows `first …` of a matrix, when `updates` are known again."""
-    back = _subtracted(after, first, updates)
-    low, high = (_ordered(end.to(before.dtype)) for end in _reach(back, after, first, updates))
-    found, wanted = _ordered(back.to(before.dtype)), _ordered(before)
-    # −0 − 0 is either zero, by the sign of the latter, on which sums need not agree.
-    unsure = ((low != high) | ~back.isfinite() | ((after == 0) & after.signbit())).view(-1)
-    sure = (found != wanted).view(-1) & ~unsure
-    here, there = sure.nonzero()[:, 0].int(), unsure.nonzero()[:, 0].int()
-    return Residual(here, (wanted - found).view(-1)[sure], there, before.reshape(-1)[unsure])
+def record(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    first: int,
+    updates: Sequence[Update],
+    gain: torch.Tensor | None = None,
+) -> Residual:
+    """What restores `before` from `after`, rows `first …` of a matrix, when `updates` are known again.
+
+    With a `gain`, of the shape of the rows, `after` was rounded from `gain · W + Δ`.
+    """
+    back = subtracted(after, first, updates, gain)
+    wanted, doubts = ordered(before).view(-1), ~back.isfinite()
+    ends = [ordered(end.to(before.dtype)).view(-1) for end in _reach(back, after, first, updates, gain)]
+    doubts |= (after == 0) & after.signbit()  # −0 − 0 is either zero, by the sign of the latter
+    broken = doubts.view(-1).clone()
+    at = (broken | (ends[0] != wanted) | (ends[1] != wanted)).nonzero()[:, 0]
+    low, high = ((end[at].long() - wanted[at].long()).abs() for end in ends)
+    reach = torch.maximum(low, high).masked_fill_(broken[at], FAR).clamp_(max=FAR)
+    return Residual(at, before.reshape(-1)[at], reach.short())
+
+
+def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update], at: torch.Tensor) -> Residual:
+    """The elements `at` of weights of 16 bits, all that plain updates do not surely leave by themselves.
+
+    W' is rounded by half of its own last place at most, which has 2^k times the value of that of W, k the difference of
+    their exponents. To that comes how much Δ can be off; and below a power of two the values lie twice as dense.
+    """
+    values = before.reshape(-1).index_select(0, at).cpu()
+    old, new = (one.view(torch.int16).numpy() for one in (values, after.reshape(-1).index_select(0, at).cpu()))
+    mantissa = 7 if before.dtype is torch.bfloat16 else 10
+    most = 0x7FFF >> mantissa
+    exponent, other = (np.maximum(bits >> mantissa & most, 1) for bits in (old, new))
+    k = np.clip(other - exponent, 1, 10)
+    reach = (np.int16(1) << k - 1) + _steps_off(updates, before.dtype)[exponent]
+    reach <<= (old & (1 << mantissa) - 1) <= reach
+    reach += (old & 0x7FFF) <= reach  # to the zero of the other sign it is a step more
+    reach[(exponent == most) | (k == 10)] = FAR
+    return Residual(at.cpu(), values, torch.from_numpy(reach))
+
+
+def _steps_off(updates: Sequence[Update], dtype: torch.dtype) -> np.ndarray:
+    """By exponent of a 16-bit weight, how many of its steps Δ can be off by, rounded, at most FAR."""
+    sizes = [abs(u.strength) * float(u.left.norm(dim=1).max()) * float(u.right.norm(dim=0).max()) for u in updates]
+    finfo = torch.finfo(dtype)
+    exponents = np.arange(256 if dtype is torch.bfloat16 else 32)
+    steps = spread(updates)[1] * sum(sizes) / (finfo.tiny * finfo.eps) * np.exp2(1.0 - exponents) + 0.5
+    least: np.ndarray = np.minimum(steps, FAR / 4).astype(np.int16)
+    return least
+
+
+def joined(parts: Sequence[Residual]) -> Residual:
+    """One residual of several, in the order of their elements."""
+    return Residual(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Residual)))
+
+
+def spread(updates: Sequence[Update]) -> tuple[float, float]:
+    """By what shares of |W| and of `Σ |s|·‖B_i‖·‖A_:j‖` merging, and subtracting, can be off but for rounding W'."""
+    terms = 2 + sum(len(update.right) + 3 for update in updates)
+    unit = torch.finfo(updates[0].right.dtype).eps / 2
+    return (terms + 4) * unit * MARGIN, (2 * terms + 4) * unit * MARGIN
 
 
 def restore(after: torch.Tensor, first: int, updates: Sequence[Update], residual: Residual) -> torch.Tensor:
-    """The rows that `record` was given as `before`."""
-    back = _ordered(_subtracted(after, first, updates).to(after.dtype)).view(-1)
-    back[residual.sure.long()] += residual.steps
-    restored = _from_ordered(back, after.dtype)
-    restored[residual.unsure.long()] = residual.values
-    return restored.view(after.shape)
+    """The rows that `record` was given as `before`, of the dtype of `after` and without a gain."""
+    rows = subtracted(after, first, updates).to(after.dtype)
+    rows.view(-1)[residual.at.long()] = residual.values
+    return rows
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -63,15 +117,19 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left @ right
 
 
-def _subtracted(after: torch.Tensor, first: int, updates: Sequence[Update]) -> torch.Tensor:
-    """`W' − Δ`, in the dtype of the factors."""
-    back = after.to(updates[0].left.dtype, copy=True)
+def subtracted(
+    after: torch.Tensor, first: int, updates: Sequence[Update], gain: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(W' − Δ) / gain`, in the dtype of the factors."""
+    back = after.to(updates[0].left.dtype if updates else torch.float64, copy=True)
     for update, rows, left in _inside(back, first, updates):
         rows.sub_(product(left, update.right), alpha=update.strength)
-    return back
+    return back if gain is None else back.div_(gain)
 
 
-def _reach(back: torch.Tensor, after: torch.Tensor, first: int, updates: Sequence[Update]) -> list[torch.Tensor]:
+def _reach(
+    back: torch.Tensor, after: torch.Tensor, first: int, updates: Sequence[Update], gain: torch.Tensor | None
+) -> list[torch.Tensor]:
     """The least and the greatest that `W' − Δ` can be, however its terms are added up.
 
     Rounding never crosses a number of its own precision, so the last subtraction can only land on a boundary between
@@ -79,9 +137,9 @@ def _reach(back: torch.Tensor, after: torch.Tensor, first: int, updates: Sequenc
     """
     limits = torch.finfo(back.dtype)
     unit = limits.eps / 2
-    slack = torch.zeros_like(back)
+    off = torch.zeros_like(back)
     sizes = torch.zeros_like(back)  # Σ |s|·‖B_i‖·‖A_:j‖, which bounds |Δ|
-    for update, part, left in _inside(slack, first, updates):
+    for update, part, left in _inside(off, first, updates):
         terms = update.right.shape[0] + 3  # of the sum; and s, the norms, and s times the sum are rounded
         gamma = terms * unit / (1 - terms * unit)
         norms = left.norm(dim=1)[:, None] * update.right.norm(dim=0)
@@ -89,11 +147,13 @@ def _reach(back: torch.Tensor, after: torch.Tensor, first: int, updates: Sequenc
         part += (norms > 0) * (2 * terms * limits.tiny * max(1.0, abs(update.strength)))  # what may be flushed to zero
         start = max(update.start, first) - first
         sizes[start : start + len(part)] += norms * abs(update.strength)
-    if len(updates) > 1:  # then what comes after the first is subtracted from a number that is rounded already
-        slack += (after.to(back.dtype).abs() + sizes) * (2 * (len(updates) - 1) * unit * MARGIN)
-    slack = slack.nan_to_num_(nan=torch.inf)
+    if len(updates) > 1 or gain is not None:  # then what comes last is computed from what is rounded already
+        off += (after.to(back.dtype).abs() + sizes) * (2 * len(updates) * unit * MARGIN)
+    if gain is not None:
+        off = off / gain.abs() + back.abs() * (4 * unit)
+    off = off.nan_to_num_(nan=torch.inf)
     infinity = back.new_tensor(torch.inf)
-    return [torch.nextafter(back - slack, -infinity), torch.nextafter(back + slack, infinity)]
+    return [torch.nextafter(back - off, -infinity), torch.nextafter(back + off, infinity)]
 
 
 def _inside(
@@ -107,13 +167,13 @@ def _inside(
             yield update, matrix[start - first : stop - first], left
 
 
-def _ordered(values: torch.Tensor) -> torch.Tensor:
+def ordered(values: torch.Tensor) -> torch.Tensor:
     """Floating point bits as integers in the order of the values, so that neighbours differ by one."""
     bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
     return bits ^ (bits >> (8 * values.element_size() - 1) & torch.iinfo(bits.dtype).max)
 
 
-def _from_ordered(steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def from_ordered(steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The values again; the mapping is its own inverse."""
     bits = steps ^ (steps >> (8 * steps.element_size() - 1) & torch.iinfo(steps.dtype).max)
     return bits.view(dtype)

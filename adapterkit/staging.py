@@ -18,6 +18,7 @@ from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, 
 # In every directory that adapterkit makes, one or the other; only such a directory may be replaced by --overwrite.
 RECORD = "adapterkit_merge.json"
 ADAPTER_RECORD = "adapterkit_adapter.json"
+RECEIPT = "adapterkit_receipt.json"
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -30,7 +31,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{out}: exists already. Choose another -o, or replace it with --overwrite.")
-    if out.is_dir() and not any((out / name).is_file() for name in (RECORD, ADAPTER_RECORD)):
+    if out.is_dir() and not any((out / name).is_file() for name in (RECORD, ADAPTER_RECORD, RECEIPT)):
         raise OutputExistsError(
             f"{out}: was not made by adapterkit, so --overwrite will not delete it. Remove it first."
         )
@@ -145,6 +146,12 @@ def flush(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def discard(out: Path) -> None:
+    """Remove an intermediate result, and what lies beside it."""
+    for path in (out, out.with_name(f"{out.name}.receipt")):
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

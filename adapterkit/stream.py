@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,13 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from adapterkit.budget import BLOCK_BYTES, check_device, check_loss, check_space, default_threads
-from adapterkit.card import write_companions
+from adapterkit.card import finish_merge
+from adapterkit.digest import HASH_BYTES, OutputDigest
 from adapterkit.jobs import Block, Desk, Digest, EditWork, Output, untouched_in
 from adapterkit.outfile import OutputFile
-from adapterkit.plan import Edit, MergePlan
+from adapterkit.plan import Edit, Hashes, MergePlan
+from adapterkit.receipt import FOLDER, folder_of, irreversible, sidecar_name, undoable
+from adapterkit.sidecar import GAINS, SidecarWriter, entry
 from adapterkit.staging import staged
 from adapterkit.tensorfile import read_span, tensor_bytes
 
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     from adapterkit.device import Buffers, Place
 
 BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
-HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
 HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
 SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
 
@@ -53,7 +56,8 @@ class Merged:
     out: Path
     bytes_written: int
     tensors: int
-    hashes: dict[str, dict[str, str]]  # the base's and each adapter's label -> file name -> SHA-256
+    hashes: Hashes
+    receipt_bytes: int
     retention: dict[str, Retention]
     place: str  # where it was computed in the end
     notes: tuple[str, ...]  # what was done otherwise than asked for
@@ -77,13 +81,23 @@ def run(
         with calibrated(plan) as plan:
             yield from run(replace(plan, calibration=None), threads=threads, report=report, device=device)
         return
-    with staged(plan.out, directory=plan.base.is_directory) as building:
-        state = _Run(plan, building, threads, report, device)
+    with staged(plan.out, directory=plan.base.is_directory) as building, _receipt_folder(plan, building) as folder:
+        state = _Run(plan, building, folder, threads, report, device)
         yield from state.tensors()
         check_loss(plan, state.retention)
-        if plan.base.is_directory:
-            write_companions(plan, building, state.result.hashes)
-    yield state.result
+        result = state.result()
+        (plan.finish or finish_merge)(plan, folder, result.hashes)
+    yield result
+
+
+@contextmanager
+def _receipt_folder(plan: MergePlan, building: Path) -> Iterator[Path]:
+    """Where what belongs to the output is made: in its directory, or beside its file."""
+    if not plan.beside:
+        yield building
+        return
+    with staged(folder_of(plan.out, False), directory=True) as folder:
+        yield folder
 
 
 _Task = Callable[[Desk], None]
@@ -92,9 +106,12 @@ _Task = Callable[[Desk], None]
 class _Run:
     """What the workers of one merge share."""
 
-    def __init__(self, plan: MergePlan, building: Path, threads: int, report: bool, device: str) -> None:
-        self.plan, self.building, self.threads, self.report = plan, building, threads, report
+    def __init__(self, plan: MergePlan, building: Path, folder: Path, threads: int, report: bool, device: str) -> None:
+        self.plan, self.building, self.folder, self.threads, self.report = plan, building, folder, threads, report
         self.device = device
+        self.sums: dict[str, str] = {}  # of the outputs
+        self.records = plan.receipt and irreversible(plan) is None
+        self.receipt_bytes = 0
         self.place: Place | None = None  # not known before torch is there
         self.notes: list[str] = []
         self.lock = threading.Lock()
@@ -110,6 +127,7 @@ class _Run:
         """Run everything; an event for each tensor that is done."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge")
         writers = ThreadPoolExecutor(self.threads, thread_name_prefix="write")
+        done = False
         try:
             self._open_files()
             self._list_blocks()
@@ -127,28 +145,39 @@ class _Run:
             try:
                 with exact_products():
                     yield from self._progress(workers)
+                done = True
             finally:
                 torch.set_num_threads(threads_before)
         finally:
             self.stop.set()
             self.torch_ready.set()
+            for output in self.outputs:
+                if output.digest is not None and not done:
+                    output.digest.abandon()
             pool.shutdown(wait=True)
             writers.shutdown(wait=True)
-            for digest in self.digests.values():
-                os.close(digest.fd)
-            for output in self.outputs:
-                output.file.close()
+            try:
+                if done:
+                    self._sum_up()
+            finally:
+                for digest in self.digests.values():
+                    os.close(digest.fd)
+                for output in self.outputs:
+                    output.file.close()
+                    if output.sidecar is not None:
+                        output.sidecar.close()
 
-    @property
     def result(self) -> Merged:
+        """What was made, when all of it is."""
         plan = self.plan
         done = {file: digest.sha256.hexdigest() for file, digest in self.digests.items()}
-        hashes = {plan.base.name: {shard.file.name: done[shard.file] for shard in plan.base.shards}}
-        for one in plan.given:
-            hashes[one.label] = {file.name: done[file] for file in one.adapter.files}
+        base = {shard.file.name: done[shard.file] for shard in plan.base.shards}
+        adapters = {one.label: {file.name: done[file] for file in one.adapter.files} for one in plan.given}
         retention = dict(sorted(self.retention.items()))
-        place, notes = str(self.place), tuple(self.notes)
-        return Merged(plan.out, plan.bytes_to_write, plan.edits, hashes, retention, place, notes)
+        return Merged(
+            plan.out, plan.bytes_to_write, plan.edits, Hashes(base, adapters, self.sums), self.receipt_bytes, retention,
+            str(self.place), tuple(self.notes),
+        )  # fmt: skip
 
     # --- before
 
@@ -162,6 +191,8 @@ class _Run:
             output = Output(plan, OutputFile(path, plan.size), len(plan.edits) + 1, begin)
             self.outputs.append(output)
             self._open_input(shard.file, shard.size, output)  # as planned: if it shrank since, reading it fails
+            if self.plan.receipt or self.plan.restores:
+                output.digest = OutputDigest(plan, self.digests[shard.file].fd)
             begin += shard.size
 
     def _open_input(self, file: Path, size: int, output: Output | None = None) -> None:
@@ -169,15 +200,28 @@ class _Run:
             self.digests[file] = Digest(file, os.open(file, os.O_RDONLY | os.O_CLOEXEC), size, output)
 
     def _list_blocks(self) -> None:
-        for output in self.outputs:
+        if self.records:
+            (self.folder / FOLDER).mkdir()
+        for output, shard in zip(self.outputs, self.plan.base.shards, strict=True):
+            names, number = [], 0
             for edit in output.plan.edits:
                 rows, columns = edit.matrix
                 step = max(1, BLOCK_BYTES // max(1, tensor_bytes(edit.dtype, (columns,))))
                 unit = BLOCK_ROWS * edit.rows_together
                 step = step - step % unit if step > unit else max(edit.rows_together, step - step % edit.rows_together)
-                starts = range(0, max(1, rows), step)
-                work = EditWork(edit, output, len(starts))
-                self.blocks.extend(Block(work, start, min(rows, start + step)) for start in starts)
+                spans = [(start, min(rows, start + step)) for start in range(0, max(1, rows), step)]
+                work = EditWork(edit, output, len(edit.recorded or spans))
+                if self.records and undoable(edit):
+                    work.number, number = number, number + 1
+                    names += [entry(work.number, first, last) for first, last in spans]
+                if edit.recorded:
+                    self.blocks.extend(Block(work, one.first, one.last, one) for one in edit.recorded)
+                else:
+                    self.blocks.extend(Block(work, first, last) for first, last in spans)
+            if self.records:
+                with open(shard.file, "rb") as stream:
+                    header = stream.read(shard.nbytes)
+                output.sidecar = SidecarWriter(self.folder / sidecar_name(output.plan.name), header, names)
 
     # --- the workers
 
@@ -250,7 +294,7 @@ class _Run:
                 page = desk.free_page()
                 data = page.view(work.edit.offset(last) - at, at)
                 with buffers.at_work():
-                    kept = self._compute(work, first, last, buffers, data)
+                    kept = self._compute(block, buffers, data)
             except RuntimeError as error:
                 if page is not None:
                     desk.keep(page)
@@ -270,18 +314,28 @@ class _Run:
                 self.place = place.smaller()
                 self.notes.append(f"{place.device} has too little memory free: went on with {self.place}")
 
-    def _compute(self, work: EditWork, first: int, last: int, buffers: Buffers, data: memoryview) -> Retention | None:
-        """Rows `first:last` as bytes `data`, and what is kept of the update as far as it is measured."""
-        from adapterkit.blocks import load, merge_rows, pack_rows
+    def _compute(self, block: Block, buffers: Buffers, data: memoryview) -> Retention | None:
+        """The rows as bytes `data`, and what is kept of the update as far as it is measured."""
+        from adapterkit.blocks import load, merge_rows, pack_rows, restore_rows
 
+        work, first, last = block.work, block.first, block.last
         edit, source = work.edit, self.digests[work.output.plan.source].fd
         with work.lock:
             loaded = work.loaded or load(edit, source)
             work.loaded = loaded = loaded if loaded.place == buffers.place else loaded.at(buffers.place)
+        if block.recorded is not None:
+            restore_rows(edit, loaded, source, block.recorded, buffers, data)
+            return None
         if edit.packing is None:
-            return merge_rows(
-                edit, loaded, source, first, last, buffers, data, self._rows_to_measure(edit, first, last)
-            )
+            measured = self._rows_to_measure(edit, first, last)
+            kept, undo = merge_rows(edit, loaded, source, first, last, buffers, data, measured, work.number is not None)
+            if undo is not None:
+                assert work.number is not None and work.output.sidecar is not None
+                name = entry(work.number, first, last)
+                work.output.sidecar.add(name, undo.code)
+                if undo.gains:
+                    work.output.sidecar.add(name + GAINS, undo.gains, "F64", undo.shape)
+            return kept
         pack_rows(edit, loaded, source, first, last, buffers, data)
         return self._finish_packing(work, loaded, source, buffers)
 
@@ -299,19 +353,21 @@ class _Run:
             work.output.file.write(memoryview(data), start)
         return kept
 
-    def _write(self, work: EditWork, kept: Retention | None, data: memoryview, at: int) -> None:
+    def _write(self, work: EditWork, kept: Retention | None, data: memoryview, at: int) -> Future[None] | None:
+        digest = work.output.digest
         work.output.file.write(data, at)
         with work.lock:
             if kept is not None:
                 work.retention = kept if work.retention is None else work.retention + kept
             work.written += 1
-            if work.written < work.total:
-                return
-        work.loaded = None
-        if work.retention is not None:
-            self.retention[work.edit.name] = work.retention
-        self._part_done(work.output)
-        self.finished.put(work.edit.name)
+            ended = work.written == work.total
+        if ended:
+            work.loaded = None
+            if work.retention is not None:
+                self.retention[work.edit.name] = work.retention
+            self._part_done(work.output)
+            self.finished.put(work.edit.name)
+        return digest.feed(data, at) if digest is not None else None
 
     def _rows_to_measure(self, edit: Edit, first: int, last: int) -> int:
         """How many rows of a block show what rounding keeps: all for a report, else a few at the tensor's start."""
@@ -328,6 +384,15 @@ class _Run:
             if output.parts or self.stop.is_set():
                 return
         output.file.finish(output.plan.header)
+
+    def _sum_up(self) -> None:
+        """Finish the sidecars, and take the hashes of the outputs that are not taken yet."""
+        for output in self.outputs:
+            if output.sidecar is not None:
+                self.receipt_bytes += output.sidecar.finish()
+            if output.digest is not None:
+                source = self.digests[output.plan.source]
+                self.sums[output.plan.name] = output.digest.hexdigest(source.sha256.hexdigest(), output.file)
 
     # --- the main thread
 

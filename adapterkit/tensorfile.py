@@ -40,6 +40,7 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_NAME = 1000  # characters; real names have at most some 200
+MAX_DEPTH = 100  # of JSON that is written again: for that Python takes a stack frame a level
 MAX_DIMS = 64  # as in numpy; the product of many more dimensions is a number too large to work with
 
 
@@ -133,12 +134,17 @@ def read_header(file: Path) -> Header:
             raw = stream.read(length)
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return parse_header(file, raw, size)
+
+
+def parse_header(file: Path, raw: bytes, size: int) -> Header:
+    """Check the JSON `raw` of the header of `file`, which has `size` bytes, as `read_header` does."""
     entries = _parse_json(file, raw)
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{file}: __metadata__ must map strings to strings")
-    base = 8 + length
+    base = 8 + len(raw)
     infos = [_tensor_info(file, name, entry, base) for name, entry in entries.items()]
     _check_tiling(file, infos, base, size)
     return Header(file, base, size, {info.name: info for info in infos}, metadata)
@@ -186,9 +192,18 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from `file`, or raise FormatError naming the line."""
     try:
-        return _parse_json(file, file.read_bytes())
+        value = _parse_json(file, file.read_bytes())
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror or error}") from error
+    depth = 0
+    level: list[Any] = [value]
+    while level:
+        depth += 1
+        inner = (child for node in level for child in (node.values() if isinstance(node, dict) else node))
+        level = [child for child in inner if isinstance(child, dict | list)]
+    if depth > MAX_DEPTH:
+        raise FormatError(f"{file}: its JSON is nested {depth} deep, expected at most {MAX_DEPTH}")
+    return value
 
 
 def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:

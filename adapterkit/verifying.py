@@ -190,7 +190,7 @@ def _merged(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers:
     dtype, columns = getattr(torch, TORCH_NAMES[edit.dtype]), edit.matrix[1]
     into = bytearray((last - first) * columns * dtype.itemsize)
     with suppress(FitError):
-        merge_rows(edit, loaded, fd, first, last, buffers, memoryview(into), 0)
+        merge_rows(edit, loaded, fd, first, last, buffers, memoryview(into), 0, False)
     return torch.frombuffer(into, dtype=dtype).view(-1, columns)
 
 

@@ -103,8 +103,8 @@ POINTS = [
     ("stream._Run._merge_block", 4),
     ("stream._Run._part_done", 3),
     ("stream._Run._part_done", 6),
-    ("stream.write_companions", 1),
-    ("card._copy_file", 1),
+    ("stream.finish_merge", 1),
+    ("card.copy_file", 1),
     ("card.write_text", 3),
     ("staging._replace", 1),
 ]
@@ -182,7 +182,7 @@ def test_killed_between_the_renames_of_an_overwrite(inputs: Path, monkeypatch: p
     assert merge(inputs).code == 0
     old = contents(inputs / "out")
     (inputs / "out").rename(inputs / ".out.replaced")
-    monkeypatch.setattr(stream, "write_companions", failing(FULL))
+    monkeypatch.setattr(stream, "finish_merge", failing(FULL))
     assert merge(inputs).code != 0
     assert contents(inputs / "out") == old
     assert names(inputs) == ["adapter", "base", "out"]
@@ -226,7 +226,7 @@ def test_the_disk_fills_up_elsewhere(inputs: Path, monkeypatch: pytest.MonkeyPat
     assert nothing_left(inputs)
 
 
-@pytest.mark.parametrize("place", ["_copy_file", "write_text"])
+@pytest.mark.parametrize("place", ["copy_file", "write_text"])
 def test_the_disk_fills_up_at_the_end(inputs: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setattr(card, place, nth_call(getattr(card, place), 1, failing(FULL)))
     assert "No space left on device" in merge(inputs).message(6)
@@ -343,7 +343,7 @@ def test_an_output_below_proc(inputs: Path) -> None:
 @pytest.mark.parametrize("out", ["out", "new/folder/out"])
 def test_folders_made_for_an_output_go_with_it(inputs: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(stream, "write_companions", failing(FULL))
+        patched.setattr(stream, "finish_merge", failing(FULL))
         assert merge(inputs, out=out).code != 0
     assert nothing_left(inputs)
     assert merge(inputs, out=out).code == 0
@@ -440,7 +440,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(inputs: Path, monkeypa
         (inputs / "out").mkdir()
         (inputs / "out" / "thesis.tex").write_text("years of work")
 
-    monkeypatch.setattr(stream, "write_companions", nth_call(stream.write_companions, 1, appear))
+    monkeypatch.setattr(stream, "finish_merge", nth_call(stream.finish_merge, 1, appear))
     assert "appeared while" in merge(inputs).message(7)
     assert contents(inputs / "out") == {"thesis.tex": b"years of work"}
     assert names(inputs) == ["adapter", "base", "out"]
@@ -487,7 +487,7 @@ def test_a_single_file_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert nothing_left(tmp_path)
     (tmp_path / ".out.safetensors.partial").mkdir()  # left by a killed merge of a directory
     assert adapterkit("merge", file, adapter, "-o", out).code == 0
-    assert names(tmp_path) == ["adapter", "base", "out.safetensors"]
+    assert names(tmp_path) == ["adapter", "base", "out.safetensors", "out.safetensors.receipt"]
     assert load_file(out)["model.layers.0.self_attn.q_proj.weight"].shape[1] == COLUMNS
     assert "exists already" in adapterkit("merge", file, adapter, "-o", out).message(7)
     assert adapterkit("merge", file, adapter, "-o", out, "--overwrite").code == 0

@@ -17,18 +17,19 @@ LEVELS = (
     ("adapter", "renames"),
     ("lowrank", "dora", "rounding"),
     ("delta", "sketch"),
-    ("fused", "residual", "summary", "elementwise"),
-    ("factored",),
+    ("residual", "summary", "elementwise"),
+    ("fused", "factored", "coding"),
     ("checkpoint", "targets", "formats", "quant"),
     ("plan",),
     ("changes", "layout"),
-    ("planning", "device"),
-    ("wholes", "based"),
+    ("planning", "device", "sidecar", "digest", "receipt"),
+    ("wholes", "based", "undo"),
     ("blocks", "calibration", "card", "hub", "against", "inventory", "live", "combining"),
     ("jobs", "budget", "newadapter", "comparing", "converting", "extracting", "verifying"),
     ("stream",),
+    ("unmerging",),
     ("api",),
-    ("adapters",),
+    ("adapters", "restoring"),
     ("plot",),
     ("cli",),
     ("__init__", "__main__"),
@@ -41,7 +42,7 @@ CORE = {"torch", "numpy", "safetensors"}
 ALLOWED = {"hub": {"huggingface_hub"}, "cli": {"click", "rich"}, "plot": {"matplotlib", "numpy"}}
 TORCH_AT_TOP = {  # themselves imported only where weights are read
     "against", "based", "blocks", "calibration", "combining", "comparing", "converting", "device", "extracting", "live",
-    "quant.carry", "verifying", "wholes",
+    "quant.carry", "undo", "verifying", "wholes",
 }  # fmt: skip
 LAZY = {"torch", "rich", "textual", "matplotlib", "huggingface_hub"}  # at levels that must start fast
 

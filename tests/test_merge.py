@@ -165,7 +165,8 @@ def test_shards_names_dtypes_and_untouched_bytes_stay(
     out = tmp_path / "out"
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
     written = {file.name for file in out.iterdir()}
-    assert written == {*before, "README.md", "adapterkit_merge.json"} - {"pytorch_model.bin"}
+    added = {"README.md", "adapterkit_merge.json", "adapterkit_receipt.json", "adapterkit_receipt"}
+    assert written == {*before, *added} - {"pytorch_model.bin"}
     for file in out.glob("*.safetensors"):
         same = load_file(file).keys() - {"layers.1.q.weight"}
         with safe_open(file, "pt") as ours, safe_open(base / file.name, "pt") as theirs:
@@ -185,7 +186,8 @@ def test_a_single_file_becomes_a_single_file(make_base: Callable[..., Path], mak
     result = adapterkit.merge(base, [make_adapter(factors("m", 8, 12))])
     assert result.out == base.with_name("model-merged.safetensors")
     assert load_file(result.out)["m.weight"].dtype == torch.float16
-    assert sorted(file.name for file in base.parent.iterdir()) == sorted(["config.json", base.name, result.out.name])
+    receipt = f"{result.out.name}.receipt"
+    assert {file.name for file in base.parent.iterdir()} == {"config.json", base.name, result.out.name, receipt}
 
 
 def test_events_name_every_tensor_and_end_with_the_result(tmp_path: Path) -> None:

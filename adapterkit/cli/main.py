@@ -20,6 +20,7 @@ from adapterkit.version import __version__
 COMMANDS = {
     "inspect": ("inspect", "What an adapter is: rank, scaling, targets, norms, and what is wrong with it."),
     "merge": ("merge", "Merge adapters into a base model, streaming, rounded once."),
+    "unmerge": ("unmerge", "Undo a merge bit for bit, by the receipt it left."),
     "verify": ("verify", "Check that a checkpoint is just this base with just these adapters in it."),
     "combine": ("combine", "Combine adapters into one: exact sums, SVD, TIES, DARE, KnOTS and more."),
     "resize": ("combine", "Change an adapter's rank, optimally, and say what that costs."),

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ ENOUGH_KEPT = 0.9
     "--report", is_flag=True, help="Measure what rounding kept of the update, by layer; with --json, by tensor."
 )
 @click.option("--allow-partial", is_flag=True, help="Skip what has no place in the base, and say so.")
+@click.option("--no-receipt", is_flag=True, help="Do without what `adapterkit unmerge` needs to undo the merge.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 def merge_command(
     base: str, adapters: tuple[str, ...], output: str | None, scale: float, alpha: float | None,
     scaling: float | None, dtype: str | None, quantize: str | None, rounding: str, seed: int, calibration: str | None,
     original: str | None, accept_loss: bool, rename: str | None, device: str, threads: int | None, dry_run: bool,
-    report: bool, allow_partial: bool, overwrite: bool, as_json: bool,
+    report: bool, allow_partial: bool, no_receipt: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Merge one or several adapters into BASE: W + Σ weight · scaling · B·A, summed in fp32 and rounded once.
 
@@ -66,7 +68,7 @@ def merge_command(
         base, [weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
         quantize=quantize, rounding=rounding, seed=seed, calibration=calibration, original=original,
         accept_loss=accept_loss, rename=parse_rename(rename) if rename else None, allow_partial=allow_partial,
-        overwrite=overwrite,
+        receipt=not no_receipt, overwrite=overwrite,
     )  # fmt: skip
     for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
         print(f"note: {note}", file=sys.stderr)
@@ -138,7 +140,7 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, 
         "tensors_changed": result.tensors,
         "seconds": round(seconds, 3),
         "device": result.place,
-        "sha256": result.hashes,
+        "sha256": asdict(result.hashes),
         "retention": {"kept": total.kept, "error": total.error} if total else None,
         "retention_by_tensor": {name: {"kept": r.kept, "error": r.error} for name, r in result.retention.items()},
         "skipped": list(plan.skipped),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 
 import click
 
@@ -50,7 +51,7 @@ def quantize_command(
         facts = {
             "output": str(result.out), "bytes_before": before, "bytes_written": result.bytes_written,
             "tensors_quantized": result.tensors, "seconds": round(seconds, 3), "device": result.place,
-            "sha256": result.hashes,
+            "sha256": asdict(result.hashes),
         }  # fmt: skip
         print(json.dumps(facts, indent=2))
         return

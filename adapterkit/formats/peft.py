@@ -60,6 +60,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
     config = PeftConfig.parse(source)
     scale = Strength(config, source, alpha, scaling)
     found = _sort_tensors(source.tensors, config)
+    config.check_patterns(found.modules)
     problems = [*config.problems(), *found.problems]
     modules = {}
     for name, roles in sorted(found.modules.items(), key=lambda item: _natural(item[0])):
@@ -228,7 +229,7 @@ def _parameters(name: str, config: PeftConfig) -> tuple[str, ...]:
 
 def _experts(A: LazyTensor, rank: float | None) -> int:
     """How many experts are stacked in `A (experts·rank, in)`, given the configured rank."""
-    return A.shape[0] // int(rank) if rank and A.shape[0] % int(rank) == 0 else 1
+    return max(1, A.shape[0] // int(rank)) if rank and A.shape[0] % int(rank) == 0 else 1
 
 
 def _merged_linear(B: LazyTensor, enabled: tuple[bool, ...]) -> LazyTensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -29,11 +30,15 @@ UNMERGEABLE = {
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 # Configs come from strangers, and Python's matcher backtracks: repeating a group can take exponential time, and n other
-# choices (repetitions, groups) the n-th power of the name's length. These bounds keep a match within seconds.
+# choices (repetitions, groups, back references) the n-th power of the name's length. These bounds keep a match within a
+# second, and all of them within some ten.
 REPEATED_GROUP = re.compile(r"\)[+*{]")
-CHOICE = re.compile(r"\((?:\?.)?|[+*?]\??|\{")
+CHOICE = re.compile(r"\((?:\?.)?|[+*?]\??|\{|\\[1-9]")
 MAX_CHOICES = 4
 MAX_MATCHED = 150  # characters of a module's name
+MAX_STEPS = 10**12
+
+Patterns = dict[str, tuple[re.Pattern[str], float]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class PeftConfig:
     alpha: float | None = None
     rslora: bool = False
     dora: bool = False
-    rank_pattern: dict[str, float] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: Patterns = field(default_factory=dict)
+    alpha_pattern: Patterns = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
     tokens: Any = None
@@ -80,6 +85,17 @@ class PeftConfig:
             tokens=given.value("trainable_token_indices", (list, dict), None),
             present=True,
         )
+
+    def check_patterns(self, modules: Iterable[str]) -> None:
+        """Raise FormatError where matching them against the names of all modules could take minutes."""
+        lengths = Counter(map(len, modules))
+        choices = Counter(len(CHOICE.findall(key)) for key in (*self.rank_pattern, *self.alpha_pattern))
+        steps = sum(n * m * length ** (count + 1) for count, n in choices.items() for length, m in lengths.items())
+        if steps > MAX_STEPS:
+            raise FormatError(
+                f"{CONFIG}: {choices.total()} patterns could take for ever to match against {lengths.total()} names; "
+                "refused"
+            )
 
     def rank(self, module: str) -> float | None:
         return _match_pattern(self.rank_pattern, module, self.r)
@@ -172,15 +188,16 @@ class _Fields:
             )
         return value
 
-    def pattern(self, name: str, kinds: Kinds) -> dict[str, float]:
+    def pattern(self, name: str, kinds: Kinds) -> Patterns:
         value: dict[str, float] = self.value(name, dict, {})
+        found = {}
         for key, number in value.items():
             if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number < 1e9:
                 raise FormatError(
                     f"{self.file}: {name}[{key[:60]!r}] is {str(number)[:60]!r}, expected a positive number"
                 )
-            _compile(key, self.file)
-        return value
+            found[key] = (_compile(key, self.file), number)
+        return found
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.value(name, list, [])
@@ -198,11 +215,11 @@ def _compile(key: str, where: object) -> re.Pattern[str]:
         raise FormatError(f"{where}: {key[:60]!r} is not a regular expression: {error}") from error
 
 
-def _match_pattern(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:
+def _match_pattern(patterns: Patterns, module: str, default: float | None) -> float | None:
     """The first pattern that matches, in the order of the file, as PEFT does it."""
     if patterns and len(module) > MAX_MATCHED:
         raise FormatError(f"{CONFIG}: a module name of {len(module)} characters is too long to match patterns against")
-    for key, value in patterns.items():
-        if _compile(key, CONFIG).match(module):
+    for pattern, value in patterns.values():
+        if pattern.match(module):
             return value
     return default

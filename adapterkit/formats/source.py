@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import mmap
 import pickle
+import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -20,6 +24,13 @@ CONFIG = "adapter_config.json"
 # The names that training tools give the weights file, best first.
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
 PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
+# The names in what torch.save makes of plain tensors. torch's unpickler for those runs no code, but it also knows names
+# by which a file of a hundred bytes takes any amount of memory, such as bytearray.
+PLAIN = re.compile(
+    r"collections OrderedDict|torch (?:\w+Storage|Size|[a-z]\w*)|torch\.storage UntypedStorage"
+    r"|torch\._utils _rebuild_(?:tensor(?:_v2|_v3)?|parameter(?:_with_state)?|meta_tensor_no_storage)"
+    r"|torch\._tensor _rebuild_from_type_v2|torch\.nn\.parameter Parameter"
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
                     f"{file}: its contents inflate to {inflated:,} bytes, more than the file's {size:,}; "
                     "torch writes no such file. Ask its author for a .safetensors file."
                 )
+        _check_names(file)
         with warnings.catch_warnings(action="ignore"):  # on an unusual pickle: it is refused, or it is plain tensors
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FormatError:
@@ -110,3 +122,19 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
                 f"{file}: {name} is no plain tensor, but {tensor.layout}, {tensor.dtype} on {tensor.device}"
             )
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _check_names(file: Path) -> None:
+    """Raise UnpicklingError where a torch file has other names than plain tensors need, before torch acts on any."""
+    import torch
+
+    pickles: Any
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] == b"PK\x03\x04":
+            pickles, count = io.BytesIO(torch._C.PyTorchFileReader(stream).get_record("data.pkl")), 1
+        else:  # before torch 1.6: three pickles that say what it is, the tensors, the keys of their storages
+            pickles, count = data, 5
+        for _ in range(count):
+            for code, name, _ in pickletools.genops(pickles):
+                if code.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not PLAIN.fullmatch(str(name)):
+                    raise pickle.UnpicklingError(f"it names {str(name)[:60]!r}")

@@ -27,6 +27,7 @@ STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>.+)")
 KINDS = ("nf4", "fp4")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_STATE_BYTES = 4096  # real ones have some 150
+MAX_OFFSET = 3e38  # what float32 holds; an offset is a mean of scales
 KERNEL_BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has CUDA kernels for in every version
 
 
@@ -76,7 +77,9 @@ class Packed4bit(Packed):
         return rows
 
     def packing(self) -> Packing4bit:
-        return Packing4bit(self.shape, self.dtype, self.kind, self.blocksize, bool(self.nested), self.stored.dtype)
+        whole = (prod(self.shape) + 1) // 2 * 8 % DTYPE_BITS[self.stored.dtype] == 0
+        storage = self.stored.dtype if whole else "U8"  # rather than pad
+        return Packing4bit(self.shape, self.dtype, self.kind, self.blocksize, bool(self.nested), storage)
 
     def open(self, columns: int) -> Rows:
         import torch
@@ -177,8 +180,9 @@ def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, Ten
     shape, blocksize = facts.get("shape"), facts.get("blocksize")
     if not isinstance(shape, list) or not shape or not all(map(_is_size, shape)) or not _is_block(blocksize):
         raise FormatError(f"{state.file}: {state.name}: shape {shape!r}, blocksize {blocksize!r}: expected whole sizes")
-    if facts.get("dtype") not in DTYPES:
-        raise FormatError(f"{state.file}: {state.name}: dtype {facts.get('dtype')!r}: expected {', '.join(DTYPES)}")
+    dtype = facts.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FormatError(f"{state.file}: {state.name}: dtype {dtype!r}: expected {', '.join(DTYPES)}")
 
     def part(suffix: str, dtype: str | None, count: int) -> TensorInfo:
         name = weight + suffix
@@ -201,7 +205,7 @@ def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, Ten
     nested = None
     if f"{weight}.nested_absmax" in tensors or f"{weight}.nested_quant_map" in tensors:
         size, offset = facts.get("nested_blocksize"), facts.get("nested_offset")
-        if not _is_block(size) or not isinstance(offset, int | float):
+        if not _is_block(size) or not isinstance(offset, int | float) or not abs(offset) < MAX_OFFSET:
             raise FormatError(f"{state.file}: {state.name}: nested_blocksize {size!r}, nested_offset {offset!r}")
         nested = Nested(
             part(".nested_absmax", "F32", -(-blocks // size)),
@@ -213,9 +217,7 @@ def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, Ten
     if nested is None and absmax.dtype not in ("F32", "F16", "BF16"):
         raise FormatError(f"{absmax.file}: {absmax.name} is {absmax.dtype}: nested, but its nested_absmax is missing")
     code = part(".quant_map", "F32", 16)
-    return Packed4bit(
-        weight, kind, tuple(shape), DTYPES[facts["dtype"]], stored, blocksize, absmax, code, state, nested
-    )
+    return Packed4bit(weight, kind, tuple(shape), DTYPES[dtype], stored, blocksize, absmax, code, state, nested)
 
 
 def _facts(state: TensorInfo) -> dict[str, Any]:

@@ -64,10 +64,11 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterat
         scale = tensors.get(f"{module}.{SCALE}")
         if leaf != "weight" or scale is None:
             continue
-        if stored.dtype != "I8" or len(stored.shape) != 2 or scale.dtype != "F32" or scale.shape != stored.shape[:1]:
+        matrix = len(stored.shape) == 2 and 0 not in stored.shape
+        if stored.dtype != "I8" or not matrix or scale.dtype != "F32" or scale.shape != stored.shape[:1]:
             raise FormatError(
                 f"{stored.file}: {name} is {stored.dtype} {stored.shape} and its SCB {scale.dtype} {scale.shape}; "
-                "expected I8 (out, in) and F32 (out,)"
+                "expected I8 (out, in), neither 0, and F32 (out,)"
             )
         layout = tensors.get(f"{module}.{LAYOUT}")
         if layout is not None and (layout.nbytes > 8 or any(layout.read_bytes())):

@@ -46,7 +46,7 @@ class PackedFP8(Packed):
     def open(self, columns: int) -> Rows:
         import torch
 
-        height, width = self.block
+        height, width = (min(size, each) for size, each in zip(self.shape, self.block, strict=True))
         # One scale a column from here on: as many as the weight has rows of blocks.
         scale = self.scale.read().float().repeat_interleave(width, dim=1)[:, :columns]
         dtype = getattr(torch, TORCH_NAMES[self.dtype])
@@ -80,11 +80,12 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterat
         if (
             stored.dtype != "F8_E4M3"
             or len(stored.shape) != 2
+            or 0 in stored.shape
             or scale.shape != shape
             or scale.dtype not in FLOAT_DTYPES
         ):
             raise FormatError(
                 f"{scale.file}: {weight} is {stored.dtype} {stored.shape} and its scale {scale.dtype} {scale.shape}; "
-                f"expected F8_E4M3 and {shape} for blocks of {block[0]}×{block[1]}"
+                f"expected F8_E4M3 (out, in), neither 0, and {shape} for blocks of {block[0]}×{block[1]}"
             )
         yield PackedFP8(weight, "fp8", stored.shape, dtype, stored, scale, (block[0], block[1]))

@@ -1,0 +1,63 @@
+"""`adapterkit unmerge MERGED -o OUT`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import click
+
+from adapterkit.budget import default_threads
+from adapterkit.cli.running import DEVICE_HELP, run_with_bar, size, weighted
+from adapterkit.plan import MergePlan
+from adapterkit.restoring import unmerge
+from adapterkit.stream import Merged
+
+
+@click.command("unmerge")
+@click.argument("merged")
+@click.option("-o", "--output", type=click.Path(), required=True, help="Where to write the base.")
+@click.option("--adapter", "adapters", multiple=True, metavar="ADAPTER[:WEIGHT]",
+              help="An adapter that was merged, where it is not found by itself.")  # fmt: skip
+@click.option("--all", "every", is_flag=True, help="Undo every merge, one after the other, not only the last.")
+@click.option("--base", help="Restore from this base, checked to be the one.")
+@click.option("--approximate", is_flag=True, help="Subtract the adapters, whatever MERGED is.")
+@click.option("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
+@click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def unmerge_command(
+    merged: str, output: str, adapters: tuple[str, ...], every: bool, base: str | None, approximate: bool,
+    device: str, threads: int | None, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Take the adapters out of MERGED again: every file of the base as it was, bit for bit.
+
+    What that needs stands in the receipt that `merge` writes, and in the adapters, which are found by their names and
+    SHA-256. Nothing is written unless every hash fits.
+    """
+
+    def run_plan(plan: MergePlan) -> Merged:
+        for note in plan.notes:
+            print(f"note: {note}", file=sys.stderr)
+        return run_with_bar(plan, "unmerging", threads or default_threads(), device)
+
+    began = time.perf_counter()
+    result = unmerge(
+        merged, output, adapters=[weighted(text) for text in adapters], base=base, approximate=approximate, every=every,
+        overwrite=overwrite, run_plan=run_plan,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    if as_json:
+        facts = {
+            "output": str(result.out), "exact": not approximate, "bytes_written": result.bytes_written,
+            "tensors_restored": result.tensors, "seconds": round(seconds, 3), "device": result.place,
+            "sha256": result.hashes.outputs,
+        }  # fmt: skip
+        print(json.dumps(facts, indent=2))
+        return
+    what = "subtracted from" if approximate else "restored"
+    print(f"{what:9} {result.tensors} tensors in {seconds:.1f} s, {size(result.bytes_written)}")
+    if not approximate:
+        print("exact     every file has the SHA-256 that the base had")
+    print(f"wrote     {result.out}")

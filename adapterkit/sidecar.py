@@ -1,0 +1,96 @@
+"""The binary file that a receipt keeps beside each shard: a safetensors file of bytes, written as they come.
+
+It holds the header of the base's shard, and by tensor and rows what restores them. How many entries there will be is
+known beforehand, so room for the header is left at the start.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapterkit.errors import FormatError
+from adapterkit.tensorfile import MAX_HEADER_BYTES, Header, TensorInfo, encode_header, parse_header
+
+HEADER = "header"
+ROOM = 96  # bytes that an entry takes in the header beside its name, at most
+_Entry = tuple[str, str, tuple[int, ...]]
+
+
+def entry(number: int, first: int, last: int) -> str:
+    """What rows `first:last` of the shard's tensor of that number are called."""
+    return f"{number}:{first}-{last}"
+
+
+class SidecarWriter:
+    """A sidecar on its way to the disk; entries come from any thread."""
+
+    def __init__(self, file: Path, header: bytes, names: Sequence[str]) -> None:
+        """Create `file`, to hold the header of the base's shard and at most two entries for each of `names`."""
+        self.room = 64 + sum(2 * (len(name) + ROOM) for name in (HEADER, *names))
+        self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._entries: list[_Entry] = []
+        self._size = self.room
+        self._lock = threading.Lock()
+        self.add(HEADER, zlib.compress(header))
+
+    def add(self, name: str, data: bytes, dtype: str = "U8", shape: tuple[int, ...] | None = None) -> None:
+        """Append one entry."""
+        with self._lock:
+            at, self._size = self._size, self._size + len(data)
+            self._entries.append((name, dtype, (len(data),) if shape is None else shape))
+        left = memoryview(data)
+        while left:
+            done = os.pwrite(self._fd, left, at)
+            left, at = left[done:], at + done
+
+    def finish(self) -> int:
+        """Write the header, wait for the disk, and return the size of the file."""
+        raw, _ = encode_header(self._entries, {})
+        text = raw[8:].ljust(self.room - 8)
+        os.pwrite(self._fd, len(text).to_bytes(8, "little") + text, 0)
+        os.fsync(self._fd)
+        return self._size
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def base_header(sidecar: Header, file: Path, size: int) -> tuple[bytes, Header]:
+    """The header of the base's shard, as bytes and checked, as if it stood in `file` of `size` bytes."""
+    info = sidecar.tensors.get(HEADER)
+    if info is None:
+        raise FormatError(f"{sidecar.file}: holds no header of the base's shard")
+    inflater = zlib.decompressobj()
+    try:
+        raw = inflater.decompress(bytes(info.read_bytes()), MAX_HEADER_BYTES + 8)
+    except zlib.error as error:
+        raise FormatError(f"{sidecar.file}: the header of the base's shard is broken: {error}") from error
+    if not inflater.eof or len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
+        raise FormatError(f"{sidecar.file}: the header of the base's shard is broken")
+    return raw, parse_header(file, raw[8:], size)
+
+
+def entries(sidecar: Header) -> dict[int, list[tuple[int, int, TensorInfo, TensorInfo | None]]]:
+    """By number of the tensor: first and last row, and what restores them, in the order of the rows."""
+    found: dict[int, list[tuple[int, int, TensorInfo, TensorInfo | None]]] = {}
+    for name, info in sidecar.tensors.items():
+        if name == HEADER or name.endswith(GAINS):
+            continue
+        number, _, rows = name.partition(":")
+        first, _, last = rows.partition("-")
+        if not all(part.isdecimal() and len(part) < 16 for part in (number, first, last)):
+            raise FormatError(f"{sidecar.file}: {name!r} is not the name of an entry")
+        found.setdefault(int(number), []).append((int(first), int(last), info, sidecar.tensors.get(name + GAINS)))
+    for blocks in found.values():
+        blocks.sort(key=lambda block: block[:2])
+    return found
+
+
+GAINS = ".gains"

@@ -1,0 +1,263 @@
+"""Undoing a merge by its receipt: the adapters it names found by hash, a plan made, and the base's hashes checked.
+
+The plan is a merge's the other way round: from the merged file to the base's, whose header the receipt has. Tensors
+that were not changed are copied, the others restored row by row as they were recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from adapterkit.adapter import Adapter
+from adapterkit.budget import default_threads
+from adapterkit.card import copy_others, keep_replaced, restore_replaced
+from adapterkit.checkpoint import Checkpoint
+from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
+from adapterkit.formats import load
+from adapterkit.hub import is_hub_id, resolve
+from adapterkit.layout import Entry, lay_out
+from adapterkit.plan import Copy, Delta, Edit, FilePlan, Given, Hashes, MergePlan, Recorded
+from adapterkit.planning import make_plan
+from adapterkit.receipt import BEFORE, Part, Receipt, Shard, find_receipt, read_receipt
+from adapterkit.sidecar import base_header, entries
+from adapterkit.staging import RECEIPT
+from adapterkit.tensorfile import Header, TensorInfo, read_header
+from adapterkit.verifying import verify
+
+APPROXIMATE = (
+    "approximate: the adapters were subtracted. Weights can differ from the base's by a unit in the last place of what "
+    "they were merged to, the more of them the larger the update was"
+)
+
+# --- the adapters ----------------------------------------------------------------------------------------------------
+
+
+def levels(merged: Path) -> list[Receipt]:
+    """The receipts of all merges that are to be undone one after the other, the last merge first."""
+    found, folder = [], find_receipt(merged)
+    while folder is not None:
+        found.append(read_receipt(folder))
+        folder = folder / BEFORE if (folder / BEFORE / RECEIPT).is_file() else None
+    return found
+
+
+def sort_by_level(receipts: Sequence[Receipt], offered: Sequence[Adapter]) -> list[list[Adapter]]:
+    """Which of the adapters each of the receipts names. Raises FitError where one is named by none."""
+    found: list[list[Adapter]] = [[] for _ in receipts]
+    for adapter in offered:
+        hashes = hashes_of(adapter)
+        named = [any(set(one.files.values()) == hashes for one in receipt.adapters) for receipt in receipts]
+        if not any(named):
+            names = ", ".join(one.name for receipt in receipts for one in receipt.adapters)
+            raise FitError(
+                f"{adapter.files[0].parent}: is not what was merged, by its SHA-256; the receipt names {names}. "
+                "--approximate subtracts it nevertheless."
+            )
+        for level, here in zip(found, named, strict=True):
+            level += [adapter] if here else []
+    return found
+
+
+def find_adapters(receipt: Receipt, offered: Sequence[Adapter], near: Path) -> list[Adapter]:
+    """The adapters of the receipt, in its order: of those `offered`, else by name beside `near`, here, or on the Hub.
+
+    Raises FitError where one is none of these, or one that is offered was not merged.
+    """
+    sort_by_level([receipt], offered)
+    found = []
+    for one in receipt.adapters:
+        hashes = set(one.files.values())
+        candidates = chain(offered, _by_name(one.name, near))
+        here = next((adapter for adapter in candidates if hashes_of(adapter) == hashes), None)
+        if here is None:
+            digests = ", ".join(f"{name} {digest[:12]}…" for name, digest in one.files.items())
+            raise FitError(
+                f"{one.name}: undoing the merge needs this adapter ({digests}), and it is neither beside {near.name} "
+                "nor here: name it with --adapter"
+            )
+        found.append(here)
+    return found
+
+
+def hashes_of(adapter: Adapter) -> set[str]:
+    """The SHA-256 of the files of an adapter."""
+    found = set()
+    for file in adapter.files:
+        with open(file, "rb") as stream:
+            found.add(hashlib.file_digest(stream, "sha256").hexdigest())
+    return found
+
+
+def _by_name(name: str, near: Path) -> Iterator[Adapter]:
+    """Adapters that can be the one of that name."""
+    plain = name.rpartition("/")[2].partition(" #")[0]
+    places = [near.absolute().parent / plain, Path.cwd() / plain]
+    for place in dict.fromkeys(places):
+        if plain not in ("", ".", "..") and place.exists():
+            try:
+                yield load(place)
+            except AdapterkitError:
+                continue
+    if is_hub_id(name):
+        yield load(resolve(name))
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter], out: Path) -> MergePlan:
+    """Plan the base that `merged` was made of. Raises FitError and FormatError where receipt and files disagree."""
+    if receipt.irreversible is not None:
+        raise FitError(f"{merged.path}: cannot be undone, since {receipt.irreversible}. --base BASE restores it.")
+    if len(receipt.shards) != len(merged.shards):
+        raise FitError(f"{merged.path}: has {len(merged.shards)} files, its receipt {len(receipt.shards)}")
+    given = tuple(Given(adapter, one.weight, one.name) for adapter, one in zip(adapters, receipt.adapters, strict=True))
+    files = []
+    for shard, header in zip(receipt.shards, merged.shards, strict=True):
+        if merged.is_directory and header.file.name != shard.name:
+            raise FitError(f"{header.file}: the receipt has {shard.name} in its place")
+        files.append(_file(shard, header, receipt, given))
+    weight_map = {name: file.name for file in files for name in file.tensors}
+    beside = not merged.is_directory and (receipt.folder / BEFORE / RECEIPT).is_file()
+    return MergePlan(
+        merged, out, given, tuple(files), {}, weight_map, {}, restores=True, beside=beside,
+        finish=partial(finish_unmerge, receipt),
+    )  # fmt: skip
+
+
+def plan_copy(base: Checkpoint, receipt: Receipt | None, out: Path) -> MergePlan:
+    """Plan a copy of the base that a merge was made of, checked to be the one in the receipt, if there is one."""
+    files = tuple(
+        lay_out(header, [Entry(info.name, info, info.dtype, info.shape) for info in header.tensors.values()])
+        for header in base.shards
+    )
+    finish = partial(finish_copy, receipt)
+    return MergePlan(base, out, (), files, base.config, {}, {}, restores=True, finish=finish)
+
+
+def plan_subtraction(merged: Checkpoint, given: Sequence[Given], out: Path) -> MergePlan:
+    """Plan to subtract adapters from whatever `merged` is. Raises FitError for what can only be undone by a receipt."""
+    for one in given:
+        dora = any(weights.magnitude is not None for weights in one.adapter.modules.values())
+        if dora or one.adapter.replaced or one.adapter.tokens:
+            what = "rescales the base's rows (DoRA)" if dora else "has replaced tensors of the base"
+            raise FitError(f"{one.label}: {what}, which no subtraction undoes: only a receipt or the --base does")
+    plan = make_plan(merged, [replace(one, weight=-one.weight) for one in given], out)
+    return replace(plan, notes=(*plan.notes, APPROXIMATE))
+
+
+def _file(shard: Shard, merged: Header, receipt: Receipt, given: Sequence[Given]) -> FilePlan:
+    """One file of the base, from the merged one."""
+    sidecar = read_header(receipt.sidecar(shard))
+    raw, before = base_header(sidecar, merged.file.with_name(shard.name), shard.size)
+    changed = {name: (number, parts) for number, (name, parts) in enumerate(shard.tensors)}
+    recorded = entries(sidecar)
+    copies, edits = [], []
+    for info in sorted(before.tensors.values(), key=lambda info: (info.start, info.stop)):
+        now = merged.tensors.get(info.name)
+        if now is None or now.shape != info.shape or (info.name not in changed and now.dtype != info.dtype):
+            raise FitError(f"{merged.file}: {info.name} is not what the receipt tells of")
+        if not info.nbytes:
+            continue
+        if info.name not in changed:
+            copies.append(Copy(now.start, now.stop, info.start))
+            continue
+        number, parts = changed[info.name]
+        edit = Edit(info.name, now, info.dtype, info.shape, info.start, info.stop, _deltas(info, parts, given))
+        edits.append(replace(edit, recorded=_recorded(edit, recorded.get(number, []), sidecar)))
+    return FilePlan(shard.name, merged.file, raw, before.size, tuple(before.tensors), tuple(copies), tuple(edits))
+
+
+def _deltas(info: TensorInfo, parts: Sequence[Part], given: Sequence[Given]) -> tuple[Delta, ...]:
+    deltas = []
+    for part in parts:
+        one = given[part.adapter]
+        weights = one.adapter.modules.get(part.module)
+        if weights is None:
+            raise FitError(f"{info.name}: the receipt tells of {part.module}, which {one.label} does not have")
+        weights = replace(weights, scaling=part.scaling)
+        deltas.append(Delta(one.label, part.module, weights, part.weight, replace(part.target, tensor=info.name)))
+    return tuple(deltas)
+
+
+def _recorded(
+    edit: Edit, blocks: Sequence[tuple[int, int, TensorInfo, TensorInfo | None]], sidecar: Header
+) -> tuple[Recorded, ...]:
+    """The blocks of a tensor, checked to be all of its rows, and its updates to fit them."""
+    rows, columns = edit.matrix
+    renormalizing = [delta for delta in edit.deltas if delta.weights.magnitude is not None]
+    for delta in edit.deltas:
+        target, weights = delta.target, delta.weights
+        start, stop = target.rows or (0, rows)
+        first, last = target.of or (0, weights.out_features)
+        size = (weights.in_features, last - first) if target.transposed else (last - first, weights.in_features)
+        inside = 0 <= start < stop <= rows and 0 <= first < last <= weights.out_features
+        expert = target.expert is None or target.expert < weights.experts
+        if not (inside and expert and size == (stop - start, columns)):
+            raise FormatError(f"{sidecar.file}: {delta.module} does not fit {edit.name} {edit.shape} as recorded")
+    at = 0
+    for first, last, _, gains in blocks:
+        if first != at or not first < last <= rows:
+            break
+        at = last
+        by_column = any(delta.target.transposed for delta in renormalizing)
+        shape = (len(renormalizing), columns if by_column else last - first)
+        if gains is not None and (gains.dtype != "F64" or gains.shape != shape):
+            raise FormatError(f"{sidecar.file}: {gains.name} is {gains.dtype} {gains.shape}, expected F64 {shape}")
+    if at != rows or not blocks:
+        raise FormatError(f"{sidecar.file}: does not restore all {rows} rows of {edit.name}, but the first {at}")
+    return tuple(Recorded(*block) for block in blocks)
+
+
+def check_fits(merged: Checkpoint, base: Checkpoint, given: Sequence[Given]) -> None:
+    """Raise FitError unless `merged` is just `base` with just these adapters in it, as `verify` finds it."""
+    if not given:
+        raise UsageError(f"{merged.path}: has no receipt that says which adapters are in it: name them")
+    plan = make_plan(base, given, Path("never written"))
+    wrong = [one for one in verify(plan, merged, threads=default_threads()) if not one.fits]
+    if wrong:
+        raise FitError(
+            f"{merged.path}: is not {base.name} with these adapters: {len(wrong)} tensors differ; "
+            f"{wrong[0].name} is {wrong[0].kind}: {wrong[0].explanation}"
+        )
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def finish_unmerge(receipt: Receipt, plan: MergePlan, folder: Path, hashes: Hashes) -> None:
+    """Check every hash, and put the base's other files back. Raises FitError where one differs."""
+    merged = plan.base
+    read = hashes.base
+    for shard, header in zip(receipt.shards, merged.shards, strict=True):
+        if read[header.file.name] != shard.after:
+            raise FitError(
+                f"{header.file}: has changed since it was merged: its SHA-256 is {read[header.file.name]}, the receipt "
+                f"has {shard.after}. --approximate subtracts the adapters nevertheless."
+            )
+    _check_restored(receipt, hashes)
+    if merged.is_directory:
+        copy_others(merged, folder)
+    if merged.is_directory or plan.beside:
+        restore_replaced(receipt.folder / BEFORE, folder)
+
+
+def finish_copy(receipt: Receipt | None, plan: MergePlan, folder: Path, hashes: Hashes) -> None:
+    """Check that what was copied is what the receipt has as the base, if there is one, and copy the rest."""
+    if receipt is not None:
+        _check_restored(receipt, hashes)
+    if plan.base.is_directory:
+        copy_others(plan.base, folder)
+        keep_replaced(plan.base, folder)
+
+
+def _check_restored(receipt: Receipt, hashes: Hashes) -> None:
+    """Raise FitError unless every shard is the base's, byte for byte."""
+    for shard, found in zip(receipt.shards, hashes.outputs.values(), strict=True):
+        if found != shard.before:
+            raise FitError(f"{shard.name}: comes out as {found}; what was merged into is {shard.before}")

@@ -1,0 +1,431 @@
+"""Strangers' files: whatever is changed in a valid one, its reader reads it or says what is wrong, soon and in little memory.
+
+With `ADAPTERKIT_FUZZ=N` each reader gets N inputs, instead of the few of the ordinary suite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from functools import cache
+from io import BytesIO
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from handmade import COLUMNS, CONFIG, MODULES, ROWS, contents, factors, packed, write_adapter, write_base
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from adapterkit import quant
+from adapterkit.checkpoint import open_checkpoint
+from adapterkit.errors import AdapterkitError
+from adapterkit.formats import load
+from adapterkit.plan import Given
+from adapterkit.planning import make_plan
+from adapterkit.quant.bnb4 import Packing4bit
+from adapterkit.quant.bnb8 import Packing8bit
+from adapterkit.tensorfile import read_header, tensor_bytes
+
+EXAMPLES = int(os.environ.get("ADAPTERKIT_FUZZ", 200))
+SECONDS, BYTES = 10, 64 << 20  # what an input of a few KB may take
+
+fuzzed = settings(
+    max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+# --- JSON, and what is changed in it ---------------------------------------------------------------------------------
+
+
+class Pairs(list[tuple[str, Any]]):
+    """A JSON object, in which a name may come twice."""
+
+
+Files = dict[str, Pairs]  # by name
+
+
+class Raw(str):
+    """JSON as it will stand in the file, right or wrong."""
+
+
+def parsed(raw: str | bytes) -> Any:
+    return json.loads(raw, object_pairs_hook=Pairs)
+
+
+def text(node: Any) -> str:
+    if isinstance(node, Pairs):
+        return "{" + ",".join(f"{json.dumps(name)}:{text(value)}" for name, value in node) + "}"
+    if isinstance(node, list):
+        return "[" + ",".join(map(text, node)) + "]"
+    return node if isinstance(node, Raw) else json.dumps(node)
+
+
+ODD: dict[type, list[str]] = {
+    int: ["0", "1", "-1", "2", "3", "4", "8", "16", "32", "63", "64", "-0.0", "0.5", "1e308", "1e999", "-1e999", "NaN",
+          "9" * 400, "9" * 4000, *(str(2**power) for power in (20, 31, 32, 40, 53, 62, 63, 64))],
+    str: ['""', '"F4"', '"F32"', '"F64"', '"BF16"', '"U8"', '"I8"', '"F8_E4M3"', '"gpt2"', '"LORA"', '"IA3"', '"lora_only"',
+          '"../x.safetensors"', '"/x.safetensors"', '"x"', f'"{"a" * 300}.safetensors"', '"\\u0000.safetensors"',
+          '"\\ud800"', '"\\n"', '"weight"', '"a{9999999999}"', '"("', '"(?P<x>.)"', '"[[a]"', '"pissa"', '"fp4"'],
+    list: ["[]", "[0]", "[1]", "[4]", "[0,0]", "[1,1]", "[4,32]", f"[{2**62},0]", f"[0,{2**62}]", "[2,2,2]", '[""]'],
+    bool: ["true", "false", "null", "{}", '{"":0}', '{".*":4}'],
+}  # fmt: skip
+ANY = [value for values in ODD.values() for value in values]
+ENDS = [
+    "", "_scale_inv", ".SCB", ".absmax", ".nested_absmax", ".quant_map", ".quant_state.bitsandbytes__nf4",
+    ".weight_format", ".lora_A.weight", ".lora_B.weight", ".lora_A.other.weight", ".lora_B.bias", ".lora_embedding_A",
+    ".lora_embedding_B", ".lora_magnitude_vector", ".base_layer.weight", ".modules_to_save.default.weight",
+    ".trainable_tokens_delta", ".weight", ".bias", "\n", "a" * 1000,
+]  # fmt: skip
+
+
+class Place(NamedTuple):
+    """A value in a list or an object, which can be another."""
+
+    node: list[Any]
+    index: int
+
+    @property
+    def name(self) -> str:
+        return self.node[self.index][0] if isinstance(self.node, Pairs) else "name"
+
+    @property
+    def value(self) -> Any:
+        return self.node[self.index][1] if isinstance(self.node, Pairs) else self.node[self.index]
+
+    def put(self, name: str, value: Any) -> None:
+        self.node[self.index] = (name, value) if isinstance(self.node, Pairs) else value
+
+
+def places(node: list[Any]) -> Iterator[Place]:
+    for i in range(len(node)):
+        yield (place := Place(node, i))
+        if isinstance(place.value, list):
+            yield from places(place.value)
+
+
+Edit = tuple[str, int, int, int]
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(
+            [
+                "like",
+                "like",
+                "like",
+                "odd",
+                "nested",
+                "other",
+                "other",
+                "renamed",
+                "traded",
+                "copied",
+                "twice",
+                "deleted",
+            ]
+        ),
+        st.integers(0, 99),  # which file
+        st.integers(0, 9999),  # where in it
+        st.integers(0, 9999),  # by what
+    ),
+    max_size=5,
+)
+
+
+def edit(files: Files, changes: Iterable[Edit]) -> Files:
+    """The JSON of some files, changed."""
+    files = deepcopy(files)
+    for how, which, where, what in changes:
+        inside = list(places(list(files.values())[which % len(files)]))
+        if not inside:
+            continue
+        place = inside[where % len(inside)]
+        name, value = place.name, place.value
+        stem, end = name.rpartition(".")[0] if what % 2 else name, ENDS[what // 2 % len(ENDS)]
+        if how == "like":
+            known = ODD.get(type(value), ANY)
+            place.put(name, Raw(known[what % len(known)]))
+        elif how == "odd":
+            place.put(name, Raw(ANY[what % len(ANY)]))
+        elif how == "nested":
+            before, after = (("[", "]"), ('{"":', "}"))[what % 2]
+            place.put(name, Raw(before * (what % 1200) + "0" + after * (what % 1200)))
+        elif how == "other":
+            alike = [other.value for other in inside if type(other.value) is type(value)]
+            place.put(name, deepcopy(alike[what % len(alike)]))
+        elif how == "renamed":
+            place.put(stem + end, value)
+        elif how == "traded":
+            other = Place(place.node, what % len(place.node))
+            place.put(other.name, value)
+            other.put(name, other.value)
+        elif how == "copied":
+            place.node.insert(place.index, deepcopy(place.node[place.index]))
+            place.put(stem + end, value)
+        elif how == "twice":
+            place.node.insert(place.index, deepcopy(place.node[place.index]))
+        elif how == "deleted":
+            del place.node[place.index]
+    return files
+
+
+# --- bytes, and what is changed in them ------------------------------------------------------------------------------
+
+Cut = tuple[int, int, int, bytes | int]
+cuts = st.lists(
+    st.tuples(
+        st.integers(0, 99),  # which file
+        st.integers(0, 1 << 16),  # where in it
+        st.sampled_from((0, 0, 1, 1, 2, 8, 40, 1 << 16)),  # how many bytes go
+        st.one_of(st.binary(max_size=8), st.integers(0, 1 << 16)),  # what comes: these, or what stands there
+    ),
+    min_size=1,
+    max_size=3,
+)
+seldom = st.sampled_from([True, False, False, False]).flatmap(lambda some: cuts if some else st.just([]))
+
+
+def cut(raw: bytes, changes: Iterable[Cut]) -> bytes:
+    """`raw` with some bytes replaced: by others, or by what stands elsewhere in it."""
+    for _, at, length, new in changes:
+        at %= len(raw) + 1
+        if isinstance(new, int):
+            new %= len(raw) + 1
+            new = raw[new : new + 40]
+        raw = raw[:at] + new + raw[at + length :]
+    return raw
+
+
+def encoded(table: Pairs) -> bytes:
+    """A safetensors file of these tensors, all zero but for what has a `state`: JSON that the tensor holds."""
+    header, data = Pairs(), b""
+    for name, entry in table:
+        with suppress(Exception):  # what makes no sense is left as it is
+            fields = dict(entry)
+            if "state" in fields:
+                new = text(fields["state"]).encode()
+                entry = Pairs([("dtype", "U8"), ("shape", [len(new)])])
+            else:
+                values = json.loads(text(entry))
+                size = tensor_bytes(values["dtype"], tuple(values["shape"]))
+                new = bytes(size if size < 1 << 16 else 0)
+            entry = Pairs([*entry, ("data_offsets", [len(data), len(data) + len(new)])])
+            data += new
+        header.append((name, entry))
+    return packed(text(header).encode(), data)
+
+
+def write(folder: Path, files: Files, changes: list[Cut]) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for number, (name, content) in enumerate(files.items()):
+        raw = encoded(content) if name.endswith(".safetensors") else text(content).encode()
+        (folder / name).write_bytes(cut(raw, (change for change in changes if change[0] % len(files) == number)))
+    return folder
+
+
+# --- valid files -----------------------------------------------------------------------------------------------------
+
+
+def table(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Pairs:
+    return Pairs((name, Pairs([("dtype", dtype), ("shape", list(shape))])) for name, dtype, shape in tensors)
+
+
+def described(folder: Path) -> Files:
+    """The JSON of a directory's files; of its tensors name, dtype and shape."""
+    files: Files = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":
+            files[file.name] = table((t.name, t.dtype, t.shape) for t in read_header(file).tensors.values())
+        elif file.name != "tokenizer.json":
+            files[file.name] = parsed(file.read_text())
+    return files
+
+
+def quantized(kind: str) -> Files:
+    """A base of two matrices and a vector, as it is stored quantized."""
+    tensors = table([("model.norm.weight", "BF16", (COLUMNS,))])
+    for name in (f"{module}.weight" for module in MODULES[:2]):
+        if kind == "fp8":
+            tensors += table([(name, "F8_E4M3", (ROWS, COLUMNS)), (f"{name}_scale_inv", "F32", (2, 1))])
+        elif kind == "int8":
+            tensors += table(Packing8bit((ROWS, COLUMNS), "BF16").layout(name))
+        else:
+            packing = Packing4bit((ROWS, COLUMNS), "BF16", kind, 64, nested=kind == "nf4")
+            *parts, (state, _, _) = packing.layout(name)
+            tensors += table(parts)
+            tensors.append((state, Pairs([("state", parsed(packing.state(0.0)))])))
+    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": kind, "weight_block_size": [32, 32]}}
+    return {"model.safetensors": tensors, "config.json": parsed(json.dumps(config))}
+
+
+# A base that ties, fuses and stacks, and an adapter with something for each.
+FUSED_BASE: Files = {
+    "model.safetensors": table((f"model.{name}", "BF16", shape) for name, shape in {
+        "embed_tokens.weight": (64, 32), "norm.weight": (32,), "conv.weight": (16, 8, 3, 3),
+        "layers.0.self_attn.qkv_proj.weight": (64, 32), "layers.0.self_attn.o_proj.weight": (32, 32),
+        "layers.0.self_attn.o_proj.bias": (32,), "layers.0.mlp.experts.gate_up_proj": (2, 24, 32),
+        **{f"layers.1.mlp.experts.{e}.{part}.weight": (12, 32) for e in range(2) for part in ("w1", "w3")},
+    }.items()),
+    "config.json": parsed(json.dumps({
+        "model_type": "llama", "tie_word_embeddings": True, "hidden_size": 32, "num_attention_heads": 4,
+        "text_config": {"num_key_value_heads": 2, "head_dim": 8},
+    })),
+}  # fmt: skip
+FUSED_ADAPTER: Files = {
+    "adapter_model.safetensors": table((f"base_model.model.model.{name}", "F32", shape) for name, shape in {
+        "layers.0.self_attn.q_proj.lora_A.weight": (2, 32), "layers.0.self_attn.q_proj.lora_B.weight": (32, 2),
+        "layers.0.self_attn.o_proj.lora_A.weight": (2, 32), "layers.0.self_attn.o_proj.lora_B.weight": (32, 2),
+        "layers.0.self_attn.o_proj.lora_B.bias": (32,), "norm.weight": (32,),
+        "layers.0.mlp.experts.lora_A.weight": (4, 32), "layers.0.mlp.experts.lora_B.weight": (24, 4),
+        "layers.1.mlp.experts.lora_A.weight": (4, 32), "layers.1.mlp.experts.lora_B.weight": (24, 4),
+        "conv.lora_A.weight": (2, 8, 3, 3), "conv.lora_B.weight": (16, 2, 1, 1),
+        "embed_tokens.token_adapter.trainable_tokens_delta": (2, 32),
+    }.items()),
+    "adapter_config.json": parsed(json.dumps({
+        "r": 2, "lora_alpha": 6, "target_parameters": ["mlp.experts.gate_up_proj"], "modules_to_save": ["norm"],
+        "trainable_token_indices": {"embed_tokens": [1, 5]}, "rank_pattern": {"conv": 2}, "alpha_pattern": {"k.*": 3},
+        "use_rslora": True, "use_dora": False, "bias": "none", "enable_lora": None, "layer_replication": None,
+    })),
+}  # fmt: skip
+
+
+@cache
+def bases() -> list[Files]:
+    """Plain, quantized in each way, and fused: the plain adapters land on all but the last."""
+    with TemporaryDirectory() as folder:
+        plain = described(write_base(Path(folder, "base")))
+    return [plain, *map(quantized, ("nf4", "fp4", "int8", "fp8")), FUSED_BASE]
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in factors().items() if any(module in name for module in MODULES[:2])}
+
+
+@cache
+def adapters() -> list[Files]:
+    """LoRA, DoRA, and what fits the last base."""
+    dora = {f"base_model.model.{name}.lora_magnitude_vector": torch.ones(ROWS) for name in MODULES[:2]}
+    with TemporaryDirectory() as folder:
+        plain = write_adapter(Path(folder, "plain"), tensors())
+        other = write_adapter(Path(folder, "dora"), tensors() | dora, CONFIG | {"use_dora": True})
+        return [described(plain), described(other), FUSED_ADAPTER]
+
+
+@cache
+def pickled(zipped: bool) -> bytes:
+    file = BytesIO()
+    torch.save(tensors(), file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+# --- what must hold --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the files of an example go; what is beside it must stay as it is."""
+    inside = tmp_path / "outside" / "inside"
+    inside.mkdir(parents=True)
+    (tmp_path / "outside" / "x.safetensors").write_bytes(packed({}))
+    before = contents(tmp_path)
+    monkeypatch.chdir(inside)
+    yield inside
+    shutil.rmtree(inside)
+    inside.mkdir()
+    assert contents(tmp_path) == before
+
+
+def hangs(*_: object) -> None:
+    pytest.fail(f"took more than {SECONDS} seconds")
+
+
+@contextmanager
+def refusing(changed: object) -> Iterator[None]:
+    """No error but ours, and none where nothing is changed; within bounds of time and memory."""
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(SECONDS)
+    tracemalloc.start()
+    try:
+        yield
+    except AdapterkitError as error:
+        assert changed, error
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert peak < BYTES
+
+
+@fuzzed
+@given(st.integers(0, 2), edits, seldom)
+def test_headers(folder: Path, which: int, changes: list[Edit], bytes_changed: list[Cut]) -> None:
+    raw = encoded(adapters()[which]["adapter_model.safetensors"])
+    length = int.from_bytes(raw[:8], "little")
+    header, data = parsed(raw[8 : 8 + length]), raw[8 + length :]
+    file = folder / "t.safetensors"
+    file.write_bytes(cut(packed(text(edit({"": header}, changes)[""]).encode(), data), bytes_changed))
+    with refusing(changes or bytes_changed):
+        found = read_header(file)
+        assert found.nbytes + sum(info.nbytes for info in found.tensors.values()) == file.stat().st_size
+
+
+@fuzzed
+@given(st.integers(0, 5), edits, seldom)
+def test_checkpoints(folder: Path, which: int, changes: list[Edit], bytes_changed: list[Cut]) -> None:
+    path = write(folder / "base", edit(bases()[which], changes), bytes_changed)
+    with refusing(changes or bytes_changed):
+        base = open_checkpoint(path)
+        assert all(info.file.parent == path for info in base.tensors.values())
+        for weight in quant.weights(base.tensors, base.config).values():
+            if isinstance(weight, quant.Packed):
+                weight.open(prod(weight.shape[1:]))(0, weight.shape[0])
+
+
+@fuzzed
+@given(st.integers(0, 2), edits, seldom)
+def test_adapters(folder: Path, which: int, changes: list[Edit], bytes_changed: list[Cut]) -> None:
+    path = write(folder / "adapter", edit(adapters()[which], changes), bytes_changed)
+    with refusing(changes or bytes_changed):
+        adapter = load(path)
+        assert changes or bytes_changed or not adapter.problems
+
+
+@fuzzed
+@given(st.booleans(), cuts)
+def test_pickles(folder: Path, zipped: bool, bytes_changed: list[Cut]) -> None:
+    (folder / "adapter_model.bin").write_bytes(cut(pickled(zipped), bytes_changed))
+    with refusing(bytes_changed):
+        load(folder, alpha=6)
+
+
+@fuzzed
+@given(
+    st.sampled_from([(base, adapter) for base in range(5) for adapter in range(2)] + [(5, 2)] * 5),
+    edits,
+    st.sampled_from([{}, {}, {"dtype": "fp16"}, *({"quantize": kind} for kind in (*quant.KINDS, "same"))]),
+    st.sampled_from([{}, {"allow_partial": True}, {"rename": ("self_attn", "attn")}]),
+)
+def test_plans(
+    folder: Path, which: tuple[int, int], changes: list[Edit], form: dict[str, Any], how: dict[str, Any]
+) -> None:
+    base, adapter = bases()[which[0]], adapters()[which[1]]
+    files = edit(base | adapter, changes)
+    write(folder / "base", {name: files[name] for name in base}, [])
+    write(folder / "adapter", {name: files[name] for name in adapter}, [])
+    with refusing(changes or form or how):
+        given = [Given(load(folder / "adapter"))]
+        plan = make_plan(open_checkpoint(folder / "base"), given, folder / "out", **form, **how)
+        for file in plan.files:  # what would be written can be read
+            with open(folder / "out.safetensors", "wb") as stream:
+                stream.write(file.header)
+                stream.truncate(file.size)
+            assert tuple(read_header(folder / "out.safetensors").tensors) == file.tensors
