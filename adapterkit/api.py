@@ -110,6 +110,7 @@ def merge(
     threads: int | None = None,
     report: bool = False,
     device: str = "auto",
+    resume: bool = False,
 ) -> Merged:
     """Merge in one call: `plan_merge`, then `run` to its end."""
     plan = plan_merge(
@@ -117,7 +118,7 @@ def merge(
         rounding=rounding, seed=seed, calibration=calibration, original=original, accept_loss=accept_loss,
         rename=rename, allow_partial=allow_partial, receipt=receipt, overwrite=overwrite,
     )  # fmt: skip
-    *_, result = run(plan, threads=threads, report=report, device=device)
+    *_, result = run(plan, threads=threads, report=report, device=device, resume=resume)
     assert isinstance(result, Merged)
     return result
 

@@ -13,14 +13,15 @@ from math import gcd
 import torch
 
 from adapterkit.adapter import load_weights
+from adapterkit.coding import correct_bytes, encode_bytes
 from adapterkit.delta import Retention, Update, add_updates, exact_sum, measure_columns, retention, update_for
 from adapterkit.device import CPU, Buffers, Place
 from adapterkit.errors import FitError
 from adapterkit.fused import add_rounded
 from adapterkit.plan import Edit, Recorded
-from adapterkit.quant.packed import Packed, Packer, Rows
+from adapterkit.quant.packed import Numbers, Packed, Packer, Rows
 from adapterkit.rounding import on_midpoints, round_once
-from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, tensor_bytes
+from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_span, tensor_bytes
 from adapterkit.undo import Undo, difference, restore, undo, undo_marked
 
 GROUP_ROWS = 32  # how many rows the search for midpoints takes together
@@ -37,6 +38,7 @@ class Loaded:
     updates: list[Update]
     added: list[torch.Tensor]
     packed: Rows | None
+    numbers: Numbers | None
     packer: Packer | None
     twin: Twin | None
 
@@ -80,7 +82,9 @@ def load(edit: Edit, fd: int) -> Loaded:
         added.append(vector[:, None])
     packer = edit.packing.start(columns) if edit.packing else None
     twin = Twin(edit.twin.open(columns), edit.twin.slack(columns)) if edit.twin else None
-    return Loaded(CPU, updates, added, packed, packer, twin)
+    quantized = edit.quantized or (edit.source if isinstance(edit.source, Packed) else None)
+    numbers = quantized.numbers(columns) if quantized and not edit.packing else None
+    return Loaded(CPU, updates, added, packed, numbers, packer, twin)
 
 
 def merge_rows(
@@ -121,6 +125,10 @@ def merge_rows(
         else:
             step = _chunk_rows(columns, buffers.place.chunk)
             undone = undo(loaded.updates, source, first, out, step, _compute_dtype(edit))
+    if undone is not None and loaded.numbers is not None:
+        assert source is not None
+        stored = _stored_rows(edit, fd, first, last)
+        undone = replace(undone, numbers=encode_bytes(stored, _filled(loaded.numbers(source, first), len(stored))))
     buffers.deliver(out, into)
     if not measured:
         return None, undone
@@ -138,11 +146,16 @@ def restore_rows(edit: Edit, loaded: Loaded, fd: int, recorded: Recorded, buffer
     """
     _, columns = edit.matrix
     after = _read_rows(edit, None, fd, recorded.first, recorded.last, buffers)
-    out = buffers.output(into, getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, columns)
     assert after is not None
-    step = _chunk_rows(columns, buffers.place.chunk)
+    dtype, step = getattr(torch, TORCH_NAMES[edit.dtype]), _chunk_rows(columns, buffers.place.chunk)
+    numbers = loaded.numbers
+    out = buffers.output(into, dtype).view(-1, columns) if numbers is None else torch.empty_like(after, dtype=dtype)
     restore(recorded, loaded.updates, after, out, step, buffers if _compute_dtype(edit) is torch.float32 else None)
-    buffers.deliver(out, into)
+    if numbers is not None:
+        out = _filled(numbers(out, recorded.first), len(into))
+        if (more := recorded.numbers) is not None:
+            correct_bytes(bytes(more.read_bytes()), out, f"{more.file}: {more.name}")
+    buffers.deliver(out, into) if numbers is None else into.__setitem__(slice(None), out.cpu().numpy().data)
 
 
 def pack_rows(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, into: memoryview) -> None:
@@ -253,6 +266,23 @@ def _read_rows(
     row = tensor_bytes(info.dtype, (columns,))
     start, stop = info.start + first * row, info.start + last * row
     return buffers.read(fd, replace(info, start=start, stop=stop, shape=(last - first, columns)))
+
+
+def _stored_rows(edit: Edit, fd: int, first: int, last: int) -> torch.Tensor:
+    """The bytes that rows `first:last` of a quantized weight are stored in; the last ones with what fills them up."""
+    packed, (depth, columns) = edit.source, edit.matrix
+    assert isinstance(packed, Packed)
+    info = packed.stored
+    start = info.start + first * columns * packed.bits // 8
+    stop = info.stop if last == depth else info.start + last * columns * packed.bits // 8
+    data = bytearray(stop - start)
+    read_span(fd, memoryview(data), start, info.file)
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def _filled(raw: torch.Tensor, size: int) -> torch.Tensor:
+    """`raw` with zeros up to `size` bytes."""
+    return torch.cat([raw, raw.new_zeros(size - len(raw))]) if len(raw) < size else raw
 
 
 def _base_rows(

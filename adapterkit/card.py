@@ -58,8 +58,11 @@ def keep_replaced(base: Checkpoint, before: Path) -> None:
 
 
 def restore_replaced(before: Path, folder: Path) -> None:
-    """Put back what `keep_replaced` kept. Raises UnsafeFileError for anything else, which could be other weights."""
-    for file in _files_below(before):
+    """Put back what `keep_replaced` kept, the config, which makes it load, last.
+
+    Raises UnsafeFileError for anything else, which could be other weights.
+    """
+    for file in sorted(_files_below(before), key=lambda file: file == before / CONFIG):
         name = file.relative_to(before)
         index = len(name.parts) == 1 and name.name.endswith(INDEX_SUFFIX)
         if not (index or str(name) in REPLACED or name.parts[0] == FOLDER):

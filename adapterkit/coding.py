@@ -23,7 +23,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-RESIDUAL, DIFFERENCE = 1, 2
+RESIDUAL, DIFFERENCE, BYTES = 1, 2, 3
 LEVEL = 1  # of zstd: what can be told is in the planes' frequencies, so that looking for more finds nothing
 _COUNTS = struct.Struct("<BII")  # kind, elements, those of them that are stored whole
 _PLANE = struct.Struct("<II")  # bytes, and bytes once inflated
@@ -81,14 +81,12 @@ def correct(data: bytes, out: torch.Tensor, where: str) -> None:
     width, count = out.dtype.itemsize, out.numel()
     with _errors(where, out):
         reader = _Reader(data, RESIDUAL, count)
-        gaps = _joined([reader.plane(reader.many) for _ in range(4)])
+        positions = reader.positions()
         symbols = reader.plane(reader.many)
         values = _joined([reader.plane(reader.whole) for _ in range(width)])
         whole, bits = symbols == _WHOLE, _SYMBOL_BITS[symbols]
-        positions = np.cumsum(gaps, dtype=np.int64) - 1
-        fits = len(gaps) == len(symbols) == reader.many and whole.sum() == len(values) == reader.whole
-        fits &= bool((bits[~whole] > 0).all()) and bool((gaps > 0).all())
-        reader.end(bool(fits) and (not len(positions) or int(positions[-1]) < count))
+        fits = len(symbols) == reader.many and whole.sum() == len(values) == reader.whole
+        reader.end(bool(fits) and bool((bits[~whole] > 0).all()))
     flat, at = out.view(-1), torch.from_numpy(positions).to(out.device)
     found = _bits(ordered(flat[at]).cpu())
     half, step = (_MASKS[bits] + 1) >> 1, symbols - _FIRST[bits] - found.astype(np.uint8)
@@ -96,6 +94,25 @@ def correct(data: bytes, out: torch.Tensor, where: str) -> None:
     restored = from_ordered(torch.from_numpy((found + near).view(f"<i{width}")), out.dtype)
     restored[torch.from_numpy(whole)] = torch.from_numpy(values.view(f"<i{width}")).view(out.dtype)
     flat[at] = restored.to(out.device)
+
+
+def encode_bytes(wanted: torch.Tensor, found: torch.Tensor) -> bytes:
+    """The bytes of `wanted` that are not as `found`; nothing where all are."""
+    at = (wanted != found).nonzero()[:, 0].cpu().numpy()
+    if not len(at):
+        return b""
+    planes = [*_planes(np.diff(at, prepend=-1).astype(np.uint32)), wanted.cpu().numpy()[at]]
+    return _COUNTS.pack(BYTES, len(at), 0) + b"".join(map(_deflate, planes))
+
+
+def correct_bytes(data: bytes, out: torch.Tensor, where: str) -> None:
+    """Correct the bytes of `out` that `encode_bytes` found to be others. Raises FormatError as `correct` does."""
+    with _errors(where, out):
+        reader = _Reader(data, BYTES, out.numel())
+        positions = reader.positions()
+        values = reader.plane(reader.many)
+        reader.end(len(values) == reader.many)
+    out[torch.from_numpy(positions).to(out.device)] = torch.from_numpy(values).to(out.device)
 
 
 @contextmanager
@@ -119,6 +136,7 @@ class _Reader:
 
     def __init__(self, data: bytes, kind: int, count: int) -> None:
         self.data, self.at = memoryview(data), _COUNTS.size
+        self.count = count
         found, self.many, self.whole = _COUNTS.unpack_from(self.data)
         if found != kind or not self.whole <= self.many <= count:
             raise ValueError(f"kind {found}, {self.many} and {self.whole} of {count} elements")
@@ -135,6 +153,14 @@ class _Reader:
             raise ValueError(f"a plane that does not have its {size} bytes")
         self.at += packed
         return np.frombuffer(bytearray(plane), np.uint8)
+
+    def positions(self) -> np.ndarray:
+        """As many as there are elements, rising, and below the count."""
+        gaps = _joined([self.plane(self.many) for _ in range(4)])
+        found: np.ndarray = np.cumsum(gaps, dtype=np.int64) - 1
+        if len(gaps) != self.many or not bool((gaps > 0).all()) or (self.many and int(found[-1]) >= self.count):
+            raise ValueError(f"positions that do not lie in {self.count} elements")
+        return found
 
     def end(self, fits: bool) -> None:
         """Everything is read, and `fits` together."""

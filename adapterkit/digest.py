@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +26,12 @@ class OutputDigest:
     a copy has the hash of its source, and a quantized one, whose parts lie in another order, is read again at the end.
     """
 
-    def __init__(self, plan: FilePlan, source: int) -> None:
-        self._plan, self._source = plan, source
+    def __init__(self, plan: FilePlan, source: int, when_done: Callable[[], None]) -> None:
+        self._plan, self._source, self._when_done = plan, source, when_done
         self._sha256 = hashlib.sha256(plan.header)
         self._at = len(plan.header)
         self._copies = {copy.at: copy for copy in plan.copies}
+        self._kept = {one.at: one for one in plan.kept}
         self._waiting: dict[int, tuple[memoryview, Future[None]]] = {}
         self._lock = threading.Lock()
         self._is_copy = (
@@ -40,6 +42,11 @@ class OutputDigest:
         self._at_the_end = any(edit.packing for edit in plan.edits)
         self._busy, self._stopped = False, self._is_copy or self._at_the_end
 
+    @property
+    def by_and_by(self) -> bool:
+        """Whether it is taken while the output is made, and then says when it is done."""
+        return not (self._is_copy or self._at_the_end)
+
     def feed(self, data: memoryview, at: int) -> Future[None] | None:
         """Take over `data`, which lies at `at` in the output; None where it is not needed."""
         done: Future[None] = Future()
@@ -47,7 +54,7 @@ class OutputDigest:
             if self._stopped or not data:
                 return None
             self._waiting[at] = data, done
-        self._go_on()
+        self.go_on()
         return done
 
     def abandon(self) -> None:
@@ -64,32 +71,43 @@ class OutputDigest:
             return source
         if self._at_the_end:
             self._hash_span(output.fileno(), self._at, self._plan.size, output.path)
-        else:
-            self._go_on()
-            assert self._at == self._plan.size, f"{self._plan.name}: fed up to {self._at} of {self._plan.size} bytes"
         return self._sha256.hexdigest()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """Hash as far as there is no gap, unless another thread is doing so."""
         with self._lock:
             if self._busy:
                 return
             self._busy = True
-        while True:
-            with self._lock:
-                found = None if self._stopped else self._waiting.pop(self._at, None)
-                copy = None if self._stopped else self._copies.get(self._at)
-                if found is None and copy is None:
-                    self._busy = False
-                    return
-            if found is not None:
-                data, done = found
-                self._sha256.update(data)
-                self._at += len(data)
-                done.set_result(None)
-            elif copy is not None:
-                self._hash_span(self._source, copy.start, copy.stop, self._plan.source)
-                self._at += copy.stop - copy.start
+        while self._next():
+            pass
+
+    def _next(self) -> bool:
+        """Hash the next piece, if it is there."""
+        with self._lock:
+            stopped, at = self._stopped, self._at
+            found = None if stopped else self._waiting.pop(at, None)
+            copy, kept = self._copies.get(at), self._kept.get(at)
+            if stopped or (found is None and copy is None and kept is None):
+                ended = at == self._plan.size and not stopped
+                self._busy, self._stopped = False, stopped or ended
+                if not ended:
+                    return False
+        if found is not None:
+            data, done = found
+            self._sha256.update(data)
+            self._at += len(data)
+            done.set_result(None)
+        elif copy is not None:
+            self._hash_span(self._source, copy.start, copy.stop, self._plan.source)
+            self._at += copy.stop - copy.start
+        elif kept is not None:
+            self._sha256.update(kept.tensor.read_bytes())
+            self._at += kept.tensor.nbytes
+        else:
+            self._when_done()
+            return False
+        return True
 
     def _hash_span(self, fd: int, start: int, stop: int, file: Path) -> None:
         page = memoryview(bytearray(min(HASH_BYTES, stop - start)))

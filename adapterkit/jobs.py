@@ -15,6 +15,7 @@ from adapterkit.digest import OutputDigest
 from adapterkit.outfile import OutputFile, PageBuffer
 from adapterkit.plan import Edit, FilePlan, Recorded
 from adapterkit.sidecar import SidecarWriter
+from adapterkit.tensorfile import Header
 
 if TYPE_CHECKING:
     from adapterkit.blocks import Loaded
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Output:
-    """An output file and how many parts of it are still to do: every edit, and the untouched spans as one."""
+    """An output file and how many parts of it are still to do: every edit, the untouched spans as one, its hash."""
 
     plan: FilePlan
+    shard: Header  # the base's
     file: OutputFile
     parts: int
     begin: int  # where in all of the base's bytes its source begins

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,16 @@ class Addition:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """Where a receipt keeps what restores rows `first:last`: a residual in code, and the gains of DoRA's updates."""
+    """Where a receipt keeps what restores rows `first:last`: a residual in code, and where they are needed more.
+
+    That is the gains of DoRA's updates, and of quantized rows the stored bytes that their values do not tell.
+    """
 
     first: int
     last: int
     residual: TensorInfo
-    gains: TensorInfo | None
+    gains: TensorInfo | None = None
+    numbers: TensorInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +90,23 @@ class Edit:
     twin: Packed | None = None  # what was made from the source by quantizing, if that is to be checked
     parts: tuple[tuple[int, int], ...] = ()
     recorded: tuple[Recorded, ...] = ()  # then the deltas are not added but taken out of the source
+    quantized: Packed | None = None  # what is then restored, and stored at `start:stop` by its numbers
 
     def offset(self, row: int) -> int:
         """Where in the output file `row` begins."""
-        _, columns = self.matrix
-        bits = self.packing.bits if self.packing else DTYPE_BITS[self.dtype]
+        depth, columns = self.matrix
+        if row == depth:
+            return self.stop
+        stored = self.packing or self.quantized
+        bits = stored.bits if stored else DTYPE_BITS[self.dtype]
         return self.start + (row * columns * bits + 7) // 8
 
     @property
     def rows_together(self) -> int:
         """Of how many rows a block is to have a multiple."""
-        return self.packing.rows_together(self.matrix[1]) if self.packing else 1
+        columns = self.matrix[1]
+        own = 2 if isinstance(self.source, Packed) and columns * self.source.bits % 8 else 1  # whole bytes
+        return lcm(own, self.packing.rows_together(columns)) if self.packing else own
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -121,6 +132,14 @@ class Copy:
     at: int
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor that lies in another file, written at `at`."""
+
+    tensor: TensorInfo
+    at: int
+
+
 @dataclass(frozen=True)
 class FilePlan:
     """One output file: its header, the spans copied from `source`, and the tensors that are computed."""
@@ -132,6 +151,7 @@ class FilePlan:
     tensors: tuple[str, ...]
     copies: tuple[Copy, ...]
     edits: tuple[Edit, ...]
+    kept: tuple[Kept, ...] = ()
 
 
 @dataclass(frozen=True)

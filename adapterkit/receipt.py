@@ -15,7 +15,6 @@ from typing import Any
 
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.plan import Delta, Edit, Hashes, MergePlan
-from adapterkit.quant import Packed
 from adapterkit.staging import RECEIPT
 from adapterkit.targets import Target
 from adapterkit.tensorfile import FLOAT_DTYPES, read_json
@@ -93,8 +92,6 @@ def irreversible(plan: MergePlan) -> str | None:
     for edit in (edit for file in plan.files for edit in file.edits):
         if edit.packing is not None:
             return f"the output is quantized to {edit.packing.scheme}"
-        if isinstance(edit.source, Packed):
-            return f"the base was dequantized from {edit.source.scheme}"
         if edit.source is not None and edit.source.dtype not in HOLDS[edit.dtype]:
             return f"{edit.source.dtype} weights were converted to {edit.dtype}"
     return None

@@ -93,6 +93,12 @@ def _steps_off(updates: Sequence[Update], dtype: torch.dtype) -> np.ndarray:
     return least
 
 
+def nothing(before: torch.Tensor) -> Residual:
+    """No elements of `before`."""
+    none = before.new_empty(0)
+    return Residual(none.long(), none, none.short())
+
+
 def joined(parts: Sequence[Residual]) -> Residual:
     """One residual of several, in the order of their elements."""
     return Residual(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Residual)))

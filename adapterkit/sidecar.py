@@ -13,11 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapterkit.errors import FormatError
+from adapterkit.plan import FilePlan, Recorded
 from adapterkit.tensorfile import MAX_HEADER_BYTES, Header, TensorInfo, encode_header, parse_header
 
 HEADER = "header"
+GAINS, NUMBERS = ".gains", ".numbers"  # beside an entry
 ROOM = 96  # bytes that an entry takes in the header beside its name, at most
 _Entry = tuple[str, str, tuple[int, ...]]
+
+
+def kept(number: int) -> str:
+    """What the base's tensor of that number is called that the output has not."""
+    return f"kept:{number}"
 
 
 def entry(number: int, first: int, last: int) -> str:
@@ -25,12 +32,18 @@ def entry(number: int, first: int, last: int) -> str:
     return f"{number}:{first}-{last}"
 
 
+def not_in_output(base: Header, plan: FilePlan) -> dict[int, TensorInfo]:
+    """By number the tensors of the base's file that have no place in the output: the parts of quantized weights."""
+    numbered = enumerate(base.tensors.values())
+    return {number: info for number, info in numbered if info.name not in plan.tensors}
+
+
 class SidecarWriter:
     """A sidecar on its way to the disk; entries come from any thread."""
 
     def __init__(self, file: Path, header: bytes, names: Sequence[str]) -> None:
-        """Create `file`, to hold the header of the base's shard and at most two entries for each of `names`."""
-        self.room = 64 + sum(2 * (len(name) + ROOM) for name in (HEADER, *names))
+        """Create `file`, to hold the header of the base's shard and at most three entries for each of `names`."""
+        self.room = 64 + sum(3 * (len(name) + ROOM) for name in (HEADER, *names))
         self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._entries: list[_Entry] = []
         self._size = self.room
@@ -77,20 +90,19 @@ def base_header(sidecar: Header, file: Path, size: int) -> tuple[bytes, Header]:
     return raw, parse_header(file, raw[8:], size)
 
 
-def entries(sidecar: Header) -> dict[int, list[tuple[int, int, TensorInfo, TensorInfo | None]]]:
-    """By number of the tensor: first and last row, and what restores them, in the order of the rows."""
-    found: dict[int, list[tuple[int, int, TensorInfo, TensorInfo | None]]] = {}
-    for name, info in sidecar.tensors.items():
-        if name == HEADER or name.endswith(GAINS):
+def recorded(sidecar: Header) -> dict[int, list[Recorded]]:
+    """By number of the tensor what restores its rows, in their order."""
+    found: dict[int, list[Recorded]] = {}
+    tensors = sidecar.tensors
+    for name, info in tensors.items():
+        if name == HEADER or name.startswith("kept:") or name.endswith((GAINS, NUMBERS)):
             continue
         number, _, rows = name.partition(":")
         first, _, last = rows.partition("-")
         if not all(part.isdecimal() and len(part) < 16 for part in (number, first, last)):
             raise FormatError(f"{sidecar.file}: {name!r} is not the name of an entry")
-        found.setdefault(int(number), []).append((int(first), int(last), info, sidecar.tensors.get(name + GAINS)))
+        block = Recorded(int(first), int(last), info, tensors.get(name + GAINS), tensors.get(name + NUMBERS))
+        found.setdefault(int(number), []).append(block)
     for blocks in found.values():
-        blocks.sort(key=lambda block: block[:2])
+        blocks.sort(key=lambda block: block.first)
     return found
-
-
-GAINS = ".gains"

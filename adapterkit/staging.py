@@ -38,10 +38,14 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def staged(out: Path, *, directory: bool) -> Iterator[Path]:
-    """Yield an empty directory or file to build `out` in; it takes `out`'s place on success only."""
+def staged(out: Path, *, directory: bool, keep: bool = False) -> Iterator[Path]:
+    """Yield an empty directory or file to build `out` in; it takes `out`'s place on success only.
+
+    With `keep` a directory has in it what was left there, and stays on failure.
+    """
     partial = out.parent / f".{out.name}.partial"
-    with errors_of(out), _parents(out), _claimed(partial, directory):
+    done = False
+    with errors_of(out), _parents(out), _claimed(partial, directory, keep):
         try:
             _restore(out)
             check_output(out, overwrite=True)  # whatever came between plan and run, only what is ours is replaced
@@ -51,9 +55,11 @@ def staged(out: Path, *, directory: bool) -> Iterator[Path]:
                 raise OutputExistsError(f"{out}: appeared while it was being made; choose another -o")
             flush(partial)
             _replace(out, partial)
+            done = True
             flush(out.parent)
         finally:
-            _remove(partial)
+            if done or not keep:
+                remove(partial)
 
 
 @contextmanager
@@ -84,10 +90,10 @@ def _parents(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _claimed(partial: Path, directory: bool) -> Iterator[None]:
-    """Hold a lock on `partial`; what a dead process left in it is removed, a live one's is respected."""
+def _claimed(partial: Path, directory: bool, keep: bool) -> Iterator[None]:
+    """Hold a lock on `partial`; what a dead process left in it is removed unless to `keep`, a live one's respected."""
     if partial.is_symlink() or (partial.exists() and partial.is_dir() != directory):
-        _remove(partial)
+        remove(partial)
     if directory:
         partial.mkdir(exist_ok=True)
     else:
@@ -95,9 +101,9 @@ def _claimed(partial: Path, directory: bool) -> Iterator[None]:
     fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if directory:
+        if directory and not keep:
             for left in partial.iterdir():
-                _remove(left)
+                remove(left)
         yield
     except BlockingIOError as error:
         raise OutputExistsError(f"{partial}: another adapterkit is writing there right now") from error
@@ -110,14 +116,14 @@ def _replace(out: Path, partial: Path) -> None:
         partial.replace(out)
         return
     old = _kept_aside(out)  # a directory cannot be renamed over a full one
-    _remove(old)
+    remove(old)
     try:
         out.rename(old)
         partial.rename(out)
     except BaseException:
         _restore(out)
         raise
-    _remove(old)
+    remove(old)
 
 
 def _restore(out: Path) -> None:
@@ -151,10 +157,11 @@ def flush(path: Path) -> None:
 def discard(out: Path) -> None:
     """Remove an intermediate result, and what lies beside it."""
     for path in (out, out.with_name(f"{out.name}.receipt")):
-        _remove(path)
+        remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a directory with all in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -26,7 +26,8 @@ from adapterkit.jobs import Block, Desk, Digest, EditWork, Output, untouched_in
 from adapterkit.outfile import OutputFile
 from adapterkit.plan import Edit, Hashes, MergePlan
 from adapterkit.receipt import FOLDER, folder_of, irreversible, sidecar_name, undoable
-from adapterkit.sidecar import GAINS, SidecarWriter, entry
+from adapterkit.resuming import Done, clear_notes, note_finished, take_over
+from adapterkit.sidecar import GAINS, NUMBERS, SidecarWriter, entry, kept, not_in_output
 from adapterkit.staging import staged
 from adapterkit.tensorfile import read_span, tensor_bytes
 
@@ -57,18 +58,24 @@ class Merged:
     bytes_written: int
     tensors: int
     hashes: Hashes
-    receipt_bytes: int
     retention: dict[str, Retention]
     place: str  # where it was computed in the end
     notes: tuple[str, ...]  # what was done otherwise than asked for
 
 
 def run(
-    plan: MergePlan, *, threads: int | None = None, report: bool = False, device: str = "auto"
+    plan: MergePlan,
+    *,
+    threads: int | None = None,
+    report: bool = False,
+    device: str = "auto",
+    resume: bool = False,
 ) -> Generator[TensorMerged | Merged, None, None]:
     """Run `plan`, yielding an event for each tensor and the result last; nothing is left behind on failure.
 
     `report` measures what rounding kept of every element instead of a sample; `device` is auto, cpu, cuda or cuda:N.
+    With `resume` shards are taken over that a run of this plan had finished when it was interrupted, and are left there
+    if this one fails.
     Raises NoSpaceError where the disk is too small, before or while writing, FitError where factors are not finite or
     results exceed their dtype, and UsageError where there is no such device.
     """
@@ -79,13 +86,18 @@ def run(
         from adapterkit.calibration import calibrated
 
         with calibrated(plan) as plan:
-            yield from run(replace(plan, calibration=None), threads=threads, report=report, device=device)
+            yield from run(
+                replace(plan, calibration=None), threads=threads, report=report, device=device, resume=resume
+            )
         return
-    with staged(plan.out, directory=plan.base.is_directory) as building, _receipt_folder(plan, building) as folder:
-        state = _Run(plan, building, folder, threads, report, device)
+    directory = plan.base.is_directory
+    keep = resume and directory
+    with staged(plan.out, directory=directory, keep=keep) as building, _receipt_folder(plan, building) as folder:
+        state = _Run(plan, building, folder, threads, report, device, take_over(plan, building) if keep else {})
         yield from state.tensors()
         check_loss(plan, state.retention)
         result = state.result()
+        clear_notes(building)
         (plan.finish or finish_merge)(plan, folder, result.hashes)
     yield result
 
@@ -106,12 +118,22 @@ _Task = Callable[[Desk], None]
 class _Run:
     """What the workers of one merge share."""
 
-    def __init__(self, plan: MergePlan, building: Path, folder: Path, threads: int, report: bool, device: str) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        building: Path,
+        folder: Path,
+        threads: int,
+        report: bool,
+        device: str,
+        done: dict[str, Done],
+    ) -> None:
         self.plan, self.building, self.folder, self.threads, self.report = plan, building, folder, threads, report
         self.device = device
-        self.sums: dict[str, str] = {}  # of the outputs
+        self.done = done  # by name the outputs, those that are taken over first
+        self.resumable = plan.receipt and plan.base.is_directory
+        self.noting = threading.Lock()
         self.records = plan.receipt and irreversible(plan) is None
-        self.receipt_bytes = 0
         self.place: Place | None = None  # not known before torch is there
         self.notes: list[str] = []
         self.lock = threading.Lock()
@@ -156,26 +178,24 @@ class _Run:
                     output.digest.abandon()
             pool.shutdown(wait=True)
             writers.shutdown(wait=True)
-            try:
-                if done:
-                    self._sum_up()
-            finally:
-                for digest in self.digests.values():
-                    os.close(digest.fd)
-                for output in self.outputs:
-                    output.file.close()
-                    if output.sidecar is not None:
-                        output.sidecar.close()
+            for digest in self.digests.values():
+                os.close(digest.fd)
+            for output in self.outputs:
+                output.file.close()
+                if output.sidecar is not None:
+                    output.sidecar.close()
 
     def result(self) -> Merged:
         """What was made, when all of it is."""
         plan = self.plan
-        done = {file: digest.sha256.hexdigest() for file, digest in self.digests.items()}
-        base = {shard.file.name: done[shard.file] for shard in plan.base.shards}
-        adapters = {one.label: {file.name: done[file] for file in one.adapter.files} for one in plan.given}
+        taken = {file: digest.sha256.hexdigest() for file, digest in self.digests.items()}
+        shards = zip(plan.base.shards, plan.files, strict=True)
+        base = {shard.file.name: taken.get(shard.file) or self.done[file.name].before for shard, file in shards}
+        adapters = {one.label: {file.name: taken[file] for file in one.adapter.files} for one in plan.given}
+        outputs = {file.name: self.done[file.name].after for file in plan.files if file.name in self.done}
         retention = dict(sorted(self.retention.items()))
         return Merged(
-            plan.out, plan.bytes_to_write, plan.edits, Hashes(base, adapters, self.sums), self.receipt_bytes, retention,
+            plan.out, plan.bytes_to_write, plan.edits, Hashes(base, adapters, outputs), retention,
             str(self.place), tuple(self.notes),
         )  # fmt: skip
 
@@ -187,12 +207,17 @@ class _Run:
             self._open_input(file, file.stat().st_size)
         begin = 0
         for shard, plan in zip(self.plan.base.shards, self.plan.files, strict=True):
+            if plan.name in self.done:
+                continue
             path = self.building / plan.name if self.plan.base.is_directory else self.building
-            output = Output(plan, OutputFile(path, plan.size), len(plan.edits) + 1, begin)
+            output = Output(plan, shard, OutputFile(path, plan.size), len(plan.edits) + 1, begin)
             self.outputs.append(output)
             self._open_input(shard.file, shard.size, output)  # as planned: if it shrank since, reading it fails
+            for kept_one in plan.kept:
+                output.file.write(memoryview(kept_one.tensor.read_bytes()), kept_one.at)
             if self.plan.receipt or self.plan.restores:
-                output.digest = OutputDigest(plan, self.digests[shard.file].fd)
+                output.digest = OutputDigest(plan, self.digests[shard.file].fd, partial(self._part_done, output))
+                output.parts += output.digest.by_and_by
             begin += shard.size
 
     def _open_input(self, file: Path, size: int, output: Output | None = None) -> None:
@@ -201,8 +226,9 @@ class _Run:
 
     def _list_blocks(self) -> None:
         if self.records:
-            (self.folder / FOLDER).mkdir()
-        for output, shard in zip(self.outputs, self.plan.base.shards, strict=True):
+            (self.folder / FOLDER).mkdir(exist_ok=True)
+        for output in self.outputs:
+            shard = output.shard
             names, number = [], 0
             for edit in output.plan.edits:
                 rows, columns = edit.matrix
@@ -221,7 +247,11 @@ class _Run:
             if self.records:
                 with open(shard.file, "rb") as stream:
                     header = stream.read(shard.nbytes)
+                gone = not_in_output(shard, output.plan)
+                names += [kept(number) for number in gone]
                 output.sidecar = SidecarWriter(self.folder / sidecar_name(output.plan.name), header, names)
+                for number, info in gone.items():
+                    output.sidecar.add(kept(number), bytes(info.read_bytes()), info.dtype, info.shape)
 
     # --- the workers
 
@@ -276,6 +306,8 @@ class _Run:
             desk.keep(page)
         if output and ended:
             self._part_done(output)
+            if output.digest is not None:
+                output.digest.go_on()
 
     def _copy(self, output: Output, untouched: list[tuple[memoryview, int]]) -> None:
         for data, at in untouched:
@@ -335,6 +367,8 @@ class _Run:
                 work.output.sidecar.add(name, undo.code)
                 if undo.gains:
                     work.output.sidecar.add(name + GAINS, undo.gains, "F64", undo.shape)
+                if undo.numbers:
+                    work.output.sidecar.add(name + NUMBERS, undo.numbers)
             return kept
         pack_rows(edit, loaded, source, first, last, buffers, data)
         return self._finish_packing(work, loaded, source, buffers)
@@ -384,15 +418,14 @@ class _Run:
             if output.parts or self.stop.is_set():
                 return
         output.file.finish(output.plan.header)
-
-    def _sum_up(self) -> None:
-        """Finish the sidecars, and take the hashes of the outputs that are not taken yet."""
-        for output in self.outputs:
-            if output.sidecar is not None:
-                self.receipt_bytes += output.sidecar.finish()
-            if output.digest is not None:
-                source = self.digests[output.plan.source]
-                self.sums[output.plan.name] = output.digest.hexdigest(source.sha256.hexdigest(), output.file)
+        if output.sidecar is not None:
+            output.sidecar.finish()
+        if output.digest is not None:
+            before = self.digests[output.plan.source].sha256.hexdigest()
+            done = self.done[output.plan.name] = Done(before, output.digest.hexdigest(before, output.file))
+            if self.resumable:
+                with self.noting:
+                    note_finished(self.plan, output.plan, self.building, done)
 
     # --- the main thread
 

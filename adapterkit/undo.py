@@ -16,18 +16,22 @@ from adapterkit.delta import Update, gains, linear
 from adapterkit.device import Buffers
 from adapterkit.fused import subtract_rounded
 from adapterkit.plan import Recorded
-from adapterkit.residual import joined, marked, record, subtracted
+from adapterkit.residual import joined, marked, nothing, record, subtracted
 
 SPARSE = 0.2  # above that share of recorded elements the whole difference may take less
 
 
 @dataclass(frozen=True, slots=True)
 class Undo:
-    """What restores a block: in code, and as float64 the gains of DoRA's updates, by row or by column."""
+    """What restores a block: in code, and as float64 the gains of DoRA's updates, by row or by column.
+
+    And what of its bytes, where they are quantized, is not told by their values.
+    """
 
     code: bytes
     gains: bytes = b""
     shape: tuple[int, ...] = ()
+    numbers: bytes = b""
 
 
 def undo_marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update], at: torch.Tensor) -> Undo:
@@ -39,6 +43,8 @@ def undo(
     updates: Sequence[Update], before: torch.Tensor, first: int, after: torch.Tensor, step: int, dtype: torch.dtype
 ) -> Undo:
     """What takes any updates, computed in `dtype`, out of rows `first …`; `step` rows at a time."""
+    if not updates:
+        return Undo(encode(nothing(before)))
     parts, found = [], []
     for start in range(0, len(before), step):
         old, new = before[start : start + step], after[start : start + step]

@@ -7,8 +7,8 @@ that were not changed are copied, the others restored row by row as they were re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,17 +16,18 @@ from pathlib import Path
 from adapterkit.adapter import Adapter
 from adapterkit.budget import default_threads
 from adapterkit.card import copy_others, keep_replaced, restore_replaced
-from adapterkit.checkpoint import Checkpoint
+from adapterkit.checkpoint import CONFIG, Checkpoint
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
 from adapterkit.formats import load
 from adapterkit.hub import is_hub_id, resolve
 from adapterkit.layout import Entry, lay_out
-from adapterkit.plan import Copy, Delta, Edit, FilePlan, Given, Hashes, MergePlan, Recorded
+from adapterkit.plan import Copy, Delta, Edit, FilePlan, Given, Hashes, Kept, MergePlan, Recorded
 from adapterkit.planning import make_plan
+from adapterkit.quant import Packed, weights
 from adapterkit.receipt import BEFORE, Part, Receipt, Shard, find_receipt, read_receipt
-from adapterkit.sidecar import base_header, entries
+from adapterkit.sidecar import base_header, kept, recorded
 from adapterkit.staging import RECEIPT
-from adapterkit.tensorfile import Header, TensorInfo, read_header
+from adapterkit.tensorfile import Header, TensorInfo, Weight, read_header, read_json
 from adapterkit.verifying import verify
 
 APPROXIMATE = (
@@ -114,14 +115,14 @@ def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter],
     """Plan the base that `merged` was made of. Raises FitError and FormatError where receipt and files disagree."""
     if receipt.irreversible is not None:
         raise FitError(f"{merged.path}: cannot be undone, since {receipt.irreversible}. --base BASE restores it.")
-    if len(receipt.shards) != len(merged.shards):
-        raise FitError(f"{merged.path}: has {len(merged.shards)} files, its receipt {len(receipt.shards)}")
+    merged = _with_shards(merged, receipt)
     given = tuple(Given(adapter, one.weight, one.name) for adapter, one in zip(adapters, receipt.adapters, strict=True))
-    files = []
-    for shard, header in zip(receipt.shards, merged.shards, strict=True):
-        if merged.is_directory and header.file.name != shard.name:
-            raise FitError(f"{header.file}: the receipt has {shard.name} in its place")
-        files.append(_file(shard, header, receipt, given))
+    parts = [_open_shard(shard, header, receipt) for shard, header in zip(receipt.shards, merged.shards, strict=True)]
+    found = {name: info for part in parts for name, info in part.tensors.items()}
+    config = receipt.folder / BEFORE / CONFIG
+    as_before = weights(found, read_json(config) if config.is_file() else {})
+    quantized = {name: weight for name, weight in as_before.items() if isinstance(weight, Packed)}
+    files = [_file(part, quantized, given) for part in parts]
     weight_map = {name: file.name for file in files for name in file.tensors}
     beside = not merged.is_directory and (receipt.folder / BEFORE / RECEIPT).is_file()
     return MergePlan(
@@ -151,26 +152,71 @@ def plan_subtraction(merged: Checkpoint, given: Sequence[Given], out: Path) -> M
     return replace(plan, notes=(*plan.notes, APPROXIMATE))
 
 
-def _file(shard: Shard, merged: Header, receipt: Receipt, given: Sequence[Given]) -> FilePlan:
+def _with_shards(merged: Checkpoint, receipt: Receipt) -> Checkpoint:
+    """With a header for each shard of the receipt: the index leaves out files that hold no tensor any more."""
+    known, told = {header.file.name: header for header in merged.shards}, [shard.name for shard in receipt.shards]
+    if not merged.is_directory:
+        known, told = dict(zip(told, merged.shards, strict=False)), told[:1]
+    if len(told) != len(receipt.shards) or not known.keys() <= set(told):
+        raise FitError(f"{merged.path}: has {', '.join(known)}; its receipt tells of {', '.join(told)}")
+    return replace(merged, shards=tuple(known.get(name) or read_header(merged.path / name) for name in told))
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file of a merge that is undone: its receipt, the header it had, the one it has, and its sidecar's.
+
+    `tensors` are those of the base; what the merged file has not lies in the sidecar.
+    """
+
+    told: Shard
+    raw: bytes
+    before: Header
+    after: Header
+    sidecar: Header
+    tensors: dict[str, TensorInfo]
+
+
+def _open_shard(told: Shard, after: Header, receipt: Receipt) -> _Shard:
+    sidecar = read_header(receipt.sidecar(told))
+    raw, before = base_header(sidecar, after.file.with_name(told.name), told.size)
+    tensors = {}
+    for number, info in enumerate(before.tensors.values()):
+        there = sidecar.tensors.get(kept(number))
+        if there is not None and (there.dtype, there.shape) != (info.dtype, info.shape):
+            raise FormatError(f"{sidecar.file}: {there.name} is {there.dtype} {there.shape}, not {info.name}")
+        tensors[info.name] = info if there is None else replace(there, name=info.name)
+    return _Shard(told, raw, before, after, sidecar, tensors)
+
+
+def _file(shard: _Shard, quantized: Mapping[str, Packed], given: Sequence[Given]) -> FilePlan:
     """One file of the base, from the merged one."""
-    sidecar = read_header(receipt.sidecar(shard))
-    raw, before = base_header(sidecar, merged.file.with_name(shard.name), shard.size)
-    changed = {name: (number, parts) for number, (name, parts) in enumerate(shard.tensors)}
-    recorded = entries(sidecar)
-    copies, edits = [], []
+    told, after, before = shard.told, shard.after, shard.before
+    changed = {name: (number, parts) for number, (name, parts) in enumerate(told.tensors)}
+    blocks = recorded(shard.sidecar)
+    copies, edits, others = [], [], []
     for info in sorted(before.tensors.values(), key=lambda info: (info.start, info.stop)):
-        now = merged.tensors.get(info.name)
-        if now is None or now.shape != info.shape or (info.name not in changed and now.dtype != info.dtype):
-            raise FitError(f"{merged.file}: {info.name} is not what the receipt tells of")
+        there, now = shard.tensors[info.name], after.tensors.get(info.name)
+        if there.file == shard.sidecar.file:
+            others.append(Kept(there, info.start))
+            continue
+        weight: Weight = quantized.get(info.name, info)
+        if now is None or now.shape != weight.shape or (info.name not in changed and now.dtype != info.dtype):
+            raise FitError(f"{after.file}: {info.name} is not what the receipt tells of")
         if not info.nbytes:
             continue
         if info.name not in changed:
             copies.append(Copy(now.start, now.stop, info.start))
             continue
         number, parts = changed[info.name]
-        edit = Edit(info.name, now, info.dtype, info.shape, info.start, info.stop, _deltas(info, parts, given))
-        edits.append(replace(edit, recorded=_recorded(edit, recorded.get(number, []), sidecar)))
-    return FilePlan(shard.name, merged.file, raw, before.size, tuple(before.tensors), tuple(copies), tuple(edits))
+        edit = Edit(
+            info.name, now, weight.dtype, weight.shape, info.start, info.stop, _deltas(info, parts, given),
+            quantized=quantized.get(info.name),
+        )  # fmt: skip
+        edits.append(replace(edit, recorded=_recorded(edit, blocks.get(number, []), shard.sidecar)))
+    return FilePlan(
+        told.name, after.file, shard.raw, before.size, tuple(before.tensors), tuple(copies), tuple(edits), tuple(others)
+    )
 
 
 def _deltas(info: TensorInfo, parts: Sequence[Part], given: Sequence[Given]) -> tuple[Delta, ...]:
@@ -185,9 +231,7 @@ def _deltas(info: TensorInfo, parts: Sequence[Part], given: Sequence[Given]) -> 
     return tuple(deltas)
 
 
-def _recorded(
-    edit: Edit, blocks: Sequence[tuple[int, int, TensorInfo, TensorInfo | None]], sidecar: Header
-) -> tuple[Recorded, ...]:
+def _recorded(edit: Edit, blocks: Sequence[Recorded], sidecar: Header) -> tuple[Recorded, ...]:
     """The blocks of a tensor, checked to be all of its rows, and its updates to fit them."""
     rows, columns = edit.matrix
     renormalizing = [delta for delta in edit.deltas if delta.weights.magnitude is not None]
@@ -201,7 +245,8 @@ def _recorded(
         if not (inside and expert and size == (stop - start, columns)):
             raise FormatError(f"{sidecar.file}: {delta.module} does not fit {edit.name} {edit.shape} as recorded")
     at = 0
-    for first, last, _, gains in blocks:
+    for block in blocks:
+        first, last, gains = block.first, block.last, block.gains
         if first != at or not first < last <= rows:
             break
         at = last
@@ -211,7 +256,7 @@ def _recorded(
             raise FormatError(f"{sidecar.file}: {gains.name} is {gains.dtype} {gains.shape}, expected F64 {shape}")
     if at != rows or not blocks:
         raise FormatError(f"{sidecar.file}: does not restore all {rows} rows of {edit.name}, but the first {at}")
-    return tuple(Recorded(*block) for block in blocks)
+    return tuple(blocks)
 
 
 def check_fits(merged: Checkpoint, base: Checkpoint, given: Sequence[Given]) -> None:

@@ -232,6 +232,14 @@ def test_a_long_name_is_not_matched_against_patterns(base: Path) -> None:
     assert "too long to match patterns against" in refused(base, adapter, 1)
 
 
+def test_many_patterns_that_each_take_a_second(base: Path) -> None:
+    names = ["." * 100 + f"{i}.{MODULES[0]}" for i in range(8)]
+    tensors = {f"base_model.model.{name}.lora_{k}.weight": torch.ones(RANK, RANK) for name in names for k in "AB"}
+    patterns = {f".*.*.*.*{i}x": 2 for i in range(8)}
+    adapter = write_adapter(base.parent / "a", tensors, CONFIG | {"alpha_pattern": patterns})
+    assert "8 patterns could take for ever to match against 8 names" in refused(base, adapter, 1)
+
+
 UNMERGEABLE = {
     "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 4], [2, 6]],

@@ -48,6 +48,7 @@ BROKEN_INDEXES = {
     ),
     "a tensor elsewhere": (TWO, {"a": "2.safetensors", "b": "1.safetensors"}, "a should be in 2.safetensors, but is not"),
     "a tensor nowhere": (TWO, {"a": "1.safetensors", "c": "1.safetensors"}, "c should be in 1.safetensors, but is not"),
+    "a name too long for a file": (TWO, {"a": "a" * 300 + ".safetensors"}, "which is not a safetensors file"),
     "another format": (TWO, {"a": "pytorch_model.bin"}, "'pytorch_model.bin', which is not a safetensors file"),
     "no weight map": (TWO, {}, "weight_map must map"),
     "a list": (TWO, ["a"], "weight_map must map"),

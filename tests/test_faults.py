@@ -197,6 +197,162 @@ def test_a_failing_rename_puts_the_old_output_back(inputs: Path, monkeypatch: py
     assert names(inputs) == ["adapter", "base", "out"]
 
 
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def finished(folder: Path) -> list[str]:
+    """Which shards a dead merge has noted as finished; they are given an old date."""
+    found = sorted(note.stem for note in (folder / ".out.partial" / ".adapterkit_progress").glob("*.json"))
+    for name in found:
+        os.utime(folder / ".out.partial" / name, ns=(1, 1))
+    return found
+
+
+def taken_over(out: Path) -> list[str]:
+    return [file.name for file in sorted(out.glob("*.safetensors")) if file.stat().st_mtime_ns == 1]
+
+
+def bytes_of(out: Path) -> dict[str, bytes | None]:
+    """But for sidecars, the order of whose entries is that in which threads came to them."""
+    return {name: data for name, data in contents(out).items() if not name.endswith(".residuals")}
+
+
+HALF = ("stream.note_finished", 2)  # one shard is finished and noted, the other finished
+
+
+def test_a_killed_merge_is_resumed(inputs: Path) -> None:
+    """A shard that was finished is not written again; all is as if it had never been interrupted."""
+    assert merge(inputs, out="fresh").code == 0
+    ended_by(HALF, "SIGKILL", inputs)
+    [first] = finished(inputs)
+    assert merge(inputs, "--resume").code == 0
+    assert taken_over(inputs / "out") == [first]
+    assert bytes_of(inputs / "out") == bytes_of(inputs / "fresh")
+    assert adapterkit("unmerge", inputs / "out", "-o", inputs / "again").code == 0
+    assert contents(inputs / "again") == contents(inputs / "base")
+    assert names(inputs) == ["adapter", "again", "base", "fresh", "out"]
+
+
+@pytest.mark.parametrize("what", ["shard", "note", "base", "adapter", "plan"])
+def test_what_does_not_hash_right_is_merged_again(tmp_path: Path, what: str) -> None:
+    write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    ended_by(HALF, "SIGKILL", tmp_path)
+    [name] = finished(tmp_path)
+    first, scale = tmp_path / ".out.partial" / name, "--scale=2" if what == "plan" else "--scale=1"
+    if what == "shard":
+        first.write_bytes(first.read_bytes()[:-1] + b"?")
+        os.utime(first, ns=(1, 1))
+    elif what == "note":
+        (first.parent / ".adapterkit_progress" / f"{name}.json").write_text("{")
+    elif what != "plan":
+        os.utime(tmp_path / what / (name if what == "base" else "adapter_model.safetensors"), ns=(1, 1))
+    assert merge(tmp_path, "--resume", scale).code == 0
+    assert merge(tmp_path, scale, out="fresh").code == 0
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "fresh")
+    assert taken_over(tmp_path / "out") == []
+
+
+def test_ctrl_c_with_resume_keeps_what_is_finished(inputs: Path) -> None:
+    result = ended_by(HALF, "SIGINT", inputs, "--resume")
+    assert result.returncode == 130 and "finished shards are kept: run it again with --resume" in result.stderr
+    noted = finished(inputs)
+    assert noted  # the other one too, where it was faster than the signal
+    assert merge(inputs, "--resume").code == 0
+    assert taken_over(inputs / "out") == noted and names(inputs) == ["adapter", "base", "out"]
+
+
+def test_resume_needs_hashes(inputs: Path) -> None:
+    assert "leave it away" in merge(inputs, "--resume", "--no-receipt").message(2)
+    assert "leave it away" in merge(inputs, "--resume", "--dry-run").message(2)
+
+
+# Fork children that are killed at a random call of the operating system's, from a process that has imported torch.
+KILLER = """
+import os, random, signal, sys, threading
+sys.path.insert(0, sys.argv[1])
+import torch
+from pathlib import Path
+import adapterkit.blocks
+from adapterkit.cli.main import main
+CALLS = ["pwrite", "preadv", "fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "posix_fallocate", "open", "close"]
+
+def run(args, fatal=None):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    count, lock = [0], threading.Lock()
+    def counting(call):
+        def counted(*args, **how):
+            with lock:
+                count[0] += 1
+                if count[0] == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **how)
+        return counted
+    for name in CALLS:
+        setattr(os, name, counting(getattr(os, name)))
+    sys.argv = ["adapterkit", *args]
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1), os.dup2(null, 2)
+    try:
+        main()
+    except SystemExit as end:
+        if fatal is None:
+            os._exit(end.code or 0)
+        os._exit(200)  # it ended before
+    os._exit(201)
+
+os.chdir(sys.argv[2])
+rng, kills = random.Random(int(sys.argv[4])), 0
+command, resume, total = sys.argv[5].split(), sys.argv[6].split(), int(sys.argv[3])
+while kills < total:
+    status = run(command if rng.random() < 0.5 else [*command, *resume], rng.randrange(1, 120))
+    kills += os.WIFSIGNALED(status)
+    print(kills, os.path.exists("out"), flush=True)
+    check = sys.stdin.readline()  # the other side looks at it
+    if check.strip() == "again":
+        assert run([*command, *resume] if rng.random() < 0.7 else command) == 0
+        print("again", flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "resume"),
+    [("merge base adapter -o out --threads 2", "--resume"), ("unmerge merged -o out --threads 2", "")],
+    ids=["merge", "unmerge"],
+)
+def test_killed_a_hundred_times(inputs: Path, command: str, resume: str) -> None:
+    """At random calls: the inputs stay, what is there is whole, and the next run makes it right."""
+    assert merge(inputs, out="merged").code == 0
+    merged = contents(inputs / "merged")
+    wanted = bytes_of(inputs / ("merged" if resume else "base"))
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLER, ROOT, inputs, "50", "7", command, resume],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdin is not None and child.stdout is not None
+    for index, line in enumerate(child.stdout):
+        assert contents(inputs / "merged") == merged
+        if "True" in line:  # killed at its very end, or not at all
+            assert bytes_of(inputs / "out") == wanted
+            shutil.rmtree(inputs / "out")
+        else:
+            assert {"adapter", "base", "merged"} <= set(names(inputs)) <= {"adapter", "base", "merged", ".out.partial"}
+            assert not loads(inputs / ".out.partial") or bytes_of(inputs / ".out.partial") == wanted
+        child.stdin.write("again\n" if index % 3 == 0 else "go on\n")
+        child.stdin.flush()
+        if index % 3 == 0:
+            assert child.stdout.readline() == "again\n"
+            assert bytes_of(inputs / "out") == wanted
+            assert ".out.partial" not in names(inputs)
+            shutil.rmtree(inputs / "out")
+            child.stdin.write("\n")
+            child.stdin.flush()
+    assert child.wait() == 0
+    shutil.rmtree(inputs / "merged")
+
+
 # --- full disks ------------------------------------------------------------------------------------------------------
 
 

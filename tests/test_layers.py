@@ -24,7 +24,7 @@ LEVELS = (
     ("changes", "layout"),
     ("planning", "device", "sidecar", "digest", "receipt"),
     ("wholes", "based", "undo"),
-    ("blocks", "calibration", "card", "hub", "against", "inventory", "live", "combining"),
+    ("blocks", "calibration", "card", "hub", "against", "inventory", "live", "combining", "resuming"),
     ("jobs", "budget", "newadapter", "comparing", "converting", "extracting", "verifying"),
     ("stream",),
     ("unmerging",),

@@ -308,6 +308,8 @@ def restated(**facts: Any) -> Callable[[dict[str, torch.Tensor]], None]:
         (restated(dtype="float8"), "dtype 'float8'"),
         (restated(quant_type="fp4"), "quant_type is 'fp4'"),
         (restated(nested_offset=None), "nested_offset None"),
+        (restated(nested_offset=10**400), "nested_offset 1000"),
+        (restated(dtype=["bfloat16"]), r"dtype \['bfloat16'\]"),
     ],
 )
 def test_broken_4bit_weights_are_refused(
@@ -324,6 +326,7 @@ def test_broken_4bit_weights_are_refused(
     [
         ({"m.weight": torch.zeros(4, 4).char(), "m.SCB": torch.zeros(5)}, "expected I8"),
         ({"m.weight": torch.zeros(4, 4), "m.SCB": torch.zeros(4)}, "expected I8"),
+        ({"m.weight": torch.zeros(0, 4).char(), "m.SCB": torch.zeros(0)}, "expected I8"),
         (
             {"m.weight": torch.zeros(4, 4).char(), "m.SCB": torch.zeros(4), "m.weight_format": torch.tensor(2).byte()},
             "only LLM.int8 weights stored by rows",
@@ -343,6 +346,44 @@ def test_broken_8bit_weights_are_refused(tmp_path: Path, tensors: dict[str, torc
     config = {"quantization_config": {"weight_block_size": [128, 128]}}
     with pytest.raises(FormatError, match=message):
         read(tmp_path, tensors, config)
+
+
+def test_fp8_blocks_far_larger_than_the_weight_take_no_more_than_it(tmp_path: Path) -> None:
+    q, scale = fp8((8, 8), 8)
+    config = {"quantization_config": {"weight_block_size": [2**80, 2**40]}, "dtype": "float32"}
+    got = read(tmp_path, {"m.weight": q, "m.weight_scale_inv": scale}, config)
+    assert torch.equal(got, q.float() * scale)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("int8", "m.weight_format"), ("nf4", "m.weight.quant_map")])
+def test_a_name_in_the_base_that_quantizing_needs(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, kind: str, name: str
+) -> None:
+    base = make_base({"m.weight": torch.ones(24, 40), name: torch.zeros(3)})
+    with pytest.raises(FitError, match=f"{name}: the base has a tensor of this name"):
+        adapterkit.plan_merge(base, [make_adapter(factors("m", 24, 40))], tmp_path / "out", quantize=kind)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_4bit_weights_that_do_not_fill_their_storage_dtype(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, storage: torch.dtype
+) -> None:
+    parts, _ = packed_4bit(torch.randn(5, 33).bfloat16())
+    room = torch.zeros(84, dtype=torch.uint8)
+    room[:83] = parts[""].view(-1)
+    base = make_base(named(parts | {"": room.view(storage).view(-1, 1)}))
+    adapterkit.merge(base, [make_adapter(factors("m", 5, 33))], tmp_path / "out", quantize="same", accept_loss=True)
+    merged = open_checkpoint(tmp_path / "out")
+    assert quant.weights(merged.tensors, merged.config)["m.weight"].shape == (5, 33)
+
+
+def test_a_float64_base_is_quantized(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base({"m.weight": torch.randn(24, 40).double()})
+    adapterkit.merge(base, [make_adapter(factors("m", 24, 40))], tmp_path / "out", quantize="nf4")
+    merged = open_checkpoint(tmp_path / "out")
+    assert quant.weights(merged.tensors, merged.config)["m.weight"].dtype == "F32"
 
 
 def test_fp8_without_a_block_size_is_refused(tmp_path: Path) -> None:

@@ -282,7 +282,13 @@ def test_what_we_accept_the_library_accepts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("raw", "message"),
-    [(b"[1]", "expected a JSON object"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"", "not valid")],
+    [
+        (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested 101 deep"),
+        (b"[1]", "expected a JSON object"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"", "not valid"),
+    ],
 )
 def test_read_json_refuses(tmp_path: Path, raw: bytes, message: str) -> None:
     (tmp_path / "a.json").write_bytes(raw)

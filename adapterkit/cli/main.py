@@ -71,8 +71,9 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing was kept", 130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        why = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps what it catches
+        _fail(f"interrupted; {why}" if str(why or "") else "interrupted; nothing was kept", 130)
     except OSError as error:
         if error.filename:
             _fail(f"{error.filename}: {error.strerror}", 1)

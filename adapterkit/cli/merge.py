@@ -22,6 +22,7 @@ from adapterkit.quant import KINDS, ROUNDINGS
 from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged
 
+KEPT = "finished shards are kept: run it again with --resume"
 # Below this share the output dtype swallows a tenth of the update or more.
 ENOUGH_KEPT = 0.9
 
@@ -49,21 +50,24 @@ ENOUGH_KEPT = 0.9
 )
 @click.option("--allow-partial", is_flag=True, help="Skip what has no place in the base, and say so.")
 @click.option("--no-receipt", is_flag=True, help="Do without what `adapterkit unmerge` needs to undo the merge.")
+@click.option("--resume", is_flag=True, help="Take over the shards that an interrupted merge had finished.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
 def merge_command(
     base: str, adapters: tuple[str, ...], output: str | None, scale: float, alpha: float | None,
     scaling: float | None, dtype: str | None, quantize: str | None, rounding: str, seed: int, calibration: str | None,
     original: str | None, accept_loss: bool, rename: str | None, device: str, threads: int | None, dry_run: bool,
-    report: bool, allow_partial: bool, no_receipt: bool, overwrite: bool, as_json: bool,
+    report: bool, allow_partial: bool, no_receipt: bool, resume: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Merge one or several adapters into BASE: W + Σ weight · scaling · B·A, summed in fp32 and rounded once.
 
     BASE is a directory, a .safetensors file or a Hub id. ADAPTER is a directory, a .safetensors or a .bin file;
     several are added up: `a:0.7 b:0.3`.
     """
-    if dry_run and report:
-        raise UsageError("--report measures a merge, --dry-run makes none: give one of them")
+    if dry_run and (report or resume):
+        raise UsageError("--dry-run makes no merge that --report could measure or --resume go on with: leave it away")
+    if resume and (no_receipt or calibration is not None):
+        raise UsageError("--resume goes by the hashes of a receipt, and by a plan that is the same: leave it away")
     plan = api.plan_merge(
         base, [weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
         quantize=quantize, rounding=rounding, seed=seed, calibration=calibration, original=original,
@@ -79,7 +83,10 @@ def merge_command(
         print(json.dumps(facts, indent=2) if as_json else _plan_text(plan, facts))
         return
     began = time.perf_counter()
-    result = run_with_bar(plan, "merging", threads, device, report)
+    try:
+        result = run_with_bar(plan, "merging", threads, device, report, resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(KEPT if resume else "") from None
     facts = _result_facts(plan, result, time.perf_counter() - began)
     _warn_of_loss(result, quantize)
     print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report, quantize is not None))

@@ -13,10 +13,12 @@ from adapterkit.stream import Merged, TensorMerged, run
 DEVICE_HELP = "Where to compute: cpu, cuda, cuda:N, or auto, which takes a GPU where the job gains from one."
 
 
-def run_with_bar(plan: MergePlan, what: str, threads: int, device: str, report: bool = False) -> Merged:
+def run_with_bar(
+    plan: MergePlan, what: str, threads: int, device: str, report: bool = False, resume: bool = False
+) -> Merged:
     """Execute `plan`, with a bar on stderr where that is a terminal, and say what was done otherwise than asked for."""
     # Closed here, since ctrl-C may come while the bar is drawn.
-    with closing(run(plan, threads=threads, report=report, device=device)) as events:
+    with closing(run(plan, threads=threads, report=report, device=device, resume=resume)) as events:
         for event in _drawn(events, what) if sys.stderr.isatty() else events:
             if isinstance(event, Merged):
                 for note in event.notes:

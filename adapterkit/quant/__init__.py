@@ -66,9 +66,8 @@ class Quantize:
         rounding = self.rounding.of(weight.name)
         if self.kind == "int8":
             return bnb8.Packing8bit(weight.shape, weight.dtype, rounding)
-        return bnb4.Packing4bit(
-            weight.shape, weight.dtype, self.kind, self.blocksize, self.nested, rounding=rounding
-        )  # fmt: skip
+        dtype = weight.dtype if weight.dtype in bnb4.DTYPES.values() else "F32"  # no name for F64
+        return bnb4.Packing4bit(weight.shape, dtype, self.kind, self.blocksize, self.nested, rounding=rounding)
 
     def declaration(self, dtype: str) -> dict[str, Any]:
         """The `quantization_config` by which transformers loads them; `dtype` is what they dequantize to."""

@@ -15,9 +15,9 @@ from math import gcd, prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from adapterkit.errors import FormatError
-from adapterkit.quant.choose import NEAREST, Rounding, choose
+from adapterkit.quant.choose import NEAREST, Rounding, choose, search
 from adapterkit.quant.codes import CODES, dynamic_code
-from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Read, Rows
+from adapterkit.quant.packed import MARGIN, Numbers, Packed, Packer, Packing, Read, Rows
 from adapterkit.tensorfile import DTYPE_BITS, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -60,6 +60,10 @@ class Packed4bit(Packed):
         nested = (self.nested.scales, self.nested.code) if self.nested else ()
         return (self.stored, self.absmax, self.code, self.state, *nested)
 
+    @property
+    def bits(self) -> int:
+        return 4
+
     def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         absmax, code = self._scales(), self.code.read().sort().values
         steps = absmax.abs() * (code[1:] - code[:-1]).max() / 2 * MARGIN
@@ -68,13 +72,7 @@ class Packed4bit(Packed):
             off = scales * (nested[1:] - nested[:-1]).max() / 2 * MARGIN
             steps += off.repeat_interleave(self.nested.blocksize)[: len(steps)]
 
-        def rows(first: int, last: int) -> torch.Tensor:
-            begin, end = first * columns, last * columns
-            block = begin // self.blocksize
-            found = steps[block : -(-end // self.blocksize)].repeat_interleave(self.blocksize)
-            return found[begin - block * self.blocksize :][: end - begin].view(last - first, columns)
-
-        return rows
+        return lambda first, last: self._by_element(steps, first * columns, last * columns).view(-1, columns)
 
     def packing(self) -> Packing4bit:
         whole = (prod(self.shape) + 1) // 2 * 8 % DTYPE_BITS[self.stored.dtype] == 0
@@ -85,7 +83,7 @@ class Packed4bit(Packed):
         import torch
 
         absmax, code = self._scales(), self.code.read()
-        pairs, dtype = pair_table(code), getattr(torch, TORCH_NAMES[self.dtype])
+        table, dtype = pair_table(code), getattr(torch, TORCH_NAMES[self.dtype])
         count = prod(self.shape)
         known = self.blocksize in KERNEL_BLOCKSIZES and torch.equal(code, torch.tensor(CODES[self.kind]))
 
@@ -99,10 +97,34 @@ class Packed4bit(Packed):
             if raw.is_cuda and known and has_kernels():
                 values = kernel(raw, scales, self.blocksize, self.kind, stop - start, dtype)
             else:
-                values = dequantize(raw, scales, pairs.to(raw.device), self.blocksize)
+                values = dequantize(raw, scales, table.to(raw.device), self.blocksize)
             return values[begin - start : end - start].view(last - first, columns).to(dtype)
 
         return rows
+
+    def numbers(self, columns: int) -> Numbers:
+        absmax, (code, order) = self._scales(), self.code.read().sort(stable=True)
+        bounds = (code[1:] + code[:-1]) / 2
+        negative_zero = [number for number, value in enumerate(self.code.read().tolist()) if str(value) == "-0.0"]
+
+        def numbers(rows: torch.Tensor, first: int) -> torch.Tensor:
+            import torch
+
+            begin, flat = first * columns, rows.reshape(-1).float()
+            scales = self._by_element(absmax, begin, begin + len(flat)).to(rows.device)
+            index = search(torch.where(scales != 0, flat / scales, 0.0).nan_to_num_(), bounds.to(rows.device))
+            nibbles = order.to(rows.device, torch.uint8)[index.view(-1)]
+            if negative_zero:
+                nibbles[(flat == 0) & flat.signbit()] = negative_zero[0]
+            return pairs(nibbles)
+
+        return numbers
+
+    def _by_element(self, per_block: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """What each block has, for each of elements `begin:end`."""
+        block = begin // self.blocksize
+        found = per_block[block : -(-end // self.blocksize)].repeat_interleave(self.blocksize)
+        return found[begin - block * self.blocksize :][: end - begin]
 
     def _scales(self) -> torch.Tensor:
         """`absmax` in float32, un-nested: a product, then a sum, each rounded, as bitsandbytes does it."""
@@ -123,6 +145,16 @@ def pair_table(code: torch.Tensor) -> torch.Tensor:
 
     byte = torch.arange(256, device=code.device)
     return torch.stack([code[byte >> 4], code[byte & 15]], dim=1).view(torch.float64).view(-1)
+
+
+def pairs(nibbles: torch.Tensor) -> torch.Tensor:
+    """Two numbers a byte, the first one high; a last one alone has a zero beside it."""
+    import torch
+
+    if len(nibbles) % 2:
+        nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
+    both = nibbles.view(torch.int16)  # the first of two in the low byte
+    return (both << 4 | both >> 8).to(torch.uint8)
 
 
 def dequantize(raw: torch.Tensor, absmax: torch.Tensor, pairs: torch.Tensor, blocksize: int) -> torch.Tensor:
@@ -335,8 +367,7 @@ class Packer4bit(Packer):
         nibbles = order.index_select(0, index.reshape(-1))
         if len(nibbles) % 2:
             nibbles = torch.cat([nibbles, self.zero.to(rows.device)])
-        both = nibbles.view(torch.int16)  # the first of two in the low byte
-        return (both << 4 | both >> 8).to(torch.uint8)
+        return pairs(nibbles)
 
     @property
     def zero(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
 from adapterkit.quant.choose import NEAREST, Rounding, choose
-from adapterkit.quant.packed import MARGIN, Packed, Packer, Packing, Read, Rows, float_dtype
+from adapterkit.quant.packed import MARGIN, Numbers, Packed, Packer, Packing, Read, Rows, float_dtype
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -54,6 +54,17 @@ class Packed8bit(Packed):
             return (q * scale[first:last].to(q.device) * (1 / 127)).to(dtype)
 
         return rows
+
+    def numbers(self, columns: int) -> Numbers:
+        import torch
+
+        factor = torch.where((scale := self.scale.read()[:, None]) > 0, 127 / scale, 0.0)
+
+        def numbers(rows: torch.Tensor, first: int) -> torch.Tensor:
+            q = (rows.float() * factor[first : first + len(rows)].to(rows.device)).round_()
+            return q.nan_to_num_().clamp_(-128, 127).to(torch.int8).view(-1).view(torch.uint8)
+
+        return numbers
 
 
 def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[Packed8bit]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
-from adapterkit.quant.packed import MARGIN, Packed, Read, Rows, float_dtype
+from adapterkit.quant.packed import MARGIN, Numbers, Packed, Read, Rows, float_dtype
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -46,17 +46,34 @@ class PackedFP8(Packed):
     def open(self, columns: int) -> Rows:
         import torch
 
-        height, width = (min(size, each) for size, each in zip(self.shape, self.block, strict=True))
-        # One scale a column from here on: as many as the weight has rows of blocks.
-        scale = self.scale.read().float().repeat_interleave(width, dim=1)[:, :columns]
-        dtype = getattr(torch, TORCH_NAMES[self.dtype])
+        scales, dtype = self._scales(columns), getattr(torch, TORCH_NAMES[self.dtype])
 
         def rows(first: int, last: int, read: Read = TensorInfo.read) -> torch.Tensor:
             start, stop = self.stored.start + first * columns, self.stored.start + last * columns
             q = read(replace(self.stored, start=start, stop=stop, shape=(last - first, columns)))
-            return q.float().mul_(scale[torch.arange(first, last) // height].to(q.device)).to(dtype)
+            return q.float().mul_(scales(first, last).to(q.device)).to(dtype)
 
         return rows
+
+    def numbers(self, columns: int) -> Numbers:
+        import torch
+
+        scales = self._scales(columns)
+
+        def numbers(rows: torch.Tensor, first: int) -> torch.Tensor:
+            q = rows.float() / scales(first, first + len(rows)).to(rows.device)
+            return q.nan_to_num_().to(torch.float8_e4m3fn).view(-1).view(torch.uint8)
+
+        return numbers
+
+    def _scales(self, columns: int) -> Callable[[int, int], torch.Tensor]:
+        """The scale of every element of rows `first:last`, in float32."""
+        import torch
+
+        height, width = (min(size, each) for size, each in zip(self.shape, self.block, strict=True))
+        # One scale a column from here on: as many as the weight has rows of blocks.
+        scale = self.scale.read().float().repeat_interleave(width, dim=1)[:, :columns]
+        return lambda first, last: scale[torch.arange(first, last) // height]
 
 
 def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[PackedFP8]:

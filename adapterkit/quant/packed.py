@@ -25,6 +25,15 @@ class Rows(Protocol):
     def __call__(self, first: int, last: int, read: Read = TensorInfo.read) -> torch.Tensor: ...
 
 
+class Numbers(Protocol):
+    """The bytes that dequantize to `rows`, which begin with row `first`: the inverse of `Rows`.
+
+    Where a scale is zero, several numbers mean one value, and it is any of them.
+    """
+
+    def __call__(self, rows: torch.Tensor, first: int) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Packed(ABC):
     """One quantized weight, by its logical `shape` and the `dtype` that its scheme dequantizes to.
@@ -52,12 +61,21 @@ class Packed(ABC):
         """Read the scales, and return what reads and dequantizes rows of `columns` elements, from any thread."""
 
     @abstractmethod
+    def numbers(self, columns: int) -> Numbers:
+        """Read the scales, and return what tells from dequantized rows how they are stored."""
+
+    @abstractmethod
     def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         """How far weights of rows `first:last` can be, in float32, from what they dequantize to: half a step."""
 
     @abstractmethod
     def packing(self) -> Packing | None:
         """How to quantize another weight to just this, or None where that is not supported."""
+
+    @property
+    def bits(self) -> int:
+        """What an element takes where the numbers are stored."""
+        return 8
 
     @property
     def file(self) -> Path:

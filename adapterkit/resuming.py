@@ -1,0 +1,90 @@
+"""What an interrupted merge leaves to go on with: the shards that are finished, each with a note of what it is.
+
+A note is written when its shard and sidecar are on the disk. It holds a fingerprint of everything that the shard is
+made by, so that nothing made by another plan, or from inputs that have changed, is taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterkit.errors import AdapterkitError
+from adapterkit.plan import FilePlan, MergePlan
+from adapterkit.receipt import FOLDER, sidecar_name
+from adapterkit.staging import flush, remove
+from adapterkit.tensorfile import read_json
+from adapterkit.version import __version__
+
+NOTES = ".adapterkit_progress"  # a folder beside the shards, which goes when all are done
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished shard: the SHA-256 of the base's and of its own."""
+
+    before: str
+    after: str
+
+
+def note_finished(plan: MergePlan, file: FilePlan, building: Path, done: Done) -> None:
+    """Note that a shard of `plan`, and its sidecar, are complete and on the disk."""
+    note = _note_of(building, file)
+    note.parent.mkdir(exist_ok=True)
+    flush(building)
+    facts = {"made_by": _fingerprint(plan, file), "before": done.before, "after": done.after}
+    with open(note, "w", encoding="utf-8") as stream:
+        json.dump(facts, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def take_over(plan: MergePlan, building: Path) -> dict[str, Done]:
+    """By name the finished shards of `plan` in `building`, their hashes checked; everything else in it is removed."""
+    found = {file.name: done for file in plan.files if (done := _finished(plan, file, building)) is not None}
+    kept = {building / name for name in found} | {building / sidecar_name(name) for name in found}
+    kept |= {_note_of(building, file) for file in plan.files if file.name in found}
+    for path in building.iterdir():
+        if path in (building / FOLDER, building / NOTES) and path.is_dir() and not path.is_symlink():
+            for inner in path.iterdir():
+                if inner not in kept:
+                    remove(inner)
+        elif path not in kept:
+            remove(path)
+    return found
+
+
+def clear_notes(building: Path) -> None:
+    """Remove the notes, when there is nothing to resume any more."""
+    remove(building / NOTES)
+
+
+def _finished(plan: MergePlan, file: FilePlan, building: Path) -> Done | None:
+    """The note of a shard, where that is what it says."""
+    note = _note_of(building, file)
+    try:
+        facts = read_json(note) if note.is_file() else {}
+    except AdapterkitError:  # cut short
+        return None
+    shard = building / file.name
+    if facts.get("made_by") != _fingerprint(plan, file) or not shard.is_file() or shard.stat().st_size != file.size:
+        return None
+    with open(shard, "rb") as stream:
+        after = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Done(str(facts.get("before")), after) if facts.get("after") == after else None
+
+
+def _fingerprint(plan: MergePlan, file: FilePlan) -> str:
+    """Of the plan for a shard, and of its inputs by size and time of change."""
+    inputs = [file.source, *(path for one in plan.given for path in one.adapter.files)]
+    stats = [(path.name, (found := path.stat()).st_size, found.st_mtime_ns) for path in inputs]
+    told = re.sub(r" at 0x[0-9a-f]+", "", repr((__version__, plan.receipt, stats, file)))  # where functions lie
+    return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _note_of(building: Path, file: FilePlan) -> Path:
+    return building / NOTES / f"{file.name}.json"

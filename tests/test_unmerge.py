@@ -1,0 +1,322 @@
+"""Merges undone: every file of the base byte for byte, or one clear refusal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES, factors
+from handmade import adapterkit as run
+from handmade import contents
+from safetensors.torch import load_file, save_file
+from test_merge import TINY
+
+import adapterkit
+from adapterkit import device, residual, stream
+from adapterkit.errors import AdapterkitError, FitError, UsageError
+
+Make = Callable[..., Path]
+
+
+def same(folder: Path, other: Path) -> bool:
+    return contents(folder) == contents(other)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def rewritten(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file."""
+    facts = json.loads(file.read_text())
+    change(facts)
+    file.write_text(json.dumps(facts))
+
+
+@pytest.fixture
+def merged(make_base: Make, make_adapter: Make, tmp_path: Path) -> Path:
+    """`base` (two shards, one of them untouched) and `adapter` in a folder of their own, merged."""
+    tensors = {name: torch.randn(40, 24).bfloat16() for name in ("a.q.weight", "norm.weight", "b.q.weight")}
+    make_base(tensors, {"model_type": "llama"}, shards=2)
+    make_adapter(factors("a.q", 40, 24) | factors("b.q", 40, 24))
+    adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+# --- every kind comes back -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_kind_of_adapter_comes_out_again(name: str, tmp_path: Path) -> None:
+    base = FIXTURES / "bases" / TINY[name]
+    adapterkit.merge(base, [FIXTURES / name], tmp_path / "merged")
+    result = adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=[FIXTURES / name])
+    assert same(base, tmp_path / "again")
+    assert result.hashes.outputs == hashes(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 1e3])
+@pytest.mark.parametrize("rank", [1, 4, 256])
+def test_every_size_comes_out_again(
+    dtype: torch.dtype, size: float, rank: int, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    W = torch.randn(70, 50) * torch.logspace(-3, 1, 50)
+    W[::7] = 0.0
+    W[1::7] *= -0.0
+    base = make_base(
+        {"m.weight": W.to(dtype), "odd.weight": torch.tensor([[torch.inf, -torch.inf, torch.nan, 1.0]]).to(dtype)}
+    )
+    parts = factors("m", 70, 50, rank, (size / rank) ** 0.5) | factors("odd", 1, 4, rank, (size / rank) ** 0.5)
+    adapter = make_adapter(parts, r=rank, lora_alpha=rank)
+    adapterkit.merge(base, [adapter], tmp_path / "merged")
+    adapterkit.unmerge(tmp_path / "merged", tmp_path / "again")
+    assert same(base, tmp_path / "again")
+
+
+@pytest.mark.parametrize("flipped", [False, True], ids=["(E, out, in)", "(E, in, out)"])
+def test_stacked_experts_come_out_again(flipped: bool, make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    W = (torch.randn(3, 10, 6) if flipped else torch.randn(3, 6, 10)).bfloat16()
+    parts = {"mlp.experts.lora_A.weight": torch.randn(12, 10), "mlp.experts.lora_B.weight": torch.randn(6, 12)}
+    adapter = make_adapter(parts, target_parameters=["mlp.experts.gate_up_proj"])
+    base = make_base({"mlp.experts.gate_up_proj": W})
+    adapterkit.merge(base, [adapter], tmp_path / "merged")
+    adapterkit.unmerge(tmp_path / "merged", tmp_path / "again")
+    assert same(base, tmp_path / "again")
+
+
+def test_several_adapters_dora_among_them(tmp_path: Path) -> None:
+    base, given = FIXTURES / "bases" / "tiny-llama", [(FIXTURES / "tiny-dora", 0.6), (FIXTURES / "tiny-rslora", -1.5)]
+    adapterkit.merge(base, given, tmp_path / "merged")
+    adapterkit.unmerge(
+        tmp_path / "merged", tmp_path / "again", adapters=[FIXTURES / n for n in ("tiny-rslora", "tiny-dora")]
+    )
+    assert same(base, tmp_path / "again")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_dtype_that_holds_the_base_can_be_undone(dtype: str, tmp_path: Path) -> None:
+    base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-dora"  # bf16
+    adapterkit.merge(base, [adapter], tmp_path / "merged", dtype=dtype)
+    if dtype == "fp16":
+        with pytest.raises(FitError, match="BF16 weights were converted to F16. --base BASE restores it"):
+            adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=[adapter])
+        adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", base=base)
+    else:
+        adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=[adapter])
+    assert same(base, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"to": "nf4"}, {"to": "nf4", "nested": True}, {"to": "fp4", "blocksize": 128}, {"to": "int8"}],
+    ids=lambda how: "-".join(str(value) for value in how.values()),
+)
+def test_a_base_merged_out_of_4_or_8_bits_is_packed_again(how: dict[str, Any], tmp_path: Path) -> None:
+    adapterkit.quantize(FIXTURES / "bases" / "tiny-llama", tmp_path / "base", **how)
+    for name in ("tiny-rslora", "tiny-dora"):
+        adapterkit.merge(tmp_path / "base", [FIXTURES / name], tmp_path / name)
+        assert (
+            load_file(tmp_path / name / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype
+            == torch.bfloat16
+        )
+        adapterkit.unmerge(tmp_path / name, tmp_path / f"{name}-again", adapters=[FIXTURES / name])
+        assert same(tmp_path / "base", tmp_path / f"{name}-again")
+
+
+def test_an_fp8_base_is_packed_again(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    """With a last block that is cut, a scale that is zero, and a negative zero."""
+    numbers = (torch.randn(20, 12) * 50).to(torch.float8_e4m3fn)
+    numbers[0, 0], scale = -0.0, torch.rand(3, 2)
+    scale[1, 1] = 0.0
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}, "dtype": "bfloat16"}
+    base = make_base({"m.weight": numbers, "m.weight_scale_inv": scale}, config, shards=2)
+    adapterkit.merge(base, [make_adapter(factors("m", 20, 12))], tmp_path / "merged")
+    adapterkit.unmerge(tmp_path / "merged", tmp_path / "again")
+    assert same(base, tmp_path / "again")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_threads_and_arithmetic_are_free(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded with small blocks and other chunks, undone by sums the other way round."""
+    base, names = FIXTURES / "bases" / "tiny-llama", ("tiny-dora", "tiny-patterns")
+    for name in names:
+        with monkeypatch.context() as patched:
+            patched.setattr(stream, "BLOCK_BYTES", 4096)
+            patched.setattr(device, "CPU_CHUNK", 700)
+            adapterkit.merge(base, [FIXTURES / name], tmp_path / name, threads=threads)
+        monkeypatch.setattr(residual, "product", lambda left, right: left.flip(1) @ right.flip(0))
+        adapterkit.unmerge(tmp_path / name, tmp_path / f"{name}-again", adapters=[FIXTURES / name], threads=4 - threads)
+        assert same(base, tmp_path / f"{name}-again")
+
+
+def test_a_head_that_was_untied_is_tied_again(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    tensors = {"model.embed_tokens.weight": torch.randn(30, 8).bfloat16(), "model.norm.weight": torch.ones(8)}
+    base = make_base(tensors, {"tie_word_embeddings": True})
+    adapterkit.merge(base, [make_adapter(factors("lm_head", 30, 8))], tmp_path / "merged")
+    assert "lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")
+    adapterkit.unmerge(tmp_path / "merged", tmp_path / "again")
+    assert same(base, tmp_path / "again")
+
+
+def test_a_single_file(merged: Path, tmp_path: Path) -> None:
+    base = tmp_path / "m.safetensors"
+    save_file({"a.q.weight": torch.randn(40, 24).half(), "b.q.weight": torch.randn(40, 24).half()}, base)
+    for source, out in ((base, "once"), (tmp_path / "once.safetensors", "twice")):
+        adapterkit.merge(source, [tmp_path / "adapter"], tmp_path / f"{out}.safetensors")
+    adapterkit.unmerge(tmp_path / "twice.safetensors", tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "once.safetensors").read_bytes()
+    assert same(tmp_path / "back.safetensors.receipt", tmp_path / "once.safetensors.receipt")
+    adapterkit.unmerge(tmp_path / "twice.safetensors", tmp_path / "all.safetensors", every=True)
+    assert (tmp_path / "all.safetensors").read_bytes() == base.read_bytes()
+    assert not (tmp_path / "all.safetensors.receipt").exists()
+
+
+@pytest.mark.base
+def test_smollm2_in_separate_processes(smollm2: Path, tmp_path: Path) -> None:
+    adapter, command = FIXTURES / "smollm2-wikisql", [sys.executable, "-m", "adapterkit"]
+    subprocess.run([*command, "merge", smollm2, adapter, "-o", tmp_path / "merged"], check=True)
+    subprocess.run(
+        [*command, "unmerge", tmp_path / "merged", "-o", tmp_path / "again", "--adapter", adapter], check=True
+    )
+    assert hashes(tmp_path / "again") == hashes(smollm2) != hashes(tmp_path / "merged")
+    recorded = sum(file.stat().st_size for file in (tmp_path / "merged" / "adapterkit_receipt").glob("*.residuals"))
+    assert recorded < 0.015 * sum(file.stat().st_size for file in smollm2.glob("*.safetensors"))
+
+
+# --- one after the other ---------------------------------------------------------------------------------------------
+
+
+def test_merges_one_after_the_other_are_undone_from_the_last(merged: Path, make_adapter: Make, tmp_path: Path) -> None:
+    make_adapter(factors("a.q", 40, 24, size=0.3), "second")
+    adapterkit.merge(merged, [tmp_path / "second"], tmp_path / "both")
+    adapterkit.unmerge(tmp_path / "both", tmp_path / "one")
+    assert same(tmp_path / "one", merged)
+    outcome = run("unmerge", tmp_path / "both", "-o", tmp_path / "none", "--all")
+    assert outcome.code == 0 and same(tmp_path / "none", tmp_path / "base")
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith(".")) == []
+
+
+def test_one_of_two_that_were_merged_together_is_refused(merged: Path, make_adapter: Make, tmp_path: Path) -> None:
+    make_adapter(factors("a.q", 40, 24), "second")
+    adapterkit.merge(tmp_path / "base", [tmp_path / "adapter", tmp_path / "second"], tmp_path / "both")
+    shutil.move(tmp_path / "second", tmp_path / "elsewhere")
+    with pytest.raises(FitError, match="second: undoing the merge needs this adapter .* name it with --adapter"):
+        adapterkit.unmerge(tmp_path / "both", tmp_path / "out", adapters=[tmp_path / "adapter"])
+    assert not (tmp_path / "out").exists()
+
+
+# --- what is not as it was -------------------------------------------------------------------------------------------
+
+
+def test_a_merge_that_has_changed_is_refused_and_can_be_approximated(merged: Path, tmp_path: Path) -> None:
+    file = merged / "model-00001-of-00002.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-9] ^= 0x40
+    file.write_bytes(raw)
+    outcome = run("unmerge", merged, "-o", tmp_path / "out")
+    assert "has changed since it was merged" in outcome.message(3) and not (tmp_path / "out").exists()
+    outcome = run("unmerge", merged, "-o", tmp_path / "out", "--approximate")
+    assert outcome.code == 0 and "unit in the last place" in outcome.err
+    assert "approximate" in (tmp_path / "out" / "README.md").read_text()
+    before, after = (
+        load_file(folder / file.name)["a.q.weight"].float() for folder in (tmp_path / "base", tmp_path / "out")
+    )
+    off = ((before - after).abs() > 2**-7 * before.abs().clamp(min=0.1)).sum()
+    assert off <= 1
+
+
+def test_a_changed_adapter_is_refused(merged: Path, tmp_path: Path) -> None:
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, file)
+    assert "needs this adapter" in run("unmerge", merged, "-o", tmp_path / "out").message(3)
+    outcome = run("unmerge", merged, "-o", tmp_path / "out", "--adapter", tmp_path / "adapter")
+    assert "is not what was merged, by its SHA-256" in outcome.message(3)
+    assert run("unmerge", merged, "-o", tmp_path / "out", "--adapter", tmp_path / "adapter", "--approximate").code == 0
+
+
+def test_a_changed_receipt_never_passes_for_the_base(merged: Path, tmp_path: Path) -> None:
+    """Whatever a stranger writes into a receipt, what comes out has the SHA-256 it names, or nothing does."""
+    file = merged / "adapterkit_receipt.json"
+    whole = file.read_text()
+    for broken, says in (
+        (lambda facts: facts["shards"][0]["tensors"][0]["parts"][0].update(scaling=1.4), "comes out as"),
+        (lambda facts: facts["shards"][0]["tensors"][0]["parts"][0].update(rows=[0, 7]), "does not fit"),
+        (lambda facts: facts["shards"][0]["tensors"][0]["parts"][0].update(module="no.such"), "does not have"),
+        (lambda facts: facts["shards"][0]["tensors"].pop(), "comes out as"),
+        (lambda facts: facts["shards"][0].update(name="../model.safetensors"), "not a plain file name"),
+        (lambda facts: facts["shards"].pop(), "its receipt tells of model-00001"),
+        (lambda facts: facts.update(adapterkit_receipt=2), "use a newer adapterkit"),
+    ):
+        file.write_text(whole)
+        rewritten(file, broken)
+        outcome = run("unmerge", merged, "-o", tmp_path / "out")
+        assert outcome.code in (1, 3) and says in outcome.message(outcome.code), says
+        assert not (tmp_path / "out").exists()
+
+
+def test_nothing_but_what_a_merge_keeps_is_put_back(merged: Path, tmp_path: Path) -> None:
+    (merged / "adapterkit_receipt" / "before" / "model.safetensors").write_bytes(b"other weights")
+    assert "is nothing that a merge keeps" in run("unmerge", merged, "-o", tmp_path / "out").message(1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_sidecars_are_named(merged: Path, tmp_path: Path) -> None:
+    file = merged / "adapterkit_receipt" / "model-00001-of-00002.safetensors.residuals"
+    whole = file.read_bytes()
+    for at in range(0, len(whole), 7):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            adapterkit.unmerge(merged, tmp_path / "out", overwrite=True)
+        except AdapterkitError:
+            assert not (tmp_path / "out").exists()
+        else:  # in what is not used, or means the same
+            assert hashes(tmp_path / "out") == hashes(tmp_path / "base")
+            shutil.rmtree(tmp_path / "out")
+
+
+# --- without a receipt -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_receipt_the_base_does(merged: Path, tmp_path: Path) -> None:
+    base, adapter, bare = tmp_path / "base", tmp_path / "adapter", tmp_path / "bare"
+    adapterkit.merge(base, [adapter], bare, receipt=False)
+    assert not (bare / "adapterkit_receipt.json").exists()
+    assert "has no receipt" in run("unmerge", bare, "-o", tmp_path / "out").message(3)
+    assert "name them" in run("unmerge", bare, "-o", tmp_path / "out", "--base", base).message(2)
+    outcome = run("unmerge", bare, "-o", tmp_path / "out", "--base", base, "--adapter", f"{adapter}:0.5")
+    assert "is scaled" in outcome.message(3) and not (tmp_path / "out").exists()
+    assert run("unmerge", bare, "-o", tmp_path / "out", "--base", base, "--adapter", adapter).code == 0
+    assert same(base, tmp_path / "out")
+
+
+def test_with_a_receipt_another_base_is_refused(merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    file = tmp_path / "other" / "model-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert "comes out as" in run("unmerge", merged, "-o", tmp_path / "out", "--base", tmp_path / "other").message(3)
+    assert run("unmerge", merged, "-o", tmp_path / "out", "--base", tmp_path / "base").code == 0
+    assert same(tmp_path / "base", tmp_path / "out")
+
+
+def test_options_that_contradict_each_other(merged: Path, tmp_path: Path) -> None:
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    for how in (
+        {"base": base, "approximate": True}, {"base": base, "adapters": [adapter]}, {"adapters": [(adapter, 0.5)]},
+        {"every": True, "approximate": True}, {"every": True, "base": base},
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            adapterkit.unmerge(merged, out, **how)
+    dora = FIXTURES / "tiny-dora"
+    with pytest.raises(FitError, match="rescales"):
+        adapterkit.unmerge(FIXTURES / "bases" / "tiny-llama", out, adapters=[dora], approximate=True)
+    assert not out.exists()
