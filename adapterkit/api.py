@@ -51,6 +51,7 @@ def plan_merge(
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
     receipt: bool = True,
+    link: bool = False,
     overwrite: bool = False,
 ) -> MergePlan:
     """Plan `base + scale · Σ weight · Δ`, from headers only; nothing is written.
@@ -62,7 +63,8 @@ def plan_merge(
     `accept_loss`. `rounding` is nearest, stochastic (by `seed`) or compensated (see `quant.choose`), the last also by
     `calibration`, a text file over which running the plan first runs the base. `original` is the 16-bit model that a
     quantized base was made from, to be checked and merged into. With a `receipt` the merge can be undone bit for bit,
-    see `unmerge`. Raises what is listed in `adapterkit.errors`.
+    see `unmerge`. `link` has files that stay as they are share their bytes with the base's, where the file system can.
+    Raises what is listed in `adapterkit.errors`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -84,7 +86,7 @@ def plan_merge(
     return make_plan(
         checkpoint, given, target, dtype=dtype, quantize=quantize, rounding=Rounding(rounding, seed),
         original=sixteen, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial,
-        calibration=_text(calibration, rounding), receipt=receipt,
+        calibration=_text(calibration, rounding), receipt=receipt, link=link,
     )  # fmt: skip
 
 
@@ -106,6 +108,7 @@ def merge(
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
     receipt: bool = True,
+    link: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     report: bool = False,
@@ -116,7 +119,7 @@ def merge(
     plan = plan_merge(
         base, adapters, out, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype, quantize=quantize,
         rounding=rounding, seed=seed, calibration=calibration, original=original, accept_loss=accept_loss,
-        rename=rename, allow_partial=allow_partial, receipt=receipt, overwrite=overwrite,
+        rename=rename, allow_partial=allow_partial, receipt=receipt, link=link, overwrite=overwrite,
     )  # fmt: skip
     *_, result = run(plan, threads=threads, report=report, device=device, resume=resume)
     assert isinstance(result, Merged)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
 
 
+def is_copy(plan: FilePlan, source: int) -> bool:
+    """Whether an output is the same file as its open `source`."""
+    return plan.copies_all and os.pread(source, len(plan.header), 0) == plan.header
+
+
 class OutputDigest:
     """The SHA-256 of an output: of its header, what is fed, and what it takes over from the open file `source`.
 
@@ -34,11 +39,7 @@ class OutputDigest:
         self._kept = {one.at: one for one in plan.kept}
         self._waiting: dict[int, tuple[memoryview, Future[None]]] = {}
         self._lock = threading.Lock()
-        self._is_copy = (
-            not plan.edits
-            and os.pread(source, self._at, 0) == plan.header
-            and all(copy.at == copy.start for copy in plan.copies)
-        )
+        self._is_copy = is_copy(plan, source)
         self._at_the_end = any(edit.packing for edit in plan.edits)
         self._busy, self._stopped = False, self._is_copy or self._at_the_end
 

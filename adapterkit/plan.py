@@ -153,6 +153,11 @@ class FilePlan:
     edits: tuple[Edit, ...]
     kept: tuple[Kept, ...] = ()
 
+    @property
+    def copies_all(self) -> bool:
+        """Whether all tensors are copied, and to where they were; then but for the header it is the same file."""
+        return not self.edits and not self.kept and all(copy.at == copy.start for copy in self.copies)
+
 
 @dataclass(frozen=True)
 class Hashes:
@@ -183,6 +188,7 @@ class MergePlan:
     dtype: str | None = None
     accept_loss: bool = False  # of an update that quantizing erases
     calibration: Path | None = None  # a text, for compensated rounding
+    link: bool = False  # files that stay as they are share their bytes with the base's, where the disk can
     receipt: bool = False  # whether what undoes it is recorded
     restores: bool = False  # makes a base again, whose hashes are known
     beside: bool = False  # whether a folder goes with the output, which is a single file

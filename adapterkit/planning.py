@@ -150,6 +150,7 @@ def make_plan(
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
     receipt: bool = False,
+    link: bool = False,
 ) -> MergePlan:
     """Plan `base + Σ weight · adapter`, written to `out`, from headers only.
 
@@ -176,7 +177,7 @@ def make_plan(
         draft.convert(dtype)
     plan = draft.plan(out, given)
     beside = receipt and not plan.base.is_directory
-    return replace(plan, accept_loss=accept_loss, calibration=calibration, receipt=receipt, beside=beside)
+    return replace(plan, accept_loss=accept_loss, calibration=calibration, receipt=receipt, link=link, beside=beside)
 
 
 def plan_quantize(base: Checkpoint, how: Quantize, out: Path, calibration: Path | None = None) -> MergePlan:

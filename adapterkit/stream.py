@@ -23,8 +23,8 @@ from adapterkit.budget import BLOCK_BYTES, check_device, check_loss, check_space
 from adapterkit.card import finish_merge
 from adapterkit.digest import HASH_BYTES, OutputDigest
 from adapterkit.jobs import Block, Desk, Digest, EditWork, Output, untouched_in
-from adapterkit.outfile import OutputFile
-from adapterkit.plan import Edit, Hashes, MergePlan
+from adapterkit.outfile import LinkedFile, OutputFile
+from adapterkit.plan import Edit, FilePlan, Hashes, MergePlan
 from adapterkit.receipt import FOLDER, folder_of, irreversible, sidecar_name, undoable
 from adapterkit.resuming import Done, clear_notes, note_finished, take_over
 from adapterkit.sidecar import GAINS, NUMBERS, SidecarWriter, entry, kept, not_in_output
@@ -97,7 +97,8 @@ def run(
         yield from state.tensors()
         check_loss(plan, state.retention)
         result = state.result()
-        clear_notes(building)
+        if directory:
+            clear_notes(building)
         (plan.finish or finish_merge)(plan, folder, result.hashes)
     yield result
 
@@ -210,7 +211,7 @@ class _Run:
             if plan.name in self.done:
                 continue
             path = self.building / plan.name if self.plan.base.is_directory else self.building
-            output = Output(plan, shard, OutputFile(path, plan.size), len(plan.edits) + 1, begin)
+            output = Output(plan, shard, self._output_file(plan, path), len(plan.edits) + 1, begin)
             self.outputs.append(output)
             self._open_input(shard.file, shard.size, output)  # as planned: if it shrank since, reading it fails
             for kept_one in plan.kept:
@@ -219,6 +220,14 @@ class _Run:
                 output.digest = OutputDigest(plan, self.digests[shard.file].fd, partial(self._part_done, output))
                 output.parts += output.digest.by_and_by
             begin += shard.size
+
+    def _output_file(self, plan: FilePlan, path: Path) -> OutputFile:
+        if self.plan.link and plan.copies_all:
+            try:
+                return LinkedFile(path, plan.source)
+            except OSError as error:
+                self.notes.append(f"{plan.name}: copied, since it cannot be linked here: {error.strerror}")
+        return OutputFile(path, plan.size)
 
     def _open_input(self, file: Path, size: int, output: Output | None = None) -> None:
         if file not in self.digests:

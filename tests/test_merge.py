@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,6 +191,28 @@ def test_a_single_file_becomes_a_single_file(make_base: Callable[..., Path], mak
     assert load_file(result.out)["m.weight"].dtype == torch.float16
     receipt = f"{result.out.name}.receipt"
     assert {file.name for file in base.parent.iterdir()} == {"config.json", base.name, result.out.name, receipt}
+
+
+def test_untouched_files_can_be_linked(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base({f"layers.{i}.q.weight": torch.randn(8, 12).bfloat16() for i in range(2)}, shards=2)
+    adapter = make_adapter(factors("layers.1.q", 8, 12))
+    untouched, changed = sorted(file.name for file in base.glob("*.safetensors"))
+    plain = adapterkit.merge(base, [adapter], tmp_path / "plain")
+    linked = adapterkit.merge(base, [adapter], tmp_path / "linked", link=True)
+    assert linked.hashes == plain.hashes
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "Invalid cross-device link")))
+    monkeypatch.setattr(fcntl, "ioctl", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no")))
+    copied = adapterkit.merge(base, [adapter], tmp_path / "copied", link=True)
+    assert copied.notes == (f"{untouched}: copied, since it cannot be linked here: Invalid cross-device link",)
+    for out in ("plain", "linked", "copied"):
+        for name in (untouched, changed):
+            assert (tmp_path / out / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+        assert not (tmp_path / out / changed).samefile(base / changed)
+    assert not (tmp_path / "plain" / untouched).samefile(base / untouched)
+    os.truncate(tmp_path / "copied" / untouched, 0)
+    assert (base / untouched).stat().st_size > 0
 
 
 def test_events_name_every_tensor_and_end_with_the_result(tmp_path: Path) -> None:

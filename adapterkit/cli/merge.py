@@ -50,6 +50,9 @@ ENOUGH_KEPT = 0.9
 )
 @click.option("--allow-partial", is_flag=True, help="Skip what has no place in the base, and say so.")
 @click.option("--no-receipt", is_flag=True, help="Do without what `adapterkit unmerge` needs to undo the merge.")
+@click.option(
+    "--link", is_flag=True, help="Let files that stay as they are share the base's bytes (reflink, hard link)."
+)
 @click.option("--resume", is_flag=True, help="Take over the shards that an interrupted merge had finished.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as JSON.")
@@ -57,7 +60,7 @@ def merge_command(
     base: str, adapters: tuple[str, ...], output: str | None, scale: float, alpha: float | None,
     scaling: float | None, dtype: str | None, quantize: str | None, rounding: str, seed: int, calibration: str | None,
     original: str | None, accept_loss: bool, rename: str | None, device: str, threads: int | None, dry_run: bool,
-    report: bool, allow_partial: bool, no_receipt: bool, resume: bool, overwrite: bool, as_json: bool,
+    report: bool, allow_partial: bool, no_receipt: bool, link: bool, resume: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Merge one or several adapters into BASE: W + Σ weight · scaling · B·A, summed in fp32 and rounded once.
 
@@ -72,7 +75,7 @@ def merge_command(
         base, [weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
         quantize=quantize, rounding=rounding, seed=seed, calibration=calibration, original=original,
         accept_loss=accept_loss, rename=parse_rename(rename) if rename else None, allow_partial=allow_partial,
-        receipt=not no_receipt, overwrite=overwrite,
+        receipt=not no_receipt, link=link, overwrite=overwrite,
     )  # fmt: skip
     for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
         print(f"note: {note}", file=sys.stderr)

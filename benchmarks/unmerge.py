@@ -1,0 +1,115 @@
+"""What a receipt costs in time and bytes, and how long it takes to undo a merge by it; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from measure import Command, alternate, child_environment, table
+from models import CACHE, cached_adapter, cached_llama
+from report import Target, report, targets_table
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+
+BASE = CACHE.parent / "SmolLM2-135M-Instruct"
+# ‖Δ‖/‖W‖, and the most that a receipt is to take of the bytes.
+RATIOS = {1e-4: None, 1e-3: 0.0025, 1e-2: 0.015, 1e-1: 0.07}
+RANK = 16
+
+
+def main() -> None:
+    """Run both parts, print the tables and the targets, and record them if asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default %(default)s)")
+    parser.add_argument("--layers", type=int, default=22, help="layers of the base; 22 is TinyLlama (1.1B)")
+    parser.add_argument("--record", action="store_true", help="append the outcome to benchmarks/RESULTS.md")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="out-") as directory:
+        work = Path(directory)
+        sizes, promised = sizes_table(work)
+        base, adapter = cached_llama(args.layers), cached_adapter(args.layers, RANK)
+        results = alternate(commands(base, adapter, work), args.rounds, child_environment())
+        without, merge, unmerge = results
+        assert hashes(work / "again") == hashes(base), "not restored"
+        targets = [
+            *promised,
+            Target("merge at most 1.5 x one without a receipt", f"{merge.wall / without.wall:.2f} x", merge.wall <= 1.5 * without.wall),
+            Target("unmerge no slower than merge", f"{unmerge.wall / merge.wall:.2f} x", unmerge.wall <= merge.wall),
+        ]  # fmt: skip
+        share = receipt_bytes(work / "merged") / weight_bytes(base)
+        note = f"Every file restored has the SHA-256 it had. The receipt takes {share:.2%} of the 1.1B model's bytes."
+        tables = [sizes, table(results, reference=without), targets_table(targets), note]
+        report(f"receipts and unmerging, {args.layers} layers, rank {RANK}", tables, output=work, record=args.record)
+
+
+def commands(base: Path, adapter: Path, work: Path) -> list[Command]:
+    """A merge without a receipt, one with it, and its undoing, each into a place that is empty."""
+    run, clear = [sys.executable, "-m", "adapterkit"], partial(shutil.rmtree, ignore_errors=True)
+    merge = [*run, "merge", str(base), str(adapter), "-o"]
+    undo = [*run, "unmerge", str(work / "merged"), "--adapter", str(adapter), "-o", str(work / "again")]
+    return [
+        Command("merge --no-receipt", [*merge, str(work / "bare"), "--no-receipt"], partial(clear, work / "bare")),
+        Command("merge", [*merge, str(work / "merged")], partial(clear, work / "merged")),
+        Command("unmerge", undo, partial(clear, work / "again")),
+    ]
+
+
+def sizes_table(work: Path) -> tuple[str, list[Target]]:
+    """Receipts of random updates of SmolLM2's projections, all of them relative to their weights of one size."""
+    lines = ["| ‖Δ‖/‖W‖ | receipt, of the changed weights' bytes | restored |", "|--:|--:|---|"]
+    targets = []
+    for ratio, most in RATIOS.items():
+        adapter = write_adapter(work / "adapter", ratio)
+        adapterkit.merge(BASE, [adapter], work / "small", overwrite=True)
+        adapterkit.unmerge(work / "small", work / "small-again", adapters=[adapter], overwrite=True)
+        same = hashes(work / "small-again") == hashes(BASE)
+        changed = sum(2 * weight.numel() for weight in projections().values())
+        share = receipt_bytes(work / "small") / changed
+        lines.append(f"| {ratio:g} | {share:.3%} | {'every SHA-256' if same else '**no**'} |")
+        if most is not None:
+            targets.append(Target(f"receipt under {most:.2%} at {ratio:g}", f"{share:.3%}", same and share < most))
+    return "\n".join([*lines, "", f"SmolLM2's 210 projections, rank {RANK}, random factors."]), targets
+
+
+def write_adapter(folder: Path, ratio: float) -> Path:
+    """A LoRA adapter of random factors on every projection, whose Δ has `ratio` times the norm of the weight."""
+    rng, tensors = torch.Generator().manual_seed(0), {}
+    for name, weight in projections().items():
+        a = torch.randn(RANK, weight.shape[1], generator=rng)
+        b = torch.randn(weight.shape[0], RANK, generator=rng)
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{prefix}.lora_A.weight"] = a
+        tensors[f"{prefix}.lora_B.weight"] = b * (ratio * weight.float().norm() / (b @ a).norm())
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}))
+    return folder
+
+
+def projections() -> dict[str, torch.Tensor]:
+    return {name: w for name, w in load_file(BASE / "model.safetensors").items() if name.endswith("_proj.weight")}
+
+
+def hashes(folder: Path) -> list[str]:
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))]
+
+
+def receipt_bytes(folder: Path) -> int:
+    files = [folder / "adapterkit_receipt.json", *(folder / "adapterkit_receipt").glob("*.residuals")]
+    return sum(file.stat().st_size for file in files)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    main()
