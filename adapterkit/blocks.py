@@ -214,7 +214,7 @@ def _merge_plain(
     squares, least = add_rounded(source, first, updates, out, sums, depth, doubts)
     i, j = on_midpoints(least, depth)
     out[i, j] = round_once(exact_sum(source, first, updates, i, j), out.dtype)
-    return squares, undo_marked(source, out, updates, doubts.found(source, squares)) if doubts else None
+    return squares, undo_marked(updates, source, first, out, doubts.found(source, squares)) if doubts else None
 
 
 def _sums(

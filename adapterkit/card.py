@@ -27,7 +27,7 @@ def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
     if plan.receipt:
         names = {one.label: public_name(one.adapter.base_model) for one in plan.given}
         keep_replaced(base, folder / BEFORE)
-        write_json(folder / RECEIPT, as_json(plan, hashes, names))
+        write_text(folder / RECEIPT, json.dumps(as_json(plan, hashes, names), ensure_ascii=False) + "\n")
     if not base.is_directory:
         return
     copy_others(base, folder)

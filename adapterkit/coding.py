@@ -127,7 +127,7 @@ def _errors(where: str, out: torch.Tensor) -> Iterator[None]:
 
 
 def _deflate(plane: np.ndarray) -> bytes:
-    packed = zstd.compress(plane.tobytes(), LEVEL)
+    packed = zstd.compress(plane.tobytes(), LEVEL) if plane.any() else b""  # then it is all zero
     return _PLANE.pack(len(packed), len(plane)) + packed
 
 
@@ -147,6 +147,8 @@ class _Reader:
         self.at += _PLANE.size
         if size > most or packed > len(self.data) - self.at:
             raise ValueError(f"a plane of {size} bytes in {packed}")
+        if not packed:
+            return np.zeros(size, np.uint8)
         inflater = zstd.ZstdDecompressor()
         plane = inflater.decompress(self.data[self.at : self.at + packed], size)
         if len(plane) != size or not inflater.eof or inflater.unused_data:

@@ -119,6 +119,16 @@ class Edit:
         return (depth, total // depth if depth else 0)
 
     @property
+    def renormalizes(self) -> bool:
+        """Whether DoRA is among the deltas."""
+        return any(delta.weights.magnitude is not None for delta in self.deltas)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base has the tensor quantized."""
+        return isinstance(self.source, Packed)
+
+    @property
     def by_expert(self) -> bool:
         return any(delta.target.expert is not None and delta.target.rows is not None for delta in self.deltas)
 

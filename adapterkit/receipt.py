@@ -136,10 +136,12 @@ def as_json(plan: MergePlan, hashes: Hashes, names: Mapping[str, str | None]) ->
 
 
 def _part(delta: Delta, adapter: int) -> dict[str, Any]:
+    """What is at its default is left out."""
     target = delta.target
+    place = {"rows": target.rows, "of": target.of, "expert": target.expert, "transposed": target.transposed or None}
     return {
         "adapter": adapter, "module": delta.module, "scaling": delta.weights.scaling, "weight": delta.weight,
-        "rows": target.rows, "of": target.of, "expert": target.expert, "transposed": target.transposed,
+        **{name: value for name, value in place.items() if value is not None},
     }  # fmt: skip
 
 
@@ -239,7 +241,7 @@ class _Reader:
         return Shard(name, size, self.hash(of, "sha256_before"), self.hash(of, "sha256_after"), tensors)
 
     def part(self, of: dict[str, Any], adapters: int) -> Part:
-        if not isinstance(transposed := of.get("transposed"), bool):
+        if not isinstance(transposed := of.get("transposed", False), bool):
             raise self.wrong("transposed", "true or false", transposed)
         expert = None if of.get("expert") is None else self.index(of, "expert")
         target = Target("", self.span(of, "rows"), self.span(of, "of"), expert, transposed)

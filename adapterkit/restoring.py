@@ -38,7 +38,6 @@ def unmerge(
     base: AnyPath | None = None,
     approximate: bool = False,
     every: bool = False,
-    overwrite: bool = False,
     threads: int | None = None,
     device: str = "auto",
     run_plan: Callable[[MergePlan], Merged] | None = None,
@@ -52,7 +51,7 @@ def unmerge(
     """
     source, target = resolve(merged), Path(out).expanduser()
     checkpoint, given = open_checkpoint(source, hub_id(merged)), open_adapters(adapters)
-    check_output(target, overwrite)
+    check_output(target, overwrite=False)
     run_plan = run_plan or partial(_run, threads=threads, device=device)
     if not every:
         return run_plan(_plan(checkpoint, target, given, base, approximate))

@@ -18,7 +18,7 @@ from adapterkit.tensorfile import MAX_HEADER_BYTES, Header, TensorInfo, encode_h
 
 HEADER = "header"
 GAINS, NUMBERS = ".gains", ".numbers"  # beside an entry
-ROOM = 96  # bytes that an entry takes in the header beside its name, at most
+ROOM = 84  # bytes that an entry takes in the header beside its name, at most
 _Entry = tuple[str, str, tuple[int, ...]]
 
 
@@ -42,8 +42,8 @@ class SidecarWriter:
     """A sidecar on its way to the disk; entries come from any thread."""
 
     def __init__(self, file: Path, header: bytes, names: Sequence[str]) -> None:
-        """Create `file`, to hold the header of the base's shard and at most three entries for each of `names`."""
-        self.room = 64 + sum(3 * (len(name) + ROOM) for name in (HEADER, *names))
+        """Create `file`, to hold the header of the base's shard, and at most all of `names`."""
+        self.room = 64 + sum(len(name) + ROOM for name in (HEADER, *names))
         self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._entries: list[_Entry] = []
         self._size = self.room

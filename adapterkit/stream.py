@@ -248,7 +248,8 @@ class _Run:
                 work = EditWork(edit, output, len(edit.recorded or spans))
                 if self.records and undoable(edit):
                     work.number, number = number, number + 1
-                    names += [entry(work.number, first, last) for first, last in spans]
+                    beside = ["", *([GAINS] if edit.renormalizes else []), *([NUMBERS] if edit.is_quantized else [])]
+                    names += [entry(work.number, *span) + what for span in spans for what in beside]
                 if edit.recorded:
                     self.blocks.extend(Block(work, one.first, one.last, one) for one in edit.recorded)
                 else:

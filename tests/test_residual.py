@@ -71,7 +71,7 @@ def check(W: torch.Tensor, updates: list[Update], monkeypatch: pytest.MonkeyPatc
         after, buffers = torch.empty_like(W), Buffers()
         doubts = buffers.doubts(W, 8)
         squares, _ = add_rounded(W, 0, updates, after, buffers.sums(8, W.shape[1]), gcd(len(W), 8), doubts)
-        codes = [encode(marked(W, after, updates, doubts.found(W, squares)))]
+        codes = [encode(marked(W, after, 0, updates, doubts.found(W, squares)))]
     found = record(W, after, 0, updates)
     codes.append(encode(found))
     for name, add in ARITHMETIC.items():

@@ -25,11 +25,10 @@ from adapterkit.stream import Merged
 @click.option("--approximate", is_flag=True, help="Subtract the adapters, whatever MERGED is.")
 @click.option("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
 @click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
-@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def unmerge_command(
     merged: str, output: str, adapters: tuple[str, ...], every: bool, base: str | None, approximate: bool,
-    device: str, threads: int | None, overwrite: bool, as_json: bool,
+    device: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Take the adapters out of MERGED again: every file of the base as it was, bit for bit.
 
@@ -45,7 +44,7 @@ def unmerge_command(
     began = time.perf_counter()
     result = unmerge(
         merged, output, adapters=[weighted(text) for text in adapters], base=base, approximate=approximate, every=every,
-        overwrite=overwrite, run_plan=run_plan,
+        run_plan=run_plan,
     )  # fmt: skip
     seconds = time.perf_counter() - began
     if as_json:
