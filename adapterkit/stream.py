@@ -19,24 +19,22 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from adapterkit.budget import BLOCK_BYTES, check_device, check_loss, check_space, default_threads
+from adapterkit.budget import check_device, check_loss, check_space, default_threads
 from adapterkit.card import finish_merge
-from adapterkit.digest import HASH_BYTES, OutputDigest
-from adapterkit.jobs import Block, Desk, Digest, EditWork, Output, untouched_in
-from adapterkit.outfile import LinkedFile, OutputFile
-from adapterkit.plan import Edit, FilePlan, Hashes, MergePlan
-from adapterkit.receipt import FOLDER, folder_of, irreversible, sidecar_name, undoable
+from adapterkit.desk import Desk
+from adapterkit.digest import HASH_BYTES
+from adapterkit.outputs import Block, Digest, EditWork, Output, blocks_of
+from adapterkit.plan import Edit, Hashes, MergePlan
+from adapterkit.receipt import folder_of
 from adapterkit.resuming import Done, clear_notes, note_finished, take_over
-from adapterkit.sidecar import GAINS, NUMBERS, SidecarWriter, entry, kept, not_in_output
 from adapterkit.staging import staged
-from adapterkit.tensorfile import read_span, tensor_bytes
+from adapterkit.tensorfile import read_span
 
 if TYPE_CHECKING:
     from adapterkit.blocks import Loaded
     from adapterkit.delta import Retention
     from adapterkit.device import Buffers, Place
 
-BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
 HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
 SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
 
@@ -132,9 +130,7 @@ class _Run:
         self.plan, self.building, self.folder, self.threads, self.report = plan, building, folder, threads, report
         self.device = device
         self.done = done  # by name the outputs, those that are taken over first
-        self.resumable = plan.receipt and plan.base.is_directory
         self.noting = threading.Lock()
-        self.records = plan.receipt and irreversible(plan) is None
         self.place: Place | None = None  # not known before torch is there
         self.notes: list[str] = []
         self.lock = threading.Lock()
@@ -153,7 +149,6 @@ class _Run:
         done = False
         try:
             self._open_files()
-            self._list_blocks()
             workers = [pool.submit(self._work, Desk(writers)) for _ in range(self.threads)]
             for worker in workers:
                 worker.add_done_callback(lambda _: self.finished.put(None))
@@ -172,19 +167,18 @@ class _Run:
             finally:
                 torch.set_num_threads(threads_before)
         finally:
-            self.stop.set()
-            self.torch_ready.set()
-            for output in self.outputs:
-                if output.digest is not None and not done:
-                    output.digest.abandon()
+            if not done:
+                self.stop.set()
+                self.torch_ready.set()
+                for output in self.outputs:
+                    output.stop()
             pool.shutdown(wait=True)
             writers.shutdown(wait=True)
-            for digest in self.digests.values():
-                os.close(digest.fd)
             for output in self.outputs:
-                output.file.close()
-                if output.sidecar is not None:
-                    output.sidecar.close()
+                output.close()
+            for digest in self.digests.values():
+                if digest.output is None:
+                    os.close(digest.fd)
 
     def result(self) -> Merged:
         """What was made, when all of it is."""
@@ -203,65 +197,31 @@ class _Run:
     # --- before
 
     def _open_files(self) -> None:
-        """Open every input, and every output with its space reserved."""
-        for file in (file for one in self.plan.given for file in one.adapter.files):
-            self._open_input(file, file.stat().st_size)
+        """Open every input, and every output that is not taken over."""
+        plan = self.plan
+        for file in (file for one in plan.given for file in one.adapter.files):
+            if file not in self.digests:
+                self.digests[file] = Digest.of(file, file.stat().st_size)
         begin = 0
-        for shard, plan in zip(self.plan.base.shards, self.plan.files, strict=True):
-            if plan.name in self.done:
-                continue
-            path = self.building / plan.name if self.plan.base.is_directory else self.building
-            output = Output(plan, shard, self._output_file(plan, path), len(plan.edits) + 1, begin)
-            self.outputs.append(output)
-            self._open_input(shard.file, shard.size, output)  # as planned: if it shrank since, reading it fails
-            for kept_one in plan.kept:
-                output.file.write(memoryview(kept_one.tensor.read_bytes()), kept_one.at)
-            if self.plan.receipt or self.plan.restores:
-                output.digest = OutputDigest(plan, self.digests[shard.file].fd, partial(self._part_done, output))
-                output.parts += output.digest.by_and_by
-            begin += shard.size
-
-    def _output_file(self, plan: FilePlan, path: Path) -> OutputFile:
-        if self.plan.link and plan.copies_all:
-            try:
-                return LinkedFile(path, plan.source)
-            except OSError as error:
-                self.notes.append(f"{plan.name}: copied, since it cannot be linked here: {error.strerror}")
-        return OutputFile(path, plan.size)
-
-    def _open_input(self, file: Path, size: int, output: Output | None = None) -> None:
-        if file not in self.digests:
-            self.digests[file] = Digest(file, os.open(file, os.O_RDONLY | os.O_CLOEXEC), size, output)
-
-    def _list_blocks(self) -> None:
-        if self.records:
-            (self.folder / FOLDER).mkdir(exist_ok=True)
+        for shard, file_plan in zip(plan.base.shards, plan.files, strict=True):
+            if file_plan.name not in self.done:
+                path = self.building / file_plan.name if plan.base.is_directory else self.building
+                output = Output(plan, file_plan, shard, path, begin, self._output_done)
+                self.outputs.append(output)
+                self.digests[shard.file] = output.input
+                self.notes += [output.note] if output.note else []
+                begin += shard.size
         for output in self.outputs:
-            shard = output.shard
-            names, number = [], 0
-            for edit in output.plan.edits:
-                rows, columns = edit.matrix
-                step = max(1, BLOCK_BYTES // max(1, tensor_bytes(edit.dtype, (columns,))))
-                unit = BLOCK_ROWS * edit.rows_together
-                step = step - step % unit if step > unit else max(edit.rows_together, step - step % edit.rows_together)
-                spans = [(start, min(rows, start + step)) for start in range(0, max(1, rows), step)]
-                work = EditWork(edit, output, len(edit.recorded or spans))
-                if self.records and undoable(edit):
-                    work.number, number = number, number + 1
-                    beside = ["", *([GAINS] if edit.renormalizes else []), *([NUMBERS] if edit.is_quantized else [])]
-                    names += [entry(work.number, *span) + what for span in spans for what in beside]
-                if edit.recorded:
-                    self.blocks.extend(Block(work, one.first, one.last, one) for one in edit.recorded)
-                else:
-                    self.blocks.extend(Block(work, first, last) for first, last in spans)
-            if self.records:
-                with open(shard.file, "rb") as stream:
-                    header = stream.read(shard.nbytes)
-                gone = not_in_output(shard, output.plan)
-                names += [kept(number) for number in gone]
-                output.sidecar = SidecarWriter(self.folder / sidecar_name(output.plan.name), header, names)
-                for number, info in gone.items():
-                    output.sidecar.add(kept(number), bytes(info.read_bytes()), info.dtype, info.shape)
+            self.blocks.extend(blocks_of(plan, output, self.folder))
+
+    def _output_done(self, output: Output) -> None:
+        """An output is on the disk."""
+        done = output.hashes()
+        if done is not None:
+            self.done[output.plan.name] = done
+            if self.plan.receipt and self.plan.base.is_directory:
+                with self.noting:
+                    note_finished(self.plan, output.plan, self.building, done)
 
     # --- the workers
 
@@ -307,22 +267,19 @@ class _Run:
         digest.left -= len(data)
         ended = not digest.left
         digest.busy = False
-        untouched = untouched_in(output.plan, data, start) if output else []
+        untouched = output.untouched_in(data, start) if output else []
         if output and untouched:
-            with self.lock:
-                output.parts += 1
+            output.add_part()
             desk.send(page, partial(self._copy, output, untouched))
         else:
             desk.keep(page)
         if output and ended:
-            self._part_done(output)
-            if output.digest is not None:
-                output.digest.go_on()
+            output.input_ended()
 
     def _copy(self, output: Output, untouched: list[tuple[memoryview, int]]) -> None:
         for data, at in untouched:
             output.file.write(data, at)
-        self._part_done(output)
+        output.part_done()
 
     def _merge_block(self, block: Block, desk: Desk) -> None:
         """Compute a block, and leave the writing to another thread."""
@@ -372,13 +329,7 @@ class _Run:
             measured = self._rows_to_measure(edit, first, last)
             kept, undo = merge_rows(edit, loaded, source, first, last, buffers, data, measured, work.number is not None)
             if undo is not None:
-                assert work.number is not None and work.output.sidecar is not None
-                name = entry(work.number, first, last)
-                work.output.sidecar.add(name, undo.code)
-                if undo.gains:
-                    work.output.sidecar.add(name + GAINS, undo.gains, "F64", undo.shape)
-                if undo.numbers:
-                    work.output.sidecar.add(name + NUMBERS, undo.numbers)
+                work.output.record(block, undo)
             return kept
         pack_rows(edit, loaded, source, first, last, buffers, data)
         return self._finish_packing(work, loaded, source, buffers)
@@ -398,8 +349,7 @@ class _Run:
         return kept
 
     def _write(self, work: EditWork, kept: Retention | None, data: memoryview, at: int) -> Future[None] | None:
-        digest = work.output.digest
-        work.output.file.write(data, at)
+        needed = work.output.write(data, at)
         with work.lock:
             if kept is not None:
                 work.retention = kept if work.retention is None else work.retention + kept
@@ -409,9 +359,9 @@ class _Run:
             work.loaded = None
             if work.retention is not None:
                 self.retention[work.edit.name] = work.retention
-            self._part_done(work.output)
+            work.output.part_done()
             self.finished.put(work.edit.name)
-        return digest.feed(data, at) if digest is not None else None
+        return needed
 
     def _rows_to_measure(self, edit: Edit, first: int, last: int) -> int:
         """How many rows of a block show what rounding keeps: all for a report, else a few at the tensor's start."""
@@ -420,22 +370,6 @@ class _Run:
         if self.report:
             return last - first
         return min(last, max(1, SAMPLE_ELEMENTS // max(1, edit.matrix[1]))) if first == 0 else 0
-
-    def _part_done(self, output: Output) -> None:
-        """Count a finished part of a file; the last one writes the header and flushes the file."""
-        with self.lock:
-            output.parts -= 1
-            if output.parts or self.stop.is_set():
-                return
-        output.file.finish(output.plan.header)
-        if output.sidecar is not None:
-            output.sidecar.finish()
-        if output.digest is not None:
-            before = self.digests[output.plan.source].sha256.hexdigest()
-            done = self.done[output.plan.name] = Done(before, output.digest.hexdigest(before, output.file))
-            if self.resumable:
-                with self.noting:
-                    note_finished(self.plan, output.plan, self.building, done)
 
     # --- the main thread
 

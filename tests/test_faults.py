@@ -80,7 +80,7 @@ CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch  # now: parts of its import swallow a KeyboardInterrupt
-from adapterkit import card, staging, stream
+from adapterkit import card, outputs, staging, stream
 from adapterkit.cli.main import main
 place, nth, which = sys.argv[2], int(sys.argv[3]), getattr(signal, sys.argv[4])
 owner, name = eval(place.rpartition(".")[0]), place.rpartition(".")[2]
@@ -101,8 +101,8 @@ POINTS = [
     ("stream._Run._copy", 1),
     ("stream._Run._merge_block", 1),
     ("stream._Run._merge_block", 4),
-    ("stream._Run._part_done", 3),
-    ("stream._Run._part_done", 6),
+    ("outputs.Output.part_done", 3),
+    ("outputs.Output.part_done", 6),
     ("stream.finish_merge", 1),
     ("card.copy_file", 1),
     ("card.write_text", 3),

@@ -132,11 +132,11 @@ def test_weighted_dora_adds_its_effective_delta(
 
 
 def test_threads_blocks_and_reports_do_not_change_a_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterkit import device, stream
+    from adapterkit import device, outputs
 
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-patterns"
     adapterkit.merge(base, [adapter], tmp_path / "one", threads=1)
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(outputs, "BLOCK_BYTES", 640)
     monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), 96))
     adapterkit.merge(base, [adapter], tmp_path / "many", threads=5, report=True)
     one, many = (tmp_path / name / "model.safetensors" for name in ("one", "many"))
@@ -144,9 +144,9 @@ def test_threads_blocks_and_reports_do_not_change_a_bit(tmp_path: Path, monkeypa
 
 
 def test_dora_by_column_survives_small_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterkit import device, stream
+    from adapterkit import device, outputs
 
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(outputs, "BLOCK_BYTES", 640)
     monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), 96))
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-dora"
     adapterkit.merge(base, [adapter], tmp_path / "out", threads=3)

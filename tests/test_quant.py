@@ -17,7 +17,7 @@ from handmade import adapterkit as run_adapterkit
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit import device, quant, stream
+from adapterkit import device, outputs, quant
 from adapterkit.chance import chance
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.errors import FitError, FormatError, LossError, UsageError
@@ -180,7 +180,7 @@ def test_a_4bit_base_is_dequantized_and_merged_with_one_more_rounding(
 ) -> None:
     base, dense = four_bits
     adapter = make_adapter(factors("layers.0.q", 24, 40) | factors("head", 24, 40))
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 400)  # five rows: blocks of 64 elements straddle them
+    monkeypatch.setattr(outputs, "BLOCK_BYTES", 400)  # five rows: blocks of 64 elements straddle them
     monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), 96))
     plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
     assert any("NF4, blocks of 64, nested" in note for note in plan.notes)
@@ -473,7 +473,7 @@ def sixteen_bits(make_base: Callable[..., Path]) -> Path:
 def test_quantizing_a_base_takes_its_linear_layers_and_nothing_else(
     sixteen_bits: Path, tmp_path: Path, to: str, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 80 * 8)  # eight rows: as many as make whole blocks
+    monkeypatch.setattr(outputs, "BLOCK_BYTES", 80 * 8)  # eight rows: as many as make whole blocks
     result = adapterkit.quantize(sixteen_bits, tmp_path / "out", to=to, nested=nested)
     assert result.tensors == 2
     out = open_checkpoint(tmp_path / "out")

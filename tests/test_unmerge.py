@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
-from adapterkit import device, residual, stream
+from adapterkit import device, outputs, residual
 from adapterkit.errors import AdapterkitError, FitError, UsageError
 
 Make = Callable[..., Path]
@@ -150,8 +150,8 @@ def test_blocks_threads_and_arithmetic_are_free(threads: int, tmp_path: Path, mo
     base, names = FIXTURES / "bases" / "tiny-llama", ("tiny-dora", "tiny-patterns")
     for name in names:
         with monkeypatch.context() as patched:
-            patched.setattr(stream, "BLOCK_BYTES", 4096)
-            patched.setattr(device, "CPU_CHUNK", 700)
+            patched.setattr(outputs, "BLOCK_BYTES", 4096)
+            patched.setattr(device, "CPU", device.Place(torch.device("cpu"), 700))
             adapterkit.merge(base, [FIXTURES / name], tmp_path / name, threads=threads)
         monkeypatch.setattr(residual, "product", lambda left, right: left.flip(1) @ right.flip(0))
         adapterkit.unmerge(tmp_path / name, tmp_path / f"{name}-again", adapters=[FIXTURES / name], threads=4 - threads)

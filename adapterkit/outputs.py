@@ -1,0 +1,220 @@
+"""The files that a run makes, each with what belongs to it: blocks to compute, a hash, a sidecar of the receipt."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.budget import BLOCK_BYTES
+from adapterkit.digest import OutputDigest
+from adapterkit.outfile import LinkedFile, OutputFile
+from adapterkit.plan import Edit, FilePlan, MergePlan, Recorded
+from adapterkit.receipt import FOLDER, irreversible, sidecar_name, undoable
+from adapterkit.resuming import Done
+from adapterkit.sidecar import GAINS, NUMBERS, SidecarWriter, entry, kept, not_in_output
+from adapterkit.tensorfile import Header, tensor_bytes
+
+if TYPE_CHECKING:
+    from adapterkit.blocks import Loaded
+    from adapterkit.delta import Retention
+    from adapterkit.undo import Undo
+
+BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
+
+
+@dataclass
+class Digest:
+    """The SHA-256 of an input, taken step by step; one worker at a time is `busy` with it.
+
+    Bytes that `output` takes over untouched are written on the way.
+    """
+
+    file: Path
+    fd: int
+    left: int
+    output: Output | None = None
+    at: int = 0
+    busy: bool = False
+    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    @classmethod
+    def of(cls, file: Path, size: int, output: Output | None = None) -> Digest:
+        """Open `file`, of which `size` bytes are to be hashed."""
+        return cls(file, os.open(file, os.O_RDONLY | os.O_CLOEXEC), size, output)
+
+    @property
+    def place(self) -> int:
+        """How far in all of the base's bytes it has come; an adapter is due at once."""
+        return self.output.begin + self.at if self.output else 0
+
+
+class Output:
+    """An output file in the making; `when_done` is called when all of it is on the disk.
+
+    What is still to do is counted in parts: every edit, the untouched spans as one, and its hash.
+    """
+
+    def __init__(
+        self,
+        merge: MergePlan,
+        plan: FilePlan,
+        shard: Header,
+        path: Path,
+        begin: int,
+        when_done: Callable[[Output], None],
+    ) -> None:
+        """Create the file, with its space reserved; `begin` is where in all of the base's bytes `shard` begins."""
+        self.plan, self.shard, self.begin, self._when_done = plan, shard, begin, when_done
+        self.note: str | None = None  # what was done otherwise than asked for
+        self.file = self._create(merge, path)
+        for one in plan.kept:
+            self.file.write(memoryview(one.tensor.read_bytes()), one.at)
+        self.input = Digest.of(shard.file, shard.size, self)  # as planned: if it shrank since, reading it fails
+        self.digest: OutputDigest | None = None
+        self.sidecar: SidecarWriter | None = None
+        self._parts, self._lock = len(plan.edits) + 1, threading.Lock()
+        if merge.receipt or merge.restores:
+            self.digest = OutputDigest(plan, self.input.fd, self.part_done)
+            self._parts += self.digest.by_and_by
+
+    def _create(self, merge: MergePlan, path: Path) -> OutputFile:
+        if merge.link and self.plan.copies_all:
+            try:
+                return LinkedFile(path, self.plan.source)
+            except OSError as error:
+                self.note = f"{self.plan.name}: copied, since it cannot be linked here: {error.strerror}"
+        return OutputFile(path, self.plan.size)
+
+    def add_part(self) -> None:
+        """Count one more."""
+        with self._lock:
+            self._parts += 1
+
+    def part_done(self) -> None:
+        """Count a finished part; the last one writes the header and flushes the file."""
+        with self._lock:
+            self._parts -= 1
+            if self._parts:
+                return
+        self.file.finish(self.plan.header)
+        if self.sidecar is not None:
+            self.sidecar.finish()
+        self._when_done(self)
+
+    def write(self, data: memoryview, at: int) -> Future[None] | None:
+        """Write bytes, and return what else needs them."""
+        self.file.write(data, at)
+        return self.digest.feed(data, at) if self.digest is not None else None
+
+    def input_ended(self) -> None:
+        """All of the input is hashed, and what it has untouched is on its way."""
+        self.part_done()
+        if self.digest is not None:
+            self.digest.go_on()
+
+    def hashes(self) -> Done | None:
+        """The SHA-256 of the base's file and its own, when it is done, if that was asked for."""
+        before = self.input.sha256.hexdigest()
+        return Done(before, self.digest.hexdigest(before, self.file)) if self.digest is not None else None
+
+    def untouched_in(self, data: memoryview, start: int) -> list[tuple[memoryview, int]]:
+        """What of the input's bytes from `start` on, `data`, it takes over as they are, and where to."""
+        spans = []
+        for copy in self.plan.copies:
+            first, last = max(copy.start, start), min(copy.stop, start + len(data))
+            if first < last:
+                spans.append((data[first - start : last - start], copy.at + first - copy.start))
+        return spans
+
+    def record(self, block: Block, undo: Undo) -> None:
+        """Have the sidecar keep what undoes a block."""
+        assert self.sidecar is not None and block.work.number is not None
+        name = entry(block.work.number, block.first, block.last)
+        self.sidecar.add(name, undo.code)
+        if undo.gains:
+            self.sidecar.add(name + GAINS, undo.gains, "F64", undo.shape)
+        if undo.numbers:
+            self.sidecar.add(name + NUMBERS, undo.numbers)
+
+    def stop(self) -> None:
+        """Nothing that it waits for will come."""
+        if self.digest is not None:
+            self.digest.abandon()
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        self.file.close()
+        os.close(self.input.fd)
+        if self.sidecar is not None:
+            self.sidecar.close()
+
+
+@dataclass
+class EditWork:
+    """An edit in progress: the first worker to get there reads its factors, the last block to be written drops them."""
+
+    edit: Edit
+    output: Output
+    total: int  # blocks
+    number: int | None = None  # of the tensor in the sidecar, if what undoes it is recorded
+    computed: int = 0
+    written: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    loaded: Loaded | None = None
+    retention: Retention | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows `first:last` of an edit."""
+
+    work: EditWork
+    first: int
+    last: int
+    recorded: Recorded | None = None  # what restores them
+
+    @property
+    def place(self) -> int:
+        """Where in all of the base's bytes its input begins."""
+        source, (rows, _) = self.work.edit.source, self.work.edit.matrix
+        return self.work.output.begin + (source.start + source.nbytes * self.first // rows if source and rows else 0)
+
+
+def blocks_of(merge: MergePlan, output: Output, folder: Path) -> Iterator[Block]:
+    """The blocks of an output, in its order; where what undoes them is recorded, its sidecar is begun in `folder`."""
+    records, number, names = merge.receipt and irreversible(merge) is None, 0, []
+    for edit in output.plan.edits:
+        spans = list(_spans(edit))
+        work = EditWork(edit, output, len(edit.recorded or spans))
+        if records and undoable(edit):
+            work.number, number = number, number + 1
+            beside = ["", *([GAINS] if edit.renormalizes else []), *([NUMBERS] if edit.is_quantized else [])]
+            names += [entry(work.number, *span) + what for span in spans for what in beside]
+        if edit.recorded:
+            yield from (Block(work, one.first, one.last, one) for one in edit.recorded)
+        else:
+            yield from (Block(work, first, last) for first, last in spans)
+    if records:
+        (folder / FOLDER).mkdir(exist_ok=True)
+        gone = not_in_output(output.shard, output.plan)
+        names += map(kept, gone)
+        header = os.pread(output.input.fd, output.shard.nbytes, 0)
+        output.sidecar = SidecarWriter(folder / sidecar_name(output.plan.name), header, names)
+        for index, info in gone.items():
+            output.sidecar.add(kept(index), bytes(info.read_bytes()), info.dtype, info.shape)
+
+
+def _spans(edit: Edit) -> Iterator[tuple[int, int]]:
+    """First and last row of each block of a merge."""
+    rows, columns = edit.matrix
+    step = max(1, BLOCK_BYTES // max(1, tensor_bytes(edit.dtype, (columns,))))
+    unit = BLOCK_ROWS * edit.rows_together
+    step = step - step % unit if step > unit else max(edit.rows_together, step - step % edit.rows_together)
+    for start in range(0, max(1, rows), step):
+        yield start, min(rows, start + step)
