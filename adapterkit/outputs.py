@@ -72,16 +72,23 @@ class Output:
         """Create the file, with its space reserved; `begin` is where in all of the base's bytes `shard` begins."""
         self.plan, self.shard, self.begin, self._when_done = plan, shard, begin, when_done
         self.note: str | None = None  # what was done otherwise than asked for
-        self.file = self._create(merge, path)
-        for one in plan.kept:
-            self.file.write(memoryview(one.tensor.read_bytes()), one.at)
         self.input = Digest.of(shard.file, shard.size, self)  # as planned: if it shrank since, reading it fails
+        try:
+            self.file = self._create(merge, path)
+        except BaseException:
+            os.close(self.input.fd)
+            raise
         self.digest: OutputDigest | None = None
         self.sidecar: SidecarWriter | None = None
         self._parts, self._lock = len(plan.edits) + 1, threading.Lock()
         if merge.receipt or merge.restores:
             self.digest = OutputDigest(plan, self.input.fd, self.part_done)
             self._parts += self.digest.by_and_by
+
+    def write_kept(self) -> None:
+        """Write what it takes over from other files than its source."""
+        for one in self.plan.kept:
+            self.file.write(memoryview(one.tensor.read_bytes()), one.at)
 
     def _create(self, merge: MergePlan, path: Path) -> OutputFile:
         if merge.link and self.plan.copies_all:

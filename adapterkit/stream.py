@@ -208,6 +208,7 @@ class _Run:
                 path = self.building / file_plan.name if plan.base.is_directory else self.building
                 output = Output(plan, file_plan, shard, path, begin, self._output_done)
                 self.outputs.append(output)
+                output.write_kept()
                 self.digests[shard.file] = output.input
                 self.notes += [output.note] if output.note else []
                 begin += shard.size

@@ -7,6 +7,8 @@ cache=${ADAPTERKIT_CACHE:-.cache}
 base=$cache/SmolLM2-135M-Instruct
 adapter=fixtures/smollm2-wikisql
 merged=$cache/demo-merged
+again=$cache/demo-again
+rm -rf "$merged" "$again"
 
 # Print a command as a reader could copy it, then run it.
 run() {
@@ -35,7 +37,11 @@ printf '\nThe base model, asked a question about a table, makes up an answer:\n'
 run python demo/ask.py "$base" "$prompt" --line
 
 printf '\nMerge for real:\n'
-run adapterkit merge "$base" "$adapter" -o "$merged" --overwrite --report
+run adapterkit merge "$base" "$adapter" -o "$merged" --report
 
 printf '\nThe merged model, asked the same, writes the SQL query that answers it:\n'
 run python demo/ask.py "$merged" "$prompt" --line
+
+printf '\nAnd back: the merge left a receipt, by which every file of the base comes out again as it was.\n'
+run adapterkit unmerge "$merged" -o "$again" --adapter "$adapter"
+run cmp "$base/model.safetensors" "$again/model.safetensors"

@@ -19,6 +19,7 @@ from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
 from adapterkit.quant import KINDS, ROUNDINGS
+from adapterkit.receipt import irreversible
 from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged
 
@@ -77,7 +78,9 @@ def merge_command(
         accept_loss=accept_loss, rename=parse_rename(rename) if rename else None, allow_partial=allow_partial,
         receipt=not no_receipt, link=link, overwrite=overwrite,
     )  # fmt: skip
-    for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
+    lost = irreversible(plan) if plan.receipt else None
+    final = [f"cannot be undone without the base, since {lost}"] if lost else []
+    for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped), *final):
         print(f"note: {note}", file=sys.stderr)
     threads = threads or default_threads()
     check_device(plan, device, threads)
@@ -153,6 +156,7 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, 
         "sha256": asdict(result.hashes),
         "retention": {"kept": total.kept, "error": total.error} if total else None,
         "retention_by_tensor": {name: {"kept": r.kept, "error": r.error} for name, r in result.retention.items()},
+        "undone_by": f"adapterkit unmerge {result.out} -o NEW" if plan.receipt and not irreversible(plan) else None,
         "skipped": list(plan.skipped),
         "notes": [*plan.notes, *result.notes],
     }
@@ -169,6 +173,8 @@ def _result_text(facts: dict[str, Any], result: Merged, report: bool, quantized:
         f"{size(facts['bytes_written'])}"
     )
     lines.append(f"wrote     {result.out}")
+    if facts["undone_by"]:
+        lines.append(f"undo      {facts['undone_by']}")
     return "\n".join(lines)
 
 
