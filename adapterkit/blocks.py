@@ -209,12 +209,12 @@ def _merge_plain(
     rows, columns = out.shape
     step = _chunk_rows(columns, buffers.place.chunk)
     depth = gcd(rows, step, GROUP_ROWS)
-    sums = buffers.sums(min(rows, step), columns)
-    doubts = buffers.doubts(source, len(sums)) if undoable and updates else None
-    squares, least = add_rounded(source, first, updates, out, sums, depth, doubts)
+    sums, products = buffers.sums(min(rows, step), columns), buffers.products(min(rows, step), columns)
+    doubts = buffers.doubts(source) if undoable and updates else None
+    squares, least = add_rounded(source, first, updates, out, sums, products, depth, doubts)
     i, j = on_midpoints(least, depth)
     out[i, j] = round_once(exact_sum(source, first, updates, i, j), out.dtype)
-    return squares, undo_marked(updates, source, first, out, doubts.found(source, squares)) if doubts else None
+    return squares, undo_marked(updates, source, out, doubts.found(source, squares)) if doubts else None
 
 
 def _sums(

@@ -151,12 +151,11 @@ class Buffers:
             self._products = self._sums.new_empty(rows * columns)
         return self._products[: rows * columns].view(rows, columns)
 
-    def doubts(self, base: torch.Tensor, rows: int) -> Doubts:
-        """Room to mark elements of `base`, `rows` of which are computed at a time; valid until the next."""
+    def doubts(self, base: torch.Tensor) -> Doubts:
+        """Room to mark elements of `base`; valid until the next."""
         if self._marks.numel() < base.numel() or self._marks.dtype != base.dtype:
             self._marks = torch.empty_like(base).view(-1)
-        off = self.products(rows, base.shape[1])
-        return Doubts(self._marks[: base.numel()].view_as(base), torch.empty_like(off, dtype=base.dtype), off)
+        return Doubts(self._marks[: base.numel()].view_as(base))
 
     def output(self, into: memoryview, dtype: torch.dtype) -> torch.Tensor:
         """Where to compute what `deliver` puts into `into`."""

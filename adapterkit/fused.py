@@ -24,25 +24,24 @@ FLUSHED = 1e-15  # whose square is far above the least float32
 class Doubts:
     """Where to note which elements of `base` may not come back when the updates are subtracted again.
 
-    `marks` is of the base's shape and dtype, and not zero there; `sizes` and `off` are scratch of the shape of `sums`,
-    in the base's dtype and in float32.
+    `marks` is of the base's shape and dtype, and not zero there.
     """
 
     marks: torch.Tensor
-    sizes: torch.Tensor
-    off: torch.Tensor
 
     def found(self, base: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-        """The flat positions of what is marked, in order; where the sums' `squares` are not finite, of NaN too.
+        """The flat positions of what is marked, in order; and of what must be kept by its bits, not its value.
 
-        A NaN is the same by comparison of its bits only, which arithmetic need not keep.
+        That is NaN, if the sums' `squares` are not finite, and in fp16, where values near zero round to it, the zeros.
         """
+        bits = self.marks.view(torch.int16)
         if not bool(squares.isfinite().all()):
-            self.marks.view(torch.int16)[~base.isfinite()] = -1
-        bits = self.marks.view(torch.int16).view(-1)
+            bits[~base.isfinite()] = -1
+        if base.dtype is torch.float16:
+            bits |= (base == 0).short()
         if bits.is_cuda:
-            return bits.nonzero()[:, 0]
-        return torch.from_numpy(np.flatnonzero(bits.numpy() != 0))  # where torch is several times slower
+            return bits.view(-1).nonzero()[:, 0]
+        return torch.from_numpy(np.flatnonzero(bits.view(-1).numpy() != 0))  # where torch is several times slower
 
 
 def add_rounded(
@@ -51,31 +50,32 @@ def add_rounded(
     updates: Sequence[Update],
     out: torch.Tensor,
     sums: torch.Tensor,
+    products: torch.Tensor,
     depth: int,
     doubts: Doubts | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out = round(base + Σ strength·left·right)` for plain updates, summed in float32, rounded to a 16-bit dtype.
 
-    `base` and `out` are rows `first …` of the matrix; as many at a time as `sums`, which is float32, has room for.
-    Returns `Σ x²` of each such chunk, and what `on_midpoints` wants, of each `depth` rows.
+    `base` and `out` are rows `first …` of the matrix; as many at a time as `sums` and `products`, which are float32,
+    have room for. Returns `Σ x²` of each such chunk, and what `on_midpoints` wants, of each `depth` rows.
     """
     bits = sums.view(torch.int32)
-    spans = [(update.start - first, update.stop - first) for update in updates]
-    lefts, rights = [update.left for update in updates], [update.right for update in updates]
-    strengths = [update.strength for update in updates]
-    shift = midpoint_shift(out.dtype)
-    marked = [base] * 6
-    norms: list[tuple[torch.Tensor, torch.Tensor]] = []
-    if doubts is not None:
-        marks, sizes = doubts.marks, doubts.sizes
-        marked = [base.view(torch.int16), marks, marks.view(torch.int16), doubts.off, sizes, sizes.view(torch.int16)]
-        norms = [_norms(update) for update in updates]
-    shares = spread(updates) if doubts is not None else (0.0, 0.0)
+    marked = [] if doubts is None else [doubts.marks, doubts.marks.view(torch.int16), base.view(torch.int16)]
+    norms = [] if doubts is None else [_norms(update) for update in updates]
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # it would compile anew for each shape
         return _loop(  # type: ignore[no-any-return]
-            base, out, sums, bits, bits.view(torch.int16), shift, depth, spans, lefts, rights, strengths,
-            marked, norms, shares,
+            base, out, sums, products, bits, bits.view(torch.int16), midpoint_shift(out.dtype), depth,
+            *_factors(updates, first), marked, norms, spread(updates, out.dtype) if marked else (0.0, 0.0),
         )  # fmt: skip
+
+
+def _factors(
+    updates: Sequence[Update], first: int
+) -> tuple[list[tuple[int, int]], list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """Spans of rows from `first` on, left factors, right factors and strengths, as TorchScript takes them."""
+    spans = [(update.start - first, update.stop - first) for update in updates]
+    lefts, rights = [update.left for update in updates], [update.right for update in updates]
+    return spans, lefts, rights, [update.strength for update in updates]
 
 
 def _norms(update: Update) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,6 +90,7 @@ def _chunks(
     base: torch.Tensor,
     out: torch.Tensor,
     sums: torch.Tensor,
+    products: torch.Tensor,
     bits: torch.Tensor,
     halves: torch.Tensor,
     shift: int,
@@ -100,29 +101,31 @@ def _chunks(
     strengths: list[float],
     marked: list[torch.Tensor],
     norms: list[tuple[torch.Tensor, torch.Tensor]],
-    shares: tuple[float, float],
+    spreads: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loop; tensors are handed over as every dtype that they are seen as, which TorchScript cannot do itself.
 
-    In doubt is where `|W| − |W' − S| − (shares of |W| and ‖B_i‖·‖A_:j‖)` does not round to |W|, S the sum that W' was
-    rounded from. Towards zero, since there the values never lie less dense.
+    In doubt is where `W + e·(1 + η) ± 2·δ`, to the side of e, does not round to W: e is `W' − S`, S the sum that W' was
+    rounded from, δ how far off Δ can be. If W + e is that far from the boundary there, and so no more than half as far
+    from the one on the other side, W comes back whatever Δ turns out to be.
     """
-    of_weight, of_update = shares
+    inflation, spread = spreads
     squares: list[torch.Tensor] = []
     least: list[torch.Tensor] = []
     size, rows = sums.shape[0], base.shape[0]
     bases, outs = torch.split(base, size), torch.split(out, size)
-    seen = [torch.split(one, size) for one in marked[:3]]
+    seen = [torch.split(one, size) for one in marked]
     for index in range(len(bases)):
         first = index * size
         last = min(rows, first + size)
-        chunk, low = (sums, halves) if last - first == size else (sums[: last - first], halves[: last - first])
+        chunk, low, other = sums, halves, products
+        if last - first < size:
+            chunk, low, other = sums[: last - first], halves[: last - first], products[: last - first]
         chunk.copy_(bases[index])
         for (start, stop), left, right, strength in zip(spans, lefts, rights, strengths):  # noqa: B905  (unknown to it)
             begin, end = max(first, start), min(last, stop)
             if begin < end:
-                part = chunk[begin - first : end - first]
-                factor = left[begin - start : end - start]
+                part, factor = chunk[begin - first : end - first], left[begin - start : end - start]
                 if min(part.shape) > 1:
                     torch.addmm(part, factor, right, alpha=strength, out=part)
                 else:  # as a matrix times a vector it would round after every term
@@ -130,28 +133,25 @@ def _chunks(
         outs[index].copy_(chunk)
         flat = chunk.view(-1)
         squares.append(flat.dot(flat))
-        off, sizes, sizes16 = marked[3], marked[4], marked[5]
-        if of_weight > 0:
-            if last - first < size:
-                off, sizes, sizes16 = off[: last - first], sizes[: last - first], sizes16[: last - first]
-            off.copy_(outs[index])
-            off.sub_(chunk)
+        if inflation > 0:
+            other.copy_(outs[index])
+            other.sub_(chunk)
         if shift > 0:  # in place, since the sums are not needed any more
             bits.bitwise_left_shift_(shift)
         least.append(low.view(-1, depth, halves.shape[1]).amin(1))
-        if of_weight > 0:
-            off.abs_()
+        if inflation > 0:
+            chunk.zero_()
             for (start, stop), (by_row, by_column) in zip(spans, norms):  # noqa: B905
                 begin, end = max(first, start), min(last, stop)
                 if begin < end:
-                    off[begin - first : end - first].addr_(
-                        by_row[begin - start : end - start], by_column, alpha=of_update
-                    )
-            torch.bitwise_or(seen[0][index], -32768, out=sizes16)  # −|W|
-            chunk.copy_(sizes)
-            off.add_(chunk, alpha=1 - of_weight)
-            seen[1][index].copy_(off)
-            seen[2][index].bitwise_xor_(sizes16)
+                    part = chunk[begin - first : end - first]
+                    part.addr_(by_row[begin - start : end - start], by_column, alpha=2 * spread)
+            chunk.copysign_(other)
+            other.add_(chunk)
+            chunk.copy_(bases[index])
+            chunk.add_(other, alpha=1 + inflation)
+            seen[0][index].copy_(chunk)
+            seen[1][index].bitwise_xor_(seen[2][index])
     return torch.stack(squares), torch.cat(least)
 
 
@@ -167,10 +167,8 @@ def subtract_rounded(
 
     `back` and `products`, float32, have room for as many rows as are computed at a time.
     """
-    spans = [(update.start - first, update.stop - first) for update in updates]
-    lefts, rights = [update.left for update in updates], [update.right for update in updates]
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-        _back(after, out, back, products, spans, lefts, rights, [update.strength for update in updates])
+        _back(after, out, back, products, *_factors(updates, first))
 
 
 def _chunks_back(

@@ -19,7 +19,7 @@ from adapterkit.delta import Update
 
 # On the bound: for the rounding of the norms in it, and of the comparison itself.
 MARGIN = 1 + 2.0**-10
-GATHER = 1 << 14  # elements that are looked at together, with their rows and columns of the factors
+SPARSEST = {torch.bfloat16: 9, torch.float16: 12}  # a weight is less than 2^that times its nearest boundary's distance
 FAR = 2**14  # steps: no need to know how many more
 
 
@@ -65,14 +65,11 @@ def record(
     return Residual(at, before.reshape(-1)[at], reach.short())
 
 
-def marked(
-    before: torch.Tensor, after: torch.Tensor, first: int, updates: Sequence[Update], at: torch.Tensor
-) -> Residual:
-    """Of the elements `at` of weights of 16 bits, all that may not come back by themselves, those that do not.
+def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update], at: torch.Tensor) -> Residual:
+    """The elements `at` of weights of 16 bits, all that plain updates do not surely leave by themselves.
 
     W' is rounded by half of its own last place at most, which has 2^k times the value of that of W, k the difference of
-    their exponents. To that comes how much Δ can be off; and below a power of two the values lie twice as dense. Where
-    the exponent has not grown, most are marked for nothing, and looked at again.
+    their exponents. To that comes how much Δ can be off; and below a power of two the values lie twice as dense.
     """
     values, others = (one.reshape(-1).index_select(0, at).cpu() for one in (before, after))
     mantissa = 7 if before.dtype is torch.bfloat16 else 10
@@ -84,44 +81,7 @@ def marked(
     reach <<= (old & (1 << mantissa) - 1) <= reach
     reach += (old & 0x7FFF) <= reach  # to the zero of the other sign it is a step more
     reach[(exponent == most) | (k == 10)] = FAR
-    near, keep = np.flatnonzero((other <= exponent) & (exponent < most)), np.ones(len(reach), bool)
-    rows = [(u, u.left.cpu(), u.right.T.contiguous().cpu()) for u in updates]
-    at = at.cpu()
-    for some in (near[start : start + GATHER] for start in range(0, len(near), GATHER)):
-        i, j = np.divmod(at.numpy()[some], before.shape[1])
-        keep[some] = ~_come_back(values[some], others[some], rows, torch.from_numpy(i + first), torch.from_numpy(j))
-    kept = torch.from_numpy(np.flatnonzero(keep))
-    return Residual(*(one.index_select(0, kept) for one in (at, values, torch.from_numpy(reach))))
-
-
-def _come_back(
-    before: torch.Tensor,
-    after: torch.Tensor,
-    updates: Sequence[tuple[Update, torch.Tensor, torch.Tensor]],
-    i: torch.Tensor,
-    j: torch.Tensor,
-) -> np.ndarray:
-    """Whether elements `i, j` surely do: by products summed in float64, of factors that both have rows to gather."""
-    wide = updates[0][0].right.dtype
-    limits = torch.finfo(wide)
-    back, sizes = after.double(), after.double().abs()
-    off = torch.zeros_like(back)
-    for update, by_row, by_column in updates:
-        inside = (i >= update.start) & (i < update.stop)
-        left = by_row.index_select(0, (i - update.start).where(inside, 0))
-        right = by_column.index_select(0, j)
-        size = left.norm(dim=1).mul_(right.norm(dim=1)).double().mul_(abs(update.strength)).where(inside, 0.0)
-        terms = right.shape[1] + 3
-        back -= (left.double().mul_(right.double()).sum(1) * update.strength).where(inside, 0.0)
-        off += size * (terms * limits.eps / 2 * MARGIN)
-        off += (size > 0) * (2 * terms * limits.tiny * max(1.0, abs(update.strength)))  # what may be flushed to zero
-        sizes += size
-    off += sizes * (len(updates) - 1) * limits.eps
-    low, high = ((back + end).to(wide).to(before.dtype) for end in (-off, off))  # rounded as subtraction is: in order
-    wanted = ordered(before)
-    zero = (after == 0) & after.signbit()  # −0 − 0 is either zero
-    known: np.ndarray = ((ordered(low) == wanted) & (ordered(high) == wanted) & ~zero).numpy()
-    return known
+    return Residual(at.cpu(), values, torch.from_numpy(reach))
 
 
 def _steps_off(updates: Sequence[Update], dtype: torch.dtype) -> np.ndarray:
@@ -129,7 +89,7 @@ def _steps_off(updates: Sequence[Update], dtype: torch.dtype) -> np.ndarray:
     sizes = [abs(u.strength) * float(u.left.norm(dim=1).max()) * float(u.right.norm(dim=0).max()) for u in updates]
     finfo = torch.finfo(dtype)
     exponents = np.arange(256 if dtype is torch.bfloat16 else 32)
-    steps = spread(updates)[1] * sum(sizes) / (finfo.tiny * finfo.eps) * np.exp2(1.0 - exponents) + 0.5
+    steps = spread(updates, dtype)[1] * sum(sizes) / (finfo.tiny * finfo.eps) * np.exp2(1.0 - exponents) + 0.5
     least: np.ndarray = np.minimum(steps, FAR / 4).astype(np.int16)
     return least
 
@@ -145,11 +105,15 @@ def joined(parts: Sequence[Residual]) -> Residual:
     return Residual(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Residual)))
 
 
-def spread(updates: Sequence[Update]) -> tuple[float, float]:
-    """By what shares of |W| and of `Σ |s|·‖B_i‖·‖A_:j‖` merging, and subtracting, can be off but for rounding W'."""
-    terms = 2 + sum(len(update.right) + 3 for update in updates)
+def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]:
+    """How far merging, and subtracting, can be off but for rounding W' to `dtype`, as shares of two things.
+
+    Of the distance from W to the nearest boundary, where that matters: what merging sums is rounded at the size of W.
+    And of `Σ |s|·‖B_i‖·‖A_:j‖`.
+    """
+    terms = sum(len(update.right) + 3 for update in updates)
     unit = torch.finfo(updates[0].right.dtype).eps / 2
-    return (terms + 4) * unit * MARGIN, (2 * terms + 4) * unit * MARGIN
+    return (terms + 4 + 2 * len(updates)) * unit * 2 ** SPARSEST[dtype] * MARGIN, (2 * terms + 4) * unit * MARGIN
 
 
 def restore(after: torch.Tensor, first: int, updates: Sequence[Update], residual: Residual) -> torch.Tensor:

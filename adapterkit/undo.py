@@ -34,11 +34,9 @@ class Undo:
     numbers: bytes = b""
 
 
-def undo_marked(
-    updates: Sequence[Update], before: torch.Tensor, first: int, after: torch.Tensor, at: torch.Tensor
-) -> Undo:
+def undo_marked(updates: Sequence[Update], before: torch.Tensor, after: torch.Tensor, at: torch.Tensor) -> Undo:
     """What takes plain updates out again, where all but the elements `at` come back by themselves."""
-    return Undo(encode(marked(before, after, first, updates, at)))
+    return Undo(encode(marked(before, after, updates, at)))
 
 
 def undo(

@@ -187,23 +187,28 @@ def cut(raw: bytes, changes: Iterable[Cut]) -> bytes:
     return raw
 
 
-def encoded(table: Pairs) -> bytes:
-    """A safetensors file of these tensors, all zero but for what has a `state`: JSON that the tensor holds."""
-    header, data = Pairs(), b""
+def encoded(table: Pairs, data: Sequence[bytes] = ()) -> bytes:
+    """A safetensors file of these tensors: zeros, the `data` of that number, or JSON that the tensor holds, its `state`.
+
+    Without a shape a tensor is as many bytes as it has, else it is cut or filled up to that.
+    """
+    header, body = Pairs(), b""
     for name, entry in table:
         with suppress(Exception):  # what makes no sense is left as it is
-            fields = dict(entry)
-            if "state" in fields:
-                new = text(fields["state"]).encode()
-                entry = Pairs([("dtype", "U8"), ("shape", [len(new)])])
+            fields = json.loads(text(entry))
+            new = data[fields["data"] % len(data)] if "data" in fields else b""
+            if "state" in fields and (not new or json.loads(new) != fields["state"]):
+                new = text(dict(entry)["state"]).encode()
+            entry = Pairs(pair for pair in entry if pair[0] not in ("data", "state"))
+            if "shape" in fields:
+                size = tensor_bytes(fields["dtype"], tuple(fields["shape"]))
+                new = new[:size].ljust(size, b" " if "state" in fields else b"\0") if size < 1 << 16 else b""
             else:
-                values = json.loads(text(entry))
-                size = tensor_bytes(values["dtype"], tuple(values["shape"]))
-                new = bytes(size if size < 1 << 16 else 0)
-            entry = Pairs([*entry, ("data_offsets", [len(data), len(data) + len(new)])])
-            data += new
+                entry += [("dtype", "U8"), ("shape", [len(new)])]
+            entry.append(("data_offsets", [len(body), len(body) + len(new)]))
+            body += new
         header.append((name, entry))
-    return packed(text(header).encode(), data)
+    return packed(text(header).encode(), body)
 
 
 def write(folder: Path, files: Files, changes: list[Cut]) -> Path:

@@ -69,9 +69,11 @@ def check(W: torch.Tensor, updates: list[Update], monkeypatch: pytest.MonkeyPatc
         after, codes = sums.to(W.dtype), []
     else:
         after, buffers = torch.empty_like(W), Buffers()
-        doubts = buffers.doubts(W, 8)
-        squares, _ = add_rounded(W, 0, updates, after, buffers.sums(8, W.shape[1]), gcd(len(W), 8), doubts)
-        codes = [encode(marked(W, after, 0, updates, doubts.found(W, squares)))]
+        doubts = buffers.doubts(W)
+        squares, _ = add_rounded(
+            W, 0, updates, after, buffers.sums(8, W.shape[1]), buffers.products(8, W.shape[1]), gcd(len(W), 8), doubts
+        )
+        codes = [encode(marked(W, after, updates, doubts.found(W, squares)))]
     found = record(W, after, 0, updates)
     codes.append(encode(found))
     for name, add in ARITHMETIC.items():

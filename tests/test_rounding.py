@@ -53,7 +53,7 @@ def test_every_sum_on_a_midpoint_is_found(dtype: torch.dtype, rows: int, step: i
         bits[row, column] = (bits[row, column] & -2 * half) + half + off
     total[0, 9], total[1, 10] = 0.0, -0.0
     out = torch.empty(total.shape, dtype=dtype)
-    _, least = add_rounded(total, 0, [], out, torch.empty(step, 75), depth)
+    _, least = add_rounded(total, 0, [], out, torch.empty(step, 75), torch.empty(step, 75), depth)
     assert torch.equal(out, total.to(dtype))
     found = torch.zeros(total.shape, dtype=torch.bool)
     found[on_midpoints(least, depth)] = True

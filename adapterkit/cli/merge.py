@@ -69,7 +69,7 @@ def merge_command(
     several are added up: `a:0.7 b:0.3`.
     """
     if dry_run and (report or resume):
-        raise UsageError("--dry-run makes no merge that --report could measure or --resume go on with: leave it away")
+        raise UsageError("--report and --resume are about a merge, --dry-run makes none: give one of them")
     if resume and (no_receipt or calibration is not None):
         raise UsageError("--resume goes by the hashes of a receipt, and by a plan that is the same: leave it away")
     plan = api.plan_merge(
@@ -78,9 +78,7 @@ def merge_command(
         accept_loss=accept_loss, rename=parse_rename(rename) if rename else None, allow_partial=allow_partial,
         receipt=not no_receipt, link=link, overwrite=overwrite,
     )  # fmt: skip
-    lost = irreversible(plan) if plan.receipt else None
-    final = [f"cannot be undone without the base, since {lost}"] if lost else []
-    for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped), *final):
+    for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
         print(f"note: {note}", file=sys.stderr)
     threads = threads or default_threads()
     check_device(plan, device, threads)
@@ -95,6 +93,8 @@ def merge_command(
         raise KeyboardInterrupt(KEPT if resume else "") from None
     facts = _result_facts(plan, result, time.perf_counter() - began)
     _warn_of_loss(result, quantize)
+    if plan.receipt and (lost := irreversible(plan)):
+        print(f"note: cannot be undone without the base, since {lost}", file=sys.stderr)
     print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report, quantize is not None))
 
 
