@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from adapterkit.errors import FormatError
-from adapterkit.residual import Residual, from_ordered, ordered
+from adapterkit.residual import Residual, from_ordered, integers, ordered
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -70,7 +70,7 @@ def restore_difference(data: bytes, after: torch.Tensor, out: torch.Tensor, wher
         steps = _unzigzag(_joined([reader.plane(count) for _ in range(width)]))
         reader.end(len(steps) == reader.many == count)
     back = ordered(after.to(out.dtype).reshape(-1)) + torch.from_numpy(steps).to(out.device)
-    out.view(-1).copy_(from_ordered(back, out.dtype))
+    integers(out.view(-1)).copy_(integers(from_ordered(back, out.dtype)))
 
 
 def correct(data: bytes, out: torch.Tensor, where: str) -> None:
@@ -91,9 +91,9 @@ def correct(data: bytes, out: torch.Tensor, where: str) -> None:
     found = _bits(ordered(flat[at]).cpu())
     half, step = (_MASKS[bits] + 1) >> 1, symbols - _FIRST[bits] - found.astype(np.uint8)
     near = ((step + half) & _MASKS[bits]).astype(found.dtype) - half  # the nearest value with those lowest bits
-    restored = from_ordered(torch.from_numpy((found + near).view(f"<i{width}")), out.dtype)
-    restored[torch.from_numpy(whole)] = torch.from_numpy(values.view(f"<i{width}")).view(out.dtype)
-    flat[at] = restored.to(out.device)
+    restored = integers(from_ordered(torch.from_numpy((found + near).view(f"<i{width}")), out.dtype))
+    restored[torch.from_numpy(whole)] = torch.from_numpy(values.view(f"<i{width}"))
+    integers(flat)[at] = restored.to(out.device)
 
 
 def encode_bytes(wanted: torch.Tensor, found: torch.Tensor) -> bytes:
@@ -171,9 +171,7 @@ class _Reader:
 
 
 def _bits(values: torch.Tensor) -> np.ndarray:
-    width = values.element_size()
-    signed = values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
-    return signed.numpy().view(f"<u{width}")
+    return integers(values.contiguous()).numpy().view(f"<u{values.element_size()}")
 
 
 def _zigzag(steps: torch.Tensor) -> np.ndarray:

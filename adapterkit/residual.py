@@ -119,7 +119,7 @@ def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]
 def restore(after: torch.Tensor, first: int, updates: Sequence[Update], residual: Residual) -> torch.Tensor:
     """The rows that `record` was given as `before`, of the dtype of `after` and without a gain."""
     rows = subtracted(after, first, updates).to(after.dtype)
-    rows.view(-1)[residual.at.long()] = residual.values
+    integers(rows).view(-1)[residual.at.long()] = integers(residual.values)
     return rows
 
 
@@ -178,9 +178,14 @@ def _inside(
             yield update, matrix[start - first : stop - first], left
 
 
+def integers(values: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers: copied as floating point numbers, NaN would not keep its bits."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
 def ordered(values: torch.Tensor) -> torch.Tensor:
     """Floating point bits as integers in the order of the values, so that neighbours differ by one."""
-    bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    bits = integers(values)
     return bits ^ (bits >> (8 * values.element_size() - 1) & torch.iinfo(bits.dtype).max)
 
 

@@ -134,6 +134,29 @@ def test_every_kind_of_adapter_has_the_same_bits(name: str, cuda: StandIn, tmp_p
     assert cuda.on_stream and cuda.most_pinned and not cuda.pinned
 
 
+def undone_elsewhere(base: Path, adapter: Path, folder: Path, on: str) -> bool:
+    """Whether what the CPU merges comes out on a GPU as it was, and the other way round."""
+    for here, there in (("cpu", on), (on, "cpu")):
+        adapterkit.merge(base, [adapter], folder / here, device=here)
+        adapterkit.unmerge(folder / here, folder / f"{here}-again", adapters=[adapter], device=there)
+        if files(folder / f"{here}-again") != files(base):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_one_merges_the_other_undoes(name: str, cuda: StandIn, tmp_path: Path) -> None:
+    assert undone_elsewhere(FIXTURES / "bases" / TINY[name], FIXTURES / name, tmp_path, "cuda")
+    assert not cuda.pinned
+
+
+def test_what_one_merges_out_of_four_bits_the_other_packs_again(
+    cuda: StandIn, nf4: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(factors("layers.0.q", 56, 200) | factors("layers.1.q", 56, 200))
+    assert undone_elsewhere(nf4(nested=True), adapter, tmp_path, "cuda")
+
+
 @pytest.mark.parametrize(
     "how", [{}, *({"quantize": "same", "rounding": how, "accept_loss": True} for how in ROUNDINGS)]
 )
@@ -314,6 +337,22 @@ def test_every_kind_of_adapter_is_correctly_rounded_on_a_gpu(name: str, tmp_path
     assert result.place.startswith("cuda")
     wrong, _ = misrounded(base, FIXTURES / name, out, conv1d=name == "tiny-conv1d")
     assert wrong == 0
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("name", TINY)
+def test_what_a_gpu_merges_the_cpu_undoes_and_the_other_way_round(name: str, tmp_path: Path) -> None:
+    assert undone_elsewhere(FIXTURES / "bases" / TINY[name], FIXTURES / name, tmp_path, "cuda")
+
+
+@gpu
+@needs_gpu
+def test_what_a_gpu_merges_out_of_four_bits_the_cpu_packs_again(
+    nf4: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(factors("layers.0.q", 56, 200) | factors("layers.1.q", 56, 200))
+    assert undone_elsewhere(nf4(nested=True), adapter, tmp_path, "cuda")
 
 
 @gpu

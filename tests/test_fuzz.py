@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import signal
+import struct
 import tracemalloc
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cache
@@ -26,14 +28,17 @@ from handmade import COLUMNS, CONFIG, MODULES, ROWS, contents, factors, packed, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapterkit import quant
+import adapterkit
+from adapterkit import coding, quant
 from adapterkit.checkpoint import open_checkpoint
-from adapterkit.errors import AdapterkitError
+from adapterkit.coding import zstd
+from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.formats import load
 from adapterkit.plan import Given
 from adapterkit.planning import make_plan
 from adapterkit.quant.bnb4 import Packing4bit
 from adapterkit.quant.bnb8 import Packing8bit
+from adapterkit.residual import Residual
 from adapterkit.tensorfile import read_header, tensor_bytes
 
 EXAMPLES = int(os.environ.get("ADAPTERKIT_FUZZ", 400))
@@ -163,16 +168,13 @@ def edit(files: Files, changes: Iterable[Edit]) -> Files:
 
 Cut = tuple[int, int, int, bytes | int]
 # In which file, where, how many bytes go, and what comes in their place: these, or what stands there.
-cuts = st.lists(
-    st.tuples(
-        st.integers(0, 99),
-        st.integers(0, 1 << 16),
-        st.sampled_from((0, 0, 1, 1, 2, 8, 40, 1 << 16)),
-        st.one_of(st.binary(max_size=8), st.integers(0, 1 << 16)),
-    ),
-    min_size=1,
-    max_size=3,
+a_cut = st.tuples(
+    st.integers(0, 99),
+    st.integers(0, 1 << 16),
+    st.sampled_from((0, 0, 1, 1, 2, 8, 40, 1 << 16)),
+    st.one_of(st.binary(max_size=8), st.integers(0, 1 << 16)),
 )
+cuts = st.lists(a_cut, min_size=1, max_size=3)
 seldom = st.sampled_from([True, False, False, False]).flatmap(lambda some: cuts if some else st.just([]))
 
 
@@ -185,6 +187,33 @@ def cut(raw: bytes, changes: Iterable[Cut]) -> bytes:
             new = raw[new : new + 40]
         raw = raw[:at] + new + raw[at + length :]
     return raw
+
+
+def parts_of(code: bytes) -> list[bytes]:
+    """The counts and the planes of what `coding` made."""
+    parts, at = [code[:9]], 9
+    while at < len(code):
+        size, inflated = struct.unpack_from("<II", code, at)
+        at += 8 + size
+        parts.append(zstd.decompress(code[at - size : at]) if size else bytes(inflated))
+    return parts
+
+
+def cut_code(code: bytes, changes: Iterable[Cut]) -> bytes:
+    """What `coding` made with its counts or a plane changed, as long as it was; or anything cut anywhere."""
+    for change in changes:
+        parts = []
+        with suppress(struct.error, zstd.ZstdError):
+            parts = parts_of(code)
+        which = change[0] % (len(parts) + 1) - 1
+        if which < 0:
+            code = cut(code, [change])
+            continue
+        size = len(parts[which])
+        parts[which] = cut(parts[which], [change])[:size].ljust(size, b"\0")
+        planes = [(zstd.compress(plane), len(plane)) for plane in parts[1:]]
+        code = parts[0] + b"".join(struct.pack("<II", len(plane), size) + plane for plane, size in planes)
+    return code
 
 
 def encoded(table: Pairs, data: Sequence[bytes] = ()) -> bytes:
@@ -313,6 +342,110 @@ def pickled(zipped: bool) -> bytes:
     file = BytesIO()
     torch.save(tensors(), file, _use_new_zipfile_serialization=zipped)
     return file.getvalue()
+
+
+@cache
+def codes() -> list[tuple[Callable[..., None], bytes, list[torch.Tensor], torch.Tensor]]:
+    """By each dtype what reads a code, the code, what that is given with it, and what comes out."""
+    torch.manual_seed(0)
+    found: list[tuple[Callable[..., None], bytes, list[torch.Tensor], torch.Tensor]] = []
+    at, reach = torch.arange(3, 90, 7), torch.tensor([1, 3, 9, 30, 60, 99, 2**14] * 2)[:13]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        before, after = torch.randn(2, 90, dtype=torch.float64).to(dtype)
+        near = before.clone()
+        near.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])[at] += 1
+        found.append((coding.correct, coding.encode(Residual(at, before[at], reach.short())), [near], before))
+        found.append((coding.restore_difference, coding.encode_difference(before, after), [after, near], before))
+    wanted = torch.randint(0, 256, (90,), dtype=torch.uint8)
+    near = wanted.index_fill(0, at, 7)
+    return [*found, (coding.correct_bytes, coding.encode_bytes(wanted, near), [near], wanted)]
+
+
+class Made(NamedTuple):
+    """A merge, in a folder with its adapter.
+
+    `files` are what is changed, by name: the JSON of receipt and of what is in `before`, and as JSON the tensors of
+    sidecars, of merged files and of the `base`'s; `data` are their bytes, the first `recorded` those of the sidecars.
+    """
+
+    name: str
+    files: Files
+    data: list[bytes]
+    recorded: int
+    exact: dict[str, bytes]  # every file as it is
+    base: dict[str, bytes]
+
+    def write(self, folder: Path, changes: list[Edit], within: list[Cut], bytes_changed: list[Cut]) -> None:
+        """Write it with the JSON changed, what is recorded cut from within, and files cut."""
+        files, data = edit(self.files, changes), list(self.data)
+        for change in within:
+            data[change[1] % self.recorded] = cut_code(data[change[1] % self.recorded], [change])
+        sidecars = [name for name in files if name.endswith(".residuals")]
+        for number, (name, sidecar) in enumerate(zip(self.base, sidecars, strict=True)):
+            if files[name] != self.files[name]:  # the header in the sidecar, and the size in the receipt go with it
+                raw = encoded(files[name])
+                data[dict(dict(self.files[sidecar])["header"])["data"]] = zlib.compress(raw[: header_bytes(raw)])
+                told = [place for name in files if name.endswith(RECEIPT) for place in places(files[name])]
+                for size in [place for place in told if place.name == "size"][number : number + 1]:
+                    size.put("size", len(raw) if size.value == len(self.base[name]) else size.value)
+        shutil.rmtree(folder, ignore_errors=True)
+        for number, (name, raw) in enumerate(self.exact.items()):
+            if name in sidecars or files.get(name) != self.files.get(name):
+                raw = text(files[name]).encode() if name.endswith(".json") else encoded(files[name], data)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(cut(raw, (cut for cut in bytes_changed if cut[0] % len(self.exact) == number)))
+
+
+def header_bytes(raw: bytes) -> int:
+    return 8 + int.from_bytes(raw[:8], "little")
+
+
+def stored(file: Path, data: list[bytes]) -> Pairs:
+    """The tensors of a file; their bytes go to `data`."""
+    found = Pairs()
+    for info in sorted(read_header(file).tensors.values(), key=lambda info: (info.start, info.stop)):
+        raw = bytes(info.read_bytes())
+        entry = Pairs([("dtype", info.dtype), ("shape", list(info.shape)), ("data", len(data))])
+        if file.suffix == ".residuals" and info.dtype == "U8" and not info.name.startswith("kept"):
+            del entry[:2]  # as long as what it holds
+        if raw.startswith(b'{"'):
+            entry.append(("state", parsed(raw)))
+        found.append((info.name, entry))
+        data.append(raw)
+    return found
+
+
+def made(base: Path) -> Made:
+    """The merge of `base` and the adapter beside it."""
+    folder, files, data, exact = base.parent, Files(), list[bytes](), dict[str, bytes]()
+    adapterkit.merge(base, [folder / "adapter"], base.with_stem("merged"), threads=1)
+    for file in sorted(folder.rglob("*"), key=lambda file: (file.suffix != ".residuals", file)):
+        name, kept = str(file.relative_to(folder)), "before" in file.parts
+        if file.is_file() and not name.startswith("base"):
+            exact[name] = file.read_bytes()
+            if file.suffix == ".json" and (kept or file.name == RECEIPT):
+                files[name] = parsed(exact[name])
+            elif name.startswith("merged") and file.suffix in (".residuals", ".safetensors") and not kept:
+                files[name] = stored(file, data)
+    recorded = sum(len(content) for name, content in files.items() if name.endswith(".residuals"))
+    shards = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
+    for file in shards:
+        files[file.name] = Pairs((name, Pairs(entry[:2])) for name, entry in stored(file, []))
+    return Made(f"merged{base.suffix}", files, data, recorded, exact, {file.name: file.read_bytes() for file in shards})
+
+
+@cache
+def merges() -> list[Made]:
+    """Of two shards, of DoRA by row and by column, of quantized bases, of all there is, and of a file merged before."""
+    torch.manual_seed(0)
+    found = []
+
+    def merge(base: Files | None, adapter: dict[str, torch.Tensor], config: dict[str, Any], **how: Any) -> None:
+        with TemporaryDirectory() as folder:
+            path = write_adapter(Path(folder, "adapter"), adapter, config)
+            
+
+    return found
 
 
 # --- what must hold --------------------------------------------------------------------------------------------------

@@ -134,6 +134,15 @@ def test_zeros_denormals_and_what_is_not_finite(
     check(W, updates, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_nan_keeps_its_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One alone too, which torch would put in its place as the NaN of its own."""
+    W = torch.randn(9, 31).to(dtype)
+    residual.integers(W)[4, 7] = torch.tensor(torch.inf).to(dtype).view(residual.integers(W).dtype) + 1
+    assert bool(W[4, 7].isnan())
+    check(W, updates_of(9, 31, 3, 0.1, dtype), monkeypatch)
+
+
 def test_several_updates_of_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     W = torch.randn(40, 60).bfloat16()
     [one], [other] = updates_of(25, 60, 8, 0.05, W.dtype), updates_of(30, 60, 3, 0.2, W.dtype)
