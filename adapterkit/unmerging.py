@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -67,9 +67,10 @@ def sort_by_level(receipts: Sequence[Receipt], offered: Sequence[Adapter]) -> li
 def find_adapters(receipt: Receipt, offered: Sequence[Adapter], near: Path) -> list[Adapter]:
     """The adapters of the receipt, in its order: of those `offered`, else by name beside `near`, here, or on the Hub.
 
-    Raises FitError where one is none of these, or one that is offered was not merged.
+    Raises FitError where one is none of these, where one that is offered was not merged, or only some are offered.
     """
     sort_by_level([receipt], offered)
+    _refuse_some(receipt, [hashes_of(adapter) for adapter in offered])
     found = []
     for one in receipt.adapters:
         hashes = set(one.files.values())
@@ -85,13 +86,36 @@ def find_adapters(receipt: Receipt, offered: Sequence[Adapter], near: Path) -> l
     return found
 
 
+def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
+    """Raise FitError where some, but not all, of the adapters are named: one alone cannot be taken out exactly."""
+    named = [one for one in receipt.adapters if set(one.files.values()) in offered]
+    others = [one for one in receipt.adapters if one not in named]
+    if named and others:
+        which = {number for number, one in enumerate(receipt.adapters) if one in named}
+        parts = [{part.adapter for part in parts} for shard in receipt.shards for _, parts in shard.tensors]
+        shared, touched = (
+            sum(bool(here & which and here - which) for here in parts),
+            sum(bool(p & which) for p in parts),
+        )
+        names, rest = (" and ".join(one.name for one in some) for some in (named, others))
+        again = " ".join(f"{one.name}:{one.weight:g}" for one in others)
+        raise FitError(
+            f"{names}: was merged together with {rest}, and {shared} of its {touched} tensors were rounded with both "
+            f"in them: what is exact is to take all out. Name all with --adapter, or none, and merge the rest again: "
+            f"adapterkit merge OUT {again}"
+        )
+
+
 def hashes_of(adapter: Adapter) -> set[str]:
     """The SHA-256 of the files of an adapter."""
-    found = set()
-    for file in adapter.files:
-        with open(file, "rb") as stream:
-            found.add(hashlib.file_digest(stream, "sha256").hexdigest())
-    return found
+    return {_sha256(file, file.stat().st_mtime_ns) for file in adapter.files}
+
+
+@cache
+def _sha256(file: Path, _: int) -> str:
+    """Of a file as of that time."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _by_name(name: str, near: Path) -> Iterator[Adapter]:

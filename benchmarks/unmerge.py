@@ -55,15 +55,26 @@ def main() -> None:
 
 
 def commands(base: Path, adapter: Path, work: Path) -> list[Command]:
-    """A merge without a receipt, one with it, and its undoing, each into a place that is empty."""
-    run, clear = [sys.executable, "-m", "adapterkit"], partial(shutil.rmtree, ignore_errors=True)
+    """A merge without a receipt, one with it, and its undoing, each from warm inputs into a place that is empty."""
+    run = [sys.executable, "-m", "adapterkit"]
     merge = [*run, "merge", str(base), str(adapter), "-o"]
     undo = [*run, "unmerge", str(work / "merged"), "--adapter", str(adapter), "-o", str(work / "again")]
     return [
-        Command("merge --no-receipt", [*merge, str(work / "bare"), "--no-receipt"], partial(clear, work / "bare")),
-        Command("merge", [*merge, str(work / "merged")], partial(clear, work / "merged")),
-        Command("unmerge", undo, partial(clear, work / "again")),
+        Command(
+            "merge --no-receipt", [*merge, str(work / "bare"), "--no-receipt"], partial(ready, base, work / "bare")
+        ),
+        Command("merge", [*merge, str(work / "merged")], partial(ready, base, work / "merged")),
+        Command("unmerge", undo, partial(ready, work / "merged", work / "again")),
     ]
+
+
+def ready(source: Path, out: Path) -> None:
+    """Have the weights of `source` in the page cache, which merging writes past, and no `out`."""
+    shutil.rmtree(out, ignore_errors=True)
+    for file in source.glob("*.safetensors"):
+        with open(file, "rb") as stream:
+            while stream.read(1 << 22):
+                pass
 
 
 def sizes_table(work: Path) -> tuple[str, list[Target]]:

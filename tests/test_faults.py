@@ -353,6 +353,34 @@ def test_killed_a_hundred_times(inputs: Path, command: str, resume: str) -> None
     shutil.rmtree(inputs / "merged")
 
 
+@pytest.mark.parametrize("name", ["posix_fallocate", "pwrite", "fsync"])
+def test_unmerging_onto_a_full_disk(inputs: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert merge(inputs, out="merged").code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, failing(FULL))
+        adapterkit("unmerge", inputs / "merged", "-o", inputs / "out").message(6)
+    assert names(inputs) == ["adapter", "base", "merged"]
+
+
+def test_reads_that_fail_while_unmerging(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert merge(inputs, out="merged").code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", nth_call(os.preadv, 3, failing(OSError(errno.EIO, "Input/output error"))))
+        assert "Input/output error" in adapterkit("unmerge", inputs / "merged", "-o", inputs / "out").message(1)
+    assert names(inputs) == ["adapter", "base", "merged"]
+
+
+def test_two_that_unmerge_to_one_place(inputs: Path) -> None:
+    assert merge(inputs, out="merged").code == 0
+    (inputs / ".out.partial").mkdir()
+    fd = os.open(inputs / ".out.partial", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    outcome = adapterkit("unmerge", inputs / "merged", "-o", inputs / "out")
+    assert "another adapterkit is writing there right now" in outcome.message(7)
+    os.close(fd)
+    assert adapterkit("unmerge", inputs / "merged", "-o", inputs / "out").code == 0
+
+
 # --- full disks ------------------------------------------------------------------------------------------------------
 
 

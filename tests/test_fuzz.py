@@ -27,6 +27,7 @@ import torch
 from handmade import COLUMNS, CONFIG, MODULES, ROWS, contents, factors, packed, write_adapter, write_base
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit import coding, quant
@@ -39,7 +40,8 @@ from adapterkit.planning import make_plan
 from adapterkit.quant.bnb4 import Packing4bit
 from adapterkit.quant.bnb8 import Packing8bit
 from adapterkit.residual import Residual
-from adapterkit.tensorfile import read_header, tensor_bytes
+from adapterkit.staging import RECEIPT
+from adapterkit.tensorfile import TORCH_NAMES, read_header, tensor_bytes
 
 EXAMPLES = int(os.environ.get("ADAPTERKIT_FUZZ", 400))
 SECONDS, BYTES = 10, 64 << 20  # what an input of a few KB may take
@@ -224,7 +226,7 @@ def encoded(table: Pairs, data: Sequence[bytes] = ()) -> bytes:
     header, body = Pairs(), b""
     for name, entry in table:
         with suppress(Exception):  # what makes no sense is left as it is
-            fields = json.loads(text(entry))
+            fields = {field: json.loads(text(value)) for field, value in entry}
             new = data[fields["data"] % len(data)] if "data" in fields else b""
             if "state" in fields and (not new or json.loads(new) != fields["state"]):
                 new = text(dict(entry)["state"]).encode()
@@ -381,12 +383,13 @@ class Made(NamedTuple):
         for change in within:
             data[change[1] % self.recorded] = cut_code(data[change[1] % self.recorded], [change])
         sidecars = [name for name in files if name.endswith(".residuals")]
+        receipt = min((name for name in files if name.endswith(RECEIPT)), key=len)
         for number, (name, sidecar) in enumerate(zip(self.base, sidecars, strict=True)):
             if files[name] != self.files[name]:  # the header in the sidecar, and the size in the receipt go with it
                 raw = encoded(files[name])
                 data[dict(dict(self.files[sidecar])["header"])["data"]] = zlib.compress(raw[: header_bytes(raw)])
-                told = [place for name in files if name.endswith(RECEIPT) for place in places(files[name])]
-                for size in [place for place in told if place.name == "size"][number : number + 1]:
+                sizes = [place for place in places(files[receipt]) if place.name == "size"]
+                for size in sizes[number : number + 1]:
                     size.put("size", len(raw) if size.value == len(self.base[name]) else size.value)
         shutil.rmtree(folder, ignore_errors=True)
         for number, (name, raw) in enumerate(self.exact.items()):
@@ -434,18 +437,48 @@ def made(base: Path) -> Made:
     return Made(f"merged{base.suffix}", files, data, recorded, exact, {file.name: file.read_bytes() for file in shards})
 
 
+def randomized(folder: Path, files: Files) -> Path:
+    """Files with these tensors, which hold random numbers; magnitudes as large as rows are."""
+    folder.mkdir()
+    for name, content in files.items():
+        if name.endswith(".json"):
+            (folder / name).write_text(text(content))
+            continue
+        tensors = {}
+        for tensor, entry in content:
+            dtype, shape = entry[0][1], entry[1][1]
+            values = torch.randn(shape) + (6 if "magnitude" in tensor else 0)
+            tensors[tensor] = values.to(getattr(torch, TORCH_NAMES[dtype]))
+        save_file(tensors, folder / name)
+    return folder
+
+
+MERGES = ["shards", "file", "dora", "transposed", "nf4", "int8", "fp8", "fused"]
+
+
 @cache
-def merges() -> list[Made]:
-    """Of two shards, of DoRA by row and by column, of quantized bases, of all there is, and of a file merged before."""
+def merge_of(kind: str) -> Made:
+    """Plain in two shards, plain of a file that is a merge itself, DoRA by row or column, quantized bases, all else."""
     torch.manual_seed(0)
-    found = []
-
-    def merge(base: Files | None, adapter: dict[str, torch.Tensor], config: dict[str, Any], **how: Any) -> None:
-        with TemporaryDirectory() as folder:
-            path = write_adapter(Path(folder, "adapter"), adapter, config)
-            
-
-    return found
+    which = {"dora": 1, "transposed": 1, "fused": 2}.get(kind, 0)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        base, adapter = folder / "base", randomized(folder / "adapter", adapters()[which])
+        if kind == "file":
+            [shard, *_] = (content for name, content in bases()[0].items() if name.endswith("1-of-00002.safetensors"))
+            first, base = randomized(folder / "first", {"a.safetensors": shard}), base.with_suffix(".safetensors")
+            adapterkit.merge(first / "a.safetensors", [adapter], base, threads=1)
+            shutil.rmtree(first)
+        elif kind == "transposed":
+            tensors = table((f"{name}.weight", "BF16", (COLUMNS, ROWS)) for name in MODULES[:2])
+            randomized(base, {"model.safetensors": tensors, "config.json": Pairs()})
+        elif kind in ("nf4", "int8"):
+            plain = randomized(folder / "plain", bases()[0])
+            adapterkit.quantize(plain, base, to=kind, nested=kind == "nf4", threads=1)
+            shutil.rmtree(plain)
+        else:
+            randomized(base, bases()[{"fp8": 4, "fused": 5}.get(kind, 0)])
+        return made(base)
 
 
 # --- what must hold --------------------------------------------------------------------------------------------------
@@ -469,14 +502,14 @@ def hangs(*_: object) -> None:
 
 
 @contextmanager
-def refusing(changed: object) -> Iterator[None]:
-    """No error but ours, and none where nothing is changed; within bounds of time and memory."""
+def refusing(changed: object, kind: type[Exception] = AdapterkitError) -> Iterator[None]:
+    """No error but ours of that kind, and none where nothing is changed; within bounds of time and memory."""
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(SECONDS)
     tracemalloc.start()
     try:
         yield
-    except AdapterkitError as error:
+    except kind as error:
         assert changed, error
     finally:
         _, peak = tracemalloc.get_traced_memory()
@@ -550,3 +583,38 @@ def test_plans(
                 stream.write(file.header)
                 stream.truncate(file.size)
             assert tuple(read_header(folder / "out.safetensors").tensors) == file.tensors
+
+
+@fuzzed
+@given(
+    st.integers(0, 8),
+    st.sampled_from([0] * 8 + [1, 2]),
+    st.sampled_from([90] * 8 + [0, 1, 89, 91]),
+    st.lists(a_cut, max_size=3),
+)
+def test_codes(which: int, other: int, count: int, changes: list[Cut]) -> None:
+    read, _, given, expected = codes()[which]
+    code = cut_code(codes()[(which + other) % 9][1], changes)
+    around = [torch.cat([tensor.new_ones(90), tensor, tensor.new_ones(90)]) for tensor in given]
+    before, inside = around[-1].clone(), [tensor[90 : 90 + count] for tensor in around]
+    with refusing(changes or other or count != 90, FormatError):
+        read(code, *inside, "here")
+        assert changes or other or torch.equal(inside[-1][:90], expected[:count])
+    assert torch.equal(around[-1][:90], before[:90]) and torch.equal(around[-1][90 + count :], before[90 + count :])
+
+
+@settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 150)))
+@given(st.sampled_from(MERGES), edits, st.lists(a_cut, max_size=2), seldom)
+def test_receipts(folder: Path, kind: str, changes: list[Edit], within: list[Cut], bytes_changed: list[Cut]) -> None:
+    merge, result = merge_of(kind), None
+    merge.write(folder / "merge", changes, within, bytes_changed)
+    source = folder / "merge" / merge.name
+    out, before = source.with_stem("out"), contents(folder)
+    with refusing(changes or within or bytes_changed):
+        result = adapterkit.unmerge(source, out, threads=1)
+    if result is not None:
+        for name, raw in merge.base.items():
+            assert (out / name if out.is_dir() else out).read_bytes() == raw
+        for path in (out, out.with_name(f"{out.name}.receipt")):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    assert contents(folder) == before

@@ -207,11 +207,17 @@ def test_merges_one_after_the_other_are_undone_from_the_last(merged: Path, make_
 
 def test_one_of_two_that_were_merged_together_is_refused(merged: Path, make_adapter: Make, tmp_path: Path) -> None:
     make_adapter(factors("a.q", 40, 24), "second")
-    adapterkit.merge(tmp_path / "base", [tmp_path / "adapter", tmp_path / "second"], tmp_path / "both")
+    adapterkit.merge(tmp_path / "base", [tmp_path / "adapter", (tmp_path / "second", 0.5)], tmp_path / "both")
+    outcome = run("unmerge", tmp_path / "both", "-o", tmp_path / "out", "--adapter", tmp_path / "adapter")
+    says = outcome.message(3)
+    assert "was merged together with second, and 1 of its 2 tensors" in says and "merge OUT second:0.5" in says
     shutil.move(tmp_path / "second", tmp_path / "elsewhere")
     with pytest.raises(FitError, match="second: undoing the merge needs this adapter .* name it with --adapter"):
-        adapterkit.unmerge(tmp_path / "both", tmp_path / "out", adapters=[tmp_path / "adapter"])
+        adapterkit.unmerge(tmp_path / "both", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    given = [tmp_path / "elsewhere", tmp_path / "adapter"]
+    adapterkit.unmerge(tmp_path / "both", tmp_path / "out", adapters=given)
+    assert same(tmp_path / "base", tmp_path / "out")
 
 
 # --- what is not as it was -------------------------------------------------------------------------------------------
