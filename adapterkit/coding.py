@@ -11,17 +11,14 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
-from adapterkit.errors import FormatError
+from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.residual import Residual, from_ordered, integers, ordered
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 RESIDUAL, DIFFERENCE, BYTES = 1, 2, 3
 LEVEL = 1  # of zstd: what can be told is in the planes' frequencies, so that looking for more finds nothing
@@ -119,15 +116,28 @@ def correct_bytes(data: bytes, out: torch.Tensor, where: str) -> None:
 def _errors(where: str, out: torch.Tensor) -> Iterator[None]:
     try:
         yield
-    except (ValueError, struct.error, zstd.ZstdError) as error:
+    except (ValueError, struct.error, _zstd().ZstdError) as error:
         raise FormatError(f"{where}: does not restore {out.numel()} elements of {out.dtype}: {error}") from error
+
+
+@cache
+def _zstd() -> Any:
+    """Where Python has zstd, or the package that has it before: imported here, since merging can do without."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError as error:
+        raise AdapterkitError("receipts need zstd: pip install backports.zstd, or merge with --no-receipt") from error
+    return zstd
 
 
 # --- planes ----------------------------------------------------------------------------------------------------------
 
 
 def _deflate(plane: np.ndarray) -> bytes:
-    packed = zstd.compress(plane.tobytes(), LEVEL) if plane.any() else b""  # then it is all zero
+    packed = _zstd().compress(plane.tobytes(), LEVEL) if plane.any() else b""  # then it is all zero
     return _PLANE.pack(len(packed), len(plane)) + packed
 
 
@@ -149,7 +159,7 @@ class _Reader:
             raise ValueError(f"a plane of {size} bytes in {packed}")
         if not packed:
             return np.zeros(size, np.uint8)
-        inflater = zstd.ZstdDecompressor()
+        inflater = _zstd().ZstdDecompressor()
         plane = inflater.decompress(self.data[self.at : self.at + packed], size)
         if len(plane) != size or not inflater.eof or inflater.unused_data:
             raise ValueError(f"a plane that does not have its {size} bytes")

@@ -62,7 +62,7 @@ def record(
     at = (broken | (ends[0] != wanted) | (ends[1] != wanted)).nonzero()[:, 0]
     low, high = ((end[at].long() - wanted[at].long()).abs() for end in ends)
     reach = torch.maximum(low, high).masked_fill_(broken[at], FAR).clamp_(max=FAR)
-    return Residual(at, before.reshape(-1)[at], reach.short())
+    return Residual(at.int(), before.reshape(-1)[at], reach.short())
 
 
 def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update], at: torch.Tensor) -> Residual:

@@ -290,6 +290,17 @@ def test_broken_sidecars_are_named(merged: Path, tmp_path: Path) -> None:
             shutil.rmtree(tmp_path / "out")
 
 
+def test_where_zstd_is_missing(merged: Path, tmp_path: Path) -> None:
+    """Merging does without it, and says so."""
+    hidden = "import sys; sys.modules['backports'] = sys.modules['compression'] = None; "
+    code = hidden + "from adapterkit.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1 and "pip install backports.zstd, or merge with --no-receipt" in ended.stderr
+    assert not (tmp_path / "out").exists()
+    assert subprocess.run([*command, "--no-receipt"]).returncode == 0
+
+
 # --- without a receipt -----------------------------------------------------------------------------------------------
 
 
