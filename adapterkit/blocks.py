@@ -71,9 +71,9 @@ def load(edit: Edit, fd: int) -> Loaded:
         if update.magnitude is not None and target.transposed and not edit.recorded:
             update = measure_columns(update, lambda: _base_chunks(edit, packed, fd))
         elif update.magnitude is not None and target.transposed:
-            by_column = edit.recorded[0].gains
-            assert by_column is not None
-            update = replace(update, gain=by_column.read()[sum(one.renormalizes for one in updates)][None])
+            by_column = next((one.gains for one in edit.recorded if one.gains is not None), None)
+            if by_column is not None:  # else no block needs them
+                update = replace(update, gain=by_column.read()[sum(one.renormalizes for one in updates)][None])
         updates.append(update)
     added = []
     for addition in edit.added:

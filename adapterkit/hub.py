@@ -25,9 +25,9 @@ def resolve(spec: str | os.PathLike[str]) -> Path:
     """
     path = Path(spec).expanduser()
     match = HUB_ID.fullmatch(str(spec))
-    if path.exists() or path.is_symlink() or match is None or ".." in str(spec):
+    if os.path.lexists(path) or match is None or ".." in str(spec):  # Path's own raise for names that are too long
         return path
-    if (path.parent.is_dir() and path.parent != Path()) or path.suffix in (".safetensors", ".bin"):
+    if (os.path.isdir(path.parent) and path.parent != Path()) or path.suffix in (".safetensors", ".bin"):
         raise FormatError(f"{spec}: there is no such file or directory")
     return _snapshot(match["repo"], match["revision"], match["folder"])
 
@@ -40,7 +40,7 @@ def is_hub_id(name: str) -> bool:
 def hub_id(spec: str | os.PathLike[str]) -> str | None:
     """The repository that `spec` names on the Hub, or None where it is a local path."""
     match = HUB_ID.fullmatch(str(spec))
-    return match["repo"] if match and not Path(spec).expanduser().exists() else None
+    return match["repo"] if match and not os.path.exists(Path(spec).expanduser()) else None
 
 
 def _snapshot(repo: str, revision: str | None, folder: str | None) -> Path:

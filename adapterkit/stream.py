@@ -27,7 +27,7 @@ from adapterkit.outputs import Block, Digest, EditWork, Output, blocks_of
 from adapterkit.plan import Edit, Hashes, MergePlan
 from adapterkit.receipt import folder_of
 from adapterkit.resuming import Done, clear_notes, note_finished, take_over
-from adapterkit.staging import staged
+from adapterkit.staging import RECEIPT, remove, staged
 from adapterkit.tensorfile import read_span
 
 if TYPE_CHECKING:
@@ -98,7 +98,16 @@ def run(
         if directory:
             clear_notes(building)
         (plan.finish or finish_merge)(plan, folder, result.hashes)
+    if not directory and not plan.beside:
+        _drop_stale_receipt(plan.out)
     yield result
+
+
+def _drop_stale_receipt(out: Path) -> None:
+    """Remove the receipt of a file that was replaced by one that has none."""
+    folder = folder_of(out, False)
+    if (folder / RECEIPT).is_file():
+        remove(folder)
 
 
 @contextmanager

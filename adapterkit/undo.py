@@ -14,6 +14,7 @@ import torch
 from adapterkit.coding import correct, encode, encode_difference, is_difference, restore_difference
 from adapterkit.delta import Update, gains, linear
 from adapterkit.device import Buffers
+from adapterkit.errors import FormatError
 from adapterkit.fused import subtract_rounded
 from adapterkit.plan import Recorded
 from adapterkit.residual import joined, marked, nothing, record, subtracted
@@ -76,13 +77,15 @@ def restore(
 ) -> None:
     """Restore `out` from `after`, rows `recorded.first …`; with `buffers` plain updates in float32.
 
-    Raises FormatError where the code is not that of so many elements.
+    Raises FormatError where the code is not that of so many elements, or lacks gains.
     """
     info = recorded.residual
     code, where = bytes(info.read_bytes()), f"{info.file}: {info.name}"
     if is_difference(code):
         restore_difference(code, after, out, where)
         return
+    if recorded.gains is None and any(update.renormalizes for update in updates):
+        raise FormatError(f"{where}: is without gains, which DoRA is not undone without")
     if buffers is not None:
         chunk = min(len(out), step), out.shape[1]
         subtract_rounded(after, recorded.first, updates, out, buffers.sums(*chunk), buffers.products(*chunk))

@@ -7,6 +7,7 @@ that were not changed are copied, the others restored row by row as they were re
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -24,15 +25,15 @@ from adapterkit.layout import Entry, lay_out
 from adapterkit.plan import Copy, Delta, Edit, FilePlan, Given, Hashes, Kept, MergePlan, Recorded
 from adapterkit.planning import make_plan
 from adapterkit.quant import Packed, weights
-from adapterkit.receipt import BEFORE, Part, Receipt, Shard, find_receipt, read_receipt
+from adapterkit.receipt import BEFORE, HOLDS, Part, Receipt, Shard, find_receipt, read_receipt
 from adapterkit.sidecar import base_header, kept, recorded
 from adapterkit.staging import RECEIPT
 from adapterkit.tensorfile import Header, TensorInfo, Weight, read_header, read_json
 from adapterkit.verifying import verify
 
 APPROXIMATE = (
-    "approximate: the adapters were subtracted. Weights can differ from the base's by a unit in the last place of what "
-    "they were merged to, the more of them the larger the update was"
+    "approximate: the adapters were subtracted. A weight can differ from the base's by a unit in the last place of "
+    "what it was merged to (bf16 0.8% of that, fp16 0.1%), the more of them the larger the update was"
 )
 
 # --- the adapters ----------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def _by_name(name: str, near: Path) -> Iterator[Adapter]:
     plain = name.rpartition("/")[2].partition(" #")[0]
     places = [near.absolute().parent / plain, Path.cwd() / plain]
     for place in dict.fromkeys(places):
-        if plain not in ("", ".", "..") and place.exists():
+        if plain not in ("", ".", "..") and os.path.exists(place):  # Path.exists raises for names that are too long
             try:
                 yield load(place)
             except AdapterkitError:
@@ -203,7 +204,7 @@ class _Shard:
 
 def _open_shard(told: Shard, after: Header, receipt: Receipt) -> _Shard:
     sidecar = read_header(receipt.sidecar(told))
-    raw, before = base_header(sidecar, after.file.with_name(told.name), told.size)
+    raw, before = base_header(sidecar, after.file, told.size)
     tensors = {}
     for number, info in enumerate(before.tensors.values()):
         there = sidecar.tensors.get(kept(number))
@@ -221,14 +222,18 @@ def _file(shard: _Shard, quantized: Mapping[str, Packed], given: Sequence[Given]
     copies, edits, others = [], [], []
     for info in sorted(before.tensors.values(), key=lambda info: (info.start, info.stop)):
         there, now = shard.tensors[info.name], after.tensors.get(info.name)
+        if not info.nbytes:
+            continue
         if there.file == shard.sidecar.file:
             others.append(Kept(there, info.start))
             continue
         weight: Weight = quantized.get(info.name, info)
-        if now is None or now.shape != weight.shape or (info.name not in changed and now.dtype != info.dtype):
+        if info.name in changed:
+            fits = now is not None and weight.dtype in HOLDS.get(now.dtype, ())
+        else:
+            fits = now is not None and now.dtype == info.dtype and weight is info
+        if now is None or now.shape != weight.shape or not fits:
             raise FitError(f"{after.file}: {info.name} is not what the receipt tells of")
-        if not info.nbytes:
-            continue
         if info.name not in changed:
             copies.append(Copy(now.start, now.stop, info.start))
             continue
@@ -259,6 +264,7 @@ def _recorded(edit: Edit, blocks: Sequence[Recorded], sidecar: Header) -> tuple[
     """The blocks of a tensor, checked to be all of its rows, and its updates to fit them."""
     rows, columns = edit.matrix
     renormalizing = [delta for delta in edit.deltas if delta.weights.magnitude is not None]
+    by_column = any(delta.target.transposed for delta in renormalizing)
     for delta in edit.deltas:
         target, weights = delta.target, delta.weights
         start, stop = target.rows or (0, rows)
@@ -266,19 +272,20 @@ def _recorded(edit: Edit, blocks: Sequence[Recorded], sidecar: Header) -> tuple[
         size = (weights.in_features, last - first) if target.transposed else (last - first, weights.in_features)
         inside = 0 <= start < stop <= rows and 0 <= first < last <= weights.out_features
         expert = target.expert is None or target.expert < weights.experts
-        if not (inside and expert and size == (stop - start, columns)):
+        way = weights.magnitude is None or target.transposed == by_column
+        if not (inside and expert and way and size == (stop - start, columns)):
             raise FormatError(f"{sidecar.file}: {delta.module} does not fit {edit.name} {edit.shape} as recorded")
     at = 0
+    bits = edit.quantized.bits if edit.quantized else 8
     for block in blocks:
         first, last, gains = block.first, block.last, block.gains
-        if first != at or not first < last <= rows:
-            break
+        if first != at or not first < last <= rows or first * columns * bits % 8:
+            raise FormatError(f"{sidecar.file}: {block.residual.name} does not go on where {at} of {rows} rows end")
         at = last
-        by_column = any(delta.target.transposed for delta in renormalizing)
         shape = (len(renormalizing), columns if by_column else last - first)
         if gains is not None and (gains.dtype != "F64" or gains.shape != shape):
             raise FormatError(f"{sidecar.file}: {gains.name} is {gains.dtype} {gains.shape}, expected F64 {shape}")
-    if at != rows or not blocks:
+    if at != rows:
         raise FormatError(f"{sidecar.file}: does not restore all {rows} rows of {edit.name}, but the first {at}")
     return tuple(blocks)
 

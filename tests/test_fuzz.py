@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
+import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +34,6 @@ from safetensors.torch import save_file
 import adapterkit
 from adapterkit import coding, quant
 from adapterkit.checkpoint import open_checkpoint
-from adapterkit.coding import zstd
 from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.formats import load
 from adapterkit.plan import Given
@@ -42,6 +43,11 @@ from adapterkit.quant.bnb8 import Packing8bit
 from adapterkit.residual import Residual
 from adapterkit.staging import RECEIPT
 from adapterkit.tensorfile import TORCH_NAMES, read_header, tensor_bytes
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 EXAMPLES = int(os.environ.get("ADAPTERKIT_FUZZ", 400))
 SECONDS, BYTES = 10, 64 << 20  # what an input of a few KB may take
@@ -91,8 +97,18 @@ ENDS = [
     "", "_scale_inv", ".SCB", ".absmax", ".nested_absmax", ".quant_map", ".quant_state.bitsandbytes__nf4",
     ".weight_format", ".lora_A.weight", ".lora_B.weight", ".lora_A.other.weight", ".lora_B.bias", ".lora_embedding_A",
     ".lora_embedding_B", ".lora_magnitude_vector", ".base_layer.weight", ".modules_to_save.default.weight",
-    ".trainable_tokens_delta", ".weight", ".bias", "\n", "a" * 1000,
+    ".trainable_tokens_delta", ".weight", ".bias", "\n", "a" * 1000, ".gains", ".numbers",
 ]  # fmt: skip
+NUMBERS = ["0", "00", "1", "2", "7", "16", "31", "47", "48", "49", "9" * 20]
+
+
+def other_name(name: str, what: int) -> str:
+    """With another end, or another number in it."""
+    numbers = [match.span() for match in re.finditer("[0-9]+", name)]
+    if what % 3 == 2 and numbers:
+        start, stop = numbers[what // 3 % len(numbers)]
+        return name[:start] + NUMBERS[what // 9 % len(NUMBERS)] + name[stop:]
+    return (name.rpartition(".")[0] if what % 3 else name) + ENDS[what // 3 % len(ENDS)]
 
 
 class Place(NamedTuple):
@@ -137,7 +153,6 @@ def edit(files: Files, changes: Iterable[Edit]) -> Files:
             continue
         place = inside[where % len(inside)]
         name, value = place.name, place.value
-        stem, end = name.rpartition(".")[0] if what % 2 else name, ENDS[what // 2 % len(ENDS)]
         if how == "like":
             known = DTYPES if value in map(json.loads, DTYPES) else ODD.get(type(value), ANY)
             place.put(name, Raw(known[what % len(known)]))
@@ -151,14 +166,14 @@ def edit(files: Files, changes: Iterable[Edit]) -> Files:
             alike = [other.value for other in inside if type(other.value) is type(value)]
             place.put(name, deepcopy(alike[what % len(alike)]))
         elif how == "renamed":
-            place.put(stem + end, value)
+            place.put(other_name(name, what), value)
         elif how == "traded":
             other = Place(place.node, what % len(place.node))
             place.put(other.name, value)
             other.put(name, other.value)
         elif how == "copied":
             place.node.insert(place.index, deepcopy(place.node[place.index]))
-            place.put(stem + end, value)
+            place.put(other_name(name, what), value)
         elif how == "twice":
             place.node.insert(place.index, deepcopy(place.node[place.index]))
         elif how == "deleted":

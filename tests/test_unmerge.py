@@ -158,6 +158,13 @@ def test_blocks_threads_and_arithmetic_are_free(threads: int, tmp_path: Path, mo
         assert same(base, tmp_path / f"{name}-again")
 
 
+def test_an_adapter_without_a_config_is_undone_by_the_scaling_of_the_receipt(merged: Path, tmp_path: Path) -> None:
+    file = shutil.copy(tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "bare.safetensors")
+    assert run("merge", tmp_path / "base", file, "-o", tmp_path / "other", "--alpha", "7", "--scale", "-0.3").code == 0
+    assert run("unmerge", tmp_path / "other", "-o", tmp_path / "again").code == 0
+    assert same(tmp_path / "base", tmp_path / "again")
+
+
 def test_a_head_that_was_untied_is_tied_again(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     tensors = {"model.embed_tokens.weight": torch.randn(30, 8).bfloat16(), "model.norm.weight": torch.ones(8)}
     base = make_base(tensors, {"tie_word_embeddings": True})
@@ -178,6 +185,8 @@ def test_a_single_file(merged: Path, tmp_path: Path) -> None:
     adapterkit.unmerge(tmp_path / "twice.safetensors", tmp_path / "all.safetensors", every=True)
     assert (tmp_path / "all.safetensors").read_bytes() == base.read_bytes()
     assert not (tmp_path / "all.safetensors.receipt").exists()
+    adapterkit.merge(base, [tmp_path / "adapter"], tmp_path / "once.safetensors", receipt=False, overwrite=True)
+    assert not (tmp_path / "once.safetensors.receipt").exists()
 
 
 @pytest.mark.base

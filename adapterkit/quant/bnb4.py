@@ -225,7 +225,7 @@ def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, Ten
             raise FormatError(
                 f"{info.file}: {name} is {info.dtype} {info.shape}, expected {dtype} with {count} elements"
             )
-        return info
+        return replace(info, shape=(count,))
 
     stored = tensors.get(weight)
     count = prod(shape)
