@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from adapterkit.adapter import Adapter
 from adapterkit.api import AnyAdapter, AnyPath, check_apart, open_adapters
 from adapterkit.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import FitError, UsageError
@@ -21,6 +22,7 @@ from adapterkit.unmerging import (
     check_fits,
     find_adapters,
     levels,
+    opened,
     plan_copy,
     plan_subtraction,
     plan_undo,
@@ -50,8 +52,11 @@ def unmerge(
     default on `threads` and `device`. Raises FitError where anything is not what was merged, by its SHA-256.
     """
     source, target = resolve(merged), Path(out).expanduser()
-    checkpoint, given = open_checkpoint(source, hub_id(merged)), open_adapters(adapters)
+    checkpoint = open_checkpoint(source, hub_id(merged))
+    told = find_receipt(source) is not None and not approximate
+    given = open_adapters([_opened(entry) for entry in adapters] if told else adapters)
     check_output(target, overwrite=False)
+    check_apart(target, checkpoint, given)
     run_plan = run_plan or partial(_run, threads=threads, device=device)
     if not every:
         return run_plan(_plan(checkpoint, target, given, base, approximate))
@@ -76,8 +81,8 @@ def unmerge(
 def _plan(merged: Checkpoint, out: Path, given: Sequence[Given], base: AnyPath | None, approximate: bool) -> MergePlan:
     """What undoes the last merge, from headers only but where a base is to be checked."""
     original = None if base is None else open_checkpoint(resolve(base), hub_id(base))
-    for one in (merged, *([original] if original else [])):
-        check_apart(out, one, given)
+    if original is not None:
+        check_apart(out, original, given)
     folder = find_receipt(merged.path)
     receipt = None if folder is None else read_receipt(folder)
     weighted = any(one.weight != 1.0 for one in given)
@@ -104,6 +109,12 @@ def _plan(merged: Checkpoint, out: Path, given: Sequence[Given], base: AnyPath |
             "and restores the base, --approximate --adapter A subtracts."
         )
     return plan_undo(merged, receipt, find_adapters(receipt, [one.adapter for one in given], merged.path), out)
+
+
+def _opened(entry: AnyAdapter | tuple[AnyAdapter, float]) -> AnyAdapter | tuple[AnyAdapter, float]:
+    """An adapter that a receipt tells the scalings of, with its weight."""
+    what, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
+    return (what if isinstance(what, Adapter) else opened(resolve(what))), weight
 
 
 def _run(plan: MergePlan, threads: int | None, device: str) -> Merged:

@@ -107,6 +107,14 @@ def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
         )
 
 
+def opened(path: Path) -> Adapter:
+    """An adapter whose scalings stand in a receipt, so that without a config it need not be told."""
+    try:
+        return load(path)
+    except UsageError:
+        return load(path, scaling=1.0)
+
+
 def hashes_of(adapter: Adapter) -> set[str]:
     """The SHA-256 of the files of an adapter."""
     return {_sha256(file, file.stat().st_mtime_ns) for file in adapter.files}
@@ -126,11 +134,11 @@ def _by_name(name: str, near: Path) -> Iterator[Adapter]:
     for place in dict.fromkeys(places):
         if plain not in ("", ".", "..") and os.path.exists(place):  # Path.exists raises for names that are too long
             try:
-                yield load(place)
+                yield opened(place)
             except AdapterkitError:
                 continue
     if is_hub_id(name):
-        yield load(resolve(name))
+        yield opened(resolve(name))
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
