@@ -19,6 +19,7 @@ from adapterkit.tensorfile import MAX_HEADER_BYTES, Header, TensorInfo, encode_h
 HEADER = "header"
 GAINS, NUMBERS = ".gains", ".numbers"  # beside an entry
 ROOM = 84  # bytes that an entry takes in the header beside its name, at most
+MOST = 100  # times its size that a header is inflated to, which a stranger's sidecar would else fill memory with
 _Entry = tuple[str, str, tuple[int, ...]]
 
 
@@ -48,7 +49,7 @@ class SidecarWriter:
         self._entries: list[_Entry] = []
         self._size = self.room
         self._lock = threading.Lock()
-        self.add(HEADER, zlib.compress(header))
+        self.add(HEADER, _deflate(header))
 
     def add(self, name: str, data: bytes, dtype: str = "U8", shape: tuple[int, ...] | None = None) -> None:
         """Append one entry."""
@@ -75,6 +76,12 @@ class SidecarWriter:
             self._fd = -1
 
 
+def _deflate(header: bytes) -> bytes:
+    """A header in what inflates to `MOST` times as much; real ones do to some ten times, one that is padded to more."""
+    packed = zlib.compress(header)
+    return packed if len(header) <= MOST * len(packed) else zlib.compress(header, 0)
+
+
 def base_header(sidecar: Header, file: Path, size: int) -> tuple[bytes, Header]:
     """The header of the base's shard, as bytes and checked, as if it stood in `file` of `size` bytes."""
     info = sidecar.tensors.get(HEADER)
@@ -82,7 +89,7 @@ def base_header(sidecar: Header, file: Path, size: int) -> tuple[bytes, Header]:
         raise FormatError(f"{sidecar.file}: holds no header of the base's shard")
     inflater = zlib.decompressobj()
     try:
-        raw = inflater.decompress(bytes(info.read_bytes()), MAX_HEADER_BYTES + 8)
+        raw = inflater.decompress(bytes(info.read_bytes()), min(MAX_HEADER_BYTES + 8, MOST * info.nbytes))
     except zlib.error as error:
         raise FormatError(f"{sidecar.file}: the header of the base's shard is broken: {error}") from error
     if not inflater.eof or len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:

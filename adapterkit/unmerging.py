@@ -190,7 +190,8 @@ def _with_shards(merged: Checkpoint, receipt: Receipt) -> Checkpoint:
     known, told = {header.file.name: header for header in merged.shards}, [shard.name for shard in receipt.shards]
     if not merged.is_directory:
         known, told = dict(zip(told, merged.shards, strict=False)), told[:1]
-    if len(told) != len(receipt.shards) or not known.keys() <= set(told):
+    named = not merged.is_directory or all(name.endswith(".safetensors") for name in told)
+    if len(told) != len(receipt.shards) or not known.keys() <= set(told) or not named:
         raise FitError(f"{merged.path}: has {', '.join(known)}; its receipt tells of {', '.join(told)}")
     return replace(merged, shards=tuple(known.get(name) or read_header(merged.path / name) for name in told))
 

@@ -89,7 +89,8 @@ ODD: dict[type, list[str]] = {
     str: ['""', *DTYPES, '"gpt2"', '"LORA"', '"IA3"', '"lora_only"',
           '"../x.safetensors"', '"/x.safetensors"', '"x"', f'"{"a" * 300}.safetensors"', '"\\u0000.safetensors"',
           '"\\ud800"', '"\\n"', '"weight"', '"a{9999999999}"', '"("', '"(?P<x>.)"', '"[[a]"', '"pissa"', '"fp4"'],
-    list: ["[]", "[0]", "[1]", "[4]", "[0,0]", "[1,1]", "[4,32]", f"[{2**62},0]", f"[0,{2**62}]", "[2,2,2]", '[""]'],
+    list: ["[]", "[0]", "[1]", "[4]", "[0,0]", "[1,1]", "[4,32]", "[0,24]", "[24,48]", "[32,48]", "[0,32]",
+           f"[{2**62},0]", f"[0,{2**62}]", "[2,2,2]", '[""]'],
     bool: ["true", "false", "null", "{}", '{"":0}', '{".*":4}'],
 }  # fmt: skip
 ANY = [value for values in ODD.values() for value in values]
@@ -406,12 +407,11 @@ class Made(NamedTuple):
                 sizes = [place for place in places(files[receipt]) if place.name == "size"]
                 for size in sizes[number : number + 1]:
                     size.put("size", len(raw) if size.value == len(self.base[name]) else size.value)
-        shutil.rmtree(folder, ignore_errors=True)
         for number, (name, raw) in enumerate(self.exact.items()):
             if name in sidecars or files.get(name) != self.files.get(name):
                 raw = text(files[name]).encode() if name.endswith(".json") else encoded(files[name], data)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(cut(raw, (cut for cut in bytes_changed if cut[0] % len(self.exact) == number)))
+            (folder / name).write_bytes(cut(raw, (one for one in bytes_changed if one[0] % len(self.exact) == number)))
 
 
 def header_bytes(raw: bytes) -> int:
@@ -443,6 +443,8 @@ def made(base: Path) -> Made:
             exact[name] = file.read_bytes()
             if file.suffix == ".json" and (kept or file.name == RECEIPT):
                 files[name] = parsed(exact[name])
+                for part in (part for place in places(files[name]) if place.name == "parts" for part in place.value):
+                    part += [(field, None) for field in ("rows", "of", "expert") if field not in dict(part)]
             elif name.startswith("merged") and file.suffix in (".residuals", ".safetensors") and not kept:
                 files[name] = stored(file, data)
     recorded = sum(len(content) for name, content in files.items() if name.endswith(".residuals"))
@@ -622,8 +624,10 @@ def test_codes(which: int, other: int, count: int, changes: list[Cut]) -> None:
 @given(st.sampled_from(MERGES), edits, st.lists(a_cut, max_size=2), seldom)
 def test_receipts(folder: Path, kind: str, changes: list[Edit], within: list[Cut], bytes_changed: list[Cut]) -> None:
     merge, result = merge_of(kind), None
-    merge.write(folder / "merge", changes, within, bytes_changed)
-    source = folder / "merge" / merge.name
+    for left in folder.iterdir():
+        shutil.rmtree(left)
+    merge.write(folder / kind, changes, within, bytes_changed)
+    source = folder / kind / merge.name
     out, before = source.with_stem("out"), contents(folder)
     with refusing(changes or within or bytes_changed):
         result = adapterkit.unmerge(source, out, threads=1)

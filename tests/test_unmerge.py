@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ import pytest
 import torch
 from conftest import FIXTURES, factors
 from handmade import adapterkit as run
-from handmade import contents
+from handmade import contents, packed
 from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
-from adapterkit import device, outputs, residual
-from adapterkit.errors import AdapterkitError, FitError, UsageError
+from adapterkit import coding, device, outputs, residual
+from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
 
 Make = Callable[..., Path]
 
@@ -100,6 +101,25 @@ def test_several_adapters_dora_among_them(tmp_path: Path) -> None:
         tmp_path / "merged", tmp_path / "again", adapters=[FIXTURES / n for n in ("tiny-rslora", "tiny-dora")]
     )
     assert same(base, tmp_path / "again")
+
+
+@pytest.mark.parametrize("small", [8, 16])
+def test_dora_by_column_that_leaves_too_much(
+    small: int, make_base: Make, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first blocks, or all of them, leave whole differences, which need no gains."""
+    monkeypatch.setattr(outputs, "BLOCK_BYTES", 96)
+    W = torch.randn(16, 48)  # stored (in, out)
+    W[small:] *= 1e4
+    base = make_base({"m.weight": W.bfloat16()}, {"model_type": "gpt2"})
+    parts = factors("m", 48, 16, size=8.0) | {"m.lora_magnitude_vector": torch.full((48,), 6.0)}
+    adapter = make_adapter(parts, use_dora=True)
+    adapterkit.merge(base, [adapter], tmp_path / "merged")
+    adapterkit.unmerge(tmp_path / "merged", tmp_path / "again")
+    assert same(base, tmp_path / "again")
+    sidecar = load_file(tmp_path / "merged" / "adapterkit_receipt" / "model.safetensors.residuals")
+    kinds = [int(code[0]) for name, code in sidecar.items() if name[0] == "0" and not name.endswith(".gains")]
+    assert kinds.count(coding.DIFFERENCE) == small
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -297,6 +317,90 @@ def test_broken_sidecars_are_named(merged: Path, tmp_path: Path) -> None:
         else:  # in what is not used, or means the same
             assert hashes(tmp_path / "out") == hashes(tmp_path / "base")
             shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"00:0-40": "0:0-40"}, "does not go on where 40 of 40 rows end"),
+        ({"0:3-9": "0:0-40"}, "does not go on where 40 of 40 rows end"),
+        ({"0:0-40": None, "0:0-39": "0:0-40"}, "but the first 39"),
+        ({"0:0-40": None, "0:0-41": "0:0-40"}, "does not go on where 0 of 40 rows end"),
+        ({"0:0-40": None}, "does not restore all 40 rows"),
+        ({"0:0-40": "header"}, "does not restore 960 elements"),
+        ({"header": None}, "holds no header"),
+        ({"header": "0:0-40"}, "is broken"),
+    ],
+)
+def test_sidecars_with_other_entries(changes: dict[str, str | None], says: str, merged: Path, tmp_path: Path) -> None:
+    """None of them hang, write elsewhere, or fail in another way."""
+    file = merged / "adapterkit_receipt" / "model-00001-of-00002.safetensors.residuals"
+    before = load_file(file)
+    after = {name: before[source].clone() for name, source in changes.items() if source}
+    save_file({name: t for name, t in before.items() if name not in changes} | after, file)
+    assert says in run("unmerge", merged, "-o", tmp_path / "out").message(1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sidecar_with_an_empty_tensor(merged: Path, tmp_path: Path) -> None:
+    file = merged / "adapterkit_receipt" / "model-00001-of-00002.safetensors.residuals"
+    tensors = load_file(file)
+    header = zlib.decompress(bytes(tensors["header"].tolist()))
+    facts = json.loads(header[8:])
+    end = max(entry["data_offsets"][1] for name, entry in facts.items() if name != "__metadata__")
+    number = len(facts.keys() - {"__metadata__"})
+    facts["empty"] = {"dtype": "U8", "shape": [0], "data_offsets": [end, end]}
+    tensors["header"] = torch.tensor(list(zlib.compress(packed(facts))), dtype=torch.uint8)
+    save_file(tensors | {f"kept:{number}": torch.empty(0, dtype=torch.uint8)}, file)
+    size = end + len(packed(facts))
+    rewritten(merged / "adapterkit_receipt.json", lambda told: told["shards"][0].update(size=size))
+    assert "comes out as" in run("unmerge", merged, "-o", tmp_path / "out").message(3)
+
+
+def test_dora_without_its_gains(tmp_path: Path) -> None:
+    adapter, merged = FIXTURES / "tiny-dora", tmp_path / "merged"
+    adapterkit.merge(FIXTURES / "bases" / "tiny-llama", [adapter], merged)
+    file = merged / "adapterkit_receipt" / "model.safetensors.residuals"
+    save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith(".gains")}, file)
+    with pytest.raises(FormatError, match="is without gains"):
+        adapterkit.unmerge(merged, tmp_path / "out", adapters=[adapter])
+
+
+def test_4_bits_in_rows_that_share_a_byte(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    plain, merged = make_base({"model.layers.0.q.weight": torch.randn(8, 9).bfloat16()}), tmp_path / "merged"
+    adapterkit.quantize(plain, tmp_path / "nf4", to="nf4")
+    adapterkit.merge(tmp_path / "nf4", [make_adapter(factors("model.layers.0.q", 8, 9))], merged)
+    file = merged / "adapterkit_receipt" / "model.safetensors.residuals"
+    tensors = load_file(file)
+    del tensors["0:0-8"]
+    for rows in ("0:0-3", "0:3-8"):
+        tensors[rows] = torch.tensor(
+            list(coding.encode(residual.nothing(torch.empty(0).bfloat16()))), dtype=torch.uint8
+        )
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match="0:3-8 does not go on where 3 of 8 rows end"):
+        adapterkit.unmerge(merged, tmp_path / "out")
+
+
+def test_headers_that_are_padded_and_that_would_fill_memory(merged: Path, tmp_path: Path) -> None:
+    base = tmp_path / "padded.safetensors"
+    header = json.dumps({"a.q.weight": {"dtype": "BF16", "shape": [40, 24], "data_offsets": [0, 1920]}}).encode()
+    base.write_bytes(packed(header.ljust(1 << 20), torch.randn(960).bfloat16().view(torch.uint8).numpy().tobytes()))
+    adapterkit.merge(base, [tmp_path / "adapter"], tmp_path / "m.safetensors", allow_partial=True)
+    adapterkit.unmerge(tmp_path / "m.safetensors", tmp_path / "again.safetensors")
+    assert base.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    file = tmp_path / "m.safetensors.receipt" / "adapterkit_receipt" / "padded.safetensors.residuals"
+    bomb = zlib.compress(packed(b'{"":[' + b"[]," * (1 << 24)))
+    save_file(load_file(file) | {"header": torch.tensor(list(bomb), dtype=torch.uint8)}, file)
+    with pytest.raises(FormatError, match="is broken"):
+        adapterkit.unmerge(tmp_path / "m.safetensors", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 300 + "/b", "a/" + "b" * 300])
+def test_adapters_by_names_that_no_file_has(name: str, merged: Path, tmp_path: Path) -> None:
+    rewritten(merged / "adapterkit_receipt.json", lambda told: told["adapters"][0].update(name=name))
+    with pytest.raises(AdapterkitError):
+        adapterkit.unmerge(merged, tmp_path / "out")
 
 
 def test_where_zstd_is_missing(merged: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ calibration (see `calibration.py`) in all of them, so that what the row computes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from adapterkit.chance import chance, seed_for
@@ -74,8 +75,11 @@ def search(values: torch.Tensor, edges: torch.Tensor, *, right: bool = False) ->
     """
     import torch
 
+    most = float(edges.abs().max())
+    if not 1e-30 < most < inf:  # NaN, or nothing to scale by: codes as only a stranger's file has them
+        return torch.bucketize(values, edges, right=right, out_int32=True)
     half = BINS / 2 - 0.5
-    scale = half / float(edges.abs().max())
+    scale = half / most
 
     def bins(x: torch.Tensor) -> torch.Tensor:  # never falls where x rises, which is all that this rests on
         return (x * scale).add_(half).clamp_(0, BINS - 1).int()
@@ -86,5 +90,5 @@ def search(values: torch.Tensor, edges: torch.Tensor, *, right: bool = False) ->
         return torch.bucketize(values, edges, right=right, out_int32=True)
     flat = values.reshape(-1)
     index = held.cumsum(0, dtype=torch.int32).index_select(0, bins(flat))  # edges in the bins before
-    edge = torch.cat([edges, edges.new_tensor([torch.inf])]).index_select(0, index)
+    edge = torch.cat([edges, edges.new_tensor([inf])]).index_select(0, index)
     return index.add_(flat >= edge if right else flat > edge).view(values.shape)
