@@ -103,13 +103,7 @@ def _chunks(
     norms: list[tuple[torch.Tensor, torch.Tensor]],
     spreads: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loop; tensors are handed over as every dtype that they are seen as, which TorchScript cannot do itself.
-
-    In doubt is where `W + e·(1 + η) ± 2·δ`, to the side of e, does not round to W: e is `W' − S`, S the sum that W' was
-    rounded from, δ how far off Δ can be. If W + e is that far from the boundary there, and so no more than half as far
-    from the one on the other side, W comes back whatever Δ turns out to be.
-    """
-    inflation, spread = spreads
+    """The loop; tensors are handed over as every dtype that they are seen as, which TorchScript cannot do itself."""
     squares: list[torch.Tensor] = []
     least: list[torch.Tensor] = []
     size, rows = sums.shape[0], base.shape[0]
@@ -133,26 +127,50 @@ def _chunks(
         outs[index].copy_(chunk)
         flat = chunk.view(-1)
         squares.append(flat.dot(flat))
-        if inflation > 0:
+        if len(marked) > 0:
             other.copy_(outs[index])
             other.sub_(chunk)
         if shift > 0:  # in place, since the sums are not needed any more
             bits.bitwise_left_shift_(shift)
         least.append(low.view(-1, depth, halves.shape[1]).amin(1))
-        if inflation > 0:
-            chunk.zero_()
-            for (start, stop), (by_row, by_column) in zip(spans, norms):  # noqa: B905
-                begin, end = max(first, start), min(last, stop)
-                if begin < end:
-                    part = chunk[begin - first : end - first]
-                    part.addr_(by_row[begin - start : end - start], by_column, alpha=2 * spread)
-            chunk.copysign_(other)
-            other.add_(chunk)
-            chunk.copy_(bases[index])
-            chunk.add_(other, alpha=1 + inflation)
-            seen[0][index].copy_(chunk)
-            seen[1][index].bitwise_xor_(seen[2][index])
+        if len(marked) > 0:
+            _mark(
+                first, chunk, other, bases[index], seen[0][index], seen[1][index], seen[2][index], spans, norms, spreads
+            )
     return torch.stack(squares), torch.cat(least)
+
+
+def _mark(
+    first: int,
+    scratch: torch.Tensor,
+    error: torch.Tensor,
+    base: torch.Tensor,
+    marks: torch.Tensor,
+    marks16: torch.Tensor,
+    base16: torch.Tensor,
+    spans: list[tuple[int, int]],
+    norms: list[tuple[torch.Tensor, torch.Tensor]],
+    spreads: tuple[float, float],
+) -> None:
+    """Mark where `W + e·(1 + η) ± 2·δ`, to the side of e, does not round to W, in a chunk that begins with row `first`.
+
+    The `error` e is `W' − S`, S the sum that W' was rounded from; δ is how far off Δ can be. Where W + e is that far
+    from the boundary on its side, the one on the other side is no more than twice as near to W, and so out of reach
+    too: W comes back whatever Δ turns out to be.
+    """
+    inflation, spread = spreads
+    scratch.zero_()
+    for (start, stop), (by_row, by_column) in zip(spans, norms):  # noqa: B905
+        begin, end = max(first, start), min(first + len(scratch), stop)
+        if begin < end:
+            part = scratch[begin - first : end - first]
+            part.addr_(by_row[begin - start : end - start], by_column, alpha=2 * spread)
+    scratch.copysign_(error)
+    error.add_(scratch)
+    scratch.copy_(base)
+    scratch.add_(error, alpha=1 + inflation)
+    marks.copy_(scratch)
+    marks16.bitwise_xor_(base16)
 
 
 def subtract_rounded(
