@@ -211,9 +211,10 @@ def parts_of(code: bytes) -> list[bytes]:
     """The counts and the planes of what `coding` made."""
     parts, at = [code[:9]], 9
     while at < len(code):
-        size, inflated = struct.unpack_from("<II", code, at)
-        at += 8 + size
-        parts.append(zstd.decompress(code[at - size : at]) if size else bytes(inflated))
+        packed, size = struct.unpack_from("<II", code, at)
+        at += 8 + packed
+        size = min(size, 1 << 16)
+        parts.append(zstd.ZstdDecompressor().decompress(code[at - packed : at], size) if packed else bytes(size))
     return parts
 
 
