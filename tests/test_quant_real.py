@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
 from conftest import FIXTURES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_quant import dequantized_4bit
 
 import adapterkit
@@ -116,3 +117,16 @@ def test_peft_requantizing_erases_what_we_keep(nf4: Path, merged: Path) -> None:
     theirs = PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().get_submodule(name).weight
     assert kept(bitsandbytes.functional.dequantize_4bit(theirs.data, theirs.quant_state)) < 0.1
     assert kept(load_file(merged / "model.safetensors")[f"{name}.weight"]) > 0.97
+
+
+def test_verify_names_pefts_merge_into_four_bits(nf4: Path, tmp_path: Path) -> None:
+    """As it is saved: transformers 5 cannot write it itself."""
+    base = AutoModelForCausalLM.from_pretrained(nf4, dtype=torch.bfloat16, device_map="cpu")
+    model = PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(nf4 / "config.json", tmp_path)
+    found = list(adapterkit.verify(tmp_path, nf4, [ADAPTER]))
+    assert {verdict.kind for verdict in found if verdict.touched} == {"quantized"}
+    assert all("nested: keeps" in verdict.explanation for verdict in found if verdict.touched)
+    assert {verdict.kind for verdict in found if not verdict.touched} == {"exact"}

@@ -186,45 +186,6 @@ def test_a_requantized_merge_is_named_with_what_it_keeps(base: Path, adapter: Pa
     assert max(kept) < 0.9
 
 
-def test_pefts_own_merge_into_four_bits_is_named_for_what_it_is(make_adapter: MakeAdapter, tmp_path: Path) -> None:
-    """Quantized again, with as much left of the update as there is in what bitsandbytes dequantizes.
-
-    Rows have whole blocks: with others its CPU kernel goes wrong (see test_quant).
-    """
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
-    config = LlamaConfig(vocab_size=32, initializer_range=0.1, **sizes)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
-    q, down = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
-    parts = factors(q, 64, 64, size=0.05) | factors(down, 64, 128, size=0.05)
-    adapter = make_adapter(parts, target_modules=["q_proj", "down_proj"])
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    base, merged = (
-        AutoModelForCausalLM.from_pretrained(
-            tmp_path / "plain", quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
-        )
-        for _ in range(2)
-    )
-    merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
-    for model, name in ((base, "base"), (merged, "merged")):
-        model.save_pretrained(tmp_path / name)
-    found = verdicts(tmp_path / "merged", tmp_path / "base", adapter)
-    assert kinds(found) == {"quantized"} and kinds(found, touched=False) == {"exact"}
-    for name in (q, down):
-        before, after = (
-            bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).double()
-            for weight in (model.get_submodule(name).weight for model in (base, merged))
-        )
-        weights, verdict = adapterkit.load(adapter)[name], found[f"{name}.weight"]
-        delta = weights.scaling * weights.B.double() @ weights.A.double()
-        kept = float(((after - before) * delta).sum() / delta.square().sum())
-        assert dict(verdict.scales) == {"adapter": pytest.approx(kept, abs=1e-3)}
-        assert verdict.explanation == f"bitsandbytes NF4, blocks of 64: keeps {kept:.1%} of the update"
-
-
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_tied_head_that_is_written_out_is_the_embedding(
     make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path, broken: bool
