@@ -151,11 +151,13 @@ def restore_rows(edit: Edit, loaded: Loaded, fd: int, recorded: Recorded, buffer
     numbers = loaded.numbers
     out = buffers.output(into, dtype).view(-1, columns) if numbers is None else torch.empty_like(after, dtype=dtype)
     restore(recorded, loaded.updates, after, out, step, buffers if _compute_dtype(edit) is torch.float32 else None)
-    if numbers is not None:
-        out = _filled(numbers(out, recorded.first), len(into))
-        if (more := recorded.numbers) is not None:
-            correct_bytes(bytes(more.read_bytes()), out, f"{more.file}: {more.name}")
-    buffers.deliver(out, into) if numbers is None else into.__setitem__(slice(None), out.cpu().numpy().data)
+    if numbers is None:
+        buffers.deliver(out, into)
+        return
+    stored = _filled(numbers(out, recorded.first), len(into))
+    if (more := recorded.numbers) is not None:
+        correct_bytes(bytes(more.read_bytes()), stored, f"{more.file}: {more.name}")
+    into[:] = stored.cpu().numpy().data
 
 
 def pack_rows(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, into: memoryview) -> None:

@@ -69,7 +69,8 @@ def unmerge(
         for offer, step in zip(offers, [*between, target], strict=True):
             receipt = read_receipt(find_receipt(checkpoint.path) or checkpoint.path)
             found = find_adapters(receipt, offer, source)
-            discard(step) if step is not target else None
+            if step is not target:  # what a run that was killed has left
+                discard(step)
             result = run_plan(plan_undo(checkpoint, receipt, found, step))
             checkpoint = open_checkpoint(step)
     finally:
