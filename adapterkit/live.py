@@ -20,7 +20,7 @@ from adapterkit.adapter import Adapter, load_weights
 from adapterkit.delta import Update, add_updates, update_for
 from adapterkit.device import exact_products
 from adapterkit.errors import FitError, UsageError
-from adapterkit.quant import bnb4
+from adapterkit.quant.modules import dequantized, is_quantized
 from adapterkit.renames import explain_missing
 from adapterkit.residual import Residual, record, restore
 from adapterkit.rounding import as_bfloat16, round_once
@@ -123,7 +123,7 @@ def _merge_into(model: nn.Module, name: str, updates: list[Update], undo: list[U
     """Add `updates` to the weight `name`."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
-    if _is_quantized(layer):
+    if is_quantized(layer):
         dense = _dense(layer)
         undo.append(Undo(lambda: None, lambda: _set(model, path, layer)))
         _set(model, path, dense)
@@ -300,43 +300,13 @@ def _shape(layer: nn.Module, parameter: torch.Tensor) -> tuple[int, ...]:
     )
 
 
-def _is_quantized(layer: nn.Module) -> bool:
-    return type(layer).__name__ in ("Linear4bit", "Linear8bitLt") and type(layer).__module__.startswith("bitsandbytes")
-
-
 def _dense(layer: nn.Module) -> nn.Linear:
     """A linear layer with what a bitsandbytes layer computes with."""
-    bias: Any = layer.bias
-    if type(layer).__name__ == "Linear4bit":
-        values = _from_4bit(layer.weight)
-    else:
-        weight: Any = layer.weight
-        scale = weight.SCB if weight.SCB is not None else cast(Any, layer).state.SCB
-        dtype = bias.dtype if bias is not None else torch.get_default_dtype()
-        values = (weight.data * scale[:, None] * (1 / 127)).to(dtype)
+    values = dequantized(layer)
     dense = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
     dense.weight = nn.Parameter(values, requires_grad=False)
-    dense.bias = bias
+    dense.bias = cast(Any, layer).bias
     return dense.train(layer.training)
-
-
-def _from_4bit(weight: Any) -> torch.Tensor:
-    """The weight of a Linear4bit; bitsandbytes' CPU kernel is wrong where blocks straddle rows (see tests)."""
-    state, stored = weight.quant_state, weight.data
-    if getattr(state, "packing_format_for_cpu", False):  # rearranged for its CPU kernels
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-        stored, state = _convert_weight_packed_for_cpu_inverse(stored, state)
-    absmax = state.absmax
-    if state.nested:
-        scales = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: absmax.numel()]
-        absmax = state.state2.code[absmax.int()] * scales + state.offset
-    raw, count = stored.reshape(-1).view(torch.uint8), prod(state.shape)
-    if raw.is_cuda and bnb4.has_kernels():
-        values = bnb4.kernel(raw, absmax.float(), state.blocksize, state.quant_type, count, state.dtype)
-    else:
-        values = bnb4.dequantize(raw, absmax.float(), bnb4.pair_table(state.code), state.blocksize)
-    return values[:count].view(state.shape).to(state.dtype)
 
 
 def _set(model: nn.Module, path: str, layer: nn.Module) -> None:

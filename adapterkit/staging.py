@@ -15,10 +15,11 @@ from pathlib import Path
 
 from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
 
-# In every directory that adapterkit makes, one or the other; only such a directory may be replaced by --overwrite.
+# In every directory that adapterkit makes, one of them; only such a directory may be replaced by --overwrite.
 RECORD = "adapterkit_merge.json"
 ADAPTER_RECORD = "adapterkit_adapter.json"
 RECEIPT = "adapterkit_receipt.json"
+TRAINING_RECORD = "adapterkit_training.json"
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -31,7 +32,7 @@ def check_output(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExistsError(f"{out}: exists already. Choose another -o, or replace it with --overwrite.")
-    if out.is_dir() and not any((out / name).is_file() for name in (RECORD, ADAPTER_RECORD, RECEIPT)):
+    if out.is_dir() and not any((out / name).is_file() for name in (RECORD, ADAPTER_RECORD, RECEIPT, TRAINING_RECORD)):
         raise OutputExistsError(
             f"{out}: was not made by adapterkit, so --overwrite will not delete it. Remove it first."
         )
@@ -43,8 +44,7 @@ def staged(out: Path, *, directory: bool, keep: bool = False) -> Iterator[Path]:
 
     With `keep` a directory has in it what was left there, and stays on failure.
     """
-    partial = out.parent / f".{out.name}.partial"
-    done = False
+    partial, done = partial_of(out), False
     with errors_of(out), _parents(out), _claimed(partial, directory, keep):
         try:
             _restore(out)
@@ -60,6 +60,11 @@ def staged(out: Path, *, directory: bool, keep: bool = False) -> Iterator[Path]:
         finally:
             if done or not keep:
                 remove(partial)
+
+
+def partial_of(out: Path) -> Path:
+    """Where `out` is until it is done."""
+    return out.parent / f".{out.name}.partial"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 # A module may import what stands on a lower line, and its own package.
 LEVELS = (
     ("errors", "version", "chance", "methods"),
-    ("tensorfile", "staging", "outfile"),
+    ("tensorfile", "staging", "outfile", "recipe"),
     ("adapter", "renames"),
     ("lowrank", "dora", "rounding"),
     ("delta", "sketch"),
@@ -25,8 +25,9 @@ LEVELS = (
     ("planning", "device", "sidecar", "digest", "receipt"),
     ("wholes", "based", "undo"),
     ("blocks", "calibration", "card", "hub", "against", "inventory", "live", "combining", "resuming"),
-    ("desk", "budget", "newadapter", "comparing", "converting", "extracting", "verifying"),
-    ("outputs",),
+    ("desk", "budget", "newadapter", "comparing", "converting", "extracting", "verifying", "data"),
+    ("train",),
+    ("outputs", "runs"),
     ("stream",),
     ("unmerging",),
     ("api",),
@@ -44,6 +45,8 @@ ALLOWED = {"hub": {"huggingface_hub"}, "cli": {"click", "rich"}, "plot": {"matpl
 TORCH_AT_TOP = {  # themselves imported only where weights are read
     "against", "based", "blocks", "calibration", "combining", "comparing", "converting", "device", "extracting", "live",
     "quant.carry", "undo", "verifying", "wholes",
+    *(f"train.{name}" for name in ("causal", "initial", "layers", "loop", "loss", "products")),
+    *(f"runs.{name}" for name in ("memory", "models", "results", "run")),
 }  # fmt: skip
 LAZY = {"torch", "rich", "textual", "matplotlib", "huggingface_hub"}  # at levels that must start fast
 

@@ -1,0 +1,99 @@
+"""Models and tokenizers, from transformers, and what they compute in and on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterkit.checkpoint import Checkpoint
+from adapterkit.errors import FormatError, UsageError
+from adapterkit.train.causal import CausalModel
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `name` means; `auto` is a GPU where there is one, of several processes each its own."""
+    if name == "auto":
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected cpu, cuda, cuda:N or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+    return device
+
+
+def choose_dtype(name: str, base: Checkpoint, device: torch.device, full: bool) -> torch.dtype:
+    """What to compute in: as `name` says, or as most of the base is stored.
+
+    Updates would be lost in 16-bit weights, so what is trained whole is in float32; so is fp16 on a CPU.
+    """
+    if name != "auto":
+        return TORCH_DTYPES[name]
+    sizes = dict.fromkeys(STORED, 0)
+    for info in base.tensors.values():
+        if info.dtype in sizes:
+            sizes[info.dtype] += info.nbytes
+    stored = STORED[max(sizes, key=lambda dtype: sizes[dtype])]
+    return torch.float32 if full or (stored == "fp16" and device.type == "cpu") else TORCH_DTYPES[stored]
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of the model at `path`; raises FormatError where there is none."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise FormatError(f"{path}: transformers finds no tokenizer there: {_first_line(error)}") from error
+
+
+def load_model(path: Path, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> CausalModel:
+    """The causal language model at `path`, its linear layers in 4 bits on request; raises FormatError where none is."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if quantize != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+        )  # type: ignore[no-untyped-call]  # fmt: skip
+        options["device_map"] = {"": device}
+    with quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise FormatError(f"{path}: transformers loads no model from there: {_first_line(error)}") from error
+        if not getattr(model, "is_quantized", False):
+            torch.nn.Module.to(model, device)
+    return CausalModel(model)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' bars and warnings from the terminal, which is ours."""
+    from transformers.utils import logging as found
+
+    logging: Any = found
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,144 @@
+"""What a run leaves: the adapter as PEFT reads it, or the model, with a card that says how it came about."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapterkit.card import public_name, write_json, write_text
+from adapterkit.checkpoint import Checkpoint
+from adapterkit.formats import save
+from adapterkit.runs import checkpoints
+from adapterkit.staging import TRAINING_RECORD, flush, remove
+from adapterkit.train.layers import ALL_LINEAR, adapter_of, is_conv1d, lora_layers
+from adapterkit.version import __version__
+
+if TYPE_CHECKING:
+    from adapterkit.data.examples import Encoded
+    from adapterkit.recipe import Recipe
+    from adapterkit.runs.checkpoints import Progress
+    from adapterkit.train.loop import Loop
+
+
+def write_result(
+    folder: Path, recipe: Recipe, base: Checkpoint, loop: Loop, tokenizer: Any, data: Encoded,
+    held_back: Encoded | None, progress: Progress, kept: int, command: str,
+) -> None:  # fmt: skip
+    """Turn the folder of a run into its result: checkpoints go, weights, record and card come."""
+    name = base_name(recipe.base, base)
+    made = folder / "made"
+    if recipe.method == "full":
+        loop.model.model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+    else:
+        save(adapter_of(loop.model.model, name, adapter_config(loop, recipe, name)), made)
+    for file in made.iterdir():
+        flush(file)
+        file.rename(folder / file.name)
+    made.rmdir()
+    facts = _facts(recipe, loop, data, held_back, progress, kept)
+    write_json(
+        folder / TRAINING_RECORD, {"adapterkit": __version__, "command": command, **facts, "recipe": asdict(recipe)}
+    )
+    write_text(folder / "README.md", card(recipe, name, facts, command))
+    remove(folder / checkpoints.FOLDER)
+
+
+def base_name(given: str, base: Checkpoint) -> str | None:
+    """The Hub id of the base, as it was given or as its config has it; a local path is nobody else's."""
+    return public_name(base.name) or public_name(base.config.get("_name_or_path"))
+
+
+def adapter_config(loop: Loop, recipe: Recipe, base: str | None) -> dict[str, Any]:
+    """The adapter_config.json, where PEFT's own names say it all; else the writer names every module."""
+    layers = lora_layers(loop.model.model)
+    scalings = {(layer.scaling, layer.factors()[0].shape[0]) for layer in layers.values()}
+    plain = recipe.targets != ALL_LINEAR and recipe.layers is None and len(scalings) == 1
+    [(scaling, rank), *_] = scalings
+    rslora = recipe.method == "rslora"
+    if not plain or recipe.init_from:
+        return {"use_rslora": rslora}
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "lora_alpha": scaling * (rank**0.5 if rslora else rank), "lora_dropout": recipe.dropout,
+        "target_modules": names, "use_rslora": rslora, "use_dora": recipe.method == "dora", "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
+        "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "inference_mode": True,
+    }  # fmt: skip
+
+
+def _facts(
+    recipe: Recipe, loop: Loop, data: Encoded, held_back: Encoded | None, progress: Progress, kept: int
+) -> dict[str, Any]:
+    trained = sum(parameter.numel() for parameter in loop.trained.values())
+    return {
+        "data": {
+            "name": Path(recipe.data).name, "records": len(data.examples), "tokens": data.tokens,
+            "counted": data.counted, "truncated": len(data.truncated), "left_out": len(data.bad),
+            "held_back": len(held_back.examples) if held_back else 0,
+        },
+        "trained_parameters": trained,
+        "steps": progress.step, "kept_step": kept, "tokens": progress.tokens, "seconds": round(progress.seconds, 1),
+        "loss": progress.loss, "eval_loss_before": progress.first_eval_loss, "eval_loss": progress.best_loss,
+        "hardware": _hardware(loop.device), "processes": loop.world, "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }  # fmt: skip
+
+
+def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) -> str:
+    """The card: YAML that the Hub reads, then how it was trained."""
+    full, data = recipe.method == "full", facts["data"]
+    lines = ["---", *([f"base_model: {base}"] if base else [])]
+    lines += ["library_name: transformers" if full else "library_name: peft", "pipeline_tag: text-generation", "tags:"]
+    lines += ["- adapterkit", *([] if full else ["- lora"]), "---", ""]
+    lines += [f"# {base or 'A model'} fine-tuned on {data['name']}", ""]
+    kind = "All weights" if full else {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[recipe.method]
+    detail = "" if full or recipe.init_from else f", rank {recipe.rank}, on {recipe.targets}"
+    lines += [f"{kind}{detail}; {facts['trained_parameters']:,} parameters, trained with adapterkit {__version__}.", ""]
+    rows = {
+        "data": f"{data['name']}: {data['records']:,} records, {data['tokens']:,} tokens ({data['truncated']} cut to "
+        f"{recipe.max_length}, {data['left_out']} left out)",
+        "steps": f"{facts['steps']:,} of {recipe.rows_per_step} {'rows' if recipe.packing else 'records'}",
+        "AdamW": f"lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup:g}, "
+        f"weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}",
+        "seed": str(recipe.seed),
+        "last training loss": f"{facts['loss']:.4f}",
+    }
+    if facts["eval_loss"] is not None:
+        before, after = facts["eval_loss_before"], facts["eval_loss"]
+        rows["validation loss"] = (
+            f"{before:.4f} before, {after:.4f} after (perplexity {exp(before):.2f}, {exp(after):.2f})"
+        )
+        rows["kept"] = f"the state of step {facts['kept_step']}, whose validation loss was lowest"
+    rows |= {
+        "took": f"{facts['seconds']:,.0f} s, {facts['tokens']:,} tokens, on {facts['hardware']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+    }
+    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if command:
+        lines += ["", "```", command, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,412 @@
+"""A whole run: data, model, loop, checkpoints, and what is left on disk. All or nothing, and never from the beginning.
+
+Until it is done a run lives beside its output, in `.OUT.partial`; a resumed one ends with the bits of one that was
+never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from adapterkit.card import write_text
+from adapterkit.checkpoint import Checkpoint, open_checkpoint
+from adapterkit.data.batches import Order
+from adapterkit.data.examples import Encoded, encode_all, split
+from adapterkit.data.records import Fields, read_records
+from adapterkit.errors import FitError, OutputExistsError, UsageError
+from adapterkit.formats import load as load_adapter
+from adapterkit.hub import hub_id, resolve
+from adapterkit.quant import weights as weights_of
+from adapterkit.recipe import Recipe, as_yaml, read_recipe
+from adapterkit.runs import checkpoints
+from adapterkit.runs.checkpoints import Progress
+from adapterkit.runs.memory import Estimate, check
+from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
+from adapterkit.runs.results import write_result
+from adapterkit.staging import check_output, partial_of, remove, staged
+from adapterkit.tensorfile import TensorInfo
+from adapterkit.train.causal import CausalModel
+from adapterkit.train.layers import ALL_LINEAR, Lora, inject, inject_from, quicken
+from adapterkit.train.loop import Loop, Stepped
+
+RECIPE, METRICS, DATA = "adapterkit_recipe.yaml", "metrics.jsonl", "data.sha256"
+SAMPLE_TOKENS = 64
+FREE_TO_CHANGE = ("device", "save_every", "compile", "sample")  # between a run and what it is resumed by
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What is about to be trained, on what, and what that is expected to take."""
+
+    trained: int
+    parameters: int
+    steps: int
+    first_step: int
+    data: Encoded
+    held_back: Encoded | None
+    memory: Estimate
+    device: str
+    dtype: str
+    unpadded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The mean loss over the validation tokens after `step` steps, and whether none was lower."""
+
+    step: int
+    loss: float
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint, from which a run can go on."""
+
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the model makes of a prompt before training, or after."""
+
+    when: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The run was asked to stop, and what it was is kept."""
+
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The end of a run: what is in `out` is the state of step `kept`."""
+
+    out: Path
+    progress: Progress
+    kept: int
+    stopped_early: bool
+    peak_memory: int
+
+
+Event = Started | Stepped | Evaluated | Saved | Sampled | Stopped | Trained
+
+
+def train(
+    recipe: Recipe, out: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False,
+    command: str = "", stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:  # fmt: skip
+    """Train by `recipe` and write the adapter, or with `full` the model, to the new directory `out`.
+
+    `stop` is asked after every step; what was reached is then kept, for `resume`. Raises UsageError, FormatError and
+    FitError before anything is loaded, AdapterkitError where the loss is no longer a number.
+    """
+    target = Path(out).expanduser()
+    with _processes() as (rank, world, local_rank):
+        device = choose_device(recipe.device, local_rank)
+        _check_output(target, resume, overwrite)
+        base = open_checkpoint(resolve(recipe.base), hub_id(recipe.base))
+        dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
+        tokenizer = load_tokenizer(base.path)
+        data, held_back = read_data(recipe, tokenizer)
+        memory = check(base, recipe, data.examples, dtype, device)
+        with _folder(target, rank) as folder:
+            model = load_model(base.path, dtype, device, recipe.quantize)
+            prepare(model, recipe, base)
+            loop = Loop(model, Order.of(data.examples, recipe), recipe, rank, world)
+            run = _Run(recipe, folder, loop, tokenizer, held_back, _digest(data))
+            run.take_up(resume)
+            parameters = sum(parameter.numel() for parameter in model.model.parameters())
+            trained = sum(parameter.numel() for parameter in loop.trained.values())
+            yield Started(
+                trained, parameters, loop.order.steps, loop.step, data, held_back, memory, str(device),
+                str(dtype).removeprefix("torch."), model.unpadded,
+            )  # fmt: skip
+            yield from run.steps(stop)
+            if run.stopped:
+                yield Stopped(loop.step, folder)
+                raise _StoppedError
+            kept = run.keep_best()
+            yield from run.samples("after")
+            if rank == 0:
+                write_result(folder, recipe, base, loop, tokenizer, data, held_back, run.progress, kept, command)
+        early = loop.step < loop.order.steps
+        yield Trained(target, run.progress, kept, early, peak_memory(device))
+
+
+def read_data(recipe: Recipe, tokenizer: Any) -> tuple[Encoded, Encoded | None]:
+    """What to train on, and what to measure the loss on, as tokens."""
+    fields = Fields(recipe.text_field, recipe.prompt_field, recipe.completion_field, recipe.messages_field)
+
+    def read(source: str) -> Encoded:
+        records = read_records(source, fields)
+        return encode_all(records, tokenizer, recipe.max_length, recipe.skip_bad)
+
+    data = read(recipe.data)
+    if recipe.eval_data:
+        return data, read(recipe.eval_data)
+    return split(data, recipe.eval_share, recipe.seed) if recipe.eval_share else (data, None)
+
+
+def prepare(model: CausalModel, recipe: Recipe, base: Checkpoint) -> None:
+    """Give the model its factors, and everything else of `recipe` that changes how it computes."""
+    if recipe.method == "full":
+        model.model.requires_grad_(True)
+    elif recipe.init_from:
+        inject_from(model.model, load_adapter(resolve(recipe.init_from)), recipe.dropout)
+    else:
+        inject(model.model, lora_of(recipe), seed=recipe.seed, original=_originals(base))
+    quicken(model.model)
+    model.model.train()  # gradient checkpointing asks for it; the base's own dropout does not belong to a recipe
+    for layer in model.model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+    if recipe.gradient_checkpointing:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.compile:
+        model.backbone.compile()
+
+
+def lora_of(recipe: Recipe) -> Lora:
+    """Which factors `recipe` asks for; raises UsageError where its layers are no numbers."""
+    names: str | tuple[str, ...] = recipe.targets
+    if recipe.targets != ALL_LINEAR and re.fullmatch(r"[\w.,\s-]+", recipe.targets):
+        names = tuple(name.strip() for name in recipe.targets.split(",") if name.strip())
+    return Lora(
+        names, recipe.rank, recipe.alpha, recipe.method, recipe.dropout, recipe.init, _numbers(recipe.layers),
+        recipe.rank_pattern or {}, recipe.alpha_pattern or {},
+    )  # fmt: skip
+
+
+class _Run:
+    """What a run keeps on disk while it goes on: rank 0 writes, the others know the same."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, loop: Loop, tokenizer: Any, held_back: Encoded | None, digest: str
+    ) -> None:
+        self.recipe, self.folder, self.loop, self.tokenizer = recipe, folder, loop, tokenizer
+        self.held_back, self.digest = held_back, digest
+        self.progress, self.stopped, self.began = Progress(0), False, 0.0
+
+    def take_up(self, resume: bool) -> None:
+        """Begin, or go on where the last checkpoint left off; raises FitError where that was another run."""
+        if not resume:
+            if self.loop.rank == 0:
+                for left in self.folder.iterdir():
+                    remove(left)
+            self._write(RECIPE, as_yaml(self.recipe))
+            self._write(DATA, self.digest + "\n")
+            return
+        self._refuse_another_run()
+        self.progress, tensors = self._load(None)
+        self.loop.restore(self.progress.step, tensors)
+        if self.loop.rank == 0:
+            lines = [json.loads(line) for line in (self.folder / METRICS).read_text(encoding="utf-8").splitlines()]
+            done = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.progress.step]
+            self._write(METRICS, "".join(done))
+
+    def _refuse_another_run(self) -> None:
+        if self.loop.rank:
+            return
+        then = read_recipe(self.folder / RECIPE, {})
+        for name, value in asdict(self.recipe).items():
+            if name not in FREE_TO_CHANGE and getattr(then, name) != value:
+                raise FitError(f"--resume: {name} is {value!r} now, the run began with {getattr(then, name)!r}")
+        if (self.folder / DATA).read_text(encoding="utf-8").strip() != self.digest:
+            raise FitError(f"--resume: {self.recipe.data} is not what it was when the run began")
+
+    def _load(self, step: int | None) -> tuple[Progress, dict[str, torch.Tensor]]:
+        """The checkpoint of a step, or the newest, which only the first process need have on its disk."""
+        found: list[Any] = [None]
+        if self.loop.rank == 0:
+            folder = checkpoints.steps(self.folder)[-1] if step is None else checkpoints.at(self.folder, step)
+            found = [checkpoints.load(folder)]
+        if self.loop.world > 1:
+            dist.broadcast_object_list(found)
+        progress, tensors = found[0]
+        return progress, tensors
+
+    def steps(self, stop: Callable[[], bool]) -> Iterator[Event]:
+        """Every step that is left, with measurements and checkpoints between; `stopped` tells if that was all."""
+        every = self.recipe.eval_every or self.loop.order.steps_per_epoch
+        self.began = time.monotonic() - self.progress.seconds
+        if self.progress.step == 0:
+            yield from self.samples("before")
+            yield from self._measure()
+        while self.loop.step < self.loop.order.steps and not self._is_hopeless():
+            event = self.loop.advance(stop())
+            self.progress = replace(
+                self.progress, step=event.step, tokens=self.progress.tokens + event.tokens,
+                seconds=time.monotonic() - self.began, loss=event.loss,
+            )  # fmt: skip
+            self._note({**_numbers_of(event), "seconds": round(self.progress.seconds, 3)})
+            yield event
+            last = event.step == self.loop.order.steps
+            if event.step % every == 0 or last:
+                yield from self._measure()
+            best = self.progress.best_step == event.step
+            if event.stop or best or event.step % self.recipe.save_every == 0:
+                yield self._save()
+            if event.stop and not last:
+                self.stopped = True
+                return
+
+    def keep_best(self) -> int:
+        """Bring back the best state that was measured; the step that it is of."""
+        best = self.progress.best_step
+        if best is not None and best != self.loop.step:
+            self.loop.restore(best, self._load(best)[1])
+        return self.loop.step
+
+    def samples(self, when: str) -> Iterator[Sampled]:
+        """What the model makes of the prompts that the recipe asks for."""
+        for prompt in self.recipe.sample:
+            ids = torch.tensor(self.tokenizer(prompt).input_ids)
+            [made] = self.loop.model.complete([ids], SAMPLE_TOKENS, self.tokenizer.eos_token_id)
+            yield Sampled(when, prompt, self.tokenizer.decode(made, skip_special_tokens=True))
+
+    def _measure(self) -> Iterator[Evaluated]:
+        if self.held_back is None:
+            return
+        loss, then = self.loop.evaluate(self.held_back.examples), self.progress
+        self._note({"step": self.loop.step, "eval_loss": loss})
+        best = self.loop.step > 0 and (then.best_loss is None or loss < then.best_loss)
+        if self.loop.step == 0:
+            self.progress = replace(then, first_eval_loss=loss)
+        elif best:
+            self.progress = replace(then, best_step=self.loop.step, best_loss=loss, no_better=0)
+        else:
+            self.progress = replace(then, no_better=then.no_better + 1)
+        yield Evaluated(self.loop.step, loss, best)
+
+    def _is_hopeless(self) -> bool:
+        return self.recipe.patience is not None and self.progress.no_better >= self.recipe.patience
+
+    def _save(self) -> Saved:
+        folder = checkpoints.at(self.folder, self.loop.step)
+        if self.loop.rank == 0:
+            checkpoints.save(self.folder, self.progress, self.loop.state())
+        return Saved(self.loop.step, folder)
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        if self.loop.rank == 0:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(facts) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if self.loop.rank == 0:
+            write_text(self.folder / name, text)
+
+
+# --- where and with whom ---------------------------------------------------------------------------------------------
+
+
+class _StoppedError(Exception):
+    """Ends a run that was asked to stop, so that its folder stays."""
+
+
+def _check_output(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raise where `out` may not be written, a run is there that nobody said to go on with, or none is that one did."""
+    check_output(out, overwrite)
+    left = checkpoints.steps(partial_of(out))
+    if resume and not left:
+        raise UsageError(f"--resume: {partial_of(out)} holds no checkpoint to go on from; leave --resume out")
+    if left and not resume and not overwrite:
+        raise OutputExistsError(
+            f"{out}: a run was interrupted there after step {checkpoints.number(left[-1])}. Go on with --resume, or "
+            "begin anew with --overwrite."
+        )
+
+
+@contextmanager
+def _folder(out: Path, rank: int) -> Iterator[Path]:
+    """Where the run lives; without a checkpoint nothing of it stays where it fails."""
+    if rank:
+        with suppress(_StoppedError):
+            yield partial_of(out)
+        return
+    try:
+        with suppress(_StoppedError), staged(out, directory=True, keep=True) as folder:
+            yield folder
+    except BaseException:
+        if not checkpoints.steps(partial_of(out)):
+            remove(partial_of(out))
+        raise
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[int, int, int]]:
+    """This process's rank, how many there are, and its rank on this machine, as `torchrun` has set them."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1, 0
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0"))
+    finally:
+        dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were held: of a GPU's memory, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _originals(base: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """The stored weight of a module, `(out, in)`."""
+
+    def original(name: str) -> torch.Tensor:
+        info = weights_of(base.tensors, base.config).get(f"{name}.weight")
+        if not isinstance(info, TensorInfo):
+            raise UsageError(f"{name}: is not stored in 16 bits, which LoftQ begins from")
+        return info.read()
+
+    return original
+
+
+def _digest(data: Encoded) -> str:
+    """A hash of all tokens, and of which count."""
+    total = hashlib.sha256()
+    for example in data.examples:
+        total.update(example.ids.tobytes())
+        total.update(example.counted.tobytes())
+    return total.hexdigest()
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    """`0-5,10` as numbers."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise UsageError(f"--layers {text}: expected numbers and ranges, as in 0-5,10")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(found)
+
+
+def _numbers_of(event: Stepped) -> dict[str, Any]:
+    return {"step": event.step, "loss": event.loss, "lr": event.lr, "norm": event.norm, "tokens": event.tokens}

@@ -1,0 +1,17 @@
+"""The trainer's core: layers with factors, the loss, the model as the loop sees it, and the loop.
+
+On any model of torch:
+
+>>> from adapterkit import train
+>>> train.inject(model, train.Lora(targets="all-linear", rank=16))
+>>> ...  # any loop and optimizer over the parameters that require a gradient
+>>> adapterkit.save(train.adapter_of(model), "adapter")
+
+`products` has the arithmetic, `layers` what is put into a model, `initial` how it starts, `loss` cross entropy in
+chunks, `causal` batches without padding, `loop` the steps. A whole run, with its files, is `adapterkit.runs`.
+"""
+
+from adapterkit.train.layers import Lora, adapter_of, disabled, inject, inject_from, lora_layers, quicken
+from adapterkit.train.loss import chunked_cross_entropy
+
+__all__ = ["Lora", "adapter_of", "chunked_cross_entropy", "disabled", "inject", "inject_from", "lora_layers", "quicken"]

@@ -1,0 +1,233 @@
+"""A causal language model as the trainer sees it: a batch of sequences in, the sum of their losses out.
+
+The sequences of a batch are laid end to end in one row, without padding; attention ends where a sequence does. So a
+batch of uneven records and a packed one are the same thing, and no step is spent on padding. A model that cannot be
+read so is found out by trying, and gets its sequences padded; so is one whose logits are more than `h·Wᵀ`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from adapterkit.train.loss import IGNORED, chunked_cross_entropy, rows_at_a_time, token_losses
+from adapterkit.train.products import times_transposed
+
+if TYPE_CHECKING:
+    from adapterkit.data.examples import Example
+
+ATTENTION = "adapterkit"  # the name under which transformers finds `attend`
+PROBE = (5, 3)  # the lengths of the sequences that a model is tried with
+SAME = 0.05  # how far, relative to the largest value, hidden states in low precision may differ and be the same
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences end to end: `ids (tokens,)`, and at each place the `label` of the token that is to follow."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+        """The sequences of `examples`; what does not count, and what follows a last token, is ignored."""
+        ids = torch.cat([torch.from_numpy(one.ids) for one in examples]).long()
+        counted = torch.cat([torch.from_numpy(one.counted) for one in examples])
+        lengths = tuple(len(one.ids) for one in examples)
+        labels = torch.where(counted, ids, IGNORED).roll(-1)
+        labels[torch.tensor(lengths).cumsum(0) - 1] = IGNORED
+        return cls(ids.to(device), labels.to(device), lengths)
+
+    def sequences(self) -> tuple[torch.Tensor, ...]:
+        """The ids of each sequence."""
+        return torch.split(self.ids, list(self.lengths))
+
+    @property
+    def counted(self) -> int:
+        """How many labels count."""
+        return int((self.labels != IGNORED).sum())
+
+
+class CausalModel:
+    """A causal model of transformers, with or without factors; `hidden (tokens, dim)` is what its logits come from."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.backbone, self.head = model, model.base_model, model.get_output_embeddings()
+        if self.backbone is model or self.head is None:
+            raise ValueError(f"{type(model).__name__} is not a causal language model")
+        model.config.use_cache = False
+        self.unpadded = self._takes_unpadded()
+        self.plain_head = self._has_plain_head()
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The last hidden states `(tokens, dim)`."""
+        if self.unpadded:
+            return self._unpadded(batch)
+        ids = torch.nn.utils.rnn.pad_sequence(list(batch.sequences()), batch_first=True)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        mask = places < torch.tensor(batch.lengths, device=ids.device)[:, None]
+        states = self.backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        found: torch.Tensor = states[mask]
+        return found
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The sum of the losses of all labels that count, in float32; logits are there some rows at a time."""
+        h = self.hidden(batch)
+        if self.plain_head:
+            return chunked_cross_entropy(h, self.head.weight, batch.labels)
+        counted = batch.labels != IGNORED
+        h, labels, step = h[counted], batch.labels[counted], rows_at_a_time(self.model.config.vocab_size)
+        parts = [
+            checkpoint(self._summed, part, wanted, use_reentrant=False)
+            for part, wanted in zip(torch.split(h, step), torch.split(labels, step), strict=True)
+        ]
+        return torch.stack(parts).sum() if parts else h.sum() * 0.0
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`−log p(label)` at every place `(tokens,)`, zero where none counts, and whether it is the likeliest token."""
+        logits = partial(times_transposed, W=self.head.weight) if self.plain_head else self.logits
+        return token_losses(self.hidden(batch), logits, batch.labels, self.model.config.vocab_size)
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """The logits of hidden states, `(tokens, vocabulary)`."""
+        z: torch.Tensor = self.head(h)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        if cap:
+            z = torch.tanh(z / cap) * cap
+        scale = getattr(self.model.config, "logit_scale", None) or 1.0 / (
+            getattr(self.model.config, "logits_scaling", None) or 1.0
+        )
+        return z if scale == 1.0 else z * scale
+
+    @torch.no_grad()
+    def complete(self, prompts: Sequence[torch.Tensor], most: int, end: int | None) -> list[list[int]]:
+        """The likeliest continuation of each prompt `(tokens,)`, of up to `most` tokens, without what ends it."""
+        model, longest = self.model, max(map(len, prompts))
+        before, training = model.config._attn_implementation, model.training
+        model.set_attn_implementation("sdpa")  # which knows of caches
+        model.eval()
+        ids = torch.stack([F.pad(ids, (longest - len(ids), 0), value=end or 0) for ids in prompts])
+        mask = torch.stack([F.pad(torch.ones_like(ids), (longest - len(ids), 0)) for ids in prompts])
+        made = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=most, do_sample=False,
+            use_cache=True, eos_token_id=end, pad_token_id=end or 0, temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+        model.set_attn_implementation(before)
+        model.train(training)
+        rows = made[:, longest:].tolist()
+        return [row[: row.index(end)] if end in row else row for row in rows]
+
+    def _summed(self, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.logits(h).float(), labels, reduction="sum")
+
+    def _unpadded(self, batch: Batch) -> torch.Tensor:
+        places = torch.cat([torch.arange(length) for length in batch.lengths]).to(batch.ids.device)
+        states = self.backbone(
+            input_ids=batch.ids[None], position_ids=places[None], use_cache=False, lengths=batch.lengths
+        ).last_hidden_state
+        found: torch.Tensor = states[0]
+        return found
+
+    # --- what the model is able to, found out by trying -------------------------------------------------------------
+
+    @torch.no_grad()
+    def _takes_unpadded(self) -> bool:
+        """Whether two sequences in one row come out as each alone."""
+        if not getattr(self.model, "_supports_attention_backend", False):
+            return False
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION, attend)
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(ATTENTION)
+        try:
+            batch = self._probe()
+            alone = [self.backbone(input_ids=ids[None], use_cache=False) for ids in batch.sequences()]
+            if _same(self._unpadded(batch), torch.cat([one.last_hidden_state[0] for one in alone])):
+                return True
+        except (TypeError, ValueError, RuntimeError, UnsupportedAttentionError):
+            pass
+        self.model.set_attn_implementation(before)
+        return False
+
+    @torch.no_grad()
+    def _has_plain_head(self) -> bool:
+        """Whether the model's own logits are `h·Wᵀ`."""
+        batch = self._probe()
+        h = self.hidden(batch)
+        wanted = torch.cat([self.model(input_ids=ids[None]).logits[0] for ids in batch.sequences()])
+        if not _same(self.logits(h), wanted):
+            raise UnsupportedAttentionError(
+                f"{type(self.model).__name__}: its logits are not those of its output layer"
+            )
+        return type(self.head) is torch.nn.Linear and self.head.bias is None and _same(h @ self.head.weight.t(), wanted)
+
+    def _probe(self) -> Batch:
+        ids = torch.arange(sum(PROBE), device=self.model.device) + 1
+        return Batch(ids, torch.full_like(ids, IGNORED), PROBE)
+
+
+class UnsupportedAttentionError(Exception):
+    """A kind of attention that `attend` does not compute."""
+
+
+def attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *,
+    scaling: float | None = None, lengths: Sequence[int] | None = None, sliding_window: int | None = None, **more: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Causal attention within each of the sequences that lie end to end, none looking into another.
+
+    `query (1, heads, tokens, dim)`, `key` and `value` with as many heads or a divisor; the result is
+    `(1, tokens, heads, dim)`, as transformers wants it.
+    """
+    if more.get("softcap") or more.get("s_aux") is not None or mask is not None:
+        raise UnsupportedAttentionError(f"{type(module).__name__} attends in a way of its own")
+    lengths = lengths or (query.shape[2],)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and len(lengths) > 1:
+        found = _by_flash_attention(query, key, value, scaling, lengths, sliding_window)
+        if found is not None:
+            return found, None
+    parts = []
+    for q, k, v in zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value)), strict=True):
+        band = None
+        if sliding_window and q.shape[2] > sliding_window:
+            places = torch.arange(q.shape[2], device=q.device)
+            ago = places[:, None] - places
+            band = (ago >= 0) & (ago < sliding_window)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _by_flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, lengths: Sequence[int],
+    window: int | None,
+) -> torch.Tensor | None:  # fmt: skip
+    """All sequences in one kernel, where torch has it (2.10 on)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device)
+    longest, (q, k, v) = max(lengths), (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    found: Any = varlen_attn(
+        q, k, v, ends, ends, longest, longest, scale=scaling, window_size=((window or 0) - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    rows: torch.Tensor = found
+    return rows[None]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one - other).abs().max() <= SAME * other.abs().max())

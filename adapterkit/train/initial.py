@@ -1,0 +1,73 @@
+"""What factors are before the first step; each is one function of the base's weight `W (out, in)`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from adapterkit.errors import UsageError
+from adapterkit.lowrank import Limit
+from adapterkit.sketch import Matrix, sketch
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """`A (rank, in)` and `B (out, rank)`; `subtracted` where the base is to lose what they are at first."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    subtracted: bool = False
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
+        """The same elsewhere, in other numbers."""
+        return Factors(self.A.to(device, dtype), self.B.to(device, dtype), self.subtracted)
+
+
+def start(
+    init: str, W: torch.Tensor, rank: int, scaling: float, generator: torch.Generator, embedding: bool, name: str
+) -> Factors:
+    """The factors of module `name` by one of `INITS`, on the CPU; chance comes from `generator`, which is CPU's too."""
+    if init not in INITS:
+        raise UsageError(f"init {init!r}: expected one of {', '.join(INITS)}")
+    out, inner = W.shape
+    if init == "pissa":
+        return pissa(W, rank, scaling, name)
+    if init == "olora":
+        return olora(W, rank)
+    if embedding:  # where A is zero: PEFT's choice, since a row of A is trained only where its token is seen
+        return Factors(torch.zeros(rank, inner), torch.randn(out, rank, generator=generator))
+    if init == "gaussian":
+        return Factors(torch.randn(rank, inner, generator=generator) / rank, torch.zeros(out, rank))
+    bound = 1.0 / math.sqrt(inner)  # Kaiming's uniform bound with a = √5
+    return Factors(torch.empty(rank, inner).uniform_(-bound, bound, generator=generator), torch.zeros(out, rank))
+
+
+def pissa(W: torch.Tensor, rank: int, scaling: float, name: str) -> Factors:
+    """`s·B·A` is the best approximation of W of that rank, both factors of one norm (arXiv 2404.02948)."""
+    best = _best(W, rank, name)
+    return Factors(best.A / math.sqrt(scaling), best.B / math.sqrt(scaling), subtracted=True)
+
+
+def olora(W: torch.Tensor, rank: int) -> Factors:
+    """The first columns of Q and rows of R of `W = Q·R` (arXiv 2406.01775)."""
+    Q, R = torch.linalg.qr(W.double().cpu())
+    return Factors(R[:rank], Q[:, :rank], subtracted=True)
+
+
+def loftq(W: torch.Tensor, quantized: torch.Tensor, rank: int, scaling: float, name: str) -> Factors:
+    """`s·B·A` is the best approximation of what quantizing took from W (arXiv 2310.08659, one alternating step)."""
+    best = _best(W.double() - quantized.to(W.device).double(), rank, name)
+    return Factors(best.A / math.sqrt(scaling), best.B / math.sqrt(scaling))
+
+
+def _best(W: torch.Tensor, rank: int, name: str) -> Factors:
+    """The best approximation of W of that rank, `B·A`, both factors of one norm."""
+    rows = W.detach().cpu().double()
+    matrix = Matrix((rows.shape[0], rows.shape[1]), lambda first, last: rows[first:last])
+    product = sketch(matrix, Limit(rank=rank), name=name).leading.first(rank)
+    return Factors(product.right, product.left)
+
+
+INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")

@@ -1,0 +1,187 @@
+"""The loop: gradients of a step's records, summed over batches and processes, and AdamW.
+
+Nothing is left to where a run came from: the rows of a step follow from the seed and its number, and so does the chance
+of its dropout. So parameters, the optimizer's two moments and the number of the step are all the state there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from adapterkit.chance import seed_for
+from adapterkit.data.batches import Order, Row
+from adapterkit.data.examples import Example
+from adapterkit.errors import AdapterkitError
+from adapterkit.recipe import Recipe
+from adapterkit.train.causal import Batch, CausalModel
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+LEAST_SCALE = 1.0  # of an fp16 loss: gradients that overflow with less are no gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """One step: the mean loss over its tokens, the learning rate, the gradient's norm, and how many tokens it read."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    norm: float
+    tokens: int
+    stop: bool = False  # some process was asked to
+
+
+class Loop:
+    """A model, what of it is trained, and how far that is; `world` processes share each step, of which this is one."""
+
+    def __init__(self, model: CausalModel, order: Order, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
+        self.model, self.order, self.recipe, self.rank, self.world = model, order, recipe, rank, world
+        self.step = 0
+        self.trained: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in model.model.named_parameters() if parameter.requires_grad
+        }
+        self.device = next(iter(self.trained.values())).device
+        self.optimizer = torch.optim.AdamW(
+            list(_groups(self.trained, recipe)), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+        )
+        half = next(model.model.parameters()).dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+
+    def advance(self, stop: bool = False) -> Stepped:
+        """Do one step; raises AdapterkitError where the loss or the gradient is not a number."""
+        rows = self.order.step(self.step)
+        counted = sum(int(example.counted.sum()) for row in rows for example in row)
+        torch.manual_seed(seed_for(self.recipe.seed, f"step {self.step} of process {self.rank}"))
+        loss, stop = self._share(self._gradients(rows[self.rank :: self.world], counted), stop)
+        if not math.isfinite(loss):
+            raise AdapterkitError(f"step {self.step + 1}: the loss is {loss}, {self._blame(rows)}")
+        lr = self._set_rate()
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip or math.inf))
+        if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() <= LEAST_SCALE):
+            raise AdapterkitError(f"step {self.step + 1}: the gradient's norm is {norm}, {self._blame(rows)}")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        tokens = sum(len(example.ids) for row in rows for example in row)
+        return Stepped(self.step, self.order.steps, loss, lr, norm, tokens, stop)
+
+    def evaluate(self, examples: Iterable[Example]) -> float:
+        """The mean loss over the tokens of `examples` that count."""
+        self.model.model.eval()
+        rows = sorted(examples, key=lambda example: len(example.ids))
+        mine, size = rows[self.rank :: self.world], self.recipe.batch_size
+        total = torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(mine), size):
+            batch = Batch.of(mine[first : first + size], self.device)
+            losses, _ = self.model.token_losses(batch)
+            total += torch.tensor([losses.sum(dtype=torch.float64).item(), batch.counted])
+        self.model.model.train()
+        if self.world > 1:
+            total = self._summed(total)
+        return float(total[0] / total[1])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that a later run goes on from."""
+        found = {f"trained.{name}": parameter.detach() for name, parameter in self.trained.items()}
+        found |= {f"kept.{name}": buffer for name, buffer in self._buffers().items()}
+        for name, parameter in self.trained.items():
+            state = self.optimizer.state[parameter]
+            found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
+        found["scale"] = torch.tensor(
+            [self.scaler.get_scale(), float(self.scaler.state_dict().get("_growth_tracker", 0))]
+        )
+        return found
+
+    @torch.no_grad()
+    def restore(self, step: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state` returned after `step` steps."""
+        self.step = step
+        for name, parameter in self.trained.items():
+            parameter.copy_(state[f"trained.{name}"])
+            moments = {moment: state[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in state}
+            self.optimizer.state[parameter] = {
+                moment: tensor.to("cpu" if tensor.ndim == 0 and self.device.type == "cpu" else self.device)
+                for moment, tensor in moments.items()
+            }
+        for name, buffer in self._buffers().items():
+            buffer.copy_(state[f"kept.{name}"])
+        if self.scaler.is_enabled():
+            scale, growth = state["scale"].tolist()
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(growth)})
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """What factors began as, where that is subtracted."""
+        names = (".first_A", ".first_B")
+        return {name: buffer for name, buffer in self.model.model.named_buffers() if name.endswith(names)}
+
+    def _gradients(self, rows: list[Row], counted: int) -> torch.Tensor:
+        """Add up the gradients of `rows`, a batch at a time; the share of the mean loss that is theirs."""
+        total = torch.zeros((), device=self.device)
+        for first in range(0, len(rows), self.recipe.batch_size):
+            batch = Batch.of([one for row in rows[first : first + self.recipe.batch_size] for one in row], self.device)
+            loss = self.model.loss(batch) / counted
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _share(self, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
+        """Sum the gradients and losses of all processes, in one message."""
+        if self.world == 1:
+            return loss.item(), stop
+        for parameter in self.trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        extra = torch.tensor([loss.item(), float(stop)], device=self.device)
+        flat = self._summed(torch.cat([*(grad.reshape(-1).float() for grad in grads), extra]))
+        for grad, part in zip(grads, torch.split(flat[:-2], [grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+        return float(flat[-2]), bool(flat[-1] > 0)
+
+    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
+        return tensor
+
+    def _set_rate(self) -> float:
+        """The learning rate of this step, which each group has its multiple of."""
+        rate = self.recipe.lr * scheduled(self.step, self.order.steps, self.recipe.warmup, self.recipe.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["times"]
+        return rate
+
+    def _blame(self, rows: list[Row]) -> str:
+        wheres = [example.where for row in rows for example in row]
+        more = f" and {len(wheres) - 3} more" if len(wheres) > 3 else ""
+        broken = [name for name, parameter in self.trained.items() if not parameter.isfinite().all()]
+        cause = f"since {broken[0]} has overflowed" if broken else f"on {', '.join(wheres[:3])}{more}"
+        return f"{cause}. Try a lower --lr or --dtype fp32; what was reached before is in the last checkpoint."
+
+
+def scheduled(step: int, steps: int, warmup: float, schedule: str) -> float:
+    """The share of the learning rate at `step`: risen over the warm-up, then falling to 0 at `steps`, or constant."""
+    rise = warmup * steps if warmup < 1 else warmup
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    if schedule == "constant":
+        return 1.0
+    done = (step - rise) / max(1.0, steps - rise)
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _groups(trained: Mapping[str, nn.Parameter], recipe: Recipe) -> Iterator[dict[str, object]]:
+    """Parameters by how much faster than the others they learn: B with LoRA+ (arXiv 2402.12354)."""
+    faster = [parameter for name, parameter in trained.items() if name.endswith(".B")]
+    others = [parameter for name, parameter in trained.items() if not name.endswith(".B")]
+    yield from (
+        {"params": group, "times": times} for group, times in ((others, 1.0), (faster, recipe.lora_plus)) if group
+    )

@@ -1,0 +1,79 @@
+"""Cross entropy over a large vocabulary, some rows at a time: all logits are never there at once.
+
+A frozen output layer makes the gradient of the hidden states known in the forward pass, `∂L/∂z = softmax(z) − onehot`,
+so each chunk of logits is turned into its share of `∂L/∂h` and forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from adapterkit.train.products import times, times_transposed
+
+IGNORED = -100  # a label that does not count, as in torch and transformers
+CHUNK = 1 << 23  # logits at a time
+
+
+def rows_at_a_time(vocabulary: int) -> int:
+    """How many rows of logits there are at once."""
+    return max(1, CHUNK // vocabulary)
+
+
+def chunked_cross_entropy(h: torch.Tensor, W: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`L = Σ −log softmax(h·Wᵀ)[label]`, a sum in float32, or float64 for such, over the labels that count.
+
+    `h (tokens, dim)`, `W (vocab, dim)`, `labels (tokens,)`.
+    """
+    found: torch.Tensor = _ChunkedCrossEntropy.apply(h, W, labels)  # type: ignore[no-untyped-call]
+    return found
+
+
+@torch.no_grad()
+def token_losses(
+    h: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`−log p(label)` `(tokens,)`, zero where a label does not count, and whether the label is the likeliest token."""
+    losses = h.new_zeros(len(h), dtype=_wide(h.dtype))
+    right = torch.zeros_like(labels, dtype=torch.bool)
+    for at in torch.split((labels != IGNORED).nonzero()[:, 0], rows_at_a_time(vocabulary)):
+        log_p = torch.log_softmax(logits(h[at]), dim=-1, dtype=losses.dtype)
+        losses[at] = -log_p.gather(1, labels[at, None])[:, 0]
+        right[at] = log_p.argmax(dim=1) == labels[at]
+    return losses, right
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor, W: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        counted = (labels != IGNORED).nonzero()[:, 0]
+        needs_h, needs_W = ctx.needs_input_grad[:2]
+        dh = torch.zeros_like(h) if needs_h else None
+        dW = torch.zeros_like(W) if needs_W else None
+        total = h.new_zeros((), dtype=_wide(h.dtype))
+        for at in torch.split(counted, rows_at_a_time(len(W))):
+            rows, targets = h[at], labels[at, None]
+            log_p = torch.log_softmax(times_transposed(rows, W), dim=-1, dtype=total.dtype)
+            total -= log_p.gather(1, targets).sum()
+            if not (needs_h or needs_W):
+                continue
+            dz = log_p.exp_()
+            dz.scatter_add_(1, targets, dz.new_full(targets.shape, -1.0))
+            dz = dz.to(h.dtype)
+            if dh is not None:
+                dh[at] = times(dz, W)
+            if dW is not None:
+                dW += times_transposed(dz.t(), rows.t())
+        ctx.save_for_backward(dh, dW)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dh, dW = ctx.saved_tensors
+        return (*(None if one is None else one * grad.to(one.dtype) for one in (dh, dW)), None)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
