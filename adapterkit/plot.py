@@ -1,10 +1,10 @@
-"""Pictures: an adapter's ‖ΔW‖ by layer and target and its singular values; how alike adapters are."""
+"""Pictures: an adapter's ‖ΔW‖ and singular values; how alike adapters are; the losses of a run."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -79,6 +79,36 @@ def draw_likeness(pairs: Sequence[Pair], path: Path) -> None:
         label = f"cosine of ΔW: {pair.total.cosine:.3f} in all"
         _heat_map(figure, axes, cells, targets, layers, label, {"cmap": "RdBu", "vmin": -1, "vmax": 1})
         axes.set_title(f"{pair.first}\nand {pair.second}", fontsize=10)
+    _save(figure, path)
+
+
+def draw_losses(metrics: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+    """Draw a run's training losses to `path`, each and smoothed, its validation losses, and the learning rate below."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 5.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    steps = [line["step"] for line in metrics if "loss" in line]
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    window = max(1, len(losses) // 25)
+    smooth = [fmean(losses[max(0, at - window + 1) : at + 1]) for at in range(len(losses))]
+    above.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
+    above.plot(
+        steps, smooth, color="tab:blue", linewidth=2, label=f"training, mean of {window}" if window > 1 else "training"
+    )
+    held_out = [(line["step"], line["eval_loss"]) for line in metrics if "eval_loss" in line]
+    if held_out:
+        above.plot(*zip(*held_out, strict=True), color="tab:orange", linewidth=2, marker="o", label="held out")
+    above.set_ylabel("loss")
+    above.legend(frameon=False)
+    below.plot(steps, [line["lr"] for line in metrics if "loss" in line], color="0.4")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("step")
+    for axes in (above, below):
+        axes.grid(color="0.92")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=13, fontweight="bold")
     _save(figure, path)
 
 

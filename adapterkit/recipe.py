@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -87,14 +88,18 @@ class Recipe:
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"{_dashed(name)} {value}: expected 1 or more")
-        for name in ("lr", "lora_plus", "epochs"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected more than 0")
+        for name in ("lr", "lora_plus", "epochs", "alpha"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UsageError(f"{_dashed(name)} {value}: expected more than 0")
+        for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+            for key, value in (getattr(self, name) or {}).items():
+                if not (value >= least and 0 < value < math.inf):
+                    raise UsageError(f"{name}: {key} {value}: expected {'1 or more' if least else 'more than 0'}")
         for name in ("dropout", "eval_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected 0 up to 1")
         for name in ("warmup", "weight_decay", "clip", "seed"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected 0 or more")
         self._refuse_contradictions()
 
@@ -109,9 +114,10 @@ class Recipe:
             raise UsageError(f"{_dashed(changed[0])} is for factors, and --method full trains the base itself")
         if full and self.quantize != "none":
             raise UsageError("--method full trains the base itself, which cannot be held in 4 bits")
-        if self.init_from and (self.init != "kaiming" or self.method != "lora" or changed[1:]):
+        taken = set(changed) - {"init_from", "dropout", "lora_plus"}  # what an adapter does not say
+        if self.init_from and (taken or self.method != "lora"):
             raise UsageError("--init-from takes rank, targets, kind and scaling from the adapter: leave those out")
-        if (self.init == "loftq") is (self.quantize == "none") and self.init == "loftq":
+        if self.init == "loftq" and self.quantize == "none":
             raise UsageError("--init loftq makes up for quantizing: it goes with --quantize nf4 or fp4")
         if self.init in ("pissa", "olora") and self.quantize != "none":
             raise UsageError(f"--init {self.init} takes factors out of the base, which --quantize would round again")

@@ -46,7 +46,7 @@ TORCH_AT_TOP = {  # themselves imported only where weights are read
     "against", "based", "blocks", "calibration", "combining", "comparing", "converting", "device", "extracting", "live",
     "quant.carry", "undo", "verifying", "wholes",
     *(f"train.{name}" for name in ("causal", "initial", "layers", "loop", "loss", "products")),
-    *(f"runs.{name}" for name in ("memory", "models", "results", "run")),
+    *(f"runs.{name}" for name in ("memory", "models", "results", "run", "scoring")),
 }  # fmt: skip
 LAZY = {"torch", "rich", "textual", "matplotlib", "huggingface_hub"}  # at levels that must start fast
 

@@ -27,6 +27,8 @@ COMMANDS = {
     "convert": ("convert", "Make an adapter another kind: LoRA to DoRA, DoRA to LoRA, rsLoRA, PiSSA to LoRA."),
     "extract": ("convert", "Extract an adapter from a fine-tuned model and its base."),
     "compare": ("compare", "How alike adapters are: angles, subspaces, signs, and what adding them up loses."),
+    "train": ("train", "Train a small adapter: LoRA, rsLoRA, DoRA, QLoRA; or all of a model."),
+    "eval": ("eval", "How well a model, with an adapter or without, does on held-out records."),
     "quantize": ("quantize", "Quantize a base model to NF4, FP4 or LLM.int8, streaming."),
 }
 

@@ -25,6 +25,7 @@ class Progress:
     """How far a run is, and how good it was at best."""
 
     step: int
+    data: str  # a hash of what is trained on
     tokens: int = 0
     seconds: float = 0.0
     loss: float | None = None  # of the last step

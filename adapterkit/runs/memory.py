@@ -69,22 +69,28 @@ def check(
 ) -> Estimate:
     """The estimate; raises UsageError, with what would fit, where there is less memory than that."""
     found, room = estimate(base, recipe, examples, dtype, device), available(device)
-    if found.total <= room:
-        return found
+    if found.total > room:
+        raise UsageError(
+            f"training takes about {found.total / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are free on {device}: "
+            + helps(base, recipe, examples, dtype, device, room)
+        )
+    return found
+
+
+def helps(
+    base: Checkpoint, recipe: Recipe, examples: Sequence[Example], dtype: torch.dtype, device: torch.device, room: int
+) -> str:
+    """Which options would make it fit."""
+    smaller = replace(recipe, batch_size=1, grad_accum=recipe.rows_per_step)
     ways = {
-        f"--batch-size 1 --grad-accum {recipe.rows_per_step}": replace(
-            recipe, batch_size=1, grad_accum=recipe.rows_per_step
-        ),
+        f"--batch-size 1 --grad-accum {recipe.rows_per_step}": smaller,
         "--gradient-checkpointing": replace(recipe, gradient_checkpointing=True),
-        "both": replace(recipe, batch_size=1, grad_accum=recipe.rows_per_step, gradient_checkpointing=True),
+        "both together": replace(smaller, gradient_checkpointing=True),
     }
     if recipe.method != "full" and recipe.quantize == "none":
-        ways["all that and --quantize nf4"] = replace(ways["both"], quantize="nf4")
+        ways["all that with --quantize nf4"] = replace(ways["both together"], quantize="nf4")
     fitting = [name for name, way in ways.items() if estimate(base, way, examples, dtype, device).total <= room]
-    helps = f"{fitting[0]} would fit" if fitting else "not even small batches with --gradient-checkpointing would fit"
-    raise UsageError(
-        f"training takes about {found.total / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are free on {device}: {helps}"
-    )
+    return ", or ".join(fitting) + " would fit" if fitting else f"not even {list(ways)[-1]} would fit"
 
 
 def available(device: torch.device) -> int:

@@ -12,6 +12,7 @@ import torch
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.train.causal import CausalModel
+from adapterkit.train.layers import quicken
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -74,6 +75,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, quantize: s
             raise FormatError(f"{path}: transformers loads no model from there: {_first_line(error)}") from error
         if not getattr(model, "is_quantized", False):
             torch.nn.Module.to(model, device)
+    quicken(model)  # before anything is computed: bitsandbytes rearranges its weights when they are first used
     return CausalModel(model)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def write_result(
     folder: Path, recipe: Recipe, base: Checkpoint, loop: Loop, tokenizer: Any, data: Encoded,
-    held_back: Encoded | None, progress: Progress, kept: int, command: str,
+    held_back: Encoded | None, progress: Progress, command: str,
 ) -> None:  # fmt: skip
     """Turn the folder of a run into its result: checkpoints go, weights, record and card come."""
     name = base_name(recipe.base, base)
@@ -41,7 +41,7 @@ def write_result(
         flush(file)
         file.rename(folder / file.name)
     made.rmdir()
-    facts = _facts(recipe, loop, data, held_back, progress, kept)
+    facts = _facts(recipe, loop, data, held_back, progress)
     write_json(
         folder / TRAINING_RECORD, {"adapterkit": __version__, "command": command, **facts, "recipe": asdict(recipe)}
     )
@@ -73,19 +73,19 @@ def adapter_config(loop: Loop, recipe: Recipe, base: str | None) -> dict[str, An
     }  # fmt: skip
 
 
-def _facts(
-    recipe: Recipe, loop: Loop, data: Encoded, held_back: Encoded | None, progress: Progress, kept: int
-) -> dict[str, Any]:
+def _facts(recipe: Recipe, loop: Loop, data: Encoded, held_back: Encoded | None, progress: Progress) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in loop.trained.values())
     return {
         "data": {
             "name": Path(recipe.data).name, "records": len(data.examples), "tokens": data.tokens,
-            "counted": data.counted, "truncated": len(data.truncated), "left_out": len(data.bad),
+            "counted": data.counted,
+            "sha256": progress.data, "truncated": len(data.truncated), "left_out": len(data.bad),
             "held_back": len(held_back.examples) if held_back else 0,
         },
         "trained_parameters": trained,
-        "steps": progress.step, "kept_step": kept, "tokens": progress.tokens, "seconds": round(progress.seconds, 1),
-        "loss": progress.loss, "eval_loss_before": progress.first_eval_loss, "eval_loss": progress.best_loss,
+        "steps": progress.step, "kept_step": loop.step, "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1), "loss": progress.loss,
+        "eval_loss_before": progress.first_eval_loss, "eval_loss": progress.best_loss,
         "hardware": _hardware(loop.device), "processes": loop.world, "threads": torch.get_num_threads(),
         "versions": _versions(),
     }  # fmt: skip

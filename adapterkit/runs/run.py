@@ -33,16 +33,16 @@ from adapterkit.quant import weights as weights_of
 from adapterkit.recipe import Recipe, as_yaml, read_recipe
 from adapterkit.runs import checkpoints
 from adapterkit.runs.checkpoints import Progress
-from adapterkit.runs.memory import Estimate, check
+from adapterkit.runs.memory import Estimate, available, check, estimate, helps
 from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
 from adapterkit.runs.results import write_result
 from adapterkit.staging import check_output, partial_of, remove, staged
 from adapterkit.tensorfile import TensorInfo
 from adapterkit.train.causal import CausalModel
-from adapterkit.train.layers import ALL_LINEAR, Lora, inject, inject_from, quicken
+from adapterkit.train.layers import ALL_LINEAR, Lora, inject, inject_from
 from adapterkit.train.loop import Loop, Stepped
 
-RECIPE, METRICS, DATA = "adapterkit_recipe.yaml", "metrics.jsonl", "data.sha256"
+RECIPE, METRICS = "adapterkit_recipe.yaml", "metrics.jsonl"
 SAMPLE_TOKENS = 64
 FREE_TO_CHANGE = ("device", "save_every", "compile", "sample")  # between a run and what it is resumed by
 
@@ -61,6 +61,7 @@ class Started:
     device: str
     dtype: str
     unpadded: bool
+    first_process: bool  # of several, the one that writes, and speaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,24 +134,35 @@ def train(
             model = load_model(base.path, dtype, device, recipe.quantize)
             prepare(model, recipe, base)
             loop = Loop(model, Order.of(data.examples, recipe), recipe, rank, world)
-            run = _Run(recipe, folder, loop, tokenizer, held_back, _digest(data))
+            run = _Run(recipe, folder, loop, tokenizer, held_back, Progress(0, _digest(data)))
             run.take_up(resume)
             parameters = sum(parameter.numel() for parameter in model.model.parameters())
             trained = sum(parameter.numel() for parameter in loop.trained.values())
             yield Started(
                 trained, parameters, loop.order.steps, loop.step, data, held_back, memory, str(device),
-                str(dtype).removeprefix("torch."), model.unpadded,
+                str(dtype).removeprefix("torch."), model.unpadded, rank == 0,
             )  # fmt: skip
             yield from run.steps(stop)
             if run.stopped:
                 yield Stopped(loop.step, folder)
                 raise _StoppedError
-            kept = run.keep_best()
+            run.keep_best()
             yield from run.samples("after")
             if rank == 0:
-                write_result(folder, recipe, base, loop, tokenizer, data, held_back, run.progress, kept, command)
-        early = loop.step < loop.order.steps
-        yield Trained(target, run.progress, kept, early, peak_memory(device))
+                write_result(folder, recipe, base, loop, tokenizer, data, held_back, run.progress, command)
+        if not run.stopped:
+            early = run.progress.step < loop.order.steps
+            yield Trained(target, run.progress, loop.step, early, peak_memory(device))
+
+
+def estimated(recipe: Recipe) -> tuple[Estimate, int, str | None]:
+    """What a run would take, how much memory is free, and where that is less, what would fit."""
+    device = choose_device(recipe.device)
+    base = open_checkpoint(resolve(recipe.base), hub_id(recipe.base))
+    dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
+    examples = read_data(recipe, load_tokenizer(base.path))[0].examples
+    found, room = estimate(base, recipe, examples, dtype, device), available(device)
+    return found, room, None if found.total <= room else helps(base, recipe, examples, dtype, device, room)
 
 
 def read_data(recipe: Recipe, tokenizer: Any) -> tuple[Encoded, Encoded | None]:
@@ -175,7 +187,6 @@ def prepare(model: CausalModel, recipe: Recipe, base: Checkpoint) -> None:
         inject_from(model.model, load_adapter(resolve(recipe.init_from)), recipe.dropout)
     else:
         inject(model.model, lora_of(recipe), seed=recipe.seed, original=_originals(base))
-    quicken(model.model)
     model.model.train()  # gradient checkpointing asks for it; the base's own dropout does not belong to a recipe
     for layer in model.model.modules():
         if isinstance(layer, torch.nn.Dropout):
@@ -201,11 +212,11 @@ class _Run:
     """What a run keeps on disk while it goes on: rank 0 writes, the others know the same."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, loop: Loop, tokenizer: Any, held_back: Encoded | None, digest: str
+        self, recipe: Recipe, folder: Path, loop: Loop, tokenizer: Any, held_back: Encoded | None, progress: Progress
     ) -> None:
         self.recipe, self.folder, self.loop, self.tokenizer = recipe, folder, loop, tokenizer
-        self.held_back, self.digest = held_back, digest
-        self.progress, self.stopped, self.began = Progress(0), False, 0.0
+        self.held_back, self.progress = held_back, progress
+        self.stopped, self.began = False, 0.0
 
     def take_up(self, resume: bool) -> None:
         """Begin, or go on where the last checkpoint left off; raises FitError where that was another run."""
@@ -214,25 +225,25 @@ class _Run:
                 for left in self.folder.iterdir():
                     remove(left)
             self._write(RECIPE, as_yaml(self.recipe))
-            self._write(DATA, self.digest + "\n")
             return
-        self._refuse_another_run()
-        self.progress, tensors = self._load(None)
-        self.loop.restore(self.progress.step, tensors)
+        self._refuse_another_recipe()
+        then, tensors = self._load(None)
+        if then.data != self.progress.data:
+            raise FitError(f"--resume: {self.recipe.data} is not what it was when the run began")
+        self.progress = then
+        self.loop.restore(then.step, tensors)
         if self.loop.rank == 0:
             lines = [json.loads(line) for line in (self.folder / METRICS).read_text(encoding="utf-8").splitlines()]
             done = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.progress.step]
             self._write(METRICS, "".join(done))
 
-    def _refuse_another_run(self) -> None:
+    def _refuse_another_recipe(self) -> None:
         if self.loop.rank:
             return
         then = read_recipe(self.folder / RECIPE, {})
         for name, value in asdict(self.recipe).items():
             if name not in FREE_TO_CHANGE and getattr(then, name) != value:
                 raise FitError(f"--resume: {name} is {value!r} now, the run began with {getattr(then, name)!r}")
-        if (self.folder / DATA).read_text(encoding="utf-8").strip() != self.digest:
-            raise FitError(f"--resume: {self.recipe.data} is not what it was when the run began")
 
     def _load(self, step: int | None) -> tuple[Progress, dict[str, torch.Tensor]]:
         """The checkpoint of a step, or the newest, which only the first process need have on its disk."""
@@ -270,12 +281,11 @@ class _Run:
                 self.stopped = True
                 return
 
-    def keep_best(self) -> int:
-        """Bring back the best state that was measured; the step that it is of."""
+    def keep_best(self) -> None:
+        """Bring back the best state that was measured."""
         best = self.progress.best_step
         if best is not None and best != self.loop.step:
             self.loop.restore(best, self._load(best)[1])
-        return self.loop.step
 
     def samples(self, when: str) -> Iterator[Sampled]:
         """What the model makes of the prompts that the recipe asks for."""
@@ -344,13 +354,13 @@ def _folder(out: Path, rank: int) -> Iterator[Path]:
         with suppress(_StoppedError):
             yield partial_of(out)
         return
-    try:
-        with suppress(_StoppedError), staged(out, directory=True, keep=True) as folder:
+    with suppress(_StoppedError), staged(out, directory=True, keep=True) as folder:
+        try:
             yield folder
-    except BaseException:
-        if not checkpoints.steps(partial_of(out)):
-            remove(partial_of(out))
-        raise
+        except BaseException:
+            if not checkpoints.steps(folder):
+                remove(folder)
+            raise
 
 
 @contextmanager

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 ATTENTION = "adapterkit"  # the name under which transformers finds `attend`
 PROBE = (5, 3)  # the lengths of the sequences that a model is tried with
-SAME = 0.05  # how far, relative to the largest value, hidden states in low precision may differ and be the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +58,22 @@ class CausalModel:
     """A causal model of transformers, with or without factors; `hidden (tokens, dim)` is what its logits come from."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.backbone, self.head = model, model.base_model, model.get_output_embeddings()
+        self.model, self.backbone = model, model.base_model
         if self.backbone is model or self.head is None:
             raise ValueError(f"{type(model).__name__} is not a causal language model")
         model.config.use_cache = False
         self.unpadded = self._takes_unpadded()
-        self.plain_head = self._has_plain_head()
+        self._plain_logits = self._has_plain_logits()
+
+    @property
+    def head(self) -> Any:
+        """The output layer, which may have got factors since."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether the logits are `h·Wᵀ`."""
+        return self._plain_logits and type(self.head) is torch.nn.Linear and self.head.bias is None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states `(tokens, dim)`."""
@@ -99,20 +108,24 @@ class CausalModel:
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """The logits of hidden states, `(tokens, vocabulary)`."""
         z: torch.Tensor = self.head(h)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        cap, scale = self._changes()
         if cap:
             z = torch.tanh(z / cap) * cap
-        scale = getattr(self.model.config, "logit_scale", None) or 1.0 / (
-            getattr(self.model.config, "logits_scaling", None) or 1.0
-        )
         return z if scale == 1.0 else z * scale
+
+    def _changes(self) -> tuple[float | None, float]:
+        """What the model does to its logits: a soft cap, and a factor."""
+        config = self.model.config
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return getattr(config, "final_logit_softcapping", None), scale
 
     @torch.no_grad()
     def complete(self, prompts: Sequence[torch.Tensor], most: int, end: int | None) -> list[list[int]]:
         """The likeliest continuation of each prompt `(tokens,)`, of up to `most` tokens, without what ends it."""
         model, longest = self.model, max(map(len, prompts))
         before, training = model.config._attn_implementation, model.training
-        model.set_attn_implementation("sdpa")  # which knows of caches
+        if before == ATTENTION:
+            model.set_attn_implementation("sdpa")  # which knows of caches
         model.eval()
         ids = torch.stack([F.pad(ids, (longest - len(ids), 0), value=end or 0) for ids in prompts])
         mask = torch.stack([F.pad(torch.ones_like(ids), (longest - len(ids), 0)) for ids in prompts])
@@ -120,7 +133,8 @@ class CausalModel:
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=most, do_sample=False,
             use_cache=True, eos_token_id=end, pad_token_id=end or 0, temperature=None, top_p=None, top_k=None,
         )  # fmt: skip
-        model.set_attn_implementation(before)
+        if before == ATTENTION:
+            model.set_attn_implementation(before)
         model.train(training)
         rows = made[:, longest:].tolist()
         return [row[: row.index(end)] if end in row else row for row in rows]
@@ -159,8 +173,8 @@ class CausalModel:
         return False
 
     @torch.no_grad()
-    def _has_plain_head(self) -> bool:
-        """Whether the model's own logits are `h·Wᵀ`."""
+    def _has_plain_logits(self) -> bool:
+        """Whether the model's own logits are those of its output layer, unchanged."""
         batch = self._probe()
         h = self.hidden(batch)
         wanted = torch.cat([self.model(input_ids=ids[None]).logits[0] for ids in batch.sequences()])
@@ -168,7 +182,7 @@ class CausalModel:
             raise UnsupportedAttentionError(
                 f"{type(self.model).__name__}: its logits are not those of its output layer"
             )
-        return type(self.head) is torch.nn.Linear and self.head.bias is None and _same(h @ self.head.weight.t(), wanted)
+        return self._changes() in ((None, 1.0), (0.0, 1.0))
 
     def _probe(self) -> Batch:
         ids = torch.arange(sum(PROBE), device=self.model.device) + 1
@@ -230,4 +244,7 @@ def _by_flash_attention(
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one - other).abs().max() <= SAME * other.abs().max())
+    """Whether each row is the same but for rounding; even in models of float64, parts compute in float32."""
+    close = 0.5 * max(torch.finfo(one.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    off = torch.linalg.vector_norm(one - other, dim=1, dtype=torch.float32)
+    return bool((off <= close * torch.linalg.vector_norm(other, dim=1, dtype=torch.float32)).all())

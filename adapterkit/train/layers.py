@@ -20,7 +20,7 @@ from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
 from adapterkit.errors import FitError, UsageError
 from adapterkit.quant.modules import dequantized, is_quantized
 from adapterkit.train.initial import Factors, loftq, start
-from adapterkit.train.products import directed, low_rank, plain, times_transposed
+from adapterkit.train.products import directed, gain, low_rank, plain, times_transposed
 
 T = TypeVar("T")
 
@@ -63,10 +63,10 @@ class Lora:
 
     def wants(self, name: str, layer: nn.Module, head: nn.Module | None) -> bool:
         """Whether the module called `name` is among the targets."""
-        if self.layers is not None and not any(
-            int(part) in self.layers for part in name.split(".") if part.isdecimal()
-        ):
-            return False
+        if self.layers is not None:
+            number = next((int(part) for part in name.split(".") if part.isdecimal()), None)  # not an expert's
+            if number not in self.layers:
+                return False
         if self.targets == ALL_LINEAR:
             return is_linear(layer) and layer is not head
         if isinstance(self.targets, str):
@@ -93,7 +93,7 @@ class LoraLayer(nn.Module):
     def __init__(self, base: nn.Module, factors: Factors, scaling: float, dropout: float, dora: bool) -> None:
         super().__init__()
         self.base, self.scaling, self.dropout = base, scaling, dropout
-        self.A, self.B = nn.Parameter(factors.A), nn.Parameter(factors.B)
+        self.A, self.B = nn.Parameter(factors.A.contiguous()), nn.Parameter(factors.B.contiguous())
         self.register_buffer("first_A", factors.A.clone() if factors.subtracted else None)
         self.register_buffer("first_B", factors.B.clone() if factors.subtracted else None)
         self.enabled = True
@@ -154,7 +154,7 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
-            return plain_layer(self.base, x)
+            return cast(torch.Tensor, self.base(x))
         flat = x.reshape(-1, x.shape[-1])
         kept = _kept(flat, self.dropout) if self.training and self.dropout else None
         A, B = self.factors()
@@ -162,7 +162,7 @@ class LoraLinear(LoraLayer):
             y = low_rank(flat, A, B, kept, self.scaling, self.dense)
         else:
             y = directed(flat, A, B, kept, self.scaling, self.dense, self.magnitude, self.norm())
-        return _with_bias(y, self.base).view(*x.shape[:-1], -1)
+        return _with_bias(y, self.base).view(*x.shape[:-1], y.shape[1])
 
 
 class LoraEmbedding(LoraLayer):
@@ -177,15 +177,17 @@ class LoraEmbedding(LoraLayer):
             return y
         A, B = self.factors()
         seen = F.embedding(ids, A.t())
-        y = y + (F.dropout(seen, self.dropout, self.training) @ B.t()).to(y.dtype) * self.scaling
-        return y if self.magnitude is None else y * (self.magnitude / self.norm()).to(y.dtype)
+        scale = torch.as_tensor(getattr(self.base, "embed_scale", 1.0)).to(y.dtype)  # Gemma 3 multiplies by it
+        y = y + ((F.dropout(seen, self.dropout, self.training) @ B.t()) * (self.scaling * scale)).to(y.dtype)
+        return y if self.magnitude is None else (y * gain(self.magnitude, self.norm())).to(y.dtype)
 
 
 def plain_layer(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What a linear layer of the base computes, by the products of `products`; trained if its weight is."""
     weight = cast(torch.Tensor, layer.weight)
-    y = plain(x.reshape(-1, x.shape[-1]), weight if weight.requires_grad else None, partial(dense_of, layer))
-    return _with_bias(y, layer).view(*x.shape[:-1], -1)
+    W = dense_of(layer) if weight.requires_grad else None
+    y = plain(x.reshape(-1, x.shape[-1]), W, partial(dense_of, layer))
+    return _with_bias(y, layer).view(*x.shape[:-1], y.shape[1])
 
 
 def _with_bias(y: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -329,6 +331,7 @@ def _matrix(layer: nn.Module) -> torch.Tensor:
 
 
 def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    layer.train(model.get_submodule(name).training)
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 

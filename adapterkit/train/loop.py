@@ -108,10 +108,7 @@ class Loop:
         for name, parameter in self.trained.items():
             parameter.copy_(state[f"trained.{name}"])
             moments = {moment: state[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in state}
-            self.optimizer.state[parameter] = {
-                moment: tensor.to("cpu" if tensor.ndim == 0 and self.device.type == "cpu" else self.device)
-                for moment, tensor in moments.items()
-            }
+            self.optimizer.state[parameter] = {moment: tensor.to(self.device) for moment, tensor in moments.items()}
         for name, buffer in self._buffers().items():
             buffer.copy_(state[f"kept.{name}"])
         if self.scaler.is_enabled():

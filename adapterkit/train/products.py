@@ -24,7 +24,8 @@ def times_transposed(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     In float32 on a CPU by oneDNN, whose kernels use all that the processor has; MKL, which torch calls by default,
     leaves half of an AMD processor's width unused.
     """
-    if x.dtype is torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    on_cpu = x.dtype is torch.float32 and x.device.type == "cpu" and x.numel()  # oneDNN makes no sums of nothing
+    if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, W, None, "none", [], "")
         return found
     return F.linear(x, W)
@@ -66,6 +67,11 @@ def _apply(function: type[torch.autograd.Function], *args: object) -> torch.Tens
     return y
 
 
+def gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """`m / n`; a row of zeros has no direction and stays zero, as in a merge."""
+    return magnitude / norm.where(norm > 0, torch.inf)
+
+
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, W: torch.Tensor | None, dense: Dense) -> torch.Tensor:
@@ -104,7 +110,7 @@ class _Directed(torch.autograd.Function):
         dense: Dense, magnitude: torch.Tensor, norm: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         v, h = _forward(x, A, B, kept, scaling, dense)
-        y = v.mul_((magnitude / norm).to(v.dtype))
+        y = v.mul_(gain(magnitude, norm))  # in its own precision: it is near 1, where 16 bits are coarse
         ctx.save_for_backward(x, h, A, B, kept, y, magnitude, norm)
         ctx.scaling, ctx.dense = scaling, dense
         return y
@@ -112,8 +118,8 @@ class _Directed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, G: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *factors, y, magnitude, norm = ctx.saved_tensors
-        dm = (G * y).sum(0, dtype=magnitude.dtype) / magnitude
-        directed = G * (magnitude / norm).to(G.dtype)
+        dm = (G * y).sum(0, dtype=magnitude.dtype) / magnitude.where(magnitude != 0, torch.inf)
+        directed = torch.mul(G, gain(magnitude, norm), out=G.new_empty(G.shape))
         grads = _backward(factors, directed, ctx.scaling, ctx.dense, ctx.needs_input_grad[0])
         return (*grads, None, None, None, dm, None)
 

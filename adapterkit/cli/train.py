@@ -1,0 +1,251 @@
+"""`adapterkit train BASE DATA -o OUT`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapterkit.cli.curve import curve
+from adapterkit.cli.running import size
+from adapterkit.errors import UsageError
+from adapterkit.recipe import Recipe, checked, read_recipe
+
+if TYPE_CHECKING:
+    from adapterkit.runs.run import Event, Started, Trained
+
+ARGUMENTS = ("base", "data")
+TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
+SHOWN_BAD = 10
+CURVE = (60, 8)
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for every key of a recipe; what is not given is left to the recipe."""
+    for one in reversed(fields(Recipe)):
+        if one.name in ARGUMENTS:
+            continue
+        kind, flag, about = str(one.type).partition(" |")[0], "--" + one.name.replace("_", "-"), one.metadata["help"]
+        shown = "" if one.default in (None, (), False) or "[" in about else f"  [default: {one.default}]"
+        settings: dict[str, Any] = {"help": about + shown, "default": None}
+        if kind == "bool":
+            flag += f"/--no-{flag.removeprefix('--')}"
+        elif kind.startswith("tuple"):
+            settings |= {"multiple": True, "metavar": "PROMPT"}
+        elif kind.startswith("dict"):
+            settings |= {"multiple": True, "metavar": "NAME=VALUE"}
+        elif one.metadata["choices"]:
+            settings |= {"type": click.Choice(one.metadata["choices"])}
+        else:
+            settings |= {"type": TYPES[kind]}
+        command = click.option(flag, **settings)(command)
+    return command
+
+
+@click.command("train")
+@click.argument("base", required=False)
+@click.argument("data", required=False)
+@click.option("-o", "--output", type=click.Path(), help="The directory to write.")
+@click.option("--recipe", "recipe_file", type=click.Path(), help="Take what is not given here from this YAML file.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
+@click.option("--memory", is_flag=True, help="Print what the run would take, and do nothing.")
+@click.option("--plot", type=click.Path(), help="Draw the losses to this PNG or SVG file at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_options
+def train_command(
+    base: str | None, data: str | None, output: str | None, recipe_file: str | None, resume: bool, overwrite: bool,
+    memory: bool, plot: str | None, as_json: bool, **given: Any,
+) -> None:  # fmt: skip
+    """Train a LoRA adapter for BASE on DATA: texts, prompts with completions, or conversations.
+
+    DATA is JSONL, JSON, CSV, Parquet or text; its records have `text`, or `prompt` and `completion` (the loss is on the
+    completion), or `messages` (on the assistant's turns). Ctrl-C keeps what was reached, for --resume. Under torchrun
+    the same command shares every step among all processes.
+    """
+    recipe = _recipe({"base": base, "data": data} | given, recipe_file)
+    if memory:
+        _print_memory(recipe, as_json)
+        return
+    if output is None:
+        raise UsageError("say where the result is to go: -o OUT")
+    if plot is not None:
+        from adapterkit.plot import check_plot
+
+        check_plot(Path(plot))
+    from adapterkit.runs.run import METRICS, RECIPE, Started, Stopped, Trained, train
+
+    events: list[Event] = []
+    with _asked_to_stop() as stop, _shown(as_json) as show:
+        command = shlex.join(["adapterkit", *sys.argv[1:]])
+        for event in train(recipe, output, resume=resume, overwrite=overwrite, command=command, stop=stop):
+            show(event)
+            if isinstance(event, Started | Stopped | Trained):
+                events.append(event)
+    match events:
+        case [Started() as started, Trained() as trained]:
+            if started.first_process:
+                metrics = [json.loads(line) for line in (trained.out / METRICS).read_text("utf-8").splitlines()]
+                _print_result(started, trained, metrics, as_json)
+                if plot is not None:
+                    from adapterkit.plot import draw_losses
+
+                    draw_losses(metrics, Path(plot), trained.out.name)
+        case [*_, Stopped(step=step, folder=folder)]:
+            again = shlex.join(["adapterkit", "train", "--recipe", str(folder / RECIPE), "-o", output, "--resume"])
+            raise KeyboardInterrupt(f"kept what was reached after step {step}; go on with: {again}")
+
+
+def _recipe(given: dict[str, Any], file: str | None) -> Recipe:
+    """The recipe of the command line, over that of a file."""
+    plain = {name: value for name, value in given.items() if value not in (None, ())}
+    for name in ("rank_pattern", "alpha_pattern"):
+        if name in plain:
+            pairs = [text.partition("=") for text in plain[name]]
+            if any(not value for _, _, value in pairs):
+                raise UsageError(f"--{name.replace('_', '-')}: expected NAME=VALUE, as in down_proj=16")
+            plain[name] = {key: value for key, _, value in pairs}
+    recipe = checked(plain, "options") if file is None else read_recipe(Path(file), plain)
+    for name in ARGUMENTS:
+        if not getattr(recipe, name):
+            raise UsageError(f"no {name.upper()} given: adapterkit train BASE DATA -o OUT, or --recipe FILE")
+    return recipe
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether ctrl-C or a SIGTERM came; a second one ends at once."""
+    asked: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt("at once; what the last checkpoint holds is kept")
+        asked.append(number)
+        print("\nfinishing this step; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _shown(as_json: bool) -> Iterator[Callable[[Event], None]]:
+    """What shows events on stderr: a bar where that is a terminal, else a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from adapterkit.runs.run import Evaluated, Sampled, Started
+    from adapterkit.train.loop import Stepped
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=None, start=False)
+    began, tokens, quiet = 0.0, 0, False
+
+    def show(event: Event) -> None:
+        nonlocal began, tokens, quiet
+        if quiet:
+            return
+        if isinstance(event, Started):
+            quiet = not event.first_process
+            if not quiet:
+                _print_start(event)
+                bar.start_task(task)
+                bar.update(task, total=event.steps, completed=event.first_step)
+                began = time.monotonic()
+        elif isinstance(event, Stepped):
+            tokens += event.tokens
+            speed = tokens / max(1e-9, time.monotonic() - began)
+            facts = f"loss {event.loss:.3f}  {speed:,.0f} tokens/s  {_memory()}"
+            bar.update(task, completed=event.step, description=facts)
+            if not console.is_terminal and event.step % max(1, event.steps // 10) == 0:
+                print(f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s", file=sys.stderr)
+        elif isinstance(event, Evaluated):
+            better = "" if event.step == 0 or event.best else "  (was lower)"
+            console.print(f"step {event.step}: validation loss {event.loss:.4f}{better}")
+        elif isinstance(event, Sampled):
+            console.print(f"{event.when}: {event.prompt!r} goes on with {event.completion!r}")
+
+    with bar:
+        yield show
+
+
+def _print_start(event: Started) -> None:
+    data, held_back = event.data, event.held_back
+    for bad in data.bad[:SHOWN_BAD]:
+        print(f"note: left out {bad.where}: {bad.why}", file=sys.stderr)
+    if len(data.bad) > SHOWN_BAD:
+        print(f"note: left out {len(data.bad) - SHOWN_BAD} more", file=sys.stderr)
+    if data.truncated:
+        print(f"note: {len(data.truncated)} records were cut, the first of them {data.truncated[0]}", file=sys.stderr)
+    if not event.unpadded:
+        print("note: this model cannot read sequences end to end; they are padded", file=sys.stderr)
+    held = f", {len(held_back.examples):,} held back" if held_back else ""
+    print(
+        f"data      {len(data.examples):,} records, {data.tokens:,} tokens, {data.counted:,} to learn{held}\n"
+        f"training  {event.trained:,} parameters ({event.trained / event.parameters:.2%}) in {event.steps:,} steps, "
+        f"{event.dtype} on {event.device}\n"
+        f"memory    about {size(event.memory.total)}",
+        file=sys.stderr,
+    )
+
+
+def _print_result(started: Started, trained: Trained, metrics: list[dict[str, Any]], as_json: bool) -> None:
+    progress, losses = trained.progress, [line["loss"] for line in metrics if "loss" in line]
+    if as_json:
+        facts = {"output": str(trained.out), "trained_parameters": started.trained, "kept_step": trained.kept}
+        facts |= {"stopped_early": trained.stopped_early, "peak_memory": trained.peak_memory}
+        print(json.dumps({**facts, **asdict(progress)}, indent=2))
+        return
+    if sys.stdout.isatty() and len(losses) > 1:
+        print("\n".join(curve(losses, *CURVE)))
+    early = ", stopped early" if trained.stopped_early else ""
+    print(
+        f"trained   {progress.step:,} steps, {progress.tokens:,} tokens in {progress.seconds:,.1f} s "
+        f"({progress.tokens / max(1e-9, progress.seconds):,.0f} tokens/s), {size(trained.peak_memory)}{early}"
+    )
+    print(f"loss      {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
+    if progress.best_loss is not None and progress.first_eval_loss is not None:
+        print(
+            f"held out  {progress.first_eval_loss:.4f} before, {progress.best_loss:.4f} at step {trained.kept}, "
+            f"which is kept; perplexity {exp(progress.first_eval_loss):.2f}, {exp(progress.best_loss):.2f}"
+        )
+    print(f"wrote     {trained.out}")
+
+
+def _print_memory(recipe: Recipe, as_json: bool) -> None:
+    from adapterkit.runs.run import estimated
+
+    found, room, fits = estimated(recipe)
+    if as_json:
+        print(json.dumps({**asdict(found), "total": found.total, "free": room}, indent=2))
+        return
+    for name, value in asdict(found).items():
+        print(f"{name:13}{size(value):>10}")
+    print(f"{'in all':13}{size(found.total):>10}, {size(room)} free" + ("" if fits is None else f": {fits}"))
+
+
+def _memory() -> str:
+    import torch
+
+    if used := torch.cuda.max_memory_allocated():
+        return size(used)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return size(pages * 4096)
