@@ -35,6 +35,7 @@ from report import Target, report, targets_table
 
 if TYPE_CHECKING:
     import torch
+
     from adapterkit.data.batches import Order
     from adapterkit.data.examples import Example
     from adapterkit.recipe import Recipe
@@ -52,6 +53,7 @@ WORDS = {
 }  # fmt: skip
 RANK, ALPHA, LR, ROW = 8, 16.0, 1e-4, 1024
 BATCH = {"even": 4, "uneven": 8, "packed": 8}  # records; packed, the text of so many a step
+LENGTH = {"even": 256, "uneven": ROW, "packed": ROW}
 KINDS = [("lora", "fp32"), ("lora", "bf16"), ("dora", "fp32"), ("dora", "bf16"), ("qlora", "bf16")]
 
 
@@ -66,7 +68,7 @@ class Job:
     packing: str
     steps: int = 3
     batch: int = 4
-    length: int = 256  # of even records
+    length: int = 256  # of even records, or of the longest; packed, of rows
     device: str = "cpu"
     shape: str = ""  # of a model with random weights, on random tokens, instead of SmolLM2
     layers: int = 32
@@ -142,7 +144,10 @@ def on_cpu(args: argparse.Namespace) -> None:
     }
     if args.quick:
         args.rounds = 1
-        cases = {name: [replace(job, steps=1, batch=2, length=32) for job in jobs] for name, jobs in cases.items()}
+        cases = {
+            name: [replace(job, steps=1, batch=2, length=min(200, job.length // 4)) for job in jobs]
+            for name, jobs in cases.items()
+        }
     found = in_rounds([job for jobs in cases.values() for job in jobs], args.rounds)
     tables = [
         table_of({name: jobs for name, jobs in cases.items() if name.endswith(f"-{data}")}, found, data)
@@ -159,7 +164,8 @@ def jobs_of(method: str, dtype: str, data: str, steps: int) -> list[Job]:
     """The jobs of one case, the first ours; PEFT's of a packed one is not packed."""
     words = (method, dtype, "even" if data == "even" else "uneven")
     packing = "packed" if data == "packed" else "plain"
-    return [Job(tool, *words, "plain" if tool == "peft" else packing, steps=steps, batch=BATCH[data]) for tool in TOOLS]
+    sizes = {"steps": steps, "batch": BATCH[data], "length": LENGTH[data]}
+    return [Job(tool, *words, "plain" if tool == "peft" else packing, **sizes) for tool in TOOLS]
 
 
 def in_rounds(jobs: Sequence[Job], rounds: int) -> Outcomes:
@@ -351,7 +357,7 @@ def recipe_of(job: Job) -> Recipe:
     packed = job.packing == "packed"
     return Recipe(
         str(BASE), str(TEXT), "dora" if job.method == "dora" else "lora", "nf4" if job.method == "qlora" else "none",
-        RANK, ALPHA, "all-linear", batch_size=1 if packed else job.batch, max_length=ROW, packing=packed, lr=LR,
+        RANK, ALPHA, "all-linear", batch_size=1 if packed else job.batch, max_length=job.length, packing=packed, lr=LR,
         schedule="constant", warmup=0.0, dtype=job.dtype, device=job.device,
     )  # fmt: skip
 
@@ -382,7 +388,9 @@ def examples_of(job: Job, count: int) -> Iterator[Example]:
     with TEXT.open(encoding="utf-8") as stream:
         rows = map(json.loads, stream)
         texts = (Record("", text=f"{row['question']}\n{row['answer']}") for row in rows)
-        encoded = (cast("Example", encode(text, tokenizer, ROW)) for text in texts)
+        encoded = (
+            cast("Example", encode(text, tokenizer, job.length if job.data == "uneven" else ROW)) for text in texts
+        )
         if job.data == "uneven":
             yield from (one for one, _ in zip(encoded, range(count), strict=False))
             return
@@ -431,7 +439,7 @@ def by_trl(job: Job, order: Order, meter: Meter) -> None:
     from peers.trl_sft import train
 
     records = [one.ids.tolist() for number in range(order.steps) for row in order.step(number) for one in row]
-    batch, room = (1, ROW) if job.packing == "packed" else (job.batch, None)
+    batch, room = (1, job.length) if job.packing == "packed" else (job.batch, None)
     config = lora(RANK, ALPHA, job.method == "dora")
     train(peer_model(job), records, config, batch, room, LR, meter.begin, meter.step)
 

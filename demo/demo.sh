@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
-# Merge an adapter that teaches a small model SQL: look at it, merge it, ask the same question before and after.
+# Teach a small model to answer with function calls, merge what it learned, measure it, and take it out again.
 set -euo pipefail
 
 PATH="$PWD/.venv/bin:$PATH"
 cache=${ADAPTERKIT_CACHE:-.cache}
 base=$cache/SmolLM2-135M-Instruct
-adapter=fixtures/smollm2-wikisql
-merged=$cache/demo-merged
-again=$cache/demo-again
-rm -rf "$merged" "$again"
+work=$cache/demo
+rm -rf "$work"
 
 # Print a command as a reader could copy it, then run it.
 run() {
@@ -18,30 +16,30 @@ run() {
     "$@"
 }
 
-# A question from the test split: its table was never seen in training.
-prompt='table: 1-10548224-1
-columns: Year, Game or event, Date contested, League or governing body, Sport, Winning team, Losing team, Final score
-Q: What was the final score for the game that was contested on February 1, 2009?
-A:'
+prompt=$'On Friday at 6:45pm I have to call Ada, don\'t let me forget\n'
 
-echo "What is in this adapter? Only its header and its small factors are read."
-run adapterkit inspect "$adapter"
+echo "400 requests and the calls that answer them, and 32 others to test with:"
+run python demo/commands.py "$work/data"
+head -n 2 "$work/data/train.jsonl"
 
-printf '\nDoes it fit the base model?\n'
-run adapterkit inspect "$adapter" --against "$base"
-
-printf '\nWhat would a merge do? A dry run checks everything and writes nothing.\n'
-run adapterkit merge "$base" "$adapter" -o "$merged" --dry-run
-
-printf '\nThe base model, asked a question about a table, makes up an answer:\n'
+printf '\nThe base model knows nothing of such calls:\n'
 run python demo/ask.py "$base" "$prompt" --line
+run adapterkit eval "$base" "$work/data/test.jsonl"
 
-printf '\nMerge for real:\n'
-run adapterkit merge "$base" "$adapter" -o "$merged" --report
+printf '\nTrain an adapter, which takes about a minute:\n'
+run adapterkit train "$base" "$work/data/train.jsonl" -o "$work/adapter" \
+    --targets all-linear --epochs 2 --lr 1e-3 --eval-data "$work/data/test.jsonl"
 
-printf '\nThe merged model, asked the same, writes the SQL query that answers it:\n'
-run python demo/ask.py "$merged" "$prompt" --line
+printf '\nWhat is in it, and does it fit?\n'
+run adapterkit inspect "$work/adapter" --against "$base"
+
+printf '\nMerge it into the base:\n'
+run adapterkit merge "$base" "$work/adapter" -o "$work/merged" --report
+
+printf '\nThe merged model makes calls of requests that it never saw:\n'
+run python demo/ask.py "$work/merged" "$prompt" --line
+run adapterkit eval "$work/merged" "$work/data/test.jsonl"
 
 printf '\nAnd back: the merge left a receipt, by which every file of the base comes out again as it was.\n'
-run adapterkit unmerge "$merged" -o "$again" --adapter "$adapter"
-run cmp "$base/model.safetensors" "$again/model.safetensors"
+run adapterkit unmerge "$work/merged" -o "$work/again" --adapter "$work/adapter"
+run cmp "$base/model.safetensors" "$work/again/model.safetensors"

@@ -628,6 +628,17 @@ def test_disabled_is_the_base_bit_for_bit(init: str, method: str, quick: bool) -
         assert torch.equal(model(ids).logits, with_factors) and not torch.allclose(with_factors, before, atol=0.05)
 
 
+@torch.no_grad()
+def test_disabled_computes_with_the_kernels_that_the_base_has() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(1000, 300)})
+    base, x = copy.deepcopy(model), torch.randn(33, 1000)
+    inject(model, Lora(("q",), RANK, ALPHA))
+    with disabled(model):
+        assert torch.equal(model.q(x), base.q(x))
+        quicken(model)
+        torch.testing.assert_close(model.q(x), base.q(x), rtol=1e-4, atol=1e-5)
+
+
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How often the products of the base are computed by ours."""

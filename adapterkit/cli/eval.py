@@ -20,7 +20,8 @@ from adapterkit.recipe import DTYPES, QUANTIZE, Recipe
 from adapterkit.staging import check_output, staged
 
 if TYPE_CHECKING:
-    from adapterkit.runs.scoring import Event, Prediction, Request, Scored, Started
+    from adapterkit.runs.answers import Prediction
+    from adapterkit.runs.scoring import Event, Request, Scored, Started
 
 USAGE = "adapterkit eval BASE [ADAPTER] DATA"
 SHOWN_BAD = 10
@@ -186,7 +187,7 @@ def _text(facts: dict[str, Any]) -> str:
     details += [f"{cut:,} cut to {facts['max_length']:,}"] * bool(cut) + [f"{out:,} left out"] * bool(out)
     lines = [
         f"records    {facts['records']:,} ({', '.join(details)})",
-        f"perplexity {perplexity['by_token']:.4g} by token, {perplexity['by_sequence']:.4g} by sequence",
+        f"perplexity {_digits(perplexity['by_token'])} by token, {_digits(perplexity['by_sequence'])} by sequence",
         f"next token {facts['next_token']:.1%} right",
     ]
     if completed := facts["completed"]:
@@ -199,3 +200,8 @@ def _text(facts: dict[str, Any]) -> str:
             lines.append(f"answer     {completed['accuracy']:.1%} right")
     lines.append(f"took       {facts['seconds']:.1f} s on {facts['device']} in {facts['dtype']}")
     return "\n".join(lines + ([f"wrote      {facts['output']}"] if facts["output"] else []))
+
+
+def _digits(value: float) -> str:
+    """Four of them."""
+    return f"{value:#.4g}".rstrip(".")

@@ -48,9 +48,9 @@ def choose_dtype(name: str, base: Checkpoint, device: torch.device, full: bool) 
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of the model at `path`; raises FormatError where there is none."""
-    from transformers import AutoTokenizer
-
     with quiet():
+        from transformers import AutoTokenizer
+
         try:
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
@@ -59,33 +59,32 @@ def load_tokenizer(path: Path) -> Any:
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> CausalModel:
     """The causal language model at `path`, its linear layers in 4 bits on request; raises FormatError where none is."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    with quiet():
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": device}}
     if quantize != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
         )  # type: ignore[no-untyped-call]  # fmt: skip
-        options["device_map"] = {"": device}
     with quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(path, **options)
         except (OSError, ValueError, KeyError) as error:
             raise FormatError(f"{path}: transformers loads no model from there: {_first_line(error)}") from error
-        if not getattr(model, "is_quantized", False):
-            torch.nn.Module.to(model, device)
     quicken(model)  # before anything is computed: bitsandbytes rearranges its weights when they are first used
     return CausalModel(model)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bars and warnings from the terminal, which is ours."""
-    from transformers.utils import logging as found
-
-    logging: Any = found
-
+    """Keep transformers' bars and warnings from the terminal, which is ours; raises UsageError where it is missing."""
+    try:
+        import transformers.utils.logging
+    except ImportError as error:
+        raise UsageError("training and evaluating need transformers: pip install 'adapterkit[train]'") from error
+    logging: Any = transformers.utils.logging
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -21,18 +21,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from adapterkit.adapter import Adapter
 from adapterkit.card import write_text
 from adapterkit.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.data.batches import Order
 from adapterkit.data.examples import Encoded, encode_all, split
 from adapterkit.data.records import Fields, read_records
 from adapterkit.errors import FitError, OutputExistsError, UsageError
-from adapterkit.formats import load as load_adapter
 from adapterkit.hub import hub_id, resolve
 from adapterkit.quant import weights as weights_of
 from adapterkit.recipe import Recipe, as_yaml, read_recipe
 from adapterkit.runs import checkpoints
 from adapterkit.runs.checkpoints import Progress
+from adapterkit.runs.fitting import check_sequences, open_fitting, refuse_twice_quantized
 from adapterkit.runs.memory import Estimate, available, check, estimate, helps
 from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
 from adapterkit.runs.results import write_result
@@ -129,10 +130,13 @@ def train(
         dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
         tokenizer = load_tokenizer(base.path)
         data, held_back = read_data(recipe, tokenizer)
+        refuse_twice_quantized(recipe.quantize, base)
+        check_sequences(data, base)
+        first = open_fitting(recipe.init_from, base).adapter if recipe.init_from else None
         memory = check(base, recipe, data.examples, dtype, device)
         with _folder(target, rank) as folder:
             model = load_model(base.path, dtype, device, recipe.quantize)
-            prepare(model, recipe, base)
+            prepare(model, recipe, base, first)
             loop = Loop(model, Order.of(data.examples, recipe), recipe, rank, world)
             run = _Run(recipe, folder, loop, tokenizer, held_back, Progress(0, _digest(data)))
             run.take_up(resume)
@@ -179,12 +183,12 @@ def read_data(recipe: Recipe, tokenizer: Any) -> tuple[Encoded, Encoded | None]:
     return split(data, recipe.eval_share, recipe.seed) if recipe.eval_share else (data, None)
 
 
-def prepare(model: CausalModel, recipe: Recipe, base: Checkpoint) -> None:
-    """Give the model its factors, and everything else of `recipe` that changes how it computes."""
+def prepare(model: CausalModel, recipe: Recipe, base: Checkpoint, first: Adapter | None = None) -> None:
+    """Give the model its factors, those of `first` to go on with, and all else that changes how it computes."""
     if recipe.method == "full":
         model.model.requires_grad_(True)
-    elif recipe.init_from:
-        inject_from(model.model, load_adapter(resolve(recipe.init_from)), recipe.dropout)
+    elif first is not None:
+        inject_from(model.model, first, recipe.dropout)
     else:
         inject(model.model, lora_of(recipe), seed=recipe.seed, original=_originals(base))
     model.model.train()  # gradient checkpointing asks for it; the base's own dropout does not belong to a recipe

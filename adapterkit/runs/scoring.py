@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-import string
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,27 +18,21 @@ from typing import Any
 import torch
 
 from adapterkit.adapter import Adapter
-from adapterkit.changes import missing, refuse_broken
-from adapterkit.checkpoint import Checkpoint, open_checkpoint
+from adapterkit.checkpoint import Checkpoint, is_base, open_checkpoint
 from adapterkit.data.examples import Encoded, Example, encode_all
 from adapterkit.data.records import DEFAULT, Fields, Record, read_records
-from adapterkit.errors import AdapterkitError, FitError, UsageError
-from adapterkit.formats import load as load_adapter
+from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.hub import hub_id, resolve
-from adapterkit.plan import Given
-from adapterkit.planning import HEAD, tied_embedding
-from adapterkit.quant import weights as weights_of
 from adapterkit.recipe import Recipe
+from adapterkit.runs.answers import Prediction, answer_of, compared
+from adapterkit.runs.fitting import check_sequences, open_fitting, refuse_twice_quantized, size_of
 from adapterkit.runs.memory import available, estimate
 from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
-from adapterkit.targets import fit
 from adapterkit.train.causal import Batch, CausalModel
-from adapterkit.train.layers import inject_from, lora_layers, quicken
+from adapterkit.train.layers import inject_from, lora_layers
 from adapterkit.train.loss import IGNORED
 
 MORE = 8  # tokens that a completion may have beyond the longest that belongs to a prompt
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,19 +133,6 @@ class Likelihood:
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the model wrote after a prompt, and how that compares; `right` is for the answer, if one is looked for."""
-
-    where: str
-    prompt: str
-    expected: str
-    completion: str
-    exact: bool
-    f1: float
-    right: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Scored:
     """The end: all that was measured."""
 
@@ -189,15 +168,17 @@ def evaluate(request: Request) -> Iterator[Event]:
     where a loss is no number.
     """
     device = choose_device(request.device)
-    base = open_checkpoint(resolve(request.base), hub_id(request.base))
-    if request.quantize != "none" and base.quantization:
-        raise UsageError(f"--quantize {request.quantize}: {base.name} is quantized already ({base.quantization})")
-    given = None if request.adapter is None else _fitting(request.adapter, base)
+    path = resolve(request.base)
+    if path.exists() and not is_base(path):  # beside a model, transformers would load an adapter that it finds there
+        raise UsageError(f"{path}: is no model of transformers: expected a directory with config.json and no adapter")
+    base = open_checkpoint(path, hub_id(request.base))
+    refuse_twice_quantized(request.quantize, base)
+    given = None if request.adapter is None else open_fitting(request.adapter, base)
     dtype = choose_dtype(request.dtype, base, device, full=False)
     tokenizer = load_tokenizer(base.path)
     records = islice(read_records(request.data, request.fields), request.limit)
     data = encode_all(records, tokenizer, request.max_length, request.skip_bad)
-    _check_sequences(data, base)
+    check_sequences(data, base)
     prompts = _prompts(request, data, tokenizer)
     most = _most(request, prompts, base)
     _check_memory(request, base, data, dtype, device)
@@ -215,15 +196,13 @@ def evaluate(request: Request) -> Iterator[Event]:
 def prepared(model: CausalModel, adapter: Adapter | None) -> CausalModel:
     """`model` with the factors of `adapter` beside its weights, and nothing in it trained."""
     if adapter is not None:
-        model.model.set_attn_implementation("sdpa")
         inject_from(model.model, adapter)
         for layer in lora_layers(model.model).values():
             if layer.magnitude is not None:  # else DoRA's norms would be computed anew for every token
-                layer.norm = partial(torch.Tensor.clone, layer.norm())  # type: ignore[method-assign]
+                layer.norm = partial(torch.Tensor.detach, layer.norm())  # type: ignore[method-assign]
     model.model.requires_grad_(False)
     model.model.eval()
-    quicken(model.model)
-    return model if adapter is None else CausalModel(model.model)  # whose head may have factors now
+    return model
 
 
 def read(
@@ -278,50 +257,6 @@ def complete(
 # --- what is checked first -------------------------------------------------------------------------------------------
 
 
-def _fitting(spec: str, base: Checkpoint) -> Given:
-    """The adapter, checked to be whole and to fit `base`."""
-    path = resolve(spec)
-    given = Given(load_adapter(path), label=hub_id(spec) or path.resolve().name)
-    refuse_broken(given)
-    adapter, tensors = given.adapter, weights_of(base.tensors, base.config)
-    whole = [
-        *adapter.replaced,
-        *adapter.tokens,
-        *(name for name, one in adapter.modules.items() if one.bias is not None),
-    ]
-    if whole:
-        raise FitError(
-            f"{given.label}: {whole[0]}: is trained whole in this adapter, and only factors and magnitudes go beside a "
-            "base. Merge it, and evaluate the result."
-        )
-    if (embedding := tied_embedding(base)) is not None:
-        tensors.setdefault(HEAD, replace(tensors[embedding], name=HEAD))
-    missing(given, fit(adapter, tensors, base.config), base, tensors, allow_partial=False)
-    return given
-
-
-def _check_sequences(data: Encoded, base: Checkpoint) -> None:
-    """Raise where a sequence is longer than what the model can read, or holds what it has no embedding for."""
-    positions, vocabulary = _size(base, "max_position_embeddings", "n_positions"), _size(base, "vocab_size")
-    for example in data.examples:
-        if positions is not None and len(example.ids) > positions:
-            raise UsageError(
-                f"{example.where}: has {len(example.ids):,} tokens, {base.name} reads {positions:,} at most: "
-                f"--max-length {positions}"
-            )
-        if vocabulary is not None and example.ids.max() >= vocabulary:
-            raise FitError(
-                f"{example.where}: has token {example.ids.max()}, {base.name} knows {vocabulary:,}. Its tokenizer "
-                "belongs to another model."
-            )
-
-
-def _size(base: Checkpoint, *names: str) -> int | None:
-    nested = base.config.get("text_config")
-    config = base.config | (nested if isinstance(nested, dict) else {})
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
-
-
 def _prompts(request: Request, data: Encoded, tokenizer: Any) -> list[Prompt]:
     """What the model is to complete; a prompt without a token cannot be."""
     if request.generate is False:
@@ -349,7 +284,7 @@ def _prompts(request: Request, data: Encoded, tokenizer: Any) -> list[Prompt]:
 def _most(request: Request, prompts: Sequence[Prompt], base: Checkpoint) -> int:
     """How many tokens the model may write."""
     most = request.max_new_tokens or max((one.length for one in prompts), default=0) + MORE
-    positions = _size(base, "max_position_embeddings", "n_positions")
+    positions = size_of(base, "max_position_embeddings", "n_positions")
     longest = max(prompts, key=lambda one: len(one.ids), default=None)
     if positions is None or longest is None or len(longest.ids) + most <= positions:
         return most
@@ -369,40 +304,6 @@ def _check_memory(request: Request, base: Checkpoint, data: Encoded, dtype: torc
         raise UsageError(
             f"{base.name} takes about {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are free on {device}{less}"
         )
-
-
-# --- how texts compare -----------------------------------------------------------------------------------------------
-
-
-def compared(record: Record, text: str, answer: str | None = None) -> Prediction:
-    """`text`, written after the prompt of `record`, beside the completion that belongs there."""
-    expected = record.completion or ""
-    right = None if answer is None else answer_of(text, answer) == answer_of(expected, answer)
-    exact = text.strip() == expected.strip()
-    return Prediction(record.where, record.prompt or "", expected, text, exact, f1(text, expected), right)
-
-
-def answer_of(text: str, pattern: str) -> str | None:
-    """The first group of the last match of `pattern`, or all of it if there are no groups; None without a match."""
-    matches = list(re.finditer(pattern, text))
-    found: str | None = matches[-1][min(1, matches[-1].re.groups)] if matches else None
-    return None if found is None else found.strip()
-
-
-def f1(text: str, expected: str) -> float:
-    """`2·c / (n + m)`, where c of the n and m words are common: SQuAD's (Rajpurkar et al., arXiv 1606.05250).
-
-    Without words on a side, 1 if there are none on the other, as in its second version (arXiv 1806.03822).
-    """
-    one, other = words(text), words(expected)
-    if not one or not other:
-        return float(one == other)
-    return 2 * sum((Counter(one) & Counter(other)).values()) / (len(one) + len(other))
-
-
-def words(text: str) -> list[str]:
-    """The words that SQuAD compares: in lower case, without ASCII punctuation and the articles of English."""
-    return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
 
 
 def _mean(values: Sequence[float]) -> float | None:

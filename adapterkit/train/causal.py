@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from adapterkit.errors import FormatError
 from adapterkit.train.loss import IGNORED, chunked_cross_entropy, rows_at_a_time, token_losses
 from adapterkit.train.products import times_transposed
 
@@ -60,7 +61,7 @@ class CausalModel:
     def __init__(self, model: Any) -> None:
         self.model, self.backbone = model, model.base_model
         if self.backbone is model or self.head is None:
-            raise ValueError(f"{type(model).__name__} is not a causal language model")
+            raise FormatError(f"{type(model).__name__}: is no causal language model, which this trains and evaluates")
         model.config.use_cache = False
         self.unpadded = self._takes_unpadded()
         self._plain_logits = self._has_plain_logits()
@@ -76,9 +77,12 @@ class CausalModel:
         return self._plain_logits and type(self.head) is torch.nn.Linear and self.head.bias is None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """The last hidden states `(tokens, dim)`."""
-        if self.unpadded:
-            return self._unpadded(batch)
+        """The last hidden states `(tokens, dim)`, as the output layer takes them; some models end in float32."""
+        states = self._unpadded(batch) if self.unpadded else self._padded(batch)
+        dtype: torch.dtype = self.head.weight.dtype
+        return states.to(dtype) if dtype.is_floating_point else states
+
+    def _padded(self, batch: Batch) -> torch.Tensor:
         ids = torch.nn.utils.rnn.pad_sequence(list(batch.sequences()), batch_first=True)
         places = torch.arange(ids.shape[1], device=ids.device)
         mask = places < torch.tensor(batch.lengths, device=ids.device)[:, None]
@@ -179,9 +183,7 @@ class CausalModel:
         h = self.hidden(batch)
         wanted = torch.cat([self.model(input_ids=ids[None]).logits[0] for ids in batch.sequences()])
         if not _same(self.logits(h), wanted):
-            raise UnsupportedAttentionError(
-                f"{type(self.model).__name__}: its logits are not those of its output layer"
-            )
+            raise FormatError(f"{type(self.model).__name__}: makes logits in a way that is not known, or none at all")
         return self._changes() in ((None, 1.0), (0.0, 1.0))
 
     def _probe(self) -> Batch:
@@ -246,5 +248,4 @@ def _by_flash_attention(
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether each row is the same but for rounding; even in models of float64, parts compute in float32."""
     close = 0.5 * max(torch.finfo(one.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-    off = torch.linalg.vector_norm(one - other, dim=1, dtype=torch.float32)
-    return bool((off <= close * torch.linalg.vector_norm(other, dim=1, dtype=torch.float32)).all())
+    return bool(((one - other).float().norm(dim=1) <= close * other.float().norm(dim=1)).all())

@@ -107,6 +107,10 @@ class LoraLayer(nn.Module):
         """The base's own, for models that look at it."""
         return cast(torch.Tensor, self.base.weight)
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return cast("torch.Tensor | None", getattr(self.base, "bias", None))
+
     def dense(self) -> torch.Tensor:
         """The base's weight as `(out, in)`."""
         raise NotImplementedError

@@ -1,0 +1,67 @@
+"""What must hold before a weight is read: an adapter, a base and data that belong together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from adapterkit.changes import missing, refuse_broken
+from adapterkit.checkpoint import Checkpoint
+from adapterkit.data.examples import Encoded
+from adapterkit.errors import FitError, UsageError
+from adapterkit.formats import load
+from adapterkit.hub import hub_id, resolve
+from adapterkit.plan import Given
+from adapterkit.planning import HEAD, tied_embedding
+from adapterkit.quant import weights as weights_of
+from adapterkit.targets import fit
+
+
+def open_fitting(spec: str, base: Checkpoint) -> Given:
+    """The adapter, checked to be whole and to fit `base`."""
+    path = resolve(spec)
+    given = Given(load(path), label=hub_id(spec) or path.resolve().name)
+    refuse_broken(given)
+    adapter, tensors = given.adapter, weights_of(base.tensors, base.config)
+    whole = [
+        *adapter.replaced,
+        *adapter.tokens,
+        *(name for name, one in adapter.modules.items() if one.bias is not None),
+    ]
+    if whole:
+        raise FitError(
+            f"{given.label}: {whole[0]}: is trained whole in this adapter, and only factors and magnitudes go beside a "
+            "base. Merge it, and go on with the result."
+        )
+    if (embedding := tied_embedding(base)) is not None:
+        tensors.setdefault(HEAD, replace(tensors[embedding], name=HEAD))
+    missing(given, fit(adapter, tensors, base.config), base, tensors, allow_partial=False)
+    return given
+
+
+def check_sequences(data: Encoded, base: Checkpoint) -> None:
+    """Raise where a sequence is longer than what the model can read, or holds what it has no embedding for."""
+    positions, vocabulary = size_of(base, "max_position_embeddings", "n_positions"), size_of(base, "vocab_size")
+    for example in data.examples:
+        if positions is not None and len(example.ids) > positions:
+            raise UsageError(
+                f"{example.where}: has {len(example.ids):,} tokens, {base.name} reads {positions:,} at most: "
+                f"--max-length {positions}"
+            )
+        if vocabulary is not None and example.ids.max() >= vocabulary:
+            raise FitError(
+                f"{example.where}: has token {example.ids.max()}, {base.name} knows {vocabulary:,}. Its tokenizer "
+                "belongs to another model."
+            )
+
+
+def refuse_twice_quantized(quantize: str, base: Checkpoint) -> None:
+    """Raise UsageError where a base in few bits is to be quantized again."""
+    if quantize != "none" and base.quantization:
+        raise UsageError(f"--quantize {quantize}: {base.name} is quantized already ({base.quantization})")
+
+
+def size_of(base: Checkpoint, *names: str) -> int | None:
+    """A number in the config, by the first of `names` that it knows."""
+    nested = base.config.get("text_config")
+    config = base.config | (nested if isinstance(nested, dict) else {})
+    return next((int(config[name]) for name in names if isinstance(config.get(name), int)), None)

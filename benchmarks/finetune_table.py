@@ -1,0 +1,338 @@
+"""The table that articles on fine-tuning print, measured: full, LoRA, QLoRA and DoRA on WikiSQL; see --help.
+
+SmolLM2-135M learns to write queries for questions: each text of WikiSQL is a prompt, up to its last `A:`, and a
+completion, which alone the loss is for. Every configuration is trained in a process of its own, by
+`adapterkit.runs.train`, and scored by `adapterkit eval`; three seeds each in the table, one where a setting is varied.
+The table is of the test records, what settings do of the validation records. What is done is kept as JSON under
+.cache/bench, so that an interrupted run goes on.
+
+--reduced takes about 45 minutes on two quiet cores, --full is for a GPU, --quick only tries everything out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from measure import ROOT, child_environment
+from models import CACHE
+from report import report
+
+HERE = Path(__file__).resolve().parent
+BASE = CACHE.parent / "SmolLM2-135M-Instruct"
+TEXTS = ROOT.parent / "shared" / "material" / "text"
+ANSWER = "\nA:"
+BATCH, ROOM = 8, 512
+Facts = dict[str, Any]
+Varied = dict[str, dict[float | str, Facts]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained and read; the middle of each range is where the others are varied."""
+
+    records: int
+    epochs: float
+    tests: int
+    dtype: str
+    seeds: int
+    ranks: tuple[int, ...]
+    ratios: tuple[float, ...]  # alpha / rank
+    sizes: tuple[int, ...]
+    rates: tuple[float, ...]
+    full_rates: tuple[float, ...]
+
+
+# A record has about 95 tokens, training goes at about 500 tokens/s on two cores: 240 records are 45 s, with what it takes
+# to begin a minute. 48 queries are written in about 40 s, reading them takes 15 s. So of --reduced the table takes
+# 3 · (4 · 75 s + 4 · 50 s) = 25 min, and the 17 settings varied 17 · 70 s = 20 min.
+SCALES = {
+    "reduced": Scale(
+        240, 1, 48, "fp32", 3, (1, 2, 4, 16, 32, 64), (0.5, 1, 4, 8), (60, 120, 480), (1e-4, 2e-3), (1e-5, 2e-4)
+    ),
+    "full": Scale(
+        1000, 3, 100, "auto", 3, (1, 2, 4, 16, 32, 64), (0.25, 0.5, 1, 4, 8), (125, 250, 500),
+        (2e-5, 1e-4, 2e-3, 5e-3), (1e-5, 2e-4),
+    ),
+    "quick": Scale(2, 1, 2, "fp32", 1, (1,), (1,), (1,), (1e-4,), (1e-5,)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: a row of the table, or one with something varied."""
+
+    method: str = "lora"
+    rank: int = 8
+    ratio: float = 2.0
+    targets: str = "all-linear"
+    records: int = 0
+    lr: float = 5e-4
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        factors = "" if self.method == "full" else f"-r{self.rank}-x{self.ratio:g}-{self.targets.replace(',', '+')}"
+        return f"{self.method}{factors}-n{self.records}-lr{self.lr:g}-s{self.seed}"
+
+    @property
+    def quantize(self) -> str:
+        """How the base is held."""
+        return "nf4" if self.method == "qlora" else "none"
+
+    def recipe(self, data: Path, scale: Scale) -> Facts:
+        """The options of `adapterkit train`."""
+        common = {"base": str(BASE), "data": str(data), "lr": self.lr, "seed": self.seed, "epochs": scale.epochs}
+        common |= {"dtype": scale.dtype, "batch_size": BATCH, "max_length": ROOM, "save_every": 10**6}
+        if self.method == "full":
+            return common | {"method": "full"}
+        factors = {"rank": self.rank, "alpha": self.ratio * self.rank, "targets": self.targets}
+        return common | factors | {"method": self.method.removeprefix("q"), "quantize": self.quantize}
+
+
+NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA (NF4)", "dora": "DoRA"}
+FULL_RATE = 5e-5  # what is trained whole takes smaller steps
+
+
+def main() -> None:
+    """Measure what is not kept from before, print the tables and record them if asked; or train as a worker."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = Path("/dev/nvidia0").exists()
+    parser.set_defaults(scale="full" if on_gpu else "reduced")
+    for name in SCALES:
+        parser.add_argument(f"--{name}", dest="scale", action="store_const", const=name)
+    parser.add_argument(
+        "--record", action="store_true", help="append the outcome to benchmarks/RESULTS.md, and draw it"
+    )
+    parser.add_argument("--worker", nargs=2, metavar=("RECIPE", "OUT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        train_one(json.loads(args.worker[0]), Path(args.worker[1]))
+        return
+    scale, work = SCALES[args.scale], CACHE / f"finetune-{args.scale}"
+    bench = Bench(scale, work)
+    rows: dict[str, list[Facts]] = {method: [] for method in NAMES}
+    for seed in range(scale.seeds):  # methods take turns, so that a drift of the machine touches all of them
+        for method in NAMES:
+            rows[method].append(bench.measured(replace(default_of(method, scale), seed=seed), "test"))
+    before = {quantize: bench.score([], quantize, "test") for quantize in ("none", "nf4")}
+    varied: Varied = {
+        what: {value: bench.measured(one, "valid") for value, one in settings.items()}
+        for what, settings in variations(scale).items()
+    }
+    for left in work.glob("full-*/"):
+        shutil.rmtree(left)
+    picture = (HERE if args.record else work) / (
+        "finetune.svg" if args.scale == "reduced" else f"finetune-{args.scale}.svg"
+    )
+    draw(varied, picture)
+    note = (
+        f"{scale.records} records, {scale.epochs:g} epochs, batches of {BATCH}, AdamW, cosine, dtype {scale.dtype}; "
+        f"rank 8, alpha 16, all linear layers, lr {Setting().lr:g}, in full fine-tuning {FULL_RATE:g}. Scored on "
+        f"{scale.tests} test records; median [min-max] of {scale.seeds} seeds. Memory is the whole process's, or the "
+        "device's."
+    )
+    whole = rows["full"][0]["parameters"]
+    tables = [table(rows, before, whole), note, varied_table(varied), f"![What settings do]({picture.name})"]
+    report(f"fine-tuning SmolLM2-135M on WikiSQL, {args.scale}", tables, output=CACHE, record=args.record)
+
+
+def default_of(method: str, scale: Scale) -> Setting:
+    """A row of the table, with the first seed."""
+    lr = FULL_RATE if method == "full" else Setting().lr
+    return Setting(method, records=scale.records, lr=lr)
+
+
+def variations(scale: Scale) -> dict[str, dict[float | str, Setting]]:
+    """LoRA with one thing varied at a time, in order; and the learning rate of full fine-tuning."""
+    lora, full = default_of("lora", scale), default_of("full", scale)
+
+    def vary(one: Setting, field: str, values: Sequence[float]) -> dict[float | str, Setting]:
+        return {value: replace(one, **{field: value}) for value in sorted({*values, getattr(one, field)})}
+
+    return {
+        "rank": vary(lora, "rank", scale.ranks),
+        "alpha / rank": vary(lora, "ratio", scale.ratios),
+        "records": vary(lora, "records", scale.sizes),
+        "learning rate": vary(lora, "lr", scale.rates),
+        "learning rate, full": vary(full, "lr", scale.full_rates),
+        "layers": {"all linear": lora, "q, v": replace(lora, targets="q_proj,v_proj")},
+    }
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """What was measured at one scale, in a folder."""
+
+    def __init__(self, scale: Scale, work: Path) -> None:
+        self.scale, self.work = scale, work
+        work.mkdir(parents=True, exist_ok=True)
+        for name in ("train", "valid", "test"):
+            texts = [json.loads(line)["text"] for line in (TEXTS / f"mlx_wikisql_{name}.jsonl").open(encoding="utf-8")]
+            random.Random(0).shuffle(texts)  # neighbours ask about one table
+            write_records(work / f"{name}.jsonl", texts if name == "train" else texts[: scale.tests])
+
+    def measured(self, setting: Setting, data: str) -> Facts:
+        """What training took, and under the name of `data` how it scored there."""
+        out, kept = self.work / setting.name, self.work / f"{setting.name}.json"
+        records = self.work / f"train-{setting.records}.jsonl"
+        recipe = setting.recipe(records, self.scale)
+        facts: Facts = json.loads(kept.read_text()) if kept.is_file() else {}
+        if facts.get("recipe") != recipe or (data not in facts and not out.is_dir()):
+            lines = (self.work / "train.jsonl").read_text().splitlines(keepends=True)
+            records.write_text("".join(lines[: setting.records]))
+            worker = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(recipe), str(out)]
+            facts = {"recipe": recipe, **run(worker, setting.name)}
+            save(kept, facts)
+        if data not in facts:
+            facts[data] = self.score([setting.name], setting.quantize, data)
+            save(kept, facts)
+        return facts
+
+    def score(self, names: list[str], quantize: str, data: str) -> Facts:
+        """What `adapterkit eval` says of the base, or of what was trained; of the test records also what it writes."""
+        kept = self.work / f"base-{quantize}-{data}.json"
+        if not names and kept.is_file():
+            found: Facts = json.loads(kept.read_text())
+            return found
+        models = [str(self.work / name) for name in names]
+        if not names or not names[0].startswith("full-"):
+            models.insert(0, str(BASE))
+        argv = [sys.executable, "-m", "adapterkit", "eval", *models, str(self.work / f"{data}.jsonl"), "--json"]
+        argv += ["--dtype", self.scale.dtype, "--quantize", quantize, "--batch-size", str(self.scale.tests)]
+        argv += ["--max-length", str(ROOM), "--generate" if data == "test" else "--no-generate"]
+        found = run(argv, f"{' '.join(names) or 'base'} on {data}")
+        if not names:
+            save(kept, found)
+        return found
+
+
+def write_records(file: Path, texts: Sequence[str]) -> None:
+    """Texts as prompts with completions."""
+    rows = []
+    for text in texts:
+        prompt, answer, completion = text.rpartition(ANSWER)
+        rows.append(json.dumps({"prompt": prompt + answer, "completion": completion}))
+    file.write_text("".join(f"{row}\n" for row in rows))
+
+
+def run(argv: Sequence[str], name: str) -> Facts:
+    """Run a process that prints JSON; one that fails ends the benchmark."""
+    start = time.perf_counter()
+    done = subprocess.run(argv, cwd=ROOT, env=child_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}{done.stderr}\nexit status {done.returncode}: {shlex.join(argv)}")
+    print(f"{name:48} {time.perf_counter() - start:7.1f} s", file=sys.stderr)
+    found: Facts = json.loads(done.stdout)
+    return found
+
+
+def save(file: Path, facts: Facts) -> None:
+    """All of it or nothing."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=1))
+    partial.replace(file)
+
+
+def train_one(recipe: Facts, out: Path) -> None:
+    """Train by `recipe`, and print what it took as JSON."""
+    from adapterkit.recipe import Recipe
+    from adapterkit.runs import train
+    from adapterkit.runs.run import Started, Trained
+
+    facts: Facts = {}
+    for event in train(Recipe(**recipe), out, overwrite=True):
+        if isinstance(event, Started):
+            facts |= {"trained": event.trained, "parameters": event.parameters}
+        elif isinstance(event, Trained):
+            facts |= {"peak": event.peak_memory, "seconds": event.progress.seconds, "tokens": event.progress.tokens}
+            facts |= {"steps": event.progress.step, "loss": event.progress.loss}
+    print(json.dumps(facts))
+
+
+# --- showing ---------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """The median and, of several values, the least and the greatest."""
+    found = sorted(values)
+    middle = format(median(found), form)
+    return middle if len(found) == 1 else f"{middle} [{found[0]:{form}}-{found[-1]:{form}}]"
+
+
+def table(rows: dict[str, list[Facts]], before: dict[str, Facts], whole: int) -> str:
+    """The table, beside the bases that methods begin from; shares are of the model's `whole` parameters."""
+    lines = [
+        "| method | trained | of all | peak MB | time / full | perplexity | exact match | F1 |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for quantize, name in {"none": "none: the base", "nf4": "none: the base in NF4"}.items():
+        lines.append(f"| {name} | 0 | 0% | | | {' | '.join(scores([before[quantize]]))} |")
+    took = median(facts["seconds"] for facts in rows["full"])
+    for method, runs in rows.items():
+        trained = runs[0]["trained"]
+        cells = [
+            NAMES[method], f"{trained:,}", f"{trained / whole:.2%}", f"{max(one['peak'] for one in runs) / 1e6:.0f}",
+            spread((one["seconds"] / took for one in runs), ".2f"), *scores([one["test"] for one in runs]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scores(found: Sequence[Facts]) -> list[str]:
+    """Perplexity, exact match and F1."""
+    return [
+        spread((one["perplexity"]["by_token"] for one in found), ".3f"),
+        spread((one["completed"]["exact"] for one in found), ".1%"),
+        spread((one["completed"]["f1"] for one in found), ".1%"),
+    ]
+
+
+def varied_table(varied: Varied) -> str:
+    """What was varied, and what became of it."""
+    lines = ["| varied | | trained | perplexity, validation | seconds |", "|---|--:|--:|--:|--:|"]
+    for what, found in varied.items():
+        for value, facts in found.items():
+            shown = value if isinstance(value, str) else f"{value:g}"
+            perplexity = facts["valid"]["perplexity"]["by_token"]
+            lines.append(f"| {what} | {shown} | {facts['trained']:,} | {perplexity:.3f} | {facts['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def draw(varied: Varied, file: Path) -> None:
+    """Perplexity over each number that was varied."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "adapterkit"  # the same picture is the same file
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
+    for panel, what in zip(panels, ("rank", "alpha / rank", "records", "learning rate"), strict=True):
+        for line, name in ((what, "LoRA"), (f"{what}, full", NAMES["full"])):
+            if line in varied:
+                losses = [facts["valid"]["perplexity"]["by_token"] for facts in varied[line].values()]
+                panel.plot(list(varied[line]), losses, marker="o", label=name)
+        panel.set_xscale("log", base=10 if what == "learning rate" else 2)
+        panel.set_xlabel(what)
+        panel.grid(alpha=0.3)
+    panels[-1].legend(frameon=False)
+    panels[0].set_ylabel("perplexity, validation")
+    figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
