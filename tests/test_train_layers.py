@@ -386,7 +386,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         llama,
         {
             "targets": "all-linear",
-            "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 7, "self_attn.q_proj": 3, "_proj": 5},
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 7, "self_attn.q_proj": 3},
             "alpha_pattern": {r"layers\.[12]\.mlp\.up_proj": 9.0, "^model.layers.0.self_attn.q_proj": 11.0},
         },
     ),
@@ -430,7 +430,8 @@ def test_targets_ranks_and_scalings_are_pefts(case: str) -> None:
     [
         (Lora(("q_proj", "qkv")), "no module is called 'qkv'; there are down_proj, gate_proj, k_proj, lm_head, o_proj"),
         (Lora("q_prj"), "nothing matches 'q_prj'; there are down_proj"),
-        (Lora(("q_proj",), layers=(7,)), "no module is called 'q_proj'|nothing matches"),
+        (Lora(("q_proj",), layers=(7,)), "the model has no layer 7"),
+        (Lora(("q_proj",), rank_pattern={"k_proj": 3}), "pattern 'k_proj': matches none of the"),
         (Lora(("norm",)), r"norm: is a LlamaRMSNorm, which takes no factors; .*q_proj"),
         (Lora(("q_proj",), init="svd"), "init 'svd': expected one of kaiming, gaussian, pissa, olora, loftq"),
     ],

@@ -208,6 +208,9 @@ def _print_start(event: Started) -> None:
 
 
 def _print_result(started: Started, trained: Trained, metrics: list[dict[str, Any]], as_json: bool) -> None:
+    if trained.unmoved:
+        more = f" and {len(trained.unmoved) - 3} more" if len(trained.unmoved) > 3 else ""
+        print(f"note: never had a gradient: {', '.join(trained.unmoved[:3])}{more}", file=sys.stderr)
     progress, losses = trained.progress, [line["loss"] for line in metrics if "loss" in line]
     if as_json:
         facts = {"output": str(trained.out), "trained_parameters": started.trained, "kept_step": trained.kept}

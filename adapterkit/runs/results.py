@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from adapterkit.card import public_name, write_json, write_text
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.formats import save
 from adapterkit.runs import checkpoints
 from adapterkit.staging import TRAINING_RECORD, flush, remove
-from adapterkit.train.layers import ALL_LINEAR, adapter_of, is_conv1d, lora_layers
+from adapterkit.train.layers import adapter_of, is_conv1d, is_linear, lora_layers
 from adapterkit.version import __version__
 
 if TYPE_CHECKING:
@@ -30,13 +31,13 @@ def write_result(
     held_back: Encoded | None, progress: Progress, command: str,
 ) -> None:  # fmt: skip
     """Turn the folder of a run into its result: checkpoints go, weights, record and card come."""
-    name = base_name(recipe.base, base)
+    name = base_name(base)
     made = folder / "made"
     if recipe.method == "full":
         loop.model.model.save_pretrained(made)
         tokenizer.save_pretrained(made)
     else:
-        save(adapter_of(loop.model.model, name, adapter_config(loop, recipe, name)), made)
+        save(adapter_of(loop.model.model, name, adapter_config(loop.model.model, recipe, name)), made)
     for file in made.iterdir():
         flush(file)
         file.rename(folder / file.name)
@@ -49,25 +50,25 @@ def write_result(
     remove(folder / checkpoints.FOLDER)
 
 
-def base_name(given: str, base: Checkpoint) -> str | None:
-    """The Hub id of the base, as it was given or as its config has it; a local path is nobody else's."""
+def base_name(base: Checkpoint) -> str | None:
+    """The Hub id of the base, as it was given or as its config has it; a local path means nothing elsewhere."""
     return public_name(base.name) or public_name(base.config.get("_name_or_path"))
 
 
-def adapter_config(loop: Loop, recipe: Recipe, base: str | None) -> dict[str, Any]:
-    """The adapter_config.json, where PEFT's own names say it all; else the writer names every module."""
-    layers = lora_layers(loop.model.model)
-    scalings = {(layer.scaling, layer.factors()[0].shape[0]) for layer in layers.values()}
-    plain = recipe.targets != ALL_LINEAR and recipe.layers is None and len(scalings) == 1
-    [(scaling, rank), *_] = scalings
-    rslora = recipe.method == "rslora"
-    if not plain or recipe.init_from:
+def adapter_config(model: nn.Module, recipe: Recipe, base: str | None) -> dict[str, Any]:
+    """The adapter_config.json with short names, where they mean just what was trained; else the writer's own does."""
+    layers, rslora = lora_layers(model), recipe.method == "rslora"
+    strengths = {(layer.scaling, layer.factors()[0].shape[0]) for layer in layers.values()}
+    leaves = {name.rpartition(".")[2] for name in layers}
+    others = (name for name, layer in model.named_modules() if is_linear(layer) or isinstance(layer, nn.Embedding))
+    if len(strengths) > 1 or any(name.rpartition(".")[2] in leaves for name in others):
         return {"use_rslora": rslora}
-    names = sorted({name.rpartition(".")[2] for name in layers})
+    [(scaling, rank)] = strengths
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
         "lora_alpha": scaling * (rank**0.5 if rslora else rank), "lora_dropout": recipe.dropout,
-        "target_modules": names, "use_rslora": rslora, "use_dora": recipe.method == "dora", "bias": "none",
+        "target_modules": sorted(leaves), "use_rslora": rslora, "bias": "none",
+        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
         "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "inference_mode": True,
     }  # fmt: skip
@@ -86,7 +87,8 @@ def _facts(recipe: Recipe, loop: Loop, data: Encoded, held_back: Encoded | None,
         "steps": progress.step, "kept_step": loop.step, "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1), "loss": progress.loss,
         "eval_loss_before": progress.first_eval_loss, "eval_loss": progress.best_loss,
-        "hardware": _hardware(loop.device), "processes": loop.world, "threads": torch.get_num_threads(),
+        "never_moved": loop.unmoved(), "hardware": _hardware(loop.device),
+        "processes": loop.world, "threads": torch.get_num_threads(),
         "versions": _versions(),
     }  # fmt: skip
 

@@ -108,6 +108,7 @@ class Trained:
     kept: int
     stopped_early: bool
     peak_memory: int
+    unmoved: tuple[str, ...]  # what never had a gradient
 
 
 Event = Started | Stepped | Evaluated | Saved | Sampled | Stopped | Trained
@@ -156,7 +157,7 @@ def train(
                 write_result(folder, recipe, base, loop, tokenizer, data, held_back, run.progress, command)
         if not run.stopped:
             early = run.progress.step < loop.order.steps
-            yield Trained(target, run.progress, loop.step, early, peak_memory(device))
+            yield Trained(target, run.progress, loop.step, early, peak_memory(device), tuple(loop.unmoved()))
 
 
 def estimated(recipe: Recipe) -> tuple[Estimate, int, str | None]:
@@ -196,7 +197,9 @@ def prepare(model: CausalModel, recipe: Recipe, base: Checkpoint, first: Adapter
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
     if recipe.gradient_checkpointing:
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        hf: Any = model.model  # renamed on the way to transformers 6
+        enable = getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if recipe.compile:
         model.backbone.compile()
 
@@ -377,6 +380,7 @@ def _processes() -> Iterator[tuple[int, int, int]]:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0"))
+        dist.barrier()  # none leaves while another still speaks to it
     finally:
         dist.destroy_process_group()
 

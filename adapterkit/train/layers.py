@@ -63,10 +63,8 @@ class Lora:
 
     def wants(self, name: str, layer: nn.Module, head: nn.Module | None) -> bool:
         """Whether the module called `name` is among the targets."""
-        if self.layers is not None:
-            number = next((int(part) for part in name.split(".") if part.isdecimal()), None)  # not an expert's
-            if number not in self.layers:
-                return False
+        if self.layers is not None and _number(name) not in self.layers:
+            return False
         if self.targets == ALL_LINEAR:
             return is_linear(layer) and layer is not head
         if isinstance(self.targets, str):
@@ -234,30 +232,47 @@ def inject(
     `original` gives, for LoftQ, the weight of a module `(out, in)` before it was quantized. Raises UsageError where
     nothing matches, or a target is of a kind that takes no factors.
     """
+    found, generator = _targets(model, lora), torch.Generator().manual_seed(seed)
+    if lora.init == "loftq" and not (original is not None and all(is_quantized(layer) for layer in found.values())):
+        raise UsageError("init loftq makes up for quantizing: it needs a 16-bit base and --quantize")
     model.requires_grad_(False)
-    head = _head(model)
-    found = [(name, layer) for name, layer in model.named_modules() if lora.wants(name, layer, head)]
+    for name, layer in found.items():
+        rank, scaling, embedding = lora.rank_of(name), lora.scaling_of(name), isinstance(layer, nn.Embedding)
+        W = _matrix(layer)
+        if lora.init == "loftq" and original is not None:
+            factors = loftq(original(name), W, rank, scaling, name)
+        else:
+            factors = start(lora.init, W, rank, scaling, generator, embedding, name)
+        kind = LoraEmbedding if embedding else LoraLinear
+        _put(model, name, kind(layer, factors.to(W.device, dtype), scaling, lora.dropout, lora.method == "dora"))
+    return list(found)
+
+
+def _targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
+    """The modules that are to get factors; raises UsageError where a part of `lora` means none, or one that cannot."""
+    head, numbers = _head(model), {_number(name) for name, _ in model.named_modules()}
+    for number in lora.layers or ():
+        if number not in numbers:
+            raise UsageError(f"layers: the model has no layer {number}")
+    found = {name: layer for name, layer in model.named_modules() if lora.wants(name, layer, head)}
     if isinstance(lora.targets, tuple):
         for target in lora.targets:
-            if not any(name == target or name.endswith(f".{target}") for name, _ in found):
+            if not any(name == target or name.endswith(f".{target}") for name in found):
                 raise UsageError(f"targets: no module is called {target!r}; there are {_leaves(model)}")
     if not found:
         raise UsageError(f"targets: nothing matches {lora.targets!r}; there are {_leaves(model)}")
-    generator = torch.Generator().manual_seed(seed)
-    for name, layer in found:
+    for key in (*lora.rank_pattern, *lora.alpha_pattern):
+        if not any(_matching({key: True}, name, False) for name in found):
+            raise UsageError(f"pattern {key!r}: matches none of the {len(found)} targets, such as {next(iter(found))}")
+    for name, layer in found.items():
         if not is_linear(layer) and not isinstance(layer, nn.Embedding):
             raise UsageError(f"{name}: is a {type(layer).__name__}, which takes no factors; {_leaves(model)} can")
-        rank, scaling, embedding = lora.rank_of(name), lora.scaling_of(name), isinstance(layer, nn.Embedding)
-        W = _matrix(layer)
-        if lora.init != "loftq":
-            factors = start(lora.init, W, rank, scaling, generator, embedding, name)
-        elif is_quantized(layer) and original is not None:
-            factors = loftq(original(name), W, rank, scaling, name)
-        else:
-            raise UsageError(f"{name}: LoftQ makes up for quantizing: it needs a 16-bit base and --quantize")
-        kind = LoraEmbedding if embedding else LoraLinear
-        _put(model, name, kind(layer, factors.to(W.device, dtype), scaling, lora.dropout, lora.method == "dora"))
-    return [name for name, _ in found]
+    return found
+
+
+def _number(name: str) -> int | None:
+    """The number of the layer that a module is in, not of the expert."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def inject_from(

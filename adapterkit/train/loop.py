@@ -89,6 +89,11 @@ class Loop:
             total = self._summed(total)
         return float(total[0] / total[1])
 
+    def unmoved(self) -> list[str]:
+        """What is to be trained but never had a gradient, since the model does not use it as a layer."""
+        moments = {name: self.optimizer.state[one].get("exp_avg_sq") for name, one in self.trained.items()}
+        return [name for name, moment in moments.items() if moment is None or not moment.any()]
+
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor that a later run goes on from."""
         found = {f"trained.{name}": parameter.detach() for name, parameter in self.trained.items()}
