@@ -4,9 +4,9 @@ SmolLM2-135M learns to write queries for questions: each text of WikiSQL is a pr
 completion, which alone the loss is for. Every configuration is trained in a process of its own, by
 `adapterkit.runs.train`, and scored by `adapterkit eval`; three seeds each in the table, one where a setting is varied.
 The table is of the test records, what settings do of the validation records. What is done is kept as JSON under
-.cache/bench, so that an interrupted run goes on.
+.cache/bench, so that an interrupted run goes on; what is to be measured anew is removed there by hand.
 
---reduced takes about 45 minutes on two quiet cores, --full is for a GPU, --quick only tries everything out.
+--reduced takes about 40 minutes on two quiet cores, --full is for a GPU, --quick only tries everything out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 BASE = CACHE.parent / "SmolLM2-135M-Instruct"
 TEXTS = ROOT.parent / "shared" / "material" / "text"
 ANSWER = "\nA:"
-BATCH, ROOM = 8, 512
+BATCH, ROOM, EVAL_BATCH = 8, 512, 50
 Facts = dict[str, Any]
 Varied = dict[str, dict[float | str, Facts]]
 
@@ -54,12 +54,12 @@ class Scale:
     full_rates: tuple[float, ...]
 
 
-# A record has about 95 tokens, training goes at about 500 tokens/s on two cores: 240 records are 45 s, with what it takes
-# to begin a minute. 48 queries are written in about 40 s, reading them takes 15 s. So of --reduced the table takes
-# 3 · (4 · 75 s + 4 · 50 s) = 25 min, and the 17 settings varied 17 · 70 s = 20 min.
+# A record has 93 tokens, and two quiet cores train about 500 a second: 240 records are 45 s, 55 s with what it takes to
+# begin. Writing 100 queries and reading the records takes 45 s, only reading 12 s. So of --reduced the table takes
+# 3 · (4 · 55 s + 4 · 45 s) = 20 min, and the 17 settings beside it 17 · (55 s + 12 s) = 19 min.
 SCALES = {
     "reduced": Scale(
-        240, 1, 48, "fp32", 3, (1, 2, 4, 16, 32, 64), (0.5, 1, 4, 8), (60, 120, 480), (1e-4, 2e-3), (1e-5, 2e-4)
+        240, 1, 100, "fp32", 3, (1, 2, 4, 16, 32, 64), (0.5, 1, 4, 8), (60, 120, 480), (1e-4, 2e-3), (1e-5, 2e-4)
     ),
     "full": Scale(
         1000, 3, 100, "auto", 3, (1, 2, 4, 16, 32, 64), (0.25, 0.5, 1, 4, 8), (125, 250, 500),
@@ -213,7 +213,7 @@ class Bench:
         if not names or not names[0].startswith("full-"):
             models.insert(0, str(BASE))
         argv = [sys.executable, "-m", "adapterkit", "eval", *models, str(self.work / f"{data}.jsonl"), "--json"]
-        argv += ["--dtype", self.scale.dtype, "--quantize", quantize, "--batch-size", str(self.scale.tests)]
+        argv += ["--dtype", self.scale.dtype, "--quantize", quantize, "--batch-size", str(EVAL_BATCH)]
         argv += ["--max-length", str(ROOM), "--generate" if data == "test" else "--no-generate"]
         found = run(argv, f"{' '.join(names) or 'base'} on {data}")
         if not names:

@@ -155,7 +155,11 @@ def on_cpu(args: argparse.Namespace) -> None:
         if any(name.endswith(f"-{data}") for name in cases)
     ]
     judged = [target for name, jobs in cases.items() for target in judge(name, jobs, found)]
-    notes = [f"The first step's loss, before anything is learned, is the same: {agreement(cases.values(), found)}."]
+    trl = next(line for line in TRL_NEEDS.read_text().splitlines() if line.startswith("trl=="))
+    notes = [
+        f"The first step's loss, before anything is learned, is the same: {agreement(cases.values(), found)}. "
+        f"{trl} packs by itself, into other rows; without flash attention it masks a square of all tokens."
+    ]
     title = f"training SmolLM2-135M, rank {RANK} on all linear layers, {args.rounds} rounds"
     report(title, [*tables, targets_table(judged), *notes], output=CACHE.parent, record=args.record)
 
@@ -164,7 +168,7 @@ def jobs_of(method: str, dtype: str, data: str, steps: int) -> list[Job]:
     """The jobs of one case, the first ours; PEFT's of a packed one is not packed."""
     words = (method, dtype, "even" if data == "even" else "uneven")
     packing = "packed" if data == "packed" else "plain"
-    sizes = {"steps": steps, "batch": BATCH[data], "length": LENGTH[data]}
+    sizes: dict[str, Any] = {"steps": steps, "batch": BATCH[data], "length": LENGTH[data]}
     return [Job(tool, *words, "plain" if tool == "peft" else packing, **sizes) for tool in TOOLS]
 
 
@@ -460,11 +464,11 @@ def random_model(job: Job) -> Any:
 
     from adapterkit.runs.models import TORCH_DTYPES
 
-    shape = SHAPES[job.shape]
+    shape, attention = SHAPES[job.shape], cast(Any, {"attn_implementation": "sdpa"})
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=job.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        use_cache=False, tie_word_embeddings=False, attn_implementation="sdpa",
+        use_cache=False, tie_word_embeddings=False, **attention,
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(TORCH_DTYPES[job.dtype])

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapterkit.errors import FormatError, UsageError
 from adapterkit.data.examples import Encoded, Example, encode, encode_all, split
 from adapterkit.data.records import Bad, Fields, Record, read_records
+from adapterkit.errors import FormatError, UsageError
 
 EOS = 2  # <|im_end|>
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

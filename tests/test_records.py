@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from adapterkit.errors import FormatError, OfflineError, UsageError
 from adapterkit.data.records import Bad, Fields, Record, read_records
+from adapterkit.errors import FormatError, OfflineError, UsageError
 
 CHAT = [{"role": "user", "content": "Où ?"}, {"role": "assistant", "content": "Là."}]
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adapterkit.data.examples import Example
 
 ATTENTION = "adapterkit"  # the name under which transformers finds `attend`
+FILL = 16  # rows are filled up to a multiple: CPU kernels are compiled, and kept, for every number of tokens
 PROBE = (5, 3)  # the lengths of the sequences that a model is tried with
 
 
@@ -147,11 +148,13 @@ class CausalModel:
         return F.cross_entropy(self.logits(h).float(), labels, reduction="sum")
 
     def _unpadded(self, batch: Batch) -> torch.Tensor:
-        places = torch.cat([torch.arange(length) for length in batch.lengths]).to(batch.ids.device)
+        fill = -len(batch.ids) % FILL
+        ids, lengths = F.pad(batch.ids, (0, fill)), (*batch.lengths, *([fill] if fill else []))
+        places = torch.cat([torch.arange(length) for length in lengths]).to(ids.device)
         states = self.backbone(
-            input_ids=batch.ids[None], position_ids=places[None], use_cache=False, lengths=batch.lengths
+            input_ids=ids[None], position_ids=places[None], use_cache=False, lengths=lengths
         ).last_hidden_state
-        found: torch.Tensor = states[0]
+        found: torch.Tensor = states[0, : len(batch.ids)]
         return found
 
     # --- what the model is able to, found out by trying -------------------------------------------------------------
