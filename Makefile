@@ -1,4 +1,4 @@
-# make demo    the main job on a real model: inspect, plan, merge, and the same prompt before and after
+# make demo    the life of an adapter on a real model: train, inspect, merge, evaluate, unmerge
 # make test    set up, check, and run the suite
 # make check   format, lint, types
 # make bench   side by side with cp and PEFT; records nothing unless asked: see benchmarks/

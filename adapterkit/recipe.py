@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from adapterkit.errors import FormatError, UsageError
 
-METHODS = ("lora", "rslora", "dora", "full")
+FACTORED = ("lora", "rslora", "dora")
+METHODS = (*FACTORED, "full")
 QUANTIZE = ("none", "nf4", "fp4")
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")

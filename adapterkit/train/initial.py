@@ -9,6 +9,7 @@ import torch
 
 from adapterkit.errors import UsageError
 from adapterkit.lowrank import Limit
+from adapterkit.recipe import INITS
 from adapterkit.sketch import Matrix, sketch
 
 
@@ -69,5 +70,3 @@ def _best(W: torch.Tensor, rank: int, name: str) -> Factors:
     product = sketch(matrix, Limit(rank=rank), name=name).leading.first(rank)
     return Factors(product.right, product.left)
 
-
-INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")

@@ -19,12 +19,12 @@ from torch import nn
 from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
 from adapterkit.errors import FitError, UsageError
 from adapterkit.quant.modules import dequantized, is_quantized
+from adapterkit.recipe import FACTORED
 from adapterkit.train.initial import Factors, loftq, start
 from adapterkit.train.products import directed, gain, low_rank, plain, times_transposed
 
 T = TypeVar("T")
 
-METHODS = ("lora", "rslora", "dora")
 ALL_LINEAR = "all-linear"
 NORM_ELEMENTS = 1 << 18  # of a weight in the factors' precision at a time
 CANCELLED = 1e-2  # of ‖W_i‖²: rows whose squared norm is less are taken directly
@@ -49,8 +49,8 @@ class Lora:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"method {self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.method not in FACTORED:
+            raise UsageError(f"method {self.method!r}: expected one of {', '.join(FACTORED)}")
         if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"rank {self.rank}, dropout {self.dropout}: expected 1 or more, and 0 up to 1")
 
