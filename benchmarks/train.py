@@ -8,7 +8,7 @@ batches, AdamW (fused), SDPA, a constant rate, no gradient checkpointing:
 - packed: the same text in rows of 1024 tokens, a row a batch, set against PEFT's unpacked batches.
 
 Tokens are real ones, without padding. A first step warms up and is not timed, but counted in the peak, which is what is
-held beyond what was there when the weights and factors were. All cases take about two hours on two cores. `gpu` runs a
+held beyond what was there when the weights and factors were. All cases take about an hour on two cores. `gpu` runs a
 model with random weights of the shape of Llama 3 (8B); it was tried out on a CPU only.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from adapterkit.train.causal import CausalModel
 from adapterkit.train.layers import quicken
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
@@ -59,6 +61,8 @@ def load_tokenizer(path: Path) -> Any:
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> CausalModel:
     """The causal language model at `path`, its linear layers in 4 bits on request; raises FormatError where none is."""
+    if device.type == "cpu":
+        keep_freed_memory()
     with quiet():
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -75,6 +79,16 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, quantize: s
             raise FormatError(f"{path}: transformers loads no model from there: {_first_line(error)}") from error
     quicken(model)  # before anything is computed: bitsandbytes rearranges its weights when they are first used
     return CausalModel(model)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: to give it back, and fault it in again, takes a tenth of every step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 @contextmanager

@@ -69,4 +69,3 @@ def _best(W: torch.Tensor, rank: int, name: str) -> Factors:
     matrix = Matrix((rows.shape[0], rows.shape[1]), lambda first, last: rows[first:last])
     product = sketch(matrix, Limit(rank=rank), name=name).leading.first(rank)
     return Factors(product.right, product.left)
-
