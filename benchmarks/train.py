@@ -410,7 +410,7 @@ def by_adapterkit(job: Job, order: Order, meter: Meter) -> None:
     """The steps of `adapterkit train`."""
     from adapterkit.checkpoint import open_checkpoint
     from adapterkit.runs.models import TORCH_DTYPES, choose_device, load_model
-    from adapterkit.runs.run import prepare
+    from adapterkit.runs.preparing import prepare
     from adapterkit.train.causal import CausalModel
     from adapterkit.train.loop import Loop
 

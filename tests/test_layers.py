@@ -45,8 +45,8 @@ ALLOWED = {"hub": {"huggingface_hub"}, "cli": {"click", "rich"}, "plot": {"matpl
 TORCH_AT_TOP = {  # themselves imported only where weights are read
     "against", "based", "blocks", "calibration", "combining", "comparing", "converting", "device", "extracting", "live",
     "quant.carry", "undo", "verifying", "wholes",
-    *(f"train.{name}" for name in ("causal", "initial", "layers", "loop", "loss", "products")),
-    *(f"runs.{name}" for name in ("memory", "models", "results", "run", "scoring")),
+    *(f"train.{name}" for name in ("causal", "initial", "injection", "layers", "loop", "loss", "products")),
+    *(f"runs.{name}" for name in ("memory", "models", "place", "preparing", "results", "run", "scoring")),
 }  # fmt: skip
 LAZY = {"torch", "rich", "textual", "matplotlib", "huggingface_hub"}  # at levels that must start fast
 

@@ -26,9 +26,10 @@ from adapterkit.errors import AdapterkitError, FitError, FormatError, OutputExis
 from adapterkit.recipe import Recipe
 from adapterkit.runs import checkpoints, train
 from adapterkit.runs.models import load_model
-from adapterkit.runs.run import Evaluated, Started, Stopped, Trained, prepare
+from adapterkit.runs.preparing import prepare
+from adapterkit.runs.run import Evaluated, Started, Stopped, Trained
 from adapterkit.staging import partial_of
-from adapterkit.train.layers import lora_layers
+from adapterkit.train.injection import lora_layers
 from adapterkit.train.loop import Loop, Stepped
 
 

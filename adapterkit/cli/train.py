@@ -83,7 +83,7 @@ def train_command(
         from adapterkit.plot import check_plot
 
         check_plot(Path(plot))
-    from adapterkit.runs.run import METRICS, RECIPE, Started, Stopped, Trained, train
+    from adapterkit.runs.run import RECIPE, Started, Stopped, Trained, read_metrics, train
 
     events: list[Event] = []
     with _asked_to_stop() as stop, _shown(as_json) as show:
@@ -95,7 +95,7 @@ def train_command(
     match events:
         case [Started() as started, Trained() as trained]:
             if started.first_process:
-                metrics = [json.loads(line) for line in (trained.out / METRICS).read_text("utf-8").splitlines()]
+                metrics = read_metrics(trained.out)
                 _print_result(started, trained, metrics, as_json)
                 if plot is not None:
                     from adapterkit.plot import draw_losses
@@ -189,12 +189,15 @@ def _shown(as_json: bool) -> Iterator[Callable[[Event], None]]:
 
 def _print_start(event: Started) -> None:
     data, held_back = event.data, event.held_back
-    for bad in data.bad[:SHOWN_BAD]:
-        print(f"note: left out {bad.where}: {bad.why}", file=sys.stderr)
-    if len(data.bad) > SHOWN_BAD:
-        print(f"note: left out {len(data.bad) - SHOWN_BAD} more", file=sys.stderr)
-    if data.truncated:
-        print(f"note: {len(data.truncated)} records were cut, the first of them {data.truncated[0]}", file=sys.stderr)
+    for part in filter(None, (data, held_back)):
+        for bad in part.bad[:SHOWN_BAD]:
+            print(f"note: left out {bad.where}: {bad.why}", file=sys.stderr)
+        if len(part.bad) > SHOWN_BAD:
+            print(f"note: left out {len(part.bad) - SHOWN_BAD} more", file=sys.stderr)
+        if part.truncated:
+            print(
+                f"note: {len(part.truncated)} records were cut, the first of them {part.truncated[0]}", file=sys.stderr
+            )
     if not event.unpadded:
         print("note: this model cannot read sequences end to end; they are padded", file=sys.stderr)
     held = f", {len(held_back.examples):,} held back" if held_back else ""

@@ -13,7 +13,7 @@ import torch
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.train.causal import CausalModel
-from adapterkit.train.layers import quicken
+from adapterkit.train.injection import quicken
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h

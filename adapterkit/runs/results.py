@@ -16,7 +16,8 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.formats import save
 from adapterkit.runs import checkpoints
 from adapterkit.staging import TRAINING_RECORD, flush, remove
-from adapterkit.train.layers import adapter_of, is_conv1d, is_linear, lora_layers
+from adapterkit.train.injection import adapter_of, lora_layers
+from adapterkit.train.layers import is_conv1d, is_linear
 from adapterkit.version import __version__
 
 if TYPE_CHECKING:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import re
-import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,26 +19,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from adapterkit.adapter import Adapter
 from adapterkit.card import write_text
-from adapterkit.checkpoint import Checkpoint, open_checkpoint
+from adapterkit.checkpoint import open_checkpoint
 from adapterkit.data.batches import Order
 from adapterkit.data.examples import Encoded, encode_all, split
 from adapterkit.data.records import Fields, read_records
-from adapterkit.errors import FitError, OutputExistsError, UsageError
+from adapterkit.errors import FitError
 from adapterkit.hub import hub_id, resolve
-from adapterkit.quant import weights as weights_of
 from adapterkit.recipe import Recipe, as_yaml, read_recipe
 from adapterkit.runs import checkpoints
 from adapterkit.runs.checkpoints import Progress
 from adapterkit.runs.fitting import check_sequences, open_fitting, refuse_twice_quantized
 from adapterkit.runs.memory import Estimate, available, check, estimate, helps
 from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
+from adapterkit.runs.place import StoppedError, check_run, folder_for, peak_memory, processes
+from adapterkit.runs.preparing import prepare
 from adapterkit.runs.results import write_result
-from adapterkit.staging import check_output, partial_of, remove, staged
-from adapterkit.tensorfile import TensorInfo
-from adapterkit.train.causal import CausalModel
-from adapterkit.train.layers import ALL_LINEAR, Lora, inject, inject_from
+from adapterkit.staging import remove
 from adapterkit.train.loop import Loop, Stepped
 
 RECIPE, METRICS = "adapterkit_recipe.yaml", "metrics.jsonl"
@@ -124,9 +119,9 @@ def train(
     FitError before anything is loaded, AdapterkitError where the loss is no longer a number.
     """
     target = Path(out).expanduser()
-    with _processes() as (rank, world, local_rank):
+    with processes() as (rank, world, local_rank):
         device = choose_device(recipe.device, local_rank)
-        _check_output(target, resume, overwrite)
+        check_run(target, resume, overwrite)
         base = open_checkpoint(resolve(recipe.base), hub_id(recipe.base))
         dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
         tokenizer = load_tokenizer(base.path)
@@ -135,7 +130,7 @@ def train(
         check_sequences(data, base)
         first = open_fitting(recipe.init_from, base).adapter if recipe.init_from else None
         memory = check(base, recipe, data.examples, dtype, device)
-        with _folder(target, rank) as folder:
+        with folder_for(target, rank) as folder:
             model = load_model(base.path, dtype, device, recipe.quantize)
             prepare(model, recipe, base, first)
             loop = Loop(model, Order.of(data.examples, recipe), recipe, rank, world)
@@ -150,7 +145,7 @@ def train(
             yield from run.steps(stop)
             if run.stopped:
                 yield Stopped(loop.step, folder)
-                raise _StoppedError
+                raise StoppedError
             run.keep_best()
             yield from run.samples("after")
             if rank == 0:
@@ -184,37 +179,6 @@ def read_data(recipe: Recipe, tokenizer: Any) -> tuple[Encoded, Encoded | None]:
     return split(data, recipe.eval_share, recipe.seed) if recipe.eval_share else (data, None)
 
 
-def prepare(model: CausalModel, recipe: Recipe, base: Checkpoint, first: Adapter | None = None) -> None:
-    """Give the model its factors, those of `first` to go on with, and all else that changes how it computes."""
-    if recipe.method == "full":
-        model.model.requires_grad_(True)
-    elif first is not None:
-        inject_from(model.model, first, recipe.dropout)
-    else:
-        inject(model.model, lora_of(recipe), seed=recipe.seed, original=_originals(base))
-    model.model.train()  # gradient checkpointing asks for it; the base's own dropout does not belong to a recipe
-    for layer in model.model.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
-    if recipe.gradient_checkpointing:
-        hf: Any = model.model  # renamed on the way to transformers 6
-        enable = getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    if recipe.compile:
-        model.backbone.compile()
-
-
-def lora_of(recipe: Recipe) -> Lora:
-    """Which factors `recipe` asks for; raises UsageError where its layers are no numbers."""
-    names: str | tuple[str, ...] = recipe.targets
-    if recipe.targets != ALL_LINEAR and re.fullmatch(r"[\w.,\s-]+", recipe.targets):
-        names = tuple(name.strip() for name in recipe.targets.split(",") if name.strip())
-    return Lora(
-        names, recipe.rank, recipe.alpha, recipe.method, recipe.dropout, recipe.init, _numbers(recipe.layers),
-        recipe.rank_pattern or {}, recipe.alpha_pattern or {},
-    )  # fmt: skip
-
-
 class _Run:
     """What a run keeps on disk while it goes on: rank 0 writes, the others know the same."""
 
@@ -240,9 +204,8 @@ class _Run:
         self.progress = then
         self.loop.restore(then.step, tensors)
         if self.loop.rank == 0:
-            lines = [json.loads(line) for line in (self.folder / METRICS).read_text(encoding="utf-8").splitlines()]
-            done = [json.dumps(line) + "\n" for line in lines if line["step"] <= self.progress.step]
-            self._write(METRICS, "".join(done))
+            lines = read_metrics(self.folder)
+            self._write(METRICS, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= then.step))
 
     def _refuse_another_recipe(self) -> None:
         if self.loop.rank:
@@ -282,7 +245,7 @@ class _Run:
             if event.step % every == 0 or last:
                 yield from self._measure()
             best = self.progress.best_step == event.step
-            if event.stop or best or event.step % self.recipe.save_every == 0:
+            if event.stop or best or last or event.step % self.recipe.save_every == 0:
                 yield self._save()
             if event.stop and not last:
                 self.stopped = True
@@ -334,74 +297,15 @@ class _Run:
             write_text(self.folder / name, text)
 
 
-# --- where and with whom ---------------------------------------------------------------------------------------------
-
-
-class _StoppedError(Exception):
-    """Ends a run that was asked to stop, so that its folder stays."""
-
-
-def _check_output(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raise where `out` may not be written, a run is there that nobody said to go on with, or none is that one did."""
-    check_output(out, overwrite)
-    left = checkpoints.steps(partial_of(out))
-    if resume and not left:
-        raise UsageError(f"--resume: {partial_of(out)} holds no checkpoint to go on from; leave --resume out")
-    if left and not resume and not overwrite:
-        raise OutputExistsError(
-            f"{out}: a run was interrupted there after step {checkpoints.number(left[-1])}. Go on with --resume, or "
-            "begin anew with --overwrite."
-        )
-
-
-@contextmanager
-def _folder(out: Path, rank: int) -> Iterator[Path]:
-    """Where the run lives; without a checkpoint nothing of it stays where it fails."""
-    if rank:
-        with suppress(_StoppedError):
-            yield partial_of(out)
-        return
-    with suppress(_StoppedError), staged(out, directory=True, keep=True) as folder:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The losses of a run, step by step, up to where a crash may have torn the file."""
+    lines = []
+    for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield folder
-        except BaseException:
-            if not checkpoints.steps(folder):
-                remove(folder)
-            raise
-
-
-@contextmanager
-def _processes() -> Iterator[tuple[int, int, int]]:
-    """This process's rank, how many there are, and its rank on this machine, as `torchrun` has set them."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1, 0
-        return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0"))
-        dist.barrier()  # none leaves while another still speaks to it
-    finally:
-        dist.destroy_process_group()
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that were held: of a GPU's memory, or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _originals(base: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """The stored weight of a module, `(out, in)`."""
-
-    def original(name: str) -> torch.Tensor:
-        info = weights_of(base.tensors, base.config).get(f"{name}.weight")
-        if not isinstance(info, TensorInfo):
-            raise UsageError(f"{name}: is not stored in 16 bits, which LoftQ begins from")
-        return info.read()
-
-    return original
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def _digest(data: Encoded) -> str:
@@ -413,18 +317,6 @@ def _digest(data: Encoded) -> str:
     return total.hexdigest()
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    """`0-5,10` as numbers."""
-    if text is None:
-        return None
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None:
-            raise UsageError(f"--layers {text}: expected numbers and ranges, as in 0-5,10")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return tuple(found)
-
-
 def _numbers_of(event: Stepped) -> dict[str, Any]:
-    return {"step": event.step, "loss": event.loss, "lr": event.lr, "norm": event.norm, "tokens": event.tokens}
+    norm = event.norm if math.isfinite(event.norm) else None  # in fp16 a step may be left out for it
+    return {"step": event.step, "loss": event.loss, "lr": event.lr, "norm": norm, "tokens": event.tokens}

@@ -29,7 +29,7 @@ from adapterkit.runs.fitting import check_sequences, open_fitting, refuse_twice_
 from adapterkit.runs.memory import available, estimate
 from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
 from adapterkit.train.causal import Batch, CausalModel
-from adapterkit.train.layers import inject_from, lora_layers
+from adapterkit.train.injection import inject_from, lora_layers
 from adapterkit.train.loss import IGNORED
 
 MORE = 8  # tokens that a completion may have beyond the longest that belongs to a prompt

@@ -7,11 +7,11 @@ On any model of torch:
 >>> ...  # any loop and optimizer over the parameters that require a gradient
 >>> adapterkit.save(train.adapter_of(model), "adapter")
 
-`products` has the arithmetic, `layers` what is put into a model, `initial` how it starts, `loss` cross entropy in
-chunks, `causal` batches without padding, `loop` the steps. A whole run, with its files, is `adapterkit.runs`.
+`products` has the arithmetic, `layers` what is put into a model by `injection`, `initial` how it starts, `loss` cross
+entropy in chunks, `causal` batches without padding, `loop` the steps. Whole runs, with their files: `adapterkit.runs`.
 """
 
-from adapterkit.train.layers import Lora, adapter_of, disabled, inject, inject_from, lora_layers, quicken
+from adapterkit.train.injection import Lora, adapter_of, disabled, inject, inject_from, lora_layers, quicken
 from adapterkit.train.loss import chunked_cross_entropy
 
 __all__ = ["Lora", "adapter_of", "chunked_cross_entropy", "disabled", "inject", "inject_from", "lora_layers", "quicken"]

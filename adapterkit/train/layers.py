@@ -1,4 +1,4 @@
-"""Layers with factors of a low rank beside the base's frozen weight, and how a model gets them.
+"""Layers with factors of a low rank beside the base's frozen weight.
 
 LoRA (arXiv 2106.09685): `y = x·Wᵀ + s·x·Aᵀ·Bᵀ`, `s = alpha / rank`, with rsLoRA `alpha / √rank` (arXiv 2312.03732).
 DoRA (arXiv 2402.09353): rows scaled to `m / ‖W + s·B·A‖`. Dropout acts on what the factors see, never on the base.
@@ -6,77 +6,20 @@ DoRA (arXiv 2402.09353): rows scaled to `m / ‖W + s·B·A‖`. Dropout acts on
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
-from adapterkit.errors import FitError, UsageError
+from adapterkit.adapter import LazyTensor, LoraWeights
 from adapterkit.quant.modules import dequantized, is_quantized
-from adapterkit.recipe import FACTORED
-from adapterkit.train.initial import Factors, loftq, start
+from adapterkit.train.initial import Factors
 from adapterkit.train.products import directed, gain, low_rank, plain, times_transposed
 
-T = TypeVar("T")
-
-ALL_LINEAR = "all-linear"
 NORM_ELEMENTS = 1 << 18  # of a weight in the factors' precision at a time
 CANCELLED = 1e-2  # of ‖W_i‖²: rows whose squared norm is less are taken directly
-
-
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """Which layers of a model get factors, and of which kind.
-
-    `targets`: names, matched whole or as dotted suffixes; `all-linear`; or a regular expression for the whole name.
-    Patterns are PEFT's: the first key that matches the end of a module's name gives its rank or alpha.
-    """
-
-    targets: str | tuple[str, ...] = ("q_proj", "v_proj")
-    rank: int = 8
-    alpha: float | None = None  # twice the rank
-    method: str = "lora"
-    dropout: float = 0.0
-    init: str = "kaiming"
-    layers: tuple[int, ...] | None = None  # the numbers of the layers, or all
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.method not in FACTORED:
-            raise UsageError(f"method {self.method!r}: expected one of {', '.join(FACTORED)}")
-        if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
-            raise UsageError(f"rank {self.rank}, dropout {self.dropout}: expected 1 or more, and 0 up to 1")
-
-    def rank_of(self, name: str) -> int:
-        return _matching(self.rank_pattern, name, self.rank)
-
-    def scaling_of(self, name: str) -> float:
-        rank, alpha = self.rank_of(name), self.alpha if self.alpha is not None else 2.0 * self.rank
-        return _matching(self.alpha_pattern, name, alpha) / (rank**0.5 if self.method == "rslora" else rank)
-
-    def wants(self, name: str, layer: nn.Module, head: nn.Module | None) -> bool:
-        """Whether the module called `name` is among the targets."""
-        if self.layers is not None and _number(name) not in self.layers:
-            return False
-        if self.targets == ALL_LINEAR:
-            return is_linear(layer) and layer is not head
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in self.targets)
-
-
-def _matching(patterns: Mapping[str, T], name: str, default: T) -> T:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-# --- layers ----------------------------------------------------------------------------------------------------------
 
 
 class LoraLayer(nn.Module):
@@ -218,144 +161,3 @@ def dense_of(layer: nn.Module) -> torch.Tensor:
 def _kept(x: torch.Tensor, dropout: float) -> torch.Tensor:
     """What dropout keeps of x, as factors: 0, or 1 / (1 − p)."""
     return torch.empty_like(x).bernoulli_(1.0 - dropout).div_(1.0 - dropout)
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-def inject(
-    model: nn.Module, lora: Lora, dtype: torch.dtype = torch.float32, seed: int = 0,
-    original: Callable[[str], torch.Tensor] | None = None,
-) -> list[str]:  # fmt: skip
-    """Freeze `model` and give the targets of `lora` factors in `dtype`; the names of the modules that got them.
-
-    `original` gives, for LoftQ, the weight of a module `(out, in)` before it was quantized. Raises UsageError where
-    nothing matches, or a target is of a kind that takes no factors.
-    """
-    found, generator = _targets(model, lora), torch.Generator().manual_seed(seed)
-    if lora.init == "loftq" and not (original is not None and all(is_quantized(layer) for layer in found.values())):
-        raise UsageError("init loftq makes up for quantizing: it needs a 16-bit base and --quantize")
-    model.requires_grad_(False)
-    for name, layer in found.items():
-        rank, scaling, embedding = lora.rank_of(name), lora.scaling_of(name), isinstance(layer, nn.Embedding)
-        W = _matrix(layer)
-        if lora.init == "loftq" and original is not None:
-            factors = loftq(original(name), W, rank, scaling, name)
-        else:
-            factors = start(lora.init, W, rank, scaling, generator, embedding, name)
-        kind = LoraEmbedding if embedding else LoraLinear
-        _put(model, name, kind(layer, factors.to(W.device, dtype), scaling, lora.dropout, lora.method == "dora"))
-    return list(found)
-
-
-def _targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
-    """The modules that are to get factors; raises UsageError where a part of `lora` means none, or one that cannot."""
-    head, numbers = _head(model), {_number(name) for name, _ in model.named_modules()}
-    for number in lora.layers or ():
-        if number not in numbers:
-            raise UsageError(f"layers: the model has no layer {number}")
-    found = {name: layer for name, layer in model.named_modules() if lora.wants(name, layer, head)}
-    if isinstance(lora.targets, tuple):
-        for target in lora.targets:
-            if not any(name == target or name.endswith(f".{target}") for name in found):
-                raise UsageError(f"targets: no module is called {target!r}; there are {_leaves(model)}")
-    if not found:
-        raise UsageError(f"targets: nothing matches {lora.targets!r}; there are {_leaves(model)}")
-    for key in (*lora.rank_pattern, *lora.alpha_pattern):
-        if not any(_matching({key: True}, name, False) for name in found):
-            raise UsageError(f"pattern {key!r}: matches none of the {len(found)} targets, such as {next(iter(found))}")
-    for name, layer in found.items():
-        if not is_linear(layer) and not isinstance(layer, nn.Embedding):
-            raise UsageError(f"{name}: is a {type(layer).__name__}, which takes no factors; {_leaves(model)} can")
-    return found
-
-
-def _number(name: str) -> int | None:
-    """The number of the layer that a module is in, not of the expert."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
-def inject_from(
-    model: nn.Module, adapter: Adapter, dropout: float = 0.0, dtype: torch.dtype = torch.float32
-) -> list[str]:
-    """Freeze `model` and give it the factors of `adapter`, to go on training; raises FitError where they do not fit."""
-    beside = [*adapter.replaced, *adapter.tokens, *(n for n, w in adapter.modules.items() if w.bias is not None)]
-    if beside:
-        raise FitError(
-            f"{beside[0]}: is trained whole in this adapter; only factors and magnitudes can be gone on with"
-        )
-    model.requires_grad_(False)
-    layers = dict(model.named_modules())
-    for name in adapter.modules:
-        weights, layer = adapter[name], layers.get(name)
-        if layer is None or not (isinstance(layer, nn.Embedding) or is_linear(layer)):
-            raise FitError(f"{name}: the model has no such layer. Was this adapter trained on another base?")
-        W = _matrix(layer)
-        if W.shape != (weights.out_features, weights.in_features):
-            raise FitError(f"{name}: Δ is {(weights.out_features, weights.in_features)}, the layer is {tuple(W.shape)}")
-        factors = Factors(weights.A, weights.B).to(W.device, dtype)
-        kind = LoraEmbedding if isinstance(layer, nn.Embedding) else LoraLinear
-        made = kind(layer, factors, weights.scaling, dropout, weights.magnitude is not None)
-        if made.magnitude is not None and weights.magnitude is not None:
-            made.magnitude.data.copy_(weights.magnitude)
-        _put(model, name, made)
-    return list(adapter.modules)
-
-
-def quicken(model: nn.Module) -> None:
-    """Have the linear layers without factors computed by the products of `products`, but for the output layer."""
-    head = _head(model)
-    for layer in model.modules():
-        if is_linear(layer) and layer is not head:
-            layer.forward = partial(plain_layer, layer)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The layers with factors, by the name of the module they stand for."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-
-
-def adapter_of(model: nn.Module, base_model: str | None = None, config: Mapping[str, Any] | None = None) -> Adapter:
-    """The factors in `model` as an adapter, which `adapterkit.save` writes."""
-    modules = {name: layer.weights() for name, layer in lora_layers(model).items()}
-    return Adapter("peft", modules, base_model=base_model, config=dict(config or {}))
-
-
-class disabled:
-    """A context in which `model` computes as its base does."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = list(lora_layers(model).values())
-
-    def __enter__(self) -> None:
-        for layer in self.layers:
-            layer.enabled = False
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            layer.enabled = True
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes logits, of a model of transformers."""
-    made: nn.Module | None = (
-        cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    )
-    return made
-
-
-def _matrix(layer: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer or an embedding as Δ is added to it: `(out, in)`, in being the vocabulary."""
-    return layer.weight.t() if isinstance(layer, nn.Embedding) else dense_of(layer)
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    layer.train(model.get_submodule(name).training)
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
-
-
-def _leaves(model: nn.Module) -> str:
-    """The last parts of the names of all layers that can have factors."""
-    names = (name for name, layer in model.named_modules() if is_linear(layer))
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "no linear layers"

@@ -166,7 +166,7 @@ class Loop:
         more = f" and {len(wheres) - 3} more" if len(wheres) > 3 else ""
         broken = [name for name, parameter in self.trained.items() if not parameter.isfinite().all()]
         cause = f"since {broken[0]} has overflowed" if broken else f"on {', '.join(wheres[:3])}{more}"
-        return f"{cause}. Try a lower --lr or --dtype fp32; what was reached before is in the last checkpoint."
+        return f"{cause}. Try a lower --lr, or --dtype fp32."
 
 
 def scheduled(step: int, steps: int, warmup: float, schedule: str) -> float:
