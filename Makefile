@@ -31,8 +31,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# One thread a worker: more would fight for the cores, which takes the suite twice as long.
 test: check base
-	$(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 bench: setup
 	$(BIN)/python benchmarks/merge.py

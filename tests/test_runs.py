@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,7 @@ def same(one: Path, other: Path) -> bool:
     "changes",
     [{}, {"method": "rslora"}, {"method": "dora"}, {"init": "pissa"}, {"init": "olora"}, {"targets": "all-linear"},
      {"targets": r".*\.(gate|up)_proj"}, {"layers": "1"}, {"rank_pattern": {"q_proj": 3}}, {"packing": True, "max_length": 24},
-     {"targets": "q_proj,embed_tokens"}, {"grad_accum": 3}, {"gradient_checkpointing": True}, {"dtype": "bf16"}],
+     {"targets": "q_proj,embed_tokens"}, {"grad_accum": 3}, {"gradient_checkpointing": True}, {"dtype": "bf16"}, {"dtype": "fp16"}],
     ids=str,
 )  # fmt: skip
 def test_a_run_teaches_and_peft_reads_what_it_leaves(
@@ -127,6 +129,15 @@ def test_full_fine_tuning_leaves_a_model(recipe: Callable[..., Recipe], base: Pa
     before = AutoModelForCausalLM.from_pretrained(base)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_a_compiled_model_has_the_same_losses(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    wanted = recipe(method="dora", dropout=0.0)
+    plain = losses(train(wanted, tmp_path / "plain"))
+    compiled = losses(train(replace(wanted, compile=True), tmp_path / "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

@@ -38,7 +38,8 @@ def times(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
 
 def plain(x: torch.Tensor, W: torch.Tensor | None, dense: Dense) -> torch.Tensor:
     """`y = x·Wᵀ`: a layer of the base, frozen, or in full fine-tuning `W` itself, trained."""
-    return _apply(_Plain, x, W, dense)
+    y: torch.Tensor = _apply(_Plain, x, W, dense)
+    return y
 
 
 def low_rank(
@@ -48,7 +49,8 @@ def low_rank(
 
     The factors may be wider than x, which is then not copied: they are narrowed.
     """
-    return _apply(_LowRank, x, A, B, kept, scaling, dense)
+    y: torch.Tensor = _apply(_LowRank, x, A, B, kept, scaling, dense)
+    return y
 
 
 def directed(
@@ -59,9 +61,12 @@ def directed(
 
     `∂L/∂m = Σ G∘y / m`, from the output itself, which most activations keep anyway.
     """
-    return _apply(_Directed, x, A, B, kept, scaling, dense, magnitude, norm)
+    y: torch.Tensor = _apply(_Directed, x, A, B, kept, scaling, dense, magnitude, norm)
+    return y
 
 
+# What lies between the products can be compiled; these are as fast as they get.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _apply(function: type[torch.autograd.Function], *args: object) -> torch.Tensor:
     y: torch.Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
     return y
