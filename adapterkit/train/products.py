@@ -22,10 +22,10 @@ def times_transposed(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """`x·Wᵀ` for `x (n, k)` and `W (m, k)`, without a gradient.
 
     In float32 on a CPU by oneDNN, whose kernels use all that the processor has; MKL, which torch calls by default,
-    leaves half of an AMD processor's width unused.
+    leaves half of an AMD processor's width unused. (It refuses empty sums, and to be compiled.)
     """
-    on_cpu = x.dtype is torch.float32 and x.device.type == "cpu" and x.numel()  # oneDNN makes no sums of nothing
-    if on_cpu and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    on_cpu = x.dtype is torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and x.numel() and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, W, None, "none", [], "")
         return found
     return F.linear(x, W)
