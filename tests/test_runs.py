@@ -32,6 +32,7 @@ from adapterkit.runs.preparing import prepare
 from adapterkit.runs.run import Evaluated, Started, Stopped, Trained
 from adapterkit.staging import partial_of
 from adapterkit.train.injection import lora_layers
+from adapterkit.train.layers import LoraLinear
 from adapterkit.train.loop import Loop, Stepped
 
 
@@ -170,6 +171,18 @@ def test_the_card_says_how_it_came_about(recipe: Callable[..., Recipe], data: Pa
     assert str(data.parent) not in card
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if "loss" in line] == list(range(1, 19))
+
+
+def test_what_never_had_a_gradient_is_told(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert finished(train(recipe(max_steps=1), tmp_path / "one")).unmoved == ()  # though A has none in a first step
+    real = LoraLinear.forward
+    monkeypatch.setattr(  # as a model that reads the weight, and never calls the layer
+        LoraLinear, "forward", lambda layer, x: layer.base(x) if layer.B.shape[0] == 16 else real(layer, x)
+    )
+    done = finished(train(recipe(max_steps=3), tmp_path / "two"))
+    assert done.unmoved == ("model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj")
 
 
 def test_training_goes_on_from_an_adapter(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -430,6 +443,7 @@ def test_memory_is_told_before(base: Path, data: Path, tmp_path: Path, monkeypat
         (["--rank-pattern", "q_proj"], UsageError, "NAME=VALUE"),
         (["--plot", "p.gif"], UsageError, "a plot is a"),
         (["--init-from", "nowhere/x.safetensors"], FormatError, "nowhere"),
+        (["--recipe", "no-such.yaml"], FormatError, "no-such.yaml: not a recipe"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

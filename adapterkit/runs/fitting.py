@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from adapterkit.changes import missing, refuse_broken
-from adapterkit.checkpoint import Checkpoint
+from adapterkit.checkpoint import Checkpoint, is_base, open_checkpoint
 from adapterkit.data.examples import Encoded
 from adapterkit.errors import FitError, UsageError
 from adapterkit.formats import load
@@ -14,6 +14,14 @@ from adapterkit.plan import Given
 from adapterkit.planning import HEAD, tied_embedding
 from adapterkit.quant import weights as weights_of
 from adapterkit.targets import fit
+
+
+def open_base(spec: str) -> Checkpoint:
+    """The model that `spec` names, by its headers; raises UsageError where it is an adapter, or a lone file."""
+    path = resolve(spec)
+    if path.exists() and not is_base(path):  # beside a model, transformers would load an adapter that it finds there
+        raise UsageError(f"{path}: is no model of transformers: expected a directory with config.json and no adapter")
+    return open_checkpoint(path, hub_id(spec))
 
 
 def open_fitting(spec: str, base: Checkpoint) -> Given:

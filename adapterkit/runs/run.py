@@ -20,16 +20,14 @@ import torch
 import torch.distributed as dist
 
 from adapterkit.card import write_text
-from adapterkit.checkpoint import open_checkpoint
 from adapterkit.data.batches import Order
 from adapterkit.data.examples import Encoded, encode_all, split
 from adapterkit.data.records import Fields, read_records
 from adapterkit.errors import FitError
-from adapterkit.hub import hub_id, resolve
 from adapterkit.recipe import Recipe, as_yaml, read_recipe
 from adapterkit.runs import checkpoints
 from adapterkit.runs.checkpoints import Progress
-from adapterkit.runs.fitting import check_sequences, open_fitting, refuse_twice_quantized
+from adapterkit.runs.fitting import check_sequences, open_base, open_fitting, refuse_twice_quantized
 from adapterkit.runs.memory import Estimate, available, check, estimate, helps
 from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
 from adapterkit.runs.place import StoppedError, check_run, folder_for, peak_memory, processes
@@ -122,7 +120,7 @@ def train(
     with processes() as (rank, world, local_rank):
         device = choose_device(recipe.device, local_rank)
         check_run(target, resume, overwrite)
-        base = open_checkpoint(resolve(recipe.base), hub_id(recipe.base))
+        base = open_base(recipe.base)
         dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
         tokenizer = load_tokenizer(base.path)
         data, held_back = read_data(recipe, tokenizer)
@@ -158,7 +156,7 @@ def train(
 def estimated(recipe: Recipe) -> tuple[Estimate, int, str | None]:
     """What a run would take, how much memory is free, and where that is less, what would fit."""
     device = choose_device(recipe.device)
-    base = open_checkpoint(resolve(recipe.base), hub_id(recipe.base))
+    base = open_base(recipe.base)
     dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
     examples = read_data(recipe, load_tokenizer(base.path))[0].examples
     found, room = estimate(base, recipe, examples, dtype, device), available(device)

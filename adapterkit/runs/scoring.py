@@ -18,14 +18,13 @@ from typing import Any
 import torch
 
 from adapterkit.adapter import Adapter
-from adapterkit.checkpoint import Checkpoint, is_base, open_checkpoint
+from adapterkit.checkpoint import Checkpoint
 from adapterkit.data.examples import Encoded, Example, encode_all
 from adapterkit.data.records import DEFAULT, Fields, Record, read_records
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.hub import hub_id, resolve
 from adapterkit.recipe import Recipe
 from adapterkit.runs.answers import Prediction, answer_of, compared
-from adapterkit.runs.fitting import check_sequences, open_fitting, refuse_twice_quantized, size_of
+from adapterkit.runs.fitting import check_sequences, open_base, open_fitting, refuse_twice_quantized, size_of
 from adapterkit.runs.memory import available, estimate
 from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
 from adapterkit.train.causal import Batch, CausalModel
@@ -168,10 +167,7 @@ def evaluate(request: Request) -> Iterator[Event]:
     where a loss is no number.
     """
     device = choose_device(request.device)
-    path = resolve(request.base)
-    if path.exists() and not is_base(path):  # beside a model, transformers would load an adapter that it finds there
-        raise UsageError(f"{path}: is no model of transformers: expected a directory with config.json and no adapter")
-    base = open_checkpoint(path, hub_id(request.base))
+    base = open_base(request.base)
     refuse_twice_quantized(request.quantize, base)
     given = None if request.adapter is None else open_fitting(request.adapter, base)
     dtype = choose_dtype(request.dtype, base, device, full=False)

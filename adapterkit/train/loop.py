@@ -90,9 +90,12 @@ class Loop:
         return float(total[0] / total[1])
 
     def unmoved(self) -> list[str]:
-        """What is to be trained but never had a gradient, since the model does not use it as a layer."""
-        moments = {name: self.optimizer.state[one].get("exp_avg_sq") for name, one in self.trained.items()}
-        return [name for name, moment in moments.items() if moment is None or not moment.any()]
+        """The modules of which nothing ever had a gradient: the model does not use them as layers."""
+        moved: dict[str, bool] = {}
+        for name, parameter in self.trained.items():
+            module, moment = name.rpartition(".")[0], self.optimizer.state[parameter].get("exp_avg_sq")
+            moved[module] = moved.get(module, False) or (moment is not None and bool(moment.any()))
+        return [module for module, did in moved.items() if not did]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor that a later run goes on from."""
