@@ -59,7 +59,7 @@ def estimate(
         training = sum(recipe.rank * sum(shape) for shape in matrices.values()) * (ADAM + 4)
     longest = sorted((sum(len(one.ids) for one in row) for row in Order.of(examples, recipe).rows), reverse=True)
     tokens, hidden, layers = sum(longest[: recipe.batch_size]), text["hidden_size"], text["num_hidden_layers"]
-    a_layer = 9 * hidden + 4 * text["intermediate_size"]
+    a_layer = (14 if size > 2 else 17) * hidden + 4 * text["intermediate_size"]  # measured: norms compute in float32
     kept = layers * hidden + a_layer if recipe.gradient_checkpointing else layers * a_layer
     return Estimate(weights, training, tokens * kept * size, CHUNK * (size + 4), PROCESS if device.type == "cpu" else 0)
 
