@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -211,22 +212,26 @@ def attend(
         raise UnsupportedAttentionError(f"{type(module).__name__} attends in a way of its own")
     lengths = lengths or (query.shape[2],)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and len(lengths) > 1:
-        found = _by_flash_attention(query, key, value, scaling, lengths, sliding_window)
-        if found is not None:
-            return found, None
-    parts = []
-    for q, k, v in zip(*(torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value)), strict=True):
+        at_once = _by_flash_attention(query, key, value, scaling, lengths, sliding_window)
+        if at_once is not None:
+            return at_once, None
+    parts, first = [], 0
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (tokens, heads, dim)
+    for length, run in groupby(lengths):  # sequences of one length go together
+        count = len(list(run))
+        shape = (count, length, -1, query.shape[3])
+        q, k, v = (tensor[first : first + count * length].reshape(shape).transpose(1, 2) for tensor in rows)
         band = None
-        if sliding_window and q.shape[2] > sliding_window:
-            places = torch.arange(q.shape[2], device=q.device)
+        if sliding_window and length > sliding_window:
+            places = torch.arange(length, device=q.device)
             ago = places[:, None] - places
             band = (ago >= 0) & (ago < sliding_window)
-        parts.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
+        found = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+        parts.append(found.transpose(1, 2).flatten(0, 1))
+        first += count * length
+    return torch.cat(parts)[None], None
 
 
 def _by_flash_attention(
