@@ -219,8 +219,8 @@ def attend(
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (tokens, heads, dim)
     for length, run in groupby(lengths):  # sequences of one length go together
         count = len(list(run))
-        shape = (count, length, -1, query.shape[3])
-        q, k, v = (tensor[first : first + count * length].reshape(shape).transpose(1, 2) for tensor in rows)
+        part = slice(first, first + count * length)
+        q, k, v = (one[part].reshape(count, length, *one.shape[1:]).transpose(1, 2) for one in rows)
         band = None
         if sliding_window and length > sliding_window:
             places = torch.arange(length, device=q.device)
