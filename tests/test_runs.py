@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 import adapterkit
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.cli.main import group
-from adapterkit.errors import AdapterkitError, FitError, FormatError, OutputExistsError, UsageError
+from adapterkit.errors import AdapterkitError, FitError, FormatError, NoSpaceError, OutputExistsError, UsageError
 from adapterkit.recipe import Recipe
 from adapterkit.runs import checkpoints, train
 from adapterkit.runs.models import load_model
@@ -454,6 +455,42 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(error, match=said):
         raise result.exception
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 3}, r"lacks 9 tensors that its config speaks of, such as model\.layers\.2\."),
+        ({"intermediate_size": 64}, r"mlp\.\w+\.weight is \(\d+, \d+\), its config makes it"),
+        ({"model_type": "nonsense"}, "transformers loads no model from there"),
+    ],
+    ids=str,
+)
+def test_no_weight_is_made_up(base: Path, data: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(base, wrong)
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(FormatError, match=said):
+        finished(train(Recipe(base=str(wrong), data=str(data)), tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == [wrong]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoints.write_tensors
+
+    def full(file: Path, *rest: Any) -> None:
+        if "step-000004" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, *rest)
+
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
+    with pytest.raises(NoSpaceError, match="last checkpoint is kept: free some space, and go on with --resume"):
+        finished(train(recipe(save_every=2), tmp_path / "out"))
+    monkeypatch.undo()
+    finished(train(recipe(save_every=2), tmp_path / "out", resume=True))
 
 
 def test_bad_records_stop_a_run_or_are_left_out(base: Path, data: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from adapterkit.train.causal import CausalModel
 from adapterkit.train.injection import quicken
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHOWN = 240  # characters of an error of transformers'
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
@@ -56,7 +57,7 @@ def load_tokenizer(path: Path) -> Any:
         try:
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            raise FormatError(f"{path}: transformers finds no tokenizer there: {_first_line(error)}") from error
+            raise FormatError(f"{path}: transformers finds no tokenizer there: {_shortened(error)}") from error
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> CausalModel:
@@ -66,7 +67,8 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, quantize: s
     with quiet():
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # so that they are told here
     if quantize != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_compute_dtype=dtype,
@@ -74,9 +76,14 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, quantize: s
         )  # type: ignore[no-untyped-call]  # fmt: skip
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError) as error:
-            raise FormatError(f"{path}: transformers loads no model from there: {_first_line(error)}") from error
+            model, found = cast(Any, AutoModelForCausalLM).from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise FormatError(f"{path}: transformers loads no model from there: {_shortened(error)}") from error
+    # What is missing or of another shape, transformers would fill with random numbers.
+    for name, stored, wanted in found["mismatched_keys"]:
+        raise FormatError(f"{path}: {name} is {tuple(stored)}, its config makes it {tuple(wanted)}")
+    if missing := sorted(found["missing_keys"]):
+        raise FormatError(f"{path}: lacks {len(missing)} tensors that its config speaks of, such as {missing[0]}")
     quicken(model)  # before anything is computed: bitsandbytes rearranges its weights when they are first used
     return CausalModel(model)
 
@@ -110,5 +117,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _shortened(error: Exception) -> str:
+    """What transformers says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= SHOWN else text[:SHOWN] + " …"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from adapterkit.errors import OutputExistsError, UsageError
+from adapterkit.errors import NoSpaceError, OutputExistsError, UsageError
 from adapterkit.runs import checkpoints
 from adapterkit.staging import check_output, partial_of, remove, staged
 
@@ -40,13 +40,20 @@ def folder_for(out: Path, rank: int) -> Iterator[Path]:
         with suppress(StoppedError):
             yield partial_of(out)
         return
-    with suppress(StoppedError), staged(out, directory=True, keep=True) as folder:
-        try:
-            yield folder
-        except BaseException:
-            if not checkpoints.steps(folder):
-                remove(folder)
+    try:
+        with suppress(StoppedError), staged(out, directory=True, keep=True) as folder:
+            try:
+                yield folder
+            except BaseException:
+                if not checkpoints.steps(folder):
+                    remove(folder)
+                raise
+    except NoSpaceError as error:
+        if not checkpoints.steps(partial_of(out)):
             raise
+        raise NoSpaceError(
+            f"{out}: the disk is full. The last checkpoint is kept: free some space, and go on with --resume."
+        ) from error
 
 
 @contextmanager
