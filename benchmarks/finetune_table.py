@@ -138,11 +138,11 @@ def main() -> None:
         "finetune.svg" if args.scale == "reduced" else f"finetune-{args.scale}.svg"
     )
     draw(varied, picture)
+    epochs = f"{scale.epochs:g} epoch{'' if scale.epochs == 1 else 's'}"
     note = (
-        f"{scale.records} records, {scale.epochs:g} epochs, batches of {BATCH}, AdamW, cosine, dtype {scale.dtype}; "
-        f"rank 8, alpha 16, all linear layers, lr {Setting().lr:g}, in full fine-tuning {FULL_RATE:g}. Scored on "
-        f"{scale.tests} test records; median [min-max] of {scale.seeds} seeds. Memory is the whole process's, or the "
-        "device's."
+        f"{scale.records} records, {epochs}, batches of {BATCH}, AdamW, cosine, dtype {scale.dtype}; rank 8, alpha 16, "
+        f"all linear layers, lr {Setting().lr:g}, in full fine-tuning {FULL_RATE:g}. Scored on {scale.tests} test "
+        f"records; median [min-max] of {scale.seeds} seeds. Memory is the whole process's, or the device's."
     )
     whole = rows["full"][0]["parameters"]
     tables = [table(rows, before, whole), note, varied_table(varied), f"![What settings do]({picture.name})"]
@@ -327,9 +327,11 @@ def draw(varied: Varied, file: Path) -> None:
                 losses = [facts["valid"]["perplexity"]["by_token"] for facts in varied[line].values()]
                 panel.plot(list(varied[line]), losses, marker="o", label=name)
         panel.set_xscale("log", base=10 if what == "learning rate" else 2)
+        if what != "learning rate":
+            panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel(what)
         panel.grid(alpha=0.3)
-    panels[-1].legend(frameon=False)
+    panels[1].legend(*panels[-1].get_legend_handles_labels(), frameon=False)  # where there is room
     panels[0].set_ylabel("perplexity, validation")
     figure.savefig(file, metadata={"Date": None})
 

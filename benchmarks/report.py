@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -53,10 +54,8 @@ def machine(output: Path) -> str:
     linux = platform.release().partition("-")[0]
     versions = [f"Linux {linux}", f"Python {platform.python_version()}"]
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"no {package}")
     return (
         f"{cpu}, {len(os.sched_getaffinity(0))} cores, {ram:.0f} GiB RAM, output on {_file_system(output)}; "
         f"{', '.join(versions)}."
