@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from adapterkit.budget import default_threads
 from adapterkit.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import UsageError
 from adapterkit.formats import load
-from adapterkit.hub import hub_id, resolve
+from adapterkit.hub import hub_id, outlines, resolve
 from adapterkit.plan import Given, MergePlan
 from adapterkit.planning import DTYPES, make_plan
 from adapterkit.planning import plan_quantize as make_quantize_plan
@@ -53,6 +53,7 @@ def plan_merge(
     receipt: bool = True,
     link: bool = False,
     overwrite: bool = False,
+    download: bool = True,
 ) -> MergePlan:
     """Plan `base + scale · Σ weight · Δ`, from headers only; nothing is written.
 
@@ -64,7 +65,8 @@ def plan_merge(
     `calibration`, a text file over which running the plan first runs the base. `original` is the 16-bit model that a
     quantized base was made from, to be checked and merged into. With a `receipt` the merge can be undone bit for bit,
     see `unmerge`. `link` has files that stay as they are share their bytes with the base's, where the file system can.
-    Raises what is listed in `adapterkit.errors`.
+    What is on the Hub is downloaded once its headers fit; without `download` the plan made from them is returned, to be
+    looked at and not run. Raises what is listed in `adapterkit.errors`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -75,19 +77,29 @@ def plan_merge(
     _check_rounding(rounding, seed, quantize is not None)
     if accept_loss and quantize is None:
         raise UsageError("only a quantized output can lose an update: accept_loss goes with quantize")
-    checkpoint = open_checkpoint(resolve(base), hub_id(base))
-    given = open_adapters(adapters, scale, alpha, scaling)
-    sixteen = None if original is None else open_checkpoint(resolve(original), hub_id(original))
-    named = (sixteen, original) if sixteen and original is not None else (checkpoint, base)
-    target = Path(out).expanduser() if out is not None else _default_output(*named, "merged")
-    for one in (checkpoint, *((sixteen,) if sixteen else ())):
-        check_apart(target, one, given)
-    check_output(target, overwrite)
-    return make_plan(
-        checkpoint, given, target, dtype=dtype, quantize=quantize, rounding=Rounding(rounding, seed),
-        original=sixteen, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial,
-        calibration=_text(calibration, rounding), receipt=receipt, link=link,
-    )  # fmt: skip
+
+    def made(where: Callable[[AnyPath], Path]) -> MergePlan:
+        checkpoint = open_checkpoint(where(base), hub_id(base))
+        given = open_adapters(adapters, scale, alpha, scaling, where)
+        sixteen = None if original is None else open_checkpoint(where(original), hub_id(original))
+        named = (sixteen, original) if sixteen and original is not None else (checkpoint, base)
+        target = Path(out).expanduser() if out is not None else _default_output(*named, "merged")
+        for one in (checkpoint, *((sixteen,) if sixteen else ())):
+            check_apart(target, one, given)
+        check_output(target, overwrite)
+        return make_plan(
+            checkpoint, given, target, dtype=dtype, quantize=quantize, rounding=Rounding(rounding, seed),
+            original=sixteen, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial,
+            calibration=_text(calibration, rounding), receipt=receipt, link=link,
+        )  # fmt: skip
+
+    named = [base, *(one[0] if isinstance(one, tuple) else one for one in adapters), original]
+    with outlines([one for one in named if isinstance(one, str | os.PathLike)]) as where:
+        if where is not None:
+            plan = made(where)
+            if not download:
+                return plan
+    return made(resolve)
 
 
 def merge(
@@ -209,21 +221,23 @@ def open_adapters(
     scale: float = 1.0,
     alpha: float | None = None,
     scaling: float | None = None,
+    where: Callable[[AnyPath], Path] = resolve,
 ) -> list[Given]:
-    """Adapters as they are given to a call, opened, with names that tell them apart."""
-    return _name_apart([_open(entry, scale, alpha, scaling) for entry in adapters])
+    """Adapters as they are given to a call, opened `where` they lie, with names that tell them apart."""
+    return _name_apart([_open(entry, scale, alpha, scaling, where) for entry in adapters])
 
 
 def _open(
-    entry: AnyAdapter | tuple[AnyAdapter, float], scale: float, alpha: float | None, scaling: float | None
-) -> Given:
+    entry: AnyAdapter | tuple[AnyAdapter, float], scale: float, alpha: float | None, scaling: float | None,
+    where: Callable[[AnyPath], Path],
+) -> Given:  # fmt: skip
     what, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
     if not math.isfinite(weight * scale):
         raise UsageError(f"weight {weight} × scale {scale}: expected finite numbers")
     if isinstance(what, Adapter):
         name = what.files[0].parent.name if what.files else "adapter"
         return Given(what, weight * scale, name)
-    path = resolve(what)
+    path = where(what)
     adapter = load(path, alpha=alpha, scaling=scaling)
     generic = path.is_file() and path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
     name = hub_id(what) or (path.resolve().parent.name if generic else path.resolve().name)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hubserver import Hub, serving
 from hypothesis import settings
 from safetensors.torch import save_file
 
 # Before anything imports them: no test reaches the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Where the suite runs in the background of a shell, ctrl-C is ignored, and so it would be in what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
@@ -92,6 +99,30 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub of this test's own, which the real client asks with a token that may write for `me`; waits take no time."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_writer")
+        hub.slept = []
+        monkeypatch.setattr(time, "sleep", hub.slept.append)
+        close_session()
+        yield hub
+        close_session()
 
 
 def factors(module: str, out: int, inner: int, rank: int = 4, size: float = 0.1) -> dict[str, torch.Tensor]:

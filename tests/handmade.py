@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -100,6 +100,10 @@ class Outcome:
         assert lines[0].startswith("adapterkit: "), self
         assert lines[0].isprintable(), self
         return lines[0].removeprefix("adapterkit: ")
+
+    def message_of_last(self, code: int) -> str:
+        """The same, after notes."""
+        return replace(self, err=self.err.strip().splitlines()[-1]).message(code)
 
 
 def adapterkit(*args: str | Path) -> Outcome:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import huggingface_hub.errors
 import pytest
 from handmade import adapterkit, write_adapter, write_base
 
@@ -106,33 +105,6 @@ def test_control_characters_do_not_reach_the_terminal(monkeypatch: pytest.Monkey
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
-
-
-def hub_error(kind: str) -> BaseException:
-    """An error of huggingface_hub, made without the HTTP answer that some want to hold."""
-    error = getattr(huggingface_hub.errors, kind)
-    return error.__new__(error, "no")  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    ("kind", "code", "expected"),
-    [
-        ("GatedRepoError", 4, "is gated"),
-        ("RepositoryNotFoundError", 1, "neither a local path nor a repository on the Hub"),
-        ("LocalEntryNotFoundError", 5, "the Hub is out of reach"),
-        ("OfflineModeIsEnabled", 5, "the Hub cannot be reached"),
-        ("HFValidationError", 1, "nor a name that the Hub allows"),
-        ("HfHubHTTPError", 1, "the Hub refused"),
-    ],
-)
-def test_what_the_hub_says(monkeypatch: pytest.MonkeyPatch, kind: str, code: int, expected: str) -> None:
-    def snapshot_download(*_: object, local_files_only: bool, **__: object) -> str:
-        raise hub_error("LocalEntryNotFoundError" if local_files_only else kind)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    message = adapterkit("merge", "nobody/nothing", "adapter").message(code)
-    assert message.startswith("nobody/nothing: ")
-    assert expected in message
 
 
 @pytest.mark.parametrize(

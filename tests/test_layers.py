@@ -24,8 +24,9 @@ LEVELS = (
     ("changes", "layout"),
     ("planning", "device", "sidecar", "digest", "receipt"),
     ("wholes", "based", "undo"),
-    ("blocks", "calibration", "card", "hub", "against", "inventory", "live", "combining", "resuming"),
-    ("desk", "budget", "newadapter", "comparing", "converting", "extracting", "verifying", "data"),
+    ("blocks", "calibration", "card", "against", "inventory", "live", "combining", "resuming"),
+    ("hub",),
+    ("finding", "desk", "budget", "newadapter", "comparing", "converting", "extracting", "verifying", "data"),
     ("train",),
     ("outputs", "runs"),
     ("stream",),
@@ -41,7 +42,12 @@ FILES = LEVEL["formats"]  # files and algebra do not know each other: they meet 
 ALGEBRA = (LEVEL["lowrank"], LEVEL["summary"])
 
 CORE = {"torch", "numpy", "safetensors"}
-ALLOWED = {"hub": {"huggingface_hub"}, "cli": {"click", "rich"}, "plot": {"matplotlib", "numpy"}}
+ALLOWED = {
+    "hub": {"huggingface_hub"},
+    "finding": {"huggingface_hub"},
+    "cli": {"click", "rich"},
+    "plot": {"matplotlib", "numpy"},
+}
 TORCH_AT_TOP = {  # themselves imported only where weights are read
     "against", "based", "blocks", "calibration", "combining", "comparing", "converting", "device", "extracting", "live",
     "quant.carry", "undo", "verifying", "wholes",

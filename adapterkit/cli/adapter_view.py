@@ -22,7 +22,7 @@ FLAT = 1.005  # a row that varies less than this is drawn flat
 LABEL = 12  # columns of the names on the left of the header
 
 
-def show_header(path: str, summary: Summary, match: Match | None, *, has_config: bool) -> None:
+def show_header(path: str, summary: Summary, match: Match | None, *, has_config: bool, fetched: str = "") -> None:
     """Print the facts that headers tell, then what is wrong; rich is not needed for it."""
     unknown = f"unknown: no {'lora_alpha in ' if has_config else ''}adapter_config.json; give --alpha"
     lines = {
@@ -41,6 +41,7 @@ def show_header(path: str, summary: Summary, match: Match | None, *, has_config:
         "tokens": ", ".join(f"{rows} rows of {name}" for name, rows in summary.tokens.items()),
         "unread": ", ".join(summary.unread),
         "against": f"{match.base}: {match.found} of {match.total} modules found" if match else "",
+        "fetched": fetched,
     }
     for label, text in lines.items():
         if text:

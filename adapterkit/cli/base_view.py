@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from adapterkit.checkpoint import open_checkpoint
+from adapterkit.cli.places import Place
 from adapterkit.cli.running import files, size
+from adapterkit.errors import FormatError
 from adapterkit.inventory import inventory, unsupported
 
 
-def show_base(path: Path, given: str, as_json: bool) -> None:
-    """Print the base at `path`, which the user calls `given`."""
-    checkpoint = open_checkpoint(path)
+def show_base(there: Place, given: str, as_json: bool) -> None:
+    """Print the base that is `there`, which the user calls `given`."""
+    checkpoint = open_checkpoint(there.path)
+    if there.headers_only and any(".quant_state." in name for name in checkpoint.tensors):
+        raise FormatError(
+            f"{given}: how its weights are quantized stands among the weights, not in a header; say --full"
+        )
     rows = inventory(checkpoint)
     warning = unsupported(checkpoint, rows)
     stored = sum(shard.size for shard in checkpoint.shards)
@@ -24,6 +29,7 @@ def show_base(path: Path, given: str, as_json: bool) -> None:
         facts = {
             "path": given, "model_type": model, "files": len(checkpoint.shards), "bytes": stored,
             "quantization": checkpoint.quantization, "stored": [asdict(row) for row in rows], "unsupported": warning,
+            "fetched": there.fetched,
         }  # fmt: skip
         print(json.dumps(facts, indent=2))
         return
@@ -31,6 +37,8 @@ def show_base(path: Path, given: str, as_json: bool) -> None:
     click.echo(f"model       {model}")
     click.echo(f"weights     {sum(row.weights for row in rows):,} in {files(len(checkpoint.shards))}, {size(stored)}")
     click.echo(f"parameters  {sum(row.parameters for row in rows):,}")
+    if there.told:
+        click.echo(f"fetched     {there.told}")
     if warning:
         click.echo(f"⚠ {warning}")
     width = max(len("stored as"), *(len(row.scheme) for row in rows)) if rows else 0

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.progress import progress
 from adapterkit.data.records import Fields
 from adapterkit.errors import UsageError
 from adapterkit.recipe import DTYPES, QUANTIZE, Recipe
@@ -21,7 +22,7 @@ from adapterkit.staging import check_output, staged
 
 if TYPE_CHECKING:
     from adapterkit.runs.answers import Prediction
-    from adapterkit.runs.scoring import Event, Request, Scored, Started
+    from adapterkit.runs.scoring import Request, Scored, Started
 
 USAGE = "adapterkit eval BASE [ADAPTER] DATA"
 SHOWN_BAD = 10
@@ -101,35 +102,21 @@ def eval_command(
 
 
 def _run(request: Request) -> tuple[Started, Scored]:
-    """Evaluate, with a bar on stderr where that is a terminal, and notes on what is otherwise than expected."""
-    from adapterkit.runs.scoring import Scored, Started, evaluate
+    """Evaluate, show how far it is, and note what is otherwise than expected."""
+    from adapterkit.runs.scoring import Completed, Read, Scored, Started, evaluate
 
     started: Started | None = None
-    events = evaluate(request)
-    for event in _drawn(events) if sys.stderr.isatty() else events:
-        if isinstance(event, Started):
-            started = event
-            _note(event)
-        elif isinstance(event, Scored):
-            assert started is not None
-            return started, event
+    with progress("loading") as show:
+        for event in evaluate(request):
+            if isinstance(event, Started):
+                started = event
+                _note(event)
+            elif isinstance(event, Read | Completed):
+                show(event.done, event.total, "reading" if isinstance(event, Read) else "completing")
+            elif isinstance(event, Scored):
+                assert started is not None
+                return started, event
     raise AssertionError("an evaluation ends with its result")
-
-
-def _drawn(events: Iterator[Event]) -> Iterator[Event]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from adapterkit.runs.scoring import Completed, Read
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        for event in events:
-            if isinstance(event, Read | Completed):
-                what = "reading" if isinstance(event, Read) else "completing"
-                bar.update(task, description=what, completed=event.done, total=event.total)
-            yield event
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------

@@ -6,18 +6,24 @@ import atexit
 import gc
 import importlib
 import io
+import logging
 import os
 import sys
-from typing import NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from adapterkit.errors import AdapterkitError
 from adapterkit.version import __version__
 
+if TYPE_CHECKING:
+    from adapterkit.cli.progress import Mode
+
 # Command -> the module under adapterkit.cli that holds a click command of that name, and its line of help: modules are
 # imported when they are called, so that --help costs nothing.
 COMMANDS = {
+    "list": ("hub", "Which adapters there are: in folders, in the Hub cache, on the Hub."),
     "inspect": ("inspect", "What an adapter is: rank, scaling, targets, norms, and what is wrong with it."),
     "merge": ("merge", "Merge adapters into a base model, streaming, rounded once."),
     "unmerge": ("unmerge", "Undo a merge bit for bit, by the receipt it left."),
@@ -30,6 +36,8 @@ COMMANDS = {
     "train": ("train", "Train a small adapter: LoRA, rsLoRA, DoRA, QLoRA; or all of a model."),
     "eval": ("eval", "How well a model, with an adapter or without, does on held-out records."),
     "quantize": ("quantize", "Quantize a base model to NF4, FP4 or LLM.int8, streaming."),
+    "pull": ("hub", "Get an adapter or a base from the Hub, checked byte by byte."),
+    "push": ("hub", "Send an adapter or a model to the Hub, checked before and in one commit."),
 }
 
 
@@ -54,8 +62,15 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="adapterkit")
-def group() -> None:
-    """Inspect LoRA adapters and merge them into base weights, exactly."""
+@click.option("--progress", type=click.Choice(["auto", "json", "none"]), default="auto", show_default=True,
+              help="How progress is shown on stderr: a bar on a terminal, JSON lines, or not at all.")  # fmt: skip
+def group(progress: Mode) -> None:
+    """Train, inspect, combine and merge LoRA adapters, exactly, and share them."""
+    from adapterkit.cli import progress as bars
+    from adapterkit.hub import fetching
+
+    bars.mode = progress
+    fetching.shown = partial(bars.progress, in_bytes=True)
 
 
 def main() -> NoReturn:
@@ -65,6 +80,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # paths need not be UTF-8, and terminals need not show it
             stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("adapterkit").addHandler(NOTES)
     try:
         result = group.main(prog_name="adapterkit", standalone_mode=False)
         print(end="", flush=True)  # at exit it would be too late for one line and an exit code
@@ -84,6 +100,16 @@ def main() -> NoReturn:
             sys.exit(1)
         _fail(f"standard output: {error.strerror or error}", 1)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+class _Notes(logging.Handler):
+    """What the library has to say while it works, as a line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"note: {record.getMessage()}", file=sys.stderr)
+
+
+NOTES = _Notes()  # one, however often `main` is called
 
 
 def _fail(message: str, code: int) -> NoReturn:

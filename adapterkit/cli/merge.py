@@ -76,7 +76,7 @@ def merge_command(
         base, [weighted(text) for text in adapters], output, scale=scale, alpha=alpha, scaling=scaling, dtype=dtype,
         quantize=quantize, rounding=rounding, seed=seed, calibration=calibration, original=original,
         accept_loss=accept_loss, rename=parse_rename(rename) if rename else None, allow_partial=allow_partial,
-        receipt=not no_receipt, link=link, overwrite=overwrite,
+        receipt=not no_receipt, link=link, overwrite=overwrite, download=not dry_run,
     )  # fmt: skip
     for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
         print(f"note: {note}", file=sys.stderr)

@@ -8,22 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from adapterkit.cli.progress import progress
+
 if TYPE_CHECKING:
     from adapterkit.combining import Combined, ModuleDone
 
 
 @contextmanager
 def bar_of(what: str) -> Iterator[Callable[[ModuleDone], None]]:
-    """What draws the modules that are done, where stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda row: bar.update(task, completed=row.done, total=row.total)
+    """What shows the modules that are done."""
+    with progress(what) as show:
+        yield lambda row: show(row.done, row.total)
 
 
 def show_result(result: Combined, output: str, what: str, seconds: float, as_json: bool) -> None:

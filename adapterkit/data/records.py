@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from adapterkit.errors import FormatError, OfflineError, UsageError
-from adapterkit.hub import HUB_ID
+from adapterkit.hub.names import parsed
 
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
 ROWS = 1024  # of a Parquet file in memory at once
@@ -140,7 +140,7 @@ def _rows(source: str | os.PathLike[str], fields: Fields) -> Rows:
         if reader is None:
             raise UsageError(f"{path}: is of no kind that records are read from, expected {', '.join(READERS)}")
         return reader(path, fields)
-    if reader or not HUB_ID.fullmatch(str(source)) or (path.parent.is_dir() and path.parent != Path()):
+    if reader or parsed(str(source)) is None or (path.parent.is_dir() and path.parent != Path()):
         raise FormatError(f"{source}: there is no such file, expected one, or a dataset on the Hub: org/name[:split]")
     return _hub_rows(str(source))
 
@@ -231,9 +231,10 @@ def _parquet_rows(file: Path, fields: Fields) -> Rows:
 
 def _hub_rows(source: str) -> Rows:
     load = _needed("datasets", f"{source}: there is no such file, and a dataset on the Hub").load_dataset
-    [(repo, revision, split)] = HUB_ID.findall(source)
+    id = parsed(source)
+    assert id is not None
     try:
-        rows = load(repo, revision=revision or None, split=split or "train", streaming=True)
+        rows = load(id.repo, revision=id.revision, split=id.folder or "train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield f"{source}: record {number}", row
     except ConnectionError as error:

@@ -1,0 +1,82 @@
+"""How far something is, on stderr: a bar where that is a terminal, JSON lines with `--progress json`, else nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, TypeVar
+
+T = TypeVar("T")
+Mode = Literal["auto", "json", "none"]
+
+EVERY = 0.05  # seconds between JSON lines, but for the last
+
+mode: Mode = "auto"  # what `adapterkit --progress` says, for the whole process
+
+
+class Show(Protocol):
+    """What is called with how much is done; `facts` are for programs, and `what` where that changes."""
+
+    def __call__(self, done: int, total: int | None, what: str = "", **facts: Any) -> None: ...
+
+
+@contextmanager
+def progress(
+    what: str, *, in_bytes: bool = False, note: Callable[[dict[str, Any]], str] | None = None
+) -> Iterator[Show]:
+    """Yield what shows how far `what` is; `note` makes the facts a text beside the bar."""
+    if mode == "json":
+        yield _as_json(what)
+    elif mode == "auto" and sys.stderr.isatty():
+        yield from _as_bar(what, in_bytes, note)
+    else:
+        yield lambda done, total, what="", **facts: None
+
+
+def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """`items`, counted as they come."""
+    with progress(what) as show:
+        for done, item in enumerate(items, 1):
+            yield item
+            show(done, total)
+
+
+def _as_json(about: str) -> Show:
+    last = 0.0
+
+    def show(done: int, total: int | None, what: str = "", **facts: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY or done == total or facts:
+            last = time.monotonic()
+            line = {"progress": what or about, "done": done, "total": total, **facts}
+            print(json.dumps(line), file=sys.stderr, flush=True)
+
+    return show
+
+
+def _as_bar(about: str, in_bytes: bool, note: Callable[[dict[str, Any]], str] | None) -> Iterator[Show]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TextColumn("{task.fields[note]}"))
+    console = Console(stderr=True, highlight=False, markup=False)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(about, total=None, note="")
+
+        def show(done: int, total: int | None, what: str = "", **facts: Any) -> None:
+            text = note(facts) if note else ""
+            bar.update(task, description=what or about, completed=done, total=total, note=text)
+
+        yield show

@@ -1,0 +1,190 @@
+"""Which adapters there are: in folders, in the Hub cache, on the Hub; a row each, from headers and configs alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from adapterkit.errors import AdapterkitError
+from adapterkit.formats import load
+from adapterkit.formats.source import CONFIG, PICKLED, WEIGHTS
+from adapterkit.hub.asking import asking
+from adapterkit.hub.names import HubId
+from adapterkit.summary import summarize
+from adapterkit.tensorfile import read_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+THREADS = 4
+PAGE = 50  # rows that the Hub sends at a time
+BITS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
+
+State = Literal["here", "partial", "remote"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An adapter that was found; what is not known is None or empty, and `problem` says what is wrong with it."""
+
+    name: str  # a path, or a Hub id
+    path: Path | None  # where it lies on this disk
+    state: State
+    kind: str | None = None
+    ranks: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+    targets: tuple[str, ...] = ()
+    size: int | None = None  # bytes of the weights
+    base_model: str | None = None
+    modified: float | None = None  # seconds since 1970
+    downloads: int | None = None
+    likes: int | None = None
+    gated: bool = False
+    problem: str | None = None
+
+    def matches(self, base: str | None, words: str) -> bool:
+        """Whether it is one of `base`, and all `words` are in what is shown of it."""
+        text = " ".join([self.name, self.base_model or "", *self.targets]).lower()
+        return (base is None or _same_base(base, self.base_model)) and all(
+            word in text for word in words.lower().split()
+        )
+
+
+# What rows are sorted by, and their key: the first is the greatest, names are in order, unknown is last.
+SORTS: dict[str, Callable[[Found], Any]] = {
+    "name": lambda row: row.name.lower(),
+    "rank": lambda row: (not row.ranks, -max(row.ranks, default=0)),
+    "size": lambda row: -(row.size or -1),
+    "modified": lambda row: -(row.modified or 0),
+    "downloads": lambda row: -(-1 if row.downloads is None else row.downloads),
+    "likes": lambda row: -(-1 if row.likes is None else row.likes),
+}
+# The same of the Hub, which sorts itself; it knows no ranks.
+HUB_SORTS = {"modified": "last_modified", "downloads": "downloads", "likes": "likes", "trending": "trending_score"}
+
+
+def in_folders(folders: Iterable[str | os.PathLike[str]]) -> Iterator[Found]:
+    """The adapters below `folders`, in the order of their names; unreadable folders are rows with a problem."""
+    for folder in folders:
+        yield from _described(_walk(Path(folder)))
+
+
+def in_cache() -> Iterator[Found]:
+    """The adapters in the Hub cache: of every repository all revisions that are there, and their folders."""
+    from huggingface_hub import constants
+
+    for repo in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+        name = repo.name.removeprefix("models--").replace("--", "/", 1)
+        revisions = {file.read_text().strip(): file.name for file in sorted(repo.glob("refs/*")) if file.is_file()}
+        for snapshot in sorted(repo.glob("snapshots/*")):
+            revision = revisions.get(snapshot.name, snapshot.name)
+            for row in _described(_walk(snapshot)):
+                inner = "" if row.path in (None, snapshot) else str(Path(row.name).relative_to(snapshot))
+                id = HubId(name, None if revision == "main" else revision, inner)
+                yield replace(row, name=str(id))
+
+
+def on_the_hub(base: str | None, search: str, sort: str = "trending") -> Iterator[Found]:
+    """The adapters on the Hub, for `base` where it is given, in pages as they are asked for.
+
+    Raises OfflineError and what else `asking` does.
+    """
+    from huggingface_hub import HfApi
+
+    tags = ["peft", *([f"base_model:adapter:{base}"] if base else [])]
+    shown: Any = ["downloads", "likes", "tags", "lastModified", "gated", "cardData", "safetensors"]
+    with asking(base or "the Hub"):
+        rows = HfApi().list_models(filter=tags, search=search or None, sort=HUB_SORTS[sort], expand=shown)  # type: ignore[arg-type]
+        yield from map(_of_hub, rows)
+
+
+def describe(path: Path) -> Found:
+    """The row of the adapter in the folder `path`."""
+    row = Found(str(path), path, "here")
+    try:
+        weights = next((path / name for name in (*WEIGHTS, *PICKLED) if (path / name).is_file()), None)
+        if weights is not None:
+            facts = weights.stat()
+            row = replace(row, size=facts.st_size, modified=facts.st_mtime)
+        if weights is None or weights.suffix != ".safetensors":  # what is pickled is not opened to be listed
+            return _by_config(row, path, weights)
+        summary = summarize(load(path))
+    except (AdapterkitError, OSError) as error:
+        return replace(row, problem=str(error).removeprefix(f"{path}/").removeprefix(f"{path}: "))
+    problem = next((str(one["what"]) for one in summary.problems if one["fatal"]), None)
+    return replace(
+        row, kind=summary.kind, ranks=summary.ranks, alphas=summary.alphas, targets=summary.targets,
+        base_model=summary.base_model, problem=problem,
+    )  # fmt: skip
+
+
+def ordered(rows: Iterable[Found], sort: str) -> list[Found]:
+    """The rows in the order of `sort`, then of their names."""
+    return sorted(sorted(rows, key=SORTS["name"]), key=SORTS.get(sort, SORTS["name"]))
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _walk(folder: Path) -> Iterator[Path | Found]:
+    """The folders at and below `folder` that hold an adapter, and rows for what cannot be read."""
+    unread: list[OSError] = []
+    if not folder.is_dir():
+        yield Found(str(folder), folder, "here", problem="there is no such folder")
+        return
+    for at, inner, names in os.walk(folder, onerror=unread.append):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        while unread:
+            error = unread.pop()
+            yield Found(str(error.filename), Path(error.filename), "here", problem=f"cannot be read: {error.strerror}")
+        if CONFIG in names or any(name in names for name in (*WEIGHTS, *PICKLED)):
+            yield Path(at)
+    for error in unread:
+        yield Found(str(error.filename), Path(error.filename), "here", problem=f"cannot be read: {error.strerror}")
+
+
+def _described(found: Iterable[Path | Found]) -> Iterator[Found]:
+    with ThreadPoolExecutor(THREADS) as threads:
+        yield from threads.map(lambda one: one if isinstance(one, Found) else describe(one), found)
+
+
+def _by_config(row: Found, path: Path, weights: Path | None) -> Found:
+    """What the config alone tells, where the weights are not there or are not opened."""
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    base = config.get("base_model_name_or_path")
+    return replace(
+        row,
+        state="here" if weights else "partial",
+        kind="DoRA" if config.get("use_dora") else "LoRA",
+        ranks=(rank,) if isinstance(rank, int) else (),
+        alphas=(float(alpha),) if isinstance(alpha, int | float) else (),
+        targets=tuple(map(str, targets)) if isinstance(targets, Sequence) and not isinstance(targets, str) else (),
+        base_model=base if isinstance(base, str) else None,
+        problem=None if weights else "its weights are not there",
+    )
+
+
+def _of_hub(info: ModelInfo) -> Found:
+    tags = info.tags or []
+    base = next((tag.rpartition(":")[2] for tag in tags if tag.startswith("base_model:adapter:")), None)
+    parameters = info.safetensors.parameters if info.safetensors else {}
+    return Found(
+        info.id, None, "remote", kind="DoRA" if "dora" in tags else None, base_model=base,
+        size=sum(BITS.get(dtype, 4) * count for dtype, count in parameters.items()) or None,
+        modified=info.last_modified.timestamp() if info.last_modified else None,
+        downloads=info.downloads, likes=info.likes, gated=bool(info.gated),
+    )  # fmt: skip
+
+
+def _same_base(asked: str, base: str | None) -> bool:
+    """Whether an adapter's base is the one asked for, by its whole name or, where that is a path, its last part."""
+    if base is None:
+        return False
+    asked, base = asked.rstrip("/").lower(), base.rstrip("/").lower()
+    local = base.count("/") != 1 or asked.count("/") != 1
+    return asked == base or (local and asked.rpartition("/")[2] == base.rpartition("/")[2])

@@ -1,0 +1,61 @@
+"""What is a name on the Hub, and what is a local path: `org/name[@revision][:folder]`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterkit.errors import FormatError
+
+PATTERN = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<folder>[\w./ -]+))?")
+FILES = (".safetensors", ".bin")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository on the Hub, at a revision, and a folder in it."""
+
+    repo: str
+    revision: str | None = None
+    folder: str = ""
+
+    def __str__(self) -> str:
+        return self.repo + (f"@{self.revision}" if self.revision else "") + (f":{self.folder}" if self.folder else "")
+
+    def at(self, name: str) -> str:
+        """The path in the repository of a file of the folder."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+
+def parsed(text: str) -> HubId | None:
+    """`text` as a name on the Hub, where it can be one."""
+    match = PATTERN.fullmatch(text)
+    if match is None or text.startswith((".", "/")) or ".." in text:
+        return None
+    return HubId(match["repo"], match["revision"], (match["folder"] or "").strip("/"))
+
+
+def on_hub(spec: str | os.PathLike[str]) -> HubId | None:
+    """What `spec` names on the Hub; None where it is a local path.
+
+    Raises FormatError for what looks like a path, beside files that are there, and is none.
+    """
+    path, found = Path(spec).expanduser(), parsed(str(spec))
+    if os.path.lexists(path) or found is None:  # Path's own raise for names that are too long
+        return None
+    if (os.path.isdir(path.parent) and path.parent != Path()) or path.suffix in FILES:
+        raise FormatError(f"{spec}: there is no such file or directory")
+    return found
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be that of a repository on the Hub."""
+    return parsed(name) is not None
+
+
+def hub_id(spec: str | os.PathLike[str]) -> str | None:
+    """The repository that `spec` names on the Hub, or None where it is a local path."""
+    found = parsed(str(spec))
+    return found.repo if found and not os.path.exists(Path(spec).expanduser()) else None

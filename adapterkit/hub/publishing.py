@@ -1,0 +1,181 @@
+"""An adapter or a model sent to the Hub: everything checked first, then the weights, then one commit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint import INDEX_SUFFIX
+from adapterkit.errors import FormatError, NotAllowedError, UsageError
+from adapterkit.hub.asking import ask, asking
+from adapterkit.hub.names import HubId, parsed
+from adapterkit.hub.sending import Parcel, Upload, pack
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, ModelInfo
+
+OnBytes = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Push:
+    """What would be sent where: plain data, made and checked before a byte of it is."""
+
+    repo: str
+    parcel: Parcel
+    exists: bool
+    private: bool
+    parent: str | None  # the commit that it was compared with
+    changed: tuple[Upload, ...]
+    removed: tuple[str, ...]  # weights that are there and belong to nothing here
+    pull_request: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes to send, at most."""
+        return sum(upload.size for upload in self.changed)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where it is now; `commit` is None where nothing had changed."""
+
+    url: str
+    commit: str | None
+
+
+def plan_push(
+    path: Path, repo: str, *, private: bool = False, pull_request: bool = False, base_id: str | None = None,
+    license: str | None = None,
+) -> Push:  # fmt: skip
+    """Check everything that can be: the folder, the token, the repository, the base, and what has changed.
+
+    `repo` is ORG/NAME, or NAME of the user's own. Raises what `pack` does, NotAllowedError where the token may not
+    write there, FormatError where the base is not on the Hub, UsageError for options that do not go together.
+    """
+    me = ask(repo, lambda api: api.whoami())
+    repo = repo if "/" in repo else f"{me['name']}/{repo}"
+    if (id := parsed(repo)) is None or id != HubId(id.repo):
+        raise UsageError(f"{repo}: expected ORG/NAME, without revision and folder")
+    parcel = pack(path, repo, base_id, license)
+    info = _found(repo)
+    _check_allowed(repo, me, info, pull_request)
+    if private and info is not None and not info.private:
+        raise UsageError(f"{repo}: is there already and public; --private makes new repositories so")
+    if parcel.base is not None and parcel.base != repo and _found(parcel.base) is None:
+        raise FormatError(f"{parcel.base}: the base is not on the Hub, or it is private; give another --base-id")
+    there = {one.rfilename: one for one in (info.siblings if info else None) or []}
+    changed = tuple(upload for upload in parcel.uploads if not _same(upload, there.get(upload.name)))
+    kept = {upload.name for upload in parcel.uploads}
+    removed = tuple(
+        name for name in there if "/" not in name and name not in kept
+        and name.endswith((".safetensors", ".bin", INDEX_SUFFIX, ".bin.index.json"))
+    )  # fmt: skip
+    is_private = bool(info.private) if info else private
+    return Push(repo, parcel, info is not None, is_private, info.sha if info else None, changed, removed, pull_request)
+
+
+def push(plan: Push, message: str | None = None, on_bytes: OnBytes | None = None) -> Pushed:
+    """Send what `plan` says: weights one after the other, of which those that arrived need not be sent again, then all
+    in one commit.
+
+    Raises AdapterkitError where the repository changed since the plan was made, and OfflineError.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
+
+    url = f"{constants.ENDPOINT}/{plan.repo}"
+    if plan.exists and not plan.changed and not plan.removed:
+        return Pushed(url, None)
+    if not plan.exists:
+        ask(plan.repo, lambda api: api.create_repo(plan.repo, private=plan.private, exist_ok=True))
+    done = 0
+    adds = [
+        CommitOperationAdd(one.name, one.content if one.content is not None else str(one.source))
+        for one in plan.changed
+    ]
+    with asking(plan.repo):
+        for one, add in zip(plan.changed, adds, strict=True):
+            if one.content is None:
+                _upload(plan, add)
+            done += one.size
+            if on_bytes is not None:
+                on_bytes(done, plan.size)
+    operations: list[Any] = [*adds, *(CommitOperationDelete(name) for name in plan.removed)]
+    subject = message or f"{'Update' if plan.exists else 'Add'} {plan.parcel.what.partition(':')[2].strip()}"
+    commit = ask(
+        plan.repo,
+        lambda api: api.create_commit(
+            plan.repo, operations, commit_message=subject, create_pr=plan.pull_request, parent_commit=plan.parent
+        ),
+    )
+    return Pushed(commit.pr_url or url, commit.oid)
+
+
+def _upload(plan: Push, add: CommitOperationAdd) -> None:
+    """Send the bytes of a file that is kept by its SHA-256, where the Hub lacks them."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().preupload_lfs_files(plan.repo, [add], create_pr=plan.pull_request, free_memory=False, num_threads=1)
+    except RuntimeError as error:  # the client's wrapping of what happened
+        raise error.__cause__ or error from error
+
+
+def _found(repo: str) -> ModelInfo | None:
+    """What is known of a repository, or None where there is none that this token may see."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    def question(api: HfApi) -> ModelInfo | None:
+        try:
+            return api.model_info(repo, files_metadata=True)
+        except GatedRepoError:
+            return api.model_info(repo)
+        except RepositoryNotFoundError:
+            return None
+
+    return ask(repo, question)
+
+
+def _check_allowed(repo: str, me: dict[str, Any], info: ModelInfo | None, pull_request: bool) -> None:
+    """Raise NotAllowedError where the token may not write there, before anything is sent."""
+    token = me.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise NotAllowedError(
+            f"{repo}: the token {token.get('displayName', '')!r} may only read; make one that writes at "
+            "https://huggingface.co/settings/tokens"
+        )
+    if info is not None:
+        if not pull_request:
+            ask(repo, lambda api: api.auth_check(repo, write=True))
+        return
+    if pull_request:
+        raise UsageError(f"{repo}: is not there, so that there is nothing to open a pull request for; leave --pr out")
+    owners = [me["name"], *(org["name"] for org in me.get("orgs", []))]
+    if repo.partition("/")[0] not in owners:
+        raise NotAllowedError(
+            f"{repo}: is not there, and {me['name']} can make repositories for {', '.join(owners)} only"
+        )
+
+
+def _same(upload: Upload, there: Any) -> bool:
+    """Whether the Hub has just these bytes under this name."""
+    if there is None or there.size != upload.size:
+        return False
+    if there.lfs is not None:
+        return bool(there.lfs.sha256 == _digest(upload, hashlib.sha256()))
+    return bool(there.blob_id == _digest(upload, hashlib.sha1(b"blob %d\0" % upload.size)))
+
+
+def _digest(upload: Upload, hashed: Any) -> str:
+    if upload.content is not None:
+        hashed.update(upload.content)
+        return str(hashed.hexdigest())
+    assert upload.source is not None
+    with open(upload.source, "rb") as stream:
+        while block := stream.read(1 << 20):
+            hashed.update(block)
+    return str(hashed.hexdigest())

@@ -1,0 +1,186 @@
+"""What a repository on the Hub has, and of that only the headers: some kilobytes instead of the weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS
+from adapterkit.errors import AdapterkitError, FormatError, NoSpaceError
+from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
+from adapterkit.formats.source import PICKLED, WEIGHTS
+from adapterkit.hub.asking import ask
+from adapterkit.hub.names import HubId
+from adapterkit.tensorfile import MAX_HEADER_BYTES
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+BESIDE = (".json", ".model", ".txt", ".jinja", ".md", ".py", ".yaml")  # what is wanted beside the weights
+FIRST = 100_000  # bytes asked for first: most headers are smaller
+AT_ONCE = 8  # requests
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository; `sha256` where it is kept by it."""
+
+    name: str  # from the repository's top
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What is wanted of a repository at a commit: the files of one adapter, or of a base."""
+
+    id: HubId
+    commit: str
+    files: tuple[RemoteFile, ...]
+    is_adapter: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A folder with the configs of a repository, and its weights files with nothing but their headers in them."""
+
+    path: Path
+    fetched: int  # bytes
+
+
+def look(id: HubId) -> Remote:
+    """Ask what `id` has, and choose what belongs to its adapter or base.
+
+    Raises FormatError where there is neither, or several adapters in folders and none was named.
+    """
+    info = ask(str(id), lambda api: api.model_info(id.repo, revision=id.revision, files_metadata=True))
+    files = [
+        RemoteFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None) for one in info.siblings or []
+    ]
+    prefix = id.at("")
+    here = {file.name.removeprefix(prefix): file for file in files if file.name.startswith(prefix)}
+    if ADAPTER_CONFIG in here or any(name in here for name in (*WEIGHTS, *PICKLED)):
+        names = [
+            name for name in here if "/" not in name and _wanted(name, name in PICKLED and not _has(here, WEIGHTS))
+        ]
+        return Remote(id, info.sha or "", tuple(here[name] for name in names), is_adapter=True)
+    if CONFIG in here:
+        return Remote(id, info.sha or "", tuple(here[name] for name in _of_base(here)), is_adapter=False)
+    folders = sorted(str(PurePosixPath(name).parent) for name in here if name.endswith(f"/{ADAPTER_CONFIG}"))
+    if folders:
+        named = ", ".join(str(HubId(id.repo, id.revision, id.at(folder))) for folder in folders[:6])
+        raise FormatError(f"{id}: holds {len(folders)} adapters: name one of them: {named}")
+    weights = [name for name in here if name.endswith(".safetensors") and "/" not in name]
+    if len(weights) == 1:
+        return Remote(id, info.sha or "", tuple(here[name] for name in here if _wanted(name)), is_adapter=True)
+    what = f"the folder {id.folder} is not in it" if id.folder and not here else "holds neither an adapter nor a base"
+    raise FormatError(f"{id}: {what}; expected {ADAPTER_CONFIG} or {CONFIG}")
+
+
+def _wanted(name: str, pickled: bool = False) -> bool:
+    base = name.rpartition("/")[2]
+    return (
+        pickled or (not base.startswith(".") and base.endswith((".safetensors", *BESIDE))) or base.startswith("LICENSE")
+    )
+
+
+def _has(names: dict[str, RemoteFile], some: tuple[str, ...]) -> bool:
+    return any(name in names for name in some)
+
+
+def _of_base(here: dict[str, RemoteFile]) -> Iterator[str]:
+    """What a merge reads or copies: not the same weights again in a format of the model's maker, nor what trained."""
+    inner = {str(PurePosixPath(name).parent) for name in here if name.endswith(f"/{ADAPTER_CONFIG}")}
+    standard = any(name.startswith("model") and name.endswith((".safetensors", INDEX_SUFFIX)) for name in here)
+    for name in here:
+        nested = "/" in name
+        if not _wanted(name) or any(name.startswith(f"{folder}/") for folder in inner):
+            continue
+        if name.endswith(OTHER_WEIGHTS) and (nested or (standard and not name.startswith("model"))):
+            continue
+        yield name
+
+
+@contextmanager
+def outlined(remote: Remote) -> Iterator[Outline]:
+    """Make, for as long as it is looked at, a folder of which everything can be found out that headers tell.
+
+    Files have their true sizes with holes for the weights; those must not be read. Raises FormatError for weights
+    that have no header, and for broken ones, by their names on the Hub.
+    """
+    id = remote.id
+    if remote.is_adapter and not any(file.name.endswith(".safetensors") for file in remote.files):
+        raise FormatError(f"{id}: its weights are pickled, so that nothing can be told without them; --full gets them")
+    with TemporaryDirectory(prefix="adapterkit-") as folder, ThreadPoolExecutor(AT_ONCE) as threads:
+        path = Path(folder) / id.repo.rpartition("/")[2]  # what it is called in messages
+        path.mkdir()
+        try:
+            fetched = sum(threads.map(lambda file: _outline(remote, file, path), remote.files))
+            yield Outline(path, fetched)
+        except AdapterkitError as error:
+            raise type(error)(str(error).replace(f"{path}/", f"{id}/").replace(str(path), str(id))) from error
+
+
+def _outline(remote: Remote, file: RemoteFile, folder: Path) -> int:
+    """Write a config, or the header of a weights file, into `folder`; returns the bytes it took."""
+    name = file.name.removeprefix(remote.id.at(""))
+    if name.endswith(".safetensors"):
+        data = _begin(remote, file, FIRST)
+        length = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < length <= min(file.size, 8 + MAX_HEADER_BYTES):
+            data += _begin(remote, file, length, len(data))
+    elif name in (CONFIG, ADAPTER_CONFIG) or name.endswith(INDEX_SUFFIX):
+        data = _begin(remote, file, min(file.size, MAX_HEADER_BYTES))
+    else:
+        return 0
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.write_bytes(data)
+        os.truncate(target, file.size)
+    except OSError as error:
+        raise NoSpaceError(f"{target}: {error.strerror}") from error
+    return len(data)
+
+
+def _begin(remote: Remote, file: RemoteFile, stop: int, start: int = 0) -> bytes:
+    """The bytes from `start` to `stop` of a file, or to its end."""
+    if not file.size:
+        return b""
+
+    def question(_: HfApi) -> bytes:
+        with opened(remote, file, start, stop) as response:
+            skip = start if response.status_code == 200 else 0  # a server that knows no ranges sends everything
+            data = bytearray()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) >= skip + stop - start:
+                    break
+            return bytes(data[skip : skip + stop - start])
+
+    return ask(str(remote.id), question)
+
+
+@contextmanager
+def opened(remote: Remote, file: RemoteFile, start: int, stop: int | None = None) -> Iterator[Any]:
+    """The answer to a request for the bytes of a file from `start`, to be read as they come."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(remote.id.repo, file.name, revision=remote.commit)
+    span = f"bytes={start}-{'' if stop is None else stop - 1}"
+    headers = build_hf_headers() | {"Range": span, "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers) as response:
+        hf_raise_for_status(response)
+        yield response

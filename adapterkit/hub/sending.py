@@ -1,0 +1,294 @@
+"""What a folder sends to the Hub: its files but for what trained it, its card completed, and no local path in any."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.card import public_name
+from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, is_base, open_checkpoint
+from adapterkit.errors import FitError, FormatError, UnsafeFileError, UsageError
+from adapterkit.formats import load
+from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
+from adapterkit.hub import cards
+from adapterkit.staging import ADAPTER_RECORD, RECORD, TRAINING_RECORD
+from adapterkit.summary import Summary, summarize
+from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_json
+
+if TYPE_CHECKING:
+    from adapterkit.adapter import Adapter
+
+README = "README.md"
+RECIPE = "adapterkit_recipe.yaml"
+OURS = (RECORD, ADAPTER_RECORD, TRAINING_RECORD, RECIPE)  # what adapterkit wrote of how it was made
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
+OF_TRAINING = re.compile(r"(optimizer|scheduler|rng_state|random_states|scaler|trainer_state|training_args)\b.*")
+CHECKPOINTS = re.compile(r"checkpoint(s|[-_]\d+)")
+NAMES_A_BASE = ("base_model_name_or_path", "_name_or_path", "name_or_path")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
+TEXT_BYTES = 1 << 20  # larger files are data, whatever they are called
+
+# A path of somebody's machine: below the folders where people and jobs have their files, or of Windows.
+ROOTS = "home|root|Users|mnt|data|tmp|var|opt|srv|media|scratch|workspace|content|kaggle|private|Volumes|gpfs|lustre"
+LOCAL = re.compile(rf"(?<![\w./:~-])(?:/(?:{ROOTS})/|~/|[A-Za-z]:\\)[^\s\"'`<>|)\]]+")
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file as it is sent: from the disk, or with `content` that differs from what lies there, and how."""
+
+    name: str
+    source: Path | None
+    content: bytes | None = None
+    change: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        if self.content is not None:
+            return len(self.content)
+        assert self.source is not None
+        return self.source.stat().st_size
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What a folder sends, what it leaves out and why, and what it is."""
+
+    uploads: tuple[Upload, ...]
+    left_out: dict[str, str]
+    base: str | None
+    what: str  # in a line
+
+
+def pack(path: Path, repo: str, base_id: str | None = None, license: str | None = None) -> Parcel:
+    """Choose, check and complete what `path`, the folder of an adapter or a model, sends to `repo`.
+
+    Raises FormatError and FitError for what does not load or is not finite, UsageError where its base is no Hub id,
+    UnsafeFileError for local paths, secrets, and links that lead out of the folder.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path}: expected the folder of an adapter or of a model")
+    if base_id is not None and public_name(base_id) is None:
+        raise UsageError(f"--base-id {base_id}: expected ORG/NAME, as the Hub has it")
+    adapter = None if is_base(path) else load(path)
+    found, left_out = _chosen(path)
+    named = _named_base(path, adapter)
+    base = base_id or public_name(named)
+    if base is None and adapter is not None:
+        said = f"its base is {named!r}, which is no Hub id" if named else "it names no base"
+        raise UsageError(f"{path}: {said}; give it with --base-id ORG/NAME")
+    if adapter is None:
+        facts, what = _of_model(path, repo, base, license)
+    else:
+        facts, what = _of_adapter(path, adapter, repo, base, license)
+    uploads = tuple(_made_public(found, base, named))
+    return Parcel((*uploads, _card(path, facts, named)), left_out, base, what)
+
+
+# --- what it is ------------------------------------------------------------------------------------------------------
+
+
+def _named_base(path: Path, adapter: Adapter | None) -> str | None:
+    """The base that the adapter, the record of a merge, the card or the config names."""
+    if adapter is not None:
+        return adapter.base_model
+    record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
+    of_merge = record.get("base", {}).get("name") if isinstance(record.get("base"), dict) else None
+    config = read_json(path / CONFIG).get("_name_or_path")
+    names = (of_merge, cards.base_of(_text(path / README)), config)
+    return next((name for name in names if isinstance(name, str) and name), None)
+
+
+def _of_adapter(
+    path: Path, adapter: Adapter, repo: str, base: str | None, license: str | None
+) -> tuple[cards.Facts, str]:
+    if fatal := next((problem for problem in adapter.problems if problem.fatal), None):
+        raise FitError(f"{path}: {fatal}; it could not be used")
+    if any(isinstance(tensor.source, TensorInfo) is False for tensor in adapter.tensors()):
+        raise UnsafeFileError(
+            f"{path}: its weights are pickled, and pickles are not sent. Make them safetensors: "
+            f"`adapterkit combine {path} -o NEW --method linear`"
+        )
+    _check_finite(path, {t.source.name: t.source for t in adapter.tensors() if isinstance(t.source, TensorInfo)})
+    summary = summarize(adapter)
+    kind = "dora" if "DoRA" in summary.kind else "lora"
+    tags = ("adapterkit", "lora", *(("dora",) if kind == "dora" else ()))
+    causal = adapter.config.get("task_type") in (None, "CAUSAL_LM")
+    rows = {
+        "base": base or "", "kind": summary.kind, "rank": _span(summary.ranks), "alpha": _span(summary.alphas),
+        "targets": ", ".join(summary.targets), "parameters": f"{summary.parameters:,}", **_provenance(path),
+    }  # fmt: skip
+    pipeline = "text-generation" if causal else None
+    facts = cards.Facts(repo, True, base, tags, pipeline, license, {name: text for name, text in rows.items() if text})
+    return facts, f"{path.name}: {_line(summary)}, for {base}"
+
+
+def _of_model(path: Path, repo: str, base: str | None, license: str | None) -> tuple[cards.Facts, str]:
+    checkpoint = open_checkpoint(path)
+    _check_finite(path, checkpoint.tensors)
+    rows = {"base": base or "", "tensors": str(len(checkpoint.tensors)), **_provenance(path)}
+    merged = (path / RECORD).is_file()
+    tags = ("adapterkit", *(("merge",) if merged else ()))
+    facts = cards.Facts(
+        repo, False, base, tags, "text-generation", license, {name: text for name, text in rows.items() if text}
+    )
+    size = sum(shard.size for shard in checkpoint.shards)
+    return facts, f"{path.name}: a model of {len(checkpoint.tensors)} tensors, {size / 1e6:,.1f} MB"
+
+
+def _provenance(path: Path) -> dict[str, str]:
+    """How it was made, as far as adapterkit noted it."""
+    if (path / TRAINING_RECORD).is_file():
+        record = read_json(path / TRAINING_RECORD)
+        return {"trained": f"{record.get('steps')} steps, loss {record.get('loss')}"}
+    if (path / ADAPTER_RECORD).is_file():
+        return {"made": str(read_json(path / ADAPTER_RECORD).get("made", "by adapterkit"))}
+    return {}
+
+
+def _check_finite(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise FitError where a number is NaN or infinite."""
+    for name, info in tensors.items():
+        if info.dtype not in FLOAT_DTYPES:
+            continue
+        if not bool(info.read().isfinite().all()):
+            raise FitError(f"{path}: {name} holds NaN or Inf, which nobody can use")
+
+
+# --- which files -----------------------------------------------------------------------------------------------------
+
+
+def _chosen(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files to send, by their names on the Hub, and those left out with the reason."""
+    found: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    for at, folders, names in os.walk(path):
+        for folder in sorted(folders):
+            inner = str((Path(at) / folder).relative_to(path))
+            if folder.startswith(".") or CHECKPOINTS.fullmatch(folder):
+                left_out[f"{inner}/"] = "hidden" if folder.startswith(".") else "checkpoints of training"
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or CHECKPOINTS.fullmatch(name)))
+        for name in sorted(names):
+            file = Path(at) / name
+            inner = str(file.relative_to(path))
+            if why := _unwanted(name):
+                left_out[inner] = why
+            else:
+                _check_link(file, path)
+                found[inner] = file
+    return found, left_out
+
+
+def _unwanted(name: str) -> str | None:
+    if name.startswith("."):
+        return "hidden"
+    if OF_TRAINING.fullmatch(name):
+        return "state of training"
+    return "a pickle, which could run code" if name.endswith(PICKLES) else None
+
+
+def _check_link(file: Path, folder: Path) -> None:
+    """A link may lead to a file of its own folder or, as in the Hub cache, of the same repository; no further."""
+    if file.is_symlink():
+        target, home = file.resolve(), folder.resolve()
+        repo = next((at.parent for at in home.parents if at.name == "snapshots"), home)
+        if not target.is_relative_to(repo) or not target.is_file():
+            raise UnsafeFileError(f"{file}: is a link to {target}, outside its folder; remove it or copy the file here")
+    elif not file.is_file():
+        raise UnsafeFileError(f"{file}: is no file that could be sent; remove it")
+
+
+# --- nothing of this machine -----------------------------------------------------------------------------------------
+
+
+def _made_public(found: Mapping[str, Path], base: str | None, named: str | None) -> Iterator[Upload]:
+    """The files but for the card: names of the base become its Hub id, and what adapterkit noted loses its paths."""
+    for name, file in found.items():
+        if name == README:
+            continue
+        text = _text(file) if _is_text(name) else None
+        if text is None:
+            yield Upload(name, file)
+            continue
+        plain, change = (_shortened(text), "paths without their folders") if name in OURS else (text, "")
+        if name.endswith(".json") and name not in OURS:
+            plain, change = _with_base(file, plain, base, named)
+        _check_public(file, plain)
+        yield Upload(name, file) if plain == text else Upload(name, file, plain.encode(), change)
+
+
+def _card(path: Path, facts: cards.Facts, named: str | None) -> Upload:
+    text = _text(path / README)
+    local = [named] if named and public_name(named) is None else []
+    record = read_json(path / TRAINING_RECORD) if (path / TRAINING_RECORD).is_file() else {}
+    if text and (command := record.get("command")) and isinstance(command, str):
+        text = text.replace(command, _shortened(command))
+    done, added = cards.completed(text, facts, local)
+    _check_public(path / README, done)
+    if text is None:
+        return Upload(README, None, done.encode(), "new")
+    return Upload(README, path / README, done.encode(), f"with {', '.join(added)}" if added else "")
+
+
+def _with_base(file: Path, text: str, base: str | None, named: str | None) -> tuple[str, str]:
+    """A config whose name for the base is a path, or another than the one asked for, with the Hub id instead."""
+    config = read_json(file)
+    wrong = [
+        key
+        for key in NAMES_A_BASE
+        if isinstance(value := config.get(key), str)
+        and value
+        and value != base
+        and (public_name(value) is None or (key == NAMES_A_BASE[0] and value == named))
+    ]
+    if file.name == ADAPTER_CONFIG and not config.get(NAMES_A_BASE[0]):
+        wrong.append(NAMES_A_BASE[0])
+    if not wrong or base is None:
+        return text, ""
+    changed = json.dumps(config | dict.fromkeys(wrong, base), indent=2, ensure_ascii=False) + "\n"
+    return changed, f"{', '.join(wrong)}: {base}"
+
+
+def _shortened(text: str) -> str:
+    """`text` with every local path cut to its last part."""
+    return LOCAL.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
+
+
+def _check_public(file: Path, text: str) -> None:
+    """Raise UnsafeFileError for a token, or for a path of this machine."""
+    if SECRET.search(text):
+        raise UnsafeFileError(f"{file}: holds what looks like a Hub token; take it out, and revoke it")
+    if match := LOCAL.search(text):
+        raise UnsafeFileError(f"{file}: holds a local path, {match[0]}; take it out")
+
+
+def _is_text(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return base.endswith((".json", ".yaml", ".yml", ".md")) and not (
+        base in VOCABULARIES or base.endswith(INDEX_SUFFIX)
+    )
+
+
+def _text(file: Path) -> str | None:
+    """The text of a file, where there is one and it is no data."""
+    if not file.is_file() or file.stat().st_size > TEXT_BYTES:
+        return None
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{file}: is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _span(values: tuple[Any, ...]) -> str:
+    return "" if not values else f"{values[0]:g}" if values[0] == values[-1] else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _line(summary: Summary) -> str:
+    return f"{summary.kind}, rank {_span(summary.ranks)}, {summary.parameters:,} parameters"

@@ -1,0 +1,366 @@
+"""Pushing to the Hub through its real client: what is checked, what is sent, and what is not sent again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from handmade import CONFIG, adapterkit, contents, factors, write_adapter, write_base
+from hubserver import Hub, Token
+from safetensors.torch import save_file
+
+from adapterkit.hub import resolve
+from adapterkit.hub.cards import Facts, base_of, completed
+
+BASE = "lab/base"
+REPO = "me/lora"
+HOME = "/home/somebody/models/base"
+
+
+@pytest.fixture
+def there(hub: Hub, tmp_path: Path) -> Hub:
+    """The Hub with the base on it."""
+    hub.add(BASE, {name: data for name, data in contents(write_base(tmp_path / "base")).items() if data is not None})
+    return hub
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An adapter of that base."""
+    return write_adapter(tmp_path / "adapter", config=CONFIG | {"base_model_name_or_path": BASE})
+
+
+def card_of(hub: Hub, repo: str = REPO) -> tuple[dict[str, Any], str]:
+    """The YAML and the rest of a card on the Hub."""
+    _, block, body = hub.repos[repo].files()["README.md"].data.decode().split("---\n", 2)
+    return yaml.safe_load(block), body
+
+
+def pushed(*args: str | Path) -> Any:
+    """What a push prints as JSON."""
+    result = adapterkit("push", *args, "--json")
+    assert result.code == 0, result
+    return json.loads(result.out)
+
+
+# --- the whole way ---------------------------------------------------------------------------------------------------
+
+
+def test_push_list_inspect_pull_merge(
+    there: Hub, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = adapterkit("push", adapter, REPO, "--license", "mit")
+    assert sent.code == 0, sent
+    assert sent.out.splitlines()[-1] == f"{there.url}/{REPO}"
+    listed = adapterkit("list", tmp_path / "none", "--hub", "--base", BASE)
+    assert f"○ {REPO}" in listed.out
+    assert json.loads(adapterkit("inspect", REPO, "--json").out)["summary"]["base_model"] == BASE
+    assert adapterkit("pull", REPO, "-o", tmp_path / "pulled").code == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "pulled" / weights).read_bytes() == (adapter / weights).read_bytes()
+    for name, what in {"here": [tmp_path / "base", adapter], "there": [BASE, REPO]}.items():
+        assert adapterkit("merge", *what, "-o", tmp_path / name).code == 0
+    for file in (tmp_path / "here").glob("*.safetensors"):
+        assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_what_is_there_afterwards(there: Hub, adapter: Path) -> None:
+    before = contents(adapter)
+    facts = pushed(adapter, REPO, "--license", "mit", "--message", "hello")
+    repo = there.repos[REPO]
+    assert facts["commit"] == repo.branches["main"]
+    assert len(repo.commits) == 2  # the first is the Hub's own
+    assert repo.commits[facts["commit"]][1] == "hello"
+    sent = {name: blob.data for name, blob in repo.files().items() if name not in (".gitattributes", "README.md")}
+    assert sent == {name: data for name, data in before.items() if data is not None}
+    assert contents(adapter) == before
+    data, body = card_of(there)
+    assert data == {
+        "base_model": BASE, "base_model_relation": "adapter", "library_name": "peft", "license": "mit",
+        "pipeline_tag": "text-generation", "tags": ["adapterkit", "lora", f"base_model:adapter:{BASE}"],
+    }  # fmt: skip
+    assert f"# {REPO}" in body
+    assert "| rank | 4 |" in body
+
+
+def test_a_name_alone_is_one_of_my_own(there: Hub, adapter: Path) -> None:
+    assert pushed(adapter, "lora")["repo"] == REPO
+    assert pushed(adapter, "an-org/lora")["repo"] == "an-org/lora"
+
+
+def test_private(there: Hub, adapter: Path) -> None:
+    pushed(adapter, REPO, "--private")
+    assert there.repos[REPO].private
+    pushed(adapter, "me/other")
+    assert not there.repos["me/other"].private
+    assert "there already and public" in adapterkit("push", adapter, "me/other", "--private").message(2)
+
+
+def test_dry_run_sends_nothing(there: Hub, adapter: Path) -> None:
+    result = adapterkit("push", adapter, REPO, "--dry-run")
+    assert result.out.endswith("nothing was sent (--dry-run)\n")
+    assert "adapter_model.safetensors" in result.out
+    assert REPO not in there.repos
+    assert not there.asked("(POST|PUT) ")
+
+
+def test_a_pull_request(there: Hub, adapter: Path) -> None:
+    there.add("other/lora", {"README.md": b"theirs"})
+    facts = pushed(adapter, "other/lora", "--pr")
+    assert facts["url"] == f"{there.url}/other/lora/discussions/1"
+    assert set(there.repos["other/lora"].files()) == {"README.md"}
+    assert "adapter_model.safetensors" in there.repos["other/lora"].files("refs/pr/1")
+
+
+# --- not twice -------------------------------------------------------------------------------------------------------
+
+
+def test_pushing_again_sends_nothing(there: Hub, adapter: Path) -> None:
+    pushed(adapter, REPO)
+    there.requests.clear()
+    result = adapterkit("push", adapter, REPO)
+    assert "nothing had changed, and nothing was sent" in result.out
+    assert not there.asked("(POST|PUT) ")
+
+
+def test_only_what_changed_is_sent(there: Hub, adapter: Path) -> None:
+    pushed(adapter, REPO)
+    (adapter / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    there.requests.clear()
+    facts = pushed(adapter, REPO)
+    assert [one["name"] for one in facts["files"] if one["sent"]] == ["README.md"]
+    assert not there.asked("PUT ")
+    assert card_of(there)[1] == "# Mine\n"
+
+
+def test_weights_of_before_are_removed_in_the_same_commit(there: Hub, adapter: Path) -> None:
+    there.add(REPO, {"adapter_model.bin": b"x", "old.safetensors": b"y", "notes.txt": b"z"})
+    result = adapterkit("push", adapter, REPO)
+    assert "removed: weights of before" in result.out
+    assert set(there.repos[REPO].files()) == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "notes.txt"
+    }  # fmt: skip
+    assert len(there.repos[REPO].commits) == 2
+
+
+def test_an_interrupted_push_sends_what_had_not_arrived(there: Hub, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(tmp_path / "base", merged)
+    for shard in merged.glob("*.safetensors"):
+        save_file({f"{shard.stem[6:11]}": torch.full((4,), float(shard.stem[6:11]))}, shard)
+    names = sorted(file.name for file in merged.glob("*.safetensors"))
+    index = {"weight_map": {name[6:11]: name for name in names}}
+    (merged / "model.safetensors.index.json").write_text(json.dumps(index))
+    real, count = there.fault, 0
+
+    def second_fails(request: str) -> Any:
+        nonlocal count
+        count += request.startswith("PUT ")
+        if count > 1:
+            there.fail("PUT ", 400)
+        return real(request)
+
+    there.fault = second_fails  # type: ignore[method-assign]
+    assert adapterkit("push", merged, REPO).code == 1
+    assert len(there.repos[REPO].commits) == 1
+    there.fault = real  # type: ignore[method-assign]
+    there.faults.clear()
+    there.requests.clear()
+    assert adapterkit("push", merged, REPO).code == 0
+    assert len(there.asked("PUT ")) == 1
+    assert {*names} <= set(there.repos[REPO].files())
+
+
+def test_a_line_that_breaks_and_a_hub_that_is_busy(there: Hub, adapter: Path) -> None:
+    there.fail("PUT ", 500)
+    there.fail("POST .*/commit/.*", 503)
+    there.fail("GET /api/whoami-v2", 429, headers=(("Retry-After", "3"),))
+    pushed(adapter, REPO)
+    assert 3 in there.slept
+    assert "adapter_model.safetensors" in there.repos[REPO].files()
+
+
+def test_what_changed_meanwhile_is_not_overwritten(there: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed(adapter, REPO)
+    (adapter / "README.md").write_text("new")
+    there.fail("POST /api/models/me/lora/preupload/.*", 500)  # asked again after a wait, in which …
+    monkeypatch.setattr("time.sleep", lambda _: there.add(REPO, {"theirs.txt": b"x"}))
+    assert "has changed since" in adapterkit("push", adapter, REPO).message_of_last(1)
+    assert set(there.repos[REPO].files()) == {"theirs.txt"}
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def config(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def nan(folder: Path) -> None:
+    tensors = factors()
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def pickled(folder: Path) -> None:
+    torch.save(factors(), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "expected"),
+    [
+        (lambda f: config(f, base_model_name_or_path=HOME), 2, "give it with --base-id ORG/NAME"),
+        (lambda f: config(f, base_model_name_or_path=None), 2, "it names no base"),
+        (lambda f: config(f, base_model_name_or_path="lab/typo"), 1, "lab/typo: the base is not on the Hub"),
+        (nan, 3, "holds NaN or Inf"),
+        (pickled, 1, "pickles are not sent"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 9), 1, "adapter_model.safetensors"),
+        (lambda f: config(f, trained_at="/home/somebody/run/3"), 1, "holds a local path, /home/somebody/run/3"),
+        (
+            lambda f: (f / "README.md").write_text("see /data/secret/x.jsonl for more"),
+            1,
+            "README.md: holds a local path, /data/secret/x.jsonl",
+        ),
+        (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), 1, "its YAML block is broken"),
+        (lambda f: (f / "README.md").write_text("hf_" + "a" * 34), 1, "holds what looks like a Hub token"),
+        (lambda f: (f / "notes.md").symlink_to("/etc/hostname"), 1, "outside its folder"),
+    ],
+)
+def test_what_is_not_sent(there: Hub, adapter: Path, spoil: Callable[[Path], Any], code: int, expected: str) -> None:
+    spoil(adapter)
+    message = adapterkit("push", adapter, REPO).message(code)
+    assert expected in message
+    assert not there.asked("(POST|PUT) ")
+    assert REPO not in there.repos
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "expected"),
+    [
+        (["me/lora@v1"], 2, "expected ORG/NAME"),
+        (["me/lora", "--base-id", "/home/x"], 2, "expected ORG/NAME, as the Hub has it"),
+        (["me/lora", "--pr"], 2, "nothing to open a pull request for"),
+        (["stranger/lora"], 4, "me can make repositories for me, an-org only"),
+        (["lab/base"], 4, "write access"),
+    ],
+)
+def test_where_it_cannot_go(there: Hub, adapter: Path, args: list[str], code: int, expected: str) -> None:
+    assert expected in adapterkit("push", adapter, *args).message(code)
+    assert not there.asked("(POST|PUT) ")
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"), [("", "needs a token"), ("hf_wrong", "does not accept"), ("hf_reader", "may only read")]
+)
+def test_tokens(there: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, token: str, expected: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert expected in adapterkit("push", adapter, REPO).message(4)
+
+
+def test_a_token_for_other_repositories(there: Hub, adapter: Path) -> None:
+    pushed(adapter, REPO)
+    there.tokens["hf_writer"] = Token("me", "fineGrained", writes=("me/else",))
+    (adapter / "README.md").write_text("new")
+    assert "may not do that" in adapterkit("push", adapter, REPO).message(4)
+
+
+def test_a_folder_that_is_none(there: Hub, tmp_path: Path) -> None:
+    assert "expected the folder" in adapterkit("push", tmp_path / "none", REPO).message(2)
+
+
+# --- what is made of it ----------------------------------------------------------------------------------------------
+
+
+def test_the_base_id_takes_the_place_of_a_local_path(there: Hub, adapter: Path) -> None:
+    config(adapter, base_model_name_or_path=HOME)
+    block = f"base_model: {HOME}\ntags: [mine, 'base_model:adapter:{HOME}']\nlanguage: de"
+    (adapter / "README.md").write_text(f"---\n{block}\n---\n# Mine\n")
+    before = contents(adapter)
+    pushed(adapter, REPO, "--base-id", BASE)
+    files = there.repos[REPO].files()
+    assert json.loads(files["adapter_config.json"].data)["base_model_name_or_path"] == BASE
+    data, body = card_of(there)
+    assert (data["base_model"], data["tags"], data["language"], body) == (BASE, ["mine"], "de", "# Mine\n")
+    assert not any(b"somebody" in blob.data for blob in files.values())
+    assert contents(adapter) == before
+
+
+def test_what_trained_it_stays_here(there: Hub, adapter: Path) -> None:
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json", ".env"):
+        (adapter / name).write_bytes(b"x")
+    (adapter / "checkpoint-10").mkdir()
+    (adapter / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"x")
+    (adapter / "tokenizer.json").write_text('{"vocab": {"/home/x/y": 1}}')
+    result = adapterkit("push", adapter, REPO)
+    assert result.out.count("left out: ") == 7
+    assert {*there.repos[REPO].files()} - {".gitattributes"} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"
+    }  # fmt: skip
+
+
+def test_what_adapterkit_noted_goes_along_without_paths(there: Hub, adapter: Path, tmp_path: Path) -> None:
+    recipe = f"base: {HOME}\ndata: /home/somebody/data/train.jsonl\nlr: 1e-4\n"
+    (adapter / "adapterkit_recipe.yaml").write_text(recipe)
+    command = f"adapterkit train {HOME} /home/somebody/data/train.jsonl -o /tmp/out"
+    (adapter / "adapterkit_training.json").write_text(json.dumps({"command": command, "steps": 3, "loss": 1.5}))
+    (adapter / "README.md").write_text(f"# It\n\n```\n{command}\n```\n")
+    pushed(adapter, REPO)
+    files = there.repos[REPO].files()
+    assert files["adapterkit_recipe.yaml"].data == b"base: base\ndata: train.jsonl\nlr: 1e-4\n"
+    assert "adapterkit train base train.jsonl -o out" in card_of(there)[1]
+    assert not any(b"somebody" in blob.data for blob in files.values())
+
+
+def test_a_merged_model_with_its_receipt(there: Hub, adapter: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert adapterkit("merge", BASE, adapter, "-o", merged).code == 0
+    facts = pushed(merged, "me/merged")
+    names = {one["name"] for one in facts["files"]}
+    assert {"adapterkit_merge.json", "adapterkit_receipt.json", "config.json", "model.safetensors.index.json"} <= names
+    assert any(name.startswith("adapterkit_receipt/") for name in names)
+    data, _ = card_of(there, "me/merged")
+    assert (data["base_model"], data["base_model_relation"]) == (BASE, "merge")
+    back = resolve("me/merged")
+    for name in contents(merged):
+        if name.endswith(".safetensors"):
+            assert (back / name).read_bytes() == (merged / name).read_bytes()
+
+
+def test_a_folder_of_the_cache_can_be_pushed(there: Hub, adapter: Path) -> None:
+    pushed(adapter, REPO)
+    pushed(resolve(REPO), "me/copy")
+    one, other = (there.repos[name].files()["adapter_model.safetensors"] for name in (REPO, "me/copy"))
+    assert one.data == other.data
+
+
+# --- cards -----------------------------------------------------------------------------------------------------------
+
+FACTS = Facts("me/x", True, BASE, ("lora",), "text-generation", None, {})
+
+
+@pytest.mark.parametrize("body", ["# Mine\n", "text without a title", "\n\n---\na rule\n"])
+@pytest.mark.parametrize("block", ["", "---\n---\n", "---\n# a comment\nlanguage: 'de'  # kept\ntags:\n- mine\n---\n"])
+def test_a_card_keeps_every_line(block: str, body: str) -> None:
+    done, added = completed(block + body, FACTS, [])
+    assert done.endswith(f"---\n{body}")
+    for line in block.splitlines():
+        assert line in done
+    assert {"base_model", "library_name"} <= {*added}
+    assert base_of(done) == BASE
+    assert completed(done, FACTS, []) == (done, [])
+
+
+def test_a_card_keeps_what_it_says() -> None:
+    text = "---\nbase_model: lab/else\nlibrary_name: transformers\nlicense: mit\n---\nx\n"
+    done, added = completed(text, FACTS, [])
+    assert done.startswith(text.removesuffix("---\nx\n"))
+    assert "license" not in added
+    assert "license: apache-2.0" in completed(text, Facts("me/x", True, BASE, (), None, "apache-2.0", {}), [])[0]
