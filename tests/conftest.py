@@ -118,6 +118,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "hf_writer")
+        for name, value in {  # for processes that a test starts
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub-home"), "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+            "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
         hub.slept = []
         monkeypatch.setattr(time, "sleep", hub.slept.append)
         close_session()

@@ -113,12 +113,15 @@ class Token:
 
 @dataclass
 class Fault:
-    """What goes wrong with requests like `GET /api/…`, `times` times: a status, or a body that is cut, slow or none."""
+    """What goes wrong with requests like `GET /api/…`, `times` times: a status, or a body that is another, cut, slow or
+    none.
+    """
 
     pattern: str
     status: int = 0
     after: int | None = None  # bytes of the body, then the connection is closed
-    hang: bool = False  # no answer until the server ends
+    body: bytes | None = None  # instead of the answer
+    hang: bool = False  # nothing more until the server ends
     garble: bool = False  # as many other bytes
     piece: int = 0  # bytes that are sent at a time
     times: int = 1
@@ -149,6 +152,7 @@ class Hub:
         self.ranges = True  # whether it knows them
         self.slept: list[float] = []  # the seconds that the client waited
         self.ended = threading.Event()
+        self.hung: Callable[[], object] = lambda: None  # is called when a request hangs
         self.lock = threading.RLock()
         self.url = ""
 
@@ -194,6 +198,7 @@ def serving() -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that hang up are none of its faults
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -210,6 +215,7 @@ def serving() -> Iterator[Hub]:
 Answer = Callable[["_Handler", re.Match[str]], None]
 ROUTES: list[tuple[re.Pattern[str], Answer]] = []
 ID = r"(?P<repo>[^/]+/[^/]+)"
+REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 
 
 def route(pattern: str) -> Callable[[Answer], Answer]:
@@ -245,9 +251,11 @@ class _Handler(BaseHTTPRequestHandler):
             Request(self.command, unquote(self.path), self.headers.get("Range"), bearer, len(self.body))
         )
         self.fault = self.state.fault(request)
-        if self.fault is not None and self.fault.hang:
-            self.state.ended.wait()
-            self.close_connection = True
+        if self.fault is not None and self.fault.hang and self.fault.after is None:
+            self.hang()
+            return
+        if self.fault is not None and self.fault.body is not None:
+            self.send_bytes(self.fault.body, self.fault.status or 200, dict(self.fault.headers))
             return
         try:
             if self.fault is not None and self.fault.status:
@@ -265,6 +273,12 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Code": error.code} if error.code else {}
             headers |= {"X-Error-Message": error.message} | dict(self.fault.headers if self.fault else ())
             self.send({"error": error.message}, error.status, headers)
+
+    def hang(self) -> None:
+        """Be silent until the server ends."""
+        self.close_connection = True
+        self.state.hung()
+        self.state.ended.wait()
 
     def send(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         """Answer with JSON."""
@@ -284,6 +298,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault is not None and self.fault.after is not None:
             self.wfile.write(data[: self.fault.after])
             self.wfile.flush()
+            if self.fault.hang:
+                self.state.lock.release()  # for other requests
+                self.hang()
+                self.state.lock.acquire()
+                return
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
@@ -400,7 +419,7 @@ def _info(repo: Repo, revision: str, blobs: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@route(rf"GET /api/models/{ID}(?:/revision/(?P<revision>[^/]+))?")
+@route(rf"GET /api/models/{ID}(?:/revision/{REVISION})?")
 def _model(handler: _Handler, match: re.Match[str]) -> None:
     repo = handler.repo(match)
     handler.send(_info(repo, handler.at(repo, match["revision"] or "main"), "blobs" in handler.query))
@@ -418,7 +437,7 @@ def _refs(handler: _Handler, match: re.Match[str]) -> None:
     )
 
 
-@route(rf"GET /api/models/{ID}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?")
+@route(rf"GET /api/models/{ID}/tree/{REVISION}(?:/(?P<folder>.*))?")
 def _tree(handler: _Handler, match: re.Match[str]) -> None:
     repo = handler.repo(match)
     rows = []
@@ -433,7 +452,7 @@ def _tree(handler: _Handler, match: re.Match[str]) -> None:
 # --- down ------------------------------------------------------------------------------------------------------------
 
 
-@route(rf"(?:GET|HEAD) /{ID}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+@route(rf"(?:GET|HEAD) /{ID}/resolve/{REVISION}/(?P<file>.+)")
 def _resolve(handler: _Handler, match: re.Match[str]) -> None:
     repo = handler.repo(match, content=True)
     commit = handler.at(repo, match["revision"])
@@ -458,7 +477,7 @@ def _resolve(handler: _Handler, match: re.Match[str]) -> None:
 # --- up --------------------------------------------------------------------------------------------------------------
 
 
-@route(rf"POST /api/models/{ID}/preupload/(?P<revision>[^/]+)")
+@route(rf"POST /api/models/{ID}/preupload/{REVISION}")
 def _preupload(handler: _Handler, match: re.Match[str]) -> None:
     repo = handler.repo(match, write="create_pr" not in handler.query)
     there = repo.files(handler.at(repo, match["revision"]))
@@ -496,7 +515,7 @@ def _verify(handler: _Handler, match: re.Match[str]) -> None:
     handler.send({})
 
 
-@route(rf"POST /api/models/{ID}/commit/(?P<revision>[^/]+)")
+@route(rf"POST /api/models/{ID}/commit/{REVISION}")
 def _commit(handler: _Handler, match: re.Match[str]) -> None:
     pull = "create_pr" in handler.query
     repo = handler.repo(match, write=not pull)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import CONFIG, adapterkit, contents, packed, write_adapter, write_base
+from handmade import CONFIG, Terminal, adapterkit, contents, packed, write_adapter, write_base
 from hubserver import Hub, Token
 from huggingface_hub import constants
 
@@ -187,7 +188,7 @@ def test_several_adapters_want_a_name(hub: Hub, adapter: Path) -> None:
     data = files(adapter)
     hub.add("someone/many", {f"{folder}/{name}": text for folder in ("en", "de/x") for name, text in data.items()})
     message = adapterkit("inspect", "someone/many").message(1)
-    assert message.endswith("holds 2 adapters: name one of them: someone/many:de/x, someone/many:en")
+    assert message.endswith("holds its adapters in folders: name one of them: someone/many:de/x, someone/many:en")
     assert output("inspect", "someone/many:de/x")["summary"]["modules"] == 4
     assert files(resolve("someone/many:en")) == data
     assert "the folder no is not in it" in adapterkit("inspect", "someone/many:no").message(1)
@@ -290,7 +291,8 @@ def test_an_interrupted_pull_goes_on_where_it_was(hub: Hub, adapter: Path) -> No
 def test_a_line_that_stays_broken_ends_and_keeps_what_came(hub: Hub, adapter: Path) -> None:
     hub.fail("GET .*safetensors", after=100, times=99)
     assert "cannot be reached" in adapterkit("pull", ADAPTER).message_of_last(5)
-    [left] = Path(constants.HF_HUB_CACHE).rglob("*.adapterkit")
+    weights = hub.repos[ADAPTER].files()["adapter_model.safetensors"]
+    [left] = Path(constants.HF_HUB_CACHE).rglob(f"{weights.sha256}.adapterkit")
     assert left.read_bytes() == files(adapter)["adapter_model.safetensors"][:400]
 
 
@@ -388,7 +390,7 @@ def test_a_hub_that_asks_to_wait(hub: Hub, adapter: Path) -> None:
 @pytest.mark.parametrize(("status", "said"), [(500, "out of order (500)"), (429, "asks to come back later (429)")])
 def test_a_hub_that_stays_busy_is_asked_so_often(hub: Hub, adapter: Path, status: int, said: str) -> None:
     hub.fail("GET /api/models/.*", status, times=99)
-    assert f"{said}, after 4 tries" in adapterkit("pull", ADAPTER).message_of_last(5)
+    assert f"{said}, also when it is asked again; try later" in adapterkit("pull", ADAPTER).message_of_last(5)
     assert len(hub.asked("GET /api/models/.*")) == 4
     assert hub.slept == [1, 2, 4]
 
@@ -502,6 +504,38 @@ def test_list_of_the_hub(hub: Hub, adapter: Path, tmp_path: Path, monkeypatch: p
 )
 def test_sorting_that_there_is_not(hub: Hub, args: list[str], expected: str) -> None:
     assert expected in adapterkit("list", *args).message(2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (None, "adapter rank alpha targets size base"),
+        (80, "adapter rank alpha targets size base"),
+        (50, "adapter rank alpha targets size base"),
+        (36, "adapter rank alpha size"),
+    ],
+)
+def test_a_list_fits_the_terminal(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int | None, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    many = [f"{letter}_proj" for letter in "abcdefghijkl"]
+    write_adapter(tmp_path / "x" / "a", config=CONFIG | {"base_model_name_or_path": "lab/a-base-with-a-name"})
+    write_adapter(tmp_path / "x" / ("b" * 60), config=CONFIG | {"target_modules": many})
+    if columns is not None:
+        monkeypatch.setattr(Terminal, "isatty", lambda _: True)
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    lines = adapterkit("list", "x").out.splitlines()
+    assert lines[0].split() == expected.split()
+    assert all(len(line) <= (columns or 999) for line in lines if "b" * 60 not in line)
+    assert f"● x/{'b' * 60}" in "\n".join(lines)
+    assert (len(lines) == 3) is (columns is None)
+    assert ("a-base-with-a-name" in lines[1]) is (columns != 50 and columns != 36)
+
+
+def test_a_hub_that_is_busy_is_asked_for_its_list_again(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    hub.fail("GET /api/models", 503)
+    assert ADAPTER in adapterkit("list", tmp_path / "none", "--hub").out
 
 
 def test_nothing_found(hub: Hub, tmp_path: Path) -> None:

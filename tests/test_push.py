@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +190,55 @@ def test_a_line_that_breaks_and_a_hub_that_is_busy(there: Hub, adapter: Path) ->
     assert "adapter_model.safetensors" in there.repos[REPO].files()
 
 
+def test_ctrl_c_ends_a_push_and_the_next_sends_the_rest(there: Hub, adapter: Path) -> None:
+    there.fail("PUT ", hang=True)
+    main = threading.main_thread().ident
+    assert main is not None
+    there.hung = lambda: signal.pthread_kill(main, signal.SIGINT)
+    message = adapterkit("push", adapter, REPO).message(130)
+    assert message == f"interrupted; {REPO} has nothing new; weights that arrived are not sent again by the next push"
+    assert [*there.repos[REPO].files()] == [".gitattributes"]
+    there.fail("POST .*/commit/.*", hang=True)
+    assert "was made or not; pushing again tells" in adapterkit("push", adapter, REPO).message(130)
+    assert [*there.repos[REPO].files()] == [".gitattributes"]
+    there.requests.clear()
+    pushed(adapter, REPO)
+    assert not there.asked("PUT ")
+    assert "adapter_model.safetensors" in there.repos[REPO].files()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("change", [lambda file: file.write_bytes(b"other"), lambda file: file.unlink()])
+def test_a_folder_that_changes_while_it_is_pushed(
+    there: Hub, adapter: Path, change: Callable[[Path], Any], name: str
+) -> None:
+    real = there.fault
+
+    def then(request: str) -> Any:
+        if request.startswith("PUT ") and (adapter / name).exists():
+            change(adapter / name)
+        return real(request)
+
+    there.fault = then  # type: ignore[method-assign]
+    message = adapterkit("push", adapter, REPO).message_of_last(1)
+    assert message.startswith(f"{adapter / name}: ")
+    assert [*there.repos[REPO].files()] == [".gitattributes"]
+
+
+def test_a_card_that_the_hub_does_not_take_is_told_before_weights_are_sent(there: Hub, adapter: Path) -> None:
+    there.fail("POST /api/validate-yaml", 400, body=b'{"errors": [{"message": "license must be one of"}]}')
+    assert "the Hub does not take it: license must be one of" in adapterkit("push", adapter, REPO).message(1)
+    assert REPO not in there.repos
+    assert not there.asked("PUT ")
+
+
+def test_what_the_client_prints_is_not_shown(there: Hub, adapter: Path) -> None:
+    warning = b'{"errors": [], "warnings": [{"message": "empty metadata"}]}'
+    there.fail("POST /api/validate-yaml", 200, body=warning, times=9)
+    there.objects[hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()] = b""
+    assert adapterkit("push", adapter, REPO).err == ""
+
+
 def test_what_changed_meanwhile_is_not_overwritten(there: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed(adapter, REPO)
     (adapter / "README.md").write_text("new")
@@ -232,6 +285,18 @@ def pickled(folder: Path) -> None:
         (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), 1, "its YAML block is broken"),
         (lambda f: (f / "README.md").write_text("hf_" + "a" * 34), 1, "holds what looks like a Hub token"),
         (lambda f: (f / "notes.md").symlink_to("/etc/hostname"), 1, "outside its folder"),
+        (lambda f: (f / "run.py").write_text("token = 'hf_" + "a" * 34 + "'"), 1, "holds what looks like a Hub token"),
+        (lambda f: config(f, a="file:///home/somebody/x"), 1, "holds a local path, /home/somebody/x"),
+        (lambda f: (f / "a.json").write_text(r'["\/home\u002fsomebody/x"]'), 1, "holds a local path, /home/somebody/x"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), 1, "expected a JSON object, found list"),
+        (lambda f: config(f, a="x" * (1 << 20), b="/home/somebody/x"), 1, "holds a local path, /home/somebody/x"),
+        (lambda f: (f / "README.md").write_text("---\nlicense: mit\n# It\n"), 1, "its YAML block has no end"),
+        (lambda f: (f / "README.md").write_text("---\nmade: 2026-02-31\n---\n"), 1, "its YAML block is broken"),
+        (lambda f: (f / "README.md").write_text("---\n- a\n---\n"), 1, "its YAML block is a list"),
+        (lambda f: (f / "README.md").write_bytes(b"\xff"), 1, "is not UTF-8"),
+        (lambda f: (f / "a\x1b[31m.txt").write_text("x"), 1, "has a name that cannot be shown"),
+        (lambda f: os.mkfifo(f / "pipe"), 1, "is no file that could be sent"),
+        (lambda f: (f / "a.txt").symlink_to("a.txt"), 1, "a.txt"),
     ],
 )
 def test_what_is_not_sent(there: Hub, adapter: Path, spoil: Callable[[Path], Any], code: int, expected: str) -> None:
@@ -306,6 +371,45 @@ def test_what_trained_it_stays_here(there: Hub, adapter: Path) -> None:
     }  # fmt: skip
 
 
+def test_any_other_file_goes_along(there: Hub, adapter: Path) -> None:
+    names = ["empty.txt", "a b/ünï ク.txt", "list.json", "broken.json", "my.safetensors.md"]
+    (adapter / "a b").mkdir()
+    for name in names:
+        (adapter / name).write_text("[1]" if name == "list.json" else "" if name == "empty.txt" else "{")
+    (adapter / "link").symlink_to(adapter / "a b")
+    (adapter / "x.BIN").write_bytes(b"x")
+    (adapter / "wandb").mkdir()
+    assert adapterkit("push", adapter, REPO).out.count("left out: ") == 3
+    files = there.repos[REPO].files()
+    assert {name: files[name].data for name in names} == {name: (adapter / name).read_bytes() for name in names}
+
+
+def test_a_folder_that_cannot_be_read_is_told(there: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (adapter / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "closed: cannot be read: Permission denied" in adapterkit("push", adapter, REPO).message(1)
+
+
+def test_a_large_card_stays_as_it_is(there: Hub, adapter: Path) -> None:
+    text = "---\nlicense: mit\n---\n" + "# Mine\n" * 200_000
+    (adapter / "README.md").write_text(text)
+    pushed(adapter, REPO)
+    assert card_of(there)[1] == text.split("---\n", 2)[2]
+
+
+def test_a_large_config_is_made_public_as_well(there: Hub, adapter: Path) -> None:
+    config(adapter, base_model_name_or_path=HOME, note="x" * (1 << 20))
+    pushed(adapter, REPO, "--base-id", BASE)
+    assert b"somebody" not in there.repos[REPO].files()["adapter_config.json"].data
+
+
 def test_what_adapterkit_noted_goes_along_without_paths(there: Hub, adapter: Path, tmp_path: Path) -> None:
     recipe = f"base: {HOME}\ndata: /home/somebody/data/train.jsonl\nlr: 1e-4\n"
     (adapter / "adapterkit_recipe.yaml").write_text(recipe)
@@ -334,6 +438,42 @@ def test_a_merged_model_with_its_receipt(there: Hub, adapter: Path, tmp_path: Pa
             assert (back / name).read_bytes() == (merged / name).read_bytes()
 
 
+def test_relative_paths_of_a_run_stay_here_as_well(there: Hub, adapter: Path) -> None:
+    recipe = "base: .cache/base\ndata: secret/data/train.jsonl\neval_data: secret/test.jsonl\ninit_from: an-org/first\n"
+    (adapter / "adapterkit_recipe.yaml").write_text(recipe)
+    command = "adapterkit train .cache/base secret/data/train.jsonl -o secret/out/a --init-from an-org/first"
+    (adapter / "adapterkit_training.json").write_text(json.dumps({"command": command, "rate": "3 tokens/s"}))
+    (adapter / "README.md").write_text(f"# It\n\n```\n{command}\n```\n")
+    pushed(adapter, REPO)
+    files = there.repos[REPO].files()
+    assert not any(b"secret" in blob.data for blob in files.values())
+    assert b"init_from: an-org/first\n" in files["adapterkit_recipe.yaml"].data
+    assert "adapterkit train base train.jsonl -o a --init-from an-org/first" in card_of(there)[1]
+    assert b"3 tokens/s" in files["adapterkit_training.json"].data
+
+
+def test_what_a_model_is_of_its_base(there: Hub, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "trained")
+    (base / "README.md").write_text("---\nbase_model: lab/base\n---\n# It\n")
+    pushed(base, "me/trained")
+    assert card_of(there, "me/trained")[0]["base_model_relation"] == "finetune"
+    assert adapterkit("quantize", tmp_path / "base", "-o", tmp_path / "small", "--to", "nf4").code == 0
+    pushed(tmp_path / "small", "me/small", "--base-id", BASE)
+    assert card_of(there, "me/small")[0]["base_model_relation"] == "quantized"
+
+
+def test_the_receipt_of_a_merge_is_not_changed(there: Hub, adapter: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    (base / "config.json").write_text('{"model_type": "llama", "_name_or_path": "../models/x"}')
+    assert adapterkit("merge", base, adapter, "-o", tmp_path / "merged").code == 0
+    pushed(tmp_path / "merged", "me/merged", "--base-id", BASE)
+    back = resolve("me/merged")
+    assert json.loads((back / "config.json").read_text())["_name_or_path"] == BASE
+    assert adapterkit("unmerge", back, "-o", tmp_path / "again", "--adapter", adapter).code == 0
+    for name, data in contents(base).items():
+        assert (tmp_path / "again" / name).read_bytes() == data
+
+
 def test_a_folder_of_the_cache_can_be_pushed(there: Hub, adapter: Path) -> None:
     pushed(adapter, REPO)
     pushed(resolve(REPO), "me/copy")
@@ -343,7 +483,7 @@ def test_a_folder_of_the_cache_can_be_pushed(there: Hub, adapter: Path) -> None:
 
 # --- cards -----------------------------------------------------------------------------------------------------------
 
-FACTS = Facts("me/x", True, BASE, ("lora",), "text-generation", None, {})
+FACTS = Facts("me/x", "adapter", BASE, ("lora",), "text-generation", None, {})
 
 
 @pytest.mark.parametrize("body", ["# Mine\n", "text without a title", "\n\n---\na rule\n"])
@@ -358,9 +498,51 @@ def test_a_card_keeps_every_line(block: str, body: str) -> None:
     assert completed(done, FACTS, []) == (done, [])
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("---\r\nlicense: mit\r\n---\r\n# It\r\n", "---\r\nlicense: mit\r\nbase_model: lab/base\r\n"),
+        ("\ufeff---\nlicense: mit\n---\n# It\n", "---\nlicense: mit\nbase_model: lab/base\n"),
+        ("\n\n--- \nlicense: mit\n---", "---\nlicense: mit\nbase_model: lab/base\n"),
+        ("---\nnote: |\n  a\n  ---\n  b\n---\n# It\n", "---\nnote: |\n  a\n  ---\n  b\nbase_model: lab/base\n"),
+        ("---\nbase_model:\n---\n# It", "---\nbase_model: lab/base\n"),
+        ("# It\n\n---\n\nlicense: mit\n\n---\n", "---\nbase_model: lab/base\n"),
+    ],
+)
+def test_cards_as_editors_leave_them(text: str, kept: str) -> None:
+    done, _ = completed(text, FACTS, [])
+    assert done.startswith(kept)
+    assert "# It" not in text or "# It" in done
+    assert completed(done, FACTS, []) == (done, [])
+
+
+def test_a_card_of_adapterkit_gets_the_tags_that_it_lacks() -> None:
+    facts = Facts("me/x", "adapter", BASE, ("adapterkit", "lora", "dora"), None, None, {})
+    assert "tags:\n- adapterkit\n- lora\n- dora\n" in completed("---\ntags: [adapterkit, lora]\n---\nx", facts, [])[0]
+    assert "tags: [mine]\n" in completed("---\ntags: [mine]\n---\nx", facts, [])[0]
+
+
+def test_only_the_lines_that_are_wrong_are_replaced() -> None:
+    block = f"# mine\nlanguage: 'de'  # German\nbase_model:\n- {HOME}\n\nlicense: mit # for now\ntags: [a, 'b']\n"
+    done, changed = completed(f"---\n{block}---\n# It\n", Facts("me/x", "adapter", BASE, (), None, "gpl", {}), [HOME])
+    lines = "# mine\nlanguage: 'de'  # German\nbase_model: lab/base\nlicense: gpl\ntags: [a, 'b']\n"
+    assert done.startswith(f"---\n{lines}base_model_relation: adapter\n")
+    assert changed[:2] == ["base_model", "license"]
+    flow, _ = completed(f"---\n{{base_model: {HOME}, a: 1}}\n---\n# It\n", FACTS, [HOME])
+    assert base_of(flow) == BASE
+    assert "a: 1\n" in flow
+
+
+@pytest.mark.parametrize("bases", ["[lab/a, lab/b]", "[]", "{a: 1}", "7"])
+def test_bases_of_any_kind(bases: str) -> None:
+    text = f"---\nbase_model: {bases}\n---\n# It\n"
+    assert completed(text, FACTS, [])[0].startswith(text.removesuffix("---\n# It\n"))
+    assert base_of(text) is None
+
+
 def test_a_card_keeps_what_it_says() -> None:
     text = "---\nbase_model: lab/else\nlibrary_name: transformers\nlicense: mit\n---\nx\n"
     done, added = completed(text, FACTS, [])
     assert done.startswith(text.removesuffix("---\nx\n"))
     assert "license" not in added
-    assert "license: apache-2.0" in completed(text, Facts("me/x", True, BASE, (), None, "apache-2.0", {}), [])[0]
+    assert "license: apache-2.0" in completed(text, Facts("me/x", "adapter", BASE, (), None, "apache-2.0", {}), [])[0]

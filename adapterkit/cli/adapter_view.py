@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit.cli.tables import between, common_prefix, given, number, print_table, print_wrapped, span, table, width
+from adapterkit.cli.tables import common_prefix, print_table, print_wrapped, table, width
 from adapterkit.summary import ModuleRow, Summary, TargetRow, by_target, grid
+from adapterkit.words import between, given, number, span
 
 if TYPE_CHECKING:
     from rich.table import Table

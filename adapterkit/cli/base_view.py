@@ -9,9 +9,10 @@ import click
 
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.cli.places import Place
-from adapterkit.cli.running import files, size
+from adapterkit.cli.running import files
 from adapterkit.errors import FormatError
 from adapterkit.inventory import inventory, unsupported
+from adapterkit.words import size
 
 
 def show_base(there: Place, given: str, as_json: bool) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.running import weighted
-from adapterkit.cli.tables import common_prefix, number, print_table, table
+from adapterkit.cli.tables import common_prefix, print_table, table
 from adapterkit.summary import to_json
+from adapterkit.words import number
 
 if TYPE_CHECKING:
     from adapterkit.comparing import Alike, Pair

@@ -9,17 +9,24 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.cli.progress import progress
-from adapterkit.cli.running import files, size
-from adapterkit.cli.tables import print_table, span, table
+from adapterkit.cli.running import files
+from adapterkit.cli.tables import width
 from adapterkit.errors import FormatError, OutputExistsError, UsageError
 from adapterkit.finding import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered
+from adapterkit.words import printable, short, size, span
+
+if TYPE_CHECKING:
+    from adapterkit.hub.publishing import Push
 
 LIMIT = 30  # rows of the Hub
+NAME = "adapter"
+CUT, LEAST = ("base", "targets"), 8  # the columns that give way on a narrow terminal, and what is left of them
+ON_THE_LEFT = (NAME, "kind", "targets", "base")
 
 
 @click.command("list")
@@ -51,29 +58,67 @@ def list_command(
     if not rows:
         print("no adapters found" + ("" if hub else "; --hub looks on the Hub"))
         return
-    print_table(table(_columns(rows), rows))
+    _print_rows(_columns(rows), rows)
     for row in rows:
         if row.problem:
-            print(f"⚠ {row.name}: {row.problem}")
+            print(_line(f"⚠ {row.name}: {row.problem}"))
+
+
+def _print_rows(columns: dict[str, Callable[[Found], str]], rows: list[Found]) -> None:
+    """A line for every row: into a pipe as wide as it is, on a terminal with less of what is least asked for.
+
+    Names are whole in any case, to be copied from there; long ones have a line of their own on a terminal.
+    """
+    from rich.cells import cell_len, set_cell_size
+
+    lines = [{name: name for name in columns}]
+    lines += [{name: _line(cell(row)) for name, cell in columns.items()} for row in rows]
+    widths = {name: max(cell_len(line[name]) for line in lines) for name in columns}
+    if sys.stdout.isatty():
+        short = (cell_len(line[NAME]) for line in lines if cell_len(line[NAME]) <= width() // 2)
+        widths = _fitted(widths | {NAME: max(short)}, width())
+    for line in lines:
+        if cell_len(line[NAME]) > widths[NAME]:
+            print(line[NAME])
+            line[NAME] = ""
+        texts = []
+        for name, wide in widths.items():
+            text = line[name] if cell_len(line[name]) <= wide else set_cell_size(line[name], wide - 1) + "…"
+            space = " " * (wide - cell_len(text))
+            texts.append(text + space if name in ON_THE_LEFT else space + text)
+        print("  ".join(texts).rstrip())
+
+
+def _line(text: str) -> str:
+    """A stranger's text on one line."""
+    return printable(text).replace("\n", "\\n")
+
+
+def _fitted(widths: dict[str, int], room: int) -> dict[str, int]:
+    """The widths of columns two spaces apart in `room`: some are cut for that, and left out where it is not enough."""
+    for leave_out in (False, True):
+        for name in CUT:
+            over = sum(widths.values()) + 2 * len(widths) - 2 - room
+            if over > 0 and name in widths:
+                less = widths[name] - min(over, max(0, widths[name] - LEAST))
+                widths = {key: less if key == name else wide for key, wide in widths.items()}
+                if leave_out:
+                    del widths[name]
+    return widths
 
 
 def _columns(rows: list[Found]) -> dict[str, Callable[[Found], str]]:
     columns: dict[str, Callable[[Found], str]] = {
-        "adapter": lambda row: f"{'●◐○'[('here', 'partial', 'remote').index(row.state)]} {row.name}",
+        NAME: lambda row: f"{'●◐○'[('here', 'partial', 'remote').index(row.state)]} {row.name}",
         "kind": lambda row: "" if row.kind in (None, "LoRA") else str(row.kind),
         "rank": lambda row: span(row.ranks),
         "alpha": lambda row: span(row.alphas),
-        "targets": lambda row: _short(row.targets),
+        "targets": lambda row: short(row.targets),
         "size": lambda row: "" if row.size is None else size(row.size),
         "downloads": lambda row: "" if row.downloads is None else f"{row.downloads:,}",
         "base": lambda row: (row.base_model or "").rpartition("/")[2],
     }
-    return {name: cell for name, cell in columns.items() if name == "adapter" or any(cell(row) for row in rows)}
-
-
-def _short(targets: tuple[str, ...]) -> str:
-    """`q,k,v,o` for the field's usual names."""
-    return ",".join(name.removesuffix("_proj") for name in targets[:7]) + ("…" if len(targets) > 7 else "")
+    return {name: cell for name, cell in columns.items() if name == NAME or any(cell(row) for row in rows)}
 
 
 @click.command("pull")
@@ -95,14 +140,15 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
     if output is not None and Path(output).exists():
         raise OutputExistsError(f"{output}: exists already; name a new folder")
     names = [parsed(text) for text in ids]
-    if wrong := next((text for text, id in zip(ids, names, strict=True) if id is None), None):
+    if None in names:
+        wrong = ids[names.index(None)]
         raise FormatError(f"{wrong}: is no name that the Hub allows, expected org/name, with @revision or :folder")
     downloads = [download_of(look(id)) for id in names if id is not None]
     facts: list[dict[str, Any]] = []
     for download in downloads:
         remote, count = download.remote, len(download.missing)
-        facts.append({"id": str(remote.id), "commit": remote.commit, "bytes": download.size, "files": count})
-        what = f"{files(count)}, {size(download.size)} to get" if count else "all of it is here"
+        facts.append({"id": str(remote.id), "commit": remote.commit, "bytes": download.to_get, "files": count})
+        what = f"{files(count)}, {size(download.to_get)} to get" if count else "all of it is here"
         print(f"{remote.id}: {what}, {size(download.free)} free", file=sys.stderr)
         if dry_run:
             continue
@@ -151,20 +197,8 @@ def push_command(
     from adapterkit.hub.publishing import plan_push, push
 
     plan = plan_push(Path(path), repo, private=private, pull_request=pr, base_id=base_id, license=license)
-    changed = {upload.name for upload in plan.changed}
     if not as_json:
-        click.echo(f"sends     {plan.parcel.what}")
-        state = "private" if plan.private else "public"
-        click.echo(
-            f"to        {plan.repo} ({state}{'' if plan.exists else ', new'}{', as a pull request' if pr else ''})"
-        )
-        for upload in plan.parcel.uploads:
-            how = upload.change if upload.name in changed else "unchanged"
-            click.echo(f"  {upload.name:40} {size(upload.size):>10}  {how}".rstrip())
-        for name in plan.removed:
-            click.echo(f"  {name:40} {'':10}  removed: weights of before")
-        for name, why in plan.parcel.left_out.items():
-            click.echo(f"  {name:40} {'':10}  left out: {why}")
+        _show_push(plan)
     if dry_run:
         if as_json:
             print(json.dumps(_push_facts(plan), indent=2))
@@ -184,7 +218,23 @@ def push_command(
     click.echo(done.url)
 
 
-def _push_facts(plan: Any) -> dict[str, Any]:
+def _show_push(plan: Push) -> None:
+    """What goes where, and how each file does."""
+    state = f"{'private' if plan.private else 'public'}{'' if plan.exists else ', new'}"
+    click.echo(f"sends     {plan.parcel.what}")
+    click.echo(f"to        {plan.repo} ({state}{', as a pull request' if plan.pull_request else ''})")
+    changed = {upload.name for upload in plan.changed}
+    lines = [
+        (one.name, size(one.size), one.change if one.name in changed else "unchanged") for one in plan.parcel.uploads
+    ]
+    lines += [(name, "", "removed: weights of before") for name in plan.removed]
+    lines += [(_line(name), "", f"left out: {why}") for name, why in plan.parcel.left_out.items()]
+    wide = max(len(name) for name, _, _ in lines)
+    for name, bytes_, how in lines:
+        click.echo(f"  {name:{wide}}  {bytes_:>8}  {how}".rstrip())
+
+
+def _push_facts(plan: Push) -> dict[str, Any]:
     changed = {upload.name for upload in plan.changed}
     return {
         "repo": plan.repo, "base": plan.parcel.base, "private": plan.private, "bytes": plan.size,

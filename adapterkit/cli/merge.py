@@ -14,7 +14,7 @@ import click
 
 from adapterkit import api
 from adapterkit.budget import check_device, default_threads, estimate_memory
-from adapterkit.cli.running import DEVICE_HELP, files, run_with_bar, size, weighted
+from adapterkit.cli.running import DEVICE_HELP, files, run_with_bar, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
@@ -22,6 +22,7 @@ from adapterkit.quant import KINDS, ROUNDINGS
 from adapterkit.receipt import irreversible
 from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged
+from adapterkit.words import size
 
 KEPT = "finished shards are kept: run it again with --resume"
 # Below this share the output dtype swallows a tenth of the update or more.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterkit.cli.running import size
 from adapterkit.errors import OfflineError
 from adapterkit.hub.fetching import cached, missing_of, resolve
 from adapterkit.hub.names import on_hub
 from adapterkit.hub.remote import look, outlined
+from adapterkit.words import size
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def looked_at(spec: str, full: bool) -> Iterator[Place]:
     """Where `spec` can be looked at; with `full` it is downloaded where that is needed."""
     id = on_hub(spec)
     if id is None:
-        yield Place(Path(spec).expanduser())
+        yield Place(Path(os.path.expanduser(spec)))
         return
     if full:
         yield Place(resolve(spec))

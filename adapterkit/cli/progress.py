@@ -23,6 +23,11 @@ class Show(Protocol):
     def __call__(self, done: int, total: int | None, what: str = "", **facts: Any) -> None: ...
 
 
+def is_shown() -> bool:
+    """Whether progress is shown at all."""
+    return mode == "json" or (mode == "auto" and sys.stderr.isatty())
+
+
 @contextmanager
 def progress(
     what: str, *, in_bytes: bool = False, note: Callable[[dict[str, Any]], str] | None = None

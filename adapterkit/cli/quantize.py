@@ -11,8 +11,9 @@ import click
 
 from adapterkit import api
 from adapterkit.budget import default_threads
-from adapterkit.cli.running import DEVICE_HELP, run_with_bar, size
+from adapterkit.cli.running import DEVICE_HELP, run_with_bar
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS
+from adapterkit.words import size
 
 
 @click.command("quantize")

@@ -36,10 +36,6 @@ def files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
 
 
-def size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 def weighted(text: str) -> tuple[str, float]:
     """`path:0.7` as (path, 0.7); a path that exists as it is written wins."""
     path, colon, weight = text.rpartition(":")

@@ -51,25 +51,6 @@ def print_wrapped(label: str, text: str) -> None:
     )
 
 
-def number(value: float | None) -> str:
-    """What was measured, with three digits: `0.550`."""
-    return "–" if value is None else f"{value:#.3g}".rstrip(".") if value else "0"
-
-
-def given(value: float | None) -> str:
-    """What was set, as short as it goes: `2`."""
-    return "?" if value is None else f"{value:.4g}"
-
-
-def between(low: float, high: float, word: Callable[[float], str] = number) -> str:
-    return word(low) if word(low) == word(high) else f"{word(low)}–{word(high)}"
-
-
-def span(values: Sequence[float]) -> str:
-    """`8` or `4–16`."""
-    return between(values[0], values[-1], given) if values else ""
-
-
 def common_prefix(names: Sequence[str]) -> str:
     """The dotted prefix that all names share, with its dot; empty for a single name."""
     if len(names) < 2:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.curve import curve
-from adapterkit.cli.running import size
+from adapterkit.cli.progress import is_shown, progress
 from adapterkit.errors import UsageError
 from adapterkit.recipe import Recipe, checked, read_recipe
+from adapterkit.words import size
 
 if TYPE_CHECKING:
     from adapterkit.runs.run import Event, Started, Trained
@@ -86,7 +87,7 @@ def train_command(
     from adapterkit.runs.run import RECIPE, Started, Stopped, Trained, read_metrics, train
 
     events: list[Event] = []
-    with _asked_to_stop() as stop, _shown(as_json) as show:
+    with _asked_to_stop() as stop, _shown() as show:
         command = shlex.join(["adapterkit", *sys.argv[1:]])
         for event in train(recipe, output, resume=resume, overwrite=overwrite, command=command, stop=stop):
             show(event)
@@ -145,18 +146,11 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _shown(as_json: bool) -> Iterator[Callable[[Event], None]]:
-    """What shows events on stderr: a bar where that is a terminal, else a line now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+def _shown() -> Iterator[Callable[[Event], None]]:
+    """What shows events on stderr: as progress, and where nothing shows that, by a line now and then."""
     from adapterkit.runs.run import Evaluated, Sampled, Started
     from adapterkit.train.loop import Stepped
 
-    console = Console(stderr=True, highlight=False, markup=False)
-    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task("", total=None, start=False)
     began, tokens, quiet = 0.0, 0, False
 
     def show(event: Event) -> None:
@@ -164,27 +158,31 @@ def _shown(as_json: bool) -> Iterator[Callable[[Event], None]]:
         if quiet:
             return
         if isinstance(event, Started):
-            quiet = not event.first_process
+            quiet, began = not event.first_process, time.monotonic()
             if not quiet:
                 _print_start(event)
-                bar.start_task(task)
-                bar.update(task, total=event.steps, completed=event.first_step)
-                began = time.monotonic()
+                show_step(event.first_step, event.steps)
         elif isinstance(event, Stepped):
             tokens += event.tokens
             speed = tokens / max(1e-9, time.monotonic() - began)
-            facts = f"loss {event.loss:.3f}  {speed:,.0f} tokens/s  {_memory()}"
-            bar.update(task, completed=event.step, description=facts)
-            if not console.is_terminal and event.step % max(1, event.steps // 10) == 0:
+            show_step(event.step, event.steps, loss=event.loss, tokens_per_second=speed, memory=_memory())
+            if not is_shown() and event.step % max(1, event.steps // 10) == 0:
                 print(f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s", file=sys.stderr)
         elif isinstance(event, Evaluated):
             better = "" if event.step == 0 or event.best else "  (was lower)"
-            console.print(f"step {event.step}: validation loss {event.loss:.4f}{better}")
+            print(f"step {event.step}: validation loss {event.loss:.4f}{better}", file=sys.stderr)
         elif isinstance(event, Sampled):
-            console.print(f"{event.when}: {event.prompt!r} goes on with {event.completion!r}")
+            print(f"{event.when}: {event.prompt!r} goes on with {event.completion!r}", file=sys.stderr)
 
-    with bar:
+    with progress("training", note=_beside) as show_step:
         yield show
+
+
+def _beside(facts: dict[str, Any]) -> str:
+    """What stands beside the bar."""
+    if not facts:
+        return ""
+    return f"loss {facts['loss']:.3f}  {facts['tokens_per_second']:,.0f} tokens/s  {size(facts['memory'])}"
 
 
 def _print_start(event: Started) -> None:
@@ -248,10 +246,11 @@ def _print_memory(recipe: Recipe, as_json: bool) -> None:
     print(f"{'in all':13}{size(found.total):>10}, {size(room)} free" + ("" if fits is None else f": {fits}"))
 
 
-def _memory() -> str:
+def _memory() -> int:
+    """Bytes in use: the most of the GPU, or those of this process now."""
     import torch
 
     if used := torch.cuda.max_memory_allocated():
-        return size(used)
+        return used
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return size(pages * 4096)
+    return pages * 4096

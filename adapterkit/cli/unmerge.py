@@ -9,10 +9,11 @@ import time
 import click
 
 from adapterkit.budget import default_threads
-from adapterkit.cli.running import DEVICE_HELP, run_with_bar, size, weighted
+from adapterkit.cli.running import DEVICE_HELP, run_with_bar, weighted
 from adapterkit.plan import MergePlan
 from adapterkit.restoring import unmerge
 from adapterkit.stream import Merged
+from adapterkit.words import size
 
 
 @click.command("unmerge")

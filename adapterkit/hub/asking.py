@@ -11,6 +11,7 @@ import logging
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 WAITS = (1.0, 2.0, 4.0)  # seconds before a question is asked again
 BUSY = (408, 429, 500, 502, 503, 504)
 SENDING = 60.0  # seconds that the Hub may take over what was sent to it
+LONGEST = 300.0  # seconds that are waited where the Hub asks for it: its limits count by five minutes
 SILENCE = 2.0  # times the limit of one request, after which it is taken to be away
 NEAR = 3  # names that are suggested
 
@@ -42,18 +44,44 @@ def ask(repo: str, question: Callable[[HfApi], T], waits: tuple[float, ...] = WA
     with asking(repo):
         for wait in waits:
             try:
-                with _patience.with_end():
+                with _patience.with_end(), understood(repo):
                     return question(HfApi())
             except HfHubHTTPError as error:
                 if error.response.status_code not in BUSY:
                     raise
                 wait = _told(error.response.headers) or wait
+                if wait > LONGEST:
+                    raise OfflineError(f"{repo}: the Hub asks to come back in {wait:,.0f} s") from error
                 log.warning("the Hub is busy (%d); asking again in %.0f s", error.response.status_code, wait)
             except (httpx.ReadError, httpx.RemoteProtocolError):
                 pass  # it hung up: at once is as good as later, but not better
             time.sleep(wait)
-        with _patience.with_end():
+        with _patience.with_end(), understood(repo):
             return question(HfApi())
+
+
+@contextmanager
+def understood(repo: str) -> Iterator[None]:
+    """Turn what the client stumbles over in an answer that is none of the Hub's into an error of ours."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except (errors.HFValidationError, errors.HfHubHTTPError):
+        raise  # the former is of the name; of the latter some are ValueErrors, too
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {_clean(str(error))}"
+        raise AdapterkitError(
+            f"{repo}: the answer is none of a Hub's ({said}). Is {constants.ENDPOINT} one?"
+        ) from error
+
+
+def user() -> str | None:
+    """The name of the user whose token is used, or None where the Hub is there and no token is."""
+    if _token() is None:
+        ask("the Hub", lambda api: next(iter(api.list_models(limit=1)), None))
+        return None
+    return str(ask("the Hub", lambda api: api.whoami())["name"])
 
 
 @contextmanager
@@ -94,16 +122,36 @@ def asking(repo: str) -> Iterator[None]:
         raise OfflineError(f"{repo}: the Hub cannot be reached ({_first_line(error)})") from error
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within this the client shows no bars and prints no warnings of its own."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    decided = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled()
+    if not decided:
+        disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if not decided:
+            enable_progress_bars()
+
+
 def _refused(repo: str, error: Any) -> AdapterkitError:
     """An answer that is an error of no kind of its own."""
     status, said = error.response.status_code, error.server_message or _first_line(error)
+    if said.lstrip().startswith("<"):  # a page for a browser
+        said = error.response.reason_phrase
     if status == 401:
         return NotAllowedError(f"{repo}: the Hub does not accept the token: `hf auth login`, or mend HF_TOKEN")
     if status == 403:
         return NotAllowedError(f"{repo}: this token may not do that ({_clean(said)})")
     if status in BUSY:
         why = "asks to come back later" if status == 429 else "is out of order"
-        return OfflineError(f"{repo}: the Hub {why} ({status}), after {len(WAITS) + 1} tries")
+        return OfflineError(f"{repo}: the Hub {why} ({status}), also when it is asked again; try later")
     if status == 412:
         return AdapterkitError(f"{repo}: has changed since it was looked at; nothing was changed, do it again")
     return AdapterkitError(f"{repo}: the Hub refused ({status}): {_clean(said)}")

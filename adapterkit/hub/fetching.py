@@ -9,17 +9,18 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from adapterkit.checkpoint import CONFIG
 from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError
 from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
 from adapterkit.formats.source import PICKLED, WEIGHTS
-from adapterkit.hub.asking import ask, asking
+from adapterkit.hub.abreast import abreast
+from adapterkit.hub.asking import ask, asking, quiet
 from adapterkit.hub.names import HubId, on_hub
 from adapterkit.hub.remote import Remote, RemoteFile, look, opened, outlined
 from adapterkit.staging import errors_of
@@ -39,11 +40,17 @@ class Download:
     missing: tuple[RemoteFile, ...]
     cache: Path
     free: int  # bytes
+    begun: int = 0  # bytes that an earlier try left
 
     @property
     def size(self) -> int:
-        """Bytes to get."""
+        """Bytes of the missing files."""
         return sum(file.size for file in self.missing)
+
+    @property
+    def to_get(self) -> int:
+        """Bytes that are yet to come."""
+        return self.size - self.begun
 
 
 @contextmanager
@@ -62,7 +69,7 @@ def resolve(spec: str | os.PathLike[str]) -> Path:
     """
     id = on_hub(spec)
     if id is None:
-        return Path(spec).expanduser()
+        return Path(os.path.expanduser(spec))
     try:
         download = download_of(look(id))
         with shown(f"getting {id.repo}") if download.missing else _unseen("") as on_bytes:
@@ -98,22 +105,30 @@ def outlines(specs: Sequence[str | os.PathLike[str]]) -> Iterator[Callable[[str 
 
 def cached(id: HubId) -> Path | None:
     """The folder of the cache that has what `id` last named, as far as the cache knows, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
     with asking(str(id)):
         for name in (ADAPTER_CONFIG, CONFIG, *WEIGHTS, *PICKLED):
-            found = try_to_load_from_cache(id.repo, id.at(name), revision=id.revision)
-            if isinstance(found, str):
-                return Path(found).parent
+            if (found := _kept(id.repo, id.at(name), id.revision)) is not None:
+                return found.parent
     return None
 
 
-def missing_of(remote: Remote) -> tuple[RemoteFile, ...]:
-    """The files that are not in the cache."""
+def _kept(repo: str, name: str, revision: str | None) -> Path | None:
+    """Where the cache has a file, if it has it."""
     from huggingface_hub import try_to_load_from_cache
 
+    try:
+        found = try_to_load_from_cache(repo, name, revision=revision)
+    except UnicodeDecodeError:  # what it notes of the revision is broken
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def missing_of(remote: Remote) -> tuple[RemoteFile, ...]:
+    """The files that are not in the cache, or not as long as they should be."""
+
     def is_here(file: RemoteFile) -> bool:
-        return isinstance(try_to_load_from_cache(remote.id.repo, file.name, revision=remote.commit), str)
+        found = _kept(remote.id.repo, file.name, remote.commit)
+        return found is not None and found.stat().st_size == file.size
 
     return tuple(file for file in remote.files if not is_here(file))
 
@@ -124,7 +139,10 @@ def download_of(remote: Remote) -> Download:
 
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
-    return Download(remote, missing_of(remote), cache, shutil.disk_usage(there).free)
+    missing = missing_of(remote)
+    left = (_partial(cache, remote, file) for file in missing)
+    begun = sum(min(path.stat().st_size, file.size) for path, file in zip(left, missing, strict=True) if path.is_file())
+    return Download(remote, missing, cache, shutil.disk_usage(there).free, begun)
 
 
 def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
@@ -133,39 +151,48 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
     Raises NoSpaceError before the first byte where the disk is too small, AdapterkitError where other bytes came than
     the Hub names by their SHA-256; those are not kept.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
     remote, id = download.remote, download.remote.id
-    if download.size > download.free:
+    if download.to_get > download.free:
         raise NoSpaceError(
-            f"{id}: {download.size:,} bytes are to be got, and {download.cache} has room for {download.free:,}; "
+            f"{id}: {download.to_get:,} bytes are to be got, and {download.cache} has room for {download.free:,}; "
             "free some space, or set HF_HOME to a larger disk"
         )
     count = _Count(download.size, on_bytes)
 
     def get(file: RemoteFile) -> None:
-        if file.sha256 is not None:
-            _get_blob(remote, file, _blob(download.cache, id, file.sha256), count)
-        hf_hub_download(id.repo, file.name, revision=remote.commit)  # which finds the blob that is there
-        if file.sha256 is None:
-            count.add(file.size)
+        try:
+            _get_blob(remote, file, download.cache, count)
+            ask(str(id), lambda _: _known(id, file.name, remote.commit))
+        except BaseException:
+            count.stopped = True  # what the others have is kept
+            raise
 
-    with errors_of(download.cache), asking(str(id)):
-        with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
-            try:
-                list(threads.map(get, download.missing))
-            except BaseException:
-                count.stopped = True  # the others need not be waited for: what they have is kept
-                raise
-        first = remote.files[0].name
-        known = try_to_load_from_cache(id.repo, first, revision=id.revision)
-        if not isinstance(known, str) or remote.commit not in known:
-            # Asked by the name that was given, the cache learns what commit that is, and can answer without the Hub.
-            known = hf_hub_download(id.repo, first, revision=id.revision)
-    root = Path(known).parents[first.count("/")]
+    try:
+        with errors_of(download.cache), quiet():
+            abreast(get, download.missing, FILES_AT_ONCE)
+    except KeyboardInterrupt as error:
+        count.stopped = True
+        raise KeyboardInterrupt(f"what came of {id} is kept, and getting it again goes on from there") from error
+    first = remote.files[0].name
+    known = _kept(id.repo, first, id.revision)
+    if known is None or remote.commit not in known.parts:
+        # Asked by the name that was given, the cache learns what commit that is, and can answer without the Hub.
+        with errors_of(download.cache):
+            known = ask(str(id), lambda _: _known(id, first, id.revision))
+    root = known.parents[first.count("/")]
     if root.name != remote.commit:
         raise AdapterkitError(f"{id}: changed on the Hub while it was got; do it again")
     return root / id.folder
+
+
+def _known(id: HubId, name: str, revision: str | None) -> Path:
+    """Let the client put a file in its place in the cache; the bytes it finds there."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(id.repo, name, revision=revision))
+    except errors.LocalEntryNotFoundError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, errors.HfHubHTTPError) else error) from error
 
 
 class _Count:
@@ -185,33 +212,55 @@ class _Count:
                 self._on_bytes(self.done, self.total)
 
 
-def _blob(cache: Path, id: HubId, sha256: str) -> Path:
-    """Where the cache keeps the bytes of a file, by its hash."""
-    return cache / f"models--{id.repo.replace('/', '--')}" / "blobs" / sha256
-
-
-def _get_blob(remote: Remote, file: RemoteFile, blob: Path, count: _Count) -> None:
-    """Get a large file into the cache. The client would begin anew; this goes on from the bytes that are there."""
-    partial = blob.with_name(f"{blob.name}.adapterkit")
+def _get_blob(remote: Remote, file: RemoteFile, cache: Path, count: _Count) -> None:
+    """Get a file into the cache, under its hash. The client would begin anew; this goes on from what is there."""
+    if not (name := file.sha256 or file.oid):  # no hash to check it by: the client gets it as it sees fit
+        count.add(file.size)
+        return
+    partial = _partial(cache, remote, file)
+    blob = partial.with_suffix("")
     blob.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "a+b") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # another process may be getting it: wait, and take what it got
-        if blob.exists():
+    with _held(partial) as stream:
+        if blob.exists() and blob.stat().st_size == file.size:  # it was there, or another process got it meanwhile
+            partial.unlink()
             count.add(file.size)
             return
-        stream.seek(0)
-        hashed = hashlib.file_digest(stream, "sha256")
+        hashed = hashlib.file_digest(stream, lambda: _hash(file))
         count.add(stream.tell())
         ask(str(remote.id), lambda _: _append(remote, file, stream, hashed, count))
-        if hashed.hexdigest() != file.sha256:
+        if hashed.hexdigest() != name:
             partial.unlink()
             raise AdapterkitError(f"{remote.id}: {file.name} came with other bytes than the Hub says; get it again")
-        stream.flush()
         os.fsync(stream.fileno())
         partial.rename(blob)
 
 
-def _append(remote: Remote, file: RemoteFile, stream: BinaryIO, hashed: Any, count: _Count) -> None:
+def _partial(cache: Path, remote: Remote, file: RemoteFile) -> Path:
+    """Where the bytes of a file are kept until it is whole; the cache has it without the suffix."""
+    folder = f"models--{remote.id.repo.replace('/', '--')}"
+    return cache / folder / "blobs" / f"{file.sha256 or file.oid}.adapterkit"
+
+
+@contextmanager
+def _held(partial: Path) -> Iterator[BufferedRandom]:
+    """Open what is there of a file, at its beginning, for this process alone: another that is getting it is awaited."""
+    while True:
+        with open(partial, "a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            # Meanwhile the other may have moved it to its place, or removed it.
+            if not partial.exists() or not os.path.samestat(os.fstat(stream.fileno()), partial.stat()):
+                continue
+            stream.seek(0)
+            yield stream
+            return
+
+
+def _hash(file: RemoteFile) -> Any:
+    """What its hash is made with: git's names begin with the size."""
+    return hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+
+
+def _append(remote: Remote, file: RemoteFile, stream: BufferedRandom, hashed: Any, count: _Count) -> None:
     """Ask for the bytes that `stream` lacks, and write those that come."""
     have = stream.seek(0, os.SEEK_END)
     if have >= file.size:
@@ -219,10 +268,13 @@ def _append(remote: Remote, file: RemoteFile, stream: BinaryIO, hashed: Any, cou
     with opened(remote, file, have) as response:
         skip = have if response.status_code == 200 else 0  # a server that knows no ranges sends everything
         for chunk in response.iter_bytes():
-            part = chunk[skip:]
+            part = chunk[skip:][: file.size - have]  # and never more than was announced
             skip -= min(skip, len(chunk))
             stream.write(part)
+            stream.flush()  # so that it is kept whatever ends this
             hashed.update(part)
             count.add(len(part))
-    if stream.tell() < file.size:
-        raise OfflineError(f"{remote.id}: the Hub sent {stream.tell():,} of {file.size:,} bytes; get it again to go on")
+            have += len(part)
+            if have == file.size:
+                return
+    raise OfflineError(f"{remote.id}: the Hub sent {have:,} of {file.size:,} bytes; get it again to go on")

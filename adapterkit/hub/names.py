@@ -9,8 +9,9 @@ from pathlib import Path
 
 from adapterkit.errors import FormatError
 
-PATTERN = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<folder>[\w./ -]+))?")
+PATTERN = re.compile(r"(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<folder>[^:\\]+))?")
 FILES = (".safetensors", ".bin")
+MAX_NAME_BYTES = 255  # of a file, on Linux
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,25 @@ class HubId:
 def parsed(text: str) -> HubId | None:
     """`text` as a name on the Hub, where it can be one."""
     match = PATTERN.fullmatch(text)
-    if match is None or text.startswith((".", "/")) or ".." in text:
+    if (
+        match is None
+        or text.startswith(".")
+        or ".." in f"{match['repo']}@{match['revision']}"
+        or not text.isprintable()
+    ):
         return None
-    return HubId(match["repo"], match["revision"], (match["folder"] or "").strip("/"))
+    folder = (match["folder"] or "").strip("/")
+    return HubId(match["repo"], match["revision"], folder) if not folder or is_inner(folder) else None
+
+
+def is_inner(name: str) -> bool:
+    """Whether a path from a stranger stays below the folder that it is joined to, and can be shown."""
+    parts = name.split("/")
+    return (
+        name.isprintable()
+        and "\\" not in name
+        and not any(part in ("", ".", "..") or len(part.encode()) > MAX_NAME_BYTES for part in parts)
+    )
 
 
 def on_hub(spec: str | os.PathLike[str]) -> HubId | None:
@@ -42,7 +59,7 @@ def on_hub(spec: str | os.PathLike[str]) -> HubId | None:
 
     Raises FormatError for what looks like a path, beside files that are there, and is none.
     """
-    path, found = Path(spec).expanduser(), parsed(str(spec))
+    path, found = Path(os.path.expanduser(spec)), parsed(str(spec))  # Path's own raises for users that there are not
     if os.path.lexists(path) or found is None:  # Path's own raise for names that are too long
         return None
     if (os.path.isdir(path.parent) and path.parent != Path()) or path.suffix in FILES:
@@ -58,4 +75,4 @@ def is_hub_id(name: str) -> bool:
 def hub_id(spec: str | os.PathLike[str]) -> str | None:
     """The repository that `spec` names on the Hub, or None where it is a local path."""
     found = parsed(str(spec))
-    return found.repo if found and not os.path.exists(Path(spec).expanduser()) else None
+    return found.repo if found and not os.path.exists(os.path.expanduser(spec)) else None

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint import INDEX_SUFFIX
 from adapterkit.errors import FormatError, NotAllowedError, UsageError
-from adapterkit.hub.asking import ask, asking
+from adapterkit.hub.asking import ask, asking, quiet, understood
 from adapterkit.hub.names import HubId, parsed
-from adapterkit.hub.sending import Parcel, Upload, pack
+from adapterkit.hub.sending import README, Parcel, Upload, check_unchanged, pack
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, ModelInfo
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
 
 OnBytes = Callable[[int, int], None]
 
@@ -56,8 +56,8 @@ def plan_push(
     `repo` is ORG/NAME, or NAME of the user's own. Raises what `pack` does, NotAllowedError where the token may not
     write there, FormatError where the base is not on the Hub, UsageError for options that do not go together.
     """
-    me = ask(repo, lambda api: api.whoami())
-    repo = repo if "/" in repo else f"{me['name']}/{repo}"
+    me = ask(repo, _account)
+    repo = repo if "/" in repo else f"{me.name}/{repo}"
     if (id := parsed(repo)) is None or id != HubId(id.repo):
         raise UsageError(f"{repo}: expected ORG/NAME, without revision and folder")
     parcel = pack(path, repo, base_id, license)
@@ -67,8 +67,9 @@ def plan_push(
         raise UsageError(f"{repo}: is there already and public; --private makes new repositories so")
     if parcel.base is not None and parcel.base != repo and _found(parcel.base) is None:
         raise FormatError(f"{parcel.base}: the base is not on the Hub, or it is private; give another --base-id")
-    there = {one.rfilename: one for one in (info.siblings if info else None) or []}
+    there = {str(one.rfilename): one for one in (info.siblings if info else None) or []}
     changed = tuple(upload for upload in parcel.uploads if not _same(upload, there.get(upload.name)))
+    check_unchanged(parcel.uploads)
     kept = {upload.name for upload in parcel.uploads}
     removed = tuple(
         name for name in there if "/" not in name and name not in kept
@@ -84,38 +85,76 @@ def push(plan: Push, message: str | None = None, on_bytes: OnBytes | None = None
 
     Raises AdapterkitError where the repository changed since the plan was made, and OfflineError.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
+    from huggingface_hub import CommitOperationDelete, constants
 
     url = f"{constants.ENDPOINT}/{plan.repo}"
     if plan.exists and not plan.changed and not plan.removed:
         return Pushed(url, None)
+    _check_card(plan)
     if not plan.exists:
         ask(plan.repo, lambda api: api.create_repo(plan.repo, private=plan.private, exist_ok=True))
-    done = 0
-    adds = [
-        CommitOperationAdd(one.name, one.content if one.content is not None else str(one.source))
-        for one in plan.changed
-    ]
-    with asking(plan.repo):
-        for one, add in zip(plan.changed, adds, strict=True):
-            if one.content is None:
-                _upload(plan, add)
-            done += one.size
-            if on_bytes is not None:
-                on_bytes(done, plan.size)
+    try:
+        adds = _upload(plan, on_bytes)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(
+            f"{plan.repo} has nothing new; weights that arrived are not sent again by the next push"
+        ) from error
     operations: list[Any] = [*adds, *(CommitOperationDelete(name) for name in plan.removed)]
     subject = message or f"{'Update' if plan.exists else 'Add'} {plan.parcel.what.partition(':')[2].strip()}"
-    commit = ask(
-        plan.repo,
-        lambda api: api.create_commit(
+
+    def question(api: HfApi) -> tuple[str | None, str]:
+        made = api.create_commit(
             plan.repo, operations, commit_message=subject, create_pr=plan.pull_request, parent_commit=plan.parent
-        ),
-    )
-    return Pushed(commit.pr_url or url, commit.oid)
+        )
+        return made.pr_url, made.oid
+
+    try:
+        with quiet():
+            page, commit = ask(plan.repo, question)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"the commit to {plan.repo} was made or not; pushing again tells") from error
+    return Pushed(page or url, commit)
 
 
-def _upload(plan: Push, add: CommitOperationAdd) -> None:
-    """Send the bytes of a file that is kept by its SHA-256, where the Hub lacks them."""
+def _check_card(plan: Push) -> None:
+    """Raise FormatError for a card that the Hub does not take, before any weights are sent."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    def question(_: HfApi) -> list[str]:
+        url, body = f"{constants.ENDPOINT}/api/validate-yaml", {"content": text, "repoType": "model"}
+        response = get_session().post(url, json=body, headers=build_hf_headers())
+        if response.status_code == 400:
+            return [str(error["message"]) for error in response.json()["errors"]]
+        hf_raise_for_status(response)
+        return []
+
+    for card in (one for one in plan.changed if one.name == README):
+        text = (card.content or b"").decode()
+        if wrong := ask(plan.repo, question):
+            raise FormatError(f"README.md: the Hub does not take it: {' '.join(' '.join(wrong).split())[:300]}")
+
+
+def _upload(plan: Push, on_bytes: OnBytes | None) -> list[CommitOperationAdd]:
+    """Send the bytes that are kept by their SHA-256, where the Hub lacks them; what is left to do is the commit."""
+    from huggingface_hub import CommitOperationAdd
+
+    done, adds = 0, []
+    for one in plan.changed:
+        check_unchanged([one])
+        add = CommitOperationAdd(one.name, str(one.source) if one.content is None else one.content)
+        if one.content is None:
+            with asking(plan.repo), understood(plan.repo), quiet():
+                _upload_lfs(plan, add)
+        adds.append(add)
+        done += one.size
+        if on_bytes is not None:
+            on_bytes(done, plan.size)
+    check_unchanged(plan.changed)
+    return adds
+
+
+def _upload_lfs(plan: Push, add: CommitOperationAdd) -> None:
     from huggingface_hub import HfApi
 
     try:
@@ -126,7 +165,6 @@ def _upload(plan: Push, add: CommitOperationAdd) -> None:
 
 def _found(repo: str) -> ModelInfo | None:
     """What is known of a repository, or None where there is none that this token may see."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     def question(api: HfApi) -> ModelInfo | None:
@@ -140,12 +178,28 @@ def _found(repo: str) -> ModelInfo | None:
     return ask(repo, question)
 
 
-def _check_allowed(repo: str, me: dict[str, Any], info: ModelInfo | None, pull_request: bool) -> None:
+@dataclass(frozen=True)
+class _Account:
+    """Whose token it is, and what it may."""
+
+    name: str
+    owners: tuple[str, ...]  # who they can make repositories for
+    token: str  # its name
+    role: str | None
+
+
+def _account(api: HfApi) -> _Account:
+    me = api.whoami()
+    token = (me.get("auth") or {}).get("accessToken") or {}
+    owners = (me["name"], *(org["name"] for org in me.get("orgs") or []))
+    return _Account(me["name"], owners, token.get("displayName", ""), token.get("role"))
+
+
+def _check_allowed(repo: str, me: _Account, info: ModelInfo | None, pull_request: bool) -> None:
     """Raise NotAllowedError where the token may not write there, before anything is sent."""
-    token = me.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read":
+    if me.role == "read":
         raise NotAllowedError(
-            f"{repo}: the token {token.get('displayName', '')!r} may only read; make one that writes at "
+            f"{repo}: the token {me.token!r} may only read; make one that writes at "
             "https://huggingface.co/settings/tokens"
         )
     if info is not None:
@@ -154,10 +208,9 @@ def _check_allowed(repo: str, me: dict[str, Any], info: ModelInfo | None, pull_r
         return
     if pull_request:
         raise UsageError(f"{repo}: is not there, so that there is nothing to open a pull request for; leave --pr out")
-    owners = [me["name"], *(org["name"] for org in me.get("orgs", []))]
-    if repo.partition("/")[0] not in owners:
+    if repo.partition("/")[0] not in me.owners:
         raise NotAllowedError(
-            f"{repo}: is not there, and {me['name']} can make repositories for {', '.join(owners)} only"
+            f"{repo}: is not there, and {me.name} can make repositories for {', '.join(me.owners)} only"
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,28 +12,34 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS
-from adapterkit.errors import AdapterkitError, FormatError, NoSpaceError
+from adapterkit.errors import AdapterkitError, FormatError, OfflineError, UnsafeFileError
 from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
 from adapterkit.formats.source import PICKLED, WEIGHTS
+from adapterkit.hub.abreast import abreast
 from adapterkit.hub.asking import ask
-from adapterkit.hub.names import HubId
+from adapterkit.hub.names import HubId, is_inner
+from adapterkit.staging import errors_of
 from adapterkit.tensorfile import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-BESIDE = (".json", ".model", ".txt", ".jinja", ".md", ".py", ".yaml")  # what is wanted beside the weights
+BESIDE = (".json", ".model", ".txt", ".jinja", ".md", ".py", ".yaml", ".residuals")  # wanted with the weights
 FIRST = 100_000  # bytes asked for first: most headers are smaller
 AT_ONCE = 8  # requests
+MAX_CONFIG_BYTES = 50_000_000  # the index of the largest models has some ten
+MAX_BYTES = 1 << 43  # of a file; the Hub allows much less
+COMMIT, DIGEST = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository; `sha256` where it is kept by it."""
+    """A file of a repository, and what its bytes are known by: their SHA-256, or what git calls them."""
 
     name: str  # from the repository's top
     size: int
     sha256: str | None
+    oid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,41 +68,69 @@ class Outline:
 def look(id: HubId) -> Remote:
     """Ask what `id` has, and choose what belongs to its adapter or base.
 
-    Raises FormatError where there is neither, or several adapters in folders and none was named.
+    Raises FormatError where there is neither, or several adapters in folders and none was named, and UnsafeFileError
+    for names, sizes and hashes that no repository has.
     """
-    info = ask(str(id), lambda api: api.model_info(id.repo, revision=id.revision, files_metadata=True))
-    files = [
-        RemoteFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None) for one in info.siblings or []
-    ]
+
+    def question(api: HfApi) -> tuple[str, list[RemoteFile]]:
+        info = api.model_info(id.repo, revision=id.revision, files_metadata=True)
+        files = [
+            RemoteFile(str(one.rfilename), one.size, one.lfs.sha256 if one.lfs else None, one.blob_id)  # type: ignore[arg-type]
+            for one in info.siblings or []
+        ]
+        return str(info.sha), files
+
+    commit, files = ask(str(id), question)
     prefix = id.at("")
     here = {file.name.removeprefix(prefix): file for file in files if file.name.startswith(prefix)}
+    names, is_adapter = _chosen(id, here)
+    remote = Remote(id, commit, tuple(here[name] for name in names), is_adapter)
+    _check(remote)
+    return remote
+
+
+def _chosen(id: HubId, here: dict[str, RemoteFile]) -> tuple[list[str], bool]:
+    """The files of the adapter, or of the base, and whether it is an adapter."""
     if ADAPTER_CONFIG in here or any(name in here for name in (*WEIGHTS, *PICKLED)):
-        names = [
-            name for name in here if "/" not in name and _wanted(name, name in PICKLED and not _has(here, WEIGHTS))
-        ]
-        return Remote(id, info.sha or "", tuple(here[name] for name in names), is_adapter=True)
+        only_pickled = not any(name in here for name in WEIGHTS)
+        return [name for name in here if "/" not in name and _wanted(name, only_pickled and name in PICKLED)], True
     if CONFIG in here:
-        return Remote(id, info.sha or "", tuple(here[name] for name in _of_base(here)), is_adapter=False)
+        return list(_of_base(here)), False
     folders = sorted(str(PurePosixPath(name).parent) for name in here if name.endswith(f"/{ADAPTER_CONFIG}"))
     if folders:
         named = ", ".join(str(HubId(id.repo, id.revision, id.at(folder))) for folder in folders[:6])
-        raise FormatError(f"{id}: holds {len(folders)} adapters: name one of them: {named}")
+        more = f", and {len(folders) - 6} more" if len(folders) > 6 else ""
+        raise FormatError(f"{id}: holds its adapters in folders: name one of them: {named}{more}")
     weights = [name for name in here if name.endswith(".safetensors") and "/" not in name]
     if len(weights) == 1:
-        return Remote(id, info.sha or "", tuple(here[name] for name in here if _wanted(name)), is_adapter=True)
+        return [name for name in here if _wanted(name)], True
     what = f"the folder {id.folder} is not in it" if id.folder and not here else "holds neither an adapter nor a base"
     raise FormatError(f"{id}: {what}; expected {ADAPTER_CONFIG} or {CONFIG}")
 
 
+def _check(remote: Remote) -> None:
+    """Raise UnsafeFileError for what would be written elsewhere than where it belongs, or could not be written."""
+    if not COMMIT.fullmatch(remote.commit):
+        raise UnsafeFileError(
+            f"{remote.id}: its commit is called {remote.commit[:80]!r}, expected 40 hexadecimal digits"
+        )
+    for file in remote.files:
+        what = f"{remote.id}: the file {file.name[:80]!r}"
+        if not is_inner(file.name):
+            raise UnsafeFileError(
+                f"{what} has a name that cannot be used here: it leads elsewhere, is too long, or not printable"
+            )
+        if not isinstance(file.size, int) or not 0 <= file.size <= MAX_BYTES:
+            raise UnsafeFileError(f"{what} is said to be {file.size} bytes long")
+        for hash, pattern in ((file.sha256, DIGEST), (file.oid, COMMIT)):
+            if hash is not None and not pattern.fullmatch(str(hash)):
+                raise UnsafeFileError(f"{what} goes by a hash that is none, {str(hash)[:80]!r}")
+
+
 def _wanted(name: str, pickled: bool = False) -> bool:
     base = name.rpartition("/")[2]
-    return (
-        pickled or (not base.startswith(".") and base.endswith((".safetensors", *BESIDE))) or base.startswith("LICENSE")
-    )
-
-
-def _has(names: dict[str, RemoteFile], some: tuple[str, ...]) -> bool:
-    return any(name in names for name in some)
+    beside = not base.startswith(".") and base.endswith((".safetensors", *BESIDE))
+    return pickled or beside or base.startswith("LICENSE")
 
 
 def _of_base(here: dict[str, RemoteFile]) -> Iterator[str]:
@@ -122,11 +156,12 @@ def outlined(remote: Remote) -> Iterator[Outline]:
     id = remote.id
     if remote.is_adapter and not any(file.name.endswith(".safetensors") for file in remote.files):
         raise FormatError(f"{id}: its weights are pickled, so that nothing can be told without them; --full gets them")
-    with TemporaryDirectory(prefix="adapterkit-") as folder, ThreadPoolExecutor(AT_ONCE) as threads:
+    # After ctrl-C, requests that were not waited for may still write there.
+    with TemporaryDirectory(prefix="adapterkit-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / id.repo.rpartition("/")[2]  # what it is called in messages
         path.mkdir()
         try:
-            fetched = sum(threads.map(lambda file: _outline(remote, file, path), remote.files))
+            fetched = sum(abreast(lambda file: _outline(remote, file, path), remote.files, AT_ONCE))
             yield Outline(path, fetched)
         except AdapterkitError as error:
             raise type(error)(str(error).replace(f"{path}/", f"{id}/").replace(str(path), str(id))) from error
@@ -141,16 +176,16 @@ def _outline(remote: Remote, file: RemoteFile, folder: Path) -> int:
         if len(data) < length <= min(file.size, 8 + MAX_HEADER_BYTES):
             data += _begin(remote, file, length, len(data))
     elif name in (CONFIG, ADAPTER_CONFIG) or name.endswith(INDEX_SUFFIX):
-        data = _begin(remote, file, min(file.size, MAX_HEADER_BYTES))
+        if file.size > MAX_CONFIG_BYTES:
+            raise FormatError(f"{remote.id}/{name}: is {file.size:,} bytes long, which no config is")
+        data = _begin(remote, file, file.size)
     else:
         return 0
     target = folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with errors_of(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
         os.truncate(target, file.size)
-    except OSError as error:
-        raise NoSpaceError(f"{target}: {error.strerror}") from error
     return len(data)
 
 
@@ -167,6 +202,10 @@ def _begin(remote: Remote, file: RemoteFile, stop: int, start: int = 0) -> bytes
                 data += chunk
                 if len(data) >= skip + stop - start:
                     break
+            if len(data) < skip + min(stop, file.size) - start:
+                raise OfflineError(
+                    f"{remote.id}: the Hub sent {len(data):,} bytes of {file.name}, expected more; try again"
+                )
             return bytes(data[skip : skip + stop - start])
 
     return ask(str(remote.id), question)

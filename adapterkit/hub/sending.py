@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapterkit.card import public_name
 from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, is_base, open_checkpoint
-from adapterkit.errors import FitError, FormatError, UnsafeFileError, UsageError
+from adapterkit.errors import AdapterkitError, FitError, FormatError, UnsafeFileError, UsageError
 from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
 from adapterkit.hub import cards
+from adapterkit.hub.names import is_inner
+from adapterkit.hub.private import check_no_token, check_public, shortened
+from adapterkit.receipt import FOLDER
 from adapterkit.staging import ADAPTER_RECORD, RECORD, TRAINING_RECORD
 from adapterkit.summary import Summary, summarize
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_json
@@ -25,18 +28,19 @@ if TYPE_CHECKING:
 
 README = "README.md"
 RECIPE = "adapterkit_recipe.yaml"
-OURS = (RECORD, ADAPTER_RECORD, TRAINING_RECORD, RECIPE)  # what adapterkit wrote of how it was made
+OF_RUN = (TRAINING_RECORD, RECIPE)  # what adapterkit wrote of how it was trained, with the paths as they were given
+OURS = (RECORD, ADAPTER_RECORD, *OF_RUN)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
-OF_TRAINING = re.compile(r"(optimizer|scheduler|rng_state|random_states|scaler|trainer_state|training_args)\b.*")
-CHECKPOINTS = re.compile(r"checkpoint(s|[-_]\d+)")
+OF_TRAINING = re.compile(
+    r"(optimizer|scheduler|rng_state|random_states|scaler|trainer_state|training_args|events\.out\.tfevents)\b.*"
+)
+FOLDERS_OF_TRAINING = re.compile(r"checkpoint(s|[-_]\d+)|wandb|mlruns")
 NAMES_A_BASE = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
-TEXT_BYTES = 1 << 20  # larger files are data, whatever they are called
-
-# A path of somebody's machine: below the folders where people and jobs have their files, or of Windows.
-ROOTS = "home|root|Users|mnt|data|tmp|var|opt|srv|media|scratch|workspace|content|kaggle|private|Volumes|gpfs|lustre"
-LOCAL = re.compile(rf"(?<![\w./:~-])(?:/(?:{ROOTS})/|~/|[A-Za-z]:\\)[^\s\"'`<>|)\]]+")
-SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+OTHER_TEXTS = (".py", ".txt", ".sh", ".toml", ".cfg", ".ini", ".jinja", ".jsonl", ".ipynb", ".log")
+CHECKED = (README, CONFIG, ADAPTER_CONFIG, *OURS)  # of any size
+TEXT_BYTES = 1 << 20  # larger files are data, whatever else they are called
+MAX_TEXT_BYTES = 50 << 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Upload:
     source: Path | None
     content: bytes | None = None
     change: str = ""
+    stamp: tuple[int, int] = (0, 0)  # of the source when it was checked
 
     @property
     def size(self) -> int:
@@ -77,8 +82,9 @@ def pack(path: Path, repo: str, base_id: str | None = None, license: str | None 
         raise UsageError(f"{path}: expected the folder of an adapter or of a model")
     if base_id is not None and public_name(base_id) is None:
         raise UsageError(f"--base-id {base_id}: expected ORG/NAME, as the Hub has it")
-    adapter = None if is_base(path) else load(path)
     found, left_out = _chosen(path)
+    stamps = {name: _stamp(file) for name, file in found.items()}
+    adapter = None if is_base(path) else load(path)
     named = _named_base(path, adapter)
     base = base_id or public_name(named)
     if base is None and adapter is not None:
@@ -88,8 +94,26 @@ def pack(path: Path, repo: str, base_id: str | None = None, license: str | None 
         facts, what = _of_model(path, repo, base, license)
     else:
         facts, what = _of_adapter(path, adapter, repo, base, license)
-    uploads = tuple(_made_public(found, base, named))
-    return Parcel((*uploads, _card(path, facts, named)), left_out, base, what)
+    uploads = (*_made_public(found, base, named), _card(path, facts, named))
+    stamped = tuple(replace(one, stamp=stamps[one.name]) if one.name in stamps else one for one in uploads)
+    parcel = Parcel(stamped, left_out, base, what)
+    check_unchanged(parcel.uploads)
+    return parcel
+
+
+def check_unchanged(uploads: Iterable[Upload]) -> None:
+    """Raise AdapterkitError where a file is no longer what was checked."""
+    for one in uploads:
+        if one.source is not None and one.stamp != (0, 0) and _stamp(one.source) != one.stamp:
+            raise AdapterkitError(f"{one.source}: changed while it was being sent; nothing was, push it again")
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        facts = file.stat()
+    except OSError as error:
+        raise AdapterkitError(f"{file}: is gone ({error.strerror}); nothing was sent") from error
+    return facts.st_size, facts.st_mtime_ns
 
 
 # --- what it is ------------------------------------------------------------------------------------------------------
@@ -126,7 +150,9 @@ def _of_adapter(
         "targets": ", ".join(summary.targets), "parameters": f"{summary.parameters:,}", **_provenance(path),
     }  # fmt: skip
     pipeline = "text-generation" if causal else None
-    facts = cards.Facts(repo, True, base, tags, pipeline, license, {name: text for name, text in rows.items() if text})
+    facts = cards.Facts(
+        repo, "adapter", base, tags, pipeline, license, {name: text for name, text in rows.items() if text}
+    )
     return facts, f"{path.name}: {_line(summary)}, for {base}"
 
 
@@ -134,20 +160,29 @@ def _of_model(path: Path, repo: str, base: str | None, license: str | None) -> t
     checkpoint = open_checkpoint(path)
     _check_finite(path, checkpoint.tensors)
     rows = {"base": base or "", "tensors": str(len(checkpoint.tensors)), **_provenance(path)}
-    merged = (path / RECORD).is_file()
-    tags = ("adapterkit", *(("merge",) if merged else ()))
+    tags, relation = _made(path)
     facts = cards.Facts(
-        repo, False, base, tags, "text-generation", license, {name: text for name, text in rows.items() if text}
+        repo, relation, base, tags, "text-generation", license, {name: text for name, text in rows.items() if text}
     )
     size = sum(shard.size for shard in checkpoint.shards)
     return facts, f"{path.name}: a model of {len(checkpoint.tensors)} tensors, {size / 1e6:,.1f} MB"
+
+
+def _made(path: Path) -> tuple[tuple[str, ...], cards.Relation]:
+    """Tags, and what a model is of its base: merged or quantized by adapterkit, or trained."""
+    if not (path / RECORD).is_file():
+        return ("adapterkit",) if (path / TRAINING_RECORD).is_file() else (), "finetune"
+    if read_json(path / RECORD).get("adapters"):
+        return ("adapterkit", "merge"), "merge"
+    return ("adapterkit",), "quantized"
 
 
 def _provenance(path: Path) -> dict[str, str]:
     """How it was made, as far as adapterkit noted it."""
     if (path / TRAINING_RECORD).is_file():
         record = read_json(path / TRAINING_RECORD)
-        return {"trained": f"{record.get('steps')} steps, loss {record.get('loss')}"}
+        loss = record.get("loss")
+        return {"trained": f"{record.get('steps')} steps" + (f", loss {loss:.4g}" if isinstance(loss, float) else "")}
     if (path / ADAPTER_RECORD).is_file():
         return {"made": str(read_json(path / ADAPTER_RECORD).get("made", "by adapterkit"))}
     return {}
@@ -169,21 +204,30 @@ def _chosen(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """The files to send, by their names on the Hub, and those left out with the reason."""
     found: dict[str, Path] = {}
     left_out: dict[str, str] = {}
-    for at, folders, names in os.walk(path):
-        for folder in sorted(folders):
-            inner = str((Path(at) / folder).relative_to(path))
-            if folder.startswith(".") or CHECKPOINTS.fullmatch(folder):
-                left_out[f"{inner}/"] = "hidden" if folder.startswith(".") else "checkpoints of training"
-        folders[:] = sorted(name for name in folders if not (name.startswith(".") or CHECKPOINTS.fullmatch(name)))
+    for at, folders, names in os.walk(path, onerror=_unread):
+        inner = Path(at).relative_to(path)
+        unwanted = {folder: why for folder in folders if (why := _unwanted_folder(Path(at) / folder))}
+        left_out |= {f"{inner / folder}/": why for folder, why in sorted(unwanted.items())}
+        folders[:] = sorted(set(folders) - set(unwanted))
         for name in sorted(names):
-            file = Path(at) / name
-            inner = str(file.relative_to(path))
             if why := _unwanted(name):
-                left_out[inner] = why
+                left_out[str(inner / name)] = why
             else:
-                _check_link(file, path)
-                found[inner] = file
+                _check_file(Path(at) / name, path)
+                found[str(inner / name)] = Path(at) / name
     return found, left_out
+
+
+def _unread(error: OSError) -> NoReturn:
+    raise FormatError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
+def _unwanted_folder(folder: Path) -> str | None:
+    if folder.name.startswith("."):
+        return "hidden"
+    if FOLDERS_OF_TRAINING.fullmatch(folder.name):
+        return "of training"
+    return "a link to a folder" if folder.is_symlink() else None
 
 
 def _unwanted(name: str) -> str | None:
@@ -191,13 +235,17 @@ def _unwanted(name: str) -> str | None:
         return "hidden"
     if OF_TRAINING.fullmatch(name):
         return "state of training"
-    return "a pickle, which could run code" if name.endswith(PICKLES) else None
+    return "a pickle, which could run code" if name.lower().endswith(PICKLES) else None
 
 
-def _check_link(file: Path, folder: Path) -> None:
-    """A link may lead to a file of its own folder or, as in the Hub cache, of the same repository; no further."""
+def _check_file(file: Path, folder: Path) -> None:
+    """Raise UnsafeFileError for a name that the Hub would not take, and for a link that leads too far: it may lead to a
+    file of its own folder or, as in the Hub cache, of the same repository.
+    """
+    if not is_inner(str(file.relative_to(folder))):
+        raise UnsafeFileError(f"{file}: has a name that cannot be shown or is none elsewhere; rename it")
     if file.is_symlink():
-        target, home = file.resolve(), folder.resolve()
+        target, home = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
         repo = next((at.parent for at in home.parents if at.name == "snapshots"), home)
         if not target.is_relative_to(repo) or not target.is_file():
             raise UnsafeFileError(f"{file}: is a link to {target}, outside its folder; remove it or copy the file here")
@@ -215,12 +263,16 @@ def _made_public(found: Mapping[str, Path], base: str | None, named: str | None)
             continue
         text = _text(file) if _is_text(name) else None
         if text is None:
+            if name.endswith(OTHER_TEXTS) and file.stat().st_size <= TEXT_BYTES:
+                check_no_token(file, file.read_bytes().decode(errors="replace"))
             yield Upload(name, file)
             continue
-        plain, change = (_shortened(text), "paths without their folders") if name in OURS else (text, "")
-        if name.endswith(".json") and name not in OURS:
+        plain, change = text, ""
+        if name in OURS:
+            plain, change = shortened(text, relative=name in OF_RUN), "paths without their folders"
+        elif name.endswith(".json") and not name.startswith(f"{FOLDER}/"):  # by which merges are undone
             plain, change = _with_base(file, plain, base, named)
-        _check_public(file, plain)
+        check_public(file, plain)
         yield Upload(name, file) if plain == text else Upload(name, file, plain.encode(), change)
 
 
@@ -229,9 +281,9 @@ def _card(path: Path, facts: cards.Facts, named: str | None) -> Upload:
     local = [named] if named and public_name(named) is None else []
     record = read_json(path / TRAINING_RECORD) if (path / TRAINING_RECORD).is_file() else {}
     if text and (command := record.get("command")) and isinstance(command, str):
-        text = text.replace(command, _shortened(command))
+        text = text.replace(command, shortened(command, relative=True))
     done, added = cards.completed(text, facts, local)
-    _check_public(path / README, done)
+    check_public(path / README, done)
     if text is None:
         return Upload(README, None, done.encode(), "new")
     return Upload(README, path / README, done.encode(), f"with {', '.join(added)}" if added else "")
@@ -239,7 +291,10 @@ def _card(path: Path, facts: cards.Facts, named: str | None) -> Upload:
 
 def _with_base(file: Path, text: str, base: str | None, named: str | None) -> tuple[str, str]:
     """A config whose name for the base is a path, or another than the one asked for, with the Hub id instead."""
-    config = read_json(file)
+    try:
+        config = read_json(file)
+    except FormatError:  # a list, or none of ours: what must be a config was read before
+        return text, ""
     wrong = [
         key
         for key in NAMES_A_BASE
@@ -256,19 +311,6 @@ def _with_base(file: Path, text: str, base: str | None, named: str | None) -> tu
     return changed, f"{', '.join(wrong)}: {base}"
 
 
-def _shortened(text: str) -> str:
-    """`text` with every local path cut to its last part."""
-    return LOCAL.sub(lambda match: re.split(r"[/\\]", match[0].rstrip("/\\"))[-1], text)
-
-
-def _check_public(file: Path, text: str) -> None:
-    """Raise UnsafeFileError for a token, or for a path of this machine."""
-    if SECRET.search(text):
-        raise UnsafeFileError(f"{file}: holds what looks like a Hub token; take it out, and revoke it")
-    if match := LOCAL.search(text):
-        raise UnsafeFileError(f"{file}: holds a local path, {match[0]}; take it out")
-
-
 def _is_text(name: str) -> bool:
     base = name.rpartition("/")[2]
     return base.endswith((".json", ".yaml", ".yml", ".md")) and not (
@@ -278,7 +320,11 @@ def _is_text(name: str) -> bool:
 
 def _text(file: Path) -> str | None:
     """The text of a file, where there is one and it is no data."""
-    if not file.is_file() or file.stat().st_size > TEXT_BYTES:
+    if not file.is_file():
+        return None
+    if file.stat().st_size > (MAX_TEXT_BYTES if file.name in CHECKED else TEXT_BYTES):
+        if file.name in CHECKED:
+            raise FormatError(f"{file}: is {file.stat().st_size:,} bytes long, expected at most {MAX_TEXT_BYTES:,}")
         return None
     try:
         return file.read_bytes().decode()
