@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG, PICKLED, WEIGHTS
-from adapterkit.hub.asking import asking
+from adapterkit.hub.asking import WAITS, ask, asking, understood
 from adapterkit.hub.names import HubId
 from adapterkit.summary import summarize
 from adapterkit.tensorfile import read_json
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
+    from huggingface_hub import HfApi, ModelInfo
 
-THREADS = 4
+THREADS = 2
+AHEAD = 16  # adapters
 PAGE = 50  # rows that the Hub sends at a time
 BITS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 
@@ -70,7 +74,7 @@ HUB_SORTS = {"modified": "last_modified", "downloads": "downloads", "likes": "li
 def in_folders(folders: Iterable[str | os.PathLike[str]]) -> Iterator[Found]:
     """The adapters below `folders`, in the order of their names; unreadable folders are rows with a problem."""
     for folder in folders:
-        yield from _described(_walk(Path(folder)))
+        yield from _described(folders_below(Path(folder)))
 
 
 def in_cache() -> Iterator[Found]:
@@ -79,10 +83,14 @@ def in_cache() -> Iterator[Found]:
 
     for repo in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
         name = repo.name.removeprefix("models--").replace("--", "/", 1)
-        revisions = {file.read_text().strip(): file.name for file in sorted(repo.glob("refs/*")) if file.is_file()}
+        revisions = {
+            file.read_bytes().decode(errors="replace").strip(): file.name
+            for file in sorted(repo.glob("refs/*"))
+            if os.path.isfile(file)
+        }
         for snapshot in sorted(repo.glob("snapshots/*")):
             revision = revisions.get(snapshot.name, snapshot.name)
-            for row in _described(_walk(snapshot)):
+            for row in _described(folders_below(snapshot)):
                 inner = "" if row.path in (None, snapshot) else str(Path(row.name).relative_to(snapshot))
                 id = HubId(name, None if revision == "main" else revision, inner)
                 yield replace(row, name=str(id))
@@ -93,13 +101,17 @@ def on_the_hub(base: str | None, search: str, sort: str = "trending") -> Iterato
 
     Raises OfflineError and what else `asking` does.
     """
-    from huggingface_hub import HfApi
-
     tags = ["peft", *([f"base_model:adapter:{base}"] if base else [])]
     shown: Any = ["downloads", "likes", "tags", "lastModified", "gated", "cardData", "safetensors"]
-    with asking(base or "the Hub"):
-        rows = HfApi().list_models(filter=tags, search=search or None, sort=HUB_SORTS[sort], expand=shown)  # type: ignore[arg-type]
-        yield from map(_of_hub, rows)
+    about = base or "adapters"
+
+    def begun(api: HfApi) -> tuple[list[ModelInfo], Iterator[ModelInfo]]:
+        rows = iter(api.list_models(filter=tags, search=search or None, sort=HUB_SORTS[sort], expand=shown))  # type: ignore[arg-type]
+        return list(itertools.islice(rows, 1)), rows
+
+    first, rows = ask(about, begun, WAITS[:1])  # newer clients ask for pages again and again themselves
+    with asking(about), understood(about):
+        yield from map(_of_hub, itertools.chain(first, rows))
 
 
 def describe(path: Path) -> Found:
@@ -127,13 +139,31 @@ def ordered(rows: Iterable[Found], sort: str) -> list[Found]:
     return sorted(sorted(rows, key=SORTS["name"]), key=SORTS.get(sort, SORTS["name"]))
 
 
+def discard(row: Found) -> None:
+    """Remove an adapter from this disk: its folder, or its revision from the Hub cache, but for what others need.
+
+    Raises UsageError for what is not on this disk, or is no adapter.
+    """
+    if row.path is None or not any((row.path / name).is_file() for name in (CONFIG, *WEIGHTS, *PICKLED)):
+        raise UsageError(f"{row.name}: is no adapter on this disk; nothing was removed")
+    parts = row.path.parts
+    if "snapshots" in parts and any(part.startswith("models--") for part in parts):
+        from huggingface_hub import scan_cache_dir
+
+        scan_cache_dir().delete_revisions(parts[parts.index("snapshots") + 1]).execute()
+    elif row.path.is_symlink():
+        row.path.unlink()
+    else:
+        shutil.rmtree(row.path)
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _walk(folder: Path) -> Iterator[Path | Found]:
+def folders_below(folder: Path) -> Iterator[Path | Found]:
     """The folders at and below `folder` that hold an adapter, and rows for what cannot be read."""
     unread: list[OSError] = []
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         yield Found(str(folder), folder, "here", problem="there is no such folder")
         return
     for at, inner, names in os.walk(folder, onerror=unread.append):
@@ -148,8 +178,19 @@ def _walk(folder: Path) -> Iterator[Path | Found]:
 
 
 def _described(found: Iterable[Path | Found]) -> Iterator[Found]:
+    """The rows of folders in their order, some of which are read ahead: a disk may take its time."""
+    ahead: deque[Found | Future[Found]] = deque()
     with ThreadPoolExecutor(THREADS) as threads:
-        yield from threads.map(lambda one: one if isinstance(one, Found) else describe(one), found)
+        for one in found:
+            ahead.append(one if isinstance(one, Found) else threads.submit(describe, one))
+            if len(ahead) > AHEAD:
+                yield _waited(ahead.popleft())
+        while ahead:
+            yield _waited(ahead.popleft())
+
+
+def _waited(one: Found | Future[Found]) -> Found:
+    return one.result() if isinstance(one, Future) else one
 
 
 def _by_config(row: Found, path: Path, weights: Path | None) -> Found:
@@ -161,8 +202,8 @@ def _by_config(row: Found, path: Path, weights: Path | None) -> Found:
         row,
         state="here" if weights else "partial",
         kind="DoRA" if config.get("use_dora") else "LoRA",
-        ranks=(rank,) if isinstance(rank, int) else (),
-        alphas=(float(alpha),) if isinstance(alpha, int | float) else (),
+        ranks=(rank,) if isinstance(rank, int) and 0 <= rank < 1 << 30 else (),
+        alphas=(float(alpha),) if isinstance(alpha, int | float) and abs(alpha) < 1e9 else (),
         targets=tuple(map(str, targets)) if isinstance(targets, Sequence) and not isinstance(targets, str) else (),
         base_model=base if isinstance(base, str) else None,
         problem=None if weights else "its weights are not there",
@@ -177,8 +218,12 @@ def _of_hub(info: ModelInfo) -> Found:
         info.id, None, "remote", kind="DoRA" if "dora" in tags else None, base_model=base,
         size=sum(BITS.get(dtype, 4) * count for dtype, count in parameters.items()) or None,
         modified=info.last_modified.timestamp() if info.last_modified else None,
-        downloads=info.downloads, likes=info.likes, gated=bool(info.gated),
+        downloads=_count(info.downloads), likes=_count(info.likes), gated=bool(info.gated),
     )  # fmt: skip
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def _same_base(asked: str, base: str | None) -> bool:

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from math import prod
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from adapterkit.lowrank import Spectrum
 
 WINDOW_BYTES = 64 << 20  # the factors in memory at once, as float32
+NAMES = 1 << 15  # that are remembered: the adapters of one base have the same
 ENERGY = 0.99  # the share of ‖ΔW‖_F² that `rank_99` keeps
 
 V = TypeVar("V", int, float, str)
@@ -105,20 +107,19 @@ class Grid:
 
 def summarize(adapter: Adapter, *, strength_known: bool = True) -> Summary:
     """The header-only facts of `adapter`; with `strength_known` false its scalings and alphas are left out."""
-    rows = header_rows(adapter, strength_known=strength_known)
-    weights = adapter.modules.values()
+    weights, names = adapter.modules.values(), list(adapter.modules)
     trained = [tensor for one in weights for tensor in one.tensors()] + [delta for _, delta in adapter.tokens.values()]
     stored = [*(tensor.source for tensor in adapter.tensors()), *adapter.unread]
     return Summary(
         format=adapter.format,
         kind=_kind(adapter),
         base_model=adapter.base_model,
-        modules=len(rows),
-        ranks=_distinct(row.rank for row in rows),
-        alphas=_distinct(row.alpha for row in rows if row.alpha is not None),
-        scalings=_distinct(row.scaling for row in rows if row.scaling is not None),
-        targets=_distinct(row.target for row in rows),
-        layers=_distinct(row.layer for row in rows if row.layer is not None),
+        modules=len(names),
+        ranks=_distinct(one.rank for one in weights),
+        alphas=_distinct(one.alpha for one in weights if one.alpha is not None and strength_known),
+        scalings=_distinct(one.scaling for one in weights if strength_known),
+        targets=_distinct(map(target_of, names)),
+        layers=_distinct(layer for name in names if (layer := layer_of(name)) is not None),
         parameters=sum(prod(tensor.source.shape) for tensor in trained),
         bytes=sum(tensor.nbytes for tensor in stored),
         dtypes=_distinct(tensor.dtype for tensor in adapter.tensors()),
@@ -222,11 +223,13 @@ def _kind(adapter: Adapter) -> str:
     return " + ".join(names) or "LoRA"
 
 
+@lru_cache(NAMES)
 def layer_of(name: str) -> int | None:
     """The first number in a dotted path."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
+@lru_cache(NAMES)
 def target_of(name: str) -> str:
     """The last part of a path that is no number; what PEFT nests under base_layer stays apart from its wrapper."""
     parts = [part for part in name.split(".") if not part.isdecimal()] or [name]

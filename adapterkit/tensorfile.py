@@ -227,16 +227,12 @@ def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
 
 def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     """One header entry, with every field's type and the shape's bytes checked."""
-
-    def is_index(value: Any) -> bool:
-        return type(value) is int and 0 <= value < 2**63
-
     if len(name) > MAX_NAME or not name.isprintable():  # control characters would end up in terminals and cards
         raise FormatError(f"{file}: {name[:60]!r} is not a tensor name: too long, or with control characters")
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         well_formed = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= MAX_DIMS
-        well_formed = well_formed and all(map(is_index, (*shape, start, stop)))
+        well_formed = well_formed and all(map(_is_index, (*shape, start, stop)))
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:
@@ -244,12 +240,13 @@ def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     shape = tuple(shape)
     if dtype not in DTYPE_BITS:
         raise FormatError(f"{file}: {name} has the unknown dtype {dtype[:20]!r}")
-    if stop - start != tensor_bytes(dtype, shape):
-        raise FormatError(
-            f"{file}: {name} is {dtype} {shape}, {tensor_bytes(dtype, shape):,} bytes, "
-            f"but its offsets span {stop - start:,}"
-        )
+    if stop - start != (size := tensor_bytes(dtype, shape)):
+        raise FormatError(f"{file}: {name} is {dtype} {shape}, {size:,} bytes, but its offsets span {stop - start:,}")
     return TensorInfo(name, dtype, shape, file, base + start, base + stop)
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _check_tiling(file: Path, infos: list[TensorInfo], base: int, size: int) -> None:

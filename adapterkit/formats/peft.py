@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "peft"
+NAMES = 1 << 15  # of tensors that are remembered: the adapters of one base have the same
 PREFIX = "base_model.model."
 
 # What wrappers leave in a name: torch.compile, FSDP, activation checkpointing.
@@ -136,19 +137,15 @@ def _sort_tensors(tensors: Mapping[str, TensorInfo | torch.Tensor], config: Peft
     found, adapter_names = _Found(), set()
     for key, stored in tensors.items():
         tensor = LazyTensor.of(stored)
-        name = WRAPPERS.sub("", key)
-        name = name.removeprefix("module.") if PREFIX in name else name
-        name = name.removeprefix(PREFIX)
-        match = next(((role, m) for role, pattern in ROLE_PATTERNS.items() if (m := pattern.fullmatch(name))), None)
-        if match is not None:
-            role, parts = match
-            adapter_names.add(parts["name"])
+        name, role, module, adapter_name = _understood(key)
+        if role is not None:
+            adapter_names.add(adapter_name)
             if role == "tokens":
-                found.tokens[parts["module"]] = tensor
-            elif role in found.modules[parts["module"]]:
+                found.tokens[module] = tensor
+            elif role in found.modules[module]:
                 found.problems.append(Problem(key, "a second adapter for the same module in one file"))
             else:
-                found.modules[parts["module"]][role] = tensor
+                found.modules[module][role] = tensor
         elif (target := _replaces(name, config)) is not None and target not in found.replaced:
             found.replaced[target] = tensor
         else:
@@ -157,6 +154,18 @@ def _sort_tensors(tensors: Mapping[str, TensorInfo | torch.Tensor], config: Peft
         shown = ", ".join(sorted(str(name) for name in adapter_names)[:4])
         found.problems.append(Problem("tensor names", f"the file holds several adapters ({shown}): split it first"))
     return found
+
+
+@lru_cache(NAMES)
+def _understood(key: str) -> tuple[str, str | None, str, str | None]:
+    """The name of a tensor without wrappers; its role, its module and the adapter's name, where it has a role."""
+    name = WRAPPERS.sub("", key)
+    name = name.removeprefix("module.") if PREFIX in name else name
+    name = name.removeprefix(PREFIX)
+    for role, pattern in ROLE_PATTERNS.items():
+        if match := pattern.fullmatch(name):
+            return name, role, match["module"], match["name"]
+    return name, None, "", None
 
 
 def _replaces(name: str, config: PeftConfig) -> str | None:
@@ -288,9 +297,10 @@ def _disagreements(
         yield Problem(f"{CONFIG}: use_dora", f"is false, but {with_magnitude} modules have a magnitude")
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+@lru_cache(NAMES)
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
     """Sort layer 2 before layer 10."""
-    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]
+    return tuple((int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split("."))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,25 @@
+"""`adapterkit tui [DIR…]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from adapterkit.errors import UsageError
+
+
+@click.command("tui")
+@click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
+@click.option("--base", default="", metavar="BASE", help="The base that adapters are held against.")
+def tui_command(folders: tuple[Path, ...], base: str) -> None:
+    """Browse the adapters below DIR, in the Hub cache and on the Hub, and work with them.
+
+    Without DIR, of the current folder. `?` shows the keys.
+    """
+    if not sys.stdout.isatty() or not sys.stdin.isatty():
+        raise UsageError("the app needs a terminal; `adapterkit list` prints what there is")
+    from adapterkit.tui.app import AdapterkitApp
+
+    AdapterkitApp(folders or (Path(),), base).run()

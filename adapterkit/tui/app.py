@@ -1,0 +1,479 @@
+"""The app: sources, their adapters, one in detail; actions through forms, which run the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import shlex
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from rich.segment import Segment
+from rich.style import Style
+from rich.text import Text
+from textual import on, work
+from textual.app import App, ComposeResult, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.color import Color
+from textual.containers import Horizontal
+from textual.filter import LineFilter
+from textual.screen import Screen
+from textual.widgets import Footer, Input, Static
+from textual.worker import Worker, WorkerState, get_current_worker
+
+from adapterkit.errors import AdapterkitError
+from adapterkit.finding import HUB_SORTS, PAGE, SORTS, Found, discard, in_cache, in_folders, on_the_hub
+from adapterkit.tui.actions import ACTIONS, Action, Values, line
+from adapterkit.tui.comparison import CompareScreen
+from adapterkit.tui.detail import TABS, Detail, DetailScreen
+from adapterkit.tui.forms import AskScreen, ConfirmScreen, FormScreen
+from adapterkit.tui.help import HelpScreen
+from adapterkit.tui.jobs import Job
+from adapterkit.tui.jobview import JobBar, JobsScreen
+from adapterkit.tui.looking import Details, changes, details_of, row_of
+from adapterkit.tui.machine import machine, who
+from adapterkit.tui.sources import Source, Sources
+from adapterkit.tui.table import AdapterTable
+from adapterkit.words import printable
+
+DRAWN_EVERY = 0.1  # seconds between the steps of a job that are shown
+ROWS_EVERY = 0.25  # seconds between the rows of a folder that is read
+IN_FOOTER = ("merge", "unmerge", "combine", "pull")  # the rest is in the help and in the palette
+CHANGES_EVERY = 5.0  # seconds between looks at a folder
+NOTHING = """\
+Nothing here yet. Three things to do first:
+
+  b   choose the base that you work with
+  tab to the sources, enter on Hub: what there is for it
+  t   train one of your own from a recipe
+"""
+
+
+class AdapterkitApp(App[None]):
+    """Browse adapters, look into them, and do with them what the command line does."""
+
+    TITLE = "adapterkit"
+    CSS = """
+    #top { height: 1; background: $primary-background; padding: 0 1; }
+    #banner { height: auto; background: $warning-muted; color: $text-warning; padding: 0 1; display: none; }
+    #panes { height: 1fr; }
+    .-narrow #detail { display: none; }
+    .-small Sources { display: none; }
+    .-small #detail { display: none; }
+    """
+    HORIZONTAL_BREAKPOINTS = [(0, "-small"), (60, "-narrow"), (100, "-wide")]  # noqa: RUF012 (as Textual has it)
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(
+            Binding(action.key, f"act('{action.command}')", action.command, show=action.command in IN_FOOTER)
+            for action in ACTIONS.values()
+        ),
+        *(Binding(str(number), f"tab('{name}')", name, show=False) for number, name in enumerate(TABS, 1)),
+        Binding("c", "compare", "compare"),
+        Binding("b", "base", "base", show=False),
+        Binding("y", "copy", "copy command", show=False),
+        Binding("J", "jobs", "jobs", show=False),
+        Binding("x", "cancel", "cancel", show=False),
+        Binding("r", "refresh", "refresh", show=False),
+        Binding("delete", "delete", "delete", show=False),
+        Binding("question_mark", "help", "help", key_display="?"),
+        Binding("q", "quit", "quit"),
+        Binding("ctrl+c", "quit", show=False, priority=True),
+    ]
+
+    def __init__(self, folders: Sequence[Path], base: str = "") -> None:
+        super().__init__()
+        self.folders, self.base = [folder.expanduser() for folder in folders], base
+        self.jobs: list[Job] = []
+        self.source = Source("folder", self.folders[0]) if self.folders else Source("cache")
+        self._seen: dict[tuple[str, str], Details] = {}
+        self._hub: Iterator[Found] = iter(())
+        self._hub_lock, self._hub_ended = threading.Lock(), True
+        self._user = "…"
+        self._last_drawn = 0.0
+
+    def compose(self) -> ComposeResult:
+        yield Static("", id="top", markup=False)
+        yield Static("", id="banner", markup=False)
+        with Horizontal(id="panes"):
+            yield Sources(self.folders)
+            yield AdapterTable()
+            yield Detail()
+        yield JobBar()
+        yield Footer()
+
+    def on_mount(self) -> None:
+        logging.getLogger("adapterkit").addHandler(_Shown(self))
+        self.query_one("#adapters DataTable").focus()
+        self._top()
+        self._who()
+        self._find()
+        self.set_interval(CHANGES_EVERY, self._look_for_changes)
+        self.set_interval(1.0, self._draw_jobs)  # the clock of what runs
+
+    @property
+    def table(self) -> AdapterTable:
+        """The adapters of the source, whatever screen is on top."""
+        return self.screen_stack[0].query_one(AdapterTable)
+
+    @property
+    def detail(self) -> Detail:
+        """What is shown of one of them."""
+        return self.screen_stack[0].query_one("#detail", Detail)
+
+    # --- the top line ------------------------------------------------------------------------------------------------
+
+    def _top(self) -> None:
+        text = Text(no_wrap=True, overflow="ellipsis")
+        text.append("adapterkit", "bold").append(f"   base: {self.base or 'none (b)'} ▾")
+        text.append(f"   {self._user}   {machine()}", "dim")
+        self.screen_stack[0].query_one("#top", Static).update(text)
+
+    @work(thread=True, exit_on_error=False)
+    def _who(self) -> None:
+        told, banner = who()
+        self.call_from_thread(self._tell_who, told, banner)
+
+    def _tell_who(self, told: str, banner: str) -> None:
+        self._user = told
+        self._top()
+        self._banner(banner)
+
+    def _banner(self, text: str) -> None:
+        banner = self.screen_stack[0].query_one("#banner", Static)
+        banner.update(text)
+        banner.display = bool(text)
+
+    # --- finding -----------------------------------------------------------------------------------------------------
+
+    @on(Sources.Picked)
+    def _picked(self, event: Sources.Picked) -> None:
+        self.source = event.source
+        self._find()
+        self.table.query_one("DataTable").focus()
+
+    def action_refresh(self) -> None:
+        """Read the source anew."""
+        self._seen.clear()
+        self._find()
+        self._who()
+
+    def _find(self) -> None:
+        """Begin to read the source."""
+        on_hub = self.source.kind == "hub"
+        sorts = ("trending", "downloads", "likes", "modified") if on_hub else tuple(SORTS)
+        sort = self.table.sort if self.table.sort in sorts else sorts[0]
+        self.detail.wait(None)
+        self.table.show(sort, sorts, "asking the Hub …" if on_hub else "reading …", filters=not on_hub)
+        self.workers.cancel_group(self, "find")
+        if on_hub:
+            assert sort in HUB_SORTS
+            self._hub = on_the_hub(self.base if "/" in self.base else None, self.table.words, sort)
+            self._hub_ended = False
+            self._more()
+        else:
+            self._read(self.source)
+
+    @work(thread=True, group="find", exit_on_error=False)
+    def _read(self, source: Source) -> None:
+        """Read a folder or the cache, and show rows as they come."""
+        worker, batch, drawn = get_current_worker(), [], time.monotonic()
+        for row in in_folders([source.folder]) if source.folder else in_cache():
+            if worker.is_cancelled:
+                return
+            batch.append(row)
+            if time.monotonic() - drawn > ROWS_EVERY:
+                self.call_from_thread(self._take, source, batch)
+                batch, drawn = [], time.monotonic()
+        if not worker.is_cancelled:
+            self.call_from_thread(self._take, source, batch, "")
+
+    @work(thread=True, group="find", exit_on_error=False)
+    def _more(self) -> None:
+        """The next page of the Hub."""
+        worker, source, hub = get_current_worker(), self.source, self._hub
+        with self._hub_lock:
+            try:
+                page = list(itertools.islice(hub, PAGE))
+            except AdapterkitError as error:
+                if not worker.is_cancelled:
+                    self.call_from_thread(self._failed, source, str(error))
+                return
+        if not worker.is_cancelled and hub is self._hub:
+            self._hub_ended = len(page) < PAGE
+            self.call_from_thread(self._take, source, page, "" if page else self.table.status)
+
+    def _take(self, source: Source, rows: list[Found], status: str | None = None) -> None:
+        if source != self.source:
+            return
+        if status is not None:
+            nothing = NOTHING if source.kind != "hub" else "The Hub has no adapter like that."
+            self.table.status = status if rows or self.table.rows else nothing
+        self.table.add(rows)
+
+    def _failed(self, source: Source, why: str) -> None:
+        if source == self.source:
+            self._hub_ended = True
+            self.table.say(f"{why}\n\nThe Hub cache can be used still." if source.kind == "hub" else why)
+
+    @on(AdapterTable.NearEnd)
+    def _near_end(self) -> None:
+        if self.source.kind == "hub" and not self._hub_ended and not self._hub_lock.locked():
+            self._more()
+
+    @on(AdapterTable.Searched)
+    @on(AdapterTable.Sorted)
+    def _asked_otherwise(self) -> None:
+        if self.source.kind == "hub":
+            self._find()
+
+    def _look_for_changes(self) -> None:
+        """Once in a while, whether the folder is as it was."""
+        if self.source.folder is not None and not any(
+            worker.group in ("find", "changes") and worker.state == WorkerState.RUNNING for worker in self.workers
+        ):
+            self._changes(self.source, {name: row.modified for name, row in self.table.rows.items()})
+
+    @work(thread=True, group="changes", exit_on_error=False)
+    def _changes(self, source: Source, known: dict[str, float | None]) -> None:
+        assert source.folder is not None
+        new, gone = changes(source.folder, known)
+        if new or gone:
+            self.call_from_thread(self._changed, source, new, gone)
+
+    def _changed(self, source: Source, new: list[Found], gone: list[str]) -> None:
+        if source == self.source:
+            for name in (*gone, *(row.name for row in new)):
+                self._seen.pop((name, self.base), None)
+            self.table.drop(gone)
+            self.table.add(new)
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    @on(AdapterTable.Looked)
+    def _looked(self, event: AdapterTable.Looked) -> None:
+        self.detail.wait(event.row)
+        if event.row is not None:
+            self._look(event.row)
+
+    @work(thread=True, exclusive=True, group="look", exit_on_error=False)
+    def _look(self, row: Found, alone: bool = False) -> None:
+        """Find out about an adapter, or remember it; `alone` on a screen of its own."""
+        worker, key = get_current_worker(), (row.name, self.base)
+        details = self._seen.get(key) or details_of(row, self.base)
+        if not worker.is_cancelled:
+            self.call_from_thread(self._show, key, details, alone)
+
+    def _show(self, key: tuple[str, str], details: Details, alone: bool) -> None:
+        self._seen[key] = details
+        if details.summary is not None and details.row.state == "remote":
+            self.table.update(row_of(details))
+        if alone:
+            self.push_screen(DetailScreen(details, self.detail.tab))
+        else:
+            self.detail.show(details)
+
+    @on(AdapterTable.Chosen)
+    def _chosen(self, event: AdapterTable.Chosen) -> None:
+        if self.detail.display:
+            self.detail.query_one("#tabs Tabs").focus()
+        else:
+            self._look(event.row, alone=True)
+
+    # --- doing -------------------------------------------------------------------------------------------------------
+
+    def action_act(self, command: str) -> None:
+        """Fill in the form of an action; what it returns is run."""
+        action = ACTIONS[command]
+        self.push_screen(FormScreen(action, self._suggested(action)), self.run_job)
+
+    def _suggested(self, action: Action) -> Values:
+        """What an action is most likely wanted for: the marked adapters, else the highlighted one."""
+        chosen = [row.name for row in self.table.chosen]
+        one = chosen[0] if chosen else ""
+        short = one.rstrip("/").rpartition("/")[2]
+        where = f"{short or 'adapter'}-{'merged' if action.command == 'merge' else action.command}"
+        values = {
+            "base": self.base, "adapter": one, "adapters": " ".join(map(shlex.quote, chosen)), "-o": where,
+            "--base": self.base if action.command in ("verify", "convert") else "", "id": one, "path": one,
+            "--adapter": " ".join(map(shlex.quote, chosen)), "repo": short,
+        }  # fmt: skip
+        if action.command in ("pull", "train"):
+            values["-o"] = ""
+        return values
+
+    def run_job(self, argv: list[str] | None) -> None:
+        """Run a command as a job."""
+        if argv is not None:
+            job = Job(argv)
+            self.jobs.append(job)
+            self._draw_jobs()
+            self._run(job)
+
+    @work(exit_on_error=False, group="jobs")
+    async def _run(self, job: Job) -> None:
+        await job.run(lambda: self._job_changed(job))
+        self._job_changed(job, ended=True)
+
+    def _job_changed(self, job: Job, ended: bool = False) -> None:
+        if ended or time.monotonic() - self._last_drawn > DRAWN_EVERY:
+            self._draw_jobs()
+        if ended:
+            severity = "information" if job.state == "done" else "warning" if job.state == "cancelled" else "error"
+            self.notify(f"{job.argv[0]}: {job.state}. {job.result}", severity=severity, markup=False)  # type: ignore[arg-type]
+            self._top()
+            if self.source.kind == "cache":
+                self._find()
+            self._look_for_changes()
+
+    def _draw_jobs(self) -> None:
+        self._last_drawn = time.monotonic()
+        for bar in self.screen_stack[0].query(JobBar):  # none is left while the app ends
+            bar.show(self.jobs)
+
+    def cancel(self, job: Job) -> None:
+        """Cancel a job that runs."""
+        if job.state == "running":
+            self.run_worker(job.cancel(), exit_on_error=False)
+
+    def action_cancel(self) -> None:
+        """Cancel the newest job that runs."""
+        if running := [job for job in self.jobs if job.state == "running"]:
+            self.cancel(running[-1])
+
+    def action_jobs(self) -> None:
+        """All jobs."""
+        self.push_screen(JobsScreen())
+
+    def action_compare(self) -> None:
+        """Compare the two that are marked."""
+        chosen = list(self.table.marked.values())
+        if len(chosen) != 2:
+            self.notify(f"Mark two adapters with space to compare them; {len(chosen)} are marked.", severity="warning")
+            return
+        self.push_screen(CompareScreen(*chosen))
+
+    def action_base(self) -> None:
+        """Choose the base."""
+        ask = AskScreen("the base that you work with", self.base, "a folder, or ORG/NAME; empty for none")
+        self.push_screen(ask, self._based)
+
+    def _based(self, base: str | None) -> None:
+        if base is not None:
+            self.base = base
+            self._top()
+            if self.source.kind == "hub":
+                self._find()
+            elif self.table.current is not None:
+                self._look(self.table.current)
+
+    def action_copy(self) -> None:
+        """Copy the command that shows what is highlighted."""
+        row = self.table.current
+        argv = ["list", *map(str, self.folders)] if row is None else ["inspect", row.name]
+        argv += ["--against", self.base] if row is not None and self.base else []
+        self.copy_to_clipboard(line(argv))
+        self.notify(line(argv), title="copied", markup=False)
+
+    def action_delete(self) -> None:
+        """Delete the highlighted adapter from this disk, asked twice."""
+        row = self.table.current
+        if row is None or row.path is None:
+            self.notify("What is on the Hub is not deleted from here.", severity="warning")
+            return
+
+        def really(yes: bool | None) -> None:
+            if yes:
+                last = printable(f"{row.path}\n\nIt cannot be undone. Really?")
+                self.push_screen(ConfirmScreen(last, "Delete for good"), lambda yes: self._delete(row, bool(yes)))
+
+        self.push_screen(ConfirmScreen(printable(f"Delete {row.name} from this disk?"), "Delete"), really)
+
+    def _delete(self, row: Found, yes: bool) -> None:
+        if not yes:
+            return
+        try:
+            discard(row)
+        except (AdapterkitError, OSError) as error:
+            self.notify(str(error), severity="error", markup=False)
+        else:
+            self.table.drop([row.name])
+
+    def action_tab(self, name: str) -> None:
+        """Turn to a tab of the detail that is on top."""
+        for detail in self.screen.query(Detail):
+            detail.turn_to(name)
+
+    def action_help(self) -> None:
+        """What the keys do here."""
+        self.push_screen(HelpScreen())
+
+    async def action_quit(self) -> None:
+        """End; jobs that run are asked about."""
+        running = [job for job in self.jobs if job.state == "running"]
+        if not running:
+            self.exit()
+            return
+        many = "A job is running" if len(running) == 1 else f"{len(running)} jobs are running"
+        self.push_screen(ConfirmScreen(f"{many}. Cancel and quit?", "Cancel and quit"), self._answered)
+
+    def _answered(self, yes: bool | None) -> None:
+        if yes:
+            self._cancel_and_quit()
+
+    @work(exit_on_error=False)
+    async def _cancel_and_quit(self) -> None:
+        await asyncio.gather(*(job.cancel() for job in self.jobs if job.state == "running"))
+        self.exit()
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """The palette: every action, and what Textual has of its own."""
+        yield from super().get_system_commands(screen)
+        for action in ACTIONS.values():
+            yield SystemCommand(
+                action.label, f"adapterkit {action.command}", lambda a=action: self.action_act(a.command)
+            )
+        for label, about, call in (
+            ("Compare the marked", "two adapters side by side", self.action_compare),
+            ("Choose the base", "that adapters are held against", self.action_base),
+            ("Copy the command", "that shows what is highlighted", self.action_copy),
+            ("Jobs", "what runs and what ran", self.action_jobs),
+            ("Refresh", "read the source anew", self.action_refresh),
+            ("Delete", "the highlighted adapter, asked twice", self.action_delete),
+        ):
+            yield SystemCommand(label, about, call)
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Textual's own; those that take colours out trip over what plots leave without a style."""
+        return [_Styled(), *super().get_line_filters()]
+
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        """A failure of a thread is told; it does not end the app."""
+        if event.state == WorkerState.ERROR:
+            self.notify(f"{type(event.worker.error).__name__}: {event.worker.error}", severity="error", markup=False)
+
+    def on_key(self, event: object) -> None:
+        """Escape leaves the search line."""
+        if getattr(event, "key", "") == "escape" and isinstance(self.focused, Input):
+            self.table.query_one("DataTable").focus()
+
+
+class _Styled(LineFilter):
+    """Gives every segment a style."""
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        return [segment if segment.style else Segment(segment.text, Style(), segment.control) for segment in segments]
+
+
+class _Shown(logging.Handler):
+    """What the library has to say goes into a notice, not onto the terminal."""
+
+    def __init__(self, app: AdapterkitApp) -> None:
+        super().__init__()
+        self._app = app
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._app.notify(record.getMessage(), severity="warning", markup=False)

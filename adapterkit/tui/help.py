@@ -1,0 +1,54 @@
+"""What the keys do where one is."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from adapterkit.tui.actions import ACTIONS
+
+KEYS = {
+    "moving": {
+        "j k, arrows": "down and up", "tab": "the next pane", "enter": "into the detail", "/": "search, escape leaves",
+        "s": "sort by the next column", "1–5": "overview, layers, spectrum, config, card",
+        "Q K V O L": "count q, k, v, o, mlp in, or not (layers)",
+    },
+    "adapters": {
+        "space": "mark", "c": "compare the two marked", "y": "copy the command that shows it", "delete": "delete it",
+        "b": "choose the base", "r": "read anew",
+    },
+    "doing": {action.key: action.label for action in ACTIONS.values()},
+    "jobs": {"J": "all jobs", "x": "cancel the newest"},
+    "app": {"ctrl+p": "every action by its name, and themes", "?": "this help", "q": "quit"},
+}  # fmt: skip
+SIGNS = "● on this disk   ◐ part of it   ○ on the Hub   ✗ broken   * marked"
+
+
+class HelpScreen(ModalScreen[None]):
+    """The keys, by what they are for."""
+
+    DEFAULT_CSS = """
+    HelpScreen { align: center middle; }
+    HelpScreen > VerticalScroll {
+        width: 90%; max-width: 76; height: auto; max-height: 95%;
+        border: round $accent; background: $surface; padding: 0 1;
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "dismiss", "back")]
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll() as box:
+            box.border_title = "keys"
+            yield Static(_text(), markup=False)
+
+
+def _text() -> str:
+    lines = [SIGNS]
+    for about, keys in KEYS.items():
+        lines += ["", about, *(f"  {key:12} {what}" for key, what in keys.items())]
+    return "\n".join(lines)

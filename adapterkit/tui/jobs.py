@@ -1,0 +1,131 @@
+"""Commands at work: each a process of its own, told of by its JSON lines, so that it can be cancelled and may crash."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adapterkit.tui.actions import line
+
+State = Literal["running", "done", "failed", "cancelled"]
+PATIENCE = 10.0  # seconds that a cancelled command has for its end
+KEPT_LINES = 500
+
+
+@dataclass(eq=False)
+class Job:
+    """A command, what it said, and how far it is."""
+
+    argv: list[str]
+    began: float = field(default_factory=time.monotonic)
+    state: State = "running"
+    doing: str = ""
+    done: int = 0
+    total: int | None = None
+    ended: float | None = None
+    code: int | None = None
+    said: list[str] = field(default_factory=list)  # stderr, but for progress
+    out: str = ""
+    losses: list[float] = field(default_factory=list)
+    process: asyncio.subprocess.Process | None = None
+    cancelling: bool = False
+
+    @property
+    def command(self) -> str:
+        """As it is typed into a shell."""
+        return line(self.argv)
+
+    @property
+    def share(self) -> float | None:
+        """How much is done, from 0 to 1, where that is known."""
+        return min(1.0, self.done / self.total) if self.total else None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken."""
+        return (self.ended or time.monotonic()) - self.began
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the end, by what was done so far."""
+        share = self.share
+        return self.seconds * (1 - share) / share if share and self.state == "running" else None
+
+    @property
+    def result(self) -> str:
+        """The last thing it said: the error, or where the result lies."""
+        if self.state != "done":
+            return self.said[-1].removeprefix("adapterkit: ") if self.said else ""
+        lines = [text for text in self.out.splitlines() if text.strip()]
+        return next((text for text in lines if text.startswith("wrote")), lines[-1] if lines else "")
+
+    def hear(self, text: str) -> None:
+        """Take a line of stderr: progress as JSON, or something for people."""
+        if text.startswith("{"):
+            try:
+                facts: dict[str, Any] = json.loads(text)
+                self.doing, self.done, self.total = str(facts["progress"]), int(facts["done"]), facts["total"]
+                if isinstance(facts.get("loss"), float):
+                    self.losses.append(facts["loss"])
+                return
+            except (ValueError, KeyError, TypeError):
+                pass
+        self.said = [*self.said, text][-KEPT_LINES:]
+
+    async def run(self, changed: Callable[[], None]) -> None:
+        """Run the command to its end; `changed` is called whenever there is something new to show."""
+        command = [sys.executable, "-m", "adapterkit", "--progress", "json", *self.argv]
+        pipe = asyncio.subprocess.PIPE
+        self.process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=_environment(),
+            start_new_session=True,
+        )  # fmt: skip
+        out, _ = await asyncio.gather(self._read_out(), self._read_err(changed))
+        self.code = await self.process.wait()
+        self.out, self.ended = out, time.monotonic()
+        if self.code == 0:
+            self.state = "done"
+        else:
+            self.state = "cancelled" if self.cancelling else "failed"
+        changed()
+
+    async def cancel(self) -> None:
+        """End the command as ctrl-C does, so that it tidies up; after `PATIENCE` without asking."""
+        process = self.process
+        if process is None or process.returncode is not None:
+            return
+        self.cancelling = True
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            await asyncio.wait_for(process.wait(), PATIENCE)
+        except TimeoutError:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    async def _read_out(self) -> str:
+        assert self.process is not None and self.process.stdout is not None
+        return (await self.process.stdout.read()).decode(errors="replace")
+
+    async def _read_err(self, changed: Callable[[], None]) -> None:
+        assert self.process is not None and self.process.stderr is not None
+        while text := await self.process.stderr.readline():
+            self.hear(text.decode(errors="replace").rstrip("\n"))
+            changed()
+
+
+async def output_of(argv: Sequence[str]) -> tuple[int, str]:
+    """What a command that is soon done prints, or the error it ends with."""
+    job = Job(list(argv))
+    await job.run(lambda: None)
+    assert job.code is not None
+    return job.code, "\n".join([*job.said, *job.out.splitlines()]).strip()
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}

@@ -1,0 +1,767 @@
+"""The terminal app by its keys: every screen, action and state, without a terminal; jobs are real commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from handmade import CONFIG, adapterkit, contents, write_adapter, write_base
+from hubserver import Hub
+from textual.pilot import Pilot
+from textual.widgets import Button, DataTable, Input, Markdown, Static, TabbedContent
+
+from adapterkit import measured
+from adapterkit.summary import ModuleRow
+from adapterkit.tui import app as module
+from adapterkit.tui import machine, table
+from adapterkit.tui.actions import ACTIONS, line
+from adapterkit.tui.app import AdapterkitApp
+from adapterkit.tui.charts import Layers, Plot, Spectrum, norms
+from adapterkit.tui.comparison import CompareScreen, differences
+from adapterkit.tui.detail import Detail, DetailScreen
+from adapterkit.tui.forms import ConfirmScreen, FormScreen
+from adapterkit.tui.help import HelpScreen
+from adapterkit.tui.jobs import Job
+from adapterkit.tui.jobview import JobBar, JobsScreen, told
+from adapterkit.tui.sources import Sources
+
+WIDE, NARROW, TINY = (160, 48), (80, 24), (12, 4)
+BASE = "lab/base"
+ROOT = Path(module.__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No waiting for a person's pace, no user, no disk of this machine, and a cache of its own."""
+    monkeypatch.setattr(table, "LOOKING", 0.001)
+    monkeypatch.setattr(table, "TYPING", 0.001)
+    monkeypatch.setattr(module, "CHANGES_EVERY", 3600.0)
+    monkeypatch.setattr(measured, "folder", lambda: tmp_path / "measured")
+    monkeypatch.setattr(module, "machine", lambda: "disk 81G")
+    monkeypatch.setattr(module, "who", lambda: ("online @me", ""))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three adapters of one base, one of which is broken; and the base."""
+    monkeypatch.chdir(tmp_path)
+    config = CONFIG | {"base_model_name_or_path": BASE}
+    write_adapter(tmp_path / "mine" / "one", config=config)
+    write_adapter(tmp_path / "mine" / "two", config=config | {"lora_alpha": 9})
+    (tmp_path / "mine" / "one" / "README.md").write_text("# The first\n")
+    (tmp_path / "mine" / "broken").mkdir()
+    (tmp_path / "mine" / "broken" / "adapter_model.safetensors").write_bytes(b"\xff" * 20)
+    write_base(tmp_path / "base")
+    return Path("mine")
+
+
+async def settled(pilot: Pilot[None]) -> None:
+    """Until nothing is going on any more but jobs."""
+    for _ in range(4):
+        await pilot.pause(0.002)
+        busy = [worker for worker in pilot.app.workers if worker.group != "jobs"]
+        await pilot.app.workers.wait_for_complete(busy)
+        await pilot.pause()
+
+
+async def ended(pilot: Pilot[None]) -> Job:
+    """The newest job, at its end."""
+    jobs = [worker for worker in pilot.app.workers if worker.group == "jobs"]
+    await pilot.app.workers.wait_for_complete(jobs)
+    await settled(pilot)
+    job: Job = pilot.app.jobs[-1]  # type: ignore[attr-defined]
+    return job
+
+
+@asynccontextmanager
+async def running(*folders: Path, base: str = "", size: tuple[int, int] = WIDE) -> AsyncIterator[Pilot[None]]:
+    """The app, with what is in `folders` read."""
+    app = AdapterkitApp(folders, base)
+    async with app.run_test(size=size) as pilot:
+        await settled(pilot)
+        yield pilot
+
+
+def text_of(widget: Static) -> str:
+    """What a widget shows, as text."""
+    from rich.console import Console
+
+    console = Console(width=300, color_system=None, highlight=False, force_terminal=False)
+    with console.capture() as capture:
+        console.print(widget.content)  # type: ignore[arg-type]
+    return capture.get()
+
+
+def names(pilot: Pilot[None]) -> list[str]:
+    """The rows of the table, in their order."""
+    return [row.name for row in pilot.app.table._shown]  # type: ignore[attr-defined]
+
+
+def facts(pilot: Pilot[None]) -> str:
+    """The overview."""
+    return text_of(pilot.app.screen.query_one("#facts", Static))
+
+
+# --- browsing --------------------------------------------------------------------------------------------------------
+
+
+async def test_folders_are_listed_and_the_first_is_shown(folder: Path) -> None:
+    async with running(folder) as pilot:
+        assert names(pilot) == ["mine/broken", "mine/one", "mine/two"]
+        assert "✗" in str(pilot.app.table.query_one(DataTable).get_row("mine/broken")[0])
+        await pilot.press("j")
+        await settled(pilot)
+        assert "LoRA" in facts(pilot)
+        assert BASE in facts(pilot)
+        await pilot.press("k")
+        await settled(pilot)
+        assert "⚠" in facts(pilot)
+
+
+async def test_how_it_fits_the_base(folder: Path) -> None:
+    async with running(folder, base="base") as pilot:
+        await pilot.press("j")
+        await settled(pilot)
+        assert "4 of 4 targets found in base" in facts(pilot)
+        await pilot.press("b")
+        await pilot.press(*"x", "enter")
+        await settled(pilot)
+        assert "cannot be looked at" in facts(pilot)
+        assert "base: x ▾" in text_of(pilot.app.screen.query_one("#top", Static))
+
+
+async def test_search_and_escape(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("slash", *"two")
+        await settled(pilot)
+        assert names(pilot) == ["mine/two"]
+        assert pilot.app.table.border_title == "1 of 3"
+        await pilot.press("escape", "slash", *"xx")
+        await settled(pilot)
+        assert names(pilot) == []
+        assert "Nothing here matches 'xx'" in text_of(pilot.app.query_one("#empty", Static))
+
+
+async def test_sorting(folder: Path) -> None:
+    async with running(folder) as pilot:
+        seen = []
+        for _ in range(6):
+            await pilot.press("s")
+            seen.append(pilot.app.table.sort)
+        assert seen == ["rank", "size", "modified", "downloads", "likes", "name"]
+        assert names(pilot) == ["mine/broken", "mine/one", "mine/two"]
+
+
+async def test_what_is_highlighted_stays_so_when_rows_come(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j", "j")
+        write_adapter(Path("mine") / "another")
+        await pilot.press("r")
+        await settled(pilot)
+        assert names(pilot)[0] == "mine/another"
+        await pilot.press("j", "j", "j")
+        write_adapter(Path("mine") / "any")
+        pilot.app._look_for_changes()
+        await settled(pilot)
+        assert names(pilot) == ["mine/another", "mine/any", "mine/broken", "mine/one", "mine/two"]
+        assert pilot.app.table.current.name == "mine/two"
+
+
+async def test_what_vanishes_while_it_is_shown(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j")
+        await settled(pilot)
+        shutil.rmtree("mine/one")
+        await pilot.press("2")
+        await settled(pilot)
+        assert any("no such file" in text_of(one) for one in pilot.app.query(".wait").results(Static))
+        pilot.app._look_for_changes()
+        await settled(pilot)
+        assert names(pilot) == ["mine/broken", "mine/two"]
+
+
+async def test_the_tabs(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j")
+        await settled(pilot)
+        tabs = pilot.app.query_one("#tabs", TabbedContent)
+        for key, tab in zip("12345", ("overview", "layers", "spectrum", "config", "card"), strict=True):
+            await pilot.press(key)
+            await settled(pilot)
+            assert tabs.active == tab
+        assert "lora_alpha" in text_of(pilot.app.query_one("#config-text", Static))
+        assert pilot.app.query_one("#card-text", Markdown).source == "# The first\n"
+
+
+async def test_layers_and_spectrum(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j", "2")
+        await settled(pilot)
+        layers = pilot.app.query_one(Layers)
+        assert layers.display
+        [bars] = layers.query_one(Plot)._datasets
+        assert list(bars.x) == [0, 1]
+        before = list(bars.y)
+        known = json.loads(adapterkit("inspect", "mine/one", "--json", "--modules").out)["modules"]
+        for layer in (0, 1):
+            whole = sum(row["frobenius"] ** 2 for row in known if row["layer"] == layer)
+            assert before[layer] == pytest.approx(whole**0.5)
+        await pilot.click("#group-q")
+        await settled(pilot)
+        [bars] = layers.query_one(Plot)._datasets
+        assert list(bars.y) < before
+        assert not pilot.app.query_one("#group-mlp").display
+        await pilot.press("3")
+        await settled(pilot)
+        spectrum = pilot.app.query_one(Spectrum)
+        [curve] = spectrum.query_one(Plot)._datasets
+        largest = max(known, key=lambda row: row["frobenius"])
+        assert [10**value for value in curve.y] == pytest.approx(largest["sigma"])
+        assert "90% of ‖ΔW‖²" in text_of(spectrum.query_one(Static))
+
+
+async def test_what_was_measured_is_kept_by_its_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j", "2")
+        await settled(pilot)
+    [kept] = measured.folder().glob("*.json")
+    monkeypatch.setattr(measured, "measure", None)  # which would raise
+    async with running(folder) as pilot:
+        await pilot.press("j", "2")
+        await settled(pilot)
+        assert pilot.app.query_one(Layers).display
+    kept.write_text("[{}]")
+    monkeypatch.undo()
+
+
+async def test_enter_goes_into_the_detail(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j", "enter")
+        assert pilot.app.query_one(Detail) in pilot.app.focused.ancestors
+
+
+async def test_a_narrow_terminal_has_the_detail_on_a_screen_of_its_own(folder: Path) -> None:
+    async with running(folder, size=NARROW) as pilot:
+        assert not pilot.app.detail.display
+        await pilot.press("j", "enter")
+        await settled(pilot)
+        assert isinstance(pilot.app.screen, DetailScreen)
+        await pilot.press("2")
+        await settled(pilot)
+        assert pilot.app.screen.query_one(Layers).display
+        await pilot.press("escape")
+        assert not isinstance(pilot.app.screen, DetailScreen)
+
+
+@pytest.mark.parametrize("size", [TINY, (1, 1), (40, 6)])
+async def test_almost_no_terminal(folder: Path, size: tuple[int, int]) -> None:
+    async with running(folder, size=size) as pilot:
+        for key in ("j", "2", "m", "escape", "question_mark", "escape", "space", "J", "escape"):
+            await pilot.press(key)
+        await pilot.resize_terminal(*WIDE)
+        await pilot.resize_terminal(2, 1)
+        await pilot.resize_terminal(*NARROW)
+        await settled(pilot)
+        assert names(pilot)
+
+
+async def test_nothing_there(tmp_path: Path) -> None:
+    async with running(tmp_path) as pilot:
+        assert "Three things to do first" in text_of(pilot.app.query_one("#empty", Static))
+        for key in ("space", "c", "y", "delete", "x", "enter"):
+            await pilot.press(key)
+        await settled(pilot)
+
+
+async def test_a_folder_that_is_not_there_or_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(tmp_path / "none") as pilot:
+        assert "there is no such folder" in facts(pilot)
+
+
+async def test_names_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("日本語 [bold]", "قمر", "a\x1b[31mb", "🦙" * 40, "[/]"):
+        write_adapter(tmp_path / "all" / name)
+    async with running(Path("all")) as pilot:
+        assert len(names(pilot)) == 5
+        for _ in range(5):
+            await pilot.press("j", "space")
+            await settled(pilot)
+        await pilot.press("y", "m")
+        assert "\x1b" not in str(pilot.app.export_screenshot())
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def there(hub: Hub, folder: Path) -> Hub:
+    """The adapters of the folder on the Hub, and the base."""
+
+    def files(path: str) -> dict[str, bytes]:
+        return {name: data for name, data in contents(Path(path)).items() if data is not None}
+
+    card = f"---\nbase_model: {BASE}\nlibrary_name: peft\n---\n# It\n".encode()
+    for number in range(120):
+        hub.add(f"some/lora-{number:03}", files("mine/one") | {"README.md": card}, downloads=number)
+    hub.add(BASE, files("base"))
+    return hub
+
+
+async def on_hub(pilot: Pilot[None]) -> None:
+    """Pick the Hub in the sources."""
+    tree = pilot.app.query_one(Sources)
+    tree.focus()
+    tree.move_cursor(tree.root.children[-1])
+    await pilot.press("enter")
+    await settled(pilot)
+
+
+async def test_the_hub_pages_as_one_scrolls(there: Hub, folder: Path) -> None:
+    async with running(folder, base=BASE) as pilot:
+        await on_hub(pilot)
+        assert len(names(pilot)) == 50
+        assert "○" in str(pilot.app.table.query_one(DataTable).get_row("some/lora-000")[0])
+        pilot.app.table.query_one(DataTable).move_cursor(row=49)
+        await settled(pilot)
+        assert len(names(pilot)) == 100
+        await pilot.press("s")
+        await settled(pilot)
+        assert names(pilot)[0] == "some/lora-119"
+        await pilot.press("slash", *"lora-077", "enter")
+        await settled(pilot)
+        assert names(pilot) == ["some/lora-077"]
+
+
+async def test_a_row_of_the_hub_is_filled_by_its_headers(there: Hub, folder: Path) -> None:
+    async with running(folder, base=BASE) as pilot:
+        await on_hub(pilot)
+        row = pilot.app.table.query_one(DataTable).get_row("some/lora-000")
+        assert [str(cell) for cell in row[3:6]] == ["4", "6", "o,q"]
+        assert "of 5.9 kB: headers and config" in facts(pilot) or "headers and config" in facts(pilot)
+        assert "4 of 4 targets found in lab/base" in facts(pilot)
+        assert all(one.span for one in there.asked("GET .*/resolve/.*"))
+        asked = len(there.requests)
+        await pilot.press("j")
+        await settled(pilot)
+        await pilot.press("k")
+        more = len(there.requests)
+        await settled(pilot)
+        assert asked < more
+        assert len(there.requests) == more  # what was seen is remembered
+        await pilot.press("2")
+        await settled(pilot)
+        assert any("download it (d)" in text_of(one) for one in pilot.app.query(".wait").results(Static))
+
+
+async def test_what_is_gated_says_where_to_ask(there: Hub, folder: Path) -> None:
+    there.repos["some/lora-000"].gated = True
+    async with running(folder) as pilot:
+        await on_hub(pilot)
+        assert f"ask for access at {there.url}/some/lora-000".replace("\n", "") in facts(pilot).replace("\n", "")
+
+
+async def test_a_hub_that_is_out_of_order(there: Hub, folder: Path) -> None:
+    there.fail("GET /api/models", 500, times=99)
+    async with running(folder) as pilot:
+        await on_hub(pilot)
+        assert "out of order" in text_of(pilot.app.query_one("#empty", Static))
+        assert "cache can be used still" in text_of(pilot.app.query_one("#empty", Static))
+        there.faults.clear()
+        await pilot.press("r")
+        await settled(pilot)
+        assert len(names(pilot)) == 50
+
+
+async def test_offline_is_told_in_a_banner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "who", machine.who)
+    async with running(folder) as pilot:
+        assert "offline" in text_of(pilot.app.query_one("#top", Static))
+        banner = pilot.app.query_one("#banner", Static)
+        assert banner.display
+        assert "Offline: folders and the Hub cache are here still." in text_of(banner)
+        await on_hub(pilot)
+        assert "HF_HUB_OFFLINE" in text_of(pilot.app.query_one("#empty", Static))
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"), [("hf_writer", "online @me"), ("", "online, no token"), ("hf_wrong", "token refused")]
+)
+def test_who_one_is(hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str, expected: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert machine.who()[0] == expected
+
+
+async def test_the_cache_is_a_source(there: Hub, folder: Path) -> None:
+    assert adapterkit("pull", "some/lora-003").code == 0
+    async with running(folder) as pilot:
+        tree = pilot.app.query_one(Sources)
+        tree.focus()
+        tree.move_cursor(tree.root.children[1])
+        await pilot.press("enter")
+        await settled(pilot)
+        assert names(pilot) == ["some/lora-003"]
+
+
+# --- marks, comparing, copying ---------------------------------------------------------------------------------------
+
+
+async def test_compare_wants_two(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j", "space", "c")
+        assert not isinstance(pilot.app.screen, CompareScreen)
+        await pilot.press("space", "c")
+        await settled(pilot)
+        assert isinstance(pilot.app.screen, CompareScreen)
+        said = text_of(pilot.app.screen.query_one("#what", Static))
+        assert "4 modules in both; cosine +1.000" in said
+        assert pilot.app.screen.query_one("#layers", DataTable).row_count == 3
+        assert pilot.app.screen.query_one("#configs", DataTable).get_row_at(0) == ["lora_alpha", "6", "9"]
+        assert len(pilot.app.screen.query_one(Plot)._datasets) == 2
+        await pilot.press("escape")
+        assert not isinstance(pilot.app.screen, CompareScreen)
+
+
+async def test_compare_with_what_is_broken(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("space", "space", "c")
+        await settled(pilot)
+        assert "broken" in text_of(pilot.app.screen.query_one("#what", Static))
+
+
+async def test_y_copies_the_command(folder: Path) -> None:
+    async with running(folder, base="base") as pilot:
+        await pilot.press("j", "y")
+        assert pilot.app.clipboard == "adapterkit inspect mine/one --against base"
+
+
+async def test_delete_is_asked_twice(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j", "delete")
+        assert isinstance(pilot.app.screen, ConfirmScreen)
+        await pilot.press("enter")  # which is no
+        await settled(pilot)
+        assert Path("mine/one").is_dir()
+        await pilot.press("delete", "y", "n")
+        await settled(pilot)
+        assert Path("mine/one").is_dir()
+        await pilot.press("delete", "y", "y")
+        await settled(pilot)
+        assert not Path("mine/one").exists()
+        assert names(pilot) == ["mine/broken", "mine/two"]
+
+
+# --- doing -----------------------------------------------------------------------------------------------------------
+
+
+async def test_merge_watch_unmerge(folder: Path) -> None:
+    before = contents(Path("base"))
+    async with running(folder, base="base") as pilot:
+        await pilot.press("j", "m")
+        form = pilot.app.screen
+        assert isinstance(form, FormScreen)
+        assert form.argv == ["merge", "base", "mine/one", "-o", "one-merged"]
+        await pilot.press("ctrl+s")
+        await settled(pilot)
+        plan = text_of(form.query_one("#plan", Static))
+        assert "4 of 4 modules and tensors have their place" in plan
+        assert not Path("one-merged").exists()
+        await pilot.press("ctrl+s")
+        job = await ended(pilot)
+        assert (job.state, job.code) == ("done", 0), job
+        assert job.result == "wrote     one-merged"
+        assert "✓ merge done" in text_of(pilot.app.query_one(JobBar))
+        await pilot.press("u")
+        pilot.app.screen.query_one("#field-merged", Input).value = "one-merged"
+        pilot.app.screen.query_one("#field-o", Input).value = "again"
+        await pilot.press("ctrl+s")
+        job = await ended(pilot)
+        assert job.state == "done", job
+    again = contents(Path("again"))
+    assert {name: again[name] for name in before} == before
+
+
+async def test_a_plan_that_fails_is_told_and_nothing_runs(folder: Path) -> None:
+    async with running(folder, base="base") as pilot:
+        await pilot.press("m", "ctrl+s")
+        await settled(pilot)
+        assert "broken" in text_of(pilot.app.screen.query_one("#plan", Static))
+        assert str(pilot.app.screen.query_one("#go", Button).label) == "Plan"
+        assert not pilot.app.jobs
+
+
+async def test_what_is_not_filled_in_is_asked_for(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j", "m", "ctrl+s")
+        assert "Still to be filled in: base." in text_of(pilot.app.screen.query_one("#plan", Static))
+        pilot.app.screen.query_one("#field-adapters", Input).value = "'open"
+        await pilot.pause()
+        await pilot.press("ctrl+s")
+        assert "close the quote" in text_of(pilot.app.screen.query_one("#plan", Static))
+
+
+async def test_combine_takes_the_marked(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("j", "space", "space", "o")
+        form = pilot.app.screen
+        assert isinstance(form, FormScreen)
+        assert form.argv == ["combine", "mine/one", "mine/two", "-o", "one-combine", "--method", "linear"]
+        await pilot.press("ctrl+s")
+        job = await ended(pilot)
+        assert job.state == "done", job
+        assert Path("one-combine/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ACTIONS)
+async def test_every_form_opens_and_closes(folder: Path, command: str) -> None:
+    async with running(folder, base="base") as pilot:
+        await pilot.press("j")
+        await pilot.press(ACTIONS[command].key)
+        form = pilot.app.screen
+        assert isinstance(form, FormScreen)
+        assert form.argv[0] == command
+        await pilot.press("ctrl+y")
+        assert pilot.app.clipboard == line(form.argv)
+        await pilot.press("escape")
+        assert not isinstance(pilot.app.screen, FormScreen)
+
+
+@pytest.mark.parametrize("command", ACTIONS)
+def test_every_field_is_an_argument_of_its_command(command: str) -> None:
+    """The forms and the command line cannot part: each option is one that the command has."""
+    said = adapterkit(command, "--help").out
+    for field in ACTIONS[command].fields:
+        assert not field.name.startswith("-") or field.name in said, field
+        if field.kind == "choice" and "[" in said:
+            for choice in field.choices:
+                assert choice in said or field.name == "--method", choice
+    for option in ACTIONS[command].plan:
+        assert option in said
+
+
+async def test_pull_and_push(there: Hub, folder: Path) -> None:
+    async with running(folder) as pilot:
+        await on_hub(pilot)
+        await pilot.press("d")
+        form = pilot.app.screen
+        assert isinstance(form, FormScreen)
+        assert form.argv == ["pull", "some/lora-000"]
+        await pilot.press("ctrl+s")
+        await settled(pilot)
+        await pilot.press("ctrl+s")
+        job = await ended(pilot)
+        assert job.state == "done", job
+        pilot.app.run_job(["push", "mine/two", "me/two"])
+        job = await ended(pilot)
+        assert job.state == "done", job
+        assert "adapter_model.safetensors" in there.repos["me/two"].files()
+
+
+async def test_a_job_that_fails_says_why(folder: Path) -> None:
+    async with running(folder) as pilot:
+        pilot.app.run_job(["merge", "base", "mine/broken", "-o", "out"])
+        job = await ended(pilot)
+        assert (job.state, job.code) == ("failed", 1)
+        assert "mine/broken" in job.result
+        assert "✗ merge failed" in text_of(pilot.app.query_one(JobBar))
+        await pilot.press("J")
+        assert isinstance(pilot.app.screen, JobsScreen)
+        assert "mine/broken" in text_of(pilot.app.screen.query_one("#said", Static))
+        await pilot.press("y")
+        assert pilot.app.clipboard == "adapterkit merge base mine/broken -o out"
+        await pilot.press("escape")
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A command that says how far it is, and then waits until it is ended by ctrl-C, which it notes in a file."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import json, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "print(json.dumps({'progress': 'training', 'done': 1, 'total': 4, 'loss': 2.5}), file=sys.stderr, flush=True)\n"
+        "print(json.dumps({'progress': 'training', 'done': 2, 'total': 4, 'loss': 1.5}), file=sys.stderr, flush=True)\n"
+        "print('a word', file=sys.stderr, flush=True)\n"
+        "try:\n    signal.pause()\n"
+        f"except KeyboardInterrupt:\n    open({str(tmp_path / 'tidied')!r}, 'w').close()\n    sys.exit(130)\n"
+    )
+    real = module.Job.run
+
+    async def run(self: Job, changed: Callable[[], None]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", str(tmp_path / "python"))
+            await real(self, changed)
+
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexec {sys.executable} {script}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(module.Job, "run", run)
+    yield tmp_path / "tidied"
+
+
+async def said(pilot: Pilot[None], job: Job) -> None:
+    """Until the slow command has said all it says."""
+    while not job.said:
+        await pilot.pause(0.002)
+
+
+async def test_progress_losses_and_cancelling(folder: Path, slow: Path) -> None:
+    async with running(folder) as pilot:
+        pilot.app.run_job(["train", "--recipe", "x"])
+        job = pilot.app.jobs[-1]
+        await said(pilot, job)
+        assert (job.share, job.losses, job.doing) == (0.5, [2.5, 1.5], "training")
+        assert "50%" in told(job)
+        assert "loss 1.500" in told(job)
+        pilot.app._draw_jobs()
+        assert "x cancel" in text_of(pilot.app.query_one(JobBar))
+        await pilot.press("J")
+        await pilot.pause()
+        assert pilot.app.screen.query_one(Plot).display
+        await pilot.press("x")
+        await ended(pilot)
+        assert (job.state, job.code) == ("cancelled", 130)
+        assert slow.exists()
+
+
+async def test_quitting_asks_about_jobs(folder: Path, slow: Path) -> None:
+    async with running(folder) as pilot:
+        pilot.app.run_job(["merge"])
+        job = pilot.app.jobs[-1]
+        await said(pilot, job)
+        await pilot.press("q")
+        await pilot.pause()
+        assert isinstance(pilot.app.screen, ConfirmScreen)
+        await pilot.press("n")
+        await pilot.pause()
+        assert pilot.app.is_running
+        assert job.state == "running"
+        await pilot.press("q")
+        await pilot.pause()
+        await pilot.press("y")
+        await ended(pilot)
+        assert job.state == "cancelled"
+        assert slow.exists()
+
+
+async def test_quitting_without_jobs(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("q")
+        await settled(pilot)
+        assert not pilot.app.is_running
+
+
+def test_lines_that_are_no_progress_are_kept() -> None:
+    job = Job(["merge"])
+    for text in ("note: x", '{"progress": ', '{"done": 1}', '{"progress": "a", "done": 3, "total": null}'):
+        job.hear(text)
+    assert job.said == ["note: x", '{"progress": ', '{"done": 1}']
+    assert (job.done, job.share, told(job)) == (3, None, "a")
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+async def test_help_names_every_key(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("question_mark")
+        assert isinstance(pilot.app.screen, HelpScreen)
+        text = text_of(pilot.app.screen.query_one(Static))
+        for action in ACTIONS.values():
+            assert f"  {action.key} " in text
+        await pilot.press("escape")
+
+
+async def test_the_palette_has_every_action(folder: Path) -> None:
+    async with running(folder) as pilot:
+        titles = {command.title for command in pilot.app.get_system_commands(pilot.app.screen)}
+        assert {action.label for action in ACTIONS.values()} <= titles
+        await pilot.press("ctrl+p", *"merge into", "enter")
+        await settled(pilot)
+        await pilot.press("enter")
+        await settled(pilot)
+        assert isinstance(pilot.app.screen, FormScreen)
+
+
+@pytest.mark.parametrize("theme", ["textual-light", "nord", "gruvbox", "ansi-dark"])
+async def test_themes(folder: Path, theme: str) -> None:
+    async with running(folder) as pilot:
+        pilot.app.theme = theme
+        await settled(pilot)
+        assert names(pilot)
+
+
+async def test_keys_of_the_app_are_letters_in_a_line_of_text(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.press("slash", *"mqJ1?")
+        await settled(pilot)
+        assert pilot.app.query_one("#search", Input).value == "mqJ1?"
+        assert len(pilot.app.screen_stack) == 1
+
+
+def test_groups_add_up() -> None:
+    def row(target: str, norm: float) -> ModuleRow:
+        return ModuleRow(f"layers.0.{target}", 0, target, "linear", 1, 1.0, 1.0, (1, 1), (1, 1), "F32", frobenius=norm)
+
+    rows = [row("q_proj", 3.0), row("down_proj", 4.0), row("k_proj", float("nan"))]
+    assert norms(rows, {"q", "mlp"}) == ([0], [5.0])
+    assert norms(rows, {"k"}) == ([], [])
+
+
+def test_configs_that_differ() -> None:
+    assert differences({"r": 1, "a": 2}, {"r": 1, "a": 3, "b": None}) == [("a", "2", "3"), ("b", "–", "None")]
+
+
+def test_the_command_wants_a_terminal() -> None:
+    assert "needs a terminal" in adapterkit("tui").message(2)
+
+
+def test_the_app_imports_neither_torch_nor_the_client_before_it_is_painted() -> None:
+    code = "import adapterkit.tui.app, sys; print({'torch', 'huggingface_hub'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    assert done.stdout == "set()\n"
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+Before = Callable[[Pilot[None]], Awaitable[None]]
+PICTURES: dict[str, tuple[str, ...]] = {
+    "browse": (),
+    "overview": ("enter",),
+    "layers": ("2", "enter"),
+    "spectrum": ("3", "enter"),
+    "config": ("4", "enter"),
+    "compare": (*["down"] * 4, "space", "down", "space", "c"),
+    "not alike": ("space", "space", "c"),
+    "merge": ("m",),
+    "help": ("question_mark",),
+    "base": ("b",),
+    "delete": ("delete",),
+    "jobs": ("J",),
+    "search": ("slash", "t", "i", "n", "y"),
+}
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE], ids=["80x24", "160x48"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(snap_compare: Any, monkeypatch: pytest.MonkeyPatch, name: str, size: tuple[int, int]) -> None:
+    monkeypatch.chdir(ROOT)
+
+    async def before(pilot: Pilot[None]) -> None:
+        await settled(pilot)
+        for key in PICTURES[name]:
+            await pilot.press(key)
+            await settled(pilot)
+        for one in pilot.app.screen.query(Input):
+            one.cursor_blink = False
+        await settled(pilot)
+
+    assert snap_compare(AdapterkitApp([Path("fixtures")]), terminal_size=size, run_before=before)
