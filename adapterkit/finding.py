@@ -23,7 +23,7 @@ from adapterkit.tensorfile import read_json
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
-THREADS = 2
+THREADS = 1  # beside the one that walks: parsing holds the interpreter, and more of them only wait for each other
 AHEAD = 16  # adapters
 PAGE = 50  # rows that the Hub sends at a time
 BITS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}

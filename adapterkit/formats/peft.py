@@ -230,6 +230,8 @@ def _weights(
 
 def _parameters(name: str, config: PeftConfig) -> tuple[str, ...]:
     """The parameters a module's factors may be meant for: `weight`, or those that target_parameters names."""
+    if not config.target_parameters:
+        return ("weight",)
     bare = name.replace(".base_layer", "")
     named = [path.rpartition(".") for path in config.target_parameters]
     hits = tuple(leaf for module, _, leaf in named if bare == module or bare.endswith("." + module) or not module)

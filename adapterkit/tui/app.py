@@ -41,7 +41,7 @@ from adapterkit.tui.table import AdapterTable
 from adapterkit.words import printable
 
 DRAWN_EVERY = 0.1  # seconds between the steps of a job that are shown
-ROWS_EVERY = 0.25  # seconds between the rows of a folder that is read
+ROWS_AFTER = 0.1  # seconds to the first rows of a folder; for the next it is twice that: drawing takes time, too
 IN_FOOTER = ("merge", "unmerge", "combine", "pull")  # the rest is in the help and in the palette
 CHANGES_EVERY = 5.0  # seconds between looks at a folder
 NOTHING = """\
@@ -180,14 +180,14 @@ class AdapterkitApp(App[None]):
     @work(thread=True, group="find", exit_on_error=False)
     def _read(self, source: Source) -> None:
         """Read a folder or the cache, and show rows as they come."""
-        worker, batch, drawn = get_current_worker(), [], time.monotonic()
+        worker, batch, drawn, pause = get_current_worker(), [], time.monotonic(), ROWS_AFTER
         for row in in_folders([source.folder]) if source.folder else in_cache():
             if worker.is_cancelled:
                 return
             batch.append(row)
-            if time.monotonic() - drawn > ROWS_EVERY:
+            if time.monotonic() - drawn > pause:
                 self.call_from_thread(self._take, source, batch)
-                batch, drawn = [], time.monotonic()
+                batch, drawn, pause = [], time.monotonic(), 2 * pause
         if not worker.is_cancelled:
             self.call_from_thread(self._take, source, batch, "")
 
