@@ -21,7 +21,7 @@ from textual.widgets import Button, DataTable, Input, Markdown, Static, TabbedCo
 from adapterkit import measured
 from adapterkit.summary import ModuleRow
 from adapterkit.tui import app as module
-from adapterkit.tui import machine, table
+from adapterkit.tui import browser, machine, table
 from adapterkit.tui.actions import ACTIONS, line
 from adapterkit.tui.app import AdapterkitApp
 from adapterkit.tui.charts import Layers, Plot, Spectrum, norms
@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No waiting for a person's pace, no user, no disk of this machine, and a cache of its own."""
     monkeypatch.setattr(table, "LOOKING", 0.001)
     monkeypatch.setattr(table, "TYPING", 0.001)
-    monkeypatch.setattr(module, "CHANGES_EVERY", 3600.0)
+    monkeypatch.setattr(browser, "CHANGES_EVERY", 3600.0)
     monkeypatch.setattr(measured, "folder", lambda: tmp_path / "measured")
     monkeypatch.setattr(module, "machine", lambda: "disk 81G")
     monkeypatch.setattr(module, "who", lambda: ("online @me", ""))
@@ -170,7 +170,7 @@ async def test_what_is_highlighted_stays_so_when_rows_come(folder: Path) -> None
         assert names(pilot)[0] == "mine/another"
         await pilot.press("j", "j", "j")
         write_adapter(Path("mine") / "any")
-        pilot.app._look_for_changes()
+        pilot.app.browser.look_for_changes()
         await settled(pilot)
         assert names(pilot) == ["mine/another", "mine/any", "mine/broken", "mine/one", "mine/two"]
         assert pilot.app.table.current.name == "mine/two"
@@ -184,7 +184,7 @@ async def test_what_vanishes_while_it_is_shown(folder: Path) -> None:
         await pilot.press("2")
         await settled(pilot)
         assert any("no such file" in text_of(one) for one in pilot.app.query(".wait").results(Static))
-        pilot.app._look_for_changes()
+        pilot.app.browser.look_for_changes()
         await settled(pilot)
         assert names(pilot) == ["mine/broken", "mine/two"]
 
@@ -251,7 +251,7 @@ async def test_enter_goes_into_the_detail(folder: Path) -> None:
 
 async def test_a_narrow_terminal_has_the_detail_on_a_screen_of_its_own(folder: Path) -> None:
     async with running(folder, size=NARROW) as pilot:
-        assert not pilot.app.detail.display
+        assert not pilot.app.browser.detail.display
         await pilot.press("j", "enter")
         await settled(pilot)
         assert isinstance(pilot.app.screen, DetailScreen)
@@ -380,6 +380,14 @@ async def test_a_hub_that_is_out_of_order(there: Hub, folder: Path) -> None:
         await pilot.press("r")
         await settled(pilot)
         assert len(names(pilot)) == 50
+
+
+async def test_a_hub_that_hangs_is_told_of(there: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.05)
+    there.fail("GET /api/models", hang=True, times=99)
+    async with running(folder) as pilot:
+        await on_hub(pilot)
+        assert "the Hub does not answer" in text_of(pilot.app.query_one("#empty", Static))
 
 
 async def test_offline_is_told_in_a_banner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -677,6 +685,9 @@ async def test_help_names_every_key(folder: Path) -> None:
         text = text_of(pilot.app.screen.query_one(Static))
         for action in ACTIONS.values():
             assert f"  {action.key} " in text
+        assert "here\n  /            search\n  space        mark\n" in text
+        await pilot.press("escape", "J", "question_mark")
+        assert "cancel" in text_of(pilot.app.screen.query_one(Static)).partition("moving")[0]
         await pilot.press("escape")
 
 
@@ -740,7 +751,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
     "spectrum": ("3", "enter"),
     "config": ("4", "enter"),
     "compare": (*["down"] * 4, "space", "down", "space", "c"),
-    "not alike": ("space", "space", "c"),
+    "strangers": ("space", "space", "c"),
     "merge": ("m",),
     "help": ("question_mark",),
     "base": ("b",),

@@ -3,54 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import shlex
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
-from textual import on, work
+from textual import work
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.color import Color
-from textual.containers import Horizontal
 from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
-from textual.worker import Worker, WorkerState, get_current_worker
+from textual.worker import Worker, WorkerState
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.finding import HUB_SORTS, PAGE, SORTS, Found, discard, in_cache, in_folders, on_the_hub
+from adapterkit.finding import Found, discard
 from adapterkit.tui.actions import ACTIONS, Action, Values, line
+from adapterkit.tui.browser import Browser
 from adapterkit.tui.comparison import CompareScreen
-from adapterkit.tui.detail import TABS, Detail, DetailScreen
+from adapterkit.tui.detail import TABS, Detail
 from adapterkit.tui.forms import AskScreen, ConfirmScreen, FormScreen
-from adapterkit.tui.help import HelpScreen
+from adapterkit.tui.help import HelpScreen, keys_here
 from adapterkit.tui.jobs import Job
 from adapterkit.tui.jobview import JobBar, JobsScreen
-from adapterkit.tui.looking import Details, changes, details_of, row_of
 from adapterkit.tui.machine import machine, who
-from adapterkit.tui.sources import Source, Sources
 from adapterkit.tui.table import AdapterTable
 from adapterkit.words import printable
 
 DRAWN_EVERY = 0.1  # seconds between the steps of a job that are shown
-ROWS_AFTER = 0.1  # seconds to the first rows of a folder; for the next it is twice that: drawing takes time, too
 IN_FOOTER = ("merge", "unmerge", "combine", "pull")  # the rest is in the help and in the palette
-CHANGES_EVERY = 5.0  # seconds between looks at a folder
-NOTHING = """\
-Nothing here yet. Three things to do first:
-
-  b   choose the base that you work with
-  tab to the sources, enter on Hub: what there is for it
-  t   train one of your own from a recipe
-"""
 
 
 class AdapterkitApp(App[None]):
@@ -60,10 +47,7 @@ class AdapterkitApp(App[None]):
     CSS = """
     #top { height: 1; background: $primary-background; padding: 0 1; }
     #banner { height: auto; background: $warning-muted; color: $text-warning; padding: 0 1; display: none; }
-    #panes { height: 1fr; }
-    .-narrow #detail { display: none; }
-    .-small Sources { display: none; }
-    .-small #detail { display: none; }
+    .-narrow #detail, .-small #detail, .-small Sources { display: none; }
     """
     HORIZONTAL_BREAKPOINTS = [(0, "-small"), (60, "-narrow"), (100, "-wide")]  # noqa: RUF012 (as Textual has it)
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -88,41 +72,31 @@ class AdapterkitApp(App[None]):
         super().__init__()
         self.folders, self.base = [folder.expanduser() for folder in folders], base
         self.jobs: list[Job] = []
-        self.source = Source("folder", self.folders[0]) if self.folders else Source("cache")
-        self._seen: dict[tuple[str, str], Details] = {}
-        self._hub: Iterator[Found] = iter(())
-        self._hub_lock, self._hub_ended = threading.Lock(), True
         self._user = "…"
         self._last_drawn = 0.0
 
     def compose(self) -> ComposeResult:
         yield Static("", id="top", markup=False)
         yield Static("", id="banner", markup=False)
-        with Horizontal(id="panes"):
-            yield Sources(self.folders)
-            yield AdapterTable()
-            yield Detail()
+        yield Browser(self.folders, self.base)
         yield JobBar()
         yield Footer()
 
     def on_mount(self) -> None:
         logging.getLogger("adapterkit").addHandler(_Shown(self))
-        self.query_one("#adapters DataTable").focus()
         self._top()
         self._who()
-        self._find()
-        self.set_interval(CHANGES_EVERY, self._look_for_changes)
         self.set_interval(1.0, self._draw_jobs)  # the clock of what runs
 
     @property
-    def table(self) -> AdapterTable:
-        """The adapters of the source, whatever screen is on top."""
-        return self.screen_stack[0].query_one(AdapterTable)
+    def browser(self) -> Browser:
+        """The panes, whatever screen is on top."""
+        return self.screen_stack[0].query_one(Browser)
 
     @property
-    def detail(self) -> Detail:
-        """What is shown of one of them."""
-        return self.screen_stack[0].query_one("#detail", Detail)
+    def table(self) -> AdapterTable:
+        """The adapters that are listed."""
+        return self.browser.table
 
     # --- the top line ------------------------------------------------------------------------------------------------
 
@@ -146,142 +120,6 @@ class AdapterkitApp(App[None]):
         banner = self.screen_stack[0].query_one("#banner", Static)
         banner.update(text)
         banner.display = bool(text)
-
-    # --- finding -----------------------------------------------------------------------------------------------------
-
-    @on(Sources.Picked)
-    def _picked(self, event: Sources.Picked) -> None:
-        self.source = event.source
-        self._find()
-        self.table.query_one("DataTable").focus()
-
-    def action_refresh(self) -> None:
-        """Read the source anew."""
-        self._seen.clear()
-        self._find()
-        self._who()
-
-    def _find(self) -> None:
-        """Begin to read the source."""
-        on_hub = self.source.kind == "hub"
-        sorts = ("trending", "downloads", "likes", "modified") if on_hub else tuple(SORTS)
-        sort = self.table.sort if self.table.sort in sorts else sorts[0]
-        self.detail.wait(None)
-        self.table.show(sort, sorts, "asking the Hub …" if on_hub else "reading …", filters=not on_hub)
-        self.workers.cancel_group(self, "find")
-        if on_hub:
-            assert sort in HUB_SORTS
-            self._hub = on_the_hub(self.base if "/" in self.base else None, self.table.words, sort)
-            self._hub_ended = False
-            self._more()
-        else:
-            self._read(self.source)
-
-    @work(thread=True, group="find", exit_on_error=False)
-    def _read(self, source: Source) -> None:
-        """Read a folder or the cache, and show rows as they come."""
-        worker, batch, drawn, pause = get_current_worker(), [], time.monotonic(), ROWS_AFTER
-        for row in in_folders([source.folder]) if source.folder else in_cache():
-            if worker.is_cancelled:
-                return
-            batch.append(row)
-            if time.monotonic() - drawn > pause:
-                self.call_from_thread(self._take, source, batch)
-                batch, drawn, pause = [], time.monotonic(), 2 * pause
-        if not worker.is_cancelled:
-            self.call_from_thread(self._take, source, batch, "")
-
-    @work(thread=True, group="find", exit_on_error=False)
-    def _more(self) -> None:
-        """The next page of the Hub."""
-        worker, source, hub = get_current_worker(), self.source, self._hub
-        with self._hub_lock:
-            try:
-                page = list(itertools.islice(hub, PAGE))
-            except AdapterkitError as error:
-                if not worker.is_cancelled:
-                    self.call_from_thread(self._failed, source, str(error))
-                return
-        if not worker.is_cancelled and hub is self._hub:
-            self._hub_ended = len(page) < PAGE
-            self.call_from_thread(self._take, source, page, "" if page else self.table.status)
-
-    def _take(self, source: Source, rows: list[Found], status: str | None = None) -> None:
-        if source != self.source:
-            return
-        if status is not None:
-            nothing = NOTHING if source.kind != "hub" else "The Hub has no adapter like that."
-            self.table.status = status if rows or self.table.rows else nothing
-        self.table.add(rows)
-
-    def _failed(self, source: Source, why: str) -> None:
-        if source == self.source:
-            self._hub_ended = True
-            self.table.say(f"{why}\n\nThe Hub cache can be used still." if source.kind == "hub" else why)
-
-    @on(AdapterTable.NearEnd)
-    def _near_end(self) -> None:
-        if self.source.kind == "hub" and not self._hub_ended and not self._hub_lock.locked():
-            self._more()
-
-    @on(AdapterTable.Searched)
-    @on(AdapterTable.Sorted)
-    def _asked_otherwise(self) -> None:
-        if self.source.kind == "hub":
-            self._find()
-
-    def _look_for_changes(self) -> None:
-        """Once in a while, whether the folder is as it was."""
-        if self.source.folder is not None and not any(
-            worker.group in ("find", "changes") and worker.state == WorkerState.RUNNING for worker in self.workers
-        ):
-            self._changes(self.source, {name: row.modified for name, row in self.table.rows.items()})
-
-    @work(thread=True, group="changes", exit_on_error=False)
-    def _changes(self, source: Source, known: dict[str, float | None]) -> None:
-        assert source.folder is not None
-        new, gone = changes(source.folder, known)
-        if new or gone:
-            self.call_from_thread(self._changed, source, new, gone)
-
-    def _changed(self, source: Source, new: list[Found], gone: list[str]) -> None:
-        if source == self.source:
-            for name in (*gone, *(row.name for row in new)):
-                self._seen.pop((name, self.base), None)
-            self.table.drop(gone)
-            self.table.add(new)
-
-    # --- looking -----------------------------------------------------------------------------------------------------
-
-    @on(AdapterTable.Looked)
-    def _looked(self, event: AdapterTable.Looked) -> None:
-        self.detail.wait(event.row)
-        if event.row is not None:
-            self._look(event.row)
-
-    @work(thread=True, exclusive=True, group="look", exit_on_error=False)
-    def _look(self, row: Found, alone: bool = False) -> None:
-        """Find out about an adapter, or remember it; `alone` on a screen of its own."""
-        worker, key = get_current_worker(), (row.name, self.base)
-        details = self._seen.get(key) or details_of(row, self.base)
-        if not worker.is_cancelled:
-            self.call_from_thread(self._show, key, details, alone)
-
-    def _show(self, key: tuple[str, str], details: Details, alone: bool) -> None:
-        self._seen[key] = details
-        if details.summary is not None and details.row.state == "remote":
-            self.table.update(row_of(details))
-        if alone:
-            self.push_screen(DetailScreen(details, self.detail.tab))
-        else:
-            self.detail.show(details)
-
-    @on(AdapterTable.Chosen)
-    def _chosen(self, event: AdapterTable.Chosen) -> None:
-        if self.detail.display:
-            self.detail.query_one("#tabs Tabs").focus()
-        else:
-            self._look(event.row, alone=True)
 
     # --- doing -------------------------------------------------------------------------------------------------------
 
@@ -325,9 +163,9 @@ class AdapterkitApp(App[None]):
             severity = "information" if job.state == "done" else "warning" if job.state == "cancelled" else "error"
             self.notify(f"{job.argv[0]}: {job.state}. {job.result}", severity=severity, markup=False)  # type: ignore[arg-type]
             self._top()
-            if self.source.kind == "cache":
-                self._find()
-            self._look_for_changes()
+            if self.browser.source.kind == "cache":
+                self.browser.find()
+            self.browser.look_for_changes()
 
     def _draw_jobs(self) -> None:
         self._last_drawn = time.monotonic()
@@ -365,10 +203,7 @@ class AdapterkitApp(App[None]):
         if base is not None:
             self.base = base
             self._top()
-            if self.source.kind == "hub":
-                self._find()
-            elif self.table.current is not None:
-                self._look(self.table.current)
+            self.browser.hold_against(base)
 
     def action_copy(self) -> None:
         """Copy the command that shows what is highlighted."""
@@ -407,9 +242,14 @@ class AdapterkitApp(App[None]):
         for detail in self.screen.query(Detail):
             detail.turn_to(name)
 
+    def action_refresh(self) -> None:
+        """Read the source anew, and ask who one is."""
+        self.browser.refresh_rows()
+        self._who()
+
     def action_help(self) -> None:
         """What the keys do here."""
-        self.push_screen(HelpScreen())
+        self.push_screen(HelpScreen(keys_here(self)))
 
     async def action_quit(self) -> None:
         """End; jobs that run are asked about."""

@@ -30,7 +30,7 @@ class Detail(Vertical):
     """The tabs; weights are read only while a tab shows what they tell."""
 
     DEFAULT_CSS = """
-    Detail { width: 46%; border: round $foreground 30%; }
+    Detail { width: 42%; border: round $foreground 30%; }
     Detail:focus-within { border: round $accent; }
     Detail TabPane { padding: 0 1; }
     Detail .wait { padding: 1; color: $text-muted; height: auto; }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from textual.app import ComposeResult
+from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
@@ -29,8 +29,19 @@ KEYS = {
 SIGNS = "● on this disk   ◐ part of it   ○ on the Hub   ✗ broken   * marked"
 
 
+def keys_here(app: App[Any]) -> dict[str, str]:
+    """The keys of the screen and the pane where one is, as they are shown, and what they do."""
+    found = {}
+    for active in app.screen.active_bindings.values():
+        ours = type(active.node).__module__.startswith("adapterkit.") and active.node is not app
+        own = {key for binding in vars(type(active.node)).get("BINDINGS", ()) for key in binding.key.split(",")}
+        if ours and active.binding.key in own and active.binding.description:
+            found[app.get_key_display(active.binding)] = active.binding.description
+    return found
+
+
 class HelpScreen(ModalScreen[None]):
-    """The keys, by what they are for."""
+    """The keys: those of the place where one is, and all others by what they are for."""
 
     DEFAULT_CSS = """
     HelpScreen { align: center middle; }
@@ -41,14 +52,18 @@ class HelpScreen(ModalScreen[None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "dismiss", "back")]
 
+    def __init__(self, here: dict[str, str]) -> None:
+        super().__init__()
+        self._here = here
+
     def compose(self) -> ComposeResult:
         with VerticalScroll() as box:
             box.border_title = "keys"
-            yield Static(_text(), markup=False)
+            yield Static(_text(self._here), markup=False)
 
 
-def _text() -> str:
+def _text(here: dict[str, str]) -> str:
     lines = [SIGNS]
-    for about, keys in KEYS.items():
+    for about, keys in {"here": here, **KEYS}.items():
         lines += ["", about, *(f"  {key:12} {what}" for key, what in keys.items())]
     return "\n".join(lines)

@@ -35,7 +35,7 @@ class Sources(Tree[Source]):
     """The sources, by kind."""
 
     DEFAULT_CSS = """
-    Sources { width: 24; border: round $foreground 30%; padding: 0; }
+    Sources { width: 20; border: round $foreground 30%; padding: 0; }
     Sources:focus { border: round $accent; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
