@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adapterkit.formats import load, save
     from adapterkit.live import apply, remove
     from adapterkit.plan import MergePlan
-    from adapterkit.restoring import unmerge
+    from adapterkit.restoring import plan_unmerge, unmerge
     from adapterkit.stream import Merged, TensorMerged, run
 
 # Name -> module; imported on first use, so that `adapterkit --help` stays fast.
@@ -23,14 +23,14 @@ _EXPORTS = {
     "Adapter": "adapter", "LazyTensor": "adapter", "LoraWeights": "adapter", "AdapterkitError": "errors",
     "load": "formats", "save": "formats", "merge": "api", "plan_merge": "api", "plan_quantize": "api",
     "quantize": "api", "run": "stream", "Merged": "stream", "TensorMerged": "stream", "MergePlan": "plan",
-    "apply": "live", "remove": "live", "verify": "api", "unmerge": "restoring",
+    "apply": "live", "remove": "live", "verify": "api", "plan_unmerge": "restoring", "unmerge": "restoring",
     **dict.fromkeys(("combine", "compare", "convert", "extract", "resize"), "adapters"),
 }  # fmt: skip
 
 __all__ = [
     "Adapter", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged", "TensorMerged", "__version__",
-    "apply", "combine", "compare", "convert", "extract", "load", "merge", "plan_merge", "plan_quantize", "quantize",
-    "remove", "resize", "run", "save", "unmerge", "verify",
+    "apply", "combine", "compare", "convert", "extract", "load", "merge", "plan_merge", "plan_quantize", "plan_unmerge",
+    "quantize", "remove", "resize", "run", "save", "unmerge", "verify",
 ]  # fmt: skip
 
 

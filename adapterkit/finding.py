@@ -16,7 +16,8 @@ from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG, PICKLED, WEIGHTS
 from adapterkit.hub.asking import WAITS, ask, asking, understood
-from adapterkit.hub.names import HubId
+from adapterkit.hub.fetching import cached
+from adapterkit.hub.names import HubId, parsed
 from adapterkit.summary import summarize
 from adapterkit.tensorfile import read_json
 
@@ -214,8 +215,10 @@ def _of_hub(info: ModelInfo) -> Found:
     tags = info.tags or []
     base = next((tag.rpartition(":")[2] for tag in tags if tag.startswith("base_model:adapter:")), None)
     parameters = info.safetensors.parameters if info.safetensors else {}
+    id = parsed(info.id)
+    path = cached(id) if id is not None else None
     return Found(
-        info.id, None, "remote", kind="DoRA" if "dora" in tags else None, base_model=base,
+        info.id, path, "here" if path else "remote", kind="DoRA" if "dora" in tags else None, base_model=base,
         size=sum(BITS.get(dtype, 4) * count for dtype, count in parameters.items()) or None,
         modified=info.last_modified.timestamp() if info.last_modified else None,
         downloads=_count(info.downloads), likes=_count(info.likes), gated=bool(info.gated),

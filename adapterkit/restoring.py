@@ -51,15 +51,11 @@ def unmerge(
     adapters, and copied. `approximate` subtracts the adapters from whatever `merged` is. `run_plan` runs each plan, by
     default on `threads` and `device`. Raises FitError where anything is not what was merged, by its SHA-256.
     """
-    source, target = resolve(merged), Path(out).expanduser()
-    checkpoint = open_checkpoint(source, hub_id(merged))
-    told = find_receipt(source) is not None and not approximate
-    given = open_adapters([_opened(entry) for entry in adapters] if told else adapters)
-    check_output(target, overwrite=False)
-    check_apart(target, checkpoint, given)
     run_plan = run_plan or partial(_run, threads=threads, device=device)
     if not every:
-        return run_plan(_plan(checkpoint, target, given, base, approximate))
+        return run_plan(plan_unmerge(merged, out, adapters=adapters, base=base, approximate=approximate))
+    checkpoint, target, given = _checked(merged, out, adapters, approximate)
+    source = checkpoint.path
     receipts = levels(source)
     if base is not None or approximate or not receipts:
         raise UsageError("every merge is undone by receipts alone, one after the other: there must be some")
@@ -77,6 +73,27 @@ def unmerge(
         for step in between:
             discard(step)
     return result
+
+
+def plan_unmerge(
+    merged: AnyPath, out: AnyPath, *, adapters: Adapters = (), base: AnyPath | None = None, approximate: bool = False
+) -> MergePlan:
+    """Plan to undo the last merge of `merged`, as `unmerge` does; nothing is written."""
+    checkpoint, target, given = _checked(merged, out, adapters, approximate)
+    return _plan(checkpoint, target, given, base, approximate)
+
+
+def _checked(
+    merged: AnyPath, out: AnyPath, adapters: Adapters, approximate: bool
+) -> tuple[Checkpoint, Path, list[Given]]:
+    """What is to be undone, where that goes, and the adapters that are given, opened and checked to lie apart."""
+    source, target = resolve(merged), Path(out).expanduser()
+    checkpoint = open_checkpoint(source, hub_id(merged))
+    told = find_receipt(source) is not None and not approximate
+    given = open_adapters([_opened(entry) for entry in adapters] if told else adapters)
+    check_output(target, overwrite=False)
+    check_apart(target, checkpoint, given)
+    return checkpoint, target, given
 
 
 def _plan(merged: Checkpoint, out: Path, given: Sequence[Given], base: AnyPath | None, approximate: bool) -> MergePlan:

@@ -102,6 +102,8 @@ def test_browse_inspect_compare_merge_unmerge_quit(terminal: Terminal, tmp_path:
     terminal.press(*"again")
     terminal.see("adapterkit unmerge one-merged -o again")
     terminal.press("C-s")
+    terminal.see("restores  126 of 272 tensors, by one", "Run")
+    terminal.press("C-s")
     terminal.see("✓ unmerge done")
     terminal.press("J")
     terminal.see("exact     every file has the SHA-256 that the base had")

@@ -19,6 +19,7 @@ from textual.pilot import Pilot
 from textual.widgets import Button, DataTable, Input, Markdown, Static, TabbedContent
 
 from adapterkit import measured
+from adapterkit.finding import in_folders
 from adapterkit.summary import ModuleRow
 from adapterkit.tui import app as module
 from adapterkit.tui import browser, machine, table
@@ -31,6 +32,7 @@ from adapterkit.tui.forms import ConfirmScreen, FormScreen
 from adapterkit.tui.help import HelpScreen
 from adapterkit.tui.jobs import Job
 from adapterkit.tui.jobview import JobBar, JobsScreen, told
+from adapterkit.tui.looking import changes
 from adapterkit.tui.sources import Sources
 
 WIDE, NARROW, TINY = (160, 48), (80, 24), (12, 4)
@@ -187,6 +189,17 @@ async def test_what_vanishes_while_it_is_shown(folder: Path) -> None:
         pilot.app.browser.look_for_changes()
         await settled(pilot)
         assert names(pilot) == ["mine/broken", "mine/two"]
+
+
+def test_what_did_not_change_is_not_read_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path("mine") / "pickled").mkdir()
+    (Path("mine") / "pickled" / "adapter_model.bin").write_bytes(b"x")
+    known = {row.name: row.modified for row in in_folders([folder])}
+    assert len(known) == 4
+    assert changes(folder, known) == ([], [])
+    os.utime("mine/one/adapter_model.safetensors", (1, 1))
+    [new], gone = changes(folder, known | {"mine/gone": 1.0})
+    assert (new.name, gone) == ("mine/one", ["mine/gone"])
 
 
 async def test_the_tabs(folder: Path) -> None:
@@ -491,6 +504,10 @@ async def test_merge_watch_unmerge(folder: Path) -> None:
         await pilot.press("u")
         pilot.app.screen.query_one("#field-merged", Input).value = "one-merged"
         pilot.app.screen.query_one("#field-o", Input).value = "again"
+        await pilot.pause()
+        await pilot.press("ctrl+s")
+        await settled(pilot)
+        assert "restores  4 of 6 tensors, by one" in text_of(pilot.app.screen.query_one("#plan", Static))
         await pilot.press("ctrl+s")
         job = await ended(pilot)
         assert job.state == "done", job
@@ -568,6 +585,10 @@ async def test_pull_and_push(there: Hub, folder: Path) -> None:
         await pilot.press("ctrl+s")
         job = await ended(pilot)
         assert job.state == "done", job
+        await pilot.press("r")
+        await settled(pilot)
+        marks = [str(pilot.app.table.query_one(DataTable).get_row(f"some/lora-00{n}")[0]) for n in (0, 1)]
+        assert ["●" in marks[0], "○" in marks[1]] == [True, True]
         pilot.app.run_job(["push", "mine/two", "me/two"])
         job = await ended(pilot)
         assert job.state == "done", job
@@ -638,6 +659,25 @@ async def test_progress_losses_and_cancelling(folder: Path, slow: Path) -> None:
         await ended(pilot)
         assert (job.state, job.code) == ("cancelled", 130)
         assert slow.exists()
+
+
+async def test_what_does_not_end_is_killed_when_asked_again(folder: Path, slow: Path) -> None:
+    script = slow.with_name("slow.py")
+    script.write_text(script.read_text().replace("    signal.pause()", "    while True:\n        deaf()"))
+    script.write_text(
+        "import signal\ndef deaf():\n    try:\n        signal.pause()\n    except BaseException:\n        pass\n"
+        + script.read_text()
+    )
+    async with running(folder) as pilot:
+        pilot.app.run_job(["merge"])
+        job = pilot.app.jobs[-1]
+        await said(pilot, job)
+        await pilot.press("x")
+        await pilot.pause()
+        assert "x once more kills it" in told(job)
+        await pilot.press("x")
+        await ended(pilot)
+        assert (job.state, job.code) == ("cancelled", -9)
 
 
 async def test_quitting_asks_about_jobs(folder: Path, slow: Path) -> None:

@@ -52,6 +52,17 @@ def merged(make_base: Make, make_adapter: Make, tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
+def test_a_dry_run_tells_the_plan_and_writes_nothing(merged: Path, tmp_path: Path) -> None:
+    before, out = contents(tmp_path), tmp_path / "again"
+    result = run("unmerge", merged, "-o", out, "--adapter", tmp_path / "adapter", "--dry-run")
+    assert result.code == 0, result
+    assert "restores  2 of 3 tensors, by adapter\n" in result.out
+    facts = json.loads(run("unmerge", merged, "-o", out, "--base", tmp_path / "base", "--dry-run", "--json").out)
+    assert facts["bytes"] == sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
+    assert contents(tmp_path) == before
+    assert "--dry-run tells of one merge" in run("unmerge", merged, "-o", out, "--all", "--dry-run").message(2)
+
+
 # --- every kind comes back -------------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,9 @@ import click
 
 from adapterkit.budget import default_threads
 from adapterkit.cli.running import DEVICE_HELP, run_with_bar, weighted
+from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
-from adapterkit.restoring import unmerge
+from adapterkit.restoring import plan_unmerge, unmerge
 from adapterkit.stream import Merged
 from adapterkit.words import size
 
@@ -24,18 +25,26 @@ from adapterkit.words import size
 @click.option("--all", "every", is_flag=True, help="Undo every merge, one after the other, not only the last.")
 @click.option("--base", help="Restore from this base, checked to be the one.")
 @click.option("--approximate", is_flag=True, help="Subtract the adapters, whatever MERGED is.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; nothing is written.")
 @click.option("--device", default="auto", metavar="DEVICE", help=DEVICE_HELP)
 @click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def unmerge_command(
     merged: str, output: str, adapters: tuple[str, ...], every: bool, base: str | None, approximate: bool,
-    device: str, threads: int | None, as_json: bool,
+    dry_run: bool, device: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Take the adapters out of MERGED again: every file of the base as it was, bit for bit.
 
     What that needs stands in the receipt that `merge` writes, and in the adapters, which are found by their names and
     SHA-256. Nothing is written unless every hash fits.
     """
+
+    named = [weighted(text) for text in adapters]
+    if dry_run:
+        if every:
+            raise UsageError("--all makes a plan of what the one before wrote: --dry-run tells of one merge")
+        _show_plan(plan_unmerge(merged, output, adapters=named, base=base, approximate=approximate), as_json)
+        return
 
     def run_plan(plan: MergePlan) -> Merged:
         for note in plan.notes:
@@ -44,8 +53,7 @@ def unmerge_command(
 
     began = time.perf_counter()
     result = unmerge(
-        merged, output, adapters=[weighted(text) for text in adapters], base=base, approximate=approximate, every=every,
-        run_plan=run_plan,
+        merged, output, adapters=named, base=base, approximate=approximate, every=every, run_plan=run_plan
     )  # fmt: skip
     seconds = time.perf_counter() - began
     if as_json:
@@ -61,3 +69,20 @@ def unmerge_command(
     if not approximate:
         print("exact     every file has the SHA-256 that the base had")
     print(f"wrote     {result.out}")
+
+
+def _show_plan(plan: MergePlan, as_json: bool) -> None:
+    used = [one.label for one in plan.given]
+    if as_json:
+        facts = {"output": str(plan.out), "adapters": used, "tensors": plan.edits, "bytes": plan.bytes_to_write}
+        print(json.dumps(facts, indent=2))
+        return
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    by = f", by {', '.join(used)}" if used else ""
+    restored = (
+        f"{plan.edits} of {len(plan.weight_map)} tensors{by}" if plan.edits else f"all of it, from {plan.base.name}"
+    )
+    print(f"restores  {restored}")
+    print(f"writes    {plan.out}: {size(plan.bytes_to_write)}")
+    print("nothing was written (--dry-run)")

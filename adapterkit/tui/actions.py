@@ -76,6 +76,7 @@ ACTIONS = {
             "unmerge", "u", "Undo a merge",
             (Field("merged", "merged model", needed=True), OUT, Field("--adapter", "adapters", "words"),
              Field("--base", "restore from base")),
+            ("--dry-run",),
         ),
         Action(
             "verify", "v", "Verify a merge",

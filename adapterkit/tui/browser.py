@@ -193,7 +193,7 @@ class Browser(Horizontal):
 
     def _show(self, key: tuple[str, str], details: Details, alone: bool) -> None:
         self._seen[key] = details
-        if details.summary is not None and details.row.state == "remote":
+        if details.summary is not None and self.source.kind == "hub":
             self.table.update(row_of(details))
         if alone:
             self.app.push_screen(DetailScreen(details, self.detail.tab))

@@ -9,13 +9,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from adapterkit.tui.actions import line
 
 State = Literal["running", "done", "failed", "cancelled"]
-PATIENCE = 10.0  # seconds that a cancelled command has for its end
+PATIENCE = 60.0  # seconds that a cancelled command has for its end: training finishes its step and saves
 KEPT_LINES = 500
 
 
@@ -97,16 +98,20 @@ class Job:
         changed()
 
     async def cancel(self) -> None:
-        """End the command as ctrl-C does, so that it tidies up; after `PATIENCE` without asking."""
+        """End the command as ctrl-C does, so that it tidies up; asked again, or after `PATIENCE`, without asking it."""
         process = self.process
         if process is None or process.returncode is not None:
+            return
+        if self.cancelling:
+            os.killpg(process.pid, signal.SIGKILL)
             return
         self.cancelling = True
         os.killpg(process.pid, signal.SIGINT)
         try:
             await asyncio.wait_for(process.wait(), PATIENCE)
         except TimeoutError:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     async def _read_out(self) -> str:
         assert self.process is not None and self.process.stdout is not None

@@ -27,6 +27,8 @@ def told(job: Job) -> str:
     """How far a job is: `merging ███████░ 41%  12/29  0:42 left`."""
     if job.state != "running":
         return f"{job.state} after {clock(job.seconds)}"
+    if job.cancelling:
+        return "ends what it does; x once more kills it"
     if job.share is None:
         return job.doing or "begins"
     bar = "█" * round(job.share * BAR)

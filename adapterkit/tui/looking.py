@@ -12,7 +12,7 @@ from typing import Any
 from adapterkit.errors import AdapterkitError
 from adapterkit.finding import Found, describe, folders_below
 from adapterkit.formats import load
-from adapterkit.formats.source import CONFIG, WEIGHTS
+from adapterkit.formats.source import CONFIG, PICKLED, WEIGHTS
 from adapterkit.hub.names import on_hub
 from adapterkit.hub.remote import look, outlined
 from adapterkit.summary import ModuleRow, Summary, summarize
@@ -107,13 +107,6 @@ def rows_of(row: Found, stop: Callable[[], bool]) -> list[ModuleRow] | str:
         return str(error)
 
 
-def refreshed(row: Found) -> Found | None:
-    """The row as it is now, or None where it is gone."""
-    if row.path is None:
-        return row
-    return describe(row.path) if row.path.is_dir() else None
-
-
 def _read(row: Found, path: Path, base: str, fetched: str) -> Details:
     card = _text(path / "README.md") if row.path is not None else ""
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
@@ -156,11 +149,12 @@ def config_text(config: dict[str, Any]) -> str:
 
 def changes(folder: Path, known: dict[str, float | None]) -> tuple[list[Found], list[str]]:
     """The adapters below `folder` that are new or whose weights changed since `known`, and the names that are gone."""
-    there = {}
+    there: dict[str, float | None] = {}
     for one in folders_below(folder):
-        if isinstance(one, Path):
-            there[str(one)] = max(
-                (file.stat().st_mtime for name in WEIGHTS if (file := one / name).is_file()), default=None
-            )
+        if isinstance(one, Found):  # what cannot be read
+            there[one.name] = one.modified
+        else:
+            weights = next((file for name in (*WEIGHTS, *PICKLED) if (file := one / name).is_file()), None)
+            there[str(one)] = weights.stat().st_mtime if weights else None
     new = [describe(Path(name)) for name, modified in there.items() if known.get(name, -1.0) != modified]
     return new, [name for name in known if name not in there]
