@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG, PICKLED, WEIGHTS
+from adapterkit.hub.abreast import abreast
 from adapterkit.hub.asking import WAITS, ask, asking, understood
 from adapterkit.hub.fetching import cached
 from adapterkit.hub.names import HubId, parsed
+from adapterkit.hub.remote import look, outlined
 from adapterkit.summary import summarize
 from adapterkit.tensorfile import read_json
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 THREADS = 1  # beside the one that walks: parsing holds the interpreter, and more of them only wait for each other
 AHEAD = 16  # adapters
+REQUESTS = 8  # at a time
 PAGE = 50  # rows that the Hub sends at a time
 BITS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 
@@ -135,6 +138,26 @@ def describe(path: Path) -> Found:
     )  # fmt: skip
 
 
+def with_details(rows: Sequence[Found]) -> list[Found]:
+    """The rows of the Hub with what their headers tell, some requests for each; what cannot be read has a problem."""
+
+    def detailed(row: Found) -> Found:
+        id = parsed(row.name)
+        if row.path is not None or id is None:
+            return row
+        try:
+            with outlined(look(id)) as outline:
+                found = describe(outline.path)
+        except AdapterkitError as error:
+            return replace(row, problem=str(error).removeprefix(f"{row.name}: "))
+        return replace(
+            row, kind=found.kind, ranks=found.ranks, alphas=found.alphas, targets=found.targets, size=found.size,
+            problem=found.problem,
+        )  # fmt: skip
+
+    return abreast(detailed, rows, REQUESTS)
+
+
 def ordered(rows: Iterable[Found], sort: str) -> list[Found]:
     """The rows in the order of `sort`, then of their names."""
     return sorted(sorted(rows, key=SORTS["name"]), key=SORTS.get(sort, SORTS["name"]))
@@ -217,9 +240,10 @@ def _of_hub(info: ModelInfo) -> Found:
     parameters = info.safetensors.parameters if info.safetensors else {}
     id = parsed(info.id)
     path = cached(id) if id is not None else None
-    return Found(
-        info.id, path, "here" if path else "remote", kind="DoRA" if "dora" in tags else None, base_model=base,
-        size=sum(BITS.get(dtype, 4) * count for dtype, count in parameters.items()) or None,
+    row = describe(path) if path else Found("", None, "remote", kind="DoRA" if "dora" in tags else None)
+    size = sum(BITS.get(dtype, 4) * count for dtype, count in parameters.items()) or None
+    return replace(
+        row, name=info.id, base_model=base or row.base_model, size=row.size or size,
         modified=info.last_modified.timestamp() if info.last_modified else None,
         downloads=_count(info.downloads), likes=_count(info.likes), gated=bool(info.gated),
     )  # fmt: skip

@@ -498,6 +498,30 @@ def test_list_of_the_hub(hub: Hub, adapter: Path, tmp_path: Path, monkeypatch: p
     assert not hub.asked("(GET|HEAD) .*/resolve/.*")  # that would count as downloads
 
 
+def test_details_of_what_is_on_the_hub(
+    hub: Hub, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "adapter")
+    hub.add("x/gated", files(adapter) | {"README.md": card(BASE)}, gated=True)
+    hub.add("x/here", files(adapter) | {"README.md": card(BASE)})
+    resolve("x/here")
+    plain = {row["name"]: row for row in rows("--hub") if row["downloads"] is not None}
+    assert (plain[ADAPTER]["ranks"], plain[ADAPTER]["state"]) == ([], "remote")
+    assert (plain["x/here"]["ranks"], plain["x/here"]["state"]) == ([4], "here")
+    before = len(hub.requests)
+    found = {row["name"]: row for row in rows("--hub", "--details") if row["downloads"] is not None}
+    assert (found[ADAPTER]["ranks"], found[ADAPTER]["alphas"], found[ADAPTER]["targets"]) == (
+        [4],
+        [6.0],
+        ["o_proj", "q_proj"],
+    )
+    assert found[ADAPTER]["size"] == (adapter / "adapter_model.safetensors").stat().st_size
+    assert found[ADAPTER]["downloads"] == 12
+    assert "is gated" in found["x/gated"]["problem"]
+    assert all(one.span for one in hub.requests[before:] if "/resolve/" in one.path)
+    assert "say --hub" in adapterkit("list", "--details").message(2)
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [(["--sort", "trending"], "say --hub"), (["--hub", "--sort", "rank"], "does not sort by rank")],

@@ -28,7 +28,7 @@ from adapterkit.tui.app import AdapterkitApp
 from adapterkit.tui.charts import Layers, Plot, Spectrum, norms
 from adapterkit.tui.comparison import CompareScreen, differences
 from adapterkit.tui.detail import Detail, DetailScreen
-from adapterkit.tui.forms import ConfirmScreen, FormScreen
+from adapterkit.tui.forms import AskScreen, ConfirmScreen, FormScreen
 from adapterkit.tui.help import HelpScreen
 from adapterkit.tui.jobs import Job
 from adapterkit.tui.jobview import JobBar, JobsScreen, told
@@ -729,6 +729,18 @@ async def test_help_names_every_key(folder: Path) -> None:
         await pilot.press("escape", "J", "question_mark")
         assert "cancel" in text_of(pilot.app.screen.query_one(Static)).partition("moving")[0]
         await pilot.press("escape")
+
+
+async def test_the_mouse(folder: Path) -> None:
+    async with running(folder) as pilot:
+        await pilot.click("#adapters DataTable", offset=(8, 2))
+        await settled(pilot)
+        assert pilot.app.table.current.name == "mine/one"
+        await pilot.click("#top")
+        assert isinstance(pilot.app.screen, AskScreen)
+        await pilot.press("escape", "m")
+        await pilot.click("#back")
+        assert len(pilot.app.screen_stack) == 1
 
 
 async def test_the_palette_has_every_action(folder: Path) -> None:

@@ -17,7 +17,7 @@ from adapterkit.cli.progress import progress
 from adapterkit.cli.running import files
 from adapterkit.cli.tables import width
 from adapterkit.errors import FormatError, OutputExistsError, UsageError
-from adapterkit.finding import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered
+from adapterkit.finding import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered, with_details
 from adapterkit.words import printable, short, size, span
 
 if TYPE_CHECKING:
@@ -36,22 +36,28 @@ ON_THE_LEFT = (NAME, "kind", "targets", "base")
 @click.option("--search", default="", metavar="WORDS", help="Only what has all these words in names or targets.")
 @click.option("--sort", type=click.Choice([*SORTS, "trending"]), help="Default: by name, on the Hub what is trending.")
 @click.option("--limit", type=click.IntRange(1), default=LIMIT, show_default=True, help="Rows of the Hub.")
+@click.option("--details", is_flag=True, help="Read the headers of those on the Hub too: ranks, targets, sizes. Some "
+              "requests each, which the Hub counts as downloads.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def list_command(
-    folders: tuple[str, ...], hub: bool, base: str | None, search: str, sort: str | None, limit: int, as_json: bool
-) -> None:
+    folders: tuple[str, ...], hub: bool, base: str | None, search: str, sort: str | None, limit: int, details: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Show the adapters in the folders DIR and below and in the Hub cache, and with --hub those on the Hub.
 
     Without DIR, of the current folder. What is read are headers and configs.
     """
     if sort == "trending" and not hub:
         raise UsageError("--sort trending is of the Hub: say --hub")
+    if details and not hub:
+        raise UsageError("--details is of what is on the Hub: say --hub")
     if hub and sort is not None and sort not in HUB_SORTS:
         raise UsageError(f"the Hub does not sort by {sort}: expected one of {', '.join(HUB_SORTS)}")
     here = [one for one in itertools.chain(in_folders(folders or ["."]), in_cache()) if one.matches(base, search)]
     rows = ordered(here, sort or "name")
     if hub:
-        rows += itertools.islice(on_the_hub(base, search, sort or "trending"), limit)
+        there = list(itertools.islice(on_the_hub(base, search, sort or "trending"), limit))
+        rows += with_details(there) if details else there
     if as_json:
         print(json.dumps([asdict(row) | {"path": str(row.path) if row.path else None} for row in rows], indent=2))
         return

@@ -13,10 +13,11 @@ from typing import ClassVar
 from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
-from textual import work
+from textual import on, work
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.color import Color
+from textual.events import Click
 from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
@@ -105,6 +106,10 @@ class AdapterkitApp(App[None]):
         text.append("adapterkit", "bold").append(f"   base: {self.base or 'none (b)'} ▾")
         text.append(f"   {self._user}   {machine()}", "dim")
         self.screen_stack[0].query_one("#top", Static).update(text)
+
+    @on(Click, "#top")
+    def _top_clicked(self) -> None:
+        self.action_base()
 
     @work(thread=True, exit_on_error=False)
     def _who(self) -> None:
