@@ -10,6 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
+from textual_plot import HiResMode
 
 from adapterkit.tui.charts import Plot
 from adapterkit.tui.jobs import Job
@@ -66,9 +67,9 @@ class JobsScreen(Screen[None]):
     """All jobs, what the chosen one said, and the losses where it trains."""
 
     DEFAULT_CSS = """
-    JobsScreen > DataTable { height: 40%; border: round $foreground 30%; }
+    JobsScreen > DataTable { height: auto; min-height: 4; max-height: 30%; border: round $foreground 30%; }
     JobsScreen > VerticalScroll { height: 1fr; border: round $foreground 30%; padding: 0 1; }
-    JobsScreen > Plot { height: 40%; display: none; }
+    JobsScreen > Plot { height: 2fr; display: none; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,J", "dismiss", "back"),
@@ -90,8 +91,8 @@ class JobsScreen(Screen[None]):
         table = self.query_one(DataTable)
         table.border_title = "jobs"
         table.add_column("", key="sign")
-        table.add_column("command", key="command")
         table.add_column("how far", key="told")
+        table.add_column("command", key="command")
         self.refresh_jobs()
         table.move_cursor(row=len(self.app.jobs) - 1, animate=False)
         self.set_interval(0.5, self.refresh_jobs)
@@ -106,7 +107,7 @@ class JobsScreen(Screen[None]):
         """Draw the jobs as they are now."""
         table = self.query_one(DataTable)
         for number, job in enumerate(self.app.jobs):
-            cells = {"sign": Text(SIGNS[job.state], STYLES[job.state]), "command": job.command, "told": told(job)}
+            cells = {"sign": Text(SIGNS[job.state], STYLES[job.state]), "told": told(job), "command": job.command}
             if number >= table.row_count:
                 table.add_row(*cells.values(), key=str(number))
             else:
@@ -129,7 +130,7 @@ class JobsScreen(Screen[None]):
         plot.display = len(job.losses) > 1
         if plot.display:
             plot.clear()
-            plot.plot(list(range(1, len(job.losses) + 1)), job.losses, "cyan")
+            plot.plot(list(range(1, len(job.losses) + 1)), job.losses, "cyan", HiResMode.BRAILLE)
             plot.set_xlabel("step")
             plot.set_ylabel("loss")
 
