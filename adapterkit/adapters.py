@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adapterkit.api import AnyAdapter, AnyPath, open_adapters
 from adapterkit.checkpoint import open_checkpoint
-from adapterkit.combining import Combined, ModuleDone, check_limit
+from adapterkit.combining import Combined, ModuleDone, Planned, check_limit
 from adapterkit.combining import combine as run_combine
 from adapterkit.comparing import Pair
 from adapterkit.comparing import compare as run_compare
@@ -25,7 +25,7 @@ from adapterkit.plan import Given
 from adapterkit.staging import check_output
 
 KINDS = ("dora", "lora", "rslora")
-OnModule = Callable[[ModuleDone], None]
+OnModule = Callable[[Planned | ModuleDone], None]  # first the plan: what raises then keeps anything from being done
 
 
 def combine(
@@ -143,12 +143,12 @@ def convert(
 
 def _conversion(
     given: Sequence[Given], to: str, base: AnyPath | None, limit: Limit | None, seed: int
-) -> Iterator[ModuleDone | Combined]:
+) -> Iterator[Planned | ModuleDone | Combined]:
     """The steps of a conversion that makes sense: with a base to or from DoRA, of two adapters their difference."""
     if base is None:
         if len(given) > 1:
             return run_combine(given, "linear", limit=limit, saved="first")
-        return iter([rescale(given[0], to == "rslora")])
+        return iter([Planned(len(given[0].adapter.modules)), rescale(given[0], to == "rslora")])
     checkpoint = open_checkpoint(resolve(base), hub_id(base))
     if to == "dora":
         return to_dora(given[0], checkpoint)
@@ -181,7 +181,7 @@ def extract(
     return result
 
 
-def _finished(steps: Iterator[ModuleDone | Combined], on_module: OnModule) -> Combined:
+def _finished(steps: Iterator[Planned | ModuleDone | Combined], on_module: OnModule) -> Combined:
     for step in steps:
         if isinstance(step, Combined):
             return step

@@ -28,6 +28,13 @@ Weights = LoraWeights[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """Everything fits, as far as headers tell: so many modules are to be done."""
+
+    modules: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleDone:
     """One module of the result: its rank, `‖Δ‖_F²` as it was meant, and how much of that was left out."""
 
@@ -72,8 +79,8 @@ def combine(
     seed: int | None = None,
     saved: str = "error",
     pad: bool = False,
-) -> Iterator[ModuleDone | Combined]:
-    """Combine the modules of all adapters by `method`, an event for each, the result last.
+) -> Iterator[Planned | ModuleDone | Combined]:
+    """Combine the modules of all adapters by `method`: the plan, an event for each of them, the result.
 
     Without a `limit` the result is exact, except for methods that look at elements, which have the greatest rank among
     the adapters. With `pad` a rank above a module's own is made up by zeros. Raises UsageError for what a method does
@@ -87,6 +94,7 @@ def combine(
     if limit is not None and limit.rank is not None:
         _check_rank(given, modules, limit.rank, pad)
     replaced, tokens, more = combine_wholes(given, saved)
+    yield Planned(len(modules))
     done: dict[str, tuple[Weights, ModuleDone]] = {}
     for batch in batches(given, modules, most=None if method in FACTORED else 1):  # each of those takes seconds
         for name, weights, energy, discarded in _combine_batch(given, batch, method, limit, settings, seed or 0):

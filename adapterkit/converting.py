@@ -11,7 +11,7 @@ from adapterkit.adapter import Adapter, LazyTensor, LoraWeights, load_weights
 from adapterkit.based import Piece, pieces
 from adapterkit.changes import refuse_broken
 from adapterkit.checkpoint import Checkpoint
-from adapterkit.combining import Combined, ModuleDone, best_of, weights_of
+from adapterkit.combining import Combined, ModuleDone, Planned, best_of, weights_of
 from adapterkit.errors import FitError, UsageError
 from adapterkit.lowrank import Limit, Product, decompose
 from adapterkit.plan import Given
@@ -24,15 +24,17 @@ from adapterkit.tensorfile import Weight
 Weights = LoraWeights[torch.Tensor]
 
 
-def to_dora(one: Given, base: Checkpoint) -> Iterator[ModuleDone | Combined]:
+def to_dora(one: Given, base: Checkpoint) -> Iterator[Planned | ModuleDone | Combined]:
     """Give every module the magnitude `m = ‖W + s·B·A‖` of each output, by which DoRA's `m/n` is 1.
 
     The norms are of `W + s·B·A` as merging forms it, in float64: as many operations as through `W·Aᵀ` and the Gram
     matrices, and no cancellation. Raises FitError where a module has no place in the base, or is DoRA already.
     """
+    placed = list(_placed(one, base, dora=False))
+    yield Planned(len(placed))
     done: dict[str, LoraWeights[LazyTensor]] = {}
     rows = []
-    for name, stored, found in _placed(one, base, dora=False):
+    for name, stored, found in placed:
         magnitude = torch.cat([piece.norms(Matrix(piece.shape, piece.before).spans()) for piece in found])
         energy = float(decompose(Product.of(load_weights(stored))).sigma.square().sum()) * stored.scaling**2
         done[name] = replace(stored, magnitude=LazyTensor.of(magnitude.float()))
@@ -41,15 +43,17 @@ def to_dora(one: Given, base: Checkpoint) -> Iterator[ModuleDone | Combined]:
     yield Combined(_like(one.adapter, done), tuple(rows), ())
 
 
-def to_lora(one: Given, base: Checkpoint, limit: Limit, seed: int = 0) -> Iterator[ModuleDone | Combined]:
+def to_lora(one: Given, base: Checkpoint, limit: Limit, seed: int = 0) -> Iterator[Planned | ModuleDone | Combined]:
     """The best approximation of each DoRA module's effective `Δ = diag(g)·(W + s·B·A) − W`, `g = m/n`, as LoRA.
 
     That Δ is of full rank: products with it are computed from rows of W and the factors (see `sketch`). Raises
     FitError where a module has no place in the base.
     """
+    placed = list(_placed(one, base, dora=True))
+    yield Planned(len(placed))
     done: dict[str, LoraWeights[LazyTensor]] = {}
     rows = []
-    for name, stored, found in _placed(one, base, dora=True):
+    for name, stored, found in placed:
         weights = load_weights(stored)
         matrix = _effective(weights, found)
         best = sketch(matrix, limit, seed, name)

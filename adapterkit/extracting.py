@@ -10,7 +10,7 @@ import torch
 from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
 from adapterkit.based import reader
 from adapterkit.checkpoint import Checkpoint
-from adapterkit.combining import Combined, ModuleDone, best_of
+from adapterkit.combining import Combined, ModuleDone, Planned, best_of
 from adapterkit.errors import FitError
 from adapterkit.lowrank import Limit, Product
 from adapterkit.planning import is_linear
@@ -22,7 +22,7 @@ from adapterkit.tensorfile import TensorInfo, Weight
 
 def extract(
     base: Checkpoint, tuned: Checkpoint, limit: Limit, *, whole: bool = False, seed: int = 0
-) -> Iterator[ModuleDone | Combined]:
+) -> Iterator[Planned | ModuleDone | Combined]:
     """`W_tuned − W_base ≈ B·A` for every linear layer that differs, an event for each, the adapter last.
 
     With `whole`, what differs beside them (embeddings, norms, heads) is taken over as modules_to_save; without, a note
@@ -33,6 +33,7 @@ def extract(
     _check(base, tuned, before, after)
     transposed = base.config.get("model_type") in CONV1D_MODELS
     linear = [name for name, weight in before.items() if is_linear(name, weight)]
+    yield Planned(len(linear))
     modules: dict[str, LoraWeights[LazyTensor]] = {}
     rows: list[ModuleDone] = []
     for number, name in enumerate(linear, 1):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import FIXTURES, factors
 from handmade import adapterkit as run_adapterkit
+from handmade import contents, write_adapter, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -538,3 +539,35 @@ def test_the_command_line(two: tuple[Path, Path], tmp_path: Path) -> None:
     done = run_adapterkit("resize", tmp_path / "core", "-o", tmp_path / "small", "--energy", "0.9")
     assert done.code == 0 and "resized" in done.out and "kept" in done.out
     assert run_adapterkit("resize", tmp_path / "core", "-o", tmp_path / "none").code == 2
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["combine", "one", "two", "--method", "ties"],
+        ["resize", "one", "--rank", "2"],
+        ["convert", "one", "--to", "dora", "--base", "base"],
+        ["convert", "one", "--to", "rslora"],
+        ["extract", "base", "tuned", "--rank", "2"],
+    ],
+)
+def test_a_dry_run_checks_and_makes_nothing(args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        write_adapter(tmp_path / name)
+    for name in ("base", "tuned"):
+        write_base(tmp_path / name)
+    monkeypatch.setattr("adapterkit.adapters._write", None)  # which would raise
+    before = contents(tmp_path)
+    result = run_adapterkit(*args, "-o", "out", "--dry-run")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("plan      4 modules to make;")
+    assert json.loads(run_adapterkit(*args, "-o", "out", "--dry-run", "--json").out)["modules"] == 4
+    assert contents(tmp_path) == before
+    (tmp_path / "taken").write_text("")
+    assert "exists already" in run_adapterkit(*args, "-o", "taken", "--dry-run").message(7)
+    missing = [arg.replace("one", "none").replace("tuned", "none") for arg in args]
+    assert run_adapterkit(*missing, "-o", "out", "--dry-run").code == 1

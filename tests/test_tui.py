@@ -541,6 +541,9 @@ async def test_combine_takes_the_marked(folder: Path) -> None:
         assert isinstance(form, FormScreen)
         assert form.argv == ["combine", "mine/one", "mine/two", "-o", "one-combine", "--method", "linear"]
         await pilot.press("ctrl+s")
+        await settled(pilot)
+        assert "4 modules to make" in text_of(form.query_one("#plan", Static))
+        await pilot.press("ctrl+s")
         job = await ended(pilot)
         assert job.state == "done", job
         assert Path("one-combine/adapter_model.safetensors").is_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 import click
 
@@ -11,9 +10,6 @@ from adapterkit.cli.results import bar_of, show_result
 from adapterkit.cli.running import weighted
 from adapterkit.errors import UsageError
 from adapterkit.methods import METHODS
-
-if TYPE_CHECKING:
-    pass
 
 LIST = "\n".join(f"  {name:16}{method.help}" for name, method in METHODS.items())
 
@@ -29,11 +25,13 @@ LIST = "\n".join(f"  {name:16}{method.help}" for name, method in METHODS.items()
 @click.option("--seed", type=int, help="Of what dare methods drop.")
 @click.option("--saved", default="error", show_default=True,
               help="What to do with tensors that several hold whole: error, first or average.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Check what headers tell, print the plan, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every module.")
 def combine_command(
     adapters: tuple[str, ...], output: str, method: str, rank: int | None, energy: float | None,
-    settings: tuple[str, ...], inner: str | None, seed: int | None, saved: str, overwrite: bool, as_json: bool,
+    settings: tuple[str, ...], inner: str | None, seed: int | None, saved: str, dry_run: bool, overwrite: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Combine adapters into one, e.g. `a:0.7 b:0.3`; different ranks, scalings and targets go together.
 
@@ -45,7 +43,7 @@ def combine_command(
     if inner is not None:
         options["inner"] = inner
     began = time.perf_counter()
-    with bar_of("combining") as on_module:
+    with bar_of("combining", output, dry_run, as_json) as on_module:
         result = combine(
             [weighted(text) for text in adapters], output, method=method, rank=rank, energy=energy, options=options,
             seed=seed, saved=saved, overwrite=overwrite, on_module=on_module,
@@ -60,17 +58,18 @@ def combine_command(
 @click.option("--energy", type=float, help="The least rank of each module that keeps this share of ‖Δ‖².")
 @click.option("--error", type=float, help="The least rank of each module with no more than this relative error.")
 @click.option("--uniform", is_flag=True, help="The same rank for all: the greatest that one needs.")
+@click.option("--dry-run", is_flag=True, help="Check what headers tell, print the plan, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every module.")
 def resize_command(
     adapter: str, output: str, rank: int | None, energy: float | None, error: float | None, uniform: bool,
-    overwrite: bool, as_json: bool,
+    dry_run: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Change the rank of ADAPTER: downwards to the best approximation there is, upwards exactly."""
     from adapterkit.adapters import resize
 
     began = time.perf_counter()
-    with bar_of("resizing") as on_module:
+    with bar_of("resizing", output, dry_run, as_json) as on_module:
         result = resize(
             adapter, output, rank=rank, energy=energy, error=error, uniform=uniform, overwrite=overwrite,
             on_module=on_module,

@@ -18,11 +18,12 @@ from adapterkit.cli.results import bar_of, show_result
 @click.option("--rank", type=int, help="From DoRA, or with --initial: truncate to this rank, optimally.")
 @click.option("--energy", type=float, help="The same by the share of ‖Δ‖² that each module keeps.")
 @click.option("--seed", type=int, help="Where the search for the best rank begins, from DoRA.")
+@click.option("--dry-run", is_flag=True, help="Check what headers tell, print the plan, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every module.")
 def convert_command(
     adapter: str, output: str, to: str, base: str | None, initial: str | None, rank: int | None, energy: float | None,
-    seed: int | None, overwrite: bool, as_json: bool,
+    seed: int | None, dry_run: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make ADAPTER another kind.
 
@@ -33,7 +34,7 @@ def convert_command(
     from adapterkit.adapters import convert
 
     began = time.perf_counter()
-    with bar_of("converting") as on_module:
+    with bar_of("converting", output, dry_run, as_json) as on_module:
         result = convert(
             adapter, output, to=to, base=base, initial=initial, rank=rank, energy=energy, seed=seed,
             overwrite=overwrite, on_module=on_module,
@@ -49,17 +50,18 @@ def convert_command(
 @click.option("--energy", type=float, help="The least rank of each module that keeps this share of ‖Δ‖².")
 @click.option("--whole", is_flag=True, help="Take embeddings, norms and heads that differ too, as modules_to_save.")
 @click.option("--seed", type=int, default=0, help="Where the search for the best rank begins.")
+@click.option("--dry-run", is_flag=True, help="Check what headers tell, print the plan, and stop.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, with every module.")
 def extract_command(
     base: str, finetuned: str, output: str, rank: int | None, energy: float | None, whole: bool, seed: int,
-    overwrite: bool, as_json: bool,
+    dry_run: bool, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Extract the adapter that makes FINETUNED of BASE, a few rows at a time, and say what it does not hold."""
     from adapterkit.adapters import extract
 
     began = time.perf_counter()
-    with bar_of("extracting") as on_module:
+    with bar_of("extracting", output, dry_run, as_json) as on_module:
         result = extract(
             base, finetuned, output, rank=rank, energy=energy, whole=whole, seed=seed, overwrite=overwrite,
             on_module=on_module,

@@ -11,14 +11,33 @@ from typing import TYPE_CHECKING
 from adapterkit.cli.progress import progress
 
 if TYPE_CHECKING:
-    from adapterkit.combining import Combined, ModuleDone
+    from adapterkit.combining import Combined, ModuleDone, Planned
 
 
 @contextmanager
-def bar_of(what: str) -> Iterator[Callable[[ModuleDone], None]]:
-    """What shows the modules that are done."""
+def bar_of(what: str, output: str, dry_run: bool, as_json: bool) -> Iterator[Callable[[Planned | ModuleDone], None]]:
+    """What shows the modules that are done; of a dry run the plan, which is its end."""
+    from adapterkit.combining import Planned
+
     with progress(what) as show:
-        yield lambda row: show(row.done, row.total)
+
+        def on_module(event: Planned | ModuleDone) -> None:
+            if not isinstance(event, Planned):
+                show(event.done, event.total)
+            elif dry_run:
+                _show_plan(output, event.modules, as_json)
+                raise SystemExit(0)
+
+        yield on_module
+
+
+def _show_plan(output: str, modules: int, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"output": output, "modules": modules}, indent=2))
+        return
+    print(f"plan      {modules} modules to make; all that headers tell is checked, and fits")
+    print(f"writes    {output}")
+    print("nothing was written (--dry-run)")
 
 
 def show_result(result: Combined, output: str, what: str, seconds: float, as_json: bool) -> None:

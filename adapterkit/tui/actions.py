@@ -87,19 +87,23 @@ ACTIONS = {
             "combine", "o", "Combine the marked",
             (Field("adapters", "adapters", "words", needed=True), OUT,
              Field("--method", "method", "choice", "linear", METHODS), Field("--rank", "rank"), OVERWRITE),
+            ("--dry-run",),
         ),
         Action(
             "resize", "z", "Change the rank",
             (ADAPTER, OUT, Field("--rank", "rank"), Field("--energy", "or energy to keep"), OVERWRITE),
+            ("--dry-run",),
         ),
         Action(
             "convert", "D", "Convert to DoRA or back",
             (ADAPTER, OUT, Field("--to", "to", "choice", "dora", ("dora", "lora", "rslora"), True),
              Field("--base", "base"), Field("--rank", "rank"), OVERWRITE),
+            ("--dry-run",),
         ),
         Action(
             "extract", "e", "Extract from a fine-tuned model",
             (BASE, Field("finetuned", "fine-tuned model", needed=True), OUT, Field("--rank", "rank"), OVERWRITE),
+            ("--dry-run",),
         ),
         Action(
             "train", "t", "Train from a recipe",
