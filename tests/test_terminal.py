@@ -77,7 +77,7 @@ def terminal(tmp_path: Path, smollm2: Path) -> Iterator[Terminal]:
 
 
 def test_browse_inspect_compare_merge_unmerge_quit(terminal: Terminal, tmp_path: Path, smollm2: Path) -> None:
-    terminal.see("mine/one", "mine/two", "126 of 126 targets found")
+    terminal.see("●  one", "●  two", "126 of 126 targets found")
     terminal.press("2")
     terminal.see("down_proj", "99% rank", "layer")
     terminal.press("3")
@@ -121,7 +121,7 @@ def test_without_colour(tmp_path: Path, colour: str) -> None:
     env = f"env -u COLUMNS -u LINES HF_HUB_OFFLINE=1 XDG_CACHE_HOME={tmp_path / 'cache'} PYTHONPATH={ROOT} {colour}"
     terminal = Terminal(tmp_path, [env, sys.executable, "-m", "adapterkit", "tui", "mine"], size=(80, 24))
     try:
-        terminal.see("mine/one", "DoRA")
+        terminal.see("●  one", "DoRA")
         terminal.press("2", "Enter")
         terminal.see("▐x▌ q", "down_proj")
         terminal.press("Q")

@@ -37,8 +37,8 @@ COMMANDS = {
     "eval": ("eval", "How well a model, with an adapter or without, does on held-out records."),
     "quantize": ("quantize", "Quantize a base model to NF4, FP4 or LLM.int8, streaming."),
     "pull": ("hub", "Get an adapter or a base from the Hub, checked byte by byte."),
-    "tui": ("tui", "Browse adapters and work with them in the terminal."),
     "push": ("hub", "Send an adapter or a model to the Hub, checked before and in one commit."),
+    "tui": ("tui", "Browse adapters and work with them in the terminal."),
 }
 
 

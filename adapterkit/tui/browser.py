@@ -91,7 +91,7 @@ class Browser(Horizontal):
         sorts = ("trending", "downloads", "likes", "modified") if on_hub else tuple(SORTS)
         sort = self.table.sort if self.table.sort in sorts else sorts[0]
         self.detail.wait(None)
-        self.table.show(sort, sorts, "asking the Hub …" if on_hub else "reading …", filters=not on_hub)
+        self.table.show(sort, sorts, "asking the Hub …" if on_hub else "reading …", on_hub, self.source.folder)
         self.workers.cancel_group(self, "find")
         if on_hub:
             assert sort in HUB_SORTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text
@@ -78,6 +79,7 @@ class AdapterTable(Vertical):
         self.marked: dict[str, Found] = {}
         self.words, self.sort = "", "name"
         self.filters = True  # whether words are looked for here, and not by the Hub
+        self.folder: Path | None = None  # that rows lie below
         self.sorts: tuple[str, ...] = tuple(SORTS)
         self.status = ""
         self._shown: list[Found] = []
@@ -108,9 +110,10 @@ class AdapterTable(Vertical):
 
     # --- what is there -----------------------------------------------------------------------------------------------
 
-    def show(self, sort: str, sorts: tuple[str, ...], status: str, filters: bool) -> None:
+    def show(self, sort: str, sorts: tuple[str, ...], status: str, on_hub: bool, folder: Path | None) -> None:
         """Begin with another source: no rows yet, and what may be there told by `status`."""
-        self.rows, self.sort, self.sorts, self.status, self.filters = {}, sort, sorts, status, filters
+        self.rows, self.sort, self.sorts, self.status, self.filters = {}, sort, sorts, status, not on_hub
+        self.folder = folder
         self._redraw()
 
     def add(self, rows: Iterable[Found]) -> None:
@@ -189,9 +192,11 @@ class AdapterTable(Vertical):
         return [Text(text, style=style, no_wrap=True, overflow="ellipsis") for text in texts]
 
     def _called(self, row: Found) -> str:
-        """The last parts of a path, as many as tell it apart here; a Hub id as it is."""
-        local = row.path is not None and row.name.startswith("/")
-        return printable("/".join(row.name.split("/")[-2:]) if local else row.name)
+        """Its path below the folder that is listed, or its Hub id."""
+        if self.folder is None or row.path is None or not row.path.is_relative_to(self.folder):
+            return printable(row.name)
+        below = str(row.path.relative_to(self.folder))
+        return printable(row.path.absolute().name if below == "." else below)
 
     def _say(self) -> None:
         """Words where rows would be, and how many there are on the border."""
