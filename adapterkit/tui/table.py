@@ -193,10 +193,7 @@ class AdapterTable(Vertical):
 
     def _called(self, row: Found) -> str:
         """Its path below the folder that is listed, or its Hub id."""
-        if self.folder is None or row.path is None or not row.path.is_relative_to(self.folder):
-            return printable(row.name)
-        below = str(row.path.relative_to(self.folder))
-        return printable(row.path.absolute().name if below == "." else below)
+        return printable(row.name.removeprefix(f"{self.folder}/") if self.folder else row.name)
 
     def _say(self) -> None:
         """Words where rows would be, and how many there are on the border."""
