@@ -400,7 +400,7 @@ def test_a_hub_that_hangs(hub: Hub, monkeypatch: pytest.MonkeyPatch, command: li
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.05)
     hub.fail("GET .*", hang=True, times=99)
-    assert "the Hub does not answer" in adapterkit(*command).message_of_last(5)
+    assert "does not answer" in adapterkit(*command).message_of_last(5)
 
 
 def test_no_hub_at_all(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,6 +520,17 @@ def test_details_of_what_is_on_the_hub(
     assert "is gated" in found["x/gated"]["problem"]
     assert all(one.span for one in hub.requests[before:] if "/resolve/" in one.path)
     assert "say --hub" in adapterkit("list", "--details").message(2)
+
+
+def test_what_is_here_is_listed_also_where_the_hub_is_away(
+    hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    result = adapterkit("list", tmp_path / "adapter", "--hub")
+    assert "● " in result.out
+    assert "cannot be reached" in result.message(5)
+    assert sum(hub.slept) < 10  # the client by itself takes 23 s
+    assert len(json.loads(adapterkit("list", tmp_path / "adapter", "--hub", "--json").out)) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import click
 from adapterkit.cli.progress import progress
 from adapterkit.cli.running import files
 from adapterkit.cli.tables import width
-from adapterkit.errors import FormatError, OutputExistsError, UsageError
+from adapterkit.errors import AdapterkitError, FormatError, OutputExistsError, UsageError
 from adapterkit.finding import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered, with_details
 from adapterkit.words import printable, short, size, span
 
@@ -54,20 +54,24 @@ def list_command(
     if hub and sort is not None and sort not in HUB_SORTS:
         raise UsageError(f"the Hub does not sort by {sort}: expected one of {', '.join(HUB_SORTS)}")
     here = [one for one in itertools.chain(in_folders(folders or ["."]), in_cache()) if one.matches(base, search)]
-    rows = ordered(here, sort or "name")
+    rows, failed = ordered(here, sort or "name"), None
     if hub:
-        there = list(itertools.islice(on_the_hub(base, search, sort or "trending"), limit))
-        rows += with_details(there) if details else there
+        try:
+            there = list(itertools.islice(on_the_hub(base, search, sort or "trending"), limit))
+            rows += with_details(there) if details else there
+        except AdapterkitError as error:  # told once what is on this disk was shown
+            failed = error
     if as_json:
         print(json.dumps([asdict(row) | {"path": str(row.path) if row.path else None} for row in rows], indent=2))
-        return
-    if not rows:
+    elif rows:
+        _print_rows(_columns(rows), rows)
+        for row in rows:
+            if row.problem:
+                print(_line(f"⚠ {row.name}: {row.problem}"))
+    elif failed is None:
         print("no adapters found" + ("" if hub else "; --hub looks on the Hub"))
-        return
-    _print_rows(_columns(rows), rows)
-    for row in rows:
-        if row.problem:
-            print(_line(f"⚠ {row.name}: {row.problem}"))
+    if failed is not None:
+        raise failed
 
 
 def _print_rows(columns: dict[str, Callable[[Found], str]], rows: list[Found]) -> None:

@@ -28,6 +28,7 @@ WAITS = (1.0, 2.0, 4.0)  # seconds before a question is asked again
 BUSY = (408, 429, 500, 502, 503, 504)
 SENDING = 60.0  # seconds that the Hub may take over what was sent to it
 LONGEST = 300.0  # seconds that are waited where the Hub asks for it: its limits count by five minutes
+UNANSWERED = 3  # requests, which the client repeats for half a minute
 SILENCE = 2.0  # times the limit of one request, after which it is taken to be away
 NEAR = 3  # names that are suggested
 
@@ -161,22 +162,25 @@ def _refused(repo: str, error: Any) -> AdapterkitError:
 
 
 class _Notes(logging.Handler):
-    """Of what the client logs, which has addresses in it, only that it waits."""
+    """Of what the client logs, which has addresses in it, only that it waits; and when it begins with a new session."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if (text := record.getMessage()).startswith("Rate limited"):
             log.warning("the Hub asks to wait: %s", _clean(text.partition(". ")[2]))
+        elif text.startswith("Retrying"):
+            _prepare_client()  # where it could not connect, it makes itself a new session, without our hooks
 
 
 class _Patience(threading.local):
     """Ends requests that are never answered, and questions whose requests are; a thread has its own."""
 
     heard: float | None = None  # when a question began, or last had an answer
+    unanswered = 0  # requests since then
 
     @contextmanager
     def with_end(self) -> Iterator[None]:
         """Within this the Hub must be heard of now and then."""
-        self.heard = time.monotonic()
+        self.heard, self.unanswered = time.monotonic(), 0
         try:
             yield
         finally:
@@ -186,8 +190,10 @@ class _Patience(threading.local):
         """Give a request the limits that it lacks; raises OfflineError where nothing has been heard for too long."""
         from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT as LIMIT
 
-        if self.heard is not None and time.monotonic() - self.heard > SILENCE * LIMIT:
-            raise OfflineError("the Hub does not answer")
+        if self.heard is not None:
+            if self.unanswered == UNANSWERED or time.monotonic() - self.heard > SILENCE * LIMIT:
+                raise OfflineError("the Hub cannot be reached, or does not answer")
+            self.unanswered += 1
         limit = LIMIT if request.method in ("GET", "HEAD") else SENDING
         given = request.extensions.setdefault("timeout", {})
         for what in ("connect", "read", "write", "pool"):
@@ -197,14 +203,14 @@ class _Patience(threading.local):
     def after(self, response: Any) -> None:
         """Note that there was an answer."""
         if self.heard is not None:
-            self.heard = time.monotonic()
+            self.heard, self.unanswered = time.monotonic(), 0
 
 
 _patience, _notes = _Patience(), _Notes()
 
 
 def _prepare_client() -> None:
-    """Hook into the client that is there now: it makes itself a new one after some errors."""
+    """Hook into the session that is there now."""
     from huggingface_hub.utils import get_session
 
     theirs = logging.getLogger("huggingface_hub")

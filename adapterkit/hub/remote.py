@@ -80,7 +80,10 @@ def look(id: HubId) -> Remote:
         ]
         return str(info.sha), files
 
-    commit, files = ask(str(id), question)
+    try:
+        commit, files = ask(str(id), question)
+    except OfflineError as error:
+        raise OfflineError(f"{error}; nor is there such a local path") from error
     prefix = id.at("")
     here = {file.name.removeprefix(prefix): file for file in files if file.name.startswith(prefix)}
     names, is_adapter = _chosen(id, here)
