@@ -664,6 +664,23 @@ async def test_progress_losses_and_cancelling(folder: Path, slow: Path) -> None:
         assert slow.exists()
 
 
+async def test_a_command_that_cannot_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(folder) as pilot:
+        monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+        pilot.app.run_job(["merge"])
+        job = await ended(pilot)
+        assert (job.state, job.result) == ("failed", "cannot be started: No such file or directory")
+
+
+async def test_a_line_without_end_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\nhead -c 3000000 /dev/zero | tr '\\0' x >&2; echo >&2; echo last >&2\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    job = Job(["merge"])
+    await job.run(lambda: None)
+    assert (job.state, job.said[-1]) == ("done", "last")
+
+
 async def test_what_does_not_end_is_killed_when_asked_again(folder: Path, slow: Path) -> None:
     script = slow.with_name("slow.py")
     script.write_text(script.read_text().replace("    signal.pause()", "    while True:\n        deaf()"))

@@ -18,6 +18,7 @@ from adapterkit.tui.actions import line
 State = Literal["running", "done", "failed", "cancelled"]
 PATIENCE = 60.0  # seconds that a cancelled command has for its end: training finishes its step and saves
 KEPT_LINES = 500
+LINE_BYTES = 1 << 20
 
 
 @dataclass(eq=False)
@@ -84,13 +85,17 @@ class Job:
         """Run the command to its end; `changed` is called whenever there is something new to show."""
         command = [sys.executable, "-m", "adapterkit", "--progress", "json", *self.argv]
         pipe = asyncio.subprocess.PIPE
-        self.process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=_environment(),
-            start_new_session=True,
-        )  # fmt: skip
-        out, _ = await asyncio.gather(self._read_out(), self._read_err(changed))
-        self.code = await self.process.wait()
-        self.out, self.ended = out, time.monotonic()
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=_environment(),
+                start_new_session=True, limit=LINE_BYTES,
+            )  # fmt: skip
+        except OSError as error:
+            self.said, self.code = [f"cannot be started: {error.strerror}"], 1
+        else:
+            self.out, _ = await asyncio.gather(self._read_out(), self._read_err(changed))
+            self.code = await self.process.wait()
+        self.ended = time.monotonic()
         if self.code == 0:
             self.state = "done"
         else:
@@ -119,7 +124,13 @@ class Job:
 
     async def _read_err(self, changed: Callable[[], None]) -> None:
         assert self.process is not None and self.process.stderr is not None
-        while text := await self.process.stderr.readline():
+        while True:
+            try:
+                text = await self.process.stderr.readline()
+            except ValueError:  # a line that is longer than any of ours: what came of it is left out
+                continue
+            if not text:
+                return
             self.hear(text.decode(errors="replace").rstrip("\n"))
             changed()
 
