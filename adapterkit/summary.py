@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 64 << 20  # the factors in memory at once, as float32
 NAMES = 1 << 15  # that are remembered: the adapters of one base have the same
-ENERGY = 0.99  # the share of ‖ΔW‖_F² that `rank_99` keeps
 
 V = TypeVar("V", int, float, str)
 
@@ -71,6 +70,7 @@ class ModuleRow:
     spectral: float | None = None
     stable_rank: float | None = None
     effective_rank: float | None = None
+    rank_90: int | None = None  # the least that keeps 90% of ‖ΔW‖_F²
     rank_99: int | None = None
     base_norm: float | None = None  # ‖W‖_F
     relative: float | None = None  # ‖ΔW‖_F / ‖W‖_F
@@ -267,7 +267,8 @@ def _measured(
         spectral=spectrum.spectral,
         stable_rank=spectrum.stable_rank,
         effective_rank=spectrum.effective_rank,
-        rank_99=spectrum.energy_rank(ENERGY),
+        rank_90=spectrum.energy_rank(0.90),
+        rank_99=spectrum.energy_rank(0.99),
         base_norm=base_norm,
         relative=spectrum.frobenius / base_norm if base_norm else None,
         non_finite=sum(_non_finite(tensor) for tensor in weights.tensors()),

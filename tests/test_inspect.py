@@ -63,6 +63,7 @@ def test_every_module_has_its_own_numbers(name: str) -> None:
         assert row["frobenius"] == pytest.approx(float(sigma.norm()), rel=1e-4)
         assert row["spectral"] == pytest.approx(float(sigma[0]), rel=1e-4)
         assert row["stable_rank"] == pytest.approx(float((sigma / sigma[0]).square().sum()), rel=1e-4)
+        assert row["rank_90"] == int((energy < 0.90).sum()) + 1
         assert row["rank_99"] == int((energy < 0.99).sum()) + 1
         assert row["zero_B"] is False and row["non_finite"] == 0
 

@@ -11,7 +11,7 @@ import click
 
 from adapterkit.cli.tables import common_prefix, print_table, print_wrapped, table, width
 from adapterkit.summary import ModuleRow, Summary, TargetRow, by_target, grid
-from adapterkit.words import between, given, number, span
+from adapterkit.words import between, given, number, size, span
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +37,7 @@ def show_header(path: str, summary: Summary, match: Match | None, *, has_config:
         "layers": f"{_runs(summary.layers)} ({len(summary.layers)})" if summary.layers else "",
         "modules": str(summary.modules),
         "parameters": f"{summary.parameters:,}",
-        "size": f"{_size(summary.bytes)}, {', '.join(summary.dtypes)}",
+        "size": f"{size(summary.bytes)}, {', '.join(summary.dtypes)}",
         "replaced": ", ".join(f"{name} {list(shape)}" for name, shape in summary.replaced.items()),
         "tokens": ", ".join(f"{rows} rows of {name}" for name, rows in summary.tokens.items()),
         "unread": ", ".join(summary.unread),
@@ -171,11 +171,3 @@ def _runs(numbers: Sequence[int]) -> str:
         else:
             runs.append([at, at])
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"

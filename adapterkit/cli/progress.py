@@ -35,7 +35,7 @@ def progress(
     """Yield what shows how far `what` is; `note` makes the facts a text beside the bar."""
     if mode == "json":
         yield _as_json(what)
-    elif mode == "auto" and sys.stderr.isatty():
+    elif is_shown():
         yield from _as_bar(what, in_bytes, note)
     else:
         yield lambda done, total, what="", **facts: None

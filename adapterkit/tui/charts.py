@@ -148,22 +148,12 @@ class Spectrum(Vertical):
             list(range(1, len(sigma) + 1)), [math.log10(value) for value in sigma], COLOURS[0],
             hires_mode=HiResMode.BRAILLE,
         )  # fmt: skip
-        ranks = {share: _rank_of(sigma, share) for share in (0.9, 0.99)}
-        for (share, rank), colour in zip(ranks.items(), COLOURS[1:], strict=False):
-            plot.add_v_line(rank, colour, f"{share:.0%}")
+        for rank, colour, label in ((row.rank_90, COLOURS[1], "90%"), (row.rank_99, COLOURS[2], "99%")):
+            if rank is not None:
+                plot.add_v_line(rank, colour, label)
         plot.set_xlabel("rank")
         plot.set_ylabel("log₁₀ σ")
         told.update(
-            f"90% of ‖ΔW‖² in rank {ranks[0.9]}, 99% in {ranks[0.99]}, of {len(row.sigma)}; "
+            f"90% of ‖ΔW‖² in rank {row.rank_90}, 99% in {row.rank_99}, of {len(row.sigma)}; "
             f"σ₁ {number(sigma[0])}, ‖ΔW‖ {number(row.frobenius)}"
         )
-
-
-def _rank_of(sigma: Sequence[float], share: float) -> int:
-    """The least rank that keeps `share` of the energy."""
-    whole, kept = sum(value**2 for value in sigma), 0.0
-    for rank, value in enumerate(sigma, 1):
-        kept += value**2
-        if kept >= share * whole:
-            return rank
-    return len(sigma)
