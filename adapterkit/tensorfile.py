@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.errors import FormatError
+from adapterkit.opening import open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ def read_header(file: Path) -> Header:
     shape does not match its bytes, or the tensors do not tile the data section exactly.
     """
     try:
-        with open(file, "rb") as stream:
+        with open_regular(file) as stream:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             if len(prefix) < 8:
@@ -192,7 +193,8 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from `file`, or raise FormatError naming the line."""
     try:
-        value = _parse_json(file, file.read_bytes())
+        with open_regular(file) as stream:
+            value = _parse_json(file, stream.read())
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror or error}") from error
     depth = 0

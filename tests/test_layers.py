@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 # A module may import what stands on a lower line, and its own package.
 LEVELS = (
     ("errors", "version", "chance", "methods"),
+    ("opening",),
     ("tensorfile", "staging", "outfile", "recipe"),
     ("adapter", "renames"),
     ("lowrank", "dora", "rounding"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapterkit.errors import FormatError
+from adapterkit.opening import read_whole
 from adapterkit.tensorfile import (
     DTYPE_BITS,
     MAX_DIMS,
@@ -118,10 +121,20 @@ def test_a_header_above_the_limit_is_not_read(tmp_path: Path) -> None:
         read_header(file)
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory"])
-def test_what_is_not_a_file_is_a_format_error(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(FormatError, match="cannot be read: "):
-        read_header(tmp_path if kind == "directory" else tmp_path / kind)
+@pytest.mark.parametrize("read", [read_header, read_json])
+def test_what_is_not_a_regular_file_is_a_format_error(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    """A FIFO without a writer would block, and /dev/zero never ends."""
+    os.mkfifo(tmp_path / "fifo")
+    for file in (tmp_path, tmp_path / "missing", tmp_path / "fifo", Path("/dev/zero"), Path("a\0b")):
+        with pytest.raises(FormatError, match="cannot be read: "):
+            read(file)
+
+
+def test_a_whole_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_whole(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(FormatError, match=r"file: is larger than 4 bytes, the most that is read"):
+        read_whole(tmp_path / "file", 4)
 
 
 VALID = {
