@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from adapterkit.errors import FormatError
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path) -> BufferedReader:
     """Open a file, or where a link leads; raises FormatError for anything but a regular file that can be read."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a FIFO would wait for a writer
@@ -32,3 +33,9 @@ def read_whole(file: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise FormatError(f"{file}: is larger than {limit:,} bytes, the most that is read")
     return data
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a regular file."""
+    with open_regular(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -320,7 +320,7 @@ def test_the_best_state_is_kept(recipe: Callable[..., Recipe], tmp_path: Path, m
     monkeypatch.undo()
     # the bits are those of step 4
     list(train(recipe(eval_share=0.2, eval_every=100), tmp_path / "four", stop=_after(4)))
-    state = checkpoints.load(checkpoints.at(partial_of(tmp_path / "four"), 4))[1]
+    state = checkpoints.load(checkpoints.at(partial_of(tmp_path / "four"), 4))
     for name, tensor in weights(tmp_path / "out").items():
         module, _, part = name.rpartition(".")
         assert torch.equal(tensor, state[f"trained.{module}.{part}"])

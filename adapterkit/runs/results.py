@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from adapterkit.data.examples import Encoded
     from adapterkit.recipe import Recipe
     from adapterkit.runs.checkpoints import Progress
+    from adapterkit.runs.origin import Origin
     from adapterkit.train.loop import Loop
 
 
 def write_result(
     folder: Path, recipe: Recipe, base: Checkpoint, loop: Loop, tokenizer: Any, data: Encoded,
-    held_back: Encoded | None, progress: Progress, command: str,
+    held_back: Encoded | None, progress: Progress, origin: Origin, command: str,
 ) -> None:  # fmt: skip
     """Turn the folder of a run into its result: checkpoints go, weights, record and card come."""
     name = base_name(base)
@@ -43,7 +44,7 @@ def write_result(
         flush(file)
         file.rename(folder / file.name)
     made.rmdir()
-    facts = _facts(recipe, loop, data, held_back, progress)
+    facts = _facts(recipe, loop, data, held_back, progress, origin)
     write_json(
         folder / TRAINING_RECORD, {"adapterkit": __version__, "command": command, **facts, "recipe": asdict(recipe)}
     )
@@ -75,16 +76,18 @@ def adapter_config(model: nn.Module, recipe: Recipe, base: str | None) -> dict[s
     }  # fmt: skip
 
 
-def _facts(recipe: Recipe, loop: Loop, data: Encoded, held_back: Encoded | None, progress: Progress) -> dict[str, Any]:
+def _facts(
+    recipe: Recipe, loop: Loop, data: Encoded, held_back: Encoded | None, progress: Progress, origin: Origin
+) -> dict[str, Any]:
     trained = sum(parameter.numel() for parameter in loop.trained.values())
     return {
         "data": {
             "name": Path(recipe.data).name, "records": len(data.examples), "tokens": data.tokens,
             "counted": data.counted,
-            "sha256": progress.data, "truncated": len(data.truncated), "left_out": len(data.bad),
+            "sha256": origin.data, "truncated": len(data.truncated), "left_out": len(data.bad),
             "held_back": len(held_back.examples) if held_back else 0,
         },
-        "trained_parameters": trained,
+        "base": {"files": origin.base}, "trained_parameters": trained,
         "steps": progress.step, "kept_step": loop.step, "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1), "loss": progress.loss,
         "eval_loss_before": progress.first_eval_loss, "eval_loss": progress.best_loss,

@@ -6,15 +6,14 @@ never stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,22 +22,25 @@ from adapterkit.card import write_text
 from adapterkit.data.batches import Order
 from adapterkit.data.examples import Encoded, encode_all, split
 from adapterkit.data.records import Fields, read_records
-from adapterkit.errors import FitError
-from adapterkit.recipe import Recipe, as_yaml, read_recipe
+from adapterkit.errors import FormatError
+from adapterkit.opening import open_regular
+from adapterkit.recipe import Recipe, as_yaml
 from adapterkit.runs import checkpoints
-from adapterkit.runs.checkpoints import Progress
+from adapterkit.runs.checkpoints import Log, Progress, State
 from adapterkit.runs.fitting import check_sequences, open_base, open_fitting, refuse_twice_quantized
 from adapterkit.runs.memory import Estimate, available, check, estimate, helps
 from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
+from adapterkit.runs.origin import Origin
 from adapterkit.runs.place import StoppedError, check_run, folder_for, peak_memory, processes
 from adapterkit.runs.preparing import prepare
 from adapterkit.runs.results import write_result
-from adapterkit.staging import remove
+from adapterkit.staging import flush, remove
 from adapterkit.train.loop import Loop, Stepped
+
+T = TypeVar("T")
 
 RECIPE, METRICS = "adapterkit_recipe.yaml", "metrics.jsonl"
 SAMPLE_TOKENS = 64
-FREE_TO_CHANGE = ("device", "save_every", "compile", "sample")  # between a run and what it is resumed by
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +130,12 @@ def train(
         check_sequences(data, base)
         first = open_fitting(recipe.init_from, base).adapter if recipe.init_from else None
         memory = check(base, recipe, data.examples, dtype, device)
+        origin = Origin.of(recipe, data, held_back, base, first)
         with folder_for(target, rank) as folder:
             model = load_model(base.path, dtype, device, recipe.quantize)
             prepare(model, recipe, base, first)
             loop = Loop(model, Order.of(data.examples, recipe), recipe, rank, world)
-            run = _Run(recipe, folder, loop, tokenizer, held_back, Progress(0, _digest(data)))
+            run = _Run(recipe, folder, loop, tokenizer, held_back, origin)
             run.take_up(resume)
             parameters = sum(parameter.numel() for parameter in model.model.parameters())
             trained = sum(parameter.numel() for parameter in loop.trained.values())
@@ -147,7 +150,7 @@ def train(
             run.keep_best()
             yield from run.samples("after")
             if rank == 0:
-                write_result(folder, recipe, base, loop, tokenizer, data, held_back, run.progress, command)
+                write_result(folder, recipe, base, loop, tokenizer, data, held_back, run.progress, origin, command)
         if not run.stopped:
             early = run.progress.step < loop.order.steps
             yield Trained(target, run.progress, loop.step, early, peak_memory(device), tuple(loop.unmoved()))
@@ -181,10 +184,10 @@ class _Run:
     """What a run keeps on disk while it goes on: rank 0 writes, the others know the same."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, loop: Loop, tokenizer: Any, held_back: Encoded | None, progress: Progress
+        self, recipe: Recipe, folder: Path, loop: Loop, tokenizer: Any, held_back: Encoded | None, origin: Origin
     ) -> None:
         self.recipe, self.folder, self.loop, self.tokenizer = recipe, folder, loop, tokenizer
-        self.held_back, self.progress = held_back, progress
+        self.held_back, self.origin, self.progress = held_back, origin, Progress()
         self.stopped, self.began = False, 0.0
 
     def take_up(self, resume: bool) -> None:
@@ -195,34 +198,43 @@ class _Run:
                     remove(left)
             self._write(RECIPE, as_yaml(self.recipe))
             return
-        self._refuse_another_recipe()
-        then, tensors = self._load(None)
-        if then.data != self.progress.data:
-            raise FitError(f"--resume: {self.recipe.data} is not what it was when the run began")
-        self.progress = then
-        self.loop.restore(then.step, tensors)
-        if self.loop.rank == 0:
-            lines = read_metrics(self.folder)
-            self._write(METRICS, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= then.step))
+        newest = self._shared(lambda: checkpoints.steps(self.folder)[-1])
+        try:
+            state = self._checked(newest)
+            if (best := state.progress.best_step) not in (None, state.progress.step):
+                self._checked(checkpoints.at(self.folder, best))  # which the run may end with
+            self._restore(newest)
+            if self.loop.rank == 0:
+                self._cut_log(state.log)
+        except FormatError as error:
+            raise FormatError(f"{error}. To resume from an older checkpoint, remove {newest}.") from error
+        self.progress = state.progress
 
-    def _refuse_another_recipe(self) -> None:
-        if self.loop.rank:
-            return
-        then = read_recipe(self.folder / RECIPE, {})
-        for name, value in asdict(self.recipe).items():
-            if name not in FREE_TO_CHANGE and getattr(then, name) != value:
-                raise FitError(f"--resume: {name} is {value!r} now, the run began with {getattr(then, name)!r}")
+    def _checked(self, folder: Path) -> State:
+        """What a checkpoint says of itself; raises where it is damaged, or of another run."""
+        state = self._shared(lambda: checkpoints.read(folder))
+        self.origin.check_same(state.origin)  # of each process: it has data and a base of its own
+        self._shared(lambda: checkpoints.check(folder, state, self.loop.order.steps, self.loop.layout()))
+        return state
 
-    def _load(self, step: int | None) -> tuple[Progress, dict[str, torch.Tensor]]:
-        """The checkpoint of a step, or the newest, which only the first process need have on its disk."""
-        found: list[Any] = [None]
-        if self.loop.rank == 0:
-            folder = checkpoints.steps(self.folder)[-1] if step is None else checkpoints.at(self.folder, step)
-            found = [checkpoints.load(folder)]
+    def _restore(self, folder: Path) -> None:
+        self.loop.restore(checkpoints.number(folder), self._shared(lambda: checkpoints.load(folder)))
+
+    def _shared(self, made: Callable[[], T]) -> T:
+        """What `made` returns in the first process, which alone need have the checkpoints on its disk."""
+        found: list[Any] = [made() if self.loop.rank == 0 else None]
         if self.loop.world > 1:
             dist.broadcast_object_list(found)
-        progress, tensors = found[0]
-        return progress, tensors
+        shared: T = found[0]
+        return shared
+
+    def _cut_log(self, then: Log) -> None:
+        """Take off what was logged after a checkpoint; raises FormatError where the rest is not what was logged."""
+        with open_regular(self.folder / METRICS) as stream:
+            data = stream.read()[: then.size]
+        if Log.of(data) != then:
+            raise FormatError(f"{self.folder / METRICS}: is not what the run has written")
+        os.truncate(self.folder / METRICS, then.size)
 
     def steps(self, stop: Callable[[], bool]) -> Iterator[Event]:
         """Every step that is left, with measurements and checkpoints between; `stopped` tells if that was all."""
@@ -253,7 +265,9 @@ class _Run:
         """Bring back the best state that was measured."""
         best = self.progress.best_step
         if best is not None and best != self.loop.step:
-            self.loop.restore(best, self._load(best)[1])
+            folder = checkpoints.at(self.folder, best)
+            self._checked(folder)
+            self._restore(folder)
 
     def samples(self, when: str) -> Iterator[Sampled]:
         """What the model makes of the prompts that the recipe asks for."""
@@ -282,7 +296,9 @@ class _Run:
     def _save(self) -> Saved:
         folder = checkpoints.at(self.folder, self.loop.step)
         if self.loop.rank == 0:
-            checkpoints.save(self.folder, self.progress, self.loop.state())
+            flush(self.folder / METRICS)
+            log = Log.of((self.folder / METRICS).read_bytes())
+            checkpoints.save(self.folder, State(self.progress, self.origin, log), self.loop.state())
         return Saved(self.loop.step, folder)
 
     def _note(self, facts: dict[str, Any]) -> None:
@@ -296,23 +312,8 @@ class _Run:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The losses of a run, step by step, up to where a crash may have torn the file."""
-    lines = []
-    for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
-
-
-def _digest(data: Encoded) -> str:
-    """A hash of all tokens, and of which count."""
-    total = hashlib.sha256()
-    for example in data.examples:
-        total.update(example.ids.tobytes())
-        total.update(example.counted.tobytes())
-    return total.hexdigest()
+    """The losses of a run, step by step."""
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def _numbers_of(event: Stepped) -> dict[str, Any]:

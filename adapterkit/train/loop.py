@@ -17,7 +17,7 @@ from torch import nn
 from adapterkit.chance import seed_for
 from adapterkit.data.batches import Order, Row
 from adapterkit.data.examples import Example
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.recipe import Recipe
 from adapterkit.train.causal import Batch, CausalModel
 
@@ -97,30 +97,47 @@ class Loop:
             moved[module] = moved.get(module, False) or (moment is not None and bool(moment.any()))
         return [module for module, did in moved.items() if not did]
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor that a later run goes on from."""
-        found = {f"trained.{name}": parameter.detach() for name, parameter in self.trained.items()}
+    def layout(self) -> dict[str, torch.Tensor]:
+        """For every tensor of `state` one of its shape and dtype; none of them takes memory."""
+        scalar = torch.empty((), device="meta")
+        found: dict[str, torch.Tensor] = {"scale": torch.empty(2, device="meta")}
+        found |= {f"trained.{name}": parameter for name, parameter in self.trained.items()}
         found |= {f"kept.{name}": buffer for name, buffer in self._buffers().items()}
         for name, parameter in self.trained.items():
-            state = self.optimizer.state[parameter]
-            found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS if moment in state}
-        found["scale"] = torch.tensor(
-            [self.scaler.get_scale(), float(self.scaler.state_dict().get("_growth_tracker", 0))]
-        )
+            found |= {f"{moment}.{name}": scalar if moment == "step" else parameter for moment in MOMENTS}
+        return found
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that a later run goes on from; what never had a gradient has moments of 0."""
+        found = {"scale": torch.tensor([self.scaler.get_scale(), self.scaler.state_dict().get("_growth_tracker", 0)])}
+        found |= {f"trained.{name}": parameter.detach() for name, parameter in self.trained.items()}
+        found |= {f"kept.{name}": buffer for name, buffer in self._buffers().items()}
+        for name, parameter in self.trained.items():
+            none = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like, "step": lambda _: torch.zeros(())}
+            moments = self.optimizer.state[parameter]
+            found |= {f"{moment}.{name}": moments[moment] if moments else none[moment](parameter) for moment in MOMENTS}
         return found
 
     @torch.no_grad()
     def restore(self, step: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state` returned after `step` steps."""
+        """Go on from what `state` returned after `step` steps.
+
+        Raises FormatError, before anything is changed, where the optimizer's steps or the loss scale cannot be that.
+        """
+        scale, growth = state["scale"].tolist()
+        for name, value in {name: state[f"step.{name}"].item() for name in self.trained}.items():
+            if not (0 <= value <= step and value == int(value)):
+                raise FormatError(f"the optimizer did {value:g} steps on {name}, the run {step:,}")
+        if not (0 < scale < math.inf and 0 <= growth < math.inf) and self.scaler.is_enabled():
+            raise FormatError(f"the loss scale is {scale:g}, {growth:g} steps after it last changed")
         self.step = step
         for name, parameter in self.trained.items():
             parameter.copy_(state[f"trained.{name}"])
-            moments = {moment: state[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in state}
-            self.optimizer.state[parameter] = {moment: tensor.to(self.device) for moment, tensor in moments.items()}
+            moments = {moment: state[f"{moment}.{name}"].to(self.device) for moment in MOMENTS}
+            self.optimizer.state[parameter] = moments
         for name, buffer in self._buffers().items():
             buffer.copy_(state[f"kept.{name}"])
         if self.scaler.is_enabled():
-            scale, growth = state["scale"].tolist()
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(growth)})
 
     def _buffers(self) -> dict[str, torch.Tensor]:
