@@ -14,11 +14,17 @@
 Every message says where, what was found, what was expected, and what to do next. Ctrl-C ends with 130.
 """
 
+from adapterkit.words import visible
+
 
 class AdapterkitError(Exception):
-    """The root of everything adapterkit raises on purpose."""
+    """The root of everything adapterkit raises on purpose; each of its arguments is a line of the message."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message, in which nothing that strangers' files hold ends a line or steers a terminal."""
+        return "\n".join(visible(str(line)) for line in self.args)
 
 
 class UsageError(AdapterkitError):

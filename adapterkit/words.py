@@ -1,7 +1,9 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and what strangers wrote as it may be shown."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 
@@ -45,8 +47,63 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def printable(text: str) -> str:
-    """`text` with what would steer a terminal made visible; line ends stay."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "backslashreplace").decode() for c in text
-    )
+def counted(count: int, word: str) -> str:
+    """`1 adapter`, `2,000 adapters`."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+# --- what strangers wrote --------------------------------------------------------------------------------------------
+
+LONGEST, END = 5_000, 1_000  # characters that are shown of a line, more than any path has; and of them those of its end
+NOT_PLAIN = re.compile(r"[^ -~]")
+NOT_PLAIN_IN_LINES = re.compile(r"[^ -~\n\t]")
+MARKUP = re.compile(r"[\\`*\[\]<>|~$&@]|(?<!\w)_|_(?!\w)|^[#+-]|(?<=:)/(?=/)|(?<=www)\.")
+# Nothing is to be seen of these, though Unicode has them as letters and marks; all others that hide are "other" there.
+BLANK = {*"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2028\u2029\u3164\uffa0"}
+BLANK |= {*map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))}
+JOINERS, SELECTORS, KEYCAP = "\u200c\u200d", "\ufe0e\ufe0f", "\u20e3"
+VIRAMA = 9  # the combining class of what joins consonants in the scripts of India
+
+
+def visible(text: str) -> str:
+    """A stranger's `text` as a part of one line that can be shown.
+
+    What would steer a terminal, reorder a line or not be seen is written out (`\\x1b`, `\\u202e`, `\\n`), and of more
+    than `LONGEST` characters the middle is left out. Letters of all scripts and emoji stay, with the joiners they need.
+    """
+    return _cut(NOT_PLAIN.sub(_written_out, _cut(text)))
+
+
+def visible_lines(text: str) -> str:
+    """The same of a text of lines, such as a card: none of it is left out."""
+    return NOT_PLAIN_IN_LINES.sub(_written_out, text.replace("\r\n", "\n"))
+
+
+def markdown(text: str) -> str:
+    """A stranger's `text` as a part of one line of Markdown: no end of a cell, no tag, link or formula."""
+    return MARKUP.sub(r"\\\g<0>", visible(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - END - 1]}…{text[-END:]}"
+
+
+def _written_out(match: re.Match[str]) -> str:
+    hidden = _is_hidden(match.string, match.start())
+    return match[0].encode("unicode_escape").decode() if hidden else match[0]
+
+
+def _is_hidden(text: str, at: int) -> bool:
+    """Whether nothing is to be seen of the character at `at`, and neither emoji nor letters beside it need it."""
+    c, before, after = text[at], text[at - 1 : at], text[at + 1 : at + 2]
+    if c in SELECTORS and before:
+        return not (_is_symbol(before) or after == KEYCAP)
+    if c in JOINERS and before and after:
+        arabic = unicodedata.bidirectional(before) == unicodedata.bidirectional(after) == "AL"
+        emoji = (_is_symbol(before) or before in SELECTORS) and _is_symbol(after)
+        return not (arabic or emoji or unicodedata.combining(before) == VIRAMA)
+    return c in BLANK or unicodedata.category(c)[0] == "C"
+
+
+def _is_symbol(c: str) -> bool:
+    return c > "\x7f" and unicodedata.category(c)[0] == "S"

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 
 # A module may import what stands on a lower line, and its own package.
 LEVELS = (
+    ("words",),
     ("errors", "version", "chance", "methods"),
     ("opening",),
     ("tensorfile", "staging", "outfile", "recipe"),
@@ -45,7 +46,7 @@ LEVELS = (
     ("unmerging",),
     ("api",),
     ("adapters", "restoring"),
-    ("plot", "words"),
+    ("plot",),
     ("tui",),
     ("cli",),
     ("__init__", "__main__"),

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-import click
-
+from adapterkit.cli.output import say
 from adapterkit.cli.tables import common_prefix, print_table, print_wrapped, table, width
 from adapterkit.summary import ModuleRow, Summary, TargetRow, by_target, grid
 from adapterkit.words import between, given, number, size, span
@@ -67,12 +66,12 @@ def show_rows(rows: Sequence[ModuleRow], summary: Summary, *, measured: bool, mo
         if "DoRA" in summary.kind:
             print_wrapped("", "Norms of a DoRA are those of its low-rank part scaling·B·A, before the magnitude.")
         if rows:
-            click.echo()
+            say("")
             print_table(_target_table(by_target(rows), delta))
             _print_bars(rows, delta)
     if modules and rows:
         prefix = common_prefix([row.name for row in rows])
-        click.echo(f"\nmodules of {prefix}" if prefix else "")
+        say("", *[f"modules of {prefix}"] * bool(prefix))
         print_table(_module_table(rows, len(prefix), delta, measured))
 
 
@@ -136,12 +135,12 @@ def _print_bars(rows: Sequence[ModuleRow], delta: str) -> None:
     name = max(map(len, cells_of.targets))
     each = math.ceil(len(cells_of.layers) / (width() - name - 18))
     every = f", {each} layers a bar" if each > 1 else ""
-    click.echo(f"\n‖{delta}‖_F over layers {_runs(cells_of.layers)}{every}; ▁ is the row's least, █ its most")
+    say("", f"‖{delta}‖_F over layers {_runs(cells_of.layers)}{every}; ▁ is the row's least, █ its most")
     for target, cells in zip(cells_of.targets, cells_of.cells, strict=True):
         means = [_mean(cells[at : at + each]) for at in range(0, len(cells), each)]
         known = [value for value in means if value is not None and math.isfinite(value)]
         low, high = (min(known), max(known)) if known else (math.nan, math.nan)
-        click.echo(f"{target:{name}}  {''.join(_bar(value, low, high) for value in means)}  {between(low, high)}")
+        say(f"{target:{name}}  {''.join(_bar(value, low, high) for value in means)}  {between(low, high)}")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
-import click
-
 from adapterkit.checkpoint import open_checkpoint
+from adapterkit.cli.output import say, say_json
 from adapterkit.cli.places import Place
 from adapterkit.cli.running import files
 from adapterkit.errors import FormatError
@@ -32,17 +30,17 @@ def show_base(there: Place, given: str, as_json: bool) -> None:
             "quantization": checkpoint.quantization, "stored": [asdict(row) for row in rows], "unsupported": warning,
             "fetched": there.fetched,
         }  # fmt: skip
-        print(json.dumps(facts, indent=2))
+        say_json(facts)
         return
-    click.echo(f"base        {given}")
-    click.echo(f"model       {model}")
-    click.echo(f"weights     {sum(row.weights for row in rows):,} in {files(len(checkpoint.shards))}, {size(stored)}")
-    click.echo(f"parameters  {sum(row.parameters for row in rows):,}")
+    say(f"base        {given}")
+    say(f"model       {model}")
+    say(f"weights     {sum(row.weights for row in rows):,} in {files(len(checkpoint.shards))}, {size(stored)}")
+    say(f"parameters  {sum(row.parameters for row in rows):,}")
     if there.told:
-        click.echo(f"fetched     {there.told}")
+        say(f"fetched     {there.told}")
     if warning:
-        click.echo(f"⚠ {warning}")
+        say(f"⚠ {warning}")
     width = max(len("stored as"), *(len(row.scheme) for row in rows)) if rows else 0
-    click.echo(f"\n{'stored as':{width}}  weights     parameters        bytes  merge")
+    say("", f"{'stored as':{width}}  weights     parameters        bytes  merge")
     for row in rows:
-        click.echo(f"{row.scheme:{width}}  {row.weights:7,}  {row.parameters:13,}  {size(row.bytes):>11}  {row.merge}")
+        say(f"{row.scheme:{width}}  {row.weights:7,}  {row.parameters:13,}  {size(row.bytes):>11}  {row.merge}")

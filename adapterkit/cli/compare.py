@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.output import say, say_json
 from adapterkit.cli.running import weighted
 from adapterkit.cli.tables import common_prefix, print_table, table
 from adapterkit.summary import to_json
@@ -49,15 +49,15 @@ def compare_command(adapters: tuple[str, ...], by: str, plot: str | None, as_jso
             replace(pair, modules=tuple(row if by == "module" else replace(row, phi=()) for row in pair.modules))
             for pair in pairs
         ]
-        print(json.dumps([to_json(pair) for pair in shown], indent=2))
+        say_json([to_json(pair) for pair in shown])
         return
     for index, pair in enumerate(pairs):
         _show(pair, by, first=index == 0)
 
 
 def _show(pair: Pair, by: str, first: bool) -> None:
-    print("" if first else "\n", f"{pair.first} and {pair.second}: {len(pair.modules)} modules in both", sep="", end="")
-    print(f", {pair.alone[0]} and {pair.alone[1]} in one only" if any(pair.alone) else "")
+    alone = f", {pair.alone[0]} and {pair.alone[1]} in one only" if any(pair.alone) else ""
+    say(*[""] * (not first), f"{pair.first} and {pair.second}: {len(pair.modules)} modules in both{alone}")
     prefix = common_prefix([str(row.name) for row in pair.modules])
     groups: dict[str, list[Alike]] = {}
     for row in pair.modules:

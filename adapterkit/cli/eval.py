@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.progress import progress
 from adapterkit.data.records import Fields
 from adapterkit.errors import UsageError
@@ -98,7 +98,10 @@ def eval_command(
             lines = [json.dumps(_row(one), ensure_ascii=False) + "\n" for one in scored.predictions]
             file.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     facts = _facts(request, started, scored, time.perf_counter() - began) | {"output": predictions}
-    print(json.dumps(facts, indent=2) if as_json else _text(facts))
+    if as_json:
+        say_json(facts)
+    else:
+        say(*_lines(facts))
 
 
 def _run(request: Request) -> tuple[Started, Scored]:
@@ -129,8 +132,7 @@ def _note(event: Started) -> None:
         notes.append(f"left out {len(bad) - SHOWN_BAD} more")
     if event.data.truncated:
         notes.append(f"{len(event.data.truncated)} records were cut, the first of them {event.data.truncated[0]}")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    note(*notes)
 
 
 def _row(one: Prediction) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _facts(request: Request, started: Started, scored: Scored, seconds: float) -
     }
 
 
-def _text(facts: dict[str, Any]) -> str:
+def _lines(facts: dict[str, Any]) -> list[str]:
     cut, out, perplexity = len(facts["truncated"]), len(facts["left_out"]), facts["perplexity"]
     details = [f"{facts['tokens']:,} tokens", f"{facts['counted']:,} counted"]
     details += [f"{cut:,} cut to {facts['max_length']:,}"] * bool(cut) + [f"{out:,} left out"] * bool(out)
@@ -186,7 +188,7 @@ def _text(facts: dict[str, Any]) -> str:
         if completed["accuracy"] is not None:
             lines.append(f"answer     {completed['accuracy']:.1%} right")
     lines.append(f"took       {facts['seconds']:.1f} s on {facts['device']} in {facts['dtype']}")
-    return "\n".join(lines + ([f"wrote      {facts['output']}"] if facts["output"] else []))
+    return lines + ([f"wrote      {facts['output']}"] if facts["output"] else [])
 
 
 def _digits(value: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.output import say, say_json
 from adapterkit.cli.progress import progress
 from adapterkit.cli.running import files
 from adapterkit.cli.tables import width
 from adapterkit.errors import AdapterkitError, FormatError, OutputExistsError, UsageError
 from adapterkit.finding import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered, with_details
-from adapterkit.words import printable, short, size, span
+from adapterkit.words import short, size, span, visible
 
 if TYPE_CHECKING:
     from adapterkit.hub.publishing import Push
@@ -62,14 +62,14 @@ def list_command(
         except AdapterkitError as error:  # told once what is on this disk was shown
             failed = error
     if as_json:
-        print(json.dumps([asdict(row) | {"path": str(row.path) if row.path else None} for row in rows], indent=2))
+        say_json([asdict(row) | {"path": str(row.path) if row.path else None} for row in rows])
     elif rows:
         _print_rows(_columns(rows), rows)
         for row in rows:
             if row.problem:
-                print(_line(f"⚠ {row.name}: {row.problem}"))
+                say(f"⚠ {row.name}: {row.problem}")
     elif failed is None:
-        print("no adapters found" + ("" if hub else "; --hub looks on the Hub"))
+        say("no adapters found" + ("" if hub else "; --hub looks on the Hub"))
     if failed is not None:
         raise failed
 
@@ -82,26 +82,21 @@ def _print_rows(columns: dict[str, Callable[[Found], str]], rows: list[Found]) -
     from rich.cells import cell_len, set_cell_size
 
     lines = [{name: name for name in columns}]
-    lines += [{name: _line(cell(row)) for name, cell in columns.items()} for row in rows]
+    lines += [{name: visible(cell(row)) for name, cell in columns.items()} for row in rows]
     widths = {name: max(cell_len(line[name]) for line in lines) for name in columns}
     if sys.stdout.isatty():
         short = (cell_len(line[NAME]) for line in lines if cell_len(line[NAME]) <= width() // 2)
         widths = _fitted(widths | {NAME: max(short)}, width())
     for line in lines:
         if cell_len(line[NAME]) > widths[NAME]:
-            print(line[NAME])
+            say(line[NAME])
             line[NAME] = ""
         texts = []
         for name, wide in widths.items():
             text = line[name] if cell_len(line[name]) <= wide else set_cell_size(line[name], wide - 1) + "…"
             space = " " * (wide - cell_len(text))
             texts.append(text + space if name in ON_THE_LEFT else space + text)
-        print("  ".join(texts).rstrip())
-
-
-def _line(text: str) -> str:
-    """A stranger's text on one line."""
-    return printable(text).replace("\n", "\\n")
+        say("  ".join(texts).rstrip())
 
 
 def _fitted(widths: dict[str, int], room: int) -> dict[str, int]:
@@ -159,7 +154,7 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
         remote, count = download.remote, len(download.missing)
         facts.append({"id": str(remote.id), "commit": remote.commit, "bytes": download.to_get, "files": count})
         what = f"{files(count)}, {size(download.to_get)} to get" if count else "all of it is here"
-        print(f"{remote.id}: {what}, {size(download.free)} free", file=sys.stderr)
+        say(f"{remote.id}: {what}, {size(download.free)} free", err=True)
         if dry_run:
             continue
         with progress(f"getting {remote.id.repo}", in_bytes=True) as show:
@@ -168,9 +163,9 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
             path = _copied(path, [file.name for file in remote.files], remote.id.at(""), Path(output))
         facts[-1]["path"] = str(path)
         if not as_json:
-            print(path)
+            say(str(path))
     if as_json:
-        print(json.dumps(facts, indent=2))
+        say_json(facts)
 
 
 def _copied(path: Path, names: list[str], prefix: str, out: Path) -> Path:
@@ -211,37 +206,37 @@ def push_command(
         _show_push(plan)
     if dry_run:
         if as_json:
-            print(json.dumps(_push_facts(plan), indent=2))
+            say_json(_push_facts(plan))
         else:
-            click.echo("nothing was sent (--dry-run)")
+            say("nothing was sent (--dry-run)")
         return
     began = time.perf_counter()
     with progress("sending", in_bytes=True) as show:
         done = push(plan, message, show)
     if as_json:
-        print(json.dumps(_push_facts(plan) | {"url": done.url, "commit": done.commit}, indent=2))
+        say_json(_push_facts(plan) | {"url": done.url, "commit": done.commit})
         return
     if done.commit is None:
-        click.echo("nothing had changed, and nothing was sent")
+        say("nothing had changed, and nothing was sent")
     else:
-        click.echo(f"pushed    {size(plan.size)} in {time.perf_counter() - began:.1f} s, commit {done.commit[:10]}")
-    click.echo(done.url)
+        say(f"pushed    {size(plan.size)} in {time.perf_counter() - began:.1f} s, commit {done.commit[:10]}")
+    say(done.url)
 
 
 def _show_push(plan: Push) -> None:
     """What goes where, and how each file does."""
     state = f"{'private' if plan.private else 'public'}{'' if plan.exists else ', new'}"
-    click.echo(f"sends     {plan.parcel.what}")
-    click.echo(f"to        {plan.repo} ({state}{', as a pull request' if plan.pull_request else ''})")
+    say(f"sends     {plan.parcel.what}")
+    say(f"to        {plan.repo} ({state}{', as a pull request' if plan.pull_request else ''})")
     changed = {upload.name for upload in plan.changed}
     lines = [
         (one.name, size(one.size), one.change if one.name in changed else "unchanged") for one in plan.parcel.uploads
     ]
     lines += [(name, "", "removed: weights of before") for name in plan.removed]
-    lines += [(_line(name), "", f"left out: {why}") for name, why in plan.parcel.left_out.items()]
-    wide = max(len(name) for name, _, _ in lines)
+    lines += [(name, "", f"left out: {why}") for name, why in plan.parcel.left_out.items()]
+    wide = max(len(visible(name)) for name, _, _ in lines)
     for name, bytes_, how in lines:
-        click.echo(f"  {name:{wide}}  {bytes_:>8}  {how}".rstrip())
+        say(f"  {visible(name):{wide}}  {bytes_:>8}  {how}".rstrip())
 
 
 def _push_facts(plan: Push) -> dict[str, Any]:

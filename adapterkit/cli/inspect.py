@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +11,7 @@ import click
 
 from adapterkit.checkpoint import is_base
 from adapterkit.cli.base_view import show_base
+from adapterkit.cli.output import say, say_json
 from adapterkit.cli.places import Place, looked_at
 from adapterkit.cli.progress import tracked
 from adapterkit.errors import FitError, UsageError
@@ -83,7 +82,7 @@ def _show(
     if as_json:
         facts = {"path": path, "summary": to_json(summary), "against": to_json(match) if match else None}
         facts |= {"fetched": there.fetched}
-        print(json.dumps(facts | _row_facts(rows, header_only, modules), indent=2, allow_nan=False))
+        say_json(facts | _row_facts(rows, header_only, modules))
     else:
         adapter_view.show_rows(rows, summary, measured=not header_only, modules=modules)
     if plot:
@@ -133,4 +132,4 @@ def _draw(rows: list[ModuleRow], plot: Path, title: str) -> None:
     from adapterkit.plot import draw
 
     draw(rows, plot, title)
-    print(f"drawn to {plot}", file=sys.stderr)
+    say(f"drawn to {plot}", err=True)

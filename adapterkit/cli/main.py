@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from adapterkit.cli.output import guard, note, say
 from adapterkit.errors import AdapterkitError
 from adapterkit.version import __version__
 
@@ -81,25 +82,28 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # paths need not be UTF-8, and terminals need not show it
             stream.reconfigure(errors="backslashreplace")
+    guard()
     logging.getLogger("adapterkit").addHandler(NOTES)
     try:
         result = group.main(prog_name="adapterkit", standalone_mode=False)
-        print(end="", flush=True)  # at exit it would be too late for one line and an exit code
+        if sys.stdout is not None:
+            sys.stdout.flush()  # at exit it would be too late for one line and an exit code
     except AdapterkitError as error:
-        _fail(str(error), error.exit_code)
+        _fail(error.exit_code, *str(error).split("\n"))
     except click.ClickException as error:
-        error.show()
+        error.show(said := io.StringIO())
+        say(*said.getvalue().rstrip("\n").split("\n"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         why = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps what it catches
-        _fail(f"interrupted; {why}" if str(why or "") else "interrupted; nothing was kept", 130)
+        _fail(130, f"interrupted; {why}" if str(why or "") else "interrupted; nothing was kept")
     except OSError as error:
         if error.filename:
-            _fail(f"{error.filename}: {error.strerror}", 1)
+            _fail(1, f"{error.filename}: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit works
         if isinstance(error, BrokenPipeError):  # the reader of a pipe went away: nothing to tell anyone
             sys.exit(1)
-        _fail(f"standard output: {error.strerror or error}", 1)
+        _fail(1, f"standard output: {error.strerror or error}")
     sys.exit(result if isinstance(result, int) else 0)
 
 
@@ -107,14 +111,13 @@ class _Notes(logging.Handler):
     """What the library has to say while it works, as a line on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"note: {record.getMessage()}", file=sys.stderr)
+        note(record.getMessage())
 
 
 NOTES = _Notes()  # one, however often `main` is called
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    """End with one line, whatever names from strangers' files it holds."""
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    print(f"adapterkit: {printable}", file=sys.stderr)
+def _fail(code: int, message: str, *more: str) -> NoReturn:
+    """End with an error of one line, or of more where it lists what is wrong."""
+    say(f"adapterkit: {message}", *more, err=True)
     sys.exit(code)

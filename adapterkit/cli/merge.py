@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ import click
 
 from adapterkit import api
 from adapterkit.budget import check_device, default_threads, estimate_memory
+from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.running import DEVICE_HELP, files, run_with_bar, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
@@ -79,13 +78,12 @@ def merge_command(
         accept_loss=accept_loss, rename=parse_rename(rename) if rename else None, allow_partial=allow_partial,
         receipt=not no_receipt, link=link, overwrite=overwrite, download=not dry_run,
     )  # fmt: skip
-    for note in (*plan.notes, *(f"skipped: {name}" for name in plan.skipped)):
-        print(f"note: {note}", file=sys.stderr)
+    note(*plan.notes, *(f"skipped: {name}" for name in plan.skipped))
     threads = threads or default_threads()
     check_device(plan, device, threads)
     if dry_run:
         facts = _plan_facts(plan, threads, device)
-        print(json.dumps(facts, indent=2) if as_json else _plan_text(plan, facts))
+        _print(facts, _plan_lines(plan, facts), as_json)
         return
     began = time.perf_counter()
     try:
@@ -95,11 +93,18 @@ def merge_command(
     facts = _result_facts(plan, result, time.perf_counter() - began)
     _warn_of_loss(result, quantize)
     if plan.receipt and (lost := irreversible(plan)):
-        print(f"note: cannot be undone without the base, since {lost}", file=sys.stderr)
-    print(json.dumps(facts, indent=2) if as_json else _result_text(facts, result, report, quantize is not None))
+        note(f"cannot be undone without the base, since {lost}")
+    _print(facts, _result_lines(facts, result, report, quantize is not None), as_json)
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def _print(facts: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    if as_json:
+        say_json(facts)
+    else:
+        say(*lines)
 
 
 def _plan_facts(plan: MergePlan, threads: int, device: str) -> dict[str, Any]:
@@ -129,7 +134,7 @@ def _plan_facts(plan: MergePlan, threads: int, device: str) -> dict[str, Any]:
     }
 
 
-def _plan_text(plan: MergePlan, facts: dict[str, Any]) -> str:
+def _plan_lines(plan: MergePlan, facts: dict[str, Any]) -> list[str]:
     lines = [f"base      {plan.base.name}: {facts['tensors']} tensors in {files(facts['files'])}"]
     for one in plan.given:
         found = len(plan.ledger[one.label])
@@ -142,7 +147,7 @@ def _plan_text(plan: MergePlan, facts: dict[str, Any]) -> str:
         f"memory    about {size(facts['peak_memory'])} with {facts['threads']} threads, device {facts['device']}",
         "nothing was written (--dry-run)",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, 
     }
 
 
-def _result_text(facts: dict[str, Any], result: Merged, report: bool, quantized: bool) -> str:
+def _result_lines(facts: dict[str, Any], result: Merged, report: bool, quantized: bool) -> list[str]:
     lines = []
     if report:
         lines += _report(result)
@@ -176,7 +181,7 @@ def _result_text(facts: dict[str, Any], result: Merged, report: bool, quantized:
     lines.append(f"wrote     {result.out}")
     if facts["undone_by"]:
         lines.append(f"undo      {facts['undone_by']}")
-    return "\n".join(lines)
+    return lines
 
 
 def _report(result: Merged) -> list[str]:
@@ -202,10 +207,10 @@ def _warn_of_loss(result: Merged, quantize: str | None) -> None:
     if low:
         what, instead = (quantize, "16 bits keep it") if quantize else ("the output dtype", "--dtype fp32 keeps it")
         worst = min(low, key=lambda name: low[name].kept)
-        print(
+        say(
             f"warning: {what} swallows a tenth or more of the update in {len(low)} of "
             f"{len(result.retention)} tensors (worst: {worst} keeps {low[worst].kept:.0%}); {instead}",
-            file=sys.stderr,
+            err=True,
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit.cli.output import note
 from adapterkit.errors import OfflineError
 from adapterkit.hub.fetching import cached, missing_of, resolve
 from adapterkit.hub.names import on_hub
@@ -52,7 +52,7 @@ def looked_at(spec: str, full: bool) -> Iterator[Place]:
     except OfflineError as error:
         if (kept := cached(id)) is None:
             raise
-        print(f"note: {error}; this is what the cache has", file=sys.stderr)
+        note(f"{error}; this is what the cache has")
         yield Place(kept)
         return
     if not missing_of(remote) and (kept := cached(id)) is not None:

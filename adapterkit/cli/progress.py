@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeVar
+
+from adapterkit.cli.output import console, say_json
+from adapterkit.words import visible
 
 T = TypeVar("T")
 Mode = Literal["auto", "json", "none"]
@@ -57,13 +59,12 @@ def _as_json(about: str) -> Show:
         if time.monotonic() - last >= EVERY or done == total or facts:
             last = time.monotonic()
             line = {"progress": what or about, "done": done, "total": total, **facts}
-            print(json.dumps(line), file=sys.stderr, flush=True)
+            say_json(line, indent=None, err=True)
 
     return show
 
 
 def _as_bar(about: str, in_bytes: bool, note: Callable[[dict[str, Any]], str] | None) -> Iterator[Show]:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -75,13 +76,13 @@ def _as_bar(about: str, in_bytes: bool, note: Callable[[dict[str, Any]], str] | 
     )
 
     counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TextColumn("{task.fields[note]}"))
-    console = Console(stderr=True, highlight=False, markup=False)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(about, total=None, note="")
+    about_it, beside = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
+    columns = (about_it, BarColumn(), *counts, beside, TimeRemainingColumn())
+    with Progress(*columns, console=console(err=True), transient=True) as bar:
+        task = bar.add_task(visible(about), total=None, note="")
 
         def show(done: int, total: int | None, what: str = "", **facts: Any) -> None:
-            text = note(facts) if note else ""
-            bar.update(task, description=what or about, completed=done, total=total, note=text)
+            text = visible(note(facts)) if note else ""
+            bar.update(task, description=visible(what or about), completed=done, total=total, note=text)
 
         yield show

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from dataclasses import asdict
 
@@ -11,6 +9,7 @@ import click
 
 from adapterkit import api
 from adapterkit.budget import default_threads
+from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.running import DEVICE_HELP, run_with_bar
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS
 from adapterkit.words import size
@@ -42,8 +41,7 @@ def quantize_command(
         base, output, to=to, blocksize=int(blocksize), nested=nested, rounding=rounding, seed=seed,
         calibration=calibration, overwrite=overwrite,
     )  # fmt: skip
-    for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+    note(*plan.notes)
     began = time.perf_counter()
     result = run_with_bar(plan, "quantizing", threads or default_threads(), device)
     seconds = time.perf_counter() - began
@@ -54,7 +52,7 @@ def quantize_command(
             "tensors_quantized": result.tensors, "seconds": round(seconds, 3), "device": result.place,
             "sha256": asdict(result.hashes),
         }  # fmt: skip
-        print(json.dumps(facts, indent=2))
+        say_json(facts)
         return
-    print(f"quantized {result.tensors} weights in {seconds:.1f} s, {size(before)} to {size(result.bytes_written)}")
-    print(f"wrote     {result.out}")
+    say(f"quantized {result.tensors} weights in {seconds:.1f} s, {size(before)} to {size(result.bytes_written)}")
+    say(f"wrote     {result.out}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -33,30 +32,29 @@ def bar_of(what: str, output: str, dry_run: bool, as_json: bool) -> Iterator[Cal
 
 def _show_plan(output: str, modules: int, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"output": output, "modules": modules}, indent=2))
+        say_json({"output": output, "modules": modules})
         return
-    print(f"plan      {modules} modules to make; all that headers tell is checked, and fits")
-    print(f"writes    {output}")
-    print("nothing was written (--dry-run)")
+    say(f"plan      {modules} modules to make; all that headers tell is checked, and fits")
+    say(f"writes    {output}")
+    say("nothing was written (--dry-run)")
 
 
 def show_result(result: Combined, output: str, what: str, seconds: float, as_json: bool) -> None:
-    for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
+    note(*result.notes)
     if as_json:
         rows = [
             {"name": row.name, "rank": row.rank, "norm": row.energy**0.5, "error": row.error} for row in result.modules
         ]
         facts = {"output": output, "error": result.error, "seconds": round(seconds, 3), "modules": rows}
-        print(json.dumps(facts | {"notes": list(result.notes)}, indent=2))
+        say_json(facts | {"notes": list(result.notes)})
         return
     ranks = sorted({row.rank for row in result.modules})
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no ranks"
-    print(f"{what} in {seconds:.1f} s: {len(result.modules)} modules, {span}")
+    say(f"{what} in {seconds:.1f} s: {len(result.modules)} modules, {span}")
     if result.error:
         worst = max(result.modules, key=lambda row: row.error)
-        print(
+        say(
             f"kept      {1 - result.error**2:.2%} of ‖Δ‖², relative error {result.error:.3g} "
             f"(worst: {worst.name}, {worst.error:.3g})"
         )
-    print(f"wrote     {output}")
+    say(f"wrote     {output}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import closing
 
+from adapterkit.cli.output import note
 from adapterkit.cli.progress import progress
 from adapterkit.plan import MergePlan
 from adapterkit.stream import Merged, TensorMerged, run
@@ -26,8 +26,7 @@ def run_with_bar(
             if isinstance(event, TensorMerged):
                 show(event.done, event.total)
             else:
-                for note in event.notes:
-                    print(f"note: {note}", file=sys.stderr)
+                note(*event.notes)
                 return event
     raise AssertionError("a merge ends with its result")
 

@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
+from adapterkit.cli.output import console, say
+from adapterkit.words import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,14 +25,12 @@ def table(columns: dict[str, Callable[..., str]], rows: Iterable[Any]) -> Table:
     for index, header in enumerate(columns):
         table.add_column(header, justify="right" if index else "left", vertical="bottom", overflow="fold")
     for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
+        table.add_row(*(visible(cell(row)) for cell in columns.values()))
     return table
 
 
 def print_table(table: Table) -> None:
-    from rich.console import Console
-
-    Console(file=sys.stdout, width=width(), highlight=False, markup=False).print(table)
+    console().print(table, width=width())
 
 
 def width() -> int:
@@ -39,16 +38,15 @@ def width() -> int:
 
 
 def print_wrapped(label: str, text: str) -> None:
-    click.echo(
-        textwrap.fill(
-            text,
-            width(),
-            initial_indent=label,
-            subsequent_indent=" " * len(label),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+    lines = textwrap.wrap(
+        visible(text),
+        width(),
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_long_words=False,
+        break_on_hyphens=False,
     )
+    say(*lines)
 
 
 def common_prefix(names: Sequence[str]) -> str:

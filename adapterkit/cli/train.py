@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import sys
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.curve import curve
+from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.progress import is_shown, progress
 from adapterkit.errors import UsageError
 from adapterkit.recipe import Recipe, checked, read_recipe
@@ -128,13 +128,13 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether ctrl-C or a SIGTERM came; a second one ends at once."""
     asked: list[int] = []
 
-    def note(number: int, _: object) -> None:
+    def heed(number: int, _: object) -> None:
         if asked:
             raise KeyboardInterrupt("at once; what the last checkpoint holds is kept")
         asked.append(number)
-        print("\nfinishing this step; once more to stop at once", file=sys.stderr)
+        say("", "finishing this step; once more to stop at once", err=True)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(asked)
     finally:
@@ -167,12 +167,12 @@ def _shown() -> Iterator[Callable[[Event], None]]:
             speed = tokens / max(1e-9, time.monotonic() - began)
             show_step(event.step, event.steps, loss=event.loss, tokens_per_second=speed, memory=_memory())
             if not is_shown() and event.step % max(1, event.steps // 10) == 0:
-                print(f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s", file=sys.stderr)
+                say(f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s", err=True)
         elif isinstance(event, Evaluated):
             better = "" if event.step == 0 or event.best else "  (was lower)"
-            print(f"step {event.step}: validation loss {event.loss:.4f}{better}", file=sys.stderr)
+            say(f"step {event.step}: validation loss {event.loss:.4f}{better}", err=True)
         elif isinstance(event, Sampled):
-            print(f"{event.when}: {event.prompt!r} goes on with {event.completion!r}", file=sys.stderr)
+            say(f"{event.when}: {event.prompt!r} goes on with {event.completion!r}", err=True)
 
     with progress("training", note=_beside) as show_step:
         yield show
@@ -189,49 +189,47 @@ def _print_start(event: Started) -> None:
     data, held_back = event.data, event.held_back
     for part in filter(None, (data, held_back)):
         for bad in part.bad[:SHOWN_BAD]:
-            print(f"note: left out {bad.where}: {bad.why}", file=sys.stderr)
+            note(f"left out {bad.where}: {bad.why}")
         if len(part.bad) > SHOWN_BAD:
-            print(f"note: left out {len(part.bad) - SHOWN_BAD} more", file=sys.stderr)
+            note(f"left out {len(part.bad) - SHOWN_BAD} more")
         if part.truncated:
-            print(
-                f"note: {len(part.truncated)} records were cut, the first of them {part.truncated[0]}", file=sys.stderr
-            )
+            note(f"{len(part.truncated)} records were cut, the first of them {part.truncated[0]}")
     if not event.unpadded:
-        print("note: this model cannot read sequences end to end; they are padded", file=sys.stderr)
+        note("this model cannot read sequences end to end; they are padded")
     held = f", {len(held_back.examples):,} held back" if held_back else ""
-    print(
-        f"data      {len(data.examples):,} records, {data.tokens:,} tokens, {data.counted:,} to learn{held}\n"
+    say(
+        f"data      {len(data.examples):,} records, {data.tokens:,} tokens, {data.counted:,} to learn{held}",
         f"training  {event.trained:,} parameters ({event.trained / event.parameters:.2%}) in {event.steps:,} steps, "
-        f"{event.dtype} on {event.device}\n"
+        f"{event.dtype} on {event.device}",
         f"memory    about {size(event.memory.total)}",
-        file=sys.stderr,
+        err=True,
     )
 
 
 def _print_result(started: Started, trained: Trained, metrics: list[dict[str, Any]], as_json: bool) -> None:
     if trained.unmoved:
         more = f" and {len(trained.unmoved) - 3} more" if len(trained.unmoved) > 3 else ""
-        print(f"note: never had a gradient: {', '.join(trained.unmoved[:3])}{more}", file=sys.stderr)
+        note(f"never had a gradient: {', '.join(trained.unmoved[:3])}{more}")
     progress, losses = trained.progress, [line["loss"] for line in metrics if "loss" in line]
     if as_json:
         facts = {"output": str(trained.out), "trained_parameters": started.trained, "kept_step": trained.kept}
         facts |= {"stopped_early": trained.stopped_early, "peak_memory": trained.peak_memory}
-        print(json.dumps({**facts, **asdict(progress)}, indent=2))
+        say_json({**facts, **asdict(progress)})
         return
     if sys.stdout.isatty() and len(losses) > 1:
-        print("\n".join(curve(losses, *CURVE)))
+        say(*curve(losses, *CURVE))
     early = ", stopped early" if trained.stopped_early else ""
-    print(
+    say(
         f"trained   {progress.step:,} steps, {progress.tokens:,} tokens in {progress.seconds:,.1f} s "
         f"({progress.tokens / max(1e-9, progress.seconds):,.0f} tokens/s), {size(trained.peak_memory)}{early}"
     )
-    print(f"loss      {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
+    say(f"loss      {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
     if progress.best_loss is not None and progress.first_eval_loss is not None:
-        print(
+        say(
             f"held out  {progress.first_eval_loss:.4f} before, {progress.best_loss:.4f} at step {trained.kept}, "
             f"which is kept; perplexity {exp(progress.first_eval_loss):.2f}, {exp(progress.best_loss):.2f}"
         )
-    print(f"wrote     {trained.out}")
+    say(f"wrote     {trained.out}")
 
 
 def _print_memory(recipe: Recipe, as_json: bool) -> None:
@@ -239,11 +237,11 @@ def _print_memory(recipe: Recipe, as_json: bool) -> None:
 
     found, room, fits = estimated(recipe)
     if as_json:
-        print(json.dumps({**asdict(found), "total": found.total, "free": room}, indent=2))
+        say_json({**asdict(found), "total": found.total, "free": room})
         return
     for name, value in asdict(found).items():
-        print(f"{name:13}{size(value):>10}")
-    print(f"{'in all':13}{size(found.total):>10}, {size(room)} free" + ("" if fits is None else f": {fits}"))
+        say(f"{name:13}{size(value):>10}")
+    say(f"{'in all':13}{size(found.total):>10}, {size(room)} free" + ("" if fits is None else f": {fits}"))
 
 
 def _memory() -> int:

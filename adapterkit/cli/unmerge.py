@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 
 import click
 
 from adapterkit.budget import default_threads
+from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.running import DEVICE_HELP, run_with_bar, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
@@ -47,8 +46,7 @@ def unmerge_command(
         return
 
     def run_plan(plan: MergePlan) -> Merged:
-        for note in plan.notes:
-            print(f"note: {note}", file=sys.stderr)
+        note(*plan.notes)
         return run_with_bar(plan, "unmerging", threads or default_threads(), device)
 
     began = time.perf_counter()
@@ -62,27 +60,26 @@ def unmerge_command(
             "tensors_restored": result.tensors, "seconds": round(seconds, 3), "device": result.place,
             "sha256": result.hashes.outputs,
         }  # fmt: skip
-        print(json.dumps(facts, indent=2))
+        say_json(facts)
         return
     what = "subtracted from" if approximate else "restored"
-    print(f"{what:9} {result.tensors} tensors in {seconds:.1f} s, {size(result.bytes_written)}")
+    say(f"{what:9} {result.tensors} tensors in {seconds:.1f} s, {size(result.bytes_written)}")
     if not approximate:
-        print("exact     every file has the SHA-256 that the base had")
-    print(f"wrote     {result.out}")
+        say("exact     every file has the SHA-256 that the base had")
+    say(f"wrote     {result.out}")
 
 
 def _show_plan(plan: MergePlan, as_json: bool) -> None:
     used = [one.label for one in plan.given]
     if as_json:
         facts = {"output": str(plan.out), "adapters": used, "tensors": plan.edits, "bytes": plan.bytes_to_write}
-        print(json.dumps(facts, indent=2))
+        say_json(facts)
         return
-    for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+    note(*plan.notes)
     by = f", by {', '.join(used)}" if used else ""
     restored = (
         f"{plan.edits} of {len(plan.weight_map)} tensors{by}" if plan.edits else f"all of it, from {plan.base.name}"
     )
-    print(f"restores  {restored}")
-    print(f"writes    {plan.out}: {size(plan.bytes_to_write)}")
-    print("nothing was written (--dry-run)")
+    say(f"restores  {restored}")
+    say(f"writes    {plan.out}: {size(plan.bytes_to_write)}")
+    say("nothing was written (--dry-run)")

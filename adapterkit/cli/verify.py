@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit import api
+from adapterkit.cli.output import say, say_json
 from adapterkit.cli.running import weighted
 from adapterkit.renames import parse_rename
 from adapterkit.summary import to_json
@@ -56,10 +56,10 @@ def verify_command(
     )  # fmt: skip
     fits = all(verdict.fits for verdict in found)
     if as_json:
-        print(json.dumps({"fits": fits, "tensors": [to_json(verdict) for verdict in found]}, indent=2))
+        say_json({"fits": fits, "tensors": [to_json(verdict) for verdict in found]})
     else:
         _show(found, sample)
-        print("fits" if fits else "does not fit")
+        say("fits" if fits else "does not fit")
     if not fits:
         raise SystemExit(DOES_NOT_FIT)
 
@@ -67,15 +67,15 @@ def verify_command(
 def _show(found: Sequence[Verdict], sample: float) -> None:
     touched = sum(verdict.touched for verdict in found)
     share = "" if sample == 1 else f", {sample:.2%} of the rows"
-    print(f"verified  {len(found)} tensors{share}: {touched} that the adapters touch, {len(found) - touched} others")
+    say(f"verified  {len(found)} tensors{share}: {touched} that the adapters touch, {len(found) - touched} others")
     for kind, says in SAYS.items():
         for which, whose in ((True, "touched"), (False, "others")):
             some = [verdict for verdict in found if verdict.kind == kind and verdict.touched is which]
             if not some:
                 continue
-            print(f"{kind:9} {len(some)} {whose}: {says if which or kind != 'exact' else 'as in the base'}")
+            say(f"{kind:9} {len(some)} {whose}: {says if which or kind != 'exact' else 'as in the base'}")
             if not some[0].fits:
                 for verdict in some[:3]:
-                    print(f"          {verdict.name}: {verdict.explanation}")
+                    say(f"          {verdict.name}: {verdict.explanation}")
                 if len(some) > 3:
-                    print(f"          and {len(some) - 3} more: see --json")
+                    say(f"          and {len(some) - 3} more: see --json")

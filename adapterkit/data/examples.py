@@ -103,7 +103,7 @@ def encode_all(
         lines += [f"  {one.where}: {one.why}" for one in bad[:SHOWN]]
         lines += [f"  and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)
         lines += ["Mend them, or go on without them: --skip-bad"] * bool(good)
-        raise FormatError("\n".join(lines))
+        raise FormatError(*lines)
     if not good:
         raise FormatError("there are no records, expected one or more")
     return Encoded(tuple(example for example, _ in good), tuple(record for _, record in good), tuple(bad))

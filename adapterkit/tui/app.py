@@ -35,7 +35,7 @@ from adapterkit.tui.jobs import Job
 from adapterkit.tui.jobview import JobBar, JobsScreen
 from adapterkit.tui.machine import machine, who
 from adapterkit.tui.table import AdapterTable
-from adapterkit.words import printable
+from adapterkit.words import visible
 
 DRAWN_EVERY = 0.1  # seconds between the steps of a job that are shown
 IN_FOOTER = ("merge", "unmerge", "combine", "pull")  # the rest is in the help and in the palette
@@ -227,10 +227,10 @@ class AdapterkitApp(App[None]):
 
         def really(yes: bool | None) -> None:
             if yes:
-                last = printable(f"{row.path}\n\nIt cannot be undone. Really?")
+                last = visible(f"{row.path}\n\nIt cannot be undone. Really?")
                 self.push_screen(ConfirmScreen(last, "Delete for good"), lambda yes: self._delete(row, bool(yes)))
 
-        self.push_screen(ConfirmScreen(printable(f"Delete {row.name} from this disk?"), "Delete"), really)
+        self.push_screen(ConfirmScreen(visible(f"Delete {row.name} from this disk?"), "Delete"), really)
 
     def _delete(self, row: Found, yes: bool) -> None:
         if not yes:

@@ -18,7 +18,7 @@ from textual_plot import HiResMode
 from adapterkit.errors import AdapterkitError
 from adapterkit.finding import Found
 from adapterkit.tui.charts import COLOURS, Plot
-from adapterkit.words import number, printable
+from adapterkit.words import number, visible
 
 if TYPE_CHECKING:
     from adapterkit.comparing import Alike, Pair
@@ -48,7 +48,7 @@ class CompareScreen(Screen[None]):
     def __init__(self, one: Found, other: Found) -> None:
         super().__init__()
         self._both = (one, other)
-        self._names = printable(f"A  {one.name}\nB  {other.name}")
+        self._names = visible(f"A  {one.name}\nB  {other.name}")
 
     def compose(self) -> ComposeResult:
         yield Static("", id="what", markup=False)
@@ -93,7 +93,7 @@ class CompareScreen(Screen[None]):
         if not self.is_mounted:
             return
         if isinstance(found, str):
-            self.query_one("#what", Static).update(printable(f"{self._names}\n{found}"))
+            self.query_one("#what", Static).update(visible(f"{self._names}\n{found}"))
             return
         pair, rows, configs = found
         self.query_one(Horizontal).display = True

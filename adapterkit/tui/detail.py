@@ -21,7 +21,7 @@ from adapterkit.finding import Found
 from adapterkit.summary import ModuleRow
 from adapterkit.tui.charts import Layers, Spectrum
 from adapterkit.tui.looking import Details, config_text, rows_of
-from adapterkit.words import printable
+from adapterkit.words import visible
 
 TABS = ("overview", "layers", "spectrum", "config", "card")
 
@@ -65,7 +65,7 @@ class Detail(Vertical):
 
     def wait(self, row: Found | None) -> None:
         """Another adapter is looked at; what is known of it comes."""
-        self.border_title = escape(printable(row.name)) if row else ""
+        self.border_title = escape(visible(row.name)) if row else ""
         if row is None:
             self.details = None
             self.query_one("#facts", Static).update("")
@@ -74,17 +74,15 @@ class Detail(Vertical):
         """Show what was found out about an adapter."""
         anew = self.details is None or self.details.row.name != details.row.name
         self.details = details
-        self.border_title = escape(printable(details.row.name))
+        self.border_title = escape(visible(details.row.name))
         facts = Table.grid(padding=(0, 2, 0, 0))
         for name, value in details.facts.items():
-            facts.add_row(Text(name, "bold"), Text(printable(value), overflow="fold"))
-        told = [
-            Text(printable(f"\n⚠ {warning}"), "red" if details.problem else "yellow") for warning in details.warnings
-        ]
+            facts.add_row(Text(name, "bold"), Text(visible(value), overflow="fold"))
+        told = [Text(visible(f"\n⚠ {warning}"), "red" if details.problem else "yellow") for warning in details.warnings]
         self.query_one("#facts", Static).update(Group(facts, *told))
         config = config_text(details.config) if details.config else "There is no adapter_config.json."
         self.query_one("#config-text", Static).update(JSON(config) if details.config else Text(config))
-        self.query_one("#card-text", Markdown).update(printable(details.card) or "*There is no card.*")
+        self.query_one("#card-text", Markdown).update(visible(details.card) or "*There is no card.*")
         if anew:
             self._measured = None
         self._measure_if_shown()

@@ -14,7 +14,7 @@ from textual.widgets import Button, Checkbox, Input, Label, Select, Static
 from adapterkit.tui.actions import Action, Field, Values, line
 from adapterkit.tui.jobs import output_of
 from adapterkit.tui.tick import Tick
-from adapterkit.words import printable
+from adapterkit.words import visible
 
 BOX = """
     align: center middle;
@@ -80,7 +80,7 @@ class FormScreen(ModalScreen[list[str] | None]):
             chosen = value if value in field.choices else Select.NULL
             return Select(options, value=chosen, allow_blank=not field.needed, prompt="as it is", id=id, compact=True)
         text = str(value)
-        return Input(text if printable(text) == text else "", id=id, compact=True)  # what steers terminals is typed
+        return Input(text if visible(text) == text else "", id=id, compact=True)  # what steers terminals is typed
 
     @property
     def values(self) -> dict[str, str | bool]:
@@ -104,7 +104,7 @@ class FormScreen(ModalScreen[list[str] | None]):
     @on(Select.Changed)
     def _changed(self) -> None:
         try:
-            self.query_one("#command", Static).update(printable(line(self.argv)))
+            self.query_one("#command", Static).update(visible(line(self.argv)))
         except ValueError as error:
             self.query_one("#command", Static).update(str(error))
         if self._planned is not None:

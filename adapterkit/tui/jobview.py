@@ -14,7 +14,7 @@ from textual_plot import HiResMode
 
 from adapterkit.tui.charts import Plot
 from adapterkit.tui.jobs import Job
-from adapterkit.words import clock, printable
+from adapterkit.words import clock, visible
 
 if TYPE_CHECKING:
     from adapterkit.tui.app import AdapterkitApp
@@ -56,7 +56,7 @@ class JobBar(Static):
         text = Text(no_wrap=True, overflow="ellipsis")
         text.append(f"{SIGNS[job.state]} {job.argv[0]} ", STYLES[job.state]).append(told(job))
         if job.state == "failed":
-            text.append(printable(f": {job.result}"))
+            text.append(visible(f": {job.result}"))
         text.append(f"   {len(running)} running, {len(jobs)} in all: J" if len(jobs) > 1 else "   J jobs", "dim")
         if running:
             text.append("  x cancel", "dim")
@@ -125,7 +125,7 @@ class JobsScreen(Screen[None]):
             self.query_one("#said", Static).update("No jobs yet: m merges, o combines, d downloads.")
             return
         said = "\n".join([job.command, "", *job.said, *job.out.splitlines()])
-        self.query_one("#said", Static).update(printable(said))
+        self.query_one("#said", Static).update(visible(said))
         plot = self.query_one(Plot)
         plot.display = len(job.losses) > 1
         if plot.display:

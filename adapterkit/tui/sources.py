@@ -11,7 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import Tree
 
-from adapterkit.words import printable
+from adapterkit.words import visible
 
 Kind = Literal["folder", "cache", "hub"]
 
@@ -27,7 +27,7 @@ class Source:
     def label(self) -> str:
         """What it is called."""
         if self.folder is not None:
-            return printable(self.folder.name or self.folder.absolute().name)
+            return visible(self.folder.name or self.folder.absolute().name)
         return "Hub cache" if self.kind == "cache" else "Hub"
 
 

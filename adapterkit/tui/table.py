@@ -17,7 +17,7 @@ from textual.timer import Timer
 from textual.widgets import DataTable, Input, Static
 
 from adapterkit.finding import SORTS, Found, ordered
-from adapterkit.words import printable, short, size, span
+from adapterkit.words import short, size, span, visible
 
 STATES = {"here": "●", "partial": "◐", "remote": "○"}
 # Columns and their widths: to measure each cell would take as long as to read the files. Names are as long as they are.
@@ -187,13 +187,13 @@ class AdapterTable(Vertical):
         counted = "" if row.downloads is None else f"{row.downloads:,}"
         texts = (
             f"{mark}{state}", self._called(row), row.kind or "", span(row.ranks), span(row.alphas),
-            printable(short(row.targets)), "" if row.size is None else size(row.size), counted,
+            visible(short(row.targets)), "" if row.size is None else size(row.size), counted,
         )  # fmt: skip
         return [Text(text, style=style, no_wrap=True, overflow="ellipsis") for text in texts]
 
     def _called(self, row: Found) -> str:
         """Its path below the folder that is listed, or its Hub id."""
-        return printable(row.name.removeprefix(f"{self.folder}/") if self.folder else row.name)
+        return visible(row.name.removeprefix(f"{self.folder}/") if self.folder else row.name)
 
     def _say(self) -> None:
         """Words where rows would be, and how many there are on the border."""
