@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adapterkit.errors import FormatError, UsageError
+from adapterkit.opening import read_whole
+from adapterkit.yamlfile import MAX_YAML, parse_yaml
 
 FACTORED = ("lora", "rslora", "dora")
 METHODS = (*FACTORED, "full")
 QUANTIZE = ("none", "nf4", "fp4")
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
+MOST = 2**31 - 1  # of any number: beyond it lie overflows, and nothing that trains
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -102,6 +106,10 @@ class Recipe:
         for name in ("warmup", "weight_decay", "clip", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected 0 or more")
+        patterns = {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}
+        for name, value in {**{_dashed(one.name): getattr(self, one.name) for one in fields(self)}, **patterns}.items():
+            if isinstance(value, int | float) and value > MOST:
+                raise UsageError(f"{name} {value}: expected {MOST:,} or less")
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -140,33 +148,35 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
 
     Raises FormatError where it is not YAML, UsageError for unknown keys, with the nearest there is, and wrong types.
     """
-    import yaml
-
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise FormatError(f"{path}: not a recipe in YAML: {str(error).splitlines()[0]}") from error
+        given = parse_yaml(read_whole(path, 4 * MAX_YAML).decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(given, dict):
         raise FormatError(f"{path}: expected keys and values, as in `rank: 8`")
-    return checked(given | dict(overrides), str(path))
+    return checked(given, str(path), overrides)
 
 
-def checked(given: Mapping[Any, Any], where: str) -> Recipe:
-    """The recipe of these keys and values; a number may come as text, as YAML reads `1e-4`."""
+def checked(given: Mapping[Any, Any], where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of these keys and values, `overrides` over them; a number may be text, as YAML reads `1e-4`."""
     from pydantic import TypeAdapter, ValidationError
 
     names = [one.name for one in fields(Recipe)]
-    plain = {str(key).replace("-", "_"): value for key, value in given.items()}
-    for key in plain:
-        if key not in names:
-            near = get_close_matches(key, names, 1)
-            raise UsageError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    plain: dict[str, Any] = {}
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = get_close_matches(name[:60], names, 1)
+            raise UsageError(f"{where}: unknown key {name[:60]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if name in plain:
+            raise UsageError(f"{where}: has both {name} and {name.replace('_', '-')}, which are one key")
+        plain[name] = value
     try:
-        return TypeAdapter(Recipe).validate_python(plain)
+        return TypeAdapter(Recipe).validate_python(plain | dict(overrides or {}))
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{where}: {at} is {first['input']!r}: {first['msg']}") from error
+        raise UsageError(f"{where}: {at} is {reprlib.repr(first['input'])}: {first['msg']}") from error
 
 
 def as_yaml(recipe: Recipe) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +93,48 @@ def test_what_a_file_may_not_say(file: Path, text: str, message: str) -> None:
         read(file, text)
 
 
-@pytest.mark.parametrize(
-    "text", ["- rank", "rank", "", "3", "a: [1", "a: b: c", "\t- x", "!!python/object/apply:os.getcwd []"]
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghijklm")
 )
-def test_what_is_no_recipe(file: Path, text: str) -> None:
-    with pytest.raises(FormatError, match=r"recipe\.yaml: (not a recipe in YAML|expected keys and values)"):
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *[(text, "(is not valid YAML|expected keys and values)") for text in (
+            "- rank", "rank", "", "3", "a: [1", "a: b: c", "\t- x", "!!python/object/apply:os.getcwd []", "rank: \0",
+            "a: 1\n---\nb: 2", "? [1]\n: 2", "date: 2001-02-31", "a: !!bool x", "a: !!int ''", "a: !!timestamp x",
+        )],
+        ("rank: 8\n" + "[" * 50_000, ":2: is not valid YAML"), ("a: " + "[" * 2000 + "]" * 2000, "is not valid YAML"),
+        (LAUGHS, ":1: is referred to by an alias"),
+        ("rank_pattern: &x {q: 4}\nalpha_pattern: *x", ":1: is referred to by an alias"),
+        ("rank_pattern: &x {q: *x}", ":1: is referred to by an alias"),
+        ("rank: 4\n\nlr: 1e-4\nrank: 8", ":4: names 'rank' twice"),
+        ('{"rank": 4,\n "rank": 8}', ":2: names 'rank' twice"),
+        ("rank_pattern:\n  q_proj: 4\n  q_proj: 8", ":3: names 'q_proj' twice"),
+        ('{"rank_pattern": {"q": 4, "q": 8}}', ":1: names 'q' twice"),
+        ("rank: " + "9" * 5000, ":1: a number of 5,000 characters"), ("seed: 0x" + "f" * 5000, "a number of 5,002 "),
+        ("rank: " + "1:" * 3000 + "1", "a number of 6,001 characters"),
+        ("targets: " + "x" * 100_000, "has 100,009 characters of YAML, expected at most 100,000"),
+        ("targets: " + "x" * 400_000, "is larger than 400,000 bytes"),
+    ],
+    ids=lambda text: text[:40],
+)  # fmt: skip
+def test_what_is_no_recipe(file: Path, text: str, message: str) -> None:
+    with pytest.raises(FormatError, match=rf"recipe\.yaml(:\d+)?:? ?{message}"):
         read(file, text)
+
+
+def test_a_key_in_both_spellings(file: Path) -> None:
+    with pytest.raises(UsageError, match="has both max_length and max-length, which are one key"):
+        read(file, "max_length: 4\nmax-length: 5")
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, file: Path) -> None:
     file.write_bytes(b"rank: \xff")
-    for path in (file, tmp_path / "nowhere.yaml", tmp_path):
-        with pytest.raises(FormatError, match="not a recipe in YAML"):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (file, tmp_path / "nowhere.yaml", tmp_path, tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(FormatError, match="is not valid YAML: 'utf-8'|cannot be read: "):
             read_recipe(path, {})
 
 
@@ -134,6 +166,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, file: Path) -> None:
             for name in ("warmup", "weight_decay", "clip")
             for value in (-1.0, float("nan"), float("inf"))
         ],
+        ({"rank": 10**20}, "--rank 100000000000000000000: expected 2,147,483,647 or less"),
+        ({"seed": 2**64}, "--seed 18446744073709551616: expected 2,147,483,647 or less"),
+        ({"epochs": 1e308}, r"--epochs 1e\+308: expected 2,147,483,647 or less"),
+        ({"rank_pattern": {"q": 2**31}}, "q 2147483648: expected 2,147,483,647 or less"),
         ({"seed": -1}, "--seed -1: expected 0 or more"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern: q 0: expected 1 or more"),
         ({"alpha_pattern": {"q": 0.0}}, "alpha_pattern: q 0.0: expected more than 0"),

@@ -444,7 +444,8 @@ def test_memory_is_told_before(base: Path, data: Path, tmp_path: Path, monkeypat
         (["--rank-pattern", "q_proj"], UsageError, "NAME=VALUE"),
         (["--plot", "p.gif"], UsageError, "a plot is a"),
         (["--init-from", "nowhere/x.safetensors"], FormatError, "nowhere"),
-        (["--recipe", "no-such.yaml"], FormatError, "no-such.yaml: not a recipe"),
+        (["--recipe", "no-such.yaml"], FormatError, "no-such.yaml: cannot be read: No such file"),
+        (["--layers", "0-99999999999"], UsageError, "expected numbers and ranges"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -67,7 +67,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
         return None
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
         if match is None:
             raise UsageError(f"--layers {text}: expected numbers and ranges, as in 0-5,10")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
