@@ -22,7 +22,7 @@ from adapterkit.plan import Edit, Recorded
 from adapterkit.quant.packed import Numbers, Packed, Packer, Rows
 from adapterkit.rounding import on_midpoints, round_once
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_span, tensor_bytes
-from adapterkit.undo import Undo, difference, restore, undo, undo_marked
+from adapterkit.undo import Undo, difference, restore, undo, undo_marked, undo_nothing
 
 GROUP_ROWS = 32  # how many rows the search for midpoints takes together
 
@@ -209,14 +209,20 @@ def _merge_plain(
     Returns the sum of squares of each chunk, and what undoes it all.
     """
     rows, columns = out.shape
+    here = [update for update in updates if update.start < first + rows and first < update.stop]
     step = _chunk_rows(columns, buffers.place.chunk)
     depth = gcd(rows, step, GROUP_ROWS)
     sums, products = buffers.sums(min(rows, step), columns), buffers.products(min(rows, step), columns)
-    doubts = buffers.doubts(source) if undoable and updates else None
-    squares, least = add_rounded(source, first, updates, out, sums, products, depth, doubts)
+    doubts = buffers.doubts(source) if undoable and here else None
+    squares, least = add_rounded(source, first, here, out, sums, products, depth, doubts)
     i, j = on_midpoints(least, depth)
-    out[i, j] = round_once(exact_sum(source, first, updates, i, j), out.dtype)
-    return squares, undo_marked(updates, source, out, doubts.found(source, squares)) if doubts else None
+    settled = round_once(exact_sum(source, first, here, i, j), out.dtype)
+    if doubts is not None:
+        doubts.changed(i, j, out[i, j], settled)
+    out[i, j] = settled
+    if not undoable:
+        return squares, None
+    return squares, undo_marked(here, source, out, doubts.found(source, squares)) if doubts else undo_nothing(source)
 
 
 def _sums(

@@ -14,10 +14,8 @@ import numpy as np
 import torch
 
 from adapterkit.delta import Update
-from adapterkit.residual import spread
+from adapterkit.residual import norms, spread
 from adapterkit.rounding import midpoint_shift
-
-FLUSHED = 1e-15  # whose square is far above the least float32
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,10 @@ class Doubts:
     """
 
     marks: torch.Tensor
+
+    def changed(self, rows: torch.Tensor, columns: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Mark elements that were rounded `before` and are something else `after`: the error looked at was another."""
+        self.marks.view(torch.int16)[rows, columns] |= (before.view(torch.int16) != after.view(torch.int16)).short()
 
     def found(self, base: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """The flat positions of what is marked, in order; and of what must be kept by its bits, not its value.
@@ -61,11 +63,11 @@ def add_rounded(
     """
     bits = sums.view(torch.int32)
     marked = [] if doubts is None else [doubts.marks, doubts.marks.view(torch.int16), base.view(torch.int16)]
-    norms = [] if doubts is None else [_norms(update) for update in updates]
+    sizes = [] if doubts is None else [norms(update) for update in updates]
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # it would compile anew for each shape
         return _loop(  # type: ignore[no-any-return]
             base, out, sums, products, bits, bits.view(torch.int16), midpoint_shift(out.dtype), depth,
-            *_factors(updates, first), marked, norms, spread(updates, out.dtype) if marked else (0.0, 0.0),
+            *_factors(updates, first), marked, sizes, spread(updates, out.dtype) if marked else (0.0, 0.0),
         )  # fmt: skip
 
 
@@ -76,14 +78,6 @@ def _factors(
     spans = [(update.start - first, update.stop - first) for update in updates]
     lefts, rights = [update.left for update in updates], [update.right for update in updates]
     return spans, lefts, rights, [update.strength for update in updates]
-
-
-def _norms(update: Update) -> tuple[torch.Tensor, torch.Tensor]:
-    """`|s|·‖B_i‖` and `‖A_:j‖`; what is not zero is large enough that nothing flushed to zero matters beside them."""
-    strength = abs(update.strength)
-    by_row, by_column = update.left.norm(dim=1), update.right.norm(dim=0)
-    least = FLUSHED * max(1.0, strength)
-    return (by_row * strength).clamp_(min=least) * (by_row > 0), by_column.clamp(min=FLUSHED) * (by_column > 0)
 
 
 def _chunks(
@@ -100,7 +94,7 @@ def _chunks(
     rights: list[torch.Tensor],
     strengths: list[float],
     marked: list[torch.Tensor],
-    norms: list[tuple[torch.Tensor, torch.Tensor]],
+    sizes: list[tuple[torch.Tensor, torch.Tensor]],
     spreads: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loop; tensors are handed over as every dtype that they are seen as, which TorchScript cannot do itself."""
@@ -135,7 +129,7 @@ def _chunks(
         least.append(low.view(-1, depth, halves.shape[1]).amin(1))
         if len(marked) > 0:
             _mark(
-                first, chunk, other, bases[index], seen[0][index], seen[1][index], seen[2][index], spans, norms, spreads
+                first, chunk, other, bases[index], seen[0][index], seen[1][index], seen[2][index], spans, sizes, spreads
             )
     return torch.stack(squares), torch.cat(least)
 
@@ -149,18 +143,26 @@ def _mark(
     marks16: torch.Tensor,
     base16: torch.Tensor,
     spans: list[tuple[int, int]],
-    norms: list[tuple[torch.Tensor, torch.Tensor]],
+    sizes: list[tuple[torch.Tensor, torch.Tensor]],
     spreads: tuple[float, float],
 ) -> None:
-    """Mark where `W + e·(1 + η) ± 2·δ`, to the side of e, does not round to W, in a chunk that begins with row `first`.
+    """Mark where `W + (e ± 2·δ)·(1 + η)`, to the side of e, does not round to W, in a chunk that begins at row `first`.
 
-    The `error` e is `W' − S`, S the sum that W' was rounded from; δ is how far off Δ can be. Where W + e is that far
-    from the boundary on its side, the one on the other side is no more than twice as near to W, and so out of reach
-    too: W comes back whatever Δ turns out to be.
+    The `error` e is `W' − S`, S the sum that W' was rounded from. What is subtracted from W' leaves `W + e + t`, where
+    `|t| ≤ α·h + δ`: h is the distance from W to its nearest boundary, α and `δ = β·N` are those of `spread`, η is
+    `α / (1 − α)`. Let H be the distance to the boundary on the side of e; an element that is not marked has
+    `|e| + 2·δ ≤ H·(1 − α)`.
+
+    On that side `|e| + |t| ≤ H`, since `h ≤ H`. On the other side, if its boundary is no nearer, `|t| − |e| ≤ H` is
+    enough. It is nearer where W is a power of two: then `h = H / 2`, and `δ ≤ h·(1 − α)`, so `|t| ≤ h`. Rounding is
+    monotonic, so W comes back; what lands on a boundary only rounds there if W is even, as here.
+
+    Zeros: `W + …` is 0 only where Δ is, and where −0 became +0 their bits differ. Subnormals have boundaries at equal
+    distances. NaN and Inf: see `Doubts.found`.
     """
     inflation, spread = spreads
     scratch.zero_()
-    for (start, stop), (by_row, by_column) in zip(spans, norms):  # noqa: B905
+    for (start, stop), (by_row, by_column) in zip(spans, sizes):  # noqa: B905
         begin, end = max(first, start), min(first + len(scratch), stop)
         if begin < end:
             part = scratch[begin - first : end - first]

@@ -2,25 +2,28 @@
 
 `W' = round(W + Δ)` forgets: `round(W' − Δ)` is not always W. Recorded is W itself, wherever `W' − Δ` rounds to
 something else, or lies so close to a boundary between two values that another order of summation could round it so.
-Sums differ from each other by no more than `γ_r·|s|·‖B_i‖·‖A_:j‖` (Cauchy and Schwarz on the standard bound of a dot
-product), `γ_r = r·u / (1 − r·u)`, with u the unit roundoff of what Δ is computed in. Everything else is restored by any
-arithmetic.
+Everything else is restored by any arithmetic.
+
+What is rounded k times is off by a share of `γ_k = k·u / (1 − k·u)` at most, u the unit roundoff of what Δ is computed
+in. The terms of `s·B·A` are rounded r times in their sum, whatever its order, and twice for s and the product with it.
+So it is off by `γ_{r+2}·|s|·‖B_i‖·‖A_:j‖` at most (Cauchy and Schwarz). The bounds below count once more where they
+say `+ 3`, which takes care of the few roundings in the bound itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from math import inf
 
 import numpy as np
 import torch
 
 from adapterkit.delta import Update
 
-# On the bound: for the rounding of the norms in it, and of the comparison itself.
-MARGIN = 1 + 2.0**-10
-SPARSEST = {torch.bfloat16: 9, torch.float16: 12}  # a weight is less than 2^that times its nearest boundary's distance
+SPARSEST = {torch.bfloat16: 9, torch.float16: 12}  # a weight is at most 2^that times its nearest boundary's distance
 FAR = 2**14  # steps: no need to know how many more
+FLUSHED = 1e-15  # whose square is far above the least float32
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,13 @@ def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update],
 
 
 def _steps_off(updates: Sequence[Update], dtype: torch.dtype) -> np.ndarray:
-    """By exponent of a 16-bit weight, how many of its steps Δ can be off by, rounded, at most FAR."""
-    sizes = [abs(u.strength) * float(u.left.norm(dim=1).max()) * float(u.right.norm(dim=0).max()) for u in updates]
+    """By exponent of a 16-bit weight, how many of its steps the sums can be off by, rounded, at most FAR."""
+    sizes = [float(by_row.max()) * float(by_column.max()) for by_row, by_column in map(norms, updates)]
     finfo = torch.finfo(dtype)
     exponents = np.arange(256 if dtype is torch.bfloat16 else 32)
-    steps = spread(updates, dtype)[1] * sum(sizes) / (finfo.tiny * finfo.eps) * np.exp2(1.0 - exponents) + 0.5
-    least: np.ndarray = np.minimum(steps, FAR / 4).astype(np.int16)
+    of_boundary, of_delta = spread(updates, dtype)
+    steps = of_delta * sum(sizes) / (finfo.tiny * finfo.eps) * np.exp2(1.0 - exponents) + of_boundary / 2 + 0.5
+    least: np.ndarray = np.fmin(steps, FAR / 4).astype(np.int16)
     return least
 
 
@@ -105,15 +109,41 @@ def joined(parts: Sequence[Residual]) -> Residual:
     return Residual(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Residual)))
 
 
-def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]:
-    """How far merging, and subtracting, can be off but for rounding W' to `dtype`, as shares of two things.
+def gamma(count: int, dtype: torch.dtype) -> float:
+    """By what share a value can be off that is rounded `count` times to `dtype`."""
+    off = count * torch.finfo(dtype).eps / 2
+    return off / (1 - off) if off < 1 else inf
 
-    Of the distance from W to the nearest boundary, where that matters: what merging sums is rounded at the size of W.
-    And of `Σ |s|·‖B_i‖·‖A_:j‖`.
+
+def norms(update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+    """`|s|·‖B_i‖` and `‖A_:j‖`, whose product bounds an element of Δ.
+
+    What is not zero is so large that nothing flushed to zero matters beside it. Squared in float32, it might be zero.
     """
-    terms = sum(len(update.right) + 3 for update in updates)
-    unit = torch.finfo(updates[0].right.dtype).eps / 2
-    return (terms + 4 + 2 * len(updates)) * unit * 2 ** SPARSEST[dtype] * MARGIN, (2 * terms + 4) * unit * MARGIN
+    by_row, by_column = (
+        torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64)
+        for factor, dim in ((update.left, 1), (update.right, 0))
+    )
+    strength, dtype = abs(update.strength), update.left.dtype
+    least = FLUSHED * max(1.0, strength)
+    rows, columns = (by_row * strength).clamp_(min=least) * (by_row > 0), by_column.clamp(min=FLUSHED) * (by_column > 0)
+    return rows.to(dtype), columns.to(dtype)
+
+
+def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]:
+    """How far merging to `dtype` and subtracting can be off together, as shares of two things (see `fused._mark`).
+
+    Of the distance from W to its nearest boundary, and of `N = Σ |s|·‖B_i‖·‖A_:j‖`. With n updates in a row, merging
+    rounds W and every term `T = Σ (r + 3)` times at most, in whatever order it adds them up. Subtracting rounds the
+    terms of one update `r + 2` times, and what is left of W' by all updates but the last, n − 1 times. That makes
+    `γ_{T+n−1}·|W| + 2·γ_T·N`, the latter with room for the roundings of N. Three roundings of W more are for the
+    comparison: its own, and where it or the subtraction lands on a boundary that it is only close to.
+    """
+    kind = updates[0].left.dtype
+    met = [[len(u.right) + 3 for u in updates if u.start <= one.start < u.stop] for one in updates]
+    terms, count = max(map(sum, met)), max(map(len, met))
+    share = gamma(terms + count + 2, kind) * 2 ** SPARSEST[dtype]
+    return share / (1 - share) if share < 1 else inf, 2 * gamma(terms, kind)
 
 
 def restore(after: torch.Tensor, first: int, updates: Sequence[Update], residual: Residual) -> torch.Tensor:
@@ -146,20 +176,20 @@ def _reach(
     Rounding never crosses a number of its own precision, so the last subtraction can only land on a boundary between
     two values of the output that the exact difference is beside: one number to either side takes care of that.
     """
-    limits = torch.finfo(back.dtype)
-    unit = limits.eps / 2
+    unit = torch.finfo(back.dtype).eps / 2
     off = torch.zeros_like(back)
     sizes = torch.zeros_like(back)  # Σ |s|·‖B_i‖·‖A_:j‖, which bounds |Δ|
-    for update, part, left in _inside(off, first, updates):
-        terms = update.right.shape[0] + 3  # of the sum; and s, the norms, and s times the sum are rounded
-        gamma = terms * unit / (1 - terms * unit)
-        norms = left.norm(dim=1)[:, None] * update.right.norm(dim=0)
-        part += norms * (abs(update.strength) * 2 * gamma * MARGIN)  # once for each of two ways to add up
-        part += (norms > 0) * (2 * terms * limits.tiny * max(1.0, abs(update.strength)))  # what may be flushed to zero
-        start = max(update.start, first) - first
-        sizes[start : start + len(part)] += norms * abs(update.strength)
-    if len(updates) > 1 or gain is not None:  # then what comes last is computed from what is rounded already
-        off += (after.to(back.dtype).abs() + sizes) * (2 * len(updates) * unit * MARGIN)
+    roundings = -1 if gain is None else 0  # of what is left of W', but for the last, which is monotonic
+    for update, part, _ in _inside(off, first, updates):
+        by_row, by_column = norms(update)
+        start = max(update.start, first)
+        rows = slice(start - update.start, start - update.start + len(part))
+        size = by_row[rows, None] * by_column
+        part += size * (2 * gamma(len(update.right) + 3, back.dtype))  # once for each of two ways to add up
+        sizes[start - first : start - first + len(part)] += size
+        roundings += 1
+    if roundings > 0:
+        off += (after.to(back.dtype).abs() + sizes) * ((2 * roundings + 1) * unit)
     if gain is not None:
         off = off / gain.abs() + back.abs() * (4 * unit)
     off = off.nan_to_num_(nan=torch.inf)

@@ -35,6 +35,11 @@ class Undo:
     numbers: bytes = b""
 
 
+def undo_nothing(before: torch.Tensor) -> Undo:
+    """What restores rows that no update touches."""
+    return Undo(encode(nothing(before)))
+
+
 def undo_marked(updates: Sequence[Update], before: torch.Tensor, after: torch.Tensor, at: torch.Tensor) -> Undo:
     """What takes plain updates out again, where all but the elements `at` come back by themselves."""
     return Undo(encode(marked(before, after, updates, at)))
@@ -45,7 +50,7 @@ def undo(
 ) -> Undo:
     """What takes any updates, computed in `dtype`, out of rows `first …`; `step` rows at a time."""
     if not updates:
-        return Undo(encode(nothing(before)))
+        return undo_nothing(before)
     parts, found = [], []
     for start in range(0, len(before), step):
         old, new = before[start : start + step], after[start : start + step]

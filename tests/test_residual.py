@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import gcd
 
+import adversarial
 import pytest
 import torch
+from adversarial import COMPUTED_IN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterkit import residual
+from adapterkit.blocks import _merge_plain
 from adapterkit.coding import correct, encode
 from adapterkit.delta import Update, add_updates
 from adapterkit.device import Buffers
-from adapterkit.fused import add_rounded
-from adapterkit.residual import marked, record, restore, subtracted
+from adapterkit.fused import _mark
+from adapterkit.residual import gamma, marked, norms, ordered, record, restore, spread, subtracted
 
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def factors_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What Δ is computed in."""
-    return torch.float64 if dtype is torch.float32 else torch.float32
 
 
 def rank_one_at_a_time(order: str) -> Product:
@@ -52,8 +49,13 @@ def in_float64(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return (left.double() @ right.double()).to(left.dtype)
 
 
+def in_halves(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    half = len(right) // 2
+    return left[:, half:] @ right[half:] + left[:, :half] @ right[:half]
+
+
 ARITHMETIC: dict[str, Product] = {
-    "the same": residual.product, "in pairs": in_pairs, "in float64": in_float64,
+    "the same": residual.product, "in pairs": in_pairs, "in float64": in_float64, "in halves": in_halves,
     **{order: rank_one_at_a_time(order) for order in ("forwards", "backwards", "shuffled")},
 }  # fmt: skip
 
@@ -63,17 +65,15 @@ def check(W: torch.Tensor, updates: list[Update], monkeypatch: pytest.MonkeyPatc
 
     What 16-bit weights leave is recorded twice: by way of `W' − Δ`, and by way of the sums that W' is rounded from.
     """
+    after, codes = torch.empty_like(W), []
     if W.dtype is torch.float32:
         sums = W.double()
         add_updates(sums, 0, updates)
-        after, codes = sums.to(W.dtype), []
+        after.copy_(sums)
     else:
-        after, buffers = torch.empty_like(W), Buffers()
-        doubts = buffers.doubts(W)
-        squares, _ = add_rounded(
-            W, 0, updates, after, buffers.sums(8, W.shape[1]), buffers.products(8, W.shape[1]), gcd(len(W), 8), doubts
-        )
-        codes = [encode(marked(W, after, updates, doubts.found(W, squares)))]
+        _, undone = _merge_plain(W, 0, updates, after, Buffers(), True)
+        assert undone is not None
+        codes.append(undone.code)
     found = record(W, after, 0, updates)
     codes.append(encode(found))
     for name, add in ARITHMETIC.items():
@@ -93,7 +93,7 @@ def check(W: torch.Tensor, updates: list[Update], monkeypatch: pytest.MonkeyPatc
 
 
 def updates_of(rows: int, columns: int, rank: int, size: float, dtype: torch.dtype) -> list[Update]:
-    kind = factors_dtype(dtype)
+    kind = COMPUTED_IN[dtype]
     left, right = torch.randn(rows, rank, dtype=kind) * size, torch.randn(rank, columns, dtype=kind)
     return [Update(0, rows, left, right, 0.3)]
 
@@ -168,7 +168,7 @@ def test_a_gpu_restores_what_the_cpu_recorded_and_the_other_way_round(dtype: tor
     gpu = torch.device("cuda")
     for here, there in ((torch.device("cpu"), gpu), (gpu, torch.device("cpu"))):
         mine, theirs = ([update.to(device) for update in updates] for device in (here, there))
-        sums = W.to(here, factors_dtype(dtype))
+        sums = W.to(here, COMPUTED_IN[dtype])
         add_updates(sums, 0, mine)
         after = sums.to(dtype)
         found = record(W.to(here), after, 0, mine)
@@ -185,3 +185,58 @@ def test_what_is_recorded_is_little_and_matters(monkeypatch: pytest.MonkeyPatch)
     after = sums.bfloat16()
     nothing = residual.Residual(found.at[:0], found.values[:0], found.reach[:0])
     assert not torch.equal(restore(after, 0, updates, nothing), W)
+
+
+# --- where it is hardest ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_sums_on_a_midpoint_of_powers_of_two(dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in (1, 2):
+        W, factors = adversarial.plain(12_000, dtype, seed, parts)
+        check(W, [Update(0, len(W), B, A, 1.0) for B, A in factors], monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rank", "parts"), [(1, 1), (16, 1), (256, 1), (4, 3)])
+def test_what_is_not_marked_comes_back_from_the_worst_sums_there_can_be(
+    dtype: torch.dtype, rank: int, parts: int
+) -> None:
+    """Both merging and subtracting off by all that a bound on any order of summation allows, to every side."""
+    unit = torch.finfo(torch.float32).eps / 2
+    terms = parts * (rank + 3)
+    kept = 0
+    for number, size in enumerate((0.0, 0.02, 0.3, 0.9)):  # of the bound on Δ's error, in boundary distances
+        W = adversarial.weights(20_000, 1, dtype, number)
+        S, N = adversarial.sums(W, size / (2 * gamma(terms, torch.float32)), number)
+        after = S.to(dtype)
+        updates = [split_norm(N / parts, rank) for _ in range(parts)]
+        marks = torch.empty_like(W)
+        error = after.float() - S
+        _mark(
+            0, torch.empty_like(S), error.clone(), W, marks, marks.view(torch.int16), W.view(torch.int16),
+            [(0, len(W))] * parts, [norms(update) for update in updates], spread(updates, dtype),
+        )  # fmt: skip
+        seen = marks.view(torch.int16) != 0
+        off = gamma(terms, torch.float32) * (W.double().abs() + N)
+        rounded = (parts - 1) * unit * (W.double().abs() + error.double().abs() + N)
+        again = gamma(rank + 2, torch.float32) * N + rounded
+        at = seen.view(-1).nonzero()[:, 0]
+        reach = marked(W, after, updates, at).reach
+        for merged in (-off, off):
+            for undone in (-again, again):
+                back = (after.double() - (S.double() - W.double() + merged) + undone).float().to(dtype)
+                lost = (back != W) & ~seen
+                assert not bool(lost.any()), (size, W[lost][:3], error[lost][:3])
+                steps = (ordered(back).int() - ordered(W).int()).abs().view(-1)[at]
+                assert bool(((steps <= reach) | (reach >= 64)).all())
+        kept += int((~seen).sum())
+    assert kept > 4_000
+
+
+def split_norm(size: torch.Tensor, rank: int) -> Update:
+    """An update of `rank`, of whose rows `‖B_i‖·‖A‖` is `size (rows, 1)`."""
+    left, right = torch.zeros(len(size), rank), torch.zeros(rank, 1)
+    left[:, :1], right[0] = size, 1.0
+    return Update(0, len(size), left, right, 1.0)
