@@ -6,6 +6,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from adapterkit.digest import is_copy
 from adapterkit.errors import LossError, NoSpaceError, UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.quant import Packed
@@ -50,16 +51,15 @@ def check_device(plan: MergePlan, device: str, threads: int) -> None:
 
 
 def check_space(plan: MergePlan) -> None:
-    """Raise NoSpaceError where the output would not fit the disk."""
+    """Raise NoSpaceError where the output would not fit the disk; files to be linked take no room where they can be."""
     folder = plan.out.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    stats = os.statvfs(folder)
-    free = stats.f_bavail * stats.f_frsize
-    if stats.f_blocks and plan.bytes_to_write > free:  # some file systems do not say
-        raise NoSpaceError(
-            f"{plan.out}: needs {plan.bytes_to_write / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
-        )
+    stats, device = os.statvfs(folder), folder.stat().st_dev
+    linked = [file for file in plan.files if plan.link and is_copy(file) and file.source.stat().st_dev == device]
+    needed, free = plan.bytes_to_write - sum(file.size for file in linked), stats.f_bavail * stats.f_frsize
+    if stats.f_blocks and needed > free:  # some file systems do not say
+        raise NoSpaceError(f"{plan.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
 
 
 def check_loss(plan: MergePlan, retention: dict[str, Retention]) -> None:

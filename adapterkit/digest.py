@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,9 +18,12 @@ if TYPE_CHECKING:
 HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
 
 
-def is_copy(plan: FilePlan, source: int) -> bool:
-    """Whether an output is the same file as its open `source`."""
-    return plan.copies_all and os.pread(source, len(plan.header), 0) == plan.header
+def is_copy(plan: FilePlan) -> bool:
+    """Whether an output is the same file as its source."""
+    if not plan.copies_all:
+        return False
+    with open(plan.source, "rb") as stream:
+        return stream.read(len(plan.header)) == plan.header
 
 
 class OutputDigest:
@@ -39,7 +41,7 @@ class OutputDigest:
         self._kept = {one.at: one for one in plan.kept}
         self._waiting: dict[int, tuple[memoryview, Future[None]]] = {}
         self._lock = threading.Lock()
-        self._is_copy = is_copy(plan, source)
+        self._is_copy = is_copy(plan)
         self._at_the_end = any(edit.packing for edit in plan.edits)
         self._busy, self._stopped = False, self._is_copy or self._at_the_end
 

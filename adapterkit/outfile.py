@@ -39,16 +39,18 @@ class OutputFile:
 
     def __init__(self, path: Path, size: int) -> None:
         """Create `path` and reserve `size` bytes, so that a full disk shows itself now. Raises OSError."""
-        self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._direct = -1
+        self.path, self._fd, self._direct = path, -1, -1
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             if size:
-                os.posix_fallocate(self._fd, 0, size)
-            self._direct = _open_direct(path)
-        except BaseException:
-            self.close()
-            raise
+                os.posix_fallocate(fd, 0, size)
+        finally:
+            os.close(fd)
+
+    def open(self) -> None:
+        """Open the file to be written, until `close`. Raises OSError."""
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        self._direct = _open_direct(self.path)
 
     def write(self, data: memoryview, at: int) -> None:
         """Write `data` at `at`; its whole pages past the page cache where file system and buffer allow it."""
@@ -94,22 +96,20 @@ class LinkedFile(OutputFile):
 
     def __init__(self, path: Path, source: Path) -> None:
         """Make `path` the same file as `source`. Raises OSError where it can be neither."""
-        self.path, self._direct = path, -1
-        self._fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        self.path, self._fd, self._direct = path, -1, -1
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.ioctl(target, FICLONE, self._fd)
-                os.fsync(target)
-            finally:
-                os.close(target)
+            with open(source, "rb") as stream:
+                fcntl.ioctl(target, FICLONE, stream.fileno())
+            os.fsync(target)
         except OSError:
-            path.unlink(missing_ok=True)
-            try:
-                os.link(source.resolve(), path)
-            except OSError:
-                self.close()
-                raise
+            path.unlink()
+            os.link(source.resolve(), path)
+        finally:
+            os.close(target)
+
+    def open(self) -> None:
+        """Nothing: it is there."""
 
     def write(self, data: memoryview, at: int) -> None:
         """Nothing: it is there."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.budget import BLOCK_BYTES
-from adapterkit.digest import OutputDigest
+from adapterkit.digest import OutputDigest, is_copy
 from adapterkit.outfile import LinkedFile, OutputFile
 from adapterkit.plan import Edit, FilePlan, MergePlan, Recorded
-from adapterkit.receipt import FOLDER, irreversible, sidecar_name, undoable
+from adapterkit.receipt import FOLDER, sidecar_name, undoable
 from adapterkit.resuming import Done
 from adapterkit.sidecar import GAINS, NUMBERS, SidecarWriter, entry, kept, not_in_output
 from adapterkit.tensorfile import Header, tensor_bytes
@@ -36,17 +36,23 @@ class Digest:
     """
 
     file: Path
-    fd: int
     left: int
     output: Output | None = None
     at: int = 0
     busy: bool = False
+    fd: int = -1
     sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
 
-    @classmethod
-    def of(cls, file: Path, size: int, output: Output | None = None) -> Digest:
-        """Open `file`, of which `size` bytes are to be hashed."""
-        return cls(file, os.open(file, os.O_RDONLY | os.O_CLOEXEC), size, output)
+    def open(self) -> None:
+        """Open the file to be read, unless it is open."""
+        if self.fd < 0:
+            self.fd = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     @property
     def place(self) -> int:
@@ -57,7 +63,8 @@ class Digest:
 class Output:
     """An output file in the making; `when_done` is called when all of it is on the disk.
 
-    What is still to do is counted in parts: every edit, the untouched spans as one, and its hash.
+    What is still to do is counted in parts: every edit, the untouched spans as one, and its hash. Its files are open
+    from `open` to its last part.
     """
 
     def __init__(
@@ -66,32 +73,57 @@ class Output:
         plan: FilePlan,
         shard: Header,
         path: Path,
+        folder: Path,
         begin: int,
+        records: bool,
         when_done: Callable[[Output], None],
     ) -> None:
-        """Create the file, with its space reserved; `begin` is where in all of the base's bytes `shard` begins."""
-        self.plan, self.shard, self.begin, self._when_done = plan, shard, begin, when_done
+        """Create the file, with its space reserved.
+
+        `folder` is where its sidecar goes, if it `records` what undoes it; `begin` is where in all of the base's bytes
+        `shard` begins.
+        """
+        self.plan, self.shard, self.begin, self._folder, self._when_done = plan, shard, begin, folder, when_done
         self.note: str | None = None  # what was done otherwise than asked for
-        self.input = Digest.of(shard.file, shard.size, self)  # as planned: if it shrank since, reading it fails
-        try:
-            self.file = self._create(merge, path)
-        except BaseException:
-            os.close(self.input.fd)
-            raise
+        self.input = Digest(shard.file, shard.size, self)  # as planned: if it shrank since, reading it fails
+        self.file = self._create(merge, path)
+        self.records = records
+        self.hashed = merge.receipt or merge.restores
+        self.blocks = tuple(_blocks_of(self))
         self.digest: OutputDigest | None = None
         self.sidecar: SidecarWriter | None = None
         self._parts, self._lock = len(plan.edits) + 1, threading.Lock()
-        if merge.receipt or merge.restores:
-            self.digest = OutputDigest(plan, self.input.fd, self.part_done)
-            self._parts += self.digest.by_and_by
+        self._opened, self._opening = False, threading.Lock()
 
-    def write_kept(self) -> None:
-        """Write what it takes over from other files than its source."""
-        for one in self.plan.kept:
-            self.file.write(memoryview(one.tensor.read_bytes()), one.at)
+    def open(self) -> None:
+        """Open its files, and begin what is in none of the parts; the first who needs them does so."""
+        with self._opening:
+            if self._opened:
+                return
+            self.input.open()
+            self.file.open()
+            if self.hashed:
+                self.digest = OutputDigest(self.plan, self.input.fd, self.part_done)
+                self._parts += self.digest.by_and_by
+            if self.records:
+                self.sidecar = self._begin_sidecar()
+            for one in self.plan.kept:  # taken over from other files than its source
+                self.file.write(memoryview(one.tensor.read_bytes()), one.at)
+            self._opened = True
+
+    def _begin_sidecar(self) -> SidecarWriter:
+        """The sidecar, with what the base has and the output has not."""
+        gone = not_in_output(self.shard, self.plan)
+        names = [name for block in self.blocks for name in block.entries()] + [kept(index) for index in gone]
+        (self._folder / FOLDER).mkdir(exist_ok=True)
+        header = os.pread(self.input.fd, self.shard.nbytes, 0)
+        sidecar = SidecarWriter(self._folder / sidecar_name(self.plan.name), header, names)
+        for index, info in gone.items():
+            sidecar.add(kept(index), bytes(info.read_bytes()), info.dtype, info.shape)
+        return sidecar
 
     def _create(self, merge: MergePlan, path: Path) -> OutputFile:
-        if merge.link and self.plan.copies_all:
+        if merge.link and is_copy(self.plan):
             try:
                 return LinkedFile(path, self.plan.source)
             except OSError as error:
@@ -104,7 +136,7 @@ class Output:
             self._parts += 1
 
     def part_done(self) -> None:
-        """Count a finished part; the last one writes the header and flushes the file."""
+        """Count a finished part; the last one writes the header, flushes the file and closes it."""
         with self._lock:
             self._parts -= 1
             if self._parts:
@@ -113,6 +145,7 @@ class Output:
         if self.sidecar is not None:
             self.sidecar.finish()
         self._when_done(self)
+        self.close()
 
     def write(self, data: memoryview, at: int) -> Future[None] | None:
         """Write bytes, and return what else needs them."""
@@ -157,7 +190,7 @@ class Output:
     def close(self) -> None:
         """Close every descriptor."""
         self.file.close()
-        os.close(self.input.fd)
+        self.input.close()
         if self.sidecar is not None:
             self.sidecar.close()
 
@@ -192,29 +225,27 @@ class Block:
         source, (rows, _) = self.work.edit.source, self.work.edit.matrix
         return self.work.output.begin + (source.start + source.nbytes * self.first // rows if source and rows else 0)
 
+    def entries(self) -> list[str]:
+        """What it may have in the sidecar."""
+        work, edit = self.work, self.work.edit
+        if work.number is None:
+            return []
+        name = entry(work.number, self.first, self.last)
+        return [name, *([name + GAINS] * edit.renormalizes), *([name + NUMBERS] * edit.is_quantized)]
 
-def blocks_of(merge: MergePlan, output: Output, folder: Path) -> Iterator[Block]:
-    """The blocks of an output, in its order; where what undoes them is recorded, its sidecar is begun in `folder`."""
-    records, number, names = merge.receipt and irreversible(merge) is None, 0, []
+
+def _blocks_of(output: Output) -> Iterator[Block]:
+    """The blocks of an output, in its order."""
+    number = 0
     for edit in output.plan.edits:
         spans = list(_spans(edit))
         work = EditWork(edit, output, len(edit.recorded or spans))
-        if records and undoable(edit):
+        if output.records and undoable(edit):
             work.number, number = number, number + 1
-            beside = ["", *([GAINS] if edit.renormalizes else []), *([NUMBERS] if edit.is_quantized else [])]
-            names += [entry(work.number, *span) + what for span in spans for what in beside]
         if edit.recorded:
             yield from (Block(work, one.first, one.last, one) for one in edit.recorded)
         else:
             yield from (Block(work, first, last) for first, last in spans)
-    if records:
-        (folder / FOLDER).mkdir(exist_ok=True)
-        gone = not_in_output(output.shard, output.plan)
-        names += map(kept, gone)
-        header = os.pread(output.input.fd, output.shard.nbytes, 0)
-        output.sidecar = SidecarWriter(folder / sidecar_name(output.plan.name), header, names)
-        for index, info in gone.items():
-            output.sidecar.add(kept(index), bytes(info.read_bytes()), info.dtype, info.shape)
 
 
 def _spans(edit: Edit) -> Iterator[tuple[int, int]]:

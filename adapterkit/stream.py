@@ -7,7 +7,6 @@ copying begin before it; from then on they run just ahead of the blocks, which s
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,9 +22,9 @@ from adapterkit.budget import check_device, check_loss, check_space, default_thr
 from adapterkit.card import finish_merge
 from adapterkit.desk import Desk
 from adapterkit.digest import HASH_BYTES
-from adapterkit.outputs import Block, Digest, EditWork, Output, blocks_of
+from adapterkit.outputs import Block, Digest, EditWork, Output
 from adapterkit.plan import Edit, Hashes, MergePlan
-from adapterkit.receipt import folder_of
+from adapterkit.receipt import folder_of, irreversible
 from adapterkit.resuming import Done, clear_notes, note_finished, take_over
 from adapterkit.staging import RECEIPT, remove, staged
 from adapterkit.tensorfile import read_span
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.device import Buffers, Place
 
 HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
+MOST_OPEN = 24  # outputs at a time, with four descriptors each: a process may have 1024, on some systems 256
 SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
 
 
@@ -143,12 +143,13 @@ class _Run:
         self.place: Place | None = None  # not known before torch is there
         self.notes: list[str] = []
         self.lock = threading.Lock()
-        self.torch_ready = threading.Event()
-        self.stop = threading.Event()
+        self.changed = threading.Condition(self.lock)  # of what there is to do
+        self.torch_ready = self.stopped = False
         self.finished: SimpleQueue[str | None] = SimpleQueue()
         self.retention: dict[str, Retention] = {}
         self.digests: dict[Path, Digest] = {}  # adapters first, then the base's files in the order of the blocks
         self.outputs: list[Output] = []
+        self.begun: set[Output] = set()  # and not done
         self.blocks: deque[Block] = deque()
 
     def tensors(self) -> Iterator[TensorMerged]:
@@ -157,7 +158,7 @@ class _Run:
         writers = ThreadPoolExecutor(self.threads, thread_name_prefix="write")
         done = False
         try:
-            self._open_files()
+            self._create_outputs()
             workers = [pool.submit(self._work, Desk(writers)) for _ in range(self.threads)]
             for worker in workers:
                 worker.add_done_callback(lambda _: self.finished.put(None))
@@ -168,7 +169,7 @@ class _Run:
 
             self.place = choose(self.device, self.plan, self.threads)
             threads_before = torch.get_num_threads()
-            self.torch_ready.set()
+            self._change(torch_ready=True)
             try:
                 with exact_products():
                     yield from self._progress(workers)
@@ -177,8 +178,7 @@ class _Run:
                 torch.set_num_threads(threads_before)
         finally:
             if not done:
-                self.stop.set()
-                self.torch_ready.set()
+                self._change(stopped=True)
                 for output in self.outputs:
                     output.stop()
             pool.shutdown(wait=True)
@@ -186,8 +186,7 @@ class _Run:
             for output in self.outputs:
                 output.close()
             for digest in self.digests.values():
-                if digest.output is None:
-                    os.close(digest.fd)
+                digest.close()
 
     def result(self) -> Merged:
         """What was made, when all of it is."""
@@ -205,24 +204,21 @@ class _Run:
 
     # --- before
 
-    def _open_files(self) -> None:
-        """Open every input, and every output that is not taken over."""
+    def _create_outputs(self) -> None:
+        """Create every output that is not taken over, so that what the disk has no room for shows itself now."""
         plan = self.plan
         for file in (file for one in plan.given for file in one.adapter.files):
-            if file not in self.digests:
-                self.digests[file] = Digest.of(file, file.stat().st_size)
-        begin = 0
+            self.digests.setdefault(file, Digest(file, file.stat().st_size))
+        begin, records = 0, plan.receipt and irreversible(plan) is None
         for shard, file_plan in zip(plan.base.shards, plan.files, strict=True):
             if file_plan.name not in self.done:
                 path = self.building / file_plan.name if plan.base.is_directory else self.building
-                output = Output(plan, file_plan, shard, path, begin, self._output_done)
+                output = Output(plan, file_plan, shard, path, self.folder, begin, records, self._output_done)
                 self.outputs.append(output)
-                output.write_kept()
                 self.digests[shard.file] = output.input
                 self.notes += [output.note] if output.note else []
+                self.blocks.extend(output.blocks)
                 begin += shard.size
-        for output in self.outputs:
-            self.blocks.extend(blocks_of(plan, output, self.folder))
 
     def _output_done(self, output: Output) -> None:
         """An output is on the disk."""
@@ -232,30 +228,43 @@ class _Run:
             if self.plan.receipt and self.plan.base.is_directory:
                 with self.noting:
                     note_finished(self.plan, output.plan, self.building, done)
+        with self.changed:
+            self.begun.discard(output)
+            self.changed.notify_all()
 
     # --- the workers
 
     def _work(self, desk: Desk) -> None:
         try:
-            while not self.stop.is_set() and (task := self._next_task()) is not None:
+            while (task := self._next_task()) is not None:
                 task(desk)
         finally:
             desk.leave()
 
-    def _next_task(self) -> _Task | None:
-        """Hashing while torch is on its way; then blocks, and hashing just ahead of them."""
-        with self.lock:
-            ready = self.torch_ready.is_set()
-            digest = self._due_digest(self.blocks[0] if ready and self.blocks else None)
-            if digest is not None:
-                digest.busy = True
-                return partial(self._hash, digest)
-            if ready:
-                return partial(self._merge_block, self.blocks.popleft()) if self.blocks else None
-        return self._wait_for_torch
+    def _change(self, *, torch_ready: bool = False, stopped: bool = False) -> None:
+        with self.changed:
+            self.torch_ready, self.stopped = self.torch_ready or torch_ready, self.stopped or stopped
+            self.changed.notify_all()
 
-    def _wait_for_torch(self, _: Desk) -> None:
-        self.torch_ready.wait()
+    def _next_task(self) -> _Task | None:
+        """Hashing while torch is on its way; then blocks, and hashing just ahead of them; None when all is begun."""
+        with self.changed:
+            while not self.stopped:
+                block = self.blocks[0] if self.torch_ready and self.blocks else None
+                digest = self._due_digest(block)
+                if digest is not None:
+                    digest.busy = True
+                    if digest.output is not None:
+                        self.begun.add(digest.output)
+                    return partial(self._hash, digest)
+                if block is not None and self._may_begin(block.work.output):
+                    self.begun.add(block.work.output)
+                    return partial(self._merge_block, self.blocks.popleft())
+                waiting = self.blocks or any(one.left and not one.busy for one in self.digests.values())
+                if self.torch_ready and not waiting:
+                    return None
+                self.changed.wait()
+        return None
 
     def _due_digest(self, block: Block | None) -> Digest | None:
         """The first digest to go on with; only as far ahead of the next block as its input stays in the page cache."""
@@ -264,12 +273,17 @@ class _Run:
             if limit is not None and digest.place > limit:
                 return None
             if digest.left and not digest.busy:
-                return digest
+                return digest if self._may_begin(digest.output) else None
         return None
+
+    def _may_begin(self, output: Output | None) -> bool:
+        """Whether an output is open, or may be opened now."""
+        return output is None or output in self.begun or len(self.begun) < MOST_OPEN
 
     def _hash(self, digest: Digest, desk: Desk) -> None:
         """Hash the next bytes of an input, and copy what of them is untouched."""
         page, start, output = desk.free_page(), digest.at, digest.output
+        (output or digest).open()
         data = page.view(min(HASH_BYTES, digest.left), start)
         read_span(digest.fd, data, start, digest.file)
         digest.sha256.update(data)
@@ -283,8 +297,10 @@ class _Run:
             desk.send(page, partial(self._copy, output, untouched))
         else:
             desk.keep(page)
-        if output and ended:
+        if ended and output:
             output.input_ended()
+        elif ended:
+            digest.close()
 
     def _copy(self, output: Output, untouched: list[tuple[memoryview, int]]) -> None:
         for data, at in untouched:
@@ -295,6 +311,7 @@ class _Run:
         """Compute a block, and leave the writing to another thread."""
         work, first, last = block.work, block.first, block.last
         at = work.edit.offset(first)
+        work.output.open()
         while True:
             assert self.place is not None
             place, page = self.place, None
@@ -328,7 +345,7 @@ class _Run:
         from adapterkit.blocks import load, merge_rows, pack_rows, restore_rows
 
         work, first, last = block.work, block.first, block.last
-        edit, source = work.edit, self.digests[work.output.plan.source].fd
+        edit, source = work.edit, work.output.input.fd
         with work.lock:
             loaded = work.loaded or load(edit, source)
             work.loaded = loaded = loaded if loaded.place == buffers.place else loaded.at(buffers.place)

@@ -97,7 +97,7 @@ main()
 
 # Where a merge of four tensors in two shards may end: function, and which of its calls.
 POINTS = [
-    ("stream._Run._open_files", 1),
+    ("stream._Run._create_outputs", 1),
     ("stream._Run._copy", 1),
     ("stream._Run._merge_block", 1),
     ("stream._Run._merge_block", 4),

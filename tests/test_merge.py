@@ -7,8 +7,10 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import oracle
 import pytest
@@ -16,11 +18,11 @@ import torch
 from conftest import FIXTURES, factors
 from handmade import adapterkit as run_adapterkit
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.delta import Retention
-from adapterkit.errors import FitError, UsageError
+from adapterkit.errors import FitError, NoSpaceError, UsageError
 from adapterkit.stream import Merged, TensorMerged
 
 TINY = {
@@ -213,6 +215,56 @@ def test_untouched_files_can_be_linked(
     assert not (tmp_path / "plain" / untouched).samefile(base / untouched)
     os.truncate(tmp_path / "copied" / untouched, 0)
     assert (base / untouched).stat().st_size > 0
+
+
+def test_linked_files_need_no_room(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of four shards stay as they are, and the disk has room for little more than the fourth."""
+    base = make_base({f"layers.{i}.q.weight": torch.randn(64, 48).bfloat16() for i in range(4)}, shards=4)
+    adapter, stats, size = make_adapter(factors("layers.1.q", 64, 48)), os.statvfs(tmp_path), 64 * 48 * 2
+    free = os.statvfs_result([1, 1, *stats[2:4], 3 * size // 2, *stats[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda _: free)
+    assert adapterkit.merge(base, [adapter], tmp_path / "linked", link=True).notes == ()
+    with pytest.raises(NoSpaceError, match="0.00 GB free"):
+        adapterkit.merge(base, [adapter], tmp_path / "copied")
+    monkeypatch.setattr(
+        Path, "stat", lambda path, real=Path.stat, **how: elsewhere(real(path, **how), path == tmp_path)
+    )
+    with pytest.raises(NoSpaceError, match="0.00 GB free"):
+        adapterkit.merge(base, [adapter], tmp_path / "afar", link=True)
+
+
+def elsewhere(stats: os.stat_result, moved: bool) -> os.stat_result:
+    """What `stat` says, as from another file system where it has `moved`."""
+    return os.stat_result([*stats[:2], stats.st_dev + moved, *stats[3:]])
+
+
+def test_a_thousand_shards_with_few_descriptors(make_adapter: Callable[..., Path]) -> None:
+    """In memory, where files are fast: a merge of every second shard, and undone, in a process that may open 256."""
+    shm = "/dev/shm"
+    names, count = {}, 1000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None) as folder:
+        base = Path(folder) / "base"
+        base.mkdir()
+        for i in range(count):
+            name, shard = f"layers.{i}.q.weight", f"model-{i + 1:05}-of-{count:05}.safetensors"
+            save_file({name: torch.randn(6, 4).bfloat16()}, base / shard)
+            names[name] = shard
+        (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        adapter = make_adapter(
+            {key: value for i in range(0, count, 2) for key, value in factors(f"layers.{i}.q", 6, 4).items()}
+        )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            merged = adapterkit.merge(base, [adapter], base.with_name("merged"), threads=16)
+            adapterkit.unmerge(merged.out, base.with_name("again"), adapters=[adapter], threads=16)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert merged.tensors == count // 2
+        for shard in names.values():
+            assert (base.with_name("again") / shard).read_bytes() == (base / shard).read_bytes()
 
 
 def test_events_name_every_tensor_and_end_with_the_result(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ CUTS = [0, 8, 100, PAGE, 3 * PAGE + 17, 5 * PAGE, 5 * PAGE + 1, 9 * PAGE - 2, 12
 def write_in_spans(path: Path, content: bytes, shift: int = 0) -> None:
     """Write `content` span by span, in no order; a `shift` spoils the alignment of the memory."""
     file = OutputFile(path, len(content))
+    file.open()
     spans = list(pairwise(CUTS[1:]))
     random.Random(0).shuffle(spans)
     for start, stop in spans:
@@ -69,6 +70,7 @@ def test_a_failing_direct_write_is_not_hidden(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     file = OutputFile(tmp_path / "file", 4 * PAGE)
+    file.open()
     monkeypatch.setattr(outfile.os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):
         file.write(PageBuffer().view(2 * PAGE, 0), 0)
