@@ -16,7 +16,7 @@ from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG, PICKLED, WEIGHTS
 from adapterkit.hub.abreast import abreast
-from adapterkit.hub.asking import WAITS, ask, asking, understood
+from adapterkit.hub.asking import WAITS, ask
 from adapterkit.hub.fetching import cached
 from adapterkit.hub.names import HubId, parsed
 from adapterkit.hub.remote import look, outlined
@@ -109,13 +109,20 @@ def on_the_hub(base: str | None, search: str, sort: str = "trending") -> Iterato
     shown: Any = ["downloads", "likes", "tags", "lastModified", "gated", "cardData", "safetensors"]
     about = base or "adapters"
 
+    known: set[str] = set()
+
     def begun(api: HfApi) -> tuple[list[ModelInfo], Iterator[ModelInfo]]:
         rows = iter(api.list_models(filter=tags, search=search or None, sort=HUB_SORTS[sort], expand=shown))  # type: ignore[arg-type]
-        return list(itertools.islice(rows, 1)), rows
+        return list(itertools.islice(rows, PAGE)), rows
 
-    first, rows = ask(about, begun, WAITS[:1])  # newer clients ask for pages again and again themselves
-    with asking(about), understood(about):
-        yield from map(_of_hub, itertools.chain(first, rows))
+    rows, rest = ask(about, begun, WAITS[:1])  # newer clients ask for pages again and again themselves
+    while rows:
+        new = {row.id: row for row in rows if row.id not in known}
+        if not new:
+            raise AdapterkitError(f"{about}: the Hub lists the same adapters again and again")
+        yield from map(_of_hub, new.values())
+        known.update(new)
+        rows = ask(about, lambda _: list(itertools.islice(rest, PAGE)), ())
 
 
 def describe(path: Path) -> Found:

@@ -113,8 +113,8 @@ class Token:
 
 @dataclass
 class Fault:
-    """What goes wrong with requests like `GET /api/…`, `times` times: a status, or a body that is another, cut, slow or
-    none.
+    """What goes wrong with requests like `GET /api/…`, `times` times: a status, or a body that is another, cut, slow,
+    endless or none.
     """
 
     pattern: str
@@ -124,6 +124,10 @@ class Fault:
     hang: bool = False  # nothing more until the server ends
     garble: bool = False  # as many other bytes
     piece: int = 0  # bytes that are sent at a time
+    tick: bool = False  # a piece whenever the clock of the test is read
+    endless: bool = False  # the body comes again and again, until the client hangs up
+    slow_headers: bool = False  # a header that never ends, a byte every hundredth of a second
+    reason: str | None = None  # in the status line
     times: int = 1
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -151,6 +155,8 @@ class Hub:
         self.page = 20  # rows of a listing
         self.ranges = True  # whether it knows them
         self.slept: list[float] = []  # the seconds that the client waited
+        self.now = 0.0  # what tests may take for the time
+        self.read = threading.Semaphore(0)  # how often they did
         self.ended = threading.Event()
         self.hung: Callable[[], object] = lambda: None  # is called when a request hangs
         self.lock = threading.RLock()
@@ -170,6 +176,12 @@ class Hub:
     def asked(self, pattern: str) -> list[Request]:
         """The requests that match `pattern`."""
         return [one for one in self.requests if re.match(pattern, f"{one.method} {one.path}")]
+
+    def clock(self) -> float:
+        """The time, in which a second passes whenever it is asked for."""
+        self.now += 1
+        self.read.release()
+        return self.now
 
     def fault(self, request: str) -> Fault | None:
         """The fault that is due, once less."""
@@ -231,9 +243,13 @@ def route(pattern: str) -> Callable[[Answer], Answer]:
 class _Handler(BaseHTTPRequestHandler):
     state: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes, and the second would wait for 40 ms
 
     def do_GET(self) -> None:
+        self.reply: tuple[bytes, int, dict[str, str]] | None = None
         self.answer()
+        if self.reply is not None:  # outside the lock, since it may take its time
+            self.write(*self.reply)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
@@ -253,6 +269,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = self.state.fault(request)
         if self.fault is not None and self.fault.hang and self.fault.after is None:
             self.hang()
+            return
+        if self.fault is not None and self.fault.slow_headers:
+            self.trickle()
             return
         if self.fault is not None and self.fault.body is not None:
             self.send_bytes(self.fault.body, self.fault.status or 200, dict(self.fault.headers))
@@ -280,16 +299,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.hung()
         self.state.ended.wait()
 
+    def trickle(self) -> None:
+        """Send a header byte by byte until the client hangs up or the server ends."""
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        while not self.state.ended.wait(0.01):
+            self.wfile.write(b"x")
+
     def send(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         """Answer with JSON."""
         self.send_bytes(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
     def send_bytes(self, data: bytes, status: int, headers: dict[str, str]) -> None:
-        """Answer with bytes, fewer of them where that is the fault."""
-        self.send_response(status)
+        """Answer with bytes."""
+        self.reply = data, status, headers
+
+    def write(self, data: bytes, status: int, headers: dict[str, str]) -> None:
+        """Write an answer as the fault has it: with fewer bytes, others, slowly, or for ever."""
+        self.send_response(status, self.fault.reason if self.fault else None)
         for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+            if name != "Content-Length":
+                self.send_header(name, value)
+        if not (self.fault and self.fault.endless):
+            self.send_header("Content-Length", headers.get("Content-Length", str(len(data))))
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -299,17 +331,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: self.fault.after])
             self.wfile.flush()
             if self.fault.hang:
-                self.state.lock.release()  # for other requests
                 self.hang()
-                self.state.lock.acquire()
                 return
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         piece = (self.fault and self.fault.piece) or len(data) or 1
-        for at in range(0, len(data), piece):
-            self.wfile.write(data[at : at + piece])
-            self.wfile.flush()
+        while True:
+            for at in range(0, len(data), piece):
+                if self.fault and self.fault.tick:
+                    self.state.read.acquire(timeout=10)  # by then the client has hung up
+                self.wfile.write(data[at : at + piece])
+                self.wfile.flush()
+            if not (self.fault and self.fault.endless):
+                return
 
     def repo(self, match: re.Match[str], write: bool = False, content: bool = False) -> Repo:
         """The repository, where this token may see it; with `write`, change it; with `content`, read its files."""

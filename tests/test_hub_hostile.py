@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import io
 import json
+import logging
 import os
+import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hubserver
@@ -16,8 +23,11 @@ import pytest
 from handmade import CONFIG, adapterkit, contents, write_adapter, write_base
 from hubserver import Hub
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
-from adapterkit.hub import resolve
+from adapterkit.errors import AdapterkitError, UnsafeFileError
+from adapterkit.finding import on_the_hub
+from adapterkit.hub import resolve, session
 from adapterkit.hub.abreast import abreast
 from adapterkit.hub.names import is_inner
 
@@ -219,6 +229,272 @@ def test_a_wait_without_end_is_not_waited(hub: Hub, adapter: Path) -> None:
     hub.fail("GET /api/models/.*", 429, headers=(("Retry-After", "99999999"),))
     assert "asks to come back in 99,999,999 s" in adapterkit("pull", ADAPTER).message(5)
     assert not hub.slept
+
+
+# --- answers that do not end -------------------------------------------------------------------------------------------
+
+COMMANDS = (["inspect", ADAPTER], ["pull", ADAPTER], ["list", "--hub"])
+
+
+@pytest.fixture
+def timed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second passes whenever the clock is read, and the server sends the next byte then."""
+    monkeypatch.setattr(session, "clock", hub.clock)
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize("command", [*COMMANDS, ["push", ".", "me/x"]])
+def test_an_answer_of_a_byte_a_second_is_given_up(hub: Hub, adapter: Path, command: list[str]) -> None:
+    hub.fail("GET /api/.*", body=b"[" * 200, piece=1, tick=True)
+    assert "does not answer in time; try again later" in adapterkit(*command).message(5)
+    assert hub.now < 80
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize("command", COMMANDS[:2])
+def test_a_file_that_comes_too_slowly_goes_on_later(hub: Hub, adapter: Path, command: list[str]) -> None:
+    hub.fail("GET .*safetensors", piece=1, tick=True, times=9)
+    message = adapterkit(*command).message_of_last(5)
+    assert re.search(r"the Hub sent \d\d bytes in 6\d s; try again later to go on", message)
+    hub.faults.clear()
+    hub.requests.clear()
+    assert files(resolve(ADAPTER))[WEIGHTS] == files(adapter)[WEIGHTS]
+    [span] = [one.span for one in hub.asked("GET .*safetensors")]
+    assert span == "bytes=0-" if command[0] == "inspect" else re.fullmatch(r"bytes=\d\d-", str(span))
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_slow_line_is_no_fault(hub: Hub, adapter: Path) -> None:
+    weights = files(adapter)[WEIGHTS] + bytes(400_000)
+    hub.add(ADAPTER, files(adapter) | {"notes.md": weights})
+    hub.fail("GET .*notes.md", piece=1100, tick=True)
+    assert files(resolve(ADAPTER))["notes.md"] == weights
+    assert hub.now > 300
+
+
+@pytest.mark.parametrize("pattern", ["GET /api/.*", ".*/resolve/.*safetensors"])
+def test_headers_that_never_end(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.05)
+    hub.fail(pattern, slow_headers=True, times=99)
+    assert "does not answer in time" in adapterkit("pull", ADAPTER).message_of_last(5)
+
+
+@pytest.mark.parametrize("of", ["GET /api/.*", "GET .*/resolve/.*"])
+@pytest.mark.parametrize(("status", "code"), [(200, 1), (404, 1), (500, 1)])
+def test_an_endless_answer_does_not_fill_the_memory(hub: Hub, adapter: Path, of: str, status: int, code: int) -> None:
+    hub.fail(of, status, body=b"[" * (1 << 16), endless=True, times=99)
+    if of == "GET /api/.*":
+        assert "has more than 16,777,216 bytes" in adapterkit("list", "--hub").message(code)
+        assert "has more than 16,777,216 bytes" in adapterkit("push", adapter, "me/x").message(code)
+    elif status == 200:
+        assert "other bytes than the Hub says" in adapterkit("pull", ADAPTER).message_of_last(1)
+        return
+    assert "has more than 16,777,216 bytes" in adapterkit("pull", ADAPTER).message_of_last(code)
+
+
+@pytest.mark.parametrize("of", ["GET /api/.*", "GET .*/resolve/.*"])
+@pytest.mark.parametrize("status", [200, 404])
+def test_an_answer_that_unpacks_to_all_memory_is_not_unpacked(hub: Hub, adapter: Path, of: str, status: int) -> None:
+    bomb = gzip.compress(b"[" * (1 << 20))
+    hub.fail(of, status, body=bomb, headers=(("Content-Encoding", "gzip"),), times=99)
+    assert "is compressed (gzip), which was not asked for" in adapterkit("pull", ADAPTER).message_of_last(1)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"), [(b"[]", "has no end: 100 requests"), (None, "lists the same adapters again and again")]
+)
+def test_pages_without_end(hub: Hub, adapter: Path, body: bytes | None, expected: str) -> None:
+    row = json.dumps([hubserver._info(hub.repos[ADAPTER], "main", False)]).encode()
+    link = (("Link", f'<{hub.url}/api/models?cursor=1>; rel="next"'),)
+    hub.fail("GET /api/models", body=body or row, headers=link, times=999)
+    assert expected in adapterkit("list", "--hub").message_of_last(1)
+    assert len(hub.requests) <= 101
+
+
+def test_a_wait_without_end_is_not_waited_by_the_client_either(hub: Hub, adapter: Path) -> None:
+    hub.fail("GET /api/models", 429, headers=(("Retry-After", "99999999"),), times=99)
+    hub.fail("POST .*(preupload|batch).*", 429, headers=(("ratelimit", '"api";r=0;t=99999999'),), times=99)
+    for command in (["list", "--hub"], ["push", adapter, "me/x"]):
+        hub.add("lab/base", {"config.json": b"{}"})
+        assert "asks to come back in 99,999,999 s" in adapterkit(*command).message_of_last(5)
+    assert not hub.slept
+
+
+# --- where requests go, and the token ------------------------------------------------------------------------------------
+
+
+def test_the_token_goes_to_no_other_server(hub: Hub, adapter: Path) -> None:
+    with hubserver.serving() as other:
+        other.tokens["hf_writer"] = hub.tokens["hf_writer"]
+        other.add(ADAPTER, files(adapter))
+        link = (("Link", f'<{other.url}/api/models?cursor=0>; rel="next"'),)
+        hub.fail("GET /api/models", body=b"[]", headers=link)
+        assert ADAPTER in adapterkit("list", "--hub").out
+        for path in (f"GET /api/models/{ADAPTER}", "GET .*/resolve/.*safetensors"):
+            to = other.url + path.removeprefix("GET ").replace(
+                ".*/resolve/.*", f"/{ADAPTER}/resolve/main/adapter_model."
+            )
+            hub.fail(path, 307, body=b"", headers=(("Location", to.replace(".safe", "safe")),))
+        adapterkit("inspect", ADAPTER)
+        assert len(other.requests) >= 2
+        assert {one.token for one in other.requests} == {None}
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("http://huggingface.co/api/models/x", "not encrypted"),
+        ("http://evil.example.com/", "not encrypted"),
+        ("file:///etc/passwd", "not encrypted"),
+        ("https://localhost/x", "this machine"),
+        ("https://127.0.0.1:8080/x", "this machine"),
+        ("https://2130706433/x", "this machine"),
+        ("https://10.1.2.3/x", "this machine"),
+        ("https://169.254.169.254/latest/meta-data", "this machine"),
+        ("https://[::1]/x", "this machine"),
+        ("https://[::ffff:127.0.0.1]/x", "this machine"),
+        ("https://metadata.google.internal/x", "this machine"),
+        ("https://cdn-lfs.hf.co/x", None),
+        ("https://huggingface.co.evil.com/x", None),
+        ("https://huggingface.co:444/x", None),
+    ],
+)
+def test_where_a_hub_may_lead(monkeypatch: pytest.MonkeyPatch, address: str, expected: str | None) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
+    request = SimpleNamespace(url=address, headers={"Authorization": "Bearer hf_writer"})
+    if expected is None:
+        session._check_address("a/b", request)
+        assert not request.headers
+    else:
+        with pytest.raises(UnsafeFileError, match=expected):
+            session._check_address("a/b", request)
+
+
+def test_the_token_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    for endpoint, address in (
+        ("https://hf-mirror.example", "https://HF-mirror.example:443/x"),
+        ("x", "https://hf.co/x"),
+    ):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        request = SimpleNamespace(url=address, headers={"Authorization": "Bearer hf_writer"})
+        session._check_address("a/b", request)
+        assert request.headers
+
+
+TOKEN = "hf_writer"
+ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in TOKEN)
+
+
+@pytest.mark.parametrize("cut", range(289, 302))
+def test_no_part_of_a_token_is_shown_where_a_message_is_cut(hub: Hub, adapter: Path, cut: int) -> None:
+    said = "x" * (cut - len("no ")) + "no " + TOKEN + " more"
+    body = json.dumps({"error": said.replace("no ", "nor ")}).encode()
+    hub.fail("GET /api/models/.*", 418, body=body, headers=(("X-Error-Message", said),))
+    message = adapterkit("pull", ADAPTER).message(1)
+    assert not any(TOKEN[:n] in message for n in range(4, 10)), message
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        {"headers": (("X-Error-Message", f"for {TOKEN}"),)}, {"body": f'{{"error": "{TOKEN}"}}'.encode()},
+        {"body": f'{{"error": "{ESCAPED}"}}'.encode()}, {"body": f'{{"errors": [{{"message": "{TOKEN}"}}]}}'.encode()},
+        {"body": f"<html>{TOKEN}".encode(), "reason": f"Not for {TOKEN}"}, {"body": TOKEN.encode()},
+        {"body": base64.b64encode(TOKEN.encode())}, {"body": b'{"error": "hf_' + b"Ab3" * 12 + b'"}'},
+        {"headers": (("X-Error-Message", f"Basic {base64.b64encode(TOKEN.encode()).decode()}"),)},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("status", [400, 403, 404, 418])
+def test_a_hub_that_says_the_token_back(hub: Hub, adapter: Path, echo: dict[str, Any], status: int) -> None:
+    hub.fail("(GET|HEAD|POST) .*", status, **echo, times=99)
+    for command in (["pull", ADAPTER], ["list", "--hub", "--json"], ["push", adapter, "me/x", "--json"]):
+        result = adapterkit(*command)
+        text = result.out + result.err
+        assert result.code in (1, 4)
+        assert not any(one in text for one in (TOKEN, "aGZfd3JpdGVy", "Ab3Ab3", ESCAPED)), text
+
+
+def test_rows_that_say_the_token_back(hub: Hub, adapter: Path, saying: Callable[..., None]) -> None:
+    saying(id=f"a/{TOKEN}", tags=[f"base_model:adapter:x/{TOKEN}"])
+    assert TOKEN not in adapterkit("list", "--hub", "--json").out
+    hub.fail("GET /api/whoami-v2", body=f'{{"name": "{ESCAPED}"}}'.encode())
+    assert TOKEN not in str(adapterkit("push", adapter, "x"))
+
+
+@pytest.mark.parametrize("token", ["hf_secret in two", "hf_secret\x01", "hf_secretü", "hf_secret\tx", "\x7fhf_secret"])
+def test_a_token_that_no_header_can_hold(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    for command in (["inspect", ADAPTER], ["pull", ADAPTER], ["list", "--hub"], ["push", adapter, "me/x"]):
+        message = adapterkit(*command).message(4)
+        assert "the token holds a space" in message
+        assert "secret" not in message
+    assert not hub.requests
+
+
+def test_credentials_in_the_address_of_the_hub_are_not_shown(
+    hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url.replace("//", "//somebody:pass%40word@"))
+    hub.fail("GET /api/models/.*", body=b"[", times=9)
+    hub.fail("GET /api/whoami-v2", 418, body=b"pass@word somebody:pass%40word")
+    for command in (["pull", ADAPTER], ["push", adapter, "me/x"]):
+        message = adapterkit(*command).message(1)
+        assert "pass" not in message
+
+
+# --- what belongs to the process -----------------------------------------------------------------------------------------
+
+
+def globals_of_the_client() -> Any:
+    from huggingface_hub.utils.tqdm import progress_bar_states
+
+    theirs, client = logging.getLogger("huggingface_hub"), get_session()
+    return (
+        client, {name: [*hooks] for name, hooks in client.event_hooks.items()}, client.timeout, theirs.level,
+        [(handler, [*handler.filters]) for handler in theirs.handlers], [*theirs.filters], dict(progress_bar_states),
+        [*warnings.filters],
+    )  # fmt: skip
+
+
+def test_what_the_client_shares_is_as_it_was(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_session(), "event_hooks", {"request": [lambda _: None], "response": [lambda _: None]})
+    before = globals_of_the_client()
+    resolve(ADAPTER)
+    rows = on_the_hub(None, "")
+    next(rows)
+    assert globals_of_the_client() == before  # also while rows are shown
+    rows.close()
+    hub.fail("GET /api/models/.*", 418, times=1)
+    hub.fail("GET /api/models", 503, times=1)
+    with pytest.raises(AdapterkitError):
+        resolve(ADAPTER)
+    adapterkit("list", "--hub")
+    with ThreadPoolExecutor(4) as threads:
+        assert len({*threads.map(resolve, [ADAPTER] * 8)}) == 1
+    assert globals_of_the_client() == before
+
+
+def test_other_threads_ask_as_they_like(hub: Hub, adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Any] = []
+    theirs, notes = logging.getLogger("huggingface_hub"), logging.StreamHandler(io.StringIO())
+    theirs.addHandler(notes)
+
+    def meanwhile() -> None:
+        big = b"[" + b" " * (17 << 20) + b"]"
+        hub.fail("GET /big", body=gzip.compress(big), headers=(("Content-Encoding", "gzip"),))
+        answer = get_session().get(f"{hub.url}/big")
+        seen.append((len(answer.content), answer.request.extensions["timeout"]["read"]))
+        theirs.warning("theirs")
+        hub.ended.set()
+
+    hub.fail(f"GET /api/models/{ADAPTER}", hang=True)
+    hub.hung = meanwhile
+    try:
+        assert adapterkit("pull", ADAPTER).code == 0
+        assert seen == [((17 << 20) + 2, None)]
+        assert notes.stream.getvalue() == "theirs\n"
+    finally:
+        theirs.removeHandler(notes)
 
 
 # --- names -------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError
 from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
 from adapterkit.formats.source import PICKLED, WEIGHTS
 from adapterkit.hub.abreast import abreast
-from adapterkit.hub.asking import ask, asking, quiet
+from adapterkit.hub.asking import ask, asking
 from adapterkit.hub.names import HubId, on_hub
 from adapterkit.hub.remote import Remote, RemoteFile, look, opened, outlined
 from adapterkit.staging import errors_of
@@ -168,7 +168,7 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
             raise
 
     try:
-        with errors_of(download.cache), quiet():
+        with errors_of(download.cache):
             abreast(get, download.missing, FILES_AT_ONCE)
     except KeyboardInterrupt as error:
         count.stopped = True

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint import INDEX_SUFFIX
 from adapterkit.errors import FormatError, NotAllowedError, UsageError
-from adapterkit.hub.asking import ask, asking, quiet, understood
+from adapterkit.hub.asking import ask, page
 from adapterkit.hub.names import HubId, parsed
 from adapterkit.hub.sending import README, Parcel, Upload, check_unchanged, pack
 
@@ -85,9 +86,9 @@ def push(plan: Push, message: str | None = None, on_bytes: OnBytes | None = None
 
     Raises AdapterkitError where the repository changed since the plan was made, and OfflineError.
     """
-    from huggingface_hub import CommitOperationDelete, constants
+    from huggingface_hub import CommitOperationDelete
 
-    url = f"{constants.ENDPOINT}/{plan.repo}"
+    url = page(plan.repo)
     if plan.exists and not plan.changed and not plan.removed:
         return Pushed(url, None)
     _check_card(plan)
@@ -109,11 +110,10 @@ def push(plan: Push, message: str | None = None, on_bytes: OnBytes | None = None
         return made.pr_url, made.oid
 
     try:
-        with quiet():
-            page, commit = ask(plan.repo, question)
+        request, commit = ask(plan.repo, question)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"the commit to {plan.repo} was made or not; pushing again tells") from error
-    return Pushed(page or url, commit)
+    return Pushed(request or url, commit)
 
 
 def _check_card(plan: Push) -> None:
@@ -144,8 +144,7 @@ def _upload(plan: Push, on_bytes: OnBytes | None) -> list[CommitOperationAdd]:
         check_unchanged([one])
         add = CommitOperationAdd(one.name, str(one.source) if one.content is None else one.content)
         if one.content is None:
-            with asking(plan.repo), understood(plan.repo), quiet():
-                _upload_lfs(plan, add)
+            ask(plan.repo, partial(_upload_lfs, plan, add), waits=())
         adds.append(add)
         done += one.size
         if on_bytes is not None:
@@ -154,11 +153,9 @@ def _upload(plan: Push, on_bytes: OnBytes | None) -> list[CommitOperationAdd]:
     return adds
 
 
-def _upload_lfs(plan: Push, add: CommitOperationAdd) -> None:
-    from huggingface_hub import HfApi
-
+def _upload_lfs(plan: Push, add: CommitOperationAdd, api: HfApi) -> None:
     try:
-        HfApi().preupload_lfs_files(plan.repo, [add], create_pr=plan.pull_request, free_memory=False, num_threads=1)
+        api.preupload_lfs_files(plan.repo, [add], create_pr=plan.pull_request, free_memory=False, num_threads=1)
     except RuntimeError as error:  # the client's wrapping of what happened
         raise error.__cause__ or error from error
 

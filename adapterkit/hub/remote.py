@@ -18,6 +18,7 @@ from adapterkit.formats.source import PICKLED, WEIGHTS
 from adapterkit.hub.abreast import abreast
 from adapterkit.hub.asking import ask
 from adapterkit.hub.names import HubId, is_inner
+from adapterkit.hub.session import FILE
 from adapterkit.staging import errors_of
 from adapterkit.tensorfile import MAX_HEADER_BYTES
 
@@ -223,6 +224,6 @@ def opened(remote: Remote, file: RemoteFile, start: int, stop: int | None = None
     url = hf_hub_url(remote.id.repo, file.name, revision=remote.commit)
     span = f"bytes={start}-{'' if stop is None else stop - 1}"
     headers = build_hf_headers() | {"Range": span, "Accept-Encoding": "identity"}
-    with get_session().stream("GET", url, headers=headers) as response:
+    with get_session().stream("GET", url, headers=headers, extensions={FILE: True}) as response:
         hf_raise_for_status(response)
         yield response
