@@ -16,6 +16,7 @@ from adapterkit.plan import Given, Hashes, MergePlan, total_size
 from adapterkit.receipt import BEFORE, FOLDER, as_json, folder_of
 from adapterkit.staging import RECEIPT, RECORD, flush
 from adapterkit.version import __version__
+from adapterkit.words import markdown
 
 README = "README.md"
 REPLACED = (README, RECORD, RECEIPT, CONFIG)  # and the index
@@ -114,24 +115,26 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
     lines += [
         "---",
         "",
-        f"# {' + '.join(names)}",
+        f"# {markdown(' + '.join(names))}",
         "",
         f"{'Merged' if plan.given else 'Quantized'} by adapterkit {__version__}: {changed}, rounded once ({stored}).",
         "",
         "| part | weight | file | SHA-256 |",
         "| --- | --- | --- | --- |",
     ]
-    name = plan.base.name
-    lines += [f"| {name} (base) | | {file} | `{digest}` |" for file, digest in hashes.base.items()]
+    lines += file_rows(f"{plan.base.name} (base)", "", hashes.base)
     for one in plan.given:
-        lines += [
-            f"| {one.label} | {one.weight:g} | {f} | `{digest}` |" for f, digest in hashes.adapters[one.label].items()
-        ]
+        lines += file_rows(one.label, f"{one.weight:g}", hashes.adapters[one.label])
     if plan.notes or plan.skipped:
         lines += ["", "Notes:", ""]
-        lines += [f"- {note}" for note in plan.notes]
-        lines += [f"- skipped, as asked: {name}" for name in plan.skipped]
+        lines += [f"- {markdown(note)}" for note in plan.notes]
+        lines += [f"- skipped, as asked: {markdown(name)}" for name in plan.skipped]
     return "\n".join(lines) + "\n"
+
+
+def file_rows(name: str, weight: str, digests: Mapping[str, str]) -> list[str]:
+    """The rows of a part's files in the table of a card."""
+    return [f"| {markdown(name)} | {weight} | {markdown(file)} | `{digest}` |" for file, digest in digests.items()]
 
 
 def _weighted(one: Given) -> str:

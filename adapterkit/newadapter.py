@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter import Adapter
-from adapterkit.card import public_name, write_json, write_text
+from adapterkit.card import file_rows, public_name, write_json, write_text
 from adapterkit.formats import save
 from adapterkit.plan import Given
 from adapterkit.staging import ADAPTER_RECORD, staged
 from adapterkit.version import __version__
+from adapterkit.words import markdown
 
 
 def write_adapter(
@@ -38,13 +39,13 @@ def _card(
     base = public_name(adapter.base_model)
     lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- adapterkit", "- lora"]
     title = " + ".join(one.label for one in given) or "Extracted adapter"
-    lines += ["---", "", f"# {title}", "", f"Made by adapterkit {__version__}: {made}."]
+    lines += ["---", "", f"# {markdown(title)}", "", f"Made by adapterkit {__version__}: {markdown(made)}."]
     if given:
         lines += ["", "| from | weight | file | SHA-256 |", "| --- | --- | --- | --- |"]
     for one in given:
-        lines += [f"| {one.label} | {one.weight:g} | {f} | `{digest}` |" for f, digest in hashes[one.label].items()]
+        lines += file_rows(one.label, f"{one.weight:g}", hashes[one.label])
     if notes:
-        lines += ["", "Notes:", "", *(f"- {note}" for note in notes)]
+        lines += ["", "Notes:", "", *(f"- {markdown(note)}" for note in notes)]
     return "\n".join(lines) + "\n"
 
 

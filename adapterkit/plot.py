@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import UsageError
 from adapterkit.summary import ModuleRow, grid
+from adapterkit.words import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg")
 SIZE = (11.0, 6.2)  # inches
 LEAST = 1e-6  # σ/σ₁ below which float32 factors are noise
+MOST = 60  # characters of a name
 TICKS = 40  # more layers than this are labelled in steps
 
 
@@ -49,7 +51,7 @@ def draw(rows: Sequence[ModuleRow], path: Path, title: str) -> None:
     _draw_norms(figure, left, rows)
     _draw_spectra(right, rows)
     figure.get_layout_engine().set(wspace=0.06, h_pad=0.1)  # type: ignore[union-attr, call-arg]
-    figure.suptitle(title, fontsize=14, fontweight="bold")
+    figure.suptitle(_words(title), fontsize=14, fontweight="bold")
     _save(figure, path)
 
 
@@ -78,7 +80,7 @@ def draw_likeness(pairs: Sequence[Pair], path: Path) -> None:
         cells = [[fmean(squares.get((target, layer), [math.nan])) for target in targets] for layer in layers]
         label = f"cosine of ΔW: {pair.total.cosine:.3f} in all"
         _heat_map(figure, axes, cells, targets, layers, label, {"cmap": "RdBu", "vmin": -1, "vmax": 1})
-        axes.set_title(f"{pair.first}\nand {pair.second}", fontsize=10)
+        axes.set_title(f"{_words(pair.first)}\nand {_words(pair.second)}", fontsize=10)
     _save(figure, path)
 
 
@@ -108,8 +110,14 @@ def draw_losses(metrics: Sequence[Mapping[str, float]], path: Path, title: str) 
     for axes in (above, below):
         axes.grid(color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.suptitle(_words(title), fontsize=13, fontweight="bold")
     _save(figure, path)
+
+
+def _words(text: str) -> str:
+    """A stranger's name as a text of a picture: short, and no formula."""
+    text = visible(text)
+    return (text if len(text) <= MOST else f"{text[: MOST - 1]}…").replace("$", r"\$")
 
 
 def _draw_norms(figure: Figure, axes: Axes, rows: Sequence[ModuleRow]) -> None:
@@ -132,7 +140,7 @@ def _heat_map(
         return
     axes.set_facecolor("0.88")
     image = axes.imshow(cells, aspect="auto", interpolation="nearest", **colors)
-    axes.set_xticks(range(len(targets)), targets, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_xticks(range(len(targets)), list(map(_words, targets)), rotation=40, ha="right", rotation_mode="anchor")
     step = -(-len(layers) // TICKS)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
     axes.tick_params(length=0)
@@ -163,7 +171,9 @@ def _draw_spectra(axes: Axes, rows: Sequence[ModuleRow]) -> None:
         longest = max(map(len, spectra))
         padded = np.array([np.pad(s, (0, longest - len(s)), constant_values=np.nan) for s in spectra])
         median = np.nanmedian(padded, axis=0)
-        axes.plot(range(1, longest + 1), median, color=color, linewidth=2.2, marker="o", markersize=3, label=target)
+        axes.plot(
+            range(1, longest + 1), median, color=color, linewidth=2.2, marker="o", markersize=3, label=_words(target)
+        )
     axes.set_yscale("log")
     smallest = min((row.sigma[-1] / row.sigma[0] for row in known), default=0.1)
     axes.set_ylim(max(LEAST, 0.7 * smallest), 1.4)

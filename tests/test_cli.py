@@ -104,6 +104,15 @@ def test_control_characters_do_not_reach_the_terminal(monkeypatch: pytest.Monkey
     assert adapterkit().message(1) == "a\\n\\x1b[2J\\u202e: b"
 
 
+def test_a_list_of_what_is_wrong_has_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def fails() -> None:
+        raise errors.FormatError("2 of 3 records cannot be used", "  a:1: x\ny", "  a:2: z")
+
+    monkeypatch.setattr(cli, "group", fails)
+    assert adapterkit().err == "adapterkit: 2 of 3 records cannot be used\n  a:1: x\\ny\n  a:2: z\n"
+
+
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 

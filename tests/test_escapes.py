@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
-from handmade import adapterkit
+import torch
+import yaml
+from handmade import CONFIG, MODULES, Outcome, Terminal, adapterkit, factors, write_adapter, write_base
+from hubserver import Hub
+from markdown_it import MarkdownIt
+from safetensors.torch import load_file, save_file
 
 import adapterkit as package
 from adapterkit.cli import output
 from adapterkit.errors import FormatError
-from adapterkit.words import LONGEST, markdown, visible, visible_lines
+from adapterkit.words import BLANK, LONGEST, markdown, visible, visible_lines
 
 PACKAGE = Path(package.__file__).parent
 
@@ -93,3 +105,259 @@ def test_one_module_prints(file: Path) -> None:
             called = ast.unparse(node.func)
             assert called not in {"print", "click.echo", "click.secho", "click.prompt", "click.confirm", "Console"}
             assert not called.endswith((".stdout.write", ".stderr.write"))
+
+
+# --- every command ---------------------------------------------------------------------------------------------------
+
+STEERS = "a\x1b[38;5;201m\x1b]0;t\x07\x9b2J\u202e\u2066\u200b\0\x7f\r\nFORGED\t"
+MARKUP = "[bold]b[/] a[/] [link=x]:warning: $x$ | `y` <img src=x> --- {z}"
+HOSTILE = STEERS + MARKUP
+FOLDER = HOSTILE.replace("\0", "").replace("/", "\\")  # as a name on a disk
+MODULE = "model.layers.0.[b]c[/] $x$ | `y` <img src=x> :warning:"
+BARS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[2K|\x1b\[1A|\r(?!\n)")  # colours, and what redraws a line
+
+
+def write_hostile_adapter(folder: Path, alpha: int = 6, **config: Any) -> Path:
+    """An adapter that is hostile in every string that a reader takes."""
+    tensors = factors()
+    for side in "AB":
+        tensors[f"base_model.model.{MODULE}.lora_{side}.weight"] = tensors[
+            f"base_model.model.{MODULES[0]}.lora_{side}.weight"
+        ].clone()
+    texts = dict.fromkeys(("base_model_name_or_path", "task_type", "revision", "peft_version", HOSTILE), HOSTILE)
+    texts |= {"target_modules": [HOSTILE, "q_proj", MODULE], "auto_mapping": {HOSTILE: HOSTILE}, "lora_alpha": alpha}
+    write_adapter(folder, tensors, CONFIG | texts | {"modules_to_save": None} | config)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={HOSTILE: HOSTILE, "format": "pt"})
+    for name in ("adapterkit_training.json", "adapterkit_adapter.json", "special_tokens_map.json"):
+        (folder / name).write_text(json.dumps({"made": HOSTILE, "steps": HOSTILE, HOSTILE: HOSTILE}))
+    (folder / "README.md").write_text(HOSTILE)
+    return folder
+
+
+def write_hostile_base(folder: Path) -> Path:
+    """A base that is."""
+    write_base(folder, shards=1)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{MODULE}.weight"] = tensors[f"{MODULES[0]}.weight"].clone()
+    save_file(tensors, file, metadata={HOSTILE: HOSTILE, "format": HOSTILE})
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    texts = dict.fromkeys(("model_type", "_name_or_path", "chat_template", HOSTILE), HOSTILE)
+    for name in names:
+        (folder / name).write_text(json.dumps(texts | {"architectures": [HOSTILE]}))
+    (folder / FOLDER).write_text(HOSTILE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with hostile adapters, a base, what was merged of them, and what is broken."""
+    home = tmp_path_factory.mktemp("workshop")
+    write_hostile_base(home / "base")
+    for name, alpha in (("one", 6), ("two", 9)):
+        write_hostile_adapter(home / "all" / f"{FOLDER}{name}", alpha)
+        write_hostile_adapter(home / name, alpha)
+    (home / "base").rename(home / f"{FOLDER}base")
+    (home / "base").symlink_to(home / f"{FOLDER}base")
+    write_hostile_adapter(home / "wrong", peft_type=HOSTILE)
+    write_hostile_adapter(home / "strange", alpha_pattern={HOSTILE: HOSTILE}, rank_pattern={HOSTILE: 3})
+    write_adapter(home / "steering", {f"base_model.model.{STEERS}.lora_A.weight": torch.ones(4, 8)})
+    (home / os.fsdecode(b"\xff\x9b2J")).mkdir()
+    (home / "data.jsonl").write_text(json.dumps({HOSTILE: HOSTILE}) + "\n" + json.dumps({"text": HOSTILE}) + "\n")
+    assert adapterkit("merge", home / "base", home / "one", "-o", home / "merged").code == 0
+    return home
+
+
+COMMANDS = """
+list .
+list all --search b
+list . --json
+list no-such-folder
+inspect one
+inspect all/{name}one --modules
+inspect one --modules --json
+inspect one --against base
+inspect one --header-only --modules --against {name}base
+inspect one --plot plot.svg
+inspect base
+inspect base --json
+inspect wrong
+inspect strange
+inspect steering --modules
+inspect {name}nothing
+merge base one --dry-run
+merge base one two:0.5 --dry-run --json
+merge base all/{name}one -o {name}merged --report
+merge base one -o merged
+merge base steering --dry-run
+merge base wrong
+merge base strange --dry-run
+merge base {name}
+merge base one --map {name}={name} --dry-run
+unmerge merged -o again --dry-run
+unmerge merged -o again --adapter one
+unmerge {name}merged -o {name}again
+unmerge base -o again
+verify merged --base base --adapter one
+verify merged --base base --adapter all/{name}two
+verify merged --base base --adapter two --json
+combine all/{name}one two:0.5 -o combined --dry-run
+combine one two -o {name}combined --method ties
+combine one two -o combined --method {name}
+combine one two -o combined --set {name}={name}
+compare all/{name}one all/{name}two --by module
+compare one two --plot likeness.svg --json
+compare one steering
+convert one -o converted --to rslora
+convert one -o {name}dora --to dora --base base
+convert one -o converted --to {name}
+resize all/{name}one -o resized --rank 2
+extract base merged -o extracted --rank 4
+extract base merged -o {name}extracted --energy 0.9
+quantize base -o quantized --to nf4
+push one me/repo --dry-run
+push one me/repo --base-id {name}
+pull me/{name}
+pull me/no-such-thing
+train base data.jsonl -o trained
+train base data.jsonl -o trained --recipe {name}
+eval base data.jsonl
+eval base one data.jsonl
+tui {name}
+{name}
+""".strip().splitlines()
+
+
+def steering(text: str) -> set[str]:
+    """The characters of `text` that steer a terminal or hide."""
+    return {c for c in text if c != "\n" and unicodedata.category(c)[0] == "C"} | (set(text) & BLANK)
+
+
+def run_hostile(command: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """Run a command in a copy of the workshop, where `{name}` is a hostile name."""
+    shutil.copytree(workshop, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return adapterkit(*(word.format(name=FOLDER) for word in command.split()))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_prints_what_steers(
+    command: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run_hostile(command, workshop, tmp_path, monkeypatch)
+    assert steering(result.out) | steering(result.err) == set()
+    assert not re.search(r"^\W*FORGED", result.out + result.err, re.MULTILINE)
+    assert result.code in (0, 1, 2, 3, 4, 5, 7)
+    if "--json" in command and result.code == 0:
+        assert result.out.isascii()
+        json.loads(result.out)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS[:12], "merge base all/{name}one -o out", "compare one two"])
+def test_a_terminal_is_sent_our_own_colours_only(
+    command: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Terminal, "isatty", lambda self: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    result = run_hostile(command, workshop, tmp_path, monkeypatch)
+    for text in (result.out, result.err):
+        assert "\x1b[38;5;201m" not in text
+        assert steering(BARS.sub("", text)) == set()
+
+
+def test_what_the_hub_and_its_files_say_is_shown(hub: Hub, workshop: Path, tmp_path: Path) -> None:
+    hub.add("lab/base", {"config.json": b"{}"})
+    files = {file.name: file.read_bytes() for file in (workshop / "one").iterdir()}
+    hub.add(
+        "some/lora", files | {HOSTILE: b"x", "README.md": f"---\nbase_model: {json.dumps(HOSTILE)}\n---\n".encode()}
+    )
+    one = shutil.copytree(workshop / "one", tmp_path / FOLDER)
+    (one / f".{FOLDER}").write_text("x")
+    (one / "README.md").unlink()
+    sent = adapterkit("push", one, "me/repo", "--base-id", "lab/base", "--dry-run")
+    assert "left out: hidden" in sent.out
+    results = [sent, adapterkit("push", one, "me/repo"), adapterkit("pull", "some/lora")]
+    results += [adapterkit("inspect", "some/lora"), adapterkit("list", tmp_path, "--hub", "--details")]
+    for status in (200, 400, 403, 404, 500):
+        body = json.dumps({"error": HOSTILE}).encode()
+        said = "".join(c for c in STEERS if c.isascii() and c not in "\r\n\0")
+        hub.fail("GET /api/.*", status, body=body, headers=(("X-Error-Message", said),), times=9)
+        results += [adapterkit("pull", "some/other"), adapterkit("list", tmp_path, "--hub")]
+        hub.faults.clear()
+    for result in results:
+        assert steering(result.out) | steering(result.err) == set()
+        assert not re.search(r"^\W*FORGED", result.out + result.err, re.MULTILINE)
+
+
+# --- cards and pictures ----------------------------------------------------------------------------------------------
+
+
+def kinds(markdown: str) -> set[str]:
+    """What a reader of Markdown takes a text for."""
+    tokens = MarkdownIt("commonmark", {"linkify": True}).enable(["table", "strikethrough", "linkify"]).parse(markdown)
+    return {one.type for token in tokens for one in (token, *(token.children or ()))} - {"inline", "text", "softbreak"}
+
+
+def card_of(folder: Path) -> tuple[dict[str, Any], str]:
+    """The YAML and the body of a card."""
+    _, block, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(block), body
+
+
+OURS = {
+    f"{name}_{side}"
+    for name in ("heading", "paragraph", "table", "thead", "tbody", "tr", "th", "td", "bullet_list", "list_item")
+    for side in ("open", "close")
+} | {"code_inline", "fence"}
+
+
+def test_cards_hold_names_as_text(workshop: Path, tmp_path: Path, hub: Hub) -> None:
+    one, two = (workshop / "all" / f"{FOLDER}{name}" for name in ("one", "two"))
+    base = workshop / f"{FOLDER}base"
+    assert adapterkit("merge", base, one, "-o", tmp_path / "merged").code == 0
+    assert adapterkit("combine", one, two, "-o", tmp_path / "combined").code == 0
+    assert adapterkit("quantize", base, "-o", tmp_path / "quantized", "--to", "nf4").code == 0
+    for name in ("merged", "combined", "quantized"):
+        data, body = card_of(tmp_path / name)
+        assert set(data) <= {"base_model", "base_model_relation", "library_name", "tags"}
+        assert kinds(body) <= OURS
+        assert steering(body) == set()
+        assert body.count("<img") == body.count("\\<img")
+        [table] = re.findall(r"^\|(?:.*\n\|)+.*", body, re.MULTILINE)
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()} == {5}
+
+
+def test_the_card_of_a_run_and_of_a_push_hold_names_as_text() -> None:
+    from adapterkit.hub.cards import Facts, completed
+    from adapterkit.recipe import Recipe
+    from adapterkit.runs.results import card
+
+    text, _ = completed(None, Facts("me/repo", "adapter", "lab/base", (), None, None, {"targets": HOSTILE}), [])
+    data = {"name": HOSTILE, "records": 1, "tokens": 2, "truncated": 0, "left_out": 0}
+    facts = {"data": data, "trained_parameters": 1, "steps": 1, "loss": 0.5, "eval_loss": None, "seconds": 1.0}
+    facts |= {"tokens": 2, "hardware": HOSTILE, "versions": {"python": HOSTILE}}
+    run = card(Recipe(base="b", data="d", targets=HOSTILE), None, facts, f"adapterkit train '\n```\n{HOSTILE}'")
+    for made in (text, run):
+        body = made.split("---\n", 2)[2]
+        assert kinds(body) <= OURS
+        assert steering(made) == set()
+
+
+def test_pictures_hold_names_as_text(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    one, two = (workshop / "all" / f"{FOLDER}{name}" for name in ("one", "two"))
+    assert adapterkit("inspect", one, "--plot", tmp_path / "norms.svg").code == 0
+    assert adapterkit("compare", one, two, "--plot", tmp_path / "likeness.svg").code == 0
+    for name in ("norms", "likeness"):
+        picture = (tmp_path / f"{name}.svg").read_text()
+        texts = [
+            "".join(text.itertext())
+            for text in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")
+        ]
+        assert [text for text in texts if "$x$" in text and "`y`" in text]
+        assert [text for text in texts if text.startswith("a\\x1b[38;5;201m")]
+        assert steering(picture) == set()

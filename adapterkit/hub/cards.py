@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from adapterkit.errors import FormatError
+from adapterkit.words import markdown
 
 BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 Relation = Literal["adapter", "merge", "quantized", "finetune"]
@@ -112,7 +113,12 @@ def _body(facts: Facts) -> str:
     """A description: what it is, and how it is used."""
     lines = ["", f"# {facts.name}", ""]
     if facts.rows:
-        lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.rows.items()), ""]
+        lines += [
+            "| | |",
+            "| --- | --- |",
+            *(f"| {name} | {markdown(value)} |" for name, value in facts.rows.items()),
+            "",
+        ]
     if facts.is_adapter:
         lines += [
             "```python", "from peft import AutoPeftModelForCausalLM", "",

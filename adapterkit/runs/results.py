@@ -19,6 +19,7 @@ from adapterkit.staging import TRAINING_RECORD, flush, remove
 from adapterkit.train.injection import adapter_of, lora_layers
 from adapterkit.train.layers import is_conv1d, is_linear
 from adapterkit.version import __version__
+from adapterkit.words import markdown, visible
 
 if TYPE_CHECKING:
     from adapterkit.data.examples import Encoded
@@ -103,9 +104,9 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
     lines = ["---", *([f"base_model: {base}"] if base else [])]
     lines += ["library_name: transformers" if full else "library_name: peft", "pipeline_tag: text-generation", "tags:"]
     lines += ["- adapterkit", *([] if full else ["- lora"]), "---", ""]
-    lines += [f"# {base or 'A model'} fine-tuned on {data['name']}", ""]
+    lines += [f"# {markdown(base or 'A model')} fine-tuned on {markdown(data['name'])}", ""]
     kind = "All weights" if full else {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[recipe.method]
-    detail = "" if full or recipe.init_from else f", rank {recipe.rank}, on {recipe.targets}"
+    detail = "" if full or recipe.init_from else f", rank {recipe.rank}, on {markdown(recipe.targets)}"
     lines += [f"{kind}{detail}; {facts['trained_parameters']:,} parameters, trained with adapterkit {__version__}.", ""]
     rows = {
         "data": f"{data['name']}: {data['records']:,} records, {data['tokens']:,} tokens ({data['truncated']} cut to "
@@ -126,9 +127,9 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
         "took": f"{facts['seconds']:,.0f} s, {facts['tokens']:,} tokens, on {facts['hardware']}",
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }
-    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    lines += ["| | |", "| --- | --- |", *(f"| {name} | {markdown(value)} |" for name, value in rows.items())]
     if command:
-        lines += ["", "```", command, "```"]
+        lines += ["", "```", visible(command), "```"]
     return "\n".join(lines) + "\n"
 
 
