@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -476,7 +477,6 @@ def test_a_bar_where_there_is_a_terminal(tiny: Path, prompted: Path, monkeypatch
         (["BASE", "DATA", "--batch-size", "0"], 2, "--batch-size 0: expected 1 or more"),
         (["BASE", "DATA", "--max-length", "1"], 2, "--max-length is 1"),
         (["BASE", "DATA", "--max-new-tokens", "60"], 2, "beyond the 64 that model reads"),
-        (["BASE", "DATA", "--prompt-field", "question"], 1, "no whole form"),
         (["BASE", "DATA", "--device", "nonsense"], 2, "--device nonsense"),
     ],
 )  # fmt: skip
@@ -486,6 +486,14 @@ def test_what_cannot_be(
     adapter = make_adapter(factors("model.layers.1.self_attn.q_proj", 64, 64))
     paths = {"BASE": tiny, "ADAPTER": adapter, "DATA": prompted, "TEXTS": texts}
     assert message in command("eval", *(paths.get(arg, arg) for arg in args)).message(code)
+
+
+def test_records_that_cannot_be_used_have_a_line_each(tiny: Path, prompted: Path) -> None:
+    result = command("eval", tiny, prompted, "--prompt-field", "question")
+    first, *lines, last = result.err.splitlines()
+    assert (result.code, first) == (1, "adapterkit: 12 of 12 records cannot be used")
+    assert all(re.match(r"  held_out.jsonl:\d+: .*no whole form", line) for line in lines)
+    assert re.fullmatch(r"  and \d+ more", last)
 
 
 def test_adapters_that_do_not_fit(
