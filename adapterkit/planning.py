@@ -58,11 +58,11 @@ class _Draft:
             self.tensors.setdefault(HEAD, replace(self.tensors[embedding], name=HEAD))
         for one in given:
             self.notes += [f"{one.label}: {problem}" for problem in one.adapter.problems if not problem.fatal]
-        for one in given:
+        for number, one in enumerate(given):
             found = fit(one.adapter, self.tensors, self.base.config, rename)
             self.skipped += missing(one, found, self.base, self.tensors, allow_partial)
             self.notes += drift_note(one, found)
-            gather(one, found, self.changes)
+            gather(number, one, found, self.changes)
             self.ledger[one.label] = ledger_of(found)
         for name in (*self.changes.deltas, *self.changes.replaced, *self.changes.added):
             check_target(name, self.tensors, self.base, self.changes)
