@@ -29,6 +29,15 @@ class Changes:
     def touch(self, name: str) -> bool:
         return any(name in kind for kind in (self.deltas, self.replaced, self.added))
 
+    def add(self, more: Changes) -> None:
+        """Add what another adapter changes."""
+        for name, deltas in more.deltas.items():
+            self.deltas[name] += deltas
+        for name, replacements in more.replaced.items():
+            self.replaced[name] += replacements
+        for name, additions in more.added.items():
+            self.added[name] += additions
+
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
@@ -94,8 +103,9 @@ def _count(adapter: Adapter) -> str:
 # --- gathering -------------------------------------------------------------------------------------------------------
 
 
-def gather(number: int, one: Given, found: Fit, changes: Changes) -> None:
-    """Add the changes of the adapter of that `number`; two of its modules in the same rows are refused."""
+def gather(one: Given, found: Fit) -> Changes:
+    """What one adapter changes; two of its modules in the same rows are refused."""
+    changes = Changes()
     taken: dict[str, list[tuple[tuple[int, int] | None, str]]] = defaultdict(list)
     for module, places in found.targets.items():
         weights = one.adapter.modules[module]
@@ -104,7 +114,7 @@ def gather(number: int, one: Given, found: Fit, changes: Changes) -> None:
                 if rows is None or place.rows is None or (rows[0] < place.rows[1] and place.rows[0] < rows[1]):
                     raise FitError(f"{one.label}: {other} and {module} both land in {place.tensor}")
             taken[place.tensor].append((place.rows, module))
-            changes.deltas[place.tensor].append(Delta(number, module, weights, one.weight, place))
+            changes.deltas[place.tensor].append(Delta(one.label, module, weights, one.weight, place))
         if module in found.biases:
             bias = weights.bias
             assert bias is not None
@@ -114,6 +124,7 @@ def gather(number: int, one: Given, found: Fit, changes: Changes) -> None:
     for module, tensor in found.tokens.items():
         indices, values = one.adapter.tokens[module]
         changes.replaced[tensor].append(Replacement(values, one.weight, indices))
+    return changes
 
 
 def ledger_of(found: Fit) -> dict[str, tuple[str, ...]]:

@@ -33,13 +33,6 @@ class Checkpoint:
         return self.path.is_dir()
 
     @property
-    def ties_embeddings(self) -> bool:
-        """Whether the config says that input and output embedding are one tensor."""
-        nested = self.config.get("text_config")
-        inner = nested.get("tie_word_embeddings") if isinstance(nested, dict) else None
-        return bool(self.config.get("tie_word_embeddings", inner))
-
-    @property
     def quantization(self) -> str | None:
         """The name of the scheme its config declares, if any."""
         declared = self.config.get("quantization_config")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any, cast
@@ -24,8 +25,9 @@ from adapterkit.quant.modules import dequantized, is_quantized
 from adapterkit.renames import explain_missing
 from adapterkit.residual import Residual, record, restore
 from adapterkit.rounding import as_bfloat16, round_once
-from adapterkit.targets import Target, fit
+from adapterkit.targets import Fit, Target, fit
 from adapterkit.tensorfile import TORCH_NAMES
+from adapterkit.ties import ALWAYS
 
 BLOCK_ELEMENTS = 1 << 22  # of a weight, at a time
 GPU_FACTOR = 4  # so many times that on a GPU, where every launch costs some µs
@@ -76,13 +78,13 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
         raise FitError(f"{len(places.missing)} modules have no place: {explain_missing(places.missing, found)}")
     receipt = Receipt(adapter)
     try:
+        _untie(model, adapter, places, receipt.undo)
         for name, tensor in places.replaced.items():
             _replace(model, tensor, adapter.replaced[name].read(), weight, None, receipt.undo)
         for module, tensor in places.tokens.items():
             rows, values = adapter.tokens[module]
             _replace(model, tensor, values.read(), weight, rows, receipt.undo)
         for tensor in dict.fromkeys(t.tensor for targets in places.targets.values() for t in targets):
-            _refuse_tied(model, tensor)
             _merge_into(model, tensor, _updates(adapter, places.targets, tensor, model, weight), receipt.undo)
         for module, bias in places.biases.items():
             weights = adapter.modules[module]
@@ -314,8 +316,35 @@ def _set(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, layer)
 
 
-def _refuse_tied(model: nn.Module, name: str) -> None:
-    parameter = model.get_parameter(name)
-    tied = [other for other, one in model.named_parameters(remove_duplicate=False) if one is parameter]
-    if len(tied) > 1:
-        raise FitError(f"{name}: is tied to {', '.join(other for other in tied if other != name)}: untie them first")
+# --- tied weights ----------------------------------------------------------------------------------------------------
+
+
+def _untie(model: nn.Module, adapter: Adapter, places: Fit, undo: list[Undo]) -> None:
+    """Give a tensor that is tied to others its own parameter, where the adapter changes it alone.
+
+    Trained tokens are the same in all that are tied, and so is everything with `ensure_weight_tying`.
+    """
+    factors = (target.tensor for targets in places.targets.values() for target in targets)
+    changed = dict.fromkeys((*factors, *places.replaced.values(), *places.biases.values()))
+    for name in changed:
+        parameter = model.get_parameter(name)
+        tied = [other for other, one in model.named_parameters(remove_duplicate=False) if one is parameter]
+        others = [other for other in tied if other != name]
+        if others and not (adapter.keeps_tie and changed.keys().isdisjoint(others)):
+            path, _, leaf = name.rpartition(".")
+            layer = model.get_submodule(path)
+            undo.append(Undo(lambda: None, partial(_tie, model, layer, leaf, others[0])))
+            setattr(layer, leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            _declare_untied(model, undo)
+
+
+def _tie(model: nn.Module, layer: nn.Module, leaf: str, other: str) -> None:
+    setattr(layer, leaf, model.get_parameter(other))
+
+
+def _declare_untied(model: nn.Module, undo: list[Undo]) -> None:
+    """Have the model's config say so, by which a saved model is loaded again."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and getattr(config, "model_type", None) not in ALWAYS:
+        undo.append(Undo(lambda: None, partial(setattr, config, "tie_word_embeddings", True)))
+        config.tie_word_embeddings = False

@@ -31,7 +31,7 @@ class Given:
 class Delta:
     """One module's update where it lands."""
 
-    adapter: int  # which of those given
+    adapter: str  # its label
     module: str
     weights: LoraWeights[LazyTensor]
     weight: float
@@ -171,10 +171,10 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Hashes:
-    """The SHA-256 of every file of a run: of the base and outputs by name, of adapters in their order."""
+    """The SHA-256 of every file of a run: of the base by name, of adapters by label and name, of outputs by name."""
 
     base: dict[str, str]
-    adapters: tuple[dict[str, str], ...]
+    adapters: dict[str, dict[str, str]]
     outputs: dict[str, str]  # none where they were not asked for
 
 

@@ -16,14 +16,11 @@ from adapterkit.plan import Given, MergePlan
 from adapterkit.quant import KINDS, Packed, Packing, Quantize, Rounding, weights
 from adapterkit.quant.choose import NEAREST
 from adapterkit.quant.packed import float_dtype
-from adapterkit.targets import CONV1D_MODELS, fit
+from adapterkit.targets import CONV1D_MODELS, HEAD_MODULES, Fit, fit
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
+from adapterkit.ties import INPUT_EMBEDDINGS, Tie, follow, tie_of, undecided
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-
-# The names that input and output embedding go by.
-INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
-HEAD = "lm_head.weight"
 
 
 @dataclass
@@ -53,25 +50,34 @@ class _Draft:
 
     def fit(self, given: Sequence[Given], rename: tuple[str, str] | None, allow_partial: bool) -> None:
         """Find a place for everything that the adapters bring."""
-        embedding = tied_embedding(self.base)
-        if embedding is not None:
-            self.tensors.setdefault(HEAD, replace(self.tensors[embedding], name=HEAD))
+        tie, parted = tie_of(self.base), False
+        if tie is not None and tie.implied:
+            self.tensors[tie.head] = replace(self.tensors[tie.embedding], name=tie.head)
         for one in given:
             self.notes += [f"{one.label}: {problem}" for problem in one.adapter.problems if not problem.fatal]
-        for number, one in enumerate(given):
+        for one in given:
             found = fit(one.adapter, self.tensors, self.base.config, rename)
+            if tie is not None and not (tie.certain or tie.stored or allow_partial):
+                self._refuse_unknown_head(one, found, tie)
             self.skipped += missing(one, found, self.base, self.tensors, allow_partial)
             self.notes += drift_note(one, found)
-            gather(number, one, found, self.changes)
+            mine = gather(one, found)
+            if tie is not None:
+                parted |= follow(tie, mine, one.label, one.adapter.keeps_tie)
+            self.changes.add(mine)
             self.ledger[one.label] = ledger_of(found)
         for name in (*self.changes.deltas, *self.changes.replaced, *self.changes.added):
             check_target(name, self.tensors, self.base, self.changes)
-        if embedding is not None and _must_untie(embedding, self.changes, given):
-            self.untied = (embedding, HEAD)
-            self.config = _with_nested(self.config, "tie_word_embeddings", False)
-            self.notes.append(
-                f"the base ties {HEAD} to {embedding}, the adapter changes them apart: the output unties them"
-            )
+        if tie is not None and parted:
+            self.config, note = tie.untie(self.config)
+            self.notes.append(note)
+            if not tie.stored:
+                self.untied = (tie.embedding, tie.head)
+
+    def _refuse_unknown_head(self, one: Given, found: Fit, tie: Tie) -> None:
+        head = next((name for name in found.missing if name.split(".")[0] in HEAD_MODULES), None)
+        if head is not None:
+            raise FitError(f"{one.label}: changes {head}, which has no tensor in the base, and {undecided(tie)}")
 
     def compare(self, quantized: Checkpoint) -> None:
         """Have every weight checked to be what `quantized` was made from."""
@@ -189,28 +195,6 @@ def plan_quantize(base: Checkpoint, how: Quantize, out: Path, calibration: Path 
     if not draft.packings:
         raise FitError(f"{base.path}: holds no linear layer to quantize")
     return replace(draft.plan(out, ()), calibration=calibration)
-
-
-# --- tied embeddings -------------------------------------------------------------------------------------------------
-
-
-def tied_embedding(base: Checkpoint) -> str | None:
-    """The input embedding that a tied base also uses as its head."""
-    if not base.ties_embeddings:
-        return None
-    return next((name for name in base.tensors if name.endswith(INPUT_EMBEDDINGS)), None)
-
-
-def _must_untie(embedding: str, changes: Changes, given: Sequence[Given]) -> bool:
-    """One policy: the output computes what base and adapter computed in training.
-
-    There a tied base's embedding and head were updated apart, so they part in the output, unless the adapter was
-    trained to keep them equal (trained tokens always are) and names only the embedding.
-    """
-    if changes.touch(HEAD):
-        return True
-    whole = embedding in changes.deltas or any(c.rows is None for c in changes.replaced.get(embedding, ()))
-    return whole and not all(one.adapter.keeps_tie for one in given)
 
 
 def _with_nested(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

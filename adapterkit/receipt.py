@@ -8,7 +8,7 @@ has all this in `NAME.receipt/`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,9 @@ def irreversible(plan: MergePlan) -> str | None:
 # --- written ---------------------------------------------------------------------------------------------------------
 
 
-def as_json(plan: MergePlan, hashes: Hashes, bases: Sequence[str | None]) -> dict[str, Any]:
-    """The receipt of a merge; `bases` are the public names of what its adapters were trained on."""
+def as_json(plan: MergePlan, hashes: Hashes, names: Mapping[str, str | None]) -> dict[str, Any]:
+    """The receipt of a merge; `names` are the public names of base and adapters."""
+    numbers = {one.label: number for number, one in enumerate(plan.given)}
     return {
         "adapterkit_receipt": FORMAT,
         "adapterkit": __version__,
@@ -111,10 +112,10 @@ def as_json(plan: MergePlan, hashes: Hashes, bases: Sequence[str | None]) -> dic
             {
                 "name": one.label,
                 "weight": one.weight,
-                "base_model": trained_on,
-                "files": files,
+                "base_model": names.get(one.label),
+                "files": hashes.adapters[one.label],
             }
-            for one, trained_on, files in zip(plan.given, bases, hashes.adapters, strict=True)
+            for one in plan.given
         ],
         "irreversible": irreversible(plan),
         "shards": [
@@ -124,7 +125,7 @@ def as_json(plan: MergePlan, hashes: Hashes, bases: Sequence[str | None]) -> dic
                 "sha256_before": hashes.base[header.file.name],
                 "sha256_after": hashes.outputs[file.name],
                 "tensors": [
-                    {"name": edit.name, "parts": [_part(delta) for delta in edit.deltas]}
+                    {"name": edit.name, "parts": [_part(delta, numbers[delta.adapter]) for delta in edit.deltas]}
                     for edit in file.edits
                     if undoable(edit)
                 ],
@@ -134,12 +135,12 @@ def as_json(plan: MergePlan, hashes: Hashes, bases: Sequence[str | None]) -> dic
     }  # fmt: skip
 
 
-def _part(delta: Delta) -> dict[str, Any]:
+def _part(delta: Delta, adapter: int) -> dict[str, Any]:
     """What is at its default is left out."""
     target = delta.target
     place = {"rows": target.rows, "of": target.of, "expert": target.expert, "transposed": target.transposed or None}
     return {
-        "adapter": delta.adapter, "module": delta.module, "scaling": delta.weights.scaling, "weight": delta.weight,
+        "adapter": adapter, "module": delta.module, "scaling": delta.weights.scaling, "weight": delta.weight,
         **{name: value for name, value in place.items() if value is not None},
     }  # fmt: skip
 

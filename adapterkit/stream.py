@@ -194,7 +194,7 @@ class _Run:
         taken = {file: digest.sha256.hexdigest() for file, digest in self.digests.items()}
         shards = zip(plan.base.shards, plan.files, strict=True)
         base = {shard.file.name: taken.get(shard.file) or self.done[file.name].before for shard, file in shards}
-        adapters = tuple({file.name: taken[file] for file in one.adapter.files} for one in plan.given)
+        adapters = {one.label: {file.name: taken[file] for file in one.adapter.files} for one in plan.given}
         outputs = {file.name: self.done[file.name].after for file in plan.files if file.name in self.done}
         retention = dict(sorted(self.retention.items()))
         return Merged(

@@ -42,7 +42,12 @@ DRIFTS: tuple[dict[str, str], ...] = (
     {"model.language_model.": "model."},  # a language model adapter on the text-only checkpoint, and back
     {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+    {"lm_head.": "embed_out."},  # GPT-NeoX as transformers 5 holds it
+    {"embed_out.": "lm_head."},
 )
+
+# Heads, which lie beside the model that a drift may put a prefix before.
+HEAD_MODULES = ("lm_head", "score", "embed_out", "proj_out", "output_projection")
 
 # Parts of names that some checkpoints spell otherwise than the model in memory; taken where the base has only theirs.
 SEGMENTS = {"mlp": "block_sparse_moe"}  # Mixtral
@@ -106,13 +111,20 @@ def fit(
     Raises FitError where a name is found but its shape does not fit, or where shapes cannot decide the orientation.
     """
     best: Fit | None = None
+    least = (0, 0)  # names without a place, and tensors that would be new
     for drift in DRIFTS:
         names = _Names(tensors, drift, rename)
-        candidate = _fit_names(adapter, names, config)
-        if not candidate.missing:
+        try:
+            candidate = _fit_names(adapter, names, config)
+        except FitError:
+            if best is not None and not best.missing:
+                continue
+            raise
+        lacks = len(candidate.missing), sum(base not in tensors for base in candidate.replaced.values())
+        if lacks == (0, 0):
             return candidate
-        if best is None or len(candidate.missing) < len(best.missing):
-            best = candidate
+        if best is None or lacks < least:
+            best, least = candidate, lacks
     assert best is not None
     return best
 
@@ -135,7 +147,7 @@ class _Names:
             if f".{ours}." in f"{name}." and self.lacks(f".{ours}.") and not self.lacks(f".{theirs}."):
                 name = apply_rename(name, (ours, theirs))
         for old in sorted(self.drift, key=len, reverse=True):
-            if f"{name}.".startswith(old) and not (old == "" and name.split(".")[0] in ("lm_head", "score")):
+            if f"{name}.".startswith(old) and not (old == "" and name.split(".")[0] in HEAD_MODULES):
                 return (self.drift[old] + f"{name}.".removeprefix(old)).removesuffix(".")
         return name
 

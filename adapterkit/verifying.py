@@ -22,11 +22,11 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.device import Buffers
 from adapterkit.errors import FitError
 from adapterkit.plan import Edit, Given, MergePlan
-from adapterkit.planning import HEAD, tied_embedding
 from adapterkit.quant import Packed
 from adapterkit.quant import weights as weights_in
 from adapterkit.rounding import round_once
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, TensorInfo, Weight
+from adapterkit.ties import tie_of
 
 BLOCK_ELEMENTS = 1 << 20
 FEW = 1e-3  # so small a share of the elements being off is damage, not another merge
@@ -71,9 +71,9 @@ def verify(plan: MergePlan, merged: Checkpoint, *, share: float = 1.0, threads: 
     touched = {name: pair for name, pair in edits.items() if pair[0].deltas or pair[0].replaced or pair[0].added}
     _check_names(plan, merged, before, after, touched)
     names = [name for name in dict.fromkeys((*before, *touched)) if name in after]
-    embedding = tied_embedding(plan.base)
-    if embedding is not None and HEAD in after and HEAD not in names:  # written out, as some tools do
-        yield _untouched(HEAD, after[embedding], after[HEAD], share)
+    tie = tie_of(plan.base)
+    if tie is not None and tie.implied and tie.head in after and tie.head not in names:  # written out, as some tools do
+        yield _untouched(tie.head, after[tie.embedding], after[tie.head], share)
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         yield from pool.map(
             lambda name: (
@@ -93,7 +93,8 @@ def _check_names(
     touched: Mapping[str, object],
 ) -> None:
     """Refuse a checkpoint of another model; a tied head may be left out, or written out."""
-    tied = {HEAD} if plan.base.ties_embeddings else set()
+    tie = tie_of(plan.base)
+    tied = {tie.head} if tie is not None and tie.certain else set()
     lacking = [name for name in before if name not in after and name not in tied]
     extra = [name for name in after if name not in before and name not in touched and name not in tied]
     if lacking or extra:
@@ -161,7 +162,7 @@ def _touched(plan: MergePlan, edit: Edit, source: Path, after: Weight, share: fl
     """Compare a tensor with its replay, and where they differ find out what is there instead."""
     plain = replace(edit, dtype=after.dtype, packing=None, twin=None)
     wide = replace(plain, dtype="F64")  # computed in float64
-    alone = [_only(wide, number, one) for number, one in enumerate(plan.given)]
+    alone = [_only(wide, one) for one in plan.given]
     held = [one.label for one, mine in zip(plan.given, alone, strict=True) if mine is not None]
     parts = [mine for mine in alone if mine is not None]
     rows, columns = edit.matrix
@@ -194,9 +195,9 @@ def _merged(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers:
     return torch.frombuffer(into, dtype=dtype).view(-1, columns)
 
 
-def _only(edit: Edit, number: int, one: Given) -> Edit | None:
+def _only(edit: Edit, one: Given) -> Edit | None:
     """The part of an edit that comes from one adapter, or None where it has none."""
-    own = tuple(delta for delta in edit.deltas if delta.adapter == number)
+    own = tuple(delta for delta in edit.deltas if one.adapter.modules.get(delta.module) is delta.weights)
     replaced = tuple(
         change for change in edit.replaced if any(change.values is v for v in one.adapter.replaced.values())
     )

@@ -164,22 +164,6 @@ def test_a_config_of_the_wrong_type(tmp_path: Path, config: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "tied"),
-    [
-        ({}, False),
-        ({"tie_word_embeddings": True}, True),
-        ({"text_config": {"tie_word_embeddings": True}}, True),
-        ({"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False}, False),
-        ({"text_config": None}, False),
-        ({"text_config": [True]}, False),
-        ({"tie_word_embeddings": None}, False),
-    ],
-)
-def test_tied_embeddings(tmp_path: Path, config: dict[str, Any], tied: bool) -> None:
-    assert open_checkpoint(write(tmp_path, {"model.safetensors": ["a"]}, config=config)).ties_embeddings is tied
-
-
-@pytest.mark.parametrize(
     ("declared", "scheme"),
     [(None, None), ({"quant_method": "gptq"}, "gptq"), ({}, "an unnamed scheme"), ("gptq", None)],
 )

@@ -24,6 +24,7 @@ LEVELS = (
     ("checkpoint", "targets", "formats", "quant"),
     ("plan",),
     ("changes", "layout"),
+    ("ties",),
     ("planning", "device", "sidecar", "digest", "receipt"),
     ("wholes", "based", "undo"),
     ("blocks", "calibration", "card", "against", "inventory", "live", "combining", "resuming"),

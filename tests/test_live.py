@@ -134,9 +134,23 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(make_adapter: Callable[...
         with pytest.raises(FitError, match=message):
             adapterkit.apply(model, adapter)
         assert same(bits(model), before)
+
+
+def test_a_tied_weight_parts_and_is_tied_again(make_adapter: Callable[..., Path]) -> None:
+    model = Model()
     model.k.weight = model.q.weight
-    with pytest.raises(FitError, match="is tied to"):
-        adapterkit.apply(model, adapterkit.load(make_adapter(factors("q", 24, 40), "tied")))
+    before = bits(model)
+    for tensors, config in (
+        (factors("q", 24, 40), {}),
+        ({"q.weight": torch.randn(24, 40)}, {"modules_to_save": ["q"]}),
+    ):
+        adapter = adapterkit.load(make_adapter(tensors, "saved" if config else "factors", **config))
+        adapterkit.apply(model, adapter)
+        after = bits(model)
+        assert torch.equal(after["k.weight"], before["k.weight"])
+        assert not torch.equal(after["q.weight"], before["q.weight"])
+        adapterkit.remove(model, adapter)
+        assert model.k.weight is model.q.weight and same(bits(model), before)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -79,7 +79,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         replaced=found.replaced,
         tokens=tokens,
         new_modules=frozenset(config.modules_to_save),
-        keeps_tie=bool(config.raw.get("ensure_weight_tying")),
+        keeps_tie=config.keeps_tie,
         base_model=config.raw.get("base_model_name_or_path") or None,
         config=config.raw,
         files=source.files,

@@ -38,6 +38,8 @@ MAX_CHOICES = 4
 MAX_MATCHED = 150  # characters of a module's name
 MAX_STEPS = 10**12
 
+EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT knows an embedding or a head
+
 Patterns = dict[str, tuple[re.Pattern[str], float]]
 
 
@@ -85,6 +87,17 @@ class PeftConfig:
             tokens=given.value("trainable_token_indices", (list, dict), None),
             present=True,
         )
+
+    @property
+    def keeps_tie(self) -> bool:
+        """Whether PEFT trains tied embeddings as one: it looks for them by these names only."""
+        if not self.raw.get("ensure_weight_tying"):
+            return False
+        targets = self.raw.get("target_modules") or []
+        if isinstance(targets, str):
+            pattern = _compile(targets, CONFIG)
+            targets = [name for name in EMBEDDINGS if pattern.match(name)]
+        return any(name.split(".")[-1] in EMBEDDINGS for name in (*targets, *self.modules_to_save))
 
     def check_patterns(self, modules: Iterable[str]) -> None:
         """Raise FormatError where matching them against the names of all modules could take minutes."""

@@ -11,9 +11,9 @@ from adapterkit.errors import FitError, UsageError
 from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
 from adapterkit.plan import Given
-from adapterkit.planning import HEAD, tied_embedding
 from adapterkit.quant import weights as weights_of
 from adapterkit.targets import fit
+from adapterkit.ties import tie_of
 
 
 def open_base(spec: str) -> Checkpoint:
@@ -40,8 +40,8 @@ def open_fitting(spec: str, base: Checkpoint) -> Given:
             f"{given.label}: {whole[0]}: is trained whole in this adapter, and only factors and magnitudes go beside a "
             "base. Merge it, and go on with the result."
         )
-    if (embedding := tied_embedding(base)) is not None:
-        tensors.setdefault(HEAD, replace(tensors[embedding], name=HEAD))
+    if (tie := tie_of(base)) is not None and tie.implied:
+        tensors[tie.head] = replace(tensors[tie.embedding], name=tie.head)
     missing(given, fit(adapter, tensors, base.config), base, tensors, allow_partial=False)
     return given
 

@@ -1,0 +1,306 @@
+"""Embeddings that are the head too: what transformers makes of a config, and PEFT of an adapter that changes one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import factors
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import adapterkit
+from adapterkit import ties
+from adapterkit.errors import FitError
+from adapterkit.ties import declared
+
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+# Two that say they tie and do not, one with two heads, and three whose configs do not tell by themselves.
+UNKNOWN = {"cpmant", "kosmos-2.5", "neomme", "perception_lm", "gemma4_assistant", "step3p7"}
+MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM")
+
+
+def mapped() -> dict[str, list[str]]:
+    """The classes with a head over the vocabulary that transformers has, by model_type."""
+    classes: dict[str, list[str]] = {}
+    for mapping in MAPPINGS:
+        for model, names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
+            classes.setdefault(model, []).extend([names] if isinstance(names, str) else names)
+    return classes
+
+
+def resolved(config: dict[str, Any]) -> bool | None:
+    """What transformers makes of a config.json."""
+    found = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    return getattr(found.text_config if config["model_type"] in ties.TEXT else found, "tie_word_embeddings", None)
+
+
+def configs(model: str) -> Iterator[dict[str, Any]]:
+    """A config of this type without the key, with it, and where a text model's own says or leaves out that it is tied."""
+    kind: dict[str, Any] = {"model_type": model}
+    text = getattr(CONFIG_MAPPING[model].from_dict(kind), "text_config", None)
+    if text is None or model == "fun_asr_nano":  # whose text model cannot be made of its type alone
+        yield kind
+        yield kind | {"tie_word_embeddings": False}
+        return
+    for inner in ({}, {"tie_word_embeddings": True}):
+        for outer in ({}, {"tie_word_embeddings": False}):
+            yield kind | outer | {"text_config": {"model_type": text.model_type} | inner}
+
+
+def test_every_architecture_is_tied_as_transformers_has_it() -> None:
+    """A new architecture, or a new default, fails here: it belongs in the tables of `ties.py`."""
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    wrong = [
+        (config, tied)
+        for model in mapped().keys() - UNKNOWN
+        for config in configs(model)
+        if (tied := resolved(config)) is not declared(config)
+    ]
+    assert wrong == []
+
+
+def test_every_head_is_named_as_transformers_names_it() -> None:
+    wrong = []
+    for model, names in mapped().items():
+        for name in names:
+            keys = getattr(transformers, name)._tied_weights_keys
+            heads = [key for key in keys or {} if key.endswith("weight") and "embed" not in key and "shared" not in key]
+            expected = ties.HEADS.get(model, "lm_head.weight")
+            if isinstance(keys, dict) and heads and expected not in heads and model != "gpt_neox":
+                wrong.append((model, heads))
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({}, None),
+        ({"model_type": "strange"}, None),
+        ({"model_type": "gpt2"}, True),
+        ({"model_type": "gpt2", "tie_word_embeddings": None}, True),
+        ({"model_type": "gpt2", "tie_word_embeddings": False}, False),
+        ({"model_type": "llama"}, False),
+        ({"model_type": "t5", "tie_word_embeddings": False}, True),
+        ({"model_type": "lfm2", "tie_embedding": False}, False),
+        ({"tie_word_embeddings": True}, True),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False}, False),
+        ({"text_config": {"model_type": "gemma3_text"}}, True),
+        ({"model_type": "llava", "text_config": {"model_type": "gemma"}, "tie_word_embeddings": False}, True),
+        ({"model_type": "blip-2", "text_config": {"model_type": "opt"}, "tie_word_embeddings": False}, True),
+        ({"text_config": None}, None),
+        ({"text_config": [True]}, None),
+    ],
+)
+def test_what_a_config_declares(config: dict[str, Any], tied: bool | None) -> None:
+    assert declared(config) is tied
+
+
+# --- logits ----------------------------------------------------------------------------------------------------------
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+WIDE = SMALL | {"intermediate_size": 48}
+GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32, "vocab_size": 64}
+ARCHITECTURES = {
+    "gpt2": transformers.GPT2Config(**GPT2),
+    "gemma": transformers.GemmaConfig(**WIDE, num_key_value_heads=2, head_dim=8),
+    "gemma2": transformers.Gemma2Config(**WIDE, num_key_value_heads=2, head_dim=8),
+    "opt": transformers.OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=32, word_embed_proj_dim=32),
+    "bloom": transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4),
+    "falcon": transformers.FalconConfig(**SMALL),
+    "gpt_neo": transformers.GPTNeoConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=4,
+        attention_types=[[["global"], 1]],
+        intermediate_size=48,
+    ),
+    "cohere": transformers.CohereConfig(**WIDE, num_key_value_heads=2),
+    "mamba": transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4),
+    "starcoder2": transformers.Starcoder2Config(**WIDE, num_key_value_heads=2),
+    "mpt": transformers.MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=32),
+    "biogpt": transformers.BioGptConfig(**WIDE, max_position_embeddings=32),
+    "gpt_neox": transformers.GPTNeoXConfig(**WIDE),  # untied, and its head has two names
+    "llama": transformers.LlamaConfig(**WIDE, num_key_value_heads=2),
+    "llava": transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**WIDE, num_key_value_heads=2, tie_word_embeddings=True),
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+        ),
+        image_token_index=63,
+    ),
+}
+IDS = torch.arange(20)[None]
+
+
+def opened(folder: Path) -> torch.nn.Module:
+    """The model that transformers loads, in float32."""
+    kind = AutoModelForImageTextToText if (folder / "vision").exists() else AutoModelForCausalLM
+    model: torch.nn.Module = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    return found
+
+
+def save_base(kind: str, folder: Path) -> tuple[str, str, str]:
+    """A random model whose config leaves out whether it is tied; its embedding, its head, and one of its layers."""
+    config = ARCHITECTURES[kind]
+    auto = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    if kind == "llava":
+        (folder / "vision").touch()
+    file = folder / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "tie_word_embeddings"}))
+    names = {module: name for name, module in model.named_modules()}
+    linear = next(name for module, name in names.items() if type(module).__name__ in ("Linear", "Conv1D"))
+    return names[model.get_input_embeddings()], names[model.get_output_embeddings()], linear
+
+
+def trained(base: Path, folder: Path, **config: Any) -> torch.Tensor:
+    """Save an adapter that PEFT made, moved away from where it starts; the logits of base and adapter in PEFT."""
+    with warnings.catch_warnings(action="ignore"):  # that PEFT will get a tied one wrong when merging
+        model = get_peft_model(opened(base), LoraConfig(r=4, lora_alpha=6, **config))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+        return logits(PeftModel.from_pretrained(opened(base), folder).eval())
+
+
+def ways(embedding: str, head: str, linear: str) -> dict[str, dict[str, Any]]:
+    """What an adapter may do to an embedding and a head."""
+    inside, outside = embedding.split(".")[-1], head.split(".")[-1]
+    return {
+        "embedding": {"target_modules": [inside]},
+        "head": {"target_modules": [outside]},
+        "both": {"target_modules": [inside, outside]},
+        "saved embedding": {"target_modules": [linear], "modules_to_save": [inside]},
+        "saved head": {"target_modules": [linear], "modules_to_save": [outside]},
+        "saved both": {"target_modules": [linear], "modules_to_save": [inside, outside]},
+        "tokens": {"target_modules": [linear], "trainable_token_indices": {inside: [1, 5, 9]}},
+        "tied": {"target_modules": [inside], "ensure_weight_tying": True},
+        "saved, tied": {"target_modules": [linear], "modules_to_save": [inside], "ensure_weight_tying": True},
+    }
+
+
+def assert_merged(base: Path, adapter: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    """Merged, and applied to a live model, it computes what PEFT does; and out again it is as it was."""
+    before = (base / "model.safetensors").read_bytes()
+    close = {"atol": 1e-4 * float(expected.abs().max()), "rtol": 1e-4}
+    adapterkit.merge(base, [adapter], tmp_path / "out", overwrite=True)
+    for marker in base.glob("vision"):
+        (tmp_path / "out" / marker.name).touch()
+    torch.testing.assert_close(logits(opened(tmp_path / "out")), expected, **close)
+    model, applied = opened(base), adapterkit.load(adapter)
+    untouched = logits(model)
+    adapterkit.apply(model, applied)
+    torch.testing.assert_close(logits(model), expected, **close)
+    adapterkit.remove(model, applied)
+    assert torch.equal(logits(model), untouched) and (base / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma"])
+def test_the_output_computes_what_peft_does(kind: str, tmp_path: Path) -> None:
+    embedding, head, linear = save_base(kind, tmp_path / "base")
+    for way, config in ways(embedding, head, linear).items():
+        expected = trained(tmp_path / "base", tmp_path / way, **config)
+        assert_merged(tmp_path / "base", tmp_path / way, expected, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in ("gpt2", "gemma")])
+def test_of_every_architecture(kind: str, tmp_path: Path) -> None:
+    embedding, head, linear = save_base(kind, tmp_path / "base")
+    config = ways(embedding, head, linear)["embedding" if kind != "gpt_neox" else "saved head"]
+    expected = trained(tmp_path / "base", tmp_path / "a", **config)
+    assert_merged(tmp_path / "base", tmp_path / "a", expected, tmp_path)
+
+
+@pytest.mark.parametrize("stored", ["equal", "different", "without its prefix"])
+def test_a_head_that_is_stored_as_well(stored: str, tmp_path: Path) -> None:
+    """transformers ties two stored tensors where they are equal; GPT-2's on the Hub are named without the prefix."""
+    base = tmp_path / "base"
+    names = save_base("gpt2", base)
+    tensors = load_file(base / "model.safetensors")
+    if stored == "without its prefix":
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    else:
+        wte = tensors["transformer.wte.weight"]
+        tensors["lm_head.weight"] = wte.clone() if stored == "equal" else torch.randn_like(wte)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    for way in ("embedding", "head", "tokens" if stored == "equal" else "saved embedding"):
+        expected = trained(base, tmp_path / way, **ways(*names)[way])
+        assert_merged(base, tmp_path / way, expected, tmp_path)
+
+
+# --- what is not known -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "strange"}])
+def test_what_is_not_known_is_refused(
+    config: dict[str, Any], make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base({"model.embed_tokens.weight": torch.randn(16, 8), "model.q.weight": torch.randn(8, 8)}, config)
+    embedding = {
+        "model.embed_tokens.lora_embedding_A": torch.randn(4, 16),
+        "model.embed_tokens.lora_embedding_B": torch.randn(8, 4),
+    }
+    with pytest.raises(FitError, match="whether base ties lm_head.weight to model.embed_tokens.weight is not known"):
+        adapterkit.merge(base, [make_adapter(embedding, "embedding")], tmp_path / "out")
+    with pytest.raises(FitError, match="changes lm_head, which has no tensor in the base, and whether base ties"):
+        adapterkit.merge(base, [make_adapter(factors("lm_head", 16, 8), "head")], tmp_path / "out")
+    adapterkit.merge(base, [make_adapter(factors("model.q", 8, 8), "other")], tmp_path / "out")
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    adapterkit.merge(base, [tmp_path / "embedding"], tmp_path / "untied")
+
+
+def test_embeddings_that_an_encoder_and_a_decoder_share_are_refused(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base({"shared.weight": torch.randn(16, 8)}, {"model_type": "t5"})
+    shared = {"shared.lora_embedding_A": torch.randn(4, 16), "shared.lora_embedding_B": torch.randn(8, 4)}
+    with pytest.raises(FitError, match="an encoder and a decoder share is not supported"):
+        adapterkit.merge(base, [make_adapter(shared)], tmp_path / "out")
+
+
+def test_two_adapters_of_which_one_keeps_the_tie(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The head follows the one, and not the other."""
+    weight = torch.randn(16, 8)
+    base = make_base({"model.embed_tokens.weight": weight}, {"model_type": "gemma"})
+    adapters = []
+    for name, config in (("keeps", {"ensure_weight_tying": True, "target_modules": ["embed_tokens"]}), ("parts", {})):
+        pair = {"A": torch.randn(4, 16), "B": torch.randn(8, 4)}
+        tensors = {f"model.embed_tokens.lora_embedding_{side}": tensor for side, tensor in pair.items()}
+        adapters.append((make_adapter(tensors, name, **config), 1.5 * (pair["B"] @ pair["A"]).T.double()))
+    adapterkit.merge(base, [folder for folder, _ in adapters], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    (_, keeps), (_, parts) = adapters
+    torch.testing.assert_close(merged["lm_head.weight"].double(), weight + keeps, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        merged["model.embed_tokens.weight"].double(), weight + keeps + parts, atol=1e-5, rtol=1e-5
+    )
