@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.errors import FormatError
 from adapterkit.plan import FilePlan
 from adapterkit.tensorfile import read_span
 
@@ -16,6 +19,16 @@ if TYPE_CHECKING:
     from adapterkit.outfile import OutputFile
 
 HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
+
+
+def check_name(file: Path, sha256: str) -> None:
+    """Raise FormatError where the Hub cache, which names weights by their SHA-256, holds other bytes as `file`."""
+    blob = Path(os.path.realpath(file))
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != sha256:
+        raise FormatError(
+            f"{file}: is damaged: its SHA-256 begins with {sha256[:12]}, the Hub's with {blob.name[:12]}; "
+            "`adapterkit pull` replaces it"
+        )
 
 
 def is_copy(plan: FilePlan) -> bool:

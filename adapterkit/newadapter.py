@@ -9,6 +9,7 @@ from typing import Any
 
 from adapterkit.adapter import Adapter
 from adapterkit.card import file_rows, public_name, write_json, write_text
+from adapterkit.digest import check_name
 from adapterkit.formats import save
 from adapterkit.plan import Given
 from adapterkit.staging import ADAPTER_RECORD, staged
@@ -51,4 +52,6 @@ def _card(
 
 def _digest(file: Path) -> str:
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    check_name(file, found)
+    return found

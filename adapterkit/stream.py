@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from adapterkit.budget import check_device, check_loss, check_space, default_threads
 from adapterkit.card import finish_merge
 from adapterkit.desk import Desk
-from adapterkit.digest import HASH_BYTES
+from adapterkit.digest import HASH_BYTES, check_name
 from adapterkit.outputs import Block, Digest, EditWork, Output
 from adapterkit.plan import Edit, Hashes, MergePlan
 from adapterkit.receipt import folder_of, irreversible
@@ -195,6 +195,11 @@ class _Run:
         shards = zip(plan.base.shards, plan.files, strict=True)
         base = {shard.file.name: taken.get(shard.file) or self.done[file.name].before for shard, file in shards}
         adapters = {one.label: {file.name: taken[file] for file in one.adapter.files} for one in plan.given}
+        for file in (
+            *(shard.file for shard in plan.base.shards),
+            *(f for one in plan.given for f in one.adapter.files),
+        ):
+            check_name(file, taken.get(file) or base[file.name])
         outputs = {file.name: self.done[file.name].after for file in plan.files if file.name in self.done}
         retention = dict(sorted(self.retention.items()))
         return Merged(

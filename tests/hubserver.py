@@ -274,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.trickle()
             return
         if self.fault is not None and self.fault.body is not None:
-            self.send_bytes(self.fault.body, self.fault.status or 200, dict(self.fault.headers))
+            self.send_bytes(self.fault.body, self.fault.status or 200, {})
             return
         try:
             if self.fault is not None and self.fault.status:
@@ -290,7 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(404, message=f"no route for {request}")
         except RefusedError as error:
             headers = {"X-Error-Code": error.code} if error.code else {}
-            headers |= {"X-Error-Message": error.message} | dict(self.fault.headers if self.fault else ())
+            headers |= {"X-Error-Message": error.message}
             self.send({"error": error.message}, error.status, headers)
 
     def hang(self) -> None:
@@ -312,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_bytes(self, data: bytes, status: int, headers: dict[str, str]) -> None:
         """Answer with bytes."""
-        self.reply = data, status, headers
+        self.reply = data, status, headers | dict(self.fault.headers if self.fault else ())
 
     def write(self, data: bytes, status: int, headers: dict[str, str]) -> None:
         """Write an answer as the fault has it: with fewer bytes, others, slowly, or for ever."""

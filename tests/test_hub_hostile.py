@@ -225,6 +225,50 @@ def test_where_a_file_is_asked_about_a_busy_hub_is_asked_again(hub: Hub, adapter
     assert files(resolve(ADAPTER))[WEIGHTS] == files(adapter)[WEIGHTS]
 
 
+def test_a_pointer_instead_of_the_file_is_not_kept(hub: Hub, adapter: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 6112\n"
+    hub.fail("GET .*safetensors", body=pointer)
+    assert "a Git LFS pointer instead of adapter_model.safetensors" in adapterkit("pull", ADAPTER).message_of_last(1)
+    assert files(resolve(ADAPTER))[WEIGHTS] == files(adapter)[WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "kept"),
+    [
+        ({"after": 1000, "times": 9}, 5, 4000),  # the connection is reset, as often as it is asked again
+        ({"after": 1000, "headers": (("Content-Length", "99"),), "times": 9}, 5, 99),
+        ({"headers": (("Content-Length", "99"),), "times": 9}, 5, 99),
+        ({"headers": (("Content-Length", "99999999"),), "after": 500, "times": 9}, 5, 2000),
+        ({"status": 416, "times": 9}, 1, 0),
+        ({"status": 503, "times": 9}, 5, 0),
+        ({"status": 429, "headers": (("Retry-After", "86400"),), "times": 9}, 5, 0),
+        ({"status": 403, "times": 9}, 4, 0),
+        ({"status": 404, "times": 9}, 1, 0),
+        ({"garble": True}, 1, 0),
+    ],
+)
+def test_whatever_interrupts_a_pull_it_ends_with_one_line_and_goes_on(
+    hub: Hub, adapter: Path, fault: dict[str, Any], code: int, kept: int
+) -> None:
+    weights = files(adapter)[WEIGHTS]
+    hub.fail("GET .*safetensors", **fault)
+    adapterkit("pull", ADAPTER).message_of_last(code)
+    left = [*Path(constants.HF_HUB_CACHE).rglob(f"{hub.repos[ADAPTER].files()[WEIGHTS].sha256}.adapterkit")]
+    assert b"".join(one.read_bytes() for one in left) == weights[:kept]
+    hub.faults.clear()
+    hub.requests.clear()
+    assert files(resolve(ADAPTER))[WEIGHTS] == weights
+    assert [one.span for one in hub.asked("GET .*safetensors")] == [f"bytes={kept}-"]
+
+
+def test_a_file_that_changes_between_two_ranges_is_not_kept(hub: Hub, adapter: Path) -> None:
+    weights = files(adapter)[WEIGHTS]
+    hub.fail("GET .*safetensors", after=1000)
+    hub.fail("GET .*safetensors", garble=True)
+    assert "came with other bytes" in adapterkit("pull", ADAPTER).message_of_last(1)
+    assert files(resolve(ADAPTER))[WEIGHTS] == weights
+
+
 def test_a_wait_without_end_is_not_waited(hub: Hub, adapter: Path) -> None:
     hub.fail("GET /api/models/.*", 429, headers=(("Retry-After", "99999999"),))
     assert "asks to come back in 99,999,999 s" in adapterkit("pull", ADAPTER).message(5)
@@ -552,6 +596,73 @@ def test_what_is_cut_in_the_cache_is_got_again(hub: Hub, adapter: Path) -> None:
     for blob in (resolve(ADAPTER).parent.parent / "blobs").iterdir():
         os.truncate(blob, 10)
     assert files(resolve(ADAPTER))[WEIGHTS] == files(adapter)[WEIGHTS]
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", "README.md"])
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_flipped_bit_in_the_cache_is_found_and_mended_by_a_pull(
+    hub: Hub, adapter: Path, name: str, linked: bool
+) -> None:
+    path = resolve(ADAPTER)
+    known = files(path)
+    if not linked:  # as where the cache has no links
+        os.replace((path / name).resolve(), path / name)
+    flip(path / name)
+    [plan] = json.loads(adapterkit("pull", ADAPTER, "--dry-run", "--json").out)
+    assert (plan["files"], plan["bytes"]) == (1, len(known[name]))
+    assert files(path) != known  # a dry run changes nothing
+    hub.fail("GET .*/resolve/.*", garble=True)
+    assert "came with other bytes than the Hub says" in adapterkit("pull", ADAPTER).message_of_last(1)
+    result = adapterkit("pull", ADAPTER)
+    assert f"{name} in the cache has other bytes than on the Hub; it is replaced" in result.err
+    assert "1 file, " in result.err
+    assert files(path) == known
+    assert "all of it is here, every byte checked" in adapterkit("pull", ADAPTER).err
+
+
+def test_a_flipped_bit_in_the_cache_does_not_get_into_another_revision(hub: Hub, adapter: Path) -> None:
+    flip(resolve(ADAPTER) / WEIGHTS)
+    hub.add(ADAPTER, files(adapter) | {"README.md": b"newer"})
+    assert files(resolve(ADAPTER))[WEIGHTS] == files(adapter)[WEIGHTS]
+
+
+@pytest.mark.parametrize("of", ["lab/base", ADAPTER])
+def test_a_flipped_bit_in_the_cache_does_not_get_into_a_merge(hub: Hub, adapter: Path, tmp_path: Path, of: str) -> None:
+    hub.add("lab/base", files(write_base(tmp_path / "base")))
+    for one in ("lab/base", ADAPTER):
+        resolve(one)
+    flip(max(resolve(of).glob("*.safetensors")))
+    before = contents(tmp_path)
+    for command in (["merge", "lab/base", ADAPTER], ["merge", "lab/base", ADAPTER, "--no-receipt"]):
+        message = adapterkit(*command, "-o", tmp_path / "out").message(1)
+        assert "is damaged" in message
+        assert "`adapterkit pull` replaces it" in message
+    if of == ADAPTER:
+        assert "is damaged" in adapterkit("combine", ADAPTER, "-o", tmp_path / "out").message(1)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_hub_that_says_two_things_of_a_file(
+    hub: Hub, adapter: Path, saying: Callable[..., None], hashed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = (("X-Repo-Commit", "0" * 40), ("ETag", '"other"'), ("Content-Length", "6"))
+    if not hashed:
+        saying(lambda file: file.pop("lfs", None) and file.update(blobId=None))
+        monkeypatch.setattr("adapterkit.hub.fetching.MOST_BYTES", 1 << 20)
+        hub.fail("GET .*safetensors", body=b"x" * (1 << 16), endless=True, times=9)
+        assert "the Hub sent more than 1,0" in adapterkit("pull", ADAPTER).message_of_last(1)
+        hub.faults.clear()
+        assert f"{WEIGHTS} was not checked, since the Hub names no hash of it" in adapterkit("pull", ADAPTER).err
+        return
+    hub.fail("HEAD .*safetensors", 200, body=b"", headers=headers, times=9)
+    assert adapterkit("pull", ADAPTER).code == 1
 
 
 def test_a_note_of_the_cache_that_is_broken(adapter: Path) -> None:

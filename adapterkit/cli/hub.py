@@ -134,7 +134,7 @@ def _columns(rows: list[Found]) -> dict[str, Callable[[Found], str]]:
 def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_json: bool) -> None:
     """Download adapters or bases: org/name, org/name@revision, org/name:folder.
 
-    Every weight is checked against its SHA-256. What was interrupted goes on where it was.
+    Every byte is checked against the Hub's hashes, in the cache too. What was interrupted goes on where it was.
     """
     from adapterkit.hub.fetching import download_of, fetch
     from adapterkit.hub.names import parsed
@@ -148,12 +148,12 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
     if None in names:
         wrong = ids[names.index(None)]
         raise FormatError(f"{wrong}: is no name that the Hub allows, expected org/name, with @revision or :folder")
-    downloads = [download_of(look(id)) for id in names if id is not None]
+    downloads = [download_of(look(id), every_byte=True) for id in names if id is not None]
     facts: list[dict[str, Any]] = []
     for download in downloads:
         remote, count = download.remote, len(download.missing)
         facts.append({"id": str(remote.id), "commit": remote.commit, "bytes": download.to_get, "files": count})
-        what = f"{files(count)}, {size(download.to_get)} to get" if count else "all of it is here"
+        what = f"{files(count)}, {size(download.to_get)} to get" if count else "all of it is here, every byte checked"
         say(f"{remote.id}: {what}, {size(download.free)} free", err=True)
         if dry_run:
             continue

@@ -28,9 +28,15 @@ WAITS = (1.0, 2.0, 4.0)  # seconds before a question is asked again
 NEAR = 3  # names that are suggested
 
 
-def ask(repo: str, question: Callable[[HfApi], T], waits: tuple[float, ...] = WAITS, most: int = MOST_BYTES) -> T:
-    """What the Hub answers about `repo` in at most `most` bytes; asked again after `waits` where it is busy, or later
-    where it says when.
+def ask(
+    repo: str,
+    question: Callable[[HfApi], T],
+    waits: tuple[float, ...] = WAITS,
+    most: int = MOST_BYTES,
+    files: bool = False,
+) -> T:
+    """What the Hub answers about `repo`, in at most `most` bytes, which with `files` may be those of files; asked again
+    after `waits` where it is busy, or later where it says when.
 
     Raises FormatError for what it does not have, NotAllowedError, OfflineError, and AdapterkitError for the rest.
     """
@@ -43,7 +49,7 @@ def ask(repo: str, question: Callable[[HfApi], T], waits: tuple[float, ...] = WA
         for wait in (*waits, None):
             try:
                 with understood(repo):
-                    return in_time(repo, lambda: question(HfApi()), most)
+                    return in_time(repo, lambda: question(HfApi()), most, files)
             except HfHubHTTPError as error:
                 if wait is None or error.response.status_code not in BUSY:
                     raise

@@ -23,12 +23,15 @@ from adapterkit.hub.abreast import abreast
 from adapterkit.hub.asking import ask, asking
 from adapterkit.hub.names import HubId, on_hub
 from adapterkit.hub.remote import Remote, RemoteFile, look, opened, outlined
+from adapterkit.hub.session import MOST_BYTES
+from adapterkit.opening import open_regular
 from adapterkit.staging import errors_of
 from adapterkit.tensorfile import read_header
 
 log = logging.getLogger(__name__)
 
 FILES_AT_ONCE = 4
+POINTER = b"version https://git-lfs.github.com/spec/"
 OnBytes = Callable[[int, int], None]  # bytes that are here, and all
 
 
@@ -123,23 +126,28 @@ def _kept(repo: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def missing_of(remote: Remote) -> tuple[RemoteFile, ...]:
-    """The files that are not in the cache, or not as long as they should be."""
+def missing_of(remote: Remote, every_byte: bool = False) -> tuple[RemoteFile, ...]:
+    """The files that are not in the cache, not as long as they should be, or, with `every_byte`, of other bytes."""
 
     def is_here(file: RemoteFile) -> bool:
         found = _kept(remote.id.repo, file.name, remote.commit)
-        return found is not None and found.stat().st_size == file.size
+        if found is None or found.stat().st_size != file.size:
+            return False
+        if not every_byte or _is_whole(found, file):
+            return True
+        log.warning("%s: %s in the cache has other bytes than on the Hub; it is replaced", remote.id, file.name)
+        return False
 
     return tuple(file for file in remote.files if not is_here(file))
 
 
-def download_of(remote: Remote) -> Download:
-    """What getting `remote` takes."""
+def download_of(remote: Remote, every_byte: bool = False) -> Download:
+    """What getting `remote` takes; with `every_byte` what is in the cache is read and compared with its hashes."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
-    missing = missing_of(remote)
+    missing = missing_of(remote, every_byte)
     left = (_partial(cache, remote, file) for file in missing)
     begun = sum(min(path.stat().st_size, file.size) for path, file in zip(left, missing, strict=True) if path.is_file())
     return Download(remote, missing, cache, shutil.disk_usage(there).free, begun)
@@ -162,7 +170,7 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
     def get(file: RemoteFile) -> None:
         try:
             _get_blob(remote, file, download.cache, count)
-            ask(str(id), lambda _: _known(id, file.name, remote.commit))
+            _place(remote, file, download.cache)
         except BaseException:
             count.stopped = True  # what the others have is kept
             raise
@@ -183,6 +191,23 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
     if root.name != remote.commit:
         raise AdapterkitError(f"{id}: changed on the Hub while it was got; do it again")
     return root / id.folder
+
+
+def _place(remote: Remote, file: RemoteFile, cache: Path) -> None:
+    """Let the client put a file's bytes in their place in the cache, and check that they are what is there then."""
+    id, blob = remote.id, _partial(cache, remote, file).with_suffix("")
+    old = _kept(id.repo, file.name, remote.commit)
+    if old is not None and _hash_of(file) and not old.samefile(blob):
+        old.unlink()  # it is damaged, or the client would not have it
+    where = ask(
+        str(id), lambda _: _known(id, file.name, remote.commit), most=file.size + MOST_BYTES, files=not _hash_of(file)
+    )
+    if not _hash_of(file):
+        log.warning("%s: %s was not checked, since the Hub names no hash of it", id, file.name)
+    elif not where.samefile(blob):
+        raise AdapterkitError(
+            f"{id}: the Hub says two things of {file.name}: it has two hashes; nothing is known of it"
+        )
 
 
 def _known(id: HubId, name: str, revision: str | None) -> Path:
@@ -214,14 +239,14 @@ class _Count:
 
 def _get_blob(remote: Remote, file: RemoteFile, cache: Path, count: _Count) -> None:
     """Get a file into the cache, under its hash. The client would begin anew; this goes on from what is there."""
-    if not (name := file.sha256 or file.oid):  # no hash to check it by: the client gets it as it sees fit
+    if not (name := _hash_of(file)):  # no hash to check it by: the client gets it as it sees fit
         count.add(file.size)
         return
     partial = _partial(cache, remote, file)
     blob = partial.with_suffix("")
     blob.parent.mkdir(parents=True, exist_ok=True)
     with _held(partial) as stream:
-        if blob.exists() and blob.stat().st_size == file.size:  # it was there, or another process got it meanwhile
+        if blob.exists() and _is_whole(blob, file):  # it was there, or another process got it meanwhile
             partial.unlink()
             count.add(file.size)
             return
@@ -238,7 +263,7 @@ def _get_blob(remote: Remote, file: RemoteFile, cache: Path, count: _Count) -> N
 def _partial(cache: Path, remote: Remote, file: RemoteFile) -> Path:
     """Where the bytes of a file are kept until it is whole; the cache has it without the suffix."""
     folder = f"models--{remote.id.repo.replace('/', '--')}"
-    return cache / folder / "blobs" / f"{file.sha256 or file.oid}.adapterkit"
+    return cache / folder / "blobs" / f"{_hash_of(file)}.adapterkit"
 
 
 @contextmanager
@@ -255,6 +280,18 @@ def _held(partial: Path) -> Iterator[BufferedRandom]:
             return
 
 
+def _hash_of(file: RemoteFile) -> str | None:
+    return file.sha256 or file.oid
+
+
+def _is_whole(path: Path, file: RemoteFile) -> bool:
+    """Whether a file has the bytes that the Hub names by their hash; one without a hash is taken as it is."""
+    if path.stat().st_size != file.size:
+        return False
+    with open_regular(path) as stream:
+        return _hash_of(file) in (None, hashlib.file_digest(stream, lambda: _hash(file)).hexdigest())
+
+
 def _hash(file: RemoteFile) -> Any:
     """What its hash is made with: git's names begin with the size."""
     return hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
@@ -268,6 +305,8 @@ def _append(remote: Remote, file: RemoteFile, stream: BufferedRandom, hashed: An
     with opened(remote, file, have) as response:
         skip = have if response.status_code == 200 else 0  # a server that knows no ranges sends everything
         for chunk in response.iter_bytes():
+            if not have and file.sha256 and chunk.startswith(POINTER) and file.size > len(chunk):
+                raise AdapterkitError(f"{remote.id}: the Hub sent a Git LFS pointer instead of {file.name}; try later")
             part = chunk[skip:][: file.size - have]  # and never more than was announced
             skip -= min(skip, len(chunk))
             stream.write(part)

@@ -38,13 +38,14 @@ FILE = "adapterkit.file"  # marks a request whose answer is a file, taken in pie
 BUSY = (408, 429, 500, 502, 503, 504)
 
 
-def in_time(about: str, question: Callable[[], T], most: int = MOST_BYTES) -> T:
-    """What `question` returns, whose requests take neither longer nor more than `most` bytes each.
+def in_time(about: str, question: Callable[[], T], most: int = MOST_BYTES, files: bool = False) -> T:
+    """What `question` returns, whose requests take neither too long nor more than `most` bytes each; with `files` those
+    of files are taken in piece by piece, as are those of requests that are marked with FILE.
 
     It is asked on a thread of its own, which is left alone where even its headers never end. Raises OfflineError, and
     AdapterkitError for answers that are no Hub's.
     """
-    asked = _Question(about, most)
+    asked = _Question(about, most, files)
     done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:
@@ -87,8 +88,8 @@ def _limit() -> float:
 class _Question:
     """What was asked and heard so far; of one thread."""
 
-    def __init__(self, about: str, most: int) -> None:
-        self.about, self.most, self.ended = about, most, False
+    def __init__(self, about: str, most: int, files: bool) -> None:
+        self.about, self.most, self.files, self.ended = about, most, files, False
         self._requests = self._unanswered = 0
         self._silent_since = 0.0
         self._until: float | None = None  # when the answer that is under way must be here
@@ -141,7 +142,7 @@ class _Question:
         headers = response.headers
         response.headers = type(headers)([(name, masked_bytes(value, sent)) for name, value in headers.raw])
         response.extensions["reason_phrase"] = masked_bytes(response.extensions.get("reason_phrase", b""), sent)
-        is_file = bool(request.extensions.get(FILE)) and status in (200, 206)
+        is_file = (request.extensions.get(FILE) or self.files) and status in (200, 206)
         if request.method != "HEAD" and (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
             raise AdapterkitError(
                 f"{self.about}: the Hub's answer is compressed ({coding[:20]}), which was not asked for"
@@ -151,10 +152,12 @@ class _Question:
     def _file(self, stream: Any) -> Iterator[bytes]:
         """The bytes of a file as they come, if they come fast enough."""
         span, self._until = WHOLE * _limit(), None
-        since, count = clock(), 0
+        since, count, total = clock(), 0, 0
         for piece in stream:
             yield piece
-            count += len(piece)
+            count, total = count + len(piece), total + len(piece)
+            if self.files and total > self.most:
+                raise AdapterkitError(f"{self.about}: the Hub sent more than {self.most:,} bytes")
             now = clock()
             if now - since > span:
                 if count < SLOWEST * span:
