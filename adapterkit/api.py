@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -269,14 +272,16 @@ def _text(calibration: AnyPath | None, rounding: str) -> Path | None:
 
 
 def _name_apart(given: list[Given]) -> list[Given]:
-    """Give adapters of one name numbers, so that messages and the record tell them apart."""
-    names = [one.label for one in given]
-    return [
-        Given(one.adapter, one.weight, f"{one.label} #{names[: i + 1].count(one.label)}")
-        if names.count(one.label) > 1
-        else one
-        for i, one in enumerate(given)
-    ]
+    """Give adapters of one name numbers, so that no two labels are equal, whatever the others are called."""
+    times = Counter(one.label for one in given)
+    taken, apart = {label for label, number in times.items() if number == 1}, []
+    for one in given:
+        label = one.label
+        if times[label] > 1:
+            label = next(name for number in count(1) if (name := f"{one.label} #{number}") not in taken)
+            taken.add(label)
+        apart.append(replace(one, label=label))
+    return apart
 
 
 def _default_output(checkpoint: Checkpoint, base: AnyPath, what: str) -> Path:

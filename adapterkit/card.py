@@ -26,9 +26,9 @@ def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
     """Write everything but the weights into `folder`; the index and the config, which make it load, come last."""
     base = plan.base
     if plan.receipt:
-        names = {one.label: public_name(one.adapter.base_model) for one in plan.given}
+        bases = [public_name(one.adapter.base_model) for one in plan.given]
         keep_replaced(base, folder / BEFORE)
-        write_text(folder / RECEIPT, json.dumps(as_json(plan, hashes, names), ensure_ascii=False) + "\n")
+        write_text(folder / RECEIPT, json.dumps(as_json(plan, hashes, bases), ensure_ascii=False) + "\n")
     if not base.is_directory:
         return
     copy_others(base, folder)
@@ -88,9 +88,9 @@ def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
                 "name": one.label,
                 "weight": one.weight,
                 "base_model": public_name(one.adapter.base_model),
-                "files": hashes.adapters[one.label],
+                "files": files,
             }
-            for one in plan.given
+            for one, files in zip(plan.given, hashes.adapters, strict=True)
         ],
         "dtype": plan.dtype or "as the base",
         "tensors_changed": plan.edits,
@@ -123,8 +123,8 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
         "| --- | --- | --- | --- |",
     ]
     lines += file_rows(f"{plan.base.name} (base)", "", hashes.base)
-    for one in plan.given:
-        lines += file_rows(one.label, f"{one.weight:g}", hashes.adapters[one.label])
+    for one, files in zip(plan.given, hashes.adapters, strict=True):
+        lines += file_rows(one.label, f"{one.weight:g}", files)
     if plan.notes or plan.skipped:
         lines += ["", "Notes:", ""]
         lines += [f"- {markdown(note)}" for note in plan.notes]

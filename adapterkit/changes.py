@@ -103,8 +103,8 @@ def _count(adapter: Adapter) -> str:
 # --- gathering -------------------------------------------------------------------------------------------------------
 
 
-def gather(one: Given, found: Fit) -> Changes:
-    """What one adapter changes; two of its modules in the same rows are refused."""
+def gather(number: int, one: Given, found: Fit) -> Changes:
+    """What the adapter of that `number` changes; two of its modules in the same rows are refused."""
     changes = Changes()
     taken: dict[str, list[tuple[tuple[int, int] | None, str]]] = defaultdict(list)
     for module, places in found.targets.items():
@@ -114,7 +114,7 @@ def gather(one: Given, found: Fit) -> Changes:
                 if rows is None or place.rows is None or (rows[0] < place.rows[1] and place.rows[0] < rows[1]):
                     raise FitError(f"{one.label}: {other} and {module} both land in {place.tensor}")
             taken[place.tensor].append((place.rows, module))
-            changes.deltas[place.tensor].append(Delta(one.label, module, weights, one.weight, place))
+            changes.deltas[place.tensor].append(Delta(number, module, weights, one.weight, place))
         if module in found.biases:
             bias = weights.bias
             assert bias is not None

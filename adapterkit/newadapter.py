@@ -24,17 +24,19 @@ def write_adapter(
 
     Raises OutputExistsError where there is something already that is not ours, NoSpaceError where the disk is full.
     """
-    hashes = {one.label: {file.name: _digest(file) for file in one.adapter.files} for one in given}
+    hashes = [{file.name: _digest(file) for file in one.adapter.files} for one in given]
     with staged(out, directory=True) as folder:
         save(adapter, folder)
-        sources = [{"name": one.label, "weight": one.weight, "files": hashes[one.label]} for one in given]
+        sources = [
+            {"name": one.label, "weight": one.weight, "files": files} for one, files in zip(given, hashes, strict=True)
+        ]
         record = {"adapterkit": __version__, "made": made, "from": sources, **facts, "notes": list(notes)}
         write_json(folder / ADAPTER_RECORD, record)
         write_text(folder / "README.md", _card(adapter, made, given, hashes, notes))
 
 
 def _card(
-    adapter: Adapter, made: str, given: Sequence[Given], hashes: Mapping[str, Mapping[str, str]], notes: Sequence[str]
+    adapter: Adapter, made: str, given: Sequence[Given], hashes: Sequence[Mapping[str, str]], notes: Sequence[str]
 ) -> str:
     """The adapter's card: YAML that the Hub reads, then what it was made from."""
     base = public_name(adapter.base_model)
@@ -43,8 +45,8 @@ def _card(
     lines += ["---", "", f"# {markdown(title)}", "", f"Made by adapterkit {__version__}: {markdown(made)}."]
     if given:
         lines += ["", "| from | weight | file | SHA-256 |", "| --- | --- | --- | --- |"]
-    for one in given:
-        lines += file_rows(one.label, f"{one.weight:g}", hashes[one.label])
+    for one, files in zip(given, hashes, strict=True):
+        lines += file_rows(one.label, f"{one.weight:g}", files)
     if notes:
         lines += ["", "Notes:", "", *(f"- {markdown(note)}" for note in notes)]
     return "\n".join(lines) + "\n"

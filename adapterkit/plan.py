@@ -31,7 +31,7 @@ class Given:
 class Delta:
     """One module's update where it lands."""
 
-    adapter: str  # its label
+    adapter: int  # which of those given
     module: str
     weights: LoraWeights[LazyTensor]
     weight: float
@@ -171,10 +171,10 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Hashes:
-    """The SHA-256 of every file of a run: of the base by name, of adapters by label and name, of outputs by name."""
+    """The SHA-256 of every file of a run: of the base and outputs by name, of adapters in their order."""
 
     base: dict[str, str]
-    adapters: dict[str, dict[str, str]]
+    adapters: tuple[dict[str, str], ...]
     outputs: dict[str, str]  # none where they were not asked for
 
 

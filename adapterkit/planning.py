@@ -55,13 +55,13 @@ class _Draft:
             self.tensors[tie.head] = replace(self.tensors[tie.embedding], name=tie.head)
         for one in given:
             self.notes += [f"{one.label}: {problem}" for problem in one.adapter.problems if not problem.fatal]
-        for one in given:
+        for number, one in enumerate(given):
             found = fit(one.adapter, self.tensors, self.base.config, rename)
             if tie is not None and not (tie.certain or tie.stored or allow_partial):
                 self._refuse_unknown_head(one, found, tie)
             self.skipped += missing(one, found, self.base, self.tensors, allow_partial)
             self.notes += drift_note(one, found)
-            mine = gather(one, found)
+            mine = gather(number, one, found)
             if tie is not None:
                 parted |= follow(tie, mine, one.label, one.adapter.keeps_tie)
             self.changes.add(mine)

@@ -8,7 +8,7 @@ has all this in `NAME.receipt/`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,8 @@ def irreversible(plan: MergePlan) -> str | None:
 # --- written ---------------------------------------------------------------------------------------------------------
 
 
-def as_json(plan: MergePlan, hashes: Hashes, names: Mapping[str, str | None]) -> dict[str, Any]:
-    """The receipt of a merge; `names` are the public names of base and adapters."""
-    numbers = {one.label: number for number, one in enumerate(plan.given)}
+def as_json(plan: MergePlan, hashes: Hashes, bases: Sequence[str | None]) -> dict[str, Any]:
+    """The receipt of a merge; `bases` are the public names of what its adapters were trained on."""
     return {
         "adapterkit_receipt": FORMAT,
         "adapterkit": __version__,
@@ -112,10 +111,10 @@ def as_json(plan: MergePlan, hashes: Hashes, names: Mapping[str, str | None]) ->
             {
                 "name": one.label,
                 "weight": one.weight,
-                "base_model": names.get(one.label),
-                "files": hashes.adapters[one.label],
+                "base_model": trained_on,
+                "files": files,
             }
-            for one in plan.given
+            for one, trained_on, files in zip(plan.given, bases, hashes.adapters, strict=True)
         ],
         "irreversible": irreversible(plan),
         "shards": [
@@ -125,7 +124,7 @@ def as_json(plan: MergePlan, hashes: Hashes, names: Mapping[str, str | None]) ->
                 "sha256_before": hashes.base[header.file.name],
                 "sha256_after": hashes.outputs[file.name],
                 "tensors": [
-                    {"name": edit.name, "parts": [_part(delta, numbers[delta.adapter]) for delta in edit.deltas]}
+                    {"name": edit.name, "parts": [_part(delta) for delta in edit.deltas]}
                     for edit in file.edits
                     if undoable(edit)
                 ],
@@ -135,12 +134,12 @@ def as_json(plan: MergePlan, hashes: Hashes, names: Mapping[str, str | None]) ->
     }  # fmt: skip
 
 
-def _part(delta: Delta, adapter: int) -> dict[str, Any]:
+def _part(delta: Delta) -> dict[str, Any]:
     """What is at its default is left out."""
     target = delta.target
     place = {"rows": target.rows, "of": target.of, "expert": target.expert, "transposed": target.transposed or None}
     return {
-        "adapter": adapter, "module": delta.module, "scaling": delta.weights.scaling, "weight": delta.weight,
+        "adapter": delta.adapter, "module": delta.module, "scaling": delta.weights.scaling, "weight": delta.weight,
         **{name: value for name, value in place.items() if value is not None},
     }  # fmt: skip
 

@@ -194,7 +194,7 @@ class _Run:
         taken = {file: digest.sha256.hexdigest() for file, digest in self.digests.items()}
         shards = zip(plan.base.shards, plan.files, strict=True)
         base = {shard.file.name: taken.get(shard.file) or self.done[file.name].before for shard, file in shards}
-        adapters = {one.label: {file.name: taken[file] for file in one.adapter.files} for one in plan.given}
+        adapters = tuple({file.name: taken[file] for file in one.adapter.files} for one in plan.given)
         for file in (
             *(shard.file for shard in plan.base.shards),
             *(f for one in plan.given for f in one.adapter.files),

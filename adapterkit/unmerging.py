@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -128,17 +129,18 @@ def _sha256(file: Path, _: int) -> str:
 
 
 def _by_name(name: str, near: Path) -> Iterator[Adapter]:
-    """Adapters that can be the one of that name."""
-    plain = name.rpartition("/")[2].partition(" #")[0]
-    places = [near.absolute().parent / plain, Path.cwd() / plain]
+    """Adapters that can be the one of that name, with or without the number that told it from its namesakes."""
+    names = dict.fromkeys((name, re.sub(r" #\d+$", "", name)))
+    plain = [last for one in names if (last := one.rpartition("/")[2]) not in ("", ".", "..")]
+    places = [folder / one for one in plain for folder in (near.absolute().parent, Path.cwd())]
     for place in dict.fromkeys(places):
-        if plain not in ("", ".", "..") and os.path.exists(place):  # Path.exists raises for names that are too long
+        if os.path.exists(place):  # Path.exists raises for names that are too long
             try:
                 yield opened(place)
             except AdapterkitError:
                 continue
-    if is_hub_id(name):
-        yield opened(resolve(name))
+    for one in filter(is_hub_id, names):
+        yield opened(resolve(one))
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ def _deltas(info: TensorInfo, parts: Sequence[Part], given: Sequence[Given]) -> 
         if weights is None:
             raise FitError(f"{info.name}: the receipt tells of {part.module}, which {one.label} does not have")
         weights = replace(weights, scaling=part.scaling)
-        deltas.append(Delta(one.label, part.module, weights, part.weight, replace(part.target, tensor=info.name)))
+        deltas.append(Delta(part.adapter, part.module, weights, part.weight, replace(part.target, tensor=info.name)))
     return tuple(deltas)
 
 

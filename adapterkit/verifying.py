@@ -162,7 +162,7 @@ def _touched(plan: MergePlan, edit: Edit, source: Path, after: Weight, share: fl
     """Compare a tensor with its replay, and where they differ find out what is there instead."""
     plain = replace(edit, dtype=after.dtype, packing=None, twin=None)
     wide = replace(plain, dtype="F64")  # computed in float64
-    alone = [_only(wide, one) for one in plan.given]
+    alone = [_only(wide, number, one) for number, one in enumerate(plan.given)]
     held = [one.label for one, mine in zip(plan.given, alone, strict=True) if mine is not None]
     parts = [mine for mine in alone if mine is not None]
     rows, columns = edit.matrix
@@ -195,9 +195,9 @@ def _merged(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers:
     return torch.frombuffer(into, dtype=dtype).view(-1, columns)
 
 
-def _only(edit: Edit, one: Given) -> Edit | None:
+def _only(edit: Edit, number: int, one: Given) -> Edit | None:
     """The part of an edit that comes from one adapter, or None where it has none."""
-    own = tuple(delta for delta in edit.deltas if one.adapter.modules.get(delta.module) is delta.weights)
+    own = tuple(delta for delta in edit.deltas if delta.adapter == number)
     replaced = tuple(
         change for change in edit.replaced if any(change.values is v for v in one.adapter.replaced.values())
     )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
-from adapterkit import coding, device, outputs, residual
+from adapterkit import api, coding, device, outputs, residual
+from adapterkit.adapter import Adapter
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
+from adapterkit.plan import Given
 
 Make = Callable[..., Path]
 
@@ -230,6 +233,36 @@ def test_smollm2_in_separate_processes(smollm2: Path, tmp_path: Path) -> None:
     assert hashes(tmp_path / "again") == hashes(smollm2) != hashes(tmp_path / "merged")
     recorded = sum(file.stat().st_size for file in (tmp_path / "merged" / "adapterkit_receipt").glob("*.residuals"))
     assert recorded < 0.015 * sum(file.stat().st_size for file in smollm2.glob("*.safetensors"))
+
+
+# --- labels and names ------------------------------------------------------------------------------------------------
+
+
+def test_no_two_adapters_have_one_label() -> None:
+    """Whatever they are called, and in any order: names that look like the numbers that tell namesakes apart."""
+    names = ["a", "a #1", "a #2", "a #1 #1", "b"]
+    for wanted in product(names, repeat=4):
+        given = [Given(Adapter("peft", {}), 1.0, name) for name in wanted]
+        labels = [one.label for one in api._name_apart(given)]
+        assert len(set(labels)) == len(labels)
+        assert all(label.startswith(name) for label, name in zip(labels, wanted, strict=True))
+        assert all(label == name for label, name in zip(labels, wanted, strict=True) if wanted.count(name) == 1)
+
+
+def test_adapters_that_share_names_are_told_apart(merged: Path, make_adapter: Make, tmp_path: Path) -> None:
+    """Two in folders `a`, one in `a #1`, of other sizes and weights: each is found, and taken out as itself."""
+    for folder, name in (("x", "a"), ("y", "a"), ("z", "a #1")):
+        (tmp_path / folder).mkdir()
+        make_adapter(factors("a.q", 40, 24) | factors("b.q", 40, 24), f"{folder}/{name}")
+    given = [(tmp_path / "x" / "a", 1.0), (tmp_path / "y" / "a", -0.5), (tmp_path / "z" / "a #1", 2.0)]
+    adapterkit.merge(tmp_path / "base", given, tmp_path / "all")
+    told = json.loads((tmp_path / "all" / "adapterkit_receipt.json").read_text())
+    weights = tmp_path / "z" / "a #1" / "adapter_model.safetensors"
+    assert told["adapters"][2]["name"] == "a #1"
+    assert told["adapters"][2]["files"][weights.name] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert [part["adapter"] for part in told["shards"][0]["tensors"][0]["parts"]] == [0, 1, 2]
+    adapterkit.unmerge(tmp_path / "all", tmp_path / "again", adapters=[path for path, _ in reversed(given)])
+    assert same(tmp_path / "base", tmp_path / "again")
 
 
 # --- one after the other ---------------------------------------------------------------------------------------------

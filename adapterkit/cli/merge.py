@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import click
 from adapterkit import api
 from adapterkit.budget import check_device, default_threads, estimate_memory
 from adapterkit.cli.output import note, say, say_json
-from adapterkit.cli.running import DEVICE_HELP, files, run_with_bar, weighted
+from adapterkit.cli.running import DEVICE_HELP, files, hashes_by_label, run_with_bar, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
@@ -159,7 +158,7 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, 
         "tensors_changed": result.tensors,
         "seconds": round(seconds, 3),
         "device": result.place,
-        "sha256": asdict(result.hashes),
+        "sha256": hashes_by_label(plan, result.hashes),
         "retention": {"kept": total.kept, "error": total.error} if total else None,
         "retention_by_tensor": {name: {"kept": r.kept, "error": r.error} for name, r in result.retention.items()},
         "undone_by": f"adapterkit unmerge {result.out} -o NEW" if plan.receipt and not irreversible(plan) else None,

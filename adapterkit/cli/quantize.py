@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 
 import click
 
 from adapterkit import api
 from adapterkit.budget import default_threads
 from adapterkit.cli.output import note, say, say_json
-from adapterkit.cli.running import DEVICE_HELP, run_with_bar
+from adapterkit.cli.running import DEVICE_HELP, hashes_by_label, run_with_bar
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS
 from adapterkit.words import size
 
@@ -50,7 +49,7 @@ def quantize_command(
         facts = {
             "output": str(result.out), "bytes_before": before, "bytes_written": result.bytes_written,
             "tensors_quantized": result.tensors, "seconds": round(seconds, 3), "device": result.place,
-            "sha256": asdict(result.hashes),
+            "sha256": hashes_by_label(plan, result.hashes),
         }  # fmt: skip
         say_json(facts)
         return

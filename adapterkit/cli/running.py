@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
+from dataclasses import asdict
+from typing import Any
 
 from adapterkit.cli.output import note
 from adapterkit.cli.progress import progress
-from adapterkit.plan import MergePlan
+from adapterkit.plan import Hashes, MergePlan
 from adapterkit.stream import Merged, TensorMerged, run
 
 DEVICE_HELP = "Where to compute: cpu, cuda, cuda:N, or auto, which takes a GPU where the job gains from one."
@@ -29,6 +31,12 @@ def run_with_bar(
                 note(*event.notes)
                 return event
     raise AssertionError("a merge ends with its result")
+
+
+def hashes_by_label(plan: MergePlan, hashes: Hashes) -> dict[str, dict[str, Any]]:
+    """The SHA-256 of every file of a run, for `--json`; those of adapters by label."""
+    labels = [one.label for one in plan.given]
+    return asdict(hashes) | {"adapters": dict(zip(labels, hashes.adapters, strict=True))}
 
 
 def files(count: int) -> str:
