@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import FitError, UsageError
+from adapterkit.opening import open_regular
 from adapterkit.plan import Edit, MergePlan
 from adapterkit.staging import errors_of
 from adapterkit.tensorfile import TensorInfo, read_header, write_tensors
@@ -24,6 +26,7 @@ from adapterkit.tensorfile import TensorInfo, read_header, write_tensors
 SPAN = 2048  # columns that share their errors, at most: H of more would not fit memory
 TOKENS = 512  # of one forward pass
 PASSES = 64  # at most
+TEXT = 64 * TOKENS * PASSES  # characters of a text, of which no more tokens are looked at than the passes take
 DAMPING = 0.01  # of the mean of H's diagonal, as the paper has it
 
 
@@ -56,7 +59,8 @@ def _measure(plan: MergePlan, edits: dict[str, Edit], folder: Path) -> dict[str,
         from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
     except ImportError as error:
         raise UsageError("a calibration runs the model: install adapterkit[train]") from error
-    text = plan.calibration.read_text("utf-8", "replace")
+    with TextIOWrapper(open_regular(plan.calibration), "utf-8", "replace") as stream:
+        text = stream.read(TEXT)
     base = plan.base.path
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)

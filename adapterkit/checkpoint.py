@@ -102,7 +102,7 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     for tensor, file in (weight_map or {}).items():
         if tensor not in tensors or tensors[tensor].file.name != file:
             raise FormatError(f"{indexes[0]}: {tensor} should be in {file}, but is not")
-    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
     if not isinstance(config.get("model_type", ""), str | None):
         raise FormatError(f"{path / CONFIG}: model_type is {str(config['model_type'])[:60]!r}, expected a name")
     return Checkpoint(
@@ -126,7 +126,7 @@ def _only_file(path: Path) -> Path:
 
 def _read_index(file: Path) -> dict[str, str]:
     """The weight map, with every file name checked to be a plain name inside the directory."""
-    weight_map = read_json(file).get("weight_map")
+    weight_map = read_json(file, large=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{file}: weight_map must map tensor names to file names")
     for name in set(weight_map.values()):

@@ -226,7 +226,7 @@ def _waited(one: Found | Future[Found]) -> Found:
 
 def _by_config(row: Found, path: Path, weights: Path | None) -> Found:
     """What the config alone tells, where the weights are not there or are not opened."""
-    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     base = config.get("base_model_name_or_path")
     return replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adapterkit.opening import open_regular
 from adapterkit.plan import Addition, Copy, Delta, Edit, FilePlan, Replacement
 from adapterkit.quant import Packed, Packing
 from adapterkit.tensorfile import DTYPE_BITS, Header, TensorInfo, encode_header
@@ -43,7 +44,7 @@ def lay_out(header: Header, entries: Sequence[Entry]) -> FilePlan:
     same = [(info.name, info.dtype, info.shape) for info in _in_order(header)] == stored
     if same:
         spans = {info.name: (info.start, info.stop) for info in header.tensors.values()}
-        with open(header.file, "rb") as stream:
+        with open_regular(header.file) as stream:
             raw = stream.read(header.nbytes)
     else:
         if any(entry.packing for entry in entries):  # bytes of any length: last, so that the others stay aligned

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter import Adapter
+from adapterkit.opening import open_regular
 from adapterkit.summary import ModuleRow, measure
 from adapterkit.version import __version__
 
@@ -43,7 +44,7 @@ def measured(adapter: Adapter, stop: Callable[[], bool] = lambda: False) -> list
 def _key(adapter: Adapter) -> str:
     hashed = hashlib.sha256(__version__.encode())
     for path in adapter.files:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             hashed.update(hashlib.file_digest(stream, "sha256").digest())
     return hashed.hexdigest()
 

@@ -1,34 +1,69 @@
-"""Open strangers' files: regular files only, since others may block or never end, and whole ones up to a size."""
+"""Open strangers' files: regular ones only, whole ones up to a size, and from inside a folder without leaving it.
+
+A stranger's folder can hold named pipes, which block whoever opens them, devices, which never end, and links to files
+that were never meant to be copied, such as the environment of this process.
+"""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from adapterkit.errors import FormatError
+from adapterkit.errors import FormatError, UnsafeFileError
+
+READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+KINDS = {
+    stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link",
+}  # fmt: skip
 
 
 def open_regular(file: Path) -> BufferedReader:
     """Open a file, or where a link leads; raises FormatError for anything but a regular file that can be read."""
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a FIFO would wait for a writer
-        mode = os.fstat(fd).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise FormatError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if stat.S_ISREG(mode):
-        return os.fdopen(fd, "rb")
-    os.close(fd)
-    found = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "a FIFO or device, expected a regular file"
-    raise FormatError(f"{file}: cannot be read: {found}")
+    with _errors_of(file):
+        return _open(file)
+
+
+def open_inside(folder: Path, name: str | PurePath) -> BufferedReader:
+    """Open the regular file `name` of `folder`, where no link is followed but of the Hub cache, to its own blobs.
+
+    Raises UnsafeFileError for other links, FormatError for what is not a regular file or cannot be read.
+    """
+    *inner, last = PurePath(name).parts
+    with _errors_of(folder / name):
+        at = os.open(folder, FOLDER)
+        try:
+            for part in inner:
+                above, at = at, os.open(part, FOLDER | os.O_NOFOLLOW, dir_fd=at)
+                os.close(above)
+            if not stat.S_ISLNK(os.stat(last, dir_fd=at, follow_symlinks=False).st_mode):
+                return _open(last, at)
+        finally:
+            os.close(at)
+        if (blob := blob_of(folder / name)) is None:
+            raise UnsafeFileError(f"{folder / name}: is a link, which could lead to any file; replace it with the file")
+        blobs = os.open(blob.parent, FOLDER | os.O_NOFOLLOW)
+        try:
+            return _open(blob.name, blobs)
+        finally:
+            os.close(blobs)
 
 
 def read_whole(file: Path, limit: int) -> bytes:
     """All bytes of a regular file; raises FormatError where there are more than `limit`."""
     with open_regular(file) as stream:
+        return read_up_to(stream, limit, file)
+
+
+def read_up_to(stream: BufferedReader, limit: int, file: Path) -> bytes:
+    """All bytes of `stream`, which reads `file`; raises FormatError where there are more than `limit`."""
+    with _errors_of(file):
         data = stream.read(limit + 1)
     if len(data) > limit:
         raise FormatError(f"{file}: is larger than {limit:,} bytes, the most that is read")
@@ -39,3 +74,70 @@ def sha256_of(file: Path) -> str:
     """The SHA-256 of a regular file."""
     with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def files_below(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Every file below `folder`, relative to it and sorted, and what it is where `open_inside` would refuse it.
+
+    A link to a directory counts as a file; what is hidden is left out. Raises FormatError for what cannot be listed.
+    """
+    pending = [folder]
+    while pending:  # not os.walk, which calls itself, and is silent about what it cannot list
+        at = pending.pop()
+        with _errors_of(at):
+            inner = []
+            for entry in sorted(os.scandir(at), key=lambda entry: entry.name):
+                if entry.name.startswith("."):
+                    continue
+                file, mode = at / entry.name, entry.stat(follow_symlinks=False).st_mode
+                if stat.S_ISDIR(mode):
+                    inner.append(file)
+                else:
+                    fine = stat.S_ISREG(mode) or blob_of(file) is not None
+                    yield file.relative_to(folder), None if fine else _kind(mode)
+        pending += reversed(inner)
+
+
+def blob_of(file: Path) -> Path | None:
+    """Where a link of a snapshot in the Hub cache leads, if that is a blob of its own repository; else None.
+
+    The cache has `models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH`.
+    """
+    if not file.is_symlink():
+        return None
+    home = Path(os.path.realpath(file.parent))
+    repo = next((at.parent for at in home.parents if at.name == "snapshots"), home)
+    target = Path(os.path.normpath(home / os.readlink(file)))
+    return target if repo.name.startswith("models--") and target.parent == repo / "blobs" else None
+
+
+def _open(name: str | os.PathLike[str], at: int | None = None) -> BufferedReader:
+    """Open a regular file, checked both before, since opening a device can do things, and after.
+
+    With the folder `at`, `name` may be no link.
+    """
+    _check(os.stat(name, dir_fd=at, follow_symlinks=at is None).st_mode)
+    fd = os.open(name, READ | (0 if at is None else os.O_NOFOLLOW), dir_fd=at)  # without waiting for a pipe's writer
+    try:
+        _check(os.fstat(fd).st_mode)
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _check(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(0, f"{_kind(mode)}, expected a regular file")
+
+
+def _kind(mode: int) -> str:
+    return KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+@contextmanager
+def _errors_of(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise FormatError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -156,7 +156,7 @@ def find_receipt(out: Path) -> Path | None:
 def read_receipt(folder: Path) -> Receipt:
     """The receipt in `folder`, every field checked. Raises FormatError, UnsafeFileError for other places."""
     file = folder / RECEIPT
-    facts = read_json(file)
+    facts = read_json(file, large=True)
     if facts.get("adapterkit_receipt") != FORMAT:
         found = str(facts.get("adapterkit_receipt"))[:20]
         raise FormatError(f"{file}: format {found}, this version reads {FORMAT}: use a newer adapterkit")

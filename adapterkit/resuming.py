@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import AdapterkitError
+from adapterkit.opening import open_regular
 from adapterkit.plan import FilePlan, MergePlan
 from adapterkit.receipt import FOLDER, sidecar_name
 from adapterkit.staging import flush, remove
@@ -67,13 +68,13 @@ def _finished(plan: MergePlan, file: FilePlan, building: Path) -> Done | None:
     """The note of a shard, where that is what it says."""
     note = _note_of(building, file)
     try:
-        facts = read_json(note) if note.is_file() else {}
+        facts = read_json(note, large=True) if note.is_file() else {}
     except AdapterkitError:  # cut short
         return None
     shard = building / file.name
     if facts.get("made_by") != _fingerprint(plan, file) or not shard.is_file() or shard.stat().st_size != file.size:
         return None
-    with open(shard, "rb") as stream:
+    with open_regular(shard) as stream:
         after = hashlib.file_digest(stream, "sha256").hexdigest()
     return Done(str(facts.get("before")), after) if facts.get("after") == after else None
 

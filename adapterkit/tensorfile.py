@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.errors import FormatError
-from adapterkit.opening import open_regular
+from adapterkit.opening import open_inside, open_regular, read_up_to
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +40,16 @@ TORCH_NAMES = {
 # The dtypes that weights are merged in and written in.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+# JSON takes up to 20 times its size in memory, and more for its first byte above U+FFFF. Headers and indexes of 250 000
+# tensors fit these bounds; the largest of real files have less than half of that, and real configs some kilobytes.
+MAX_HEADER_BYTES = 1 << 26
+MAX_HEADER_ITEMS = 2_000_000
+MAX_CONFIG_BYTES = 1 << 24
+MAX_CONFIG_ITEMS = 500_000
 MAX_NAME = 1000  # characters; real names have at most some 200
 MAX_DEPTH = 100  # of JSON that is written again: for that Python takes a stack frame a level
 MAX_DIMS = 64  # as in numpy; the product of many more dimensions is a number too large to work with
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Weight(Protocol):
@@ -74,7 +81,7 @@ class TensorInfo:
     def read_bytes(self) -> bytearray:
         """The tensor as it is stored."""
         data = bytearray(self.nbytes)
-        with open(self.file, "rb", buffering=0) as file:
+        with open_regular(self.file) as file:
             read_span(file.fileno(), memoryview(data), self.start, self.file)
         return data
 
@@ -140,7 +147,7 @@ def read_header(file: Path) -> Header:
 
 def parse_header(file: Path, raw: bytes, size: int) -> Header:
     """Check the JSON `raw` of the header of `file`, which has `size` bytes, as `read_header` does."""
-    entries = _parse_json(file, raw)
+    entries = _parse_json(file, raw, MAX_HEADER_ITEMS)
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -190,13 +197,15 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return (prod(shape) * DTYPE_BITS[dtype] + 7) // 8
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from `file`, or raise FormatError naming the line."""
-    try:
-        with open_regular(file) as stream:
-            value = _parse_json(file, stream.read())
-    except OSError as error:
-        raise FormatError(f"{file}: cannot be read: {error.strerror or error}") from error
+def read_json(file: Path, large: bool = False) -> dict[str, Any]:
+    """Read a JSON object from `file`, which may be no link out of its folder, or raise FormatError naming the line.
+
+    `large` takes what has entries for every tensor of a model, such as an index.
+    """
+    most, items = (MAX_HEADER_BYTES, MAX_HEADER_ITEMS) if large else (MAX_CONFIG_BYTES, MAX_CONFIG_ITEMS)
+    with open_inside(file.parent, file.name) as stream:
+        raw = read_up_to(stream, most, file)
+    value = _parse_json(file, raw, items)
     depth = 0
     level: list[Any] = [value]
     while level:
@@ -208,7 +217,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
+def _parse_json(file: Path, raw: bytes, items: int) -> dict[str, Any]:
+    """The JSON object `raw`, of at most that many values: each but the first of a container comes after a comma."""
+    if (found := sum(map(raw.count, (b",", b"{", b"[")))) > items:
+        raise FormatError(f"{file}: its JSON has up to {found:,} values, expected at most {items:,}")
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
@@ -218,7 +231,7 @@ def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
-        if b"\\u" in raw:  # half a surrogate pair cannot be written again
+        if SURROGATE.search(raw):  # half a surrogate pair cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: is not valid JSON: {error}") from error

@@ -6,7 +6,6 @@ squares, so that a merge applied twice, not at all, or by the wrong scaling is n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +20,7 @@ from adapterkit.blocks import Loaded, load, merge_rows, replayed
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.device import Buffers
 from adapterkit.errors import FitError
+from adapterkit.opening import open_regular
 from adapterkit.plan import Edit, Given, MergePlan
 from adapterkit.quant import Packed
 from adapterkit.quant import weights as weights_in
@@ -167,8 +167,8 @@ def _touched(plan: MergePlan, edit: Edit, source: Path, after: Weight, share: fl
     parts = [mine for mine in alone if mine is not None]
     rows, columns = edit.matrix
     read, sums, buffers = reader(after, columns), _Sums(len(parts)), Buffers()
-    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with open_regular(source) as stream:
+        fd = stream.fileno()
         ours, whole, loaded = load(plain, fd), load(wide, fd), [load(mine, fd) for mine in parts]
         for first, last in _spans(rows, columns, share):
             found = read(first, last)
@@ -181,8 +181,6 @@ def _touched(plan: MergePlan, edit: Edit, source: Path, after: Weight, share: fl
                 pairs = [replayed(mine, one, fd, first, last, buffers) for mine, one in zip(parts, loaded, strict=True)]
                 shares = [after_it - before_it for before_it, after_it in pairs]
             sums.add(first, before, exact, shares, found)
-    finally:
-        os.close(fd)
     return _judge(edit.name, sums, held, after, plan.given)
 
 

@@ -120,7 +120,9 @@ def test_what_is_no_base(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_directory_as_the_hub_cache_lays_it_out(tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
+    repo = tmp_path / "models--o--n"
+    repo.mkdir()
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / "0a1b"
     write_base(blobs)
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
@@ -137,10 +139,7 @@ def test_a_link_to_itself(tmp_path: Path, name: str) -> None:
         write_base(tmp_path / "base", shards=1)
         (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to(tmp_path / name)
-    if name == "base/config.json":  # as good as absent
-        assert open_checkpoint(tmp_path / "base").config == {}
-        return
-    with pytest.raises(FormatError, match="(?i)symlink loop|symbolic links|is missing"):
+    with pytest.raises(FormatError, match="(?i)symlink loop|symbolic links|is missing|is a link"):
         open_checkpoint(tmp_path / "base")
 
 

@@ -117,7 +117,7 @@ def test_a_header_above_the_limit_is_not_read(tmp_path: Path) -> None:
     file.write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
     with open(file, "r+b") as stream:
         stream.truncate(MAX_HEADER_BYTES + 9)  # a sparse file: it takes no room
-    with pytest.raises(FormatError, match="claims 100,000,001 bytes"):
+    with pytest.raises(FormatError, match="claims 67,108,865 bytes"):
         read_header(file)
 
 
@@ -301,12 +301,27 @@ def test_what_we_accept_the_library_accepts(tmp_path: Path) -> None:
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"", "not valid"),
+        (b'{"a": [' + b"{}," * 300_000 + b"{}]}", "its JSON has up to 600,003 values, expected at most 500,000"),
+        (b" " * ((1 << 24) + 1), "is larger than 16,777,216 bytes"),
     ],
 )
 def test_read_json_refuses(tmp_path: Path, raw: bytes, message: str) -> None:
     (tmp_path / "a.json").write_bytes(raw)
     with pytest.raises(FormatError, match=message):
         read_json(tmp_path / "a.json")
+
+
+def test_a_large_index_is_read(tmp_path: Path) -> None:
+    """With more entries than a config may have; still bounded, as a header is."""
+    weight_map = dict.fromkeys(map(str, range(510_000)), "x")
+    (tmp_path / "a.json").write_text(json.dumps(weight_map))
+    assert read_json(tmp_path / "a.json", large=True) == weight_map
+    (tmp_path / "a.json").write_bytes(b"[" + b"{}," * 1_000_000 + b"{}]")
+    with pytest.raises(FormatError, match="up to 2,000,002 values, expected at most 2,000,000"):
+        read_json(tmp_path / "a.json", large=True)
+    (tmp_path / "t.safetensors").write_bytes(packed((tmp_path / "a.json").read_bytes()))
+    with pytest.raises(FormatError, match="up to 2,000,002 values, expected at most 2,000,000"):
+        read_header(tmp_path / "t.safetensors")
 
 
 def test_read_json_takes_a_byte_order_mark(tmp_path: Path) -> None:

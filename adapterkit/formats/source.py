@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
 import pickle
 import pickletools
 import re
@@ -52,7 +53,7 @@ def open_source(path: Path) -> Source:
     """Find the weights and the config at `path` and read their headers."""
     weights = _find_weights(path)
     config_file = weights.parent / CONFIG
-    config = read_json(config_file) if config_file.is_file() else None
+    config = read_json(config_file) if os.path.lexists(config_file) else None
     if weights.suffix == ".safetensors":
         header = read_header(weights)
         return Source(weights, header.tensors, header.metadata, config, config_file)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG, PICKLED, WEIGHTS
 from adapterkit.hub.names import on_hub
 from adapterkit.hub.remote import look, outlined
+from adapterkit.opening import open_regular
 from adapterkit.summary import ModuleRow, Summary, summarize
 from adapterkit.tensorfile import read_json
 from adapterkit.words import size, span
@@ -109,7 +112,7 @@ def rows_of(row: Found, stop: Callable[[], bool]) -> list[ModuleRow] | str:
 
 def _read(row: Found, path: Path, base: str, fetched: str) -> Details:
     card = _text(path / "README.md") if row.path is not None else ""
-    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
     if row.state == "partial":
         return Details(row, config=config, card=card, problem=row.problem or "its weights are not all there")
     adapter = load(path)
@@ -136,9 +139,9 @@ def _fit(adapter: Any, base: str) -> str:
 
 def _text(file: Path) -> str:
     try:
-        with open(file, encoding="utf-8", errors="replace") as stream:
+        with TextIOWrapper(open_regular(file), "utf-8", "replace") as stream:
             return stream.read(TEXT_BYTES)
-    except OSError:
+    except (AdapterkitError, OSError):
         return ""
 
 
