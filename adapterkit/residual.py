@@ -81,7 +81,7 @@ def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update],
     exponent, other = (np.maximum(bits >> mantissa & most, 1) for bits in (old, new))
     k = np.clip(other - exponent, 1, 10)
     reach = (np.int16(1) << k - 1) + _steps_off(updates, before.dtype)[exponent]
-    reach <<= (old & (1 << mantissa) - 1) <= reach
+    reach += ((old & (1 << mantissa) - 1) <= reach) * (reach + 1)  # half a step is one there
     reach += (old & 0x7FFF) <= reach  # to the zero of the other sign it is a step more
     reach[(exponent == most) | (k == 10)] = FAR
     return Residual(at.cpu(), values, torch.from_numpy(reach))

@@ -1,7 +1,7 @@
 """Weights and low-rank updates made to lie where undoing a merge is hardest.
 
 Half of the weights are powers of two, whose boundary on one side is half as far as on the other. Every sum W + Δ is a
-midpoint of the output dtype, or up to 0.75 units of the computing dtype beside it, so that a last bit of it decides to
+midpoint of the output dtype, or a unit or so of the computing dtype beside it, so that a last bit of it decides to
 which side it is rounded. `A` is a rotation, so that every product has rounding errors.
 """
 
@@ -11,7 +11,8 @@ import torch
 
 COMPUTED_IN = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-RANK = 4
+COLUMNS = RANK = 4
+UNITS = 0.75  # how far beside a midpoint
 Factors = tuple[torch.Tensor, torch.Tensor]  # B (rows, rank), A (rank, columns)
 
 
@@ -25,25 +26,26 @@ def weights(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Ten
     values = sign * torch.ldexp(mantissa, exponent)
     odd = torch.rand(rows, columns, generator=rng)
     values[odd < 0.002] *= 0.0
-    tiny = torch.finfo(dtype).tiny
-    values[(odd > 0.002) & (odd < 0.004)] *= tiny
+    values[(odd > 0.002) & (odd < 0.004)] *= torch.finfo(dtype).tiny
     return values.to(dtype)
 
 
-def midpoints(near: torch.Tensor, dtype: torch.dtype, seed: int, off: float = 0.75) -> torch.Tensor:
-    """For each of `near` the middle between two values of `dtype` thereabouts, in float64, give or take `off` units.
+def midpoints(
+    near: torch.Tensor, dtype: torch.dtype, seed: int, units: float = UNITS, kind: torch.dtype | None = None
+) -> torch.Tensor:
+    """For each of `near` the middle between two values of `dtype` thereabouts, in float64, give or take `units`.
 
-    Half of them are a few values away, the others up to a factor of three.
+    Half of them are a few values away, the others up to a factor of three. The units are those of `kind`.
     """
     rng = torch.Generator().manual_seed(seed)
-    shape, integer = near.shape, INTEGERS[dtype]
+    shape, integer, limits = near.shape, INTEGERS[dtype], torch.finfo(kind or COMPUTED_IN[dtype])
     close = torch.rand(shape, generator=rng) < 0.5
     factor = torch.exp2(3 * torch.rand(shape, dtype=torch.float64, generator=rng) - 1.5)
-    low = (near.double() * torch.where(close, 1.0, factor)).to(dtype).view(integer)
-    low = low + torch.where(close, torch.randint(-4, 5, shape, generator=rng), 0).to(integer) * (low & 0x7FFF > 4)
-    low, high = low.view(dtype).double(), (low + 1).view(dtype).double()
-    unit = torch.exp2(torch.frexp(low.abs())[1] - 1.0) * torch.finfo(COMPUTED_IN[dtype]).eps
-    return (low + high) / 2 + unit * off * (2 * torch.rand(shape, dtype=torch.float64, generator=rng) - 1)
+    bits = (near.double() * torch.where(close, 1.0, factor)).to(dtype).view(integer)
+    bits += torch.where(close & (bits & 0x7FFF > 4), torch.randint(-4, 5, shape, generator=rng), 0).to(integer)
+    low, high = bits.view(dtype).double(), (bits + 1).view(dtype).double()
+    unit = torch.exp2(torch.frexp(low.abs().clamp(min=limits.tiny))[1] - 1.0) * limits.eps
+    return (low + high) / 2 + unit * units * (2 * torch.rand(shape, dtype=torch.float64, generator=rng) - 1)
 
 
 def factors(delta: torch.Tensor, seed: int, dtype: torch.dtype = torch.float32) -> Factors:
@@ -62,13 +64,28 @@ def split(delta: torch.Tensor, parts: int, seed: int) -> list[torch.Tensor]:
 
 
 def plain(
-    rows: int, dtype: torch.dtype, seed: int, parts: int = 1, stored: torch.dtype | None = None
+    rows: int, dtype: torch.dtype, seed: int, parts: int = 1, units: float = UNITS, W: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, list[Factors]]:
-    """Weights `(rows, 4)` of dtype `stored`, and updates whose sums with them lie on midpoints of `dtype`."""
-    W = weights(rows, RANK, stored or dtype, seed)
-    delta = midpoints(W, dtype, seed + 1) - W.double()
+    """Weights `(rows, 4)`, or `W`, and updates whose sums with them lie on midpoints of `dtype`."""
+    W = weights(rows, COLUMNS, dtype, seed) if W is None else W
+    delta = midpoints(W, dtype, seed + 1, units) - W.double()
     kind = COMPUTED_IN[dtype]
     return W, [factors(one, seed + 3 + i, kind) for i, one in enumerate(split(delta, parts, seed + 2))]
+
+
+def dora(
+    rows: int, dtype: torch.dtype, seed: int, units: float = UNITS, by_column: bool = False
+) -> tuple[torch.Tensor, Factors, torch.Tensor]:
+    """Weights, an update and magnitudes whose `diag(m / n)·(W + B·A)` lies on midpoints of `dtype`, in float64.
+
+    `W (4, rows)` where it is `by_column`, as GPT-2 stores it; `B (rows, 4)` and `A` are those of the module either way.
+    """
+    W = weights(rows, COLUMNS, dtype, seed)
+    rng = torch.Generator().manual_seed(seed + 1)
+    gain = torch.exp2(2 * torch.rand(rows, 1, dtype=torch.float64, generator=rng) - 1)
+    direction = midpoints((W.double() * gain).to(dtype), dtype, seed + 2, units, torch.float64) / gain
+    magnitude = gain[:, 0] * direction.norm(dim=1)
+    return (W.T.contiguous() if by_column else W), factors(direction - W.double(), seed + 3, torch.float64), magnitude
 
 
 def sums(W: torch.Tensor, reach: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,6 +100,5 @@ def sums(W: torch.Tensor, reach: float, seed: int) -> tuple[torch.Tensor, torch.
     share = 1 - 10 ** (-4 * torch.rand(W.shape, dtype=torch.float64, generator=rng))
     error = boundary * torch.where(torch.rand(W.shape, generator=rng) < 0.1, 0.0, share)
     times = torch.exp2(torch.randint(-1, 6, W.shape, generator=rng) * 1.0) * (1 + torch.rand(W.shape, generator=rng))
-    after = (values * times).to(W.dtype)
-    total = (after.double() - error).float()
+    total = ((values * times).to(W.dtype).double() - error).float()
     return total, torch.maximum(boundary.abs() * reach, (total.double() - values).abs() * 1.001)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from adapterkit import residual
 from adapterkit.blocks import _merge_plain
 from adapterkit.coding import correct, encode
-from adapterkit.delta import Update, add_updates
+from adapterkit.delta import Update, add_updates, gains, linear, measure_columns
 from adapterkit.device import Buffers
-from adapterkit.fused import _mark
-from adapterkit.residual import gamma, marked, norms, ordered, record, restore, spread, subtracted
+from adapterkit.residual import record, restore, subtracted
+from adapterkit.rounding import round_once
 
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -198,45 +198,39 @@ def test_sums_on_a_midpoint_of_powers_of_two(dtype: torch.dtype, parts: int, mon
         check(W, [Update(0, len(W), B, A, 1.0) for B, A in factors], monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rank", "parts"), [(1, 1), (16, 1), (256, 1), (4, 3)])
-def test_what_is_not_marked_comes_back_from_the_worst_sums_there_can_be(
-    dtype: torch.dtype, rank: int, parts: int
-) -> None:
-    """Both merging and subtracting off by all that a bound on any order of summation allows, to every side."""
-    unit = torch.finfo(torch.float32).eps / 2
-    terms = parts * (rank + 3)
-    kept = 0
-    for number, size in enumerate((0.0, 0.02, 0.3, 0.9)):  # of the bound on Δ's error, in boundary distances
-        W = adversarial.weights(20_000, 1, dtype, number)
-        S, N = adversarial.sums(W, size / (2 * gamma(terms, torch.float32)), number)
-        after = S.to(dtype)
-        updates = [split_norm(N / parts, rank) for _ in range(parts)]
-        marks = torch.empty_like(W)
-        error = after.float() - S
-        _mark(
-            0, torch.empty_like(S), error.clone(), W, marks, marks.view(torch.int16), W.view(torch.int16),
-            [(0, len(W))] * parts, [norms(update) for update in updates], spread(updates, dtype),
-        )  # fmt: skip
-        seen = marks.view(torch.int16) != 0
-        off = gamma(terms, torch.float32) * (W.double().abs() + N)
-        rounded = (parts - 1) * unit * (W.double().abs() + error.double().abs() + N)
-        again = gamma(rank + 2, torch.float32) * N + rounded
-        at = seen.view(-1).nonzero()[:, 0]
-        reach = marked(W, after, updates, at).reach
-        for merged in (-off, off):
-            for undone in (-again, again):
-                back = (after.double() - (S.double() - W.double() + merged) + undone).float().to(dtype)
-                lost = (back != W) & ~seen
-                assert not bool(lost.any()), (size, W[lost][:3], error[lost][:3])
-                steps = (ordered(back).int() - ordered(W).int()).abs().view(-1)[at]
-                assert bool(((steps <= reach) | (reach >= 64)).all())
-        kept += int((~seen).sum())
-    assert kept > 4_000
+@pytest.mark.parametrize("strength", [1.0, 2.0**20])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_products_that_are_subnormal(strength: float, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their last bit is worth 2⁻¹⁴⁹, however small they are, and as often as `strength` says."""
+    scale = 2.0**-129 * strength
+    W = (adversarial.weights(12_000, 4, torch.bfloat16, 1).double() * scale).bfloat16()
+    W, factors = adversarial.plain(len(W), W.dtype, 2, parts, W=W)
+    check(W, [Update(0, len(W), B / strength, A, strength) for B, A in factors], monkeypatch)
 
 
-def split_norm(size: torch.Tensor, rank: int) -> Update:
-    """An update of `rank`, of whose rows `‖B_i‖·‖A‖` is `size (rows, 1)`."""
-    left, right = torch.zeros(len(size), rank), torch.zeros(rank, 1)
-    left[:, :1], right[0] = size, 1.0
-    return Update(0, len(size), left, right, 1.0)
+def test_factors_whose_squares_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their norms are not."""
+    W, factors = adversarial.plain(12_000, torch.bfloat16, 3)
+    check(W, [Update(0, len(W), B * 2.0**-80, A * 2.0**80, 1.0) for B, A in factors], monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("by_column", [False, True], ids=["by row", "by column"])
+def test_renormalized_sums_on_a_midpoint(dtype: torch.dtype, by_column: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for units in (0.75, 30.0):
+        W, (B, A), magnitude = adversarial.dora(6_000, dtype, 4, units, by_column)
+        left, right = (A.T.contiguous(), B.T.contiguous()) if by_column else (B, A)
+        update = Update(0, len(W), left, right, 1.0, magnitude)
+        if by_column:
+            update = measure_columns(update, lambda: iter([(0, W.double())]))  # noqa: B023
+        sums = W.double()
+        add_updates(sums, 0, [update])
+        after = round_once(sums, dtype)
+        plain, factor = linear((len(W), W.shape[1]), 0, [update], gains(W.double(), 0, [update]))
+        found = record(W, after, 0, plain, factor)
+        assert 0.05 * W.numel() < len(found)
+        for name, add in ARITHMETIC.items():
+            monkeypatch.setattr(residual, "product", add)
+            back = subtracted(after, 0, plain, factor).to(dtype)
+            correct(encode(found), back, "here")
+            assert torch.equal(back.view(torch.uint8), W.view(torch.uint8)), (name, units)

@@ -1,0 +1,167 @@
+"""The bound behind undoing a merge: arithmetic as wrong as the standard model allows, to every side, restores each bit.
+
+The model: whatever is rounded k times is off by a share of `k·u / (1 − k·u)` at most. It is written down here once more
+from the order of the operations, and shares no code with adapterkit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import inf
+
+import adversarial
+import pytest
+import torch
+
+from adapterkit import residual
+from adapterkit.coding import correct, encode
+from adapterkit.delta import Update, add_updates, gains, linear
+from adapterkit.fused import Doubts, _mark
+from adapterkit.residual import marked, norms, ordered, record, spread, subtracted
+from adapterkit.rounding import round_once
+
+KINDS = [torch.bfloat16, torch.float16]
+WHOLE = 64  # so many steps off, values are stored whole
+UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+def share(count: int, kind: torch.dtype = torch.float32) -> float:
+    """How far off what is rounded `count` times can be."""
+    off = count * UNIT[kind]
+    return off / (1 - off)
+
+
+def update_of(size: torch.Tensor, rank: int) -> Update:
+    """An update of `rank` whose rows have `‖B_i‖·‖A‖ = size (rows, 1)`."""
+    left, right = torch.zeros(len(size), rank), torch.zeros(rank, 1)
+    left[:, :1], right[0] = size, 1.0
+    return Update(0, len(size), left, right, 1.0)
+
+
+def marked_by(W: torch.Tensor, S: torch.Tensor, updates: list[Update]) -> torch.Tensor:
+    """The flat positions that are marked where `W` and `updates` were summed to `S`."""
+    doubts, error = Doubts(torch.empty_like(W)), S.to(W.dtype).float() - S
+    _mark(
+        0, torch.empty_like(S), error, W, doubts.marks, doubts.marks.view(torch.int16), W.view(torch.int16),
+        [(0, len(W))] * len(updates), [norms(update) for update in updates], spread(updates, W.dtype),
+    )  # fmt: skip
+    return doubts.found(W, S)
+
+
+def comes_back(W: torch.Tensor, S: torch.Tensor, N: torch.Tensor, rank: int, parts: int) -> Iterator[torch.Tensor]:
+    """What subtracting leaves, rounded, where merging to `S` and subtracting are as far off as can be.
+
+    Merging adds W and all terms up in one go. Subtracting does so for each update, then takes it off, rounded but for
+    the last, which is rounded here.
+    """
+    total, left = W.double().abs() + N, (S.to(W.dtype).double() - S).abs()
+    merging = share(parts * (rank + 3)) * total
+    subtracting = share(rank + 2) * N + (parts - 1) * UNIT[torch.float32] * (total + left)
+    for merged in (-merging, merging):
+        delta = S.double() - W.double() + merged
+        for undone in (-subtracting, subtracting):
+            yield (S.to(W.dtype).double() - delta + undone).float().to(W.dtype)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize(("rank", "parts"), [(1, 1), (16, 1), (256, 1), (1000, 1), (4, 3)])
+def test_what_is_not_marked_comes_back(dtype: torch.dtype, rank: int, parts: int) -> None:
+    rows, kept = min(20_000, 4_000_000 // rank), 0
+    for seed, near in enumerate((0.0, 0.02, 0.3, 0.9)):  # Δ's own error, in distances to the boundary
+        W = adversarial.weights(rows, 1, dtype, seed)
+        S, N = adversarial.sums(W, near / (2 * share(parts * (rank + 3))), seed)
+        at = marked_by(W, S, [update_of(N / parts, rank) for _ in range(parts)])
+        others = torch.ones(rows, dtype=torch.bool)
+        others[at] = False
+        for back in comes_back(W, S, N, rank, parts):
+            assert torch.equal(back[others], W[others]), near
+        kept += int(others.sum())
+    assert kept > 0.05 * rows
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("rank", [4, 256])
+def test_what_is_marked_lands_within_the_steps_that_are_coded(dtype: torch.dtype, rank: int) -> None:
+    """Here all weights are of one size, as the bound takes the largest update for every element."""
+    rng = torch.Generator().manual_seed(0)
+    rows = 20_000
+    step = torch.finfo(dtype).eps
+    W = (1 + torch.rand(rows, 1, generator=rng)).to(dtype)
+    W[: rows // 4], W[rows // 4 : rows // 2] = 1.0, 2 - step
+    for off in (0.1, 0.48, 0.49, 0.8, 1.3, 1.6, 2.4, 3.1):  # Δ's own error, in steps of W
+        N = torch.full((rows, 1), off * step / (2 * share(rank + 3)))
+        after = (W.double() * torch.exp2(torch.randint(0, 5, W.shape, generator=rng) * 1.0)).to(dtype)
+        half = (after.view(torch.int16) + 1).view(dtype).double() - after.double()
+        S = (after.double() + half / 2 * (torch.randint(0, 2, W.shape, generator=rng) * 2 - 1) * (1 - 2.0**-9)).float()
+        updates = [update_of(N, rank)]
+        at = marked_by(W, S, updates)
+        found = marked(W, S.to(dtype), updates, at)
+        for back in comes_back(W, S, N, rank, 1):
+            steps = (ordered(back).int() - ordered(W).int()).abs().view(-1)[at]
+            assert bool((steps <= found.reach.where(found.reach < WHOLE, inf)).all()), off
+            correct(encode(found), back, "here")
+            assert torch.equal(back, W)
+
+
+def test_only_updates_that_meet_are_added_up() -> None:
+    """256 experts in one tensor leave no more than one."""
+    one = Update(0, 8, torch.ones(8, 4), torch.ones(4, 5), 1.0)
+    experts = [Update(8 * at, 8 * at + 8, one.left, one.right, 1.0) for at in range(256)]
+    assert spread(experts, torch.float16) == spread([one], torch.float16)
+    both = spread([one, one], torch.float16)
+    assert spread([*experts, one], torch.float16) == both > spread([one], torch.float16)
+    assert spread([one] * 600, torch.float16)[0] == torch.inf  # then everything is marked
+
+
+def furthest(side: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A product that is off to one side by all that the sum, its strength and their product may be."""
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        bound = left.double().norm(dim=1)[:, None] * right.double().norm(dim=0)
+        exact = left.double() @ right.double()
+        return (exact + side * share(len(right) + 2, left.dtype) * bound).to(left.dtype)
+
+    return product
+
+
+def check_recorded(
+    W: torch.Tensor, after: torch.Tensor, plain: list[Update], factor: torch.Tensor | None, patch: pytest.MonkeyPatch
+) -> None:
+    """Recorded by one such product, restored by the other."""
+    for side in (-1.0, 1.0):
+        patch.setattr(residual, "product", furthest(side))
+        found = record(W, after, 0, plain, factor)
+        for other in (-side, side):
+            patch.setattr(residual, "product", furthest(other))
+            back = subtracted(after, 0, plain, factor).to(W.dtype)
+            off = (ordered(back).long() - ordered(W).long()).abs().view(-1)
+            assert bool((off[found.at.long()] <= found.reach.where(found.reach < WHOLE, inf)).all())
+            off[found.at.long()] = 0
+            assert not bool(off.any())
+    assert len(found) < W.numel() * 0.9
+
+
+@pytest.mark.parametrize("dtype", [*KINDS, torch.float32])
+@pytest.mark.parametrize("parts", [1, 3, 5])
+@pytest.mark.parametrize("units", [1.5, 8.0, 40.0])
+def test_what_is_recorded_by_one_sum_is_restored_by_any(
+    dtype: torch.dtype, parts: int, units: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    W, factors = adversarial.plain(10_000, dtype, 5, parts, units)
+    updates = [Update(0, len(W), B, A, 1.0) for B, A in factors]
+    sums = W.to(adversarial.COMPUTED_IN[dtype])
+    add_updates(sums, 0, updates)
+    check_recorded(W, sums.to(dtype), updates, None, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [*KINDS, torch.float32])
+@pytest.mark.parametrize("units", [1.5, 8.0, 40.0])
+def test_what_dora_leaves_is_restored_by_any_sum(
+    dtype: torch.dtype, units: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    W, (B, A), magnitude = adversarial.dora(10_000, dtype, 6, units)
+    update = Update(0, len(W), B, A, 1.0, magnitude)
+    sums = W.double()
+    add_updates(sums, 0, [update])
+    plain, factor = linear((len(W), W.shape[1]), 0, [update], gains(W.double(), 0, [update]))
+    check_recorded(W, round_once(sums, dtype), plain, factor, monkeypatch)
