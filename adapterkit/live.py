@@ -34,19 +34,21 @@ GPU_FACTOR = 4  # so many times that on a GPU, where every launch costs some µs
 
 
 @dataclass(frozen=True, slots=True)
-class Undo:
-    """What takes one change back: `check` raises where that is not possible any more, before anything is touched."""
+class _Seen:
+    """A tensor as an adapter left it, by its fingerprint."""
 
-    check: Callable[[], object]
-    run: Callable[[], object]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    fingerprint: int
 
 
 @dataclass
 class Receipt:
-    """One adapter in a model: which, and what takes it out again, to be run backwards."""
+    """One adapter in a model: which, what takes it out again, to be run backwards, and what must not have changed."""
 
     adapter: Adapter
-    undo: list[Undo] = field(default_factory=list)
+    undo: list[Callable[[], object]] = field(default_factory=list)
+    after: dict[str, _Seen] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
     places = fit(adapter, found, config.to_dict() if hasattr(config, "to_dict") else {})
     if places.missing:
         raise FitError(f"{len(places.missing)} modules have no place: {explain_missing(places.missing, found)}")
+    targeted = dict.fromkeys(target.tensor for targets in places.targets.values() for target in targets)
+    others = (*places.replaced.values(), *places.tokens.values(), *places.biases.values())
     receipt = Receipt(adapter)
     try:
         _untie(model, adapter, places, receipt.undo)
@@ -84,12 +88,13 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
         for module, tensor in places.tokens.items():
             rows, values = adapter.tokens[module]
             _replace(model, tensor, values.read(), weight, rows, receipt.undo)
-        for tensor in dict.fromkeys(t.tensor for targets in places.targets.values() for t in targets):
+        for tensor in targeted:
             _merge_into(model, tensor, _updates(adapter, places.targets, tensor, model, weight), receipt.undo)
         for module, bias in places.biases.items():
             weights = adapter.modules[module]
             assert weights.bias is not None
             _add_to(model, bias, weights.bias.read(), weight * weights.scaling, receipt.undo)
+        receipt.after = {name: _seen(model.get_parameter(name).data) for name in dict.fromkeys((*targeted, *others))}
     except BaseException:
         _run_backwards(receipt)
         raise
@@ -108,26 +113,26 @@ def remove(model: nn.Module, adapter: Adapter) -> None:
         raise UsageError("this adapter is not in the model")
     if receipts[-1].adapter is not adapter:
         raise UsageError("another adapter was applied after this one: remove that first")
-    for undo in receipts[-1].undo:
-        undo.check()
+    for name, then in receipts[-1].after.items():
+        _check_unchanged(model, name, then)
     _run_backwards(receipts.pop())
 
 
 def _run_backwards(receipt: Receipt) -> None:
     while receipt.undo:
-        receipt.undo.pop().run()
+        receipt.undo.pop()()
 
 
 # --- one weight ------------------------------------------------------------------------------------------------------
 
 
-def _merge_into(model: nn.Module, name: str, updates: list[Update], undo: list[Undo]) -> None:
+def _merge_into(model: nn.Module, name: str, updates: list[Update], undo: list[Callable[[], object]]) -> None:
     """Add `updates` to the weight `name`."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
     if is_quantized(layer):
         dense = _dense(layer)
-        undo.append(Undo(lambda: None, lambda: _set(model, path, layer)))
+        undo.append(lambda: _set(model, path, layer))
         _set(model, path, dense)
         _add(dense.weight.data, updates)
         return
@@ -137,43 +142,54 @@ def _merge_into(model: nn.Module, name: str, updates: list[Update], undo: list[U
         _add(data, updates)
         return
     matrix = _matrix(data, updates)
-    done: list[tuple[int, int, Residual, int]] = []  # rows, what restores them, and their fingerprint
-
-    def check() -> None:
-        now = _matrix(_unconverted(model, name, data), updates)
-        if any(_fingerprint(now[first:last]) != seen for first, last, _, seen in done):
-            raise UsageError(f"{name}: has changed since the adapter was applied, so the old bits cannot be restored")
+    done: list[tuple[int, int, Residual]] = []  # rows, and what restores them
 
     def run() -> None:
-        now = _matrix(_unconverted(model, name, data), updates)
+        now = _matrix(model.get_parameter(name).data, updates)
         here = [update.to(now.device) for update in updates]
-        for first, last, residual, _ in done:
+        for first, last, residual in done:
             now[first:last] = restore(now[first:last], first, here, residual.to(now.device))
 
-    undo.append(Undo(check, run))
+    undo.append(run)
     add = adder(matrix, updates)
     for first, last in _blocks(matrix):
         before = matrix[first:last].clone()
         try:
             add(first, last)
-            after = matrix[first:last]
-            done.append((first, last, record(before, after, first, updates), _fingerprint(after)))
+            done.append((first, last, record(before, matrix[first:last], first, updates)))
         except BaseException:
             matrix[first:last] = before
             raise
 
 
-def _unconverted(model: nn.Module, name: str, then: torch.Tensor) -> torch.Tensor:
-    """The weight as it is now; another device is fine, another dtype is not."""
-    now = model.get_parameter(name).data
-    if now.dtype != then.dtype or now.shape != then.shape:
+def _seen(tensor: torch.Tensor) -> _Seen:
+    return _Seen(tensor.dtype, tuple(tensor.shape), fingerprint(tensor))
+
+
+def _check_unchanged(model: nn.Module, name: str, then: _Seen) -> None:
+    """Refuse a weight of which a bit has changed; another device is fine."""
+    try:
+        now = model.get_parameter(name).data
+    except AttributeError as error:
+        raise UsageError(f"{name}: is not in the model any more, so the adapter cannot be taken out of it") from error
+    if (now.dtype, tuple(now.shape)) != (then.dtype, then.shape):
         raise UsageError(f"{name}: is {now.dtype} {tuple(now.shape)} now; the adapter was applied to {then.dtype}")
-    return now
+    if fingerprint(now) != then.fingerprint:
+        raise UsageError(f"{name}: has changed since the adapter was applied, so the old bits cannot be restored")
 
 
-def _fingerprint(values: torch.Tensor) -> int:
-    """A sum over the bits, to notice that a weight was changed."""
-    return int(values.contiguous().view(torch.int16).sum(dtype=torch.int64))
+def fingerprint(values: torch.Tensor) -> int:
+    """`Σ aᵢ·bⱼ·wᵢⱼ` modulo 2⁶⁴ over words of 16 bits, with random odd numbers a by row and b by column.
+
+    One changed word always changes it, any other change (rows or elements that are swapped) but for a chance of some
+    2⁻⁴⁰. It takes one pass, on any device.
+    """
+    rows = values.contiguous().flatten(1) if values.dim() > 1 else values.reshape(1, -1)
+    words = rows.view(torch.int8 if values.element_size() == 1 else torch.int16)
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-(2**62), 2**62, (size,), generator=rng).to(values.device) * 2 + 1 for size in words.shape)
+    total = sum(int(((words[i:j] * b).sum(1) * a[i:j]).sum()) for i, j in _blocks(words))
+    return total % 2**64
 
 
 def _add(data: torch.Tensor, updates: list[Update]) -> None:
@@ -257,14 +273,19 @@ def _blocks(matrix: torch.Tensor) -> list[tuple[int, int]]:
 # --- whole tensors ---------------------------------------------------------------------------------------------------
 
 
-def _add_to(model: nn.Module, name: str, vector: torch.Tensor, scale: float, undo: list[Undo]) -> None:
+def _add_to(model: nn.Module, name: str, vector: torch.Tensor, scale: float, undo: list[Callable[[], object]]) -> None:
     data = model.get_parameter(name).data
     _keep(model, name, undo)
     data.copy_(round_once(data.double() + vector.to(data.device).double() * scale, data.dtype))
 
 
 def _replace(
-    model: nn.Module, name: str, values: torch.Tensor, weight: float, rows: tuple[int, ...] | None, undo: list[Undo]
+    model: nn.Module,
+    name: str,
+    values: torch.Tensor,
+    weight: float,
+    rows: tuple[int, ...] | None,
+    undo: list[Callable[[], object]],
 ) -> None:
     """Go `weight` of the way to `values`, for some rows or all."""
     data = model.get_parameter(name).data
@@ -276,12 +297,10 @@ def _replace(
     data[at] = round_once(old + weight * (new - old) if weight != 1.0 else new, data.dtype)
 
 
-def _keep(model: nn.Module, name: str, undo: list[Undo]) -> None:
+def _keep(model: nn.Module, name: str, undo: list[Callable[[], object]]) -> None:
     """Keep a tensor as it is, to put it back."""
     before = model.get_parameter(name).data.clone()
-    undo.append(
-        Undo(lambda: _unconverted(model, name, before), lambda: _unconverted(model, name, before).copy_(before))
-    )
+    undo.append(lambda: model.get_parameter(name).data.copy_(before))
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -319,7 +338,7 @@ def _set(model: nn.Module, path: str, layer: nn.Module) -> None:
 # --- tied weights ----------------------------------------------------------------------------------------------------
 
 
-def _untie(model: nn.Module, adapter: Adapter, places: Fit, undo: list[Undo]) -> None:
+def _untie(model: nn.Module, adapter: Adapter, places: Fit, undo: list[Callable[[], object]]) -> None:
     """Give a tensor that is tied to others its own parameter, where the adapter changes it alone.
 
     Trained tokens are the same in all that are tied, and so is everything with `ensure_weight_tying`.
@@ -333,7 +352,7 @@ def _untie(model: nn.Module, adapter: Adapter, places: Fit, undo: list[Undo]) ->
         if others and not (adapter.keeps_tie and changed.keys().isdisjoint(others)):
             path, _, leaf = name.rpartition(".")
             layer = model.get_submodule(path)
-            undo.append(Undo(lambda: None, partial(_tie, model, layer, leaf, others[0])))
+            undo.append(partial(_tie, model, layer, leaf, others[0]))
             setattr(layer, leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             _declare_untied(model, undo)
 
@@ -342,9 +361,9 @@ def _tie(model: nn.Module, layer: nn.Module, leaf: str, other: str) -> None:
     setattr(layer, leaf, model.get_parameter(other))
 
 
-def _declare_untied(model: nn.Module, undo: list[Undo]) -> None:
+def _declare_untied(model: nn.Module, undo: list[Callable[[], object]]) -> None:
     """Have the model's config say so, by which a saved model is loaded again."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and getattr(config, "model_type", None) not in ALWAYS:
-        undo.append(Undo(lambda: None, partial(setattr, config, "tie_word_embeddings", True)))
+        undo.append(partial(setattr, config, "tie_word_embeddings", True))
         config.tie_word_embeddings = False

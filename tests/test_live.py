@@ -203,6 +203,73 @@ def test_a_model_that_moved_is_undone_and_one_that_changed_is_refused(make_adapt
     assert same(bits(model), before)
 
 
+def swap(tensor: torch.Tensor, one: Any, other: Any) -> None:
+    tensor[one], tensor[other] = tensor[other].clone(), tensor[one].clone()
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "swapped rows": lambda weight: swap(weight, 3, 17),
+    "swapped elements": lambda weight: swap(weight, (3, 5), (3, 6)),
+    "elements of two rows": lambda weight: swap(weight, (3, 5), (4, 5)),
+    "one up, one down": lambda weight: weight.view(torch.int16)[5, :2].add_(torch.tensor([1, -1])),
+    "rows in reverse": lambda weight: weight.copy_(weight.flip(0)),
+    "the lowest bit": lambda weight: weight.view(torch.int16)[7, 11].bitwise_xor_(1),
+    "the sign of a zero": lambda weight: weight[1, 1].neg_(),
+    "a sign": lambda weight: weight[2, 2].neg_(),
+}
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "dora", "replaced"])
+def test_any_bit_that_has_changed_since_is_refused(
+    make_adapter: Callable[..., Path], dtype: torch.dtype, kind: str
+) -> None:
+    model, tensors = Model(dtype), factors("q", 24, 40)
+    tensors["q.lora_B.weight"][1] = tensors["q.lora_A.weight"][:, 1] = 0.0
+    if kind == "dora":
+        tensors["q.lora_magnitude_vector"] = torch.rand(24) + 0.1
+    if kind == "replaced":
+        tensors = {"q.weight": torch.randn(24, 40), "q.bias": torch.zeros(24)}
+        tensors["q.weight"][1, 1] = 0.0
+    model.q.weight.data[1, 1] = 0.0
+    config = {"modules_to_save": ["q"]} if kind == "replaced" else {"use_dora": kind == "dora"}
+    adapter, before = adapterkit.load(make_adapter(tensors, **config)), bits(model)
+    adapterkit.apply(model, adapter)
+    with_adapter = model.q.weight.data.clone()
+    assert with_adapter[1, 1] == 0.0
+    for name, change in CHANGES.items():
+        change(model.q.weight.data)
+        with pytest.raises(UsageError, match=r"q\.weight: has changed since"):
+            adapterkit.remove(model, adapter)
+            pytest.fail(name)
+        model.q.weight.data.copy_(with_adapter)
+    layer = model.q
+    del model.q
+    with pytest.raises(UsageError, match=r"q\.(weight|bias): is not in the model any more"):
+        adapterkit.remove(model, adapter)
+    model.q = layer
+    adapterkit.remove(model, adapter)
+    assert bits(model).keys() == before.keys() and all(torch.equal(bits(model)[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("dtype", [*KINDS, torch.float64, torch.float8_e4m3fn])
+def test_a_fingerprint_is_of_every_bit_and_its_place(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(6, 10).to(dtype)
+    seen = {live.fingerprint(values)}
+    raw = values.view(torch.uint8)
+    for at in range(0, raw.numel(), 7):
+        for bit in range(8):
+            raw.view(-1)[at] ^= 1 << bit
+            seen.add(live.fingerprint(values))
+            raw.view(-1)[at] ^= 1 << bit
+    assert len(seen) == 1 + 8 * len(range(0, raw.numel(), 7))
+    whole = live.fingerprint(values)
+    monkeypatch.setattr(live, "BLOCK_ELEMENTS", 20)
+    assert live.fingerprint(values) == live.fingerprint(values.T.contiguous().T) == whole
+    assert live.fingerprint(values[0]) == live.fingerprint(values[0].clone()) != live.fingerprint(values[1])
+    assert live.fingerprint(values[:0]) == live.fingerprint(values[0, :0]) == 0
+
+
 @pytest.mark.parametrize("broken", ["record", "add_updates", "_set"])
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was(
     make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, broken: str
