@@ -18,6 +18,7 @@ from adapterkit.delta import Retention, Update, add_updates, exact_sum, measure_
 from adapterkit.device import CPU, Buffers, Place
 from adapterkit.errors import FitError
 from adapterkit.fused import add_rounded
+from adapterkit.limits import check_finite, check_packable, check_range, check_scales
 from adapterkit.plan import Edit, Recorded
 from adapterkit.quant.packed import Numbers, Packed, Packer, Rows
 from adapterkit.rounding import on_midpoints, round_once
@@ -78,7 +79,7 @@ def load(edit: Edit, fd: int) -> Loaded:
     added = []
     for addition in edit.added:
         vector = addition.vector.read().to(dtype) * addition.scale
-        _check_finite(vector, edit.name)
+        check_finite(vector, edit.name)
         added.append(vector[:, None])
     packer = edit.packing.start(columns) if edit.packing else None
     twin = Twin(edit.twin.open(columns), edit.twin.slack(columns)) if edit.twin else None
@@ -118,7 +119,7 @@ def merge_rows(
             out[start - first :][: len(sums)] = round_once(sums, out.dtype)
             by_chunk.append((flat := sums.view(-1)).dot(flat))
         squares = torch.stack(by_chunk)
-    _check_range(edit, squares, out, source)
+    check_range(edit, squares, out, source, first)
     if undoable and undone is None and source is not None:
         if edit.replaced or edit.added:
             undone = difference(source, out)
@@ -162,22 +163,23 @@ def restore_rows(edit: Edit, loaded: Loaded, fd: int, recorded: Recorded, buffer
 
 def pack_rows(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, into: memoryview) -> None:
     """Compute rows `first:last` of `edit` and quantize them into `into`. Raises FitError where they are not finite."""
-    assert loaded.packer is not None
+    packing, packer = edit.packing, loaded.packer
+    assert packing is not None and packer is not None
     source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
     _check_twin(edit, loaded, source, first, last)
     for start, sums in _sums(edit, loaded, source, first, last, buffers):
-        if not bool(sums.isfinite().all()):
-            raise FitError(f"{edit.name}: holds NaN or Inf, which cannot be quantized")
+        check_packable(edit.name, sums, packing)
         at = edit.offset(start) - edit.offset(first)
-        packed = loaded.packer.pack(sums.float(), start)
+        packed = packer.pack(sums.float(), start)
         into[at : at + len(packed)] = packed.cpu().numpy().data
 
 
 def finish_packing(edit: Edit, loaded: Loaded, fd: int, buffers: Buffers) -> tuple[list[bytes], Retention | None]:
     """The other tensors of a quantized weight of which all rows are packed, and what is kept of its update."""
     packer, depth = loaded.packer, edit.matrix[0]
-    assert packer is not None
+    assert packer is not None and edit.packing is not None
     parts = packer.finish()
+    check_scales(edit.name, packer.most(), edit.packing)
     if not edit.deltas or edit.replaced:
         return parts, None
     kept, step = Retention(), _step(edit, buffers.place.chunk)
@@ -315,7 +317,7 @@ def _base_rows(
                 continue
             picked, at = [index for index, _ in hits], [row for _, row in hits]
             values = change.values.read()[picked].to(device, dtype)
-        _check_finite(values, edit.name)
+        check_finite(values, edit.name)
         if change.weight == 1.0 or source is None:
             rows[at] = values
         else:  # a weighted adapter goes that share of the way to its own values
@@ -346,26 +348,3 @@ def _check_twin(edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: 
             f"{edit.name}: is {here:.6g} at [{first + i}, {j}] in the original and {there:.6g} in the quantized base, "
             "further than rounding explains: is it the model that was quantized?"
         )
-
-
-def _check_finite(values: torch.Tensor, name: str) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise FitError(f"{name}: the adapter brings NaN or Inf for it: the adapter is broken")
-
-
-def _check_range(edit: Edit, squares: torch.Tensor, out: torch.Tensor, base: torch.Tensor | None) -> None:
-    """Refuse results beyond the output dtype, except where the base itself is not finite.
-
-    No square exceeds the sum of them all, `squares` by chunk, which is the cheapest pass there is; it is NaN or Inf
-    where one of them is, and may be Inf where none is.
-    """
-    limit = torch.finfo(out.dtype).max
-    if float(squares.max()) < limit * limit:  # false for NaN
-        return
-    broken = ~torch.isfinite(out)
-    if base is not None:
-        broken &= torch.isfinite(base)
-    if bool(broken.any()):
-        name = str(out.dtype).removeprefix("torch.")
-        wider = {torch.float16: "--dtype bf16", torch.bfloat16: "--dtype fp32"}.get(out.dtype, "a smaller --scale")
-        raise FitError(f"{edit.name}: a merged weight is beyond {limit:.5g}, where {name} ends: use {wider}")

@@ -21,6 +21,7 @@ from adapterkit.adapter import Adapter, load_weights
 from adapterkit.delta import Update, add_updates, update_for
 from adapterkit.device import exact_products
 from adapterkit.errors import FitError, UsageError
+from adapterkit.limits import check_finite, check_overflow
 from adapterkit.quant.modules import dequantized, is_quantized
 from adapterkit.renames import explain_missing
 from adapterkit.residual import Residual, record, restore
@@ -134,12 +135,12 @@ def _merge_into(model: nn.Module, name: str, updates: list[Update], undo: list[C
         dense = _dense(layer)
         undo.append(lambda: _set(model, path, layer))
         _set(model, path, dense)
-        _add(dense.weight.data, updates)
+        _add(dense.weight.data, updates, name)
         return
     data = getattr(layer, leaf).data
     if any(update.renormalizes for update in updates):
         _keep(model, name, undo)
-        _add(data, updates)
+        _add(data, updates, name)
         return
     matrix = _matrix(data, updates)
     done: list[tuple[int, int, Residual]] = []  # rows, and what restores them
@@ -156,6 +157,7 @@ def _merge_into(model: nn.Module, name: str, updates: list[Update], undo: list[C
         before = matrix[first:last].clone()
         try:
             add(first, last)
+            check_overflow(before, matrix[first:last], name)
             done.append((first, last, record(before, matrix[first:last], first, updates)))
         except BaseException:
             matrix[first:last] = before
@@ -192,11 +194,13 @@ def fingerprint(values: torch.Tensor) -> int:
     return total % 2**64
 
 
-def _add(data: torch.Tensor, updates: list[Update]) -> None:
+def _add(data: torch.Tensor, updates: list[Update], name: str) -> None:
     matrix = _matrix(data, updates)
     add = adder(matrix, updates)
     for first, last in _blocks(matrix):
+        before = matrix[first:last].clone()
         add(first, last)
+        check_overflow(before, matrix[first:last], name)
 
 
 def adder(matrix: torch.Tensor, updates: list[Update]) -> Callable[[int, int], None]:
@@ -276,7 +280,9 @@ def _blocks(matrix: torch.Tensor) -> list[tuple[int, int]]:
 def _add_to(model: nn.Module, name: str, vector: torch.Tensor, scale: float, undo: list[Callable[[], object]]) -> None:
     data = model.get_parameter(name).data
     _keep(model, name, undo)
-    data.copy_(round_once(data.double() + vector.to(data.device).double() * scale, data.dtype))
+    before = data.double()
+    data.copy_(round_once(before + vector.to(data.device).double() * scale, data.dtype))
+    check_overflow(before, data, name)
 
 
 def _replace(
@@ -294,7 +300,9 @@ def _replace(
         raise FitError(f"{name}: the adapter brings {tuple(values.shape)}, the model has {tuple(data[at].shape)}")
     _keep(model, name, undo)
     old, new = data[at].double(), values.to(data.device).double()
+    check_finite(new, name)
     data[at] = round_once(old + weight * (new - old) if weight != 1.0 else new, data.dtype)
+    check_overflow(new if weight == 1.0 else old + new, data[at], name)
 
 
 def _keep(model: nn.Module, name: str, undo: list[Callable[[], object]]) -> None:

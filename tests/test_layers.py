@@ -26,7 +26,7 @@ LEVELS = (
     ("changes", "layout"),
     ("ties",),
     ("planning", "device", "sidecar", "digest", "receipt"),
-    ("wholes", "based", "undo"),
+    ("wholes", "based", "undo", "limits"),
     ("blocks", "calibration", "card", "against", "inventory", "live", "combining", "resuming"),
     ("hub",),
     (
@@ -65,8 +65,8 @@ ALLOWED = {
     "plot": {"matplotlib", "numpy"},
 }
 TORCH_AT_TOP = {  # themselves imported only where weights are read
-    "against", "based", "blocks", "calibration", "combining", "comparing", "converting", "device", "extracting", "live",
-    "quant.carry", "undo", "verifying", "wholes",
+    "against", "based", "blocks", "calibration", "combining", "comparing", "converting", "device", "extracting",
+    "limits", "live", "quant.carry", "undo", "verifying", "wholes",
     *(f"train.{name}" for name in ("causal", "initial", "injection", "layers", "loop", "loss", "products")),
     *(f"runs.{name}" for name in ("memory", "models", "place", "preparing", "results", "run", "scoring")),
 }  # fmt: skip

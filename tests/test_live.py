@@ -203,6 +203,29 @@ def test_a_model_that_moved_is_undone_and_one_that_changed_is_refused(make_adapt
     assert same(bits(model), before)
 
 
+@pytest.mark.parametrize("kind", ["plain", "dora", "bias", "replaced", "int8"])
+def test_a_sum_beyond_the_dtype_leaves_the_model_as_it_was(make_adapter: Callable[..., Path], kind: str) -> None:
+    model, tensors, config = Model(torch.float16), factors("q", 24, 40), {}
+    if kind == "plain":
+        tensors["q.lora_B.weight"] *= 1e7
+    elif kind == "dora":
+        tensors["q.lora_magnitude_vector"], config = torch.full((24,), 1e7), {"use_dora": True}
+    elif kind == "bias":
+        tensors["q.lora_B.bias"], config = torch.full((24,), 6e4), {"lora_bias": True}
+    elif kind == "replaced":
+        tensors, config = {"k.weight": torch.full((24, 40), 7e4)}, {"modules_to_save": ["k"]}
+    else:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        layer = bitsandbytes.nn.Linear8bitLt(40, 24, bias=True, has_fp16_weights=False)
+        layer.weight = bitsandbytes.nn.Int8Params(model.q.weight.data.clone(), requires_grad=False)
+        layer.bias = model.q.bias
+        model.q, tensors["q.lora_B.weight"] = layer.to("cpu"), tensors["q.lora_B.weight"] * 1e7
+    before, layers = bits(model), dict(model.named_modules())
+    with pytest.raises(FitError, match="(weight|bias): a weight is then beyond 65504, where float16 ends"):
+        adapterkit.apply(model, adapterkit.load(make_adapter(tensors, **config)))
+    assert same(bits(model), before) and dict(model.named_modules()) == layers
+
+
 def swap(tensor: torch.Tensor, one: Any, other: Any) -> None:
     tensor[one], tensor[other] = tensor[other].clone(), tensor[one].clone()
 

@@ -462,6 +462,102 @@ def test_int8_is_quantized_as_by_bitsandbytes() -> None:
     assert np.array_equal(np.delete(np.frombuffer(scales, np.float32), 5), scale.numpy()) and layout == b"\0"
 
 
+# --- what a dtype does not hold --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [65504.0, 65519.0, 65520.0, 7e4, -1e30, torch.inf, torch.nan])
+def test_what_int8_cannot_be_quantized_from_is_refused(
+    most: float, make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """bitsandbytes goes by way of float16, from which it would make an infinite scale and a row of zeros."""
+    weight = torch.randn(24, 40)
+    weight[7, 3] = most
+    _, scale, _ = functional.int8_vectorwise_quant(weight.half())
+    base = make_base({"layers.0.q.weight": weight})
+    if bool(scale.isfinite().all()) and not np.isnan(most):
+        adapterkit.quantize(base, tmp_path / "out", to="int8")
+        assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["layers.0.q.SCB"], scale)
+        return
+    says = "beyond 65504, where float16 ends, from which bitsandbytes LLM.int8" if np.isfinite(most) else "NaN or Inf"
+    with pytest.raises(FitError, match=f"layers.0.q.weight: holds .*{says}"):
+        adapterkit.quantize(base, tmp_path / "out", to="int8")
+    assert not (tmp_path / "out").exists()
+    if np.isfinite(most):
+        adapterkit.quantize(base, tmp_path / "out", to="nf4")
+        [packed] = [w for w in quant.weights(*opened(tmp_path / "out")).values() if isinstance(w, quant.Packed)]
+        assert float(packed.open(40)(0, 24)[7, 3]) == pytest.approx(most)
+
+
+def opened(folder: Path) -> tuple[Any, Any]:
+    checkpoint = open_checkpoint(folder)
+    return checkpoint.tensors, checkpoint.config
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_a_sum_beyond_what_a_base_dequantizes_to_is_refused(
+    kind: str, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Merged into four bits again it would be infinite when the model is loaded, and nobody would have said so."""
+    weight = torch.full((24, 40), 6e4).half()
+    adapterkit.quantize(make_base({"layers.0.q.weight": weight}, {"dtype": "float16"}), tmp_path / "packed", to=kind)
+    ones = {"layers.0.q.lora_A.weight": torch.ones(1, 40), "layers.0.q.lora_B.weight": torch.full((24, 1), 9e3)}
+    adapter = make_adapter(ones, r=1, lora_alpha=1)
+    for how in ({"quantize": "same", "accept_loss": True}, {}):
+        with pytest.raises(FitError, match="layers.0.q.weight: .* beyond 65504, where float16 ends"):
+            adapterkit.merge(tmp_path / "packed", [adapter], tmp_path / "out", **how)
+        assert not (tmp_path / "out").exists()
+
+
+def test_nested_scales_that_would_be_infinite_are_refused(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    """Quantized, a scale may come out larger; and the mean of many may be beyond float32."""
+    half = torch.linspace(6.4e4, 65504, 64)[:, None].expand(64, 64).half()
+    half[0] = 0.0  # so that the others' scales are close to each other, and to the next code
+    base = make_base({"layers.0.q.weight": half})
+    with pytest.raises(FitError, match="with its scales quantized too it dequantizes to .* beyond 65504"):
+        adapterkit.quantize(base, tmp_path / "out", to="nf4", nested=True)
+    adapterkit.quantize(base, tmp_path / "out", to="nf4")
+    huge = {"layers.0.q.weight": torch.full((64, 64), 3e38).bfloat16()}
+    save_file(huge, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FitError, match="with its scales quantized too it dequantizes to (nan|inf)"):
+        adapterkit.quantize(base, tmp_path / "nested", to="fp4", nested=True)
+    assert not (tmp_path / "nested").exists()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_weights_that_their_own_dtype_does_not_hold_are_refused(
+    kind: str, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A scale that is not finite is the base's own affair, as in bases that are not quantized."""
+    config: dict[str, Any] = {"dtype": "float16"}
+    name, weight = "layers.0.q", torch.randn(24, 40)
+    if kind == "nf4":
+        parts, _ = packed_4bit(weight.half())
+        tensors, scale = named(parts, name), f"{name}.weight.absmax"
+    elif kind == "int8":
+        q, rows, _ = functional.int8_vectorwise_quant(weight.half())
+        tensors, scale = {f"{name}.weight": q, f"{name}.SCB": rows}, f"{name}.SCB"
+    else:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+        tensors = {f"{name}.weight": weight.to(torch.float8_e4m3fn), f"{name}.weight_scale_inv": torch.rand(3, 5)}
+        scale = f"{name}.weight_scale_inv"
+    adapter = make_adapter(factors(name, 24, 40))
+    base = make_base(tensors | {"norm.weight": torch.ones(40).half()}, config)
+    for value, passes in ((2.0, True), (1e6, False), (torch.inf, True)):
+        tensors[scale].view(-1)[1] = value
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+        if passes:
+            adapterkit.merge(base, [adapter], tmp_path / "out", overwrite=True)
+            merged = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"]
+            assert bool(merged.isfinite().all()) is (value == 2.0)
+            continue
+        for dtype in (None, "bf16"):
+            with pytest.raises(
+                FitError, match=f"{name}.weight: holds .* beyond 65504, where float16 ends, to which it"
+            ):
+                adapterkit.merge(base, [adapter], tmp_path / "refused", dtype=dtype)
+            assert not (tmp_path / "refused").exists()
+
+
 @pytest.fixture
 def sixteen_bits(make_base: Callable[..., Path]) -> Path:
     tensors = {f"layers.{layer}.q.weight": torch.randn(24, 40).bfloat16() for layer in range(2)}

@@ -395,6 +395,9 @@ class Packer4bit(Packer):
         values = dequantize(packed, absmax, pair_table(self.code.to(packed.device)), self.packing.blocksize)
         return values[: end - begin].view(last - first, self.columns)
 
+    def most(self) -> float:
+        return float(self.restored.abs().max() * self.code.abs().max())
+
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.numpy().tobytes()

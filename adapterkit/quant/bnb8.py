@@ -95,6 +95,7 @@ class Packing8bit(Packing):
     """To LLM.int8. bitsandbytes takes the weight in float16, so that is what is quantized here too."""
 
     bits = 8
+    taken_as = "F16"
 
     shape: tuple[int, ...]
     dtype: str
@@ -149,3 +150,6 @@ class Packer8bit(Packer):
 
         scale = self.scale[first:last, None].to(packed.device)
         return packed.view(torch.int8).view(last - first, -1) * scale * (1 / 127)
+
+    def most(self) -> float:
+        return float(self.scale.max())

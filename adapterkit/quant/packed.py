@@ -110,6 +110,7 @@ class Packing(ABC):
     """How one weight is to be quantized: which tensors that makes, known before any number is."""
 
     bits: ClassVar[int]  # that an element of the weight itself takes
+    taken_as: ClassVar[str] = "F32"  # the dtype that weights are quantized from
     dtype: str  # that it dequantizes to
     rounding: Rounding
 
@@ -144,3 +145,7 @@ class Packer(ABC):
     @abstractmethod
     def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """What rows `first:last` dequantize to, in float32, after `finish`."""
+
+    @abstractmethod
+    def most(self) -> float:
+        """The greatest magnitude that anything dequantizes to, after `finish`."""
