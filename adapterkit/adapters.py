@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from adapterkit.api import AnyAdapter, AnyPath, open_adapters
-from adapterkit.checkpoint import open_checkpoint
 from adapterkit.combining import Combined, ModuleDone, Planned, check_limit
 from adapterkit.combining import combine as run_combine
 from adapterkit.comparing import Pair
@@ -18,7 +16,7 @@ from adapterkit.comparing import compare as run_compare
 from adapterkit.converting import rescale, to_dora, to_lora
 from adapterkit.errors import UsageError
 from adapterkit.extracting import extract as run_extract
-from adapterkit.hub import hub_id, resolve
+from adapterkit.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, open_one
 from adapterkit.lowrank import Limit
 from adapterkit.newadapter import write_adapter
 from adapterkit.plan import Given
@@ -29,7 +27,7 @@ OnModule = Callable[[Planned | ModuleDone], None]  # first the plan: what raises
 
 
 def combine(
-    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
+    adapters: AnyAdapters,
     out: AnyPath,
     *,
     method: str = "linear",
@@ -48,9 +46,9 @@ def combine(
     that several adapters hold whole: error, first or average. Raises UsageError and FitError before anything is
     written.
     """
-    if not adapters:
-        raise UsageError("no adapter given: there is nothing to combine")
     target, given = Path(out).expanduser(), open_adapters(adapters)
+    if not given:
+        raise UsageError("no adapter given: there is nothing to combine")
     limit = Limit(rank, energy) if rank is not None or energy is not None else None
     _check(target, given, overwrite)
     steps = run_combine(given, method, limit=limit, options=options, seed=seed, saved=saved)
@@ -82,7 +80,7 @@ def resize(
         raise UsageError("a rank is the same for every module already: uniform goes with energy or error")
     limit = Limit(rank, energy, error)
     check_limit(limit)
-    target, given = Path(out).expanduser(), open_adapters([adapter])
+    target, given = Path(out).expanduser(), open_one(adapter)
     _check(target, given, overwrite)
     if uniform:
         needed = _finished(run_combine(given, "linear", limit=limit), lambda _: None)
@@ -92,7 +90,7 @@ def resize(
     return result
 
 
-def compare(adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]]) -> list[Pair]:
+def compare(adapters: AnyAdapters) -> list[Pair]:
     """How alike every two of the adapters are, in all and module by module; see `comparing.Alike`."""
     return list(run_compare(open_adapters(adapters)))
 
@@ -118,7 +116,7 @@ def convert(
     """
     if to not in KINDS:
         raise UsageError(f"to {to!r}: expected one of {', '.join(KINDS)}")
-    target, [one] = Path(out).expanduser(), open_adapters([adapter])
+    target, [one] = Path(out).expanduser(), open_one(adapter)
     dora = any(weights.magnitude is not None for weights in one.adapter.modules.values())
     back = dora and to == "lora"
     limit = Limit(rank, energy) if rank is not None or energy is not None else None
@@ -135,7 +133,10 @@ def convert(
     if seed is not None and not back:
         raise UsageError("only the conversion from DoRA begins by chance: nothing else takes a seed")
     _check(target, [one], overwrite)
-    given = [one] if initial is None else open_adapters([(one.adapter, 1.0), (initial, -1.0)])
+    given = [one]
+    if initial is not None:
+        [before] = open_one(initial)
+        given = open_adapters([(one.adapter, 1.0), (before.adapter, -1.0)])
     result = _finished(_conversion(given, to, base, limit, seed or 0), on_module)
     _write(result, target, f"converted to {to}{_of(limit)}", given)
     return result
@@ -149,7 +150,7 @@ def _conversion(
         if len(given) > 1:
             return run_combine(given, "linear", limit=limit, saved="first")
         return iter([Planned(len(given[0].adapter.modules)), rescale(given[0], to == "rslora")])
-    checkpoint = open_checkpoint(resolve(base), hub_id(base))
+    checkpoint = open_base(base)
     if to == "dora":
         return to_dora(given[0], checkpoint)
     assert limit is not None
@@ -175,7 +176,7 @@ def extract(
     check_limit(limit)
     target = Path(out).expanduser()
     check_output(target, overwrite)
-    one, other = (open_checkpoint(resolve(path), hub_id(path)) for path in (base, tuned))
+    one, other = open_base(base), open_base(tuned)
     result = _finished(run_extract(one, other, limit, whole=whole, seed=seed), on_module)
     _write(result, target, f"extracted from {other.name} over {one.name}{_of(limit)}", [])
     return result

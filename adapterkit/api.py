@@ -7,21 +7,16 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapter import Adapter
 from adapterkit.budget import default_threads
-from adapterkit.checkpoint import Checkpoint, open_checkpoint
+from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import UsageError
-from adapterkit.formats import load
 from adapterkit.hub import hub_id, outlines, resolve
+from adapterkit.inputs import AnyAdapters, AnyPath, number, open_adapters, open_base, renaming, weighted
 from adapterkit.plan import Given, MergePlan
 from adapterkit.planning import DTYPES, make_plan
 from adapterkit.planning import plan_quantize as make_quantize_plan
@@ -30,15 +25,14 @@ from adapterkit.staging import check_output
 from adapterkit.stream import Merged, run
 
 if TYPE_CHECKING:
-    from adapterkit.verifying import Verdict
+    import torch
 
-AnyPath = str | os.PathLike[str]
-AnyAdapter = AnyPath | Adapter
+    from adapterkit.verifying import Verdict
 
 
 def plan_merge(
     base: AnyPath,
-    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
+    adapters: AnyAdapters,
     out: AnyPath | None = None,
     *,
     scale: float = 1.0,
@@ -51,7 +45,7 @@ def plan_merge(
     calibration: AnyPath | None = None,
     original: AnyPath | None = None,
     accept_loss: bool = False,
-    rename: tuple[str, str] | None = None,
+    rename: tuple[str, str] | str | None = None,
     allow_partial: bool = False,
     receipt: bool = True,
     link: bool = False,
@@ -60,16 +54,17 @@ def plan_merge(
 ) -> MergePlan:
     """Plan `base + scale · Σ weight · Δ`, from headers only; nothing is written.
 
-    `base` is a directory, a `.safetensors` or a Hub id; an adapter is a path, a Hub id or an opened `Adapter`, alone or
-    with its weight. Without `out`, `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is
-    bf16, fp16 or fp32; by default every tensor keeps its own. A quantized base is dequantized, unless `quantize` is
-    nf4, fp4, int8 or same; where that keeps less than half of the update, running the plan raises LossError unless
-    `accept_loss`. `rounding` is nearest, stochastic (by `seed`) or compensated (see `quant.choose`), the last also by
-    `calibration`, a text file over which running the plan first runs the base. `original` is the 16-bit model that a
-    quantized base was made from, to be checked and merged into. With a `receipt` the merge can be undone bit for bit,
-    see `unmerge`. `link` has files that stay as they are share their bytes with the base's, where the file system can.
-    What is on the Hub is downloaded once its headers fit; without `download` the plan made from them is returned, to be
-    looked at and not run. Raises what is listed in `adapterkit.errors`.
+    `base` is a directory, a `.safetensors` or a Hub id; an adapter is a path, a Hub id or an opened `Adapter`,
+    alone or with its weight; several are a sequence of these, or a mapping of paths to weights. Without `out`,
+    `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is bf16, fp16 or fp32; by default
+    every tensor keeps its own. A quantized base is dequantized, unless `quantize` is nf4, fp4, int8 or same; where
+    that keeps less than half of the update, running the plan raises LossError unless `accept_loss`. `rounding` is
+    nearest, stochastic (by `seed`) or compensated (see `quant.choose`), the last also by `calibration`, a text file
+    over which running the plan first runs the base. `original` is the 16-bit model that a quantized base was made
+    from, to be checked and merged into. With a `receipt` the merge can be undone bit for bit, see `unmerge`. `link`
+    has files that stay as they are share their bytes with the base's, where the file system can. What is on the Hub
+    is downloaded once its headers fit; without `download` the plan made from them is returned, to be looked at and
+    not run. Raises what is listed in `adapterkit.errors`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -78,15 +73,16 @@ def plan_merge(
     if quantize is not None and dtype is not None:
         raise UsageError("a quantized output has the dtypes of its scheme: give dtype or quantize, not both")
     _check_rounding(rounding, seed, quantize is not None)
+    named, rename = weighted(adapters), renaming(rename)
     if accept_loss and quantize is None:
         raise UsageError("only a quantized output can lose an update: accept_loss goes with quantize")
 
     def made(where: Callable[[AnyPath], Path]) -> MergePlan:
-        checkpoint = open_checkpoint(where(base), hub_id(base))
-        given = open_adapters(adapters, scale, alpha, scaling, where)
-        sixteen = None if original is None else open_checkpoint(where(original), hub_id(original))
-        named = (sixteen, original) if sixteen and original is not None else (checkpoint, base)
-        target = Path(out).expanduser() if out is not None else _default_output(*named, "merged")
+        checkpoint = open_base(base, where)
+        given = open_adapters(named, scale, alpha, scaling, where)
+        sixteen = None if original is None else open_base(original, where)
+        into = (sixteen, original) if sixteen and original is not None else (checkpoint, base)
+        target = Path(out).expanduser() if out is not None else _default_output(*into, "merged")
         for one in (checkpoint, *((sixteen,) if sixteen else ())):
             check_apart(target, one, given)
         check_output(target, overwrite)
@@ -96,8 +92,8 @@ def plan_merge(
             calibration=_text(calibration, rounding), receipt=receipt, link=link,
         )  # fmt: skip
 
-    named = [base, *(one[0] if isinstance(one, tuple) else one for one in adapters), original]
-    with outlines([one for one in named if isinstance(one, str | os.PathLike)]) as where:
+    places = [base, *(what for what, _ in named), original]
+    with outlines([one for one in places if isinstance(one, str | os.PathLike)]) as where:
         if where is not None:
             plan = made(where)
             if not download:
@@ -107,7 +103,7 @@ def plan_merge(
 
 def merge(
     base: AnyPath,
-    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
+    adapters: AnyAdapters,
     out: AnyPath | None = None,
     *,
     scale: float = 1.0,
@@ -120,14 +116,14 @@ def merge(
     calibration: AnyPath | None = None,
     original: AnyPath | None = None,
     accept_loss: bool = False,
-    rename: tuple[str, str] | None = None,
+    rename: tuple[str, str] | str | None = None,
     allow_partial: bool = False,
     receipt: bool = True,
     link: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     report: bool = False,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     resume: bool = False,
 ) -> Merged:
     """Merge in one call: `plan_merge`, then `run` to its end."""
@@ -144,23 +140,23 @@ def merge(
 def verify(
     merged: AnyPath,
     base: AnyPath,
-    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
+    adapters: AnyAdapters,
     *,
     scale: float = 1.0,
     sample: float = 1.0,
-    rename: tuple[str, str] | None = None,
+    rename: tuple[str, str] | str | None = None,
     threads: int | None = None,
 ) -> Iterator[Verdict]:
     """Whether `merged` is `base` with the weighted `adapters` in it: a verdict for each tensor; see `verifying`.
 
     `sample` is the share of the rows that is looked at. Raises FitError where it is another model's checkpoint.
     """
-    if not 0 < sample <= 1:
+    if not 0 < number(sample, "sample") <= 1:
         raise UsageError(f"sample {sample}: expected a share above 0 and up to 1")
     from adapterkit.verifying import verify as run_verify
 
-    checkpoint, there = (open_checkpoint(resolve(path), hub_id(path)) for path in (base, merged))
-    plan = make_plan(checkpoint, open_adapters(adapters, scale), Path("never written"), rename=rename)
+    checkpoint, there = open_base(base), open_base(merged)
+    plan = make_plan(checkpoint, open_adapters(adapters, scale), Path("never written"), rename=renaming(rename))
     return run_verify(plan, there, share=sample, threads=threads or default_threads())
 
 
@@ -187,7 +183,7 @@ def plan_quantize(
     if to == "int8" and (blocksize != 64 or nested):
         raise UsageError("int8 has one scale a row: block size and nesting are for nf4 and fp4")
     _check_rounding(rounding, seed, True)
-    checkpoint = open_checkpoint(resolve(base), hub_id(base))
+    checkpoint = open_base(base)
     target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base, to)
     check_apart(target, checkpoint, [])
     check_output(target, overwrite)
@@ -207,7 +203,7 @@ def quantize(
     calibration: AnyPath | None = None,
     overwrite: bool = False,
     threads: int | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
 ) -> Merged:
     """Quantize in one call: `plan_quantize`, then `run` to its end."""
     plan = plan_quantize(
@@ -219,34 +215,6 @@ def quantize(
     return result
 
 
-def open_adapters(
-    adapters: Sequence[AnyAdapter | tuple[AnyAdapter, float]],
-    scale: float = 1.0,
-    alpha: float | None = None,
-    scaling: float | None = None,
-    where: Callable[[AnyPath], Path] = resolve,
-) -> list[Given]:
-    """Adapters as they are given to a call, opened `where` they lie, with names that tell them apart."""
-    return _name_apart([_open(entry, scale, alpha, scaling, where) for entry in adapters])
-
-
-def _open(
-    entry: AnyAdapter | tuple[AnyAdapter, float], scale: float, alpha: float | None, scaling: float | None,
-    where: Callable[[AnyPath], Path],
-) -> Given:  # fmt: skip
-    what, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
-    if not math.isfinite(weight * scale):
-        raise UsageError(f"weight {weight} × scale {scale}: expected finite numbers")
-    if isinstance(what, Adapter):
-        name = what.files[0].parent.name if what.files else "adapter"
-        return Given(what, weight * scale, name)
-    path = where(what)
-    adapter = load(path, alpha=alpha, scaling=scaling)
-    generic = path.is_file() and path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
-    name = hub_id(what) or (path.resolve().parent.name if generic else path.resolve().name)
-    return Given(adapter, weight * scale, name)
-
-
 def _check_rounding(rounding: str, seed: int, quantized: bool) -> None:
     if rounding not in ROUNDINGS:
         raise UsageError(f"rounding {rounding!r}: expected one of {', '.join(ROUNDINGS)}")
@@ -254,8 +222,8 @@ def _check_rounding(rounding: str, seed: int, quantized: bool) -> None:
         raise UsageError(
             "only a quantized output can be rounded otherwise than to the nearest: rounding goes with quantize"
         )
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed {seed}: expected a whole number from 0 to 2^63 - 1")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed!r}: expected a whole number from 0 to 2^63 - 1")
     if seed and rounding != "stochastic":
         raise UsageError("only stochastic rounding has a seed")
 
@@ -269,19 +237,6 @@ def _text(calibration: AnyPath | None, rounding: str) -> Path | None:
     if not path.is_file():
         raise UsageError(f"{path}: expected a text file to calibrate with")
     return path
-
-
-def _name_apart(given: list[Given]) -> list[Given]:
-    """Give adapters of one name numbers, so that no two labels are equal, whatever the others are called."""
-    times = Counter(one.label for one in given)
-    taken, apart = {label for label, number in times.items() if number == 1}, []
-    for one in given:
-        label = one.label
-        if times[label] > 1:
-            label = next(name for number in count(1) if (name := f"{one.label} #{number}") not in taken)
-            taken.add(label)
-        apart.append(replace(one, label=label))
-    return apart
 
 
 def _default_output(checkpoint: Checkpoint, base: AnyPath, what: str) -> Path:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
 ENOUGH_LEFT = 0.5  # of an update, in a quantized output
+MAX_THREADS = 256
 TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
 
 
@@ -41,7 +42,9 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
 
 
 def check_device(plan: MergePlan, device: str, threads: int) -> None:
-    """Raise UsageError where `device` names none, or a GPU that is not there."""
+    """Raise UsageError where `device` names none, or a GPU that is not there, or `threads` is not a number of them."""
+    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"threads {threads!r}: expected a whole number from 1 to {MAX_THREADS}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise UsageError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
     if device.startswith("cuda"):

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from numbers import Integral, Real
 
 import torch
 
@@ -132,8 +133,8 @@ def _settings(
             raise UsageError(f"{method} has no option {name!r}: {takes}")
     settings = {**known.options, **options}
     density = settings.get("density", 1.0)
-    if not isinstance(density, float) or not 0 < density <= 1:
-        raise UsageError(f"density {density}: expected a share above 0 and up to 1")
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
+        raise UsageError(f"density {density!r}: expected a share above 0 and up to 1")
     if settings.get("inner", "ties") not in INNERS:
         raise UsageError(f"inner {settings['inner']!r}: expected one of {', '.join(INNERS)}")
     if seed is not None and not known.chance:
@@ -150,6 +151,10 @@ def check_limit(limit: Limit | None) -> None:
     """Raise UsageError where a limit makes no sense."""
     if limit is None:
         return
+    for name, kind in (("rank", Integral), ("energy", Real), ("error", Real)):
+        value = getattr(limit, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise UsageError(f"{name} {value!r}: expected a {'whole ' if kind is Integral else ''}number")
     if limit.rank is not None and limit.rank < 1:
         raise UsageError(f"rank {limit.rank}: expected at least 1")
     if limit.energy is not None and not 0 < limit.energy <= 1:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from math import prod
+from math import isfinite, prod
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -71,6 +72,11 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
 
     Raises FitError where anything of the adapter has no place or does not fit; the model is then as it was.
     """
+    if not isinstance(model, nn.Module) or not isinstance(adapter, Adapter):
+        found = f"{type(model).__name__} and {type(adapter).__name__}"
+        raise UsageError(f"apply: expected a torch.nn.Module and an Adapter (see adapterkit.load), found {found}")
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not isfinite(weight):
+        raise UsageError(f"weight {weight!r}: expected a finite number")
     receipts: list[Receipt] = getattr(model, RECEIPTS, [])
     if any(receipt.adapter is adapter for receipt in receipts):
         raise UsageError("this adapter is in the model already: remove it before applying it again")

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterkit.adapter import Adapter
-from adapterkit.api import AnyAdapter, AnyPath, check_apart, open_adapters
+from adapterkit.api import check_apart
 from adapterkit.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import FitError, UsageError
-from adapterkit.hub import hub_id, resolve
+from adapterkit.hub import resolve
+from adapterkit.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
 from adapterkit.plan import Given, MergePlan
 from adapterkit.receipt import find_receipt, read_receipt
 from adapterkit.staging import check_output, discard
@@ -29,19 +31,20 @@ from adapterkit.unmerging import (
     sort_by_level,
 )  # fmt: skip
 
-Adapters = Sequence[AnyAdapter | tuple[AnyAdapter, float]]
+if TYPE_CHECKING:
+    import torch
 
 
 def unmerge(
     merged: AnyPath,
     out: AnyPath,
     *,
-    adapters: Adapters = (),
+    adapters: AnyAdapters = (),
     base: AnyPath | None = None,
     approximate: bool = False,
     every: bool = False,
     threads: int | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     run_plan: Callable[[MergePlan], Merged] | None = None,
 ) -> Merged:
     """Undo the last merge of `merged`, or `every` one, bit for bit, and write the base to `out`.
@@ -76,7 +79,7 @@ def unmerge(
 
 
 def plan_unmerge(
-    merged: AnyPath, out: AnyPath, *, adapters: Adapters = (), base: AnyPath | None = None, approximate: bool = False
+    merged: AnyPath, out: AnyPath, *, adapters: AnyAdapters = (), base: AnyPath | None = None, approximate: bool = False
 ) -> MergePlan:
     """Plan to undo the last merge of `merged`, as `unmerge` does; nothing is written."""
     checkpoint, target, given = _checked(merged, out, adapters, approximate)
@@ -84,13 +87,13 @@ def plan_unmerge(
 
 
 def _checked(
-    merged: AnyPath, out: AnyPath, adapters: Adapters, approximate: bool
+    merged: AnyPath, out: AnyPath, adapters: AnyAdapters, approximate: bool
 ) -> tuple[Checkpoint, Path, list[Given]]:
     """What is to be undone, where that goes, and the adapters that are given, opened and checked to lie apart."""
     source, target = resolve(merged), Path(out).expanduser()
-    checkpoint = open_checkpoint(source, hub_id(merged))
+    checkpoint = open_base(merged)
     told = find_receipt(source) is not None and not approximate
-    given = open_adapters([_opened(entry) for entry in adapters] if told else adapters)
+    given = open_adapters([(_opened(what), weight) for what, weight in weighted(adapters)] if told else adapters)
     check_output(target, overwrite=False)
     check_apart(target, checkpoint, given)
     return checkpoint, target, given
@@ -98,7 +101,7 @@ def _checked(
 
 def _plan(merged: Checkpoint, out: Path, given: Sequence[Given], base: AnyPath | None, approximate: bool) -> MergePlan:
     """What undoes the last merge, from headers only but where a base is to be checked."""
-    original = None if base is None else open_checkpoint(resolve(base), hub_id(base))
+    original = None if base is None else open_base(base)
     if original is not None:
         check_apart(out, original, given)
     folder = find_receipt(merged.path)
@@ -129,13 +132,12 @@ def _plan(merged: Checkpoint, out: Path, given: Sequence[Given], base: AnyPath |
     return plan_undo(merged, receipt, find_adapters(receipt, [one.adapter for one in given], merged.path), out)
 
 
-def _opened(entry: AnyAdapter | tuple[AnyAdapter, float]) -> AnyAdapter | tuple[AnyAdapter, float]:
-    """An adapter that a receipt tells the scalings of, with its weight."""
-    what, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
-    return (what if isinstance(what, Adapter) else opened(resolve(what))), weight
+def _opened(adapter: AnyAdapter) -> Adapter:
+    """An adapter that a receipt tells the scalings of."""
+    return adapter if isinstance(adapter, Adapter) else opened(resolve(adapter))
 
 
-def _run(plan: MergePlan, threads: int | None, device: str) -> Merged:
+def _run(plan: MergePlan, threads: int | None, device: str | torch.device) -> Merged:
     *_, result = run(plan, threads=threads, device=device)
     assert isinstance(result, Merged)
     return result

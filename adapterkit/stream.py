@@ -30,6 +30,8 @@ from adapterkit.staging import RECEIPT, remove, staged
 from adapterkit.tensorfile import read_span
 
 if TYPE_CHECKING:
+    import torch
+
     from adapterkit.blocks import Loaded
     from adapterkit.delta import Retention
     from adapterkit.device import Buffers, Place
@@ -66,7 +68,7 @@ def run(
     *,
     threads: int | None = None,
     report: bool = False,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     resume: bool = False,
 ) -> Generator[TensorMerged | Merged, None, None]:
     """Run `plan`, yielding an event for each tensor and the result last; nothing is left behind on failure.
@@ -77,7 +79,7 @@ def run(
     Raises NoSpaceError where the disk is too small, before or while writing, FitError where factors are not finite or
     results exceed their dtype, and UsageError where there is no such device.
     """
-    threads = threads or default_threads()
+    threads, device = default_threads() if threads is None else threads, str(device)
     check_device(plan, device, threads)
     check_space(plan)
     if plan.calibration is not None:

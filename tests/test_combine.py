@@ -468,7 +468,7 @@ def test_what_makes_no_sense_is_said_before_anything_is_written(
     fails(UsageError, "ties has no option 'k': it takes density", method="ties", options={"k": 1.0})
     fails(UsageError, "linear has no option 'density': it takes none", options={"density": 0.5})
     fails(UsageError, "density 1.5", method="ties", options={"density": 1.5})
-    fails(UsageError, "density much", method="ties", options={"density": "much"})
+    fails(UsageError, "density 'much'", method="ties", options={"density": "much"})
     fails(UsageError, "inner 'mean'", method="core", options={"inner": "mean"})
     fails(UsageError, "takes no seed", method="ties", seed=1)
     fails(UsageError, "cat keeps every rank", method="cat", rank=3)

@@ -29,6 +29,7 @@ LEVELS = (
     ("wholes", "based", "undo", "limits"),
     ("blocks", "calibration", "card", "against", "inventory", "live", "combining", "resuming"),
     ("hub",),
+    ("inputs",),
     (
         "finding",
         "measured",

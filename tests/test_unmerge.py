@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
-from adapterkit import api, coding, device, outputs, residual
+from adapterkit import coding, device, inputs, outputs, residual
 from adapterkit.adapter import Adapter
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
 from adapterkit.plan import Given
@@ -243,7 +243,7 @@ def test_no_two_adapters_have_one_label() -> None:
     names = ["a", "a #1", "a #2", "a #1 #1", "b"]
     for wanted in product(names, repeat=4):
         given = [Given(Adapter("peft", {}), 1.0, name) for name in wanted]
-        labels = [one.label for one in api._name_apart(given)]
+        labels = [one.label for one in inputs._name_apart(given)]
         assert len(set(labels)) == len(labels)
         assert all(label.startswith(name) for label, name in zip(labels, wanted, strict=True))
         assert all(label == name for label, name in zip(labels, wanted, strict=True) if wanted.count(name) == 1)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import Protocol
 
 from adapterkit.adapter import Adapter
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.formats import peft
-from adapterkit.formats.source import Source, open_source
+from adapterkit.formats.source import CONFIG, Source, open_source
 
 
 class Format(Protocol):
@@ -37,6 +38,9 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
     """
     if alpha is not None and scaling is not None:
         raise UsageError("--alpha and --scaling both say how strong the adapter is: give one of them")
+    for name, value in (("alpha", alpha), ("scaling", scaling)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise UsageError(f"{name} {value!r}: expected a number")
     source = open_source(Path(path))
     for reader in FORMATS:
         if reader.detect(source):
@@ -46,6 +50,12 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
         f"{source.weights}: no reader knows these tensors: {_shown(names)}. "
         f"Formats read: {', '.join(reader.NAME for reader in FORMATS)}."
     )
+
+
+def holds_adapter(path: Path, tensors: Iterable[str]) -> bool:
+    """Whether a folder, or a file that holds `tensors`, is an adapter and not a model."""
+    alone = (path / CONFIG).is_file() and not (path / "config.json").exists()
+    return alone or any(".lora_A." in name or ".lora_embedding_A" in name for name in tensors)
 
 
 def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
