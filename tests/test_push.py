@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
+import pickle
+import random
 import shutil
 import signal
+import sys
+import tarfile
 import threading
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from handmade import CONFIG, adapterkit, contents, factors, write_adapter, write_base
+from conftest import FIXTURES
+from handmade import CONFIG, adapterkit, contents, factors, packed, write_adapter, write_base
 from hubserver import Hub, Token
 from safetensors.torch import save_file
 
-from adapterkit.hub import resolve
+from adapterkit.errors import UnsafeFileError
+from adapterkit.hub import contents as contents_of
+from adapterkit.hub import resolve, secrets
 from adapterkit.hub.cards import Facts, base_of, completed
+from adapterkit.hub.contents import is_pickle, why_not
+from adapterkit.hub.secrets import find_secret
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 BASE = "lab/base"
 REPO = "me/lora"
@@ -341,6 +362,261 @@ def test_a_folder_that_is_none(there: Hub, tmp_path: Path) -> None:
     assert "expected the folder" in adapterkit("push", tmp_path / "none", REPO).message(2)
 
 
+# --- what files hold -------------------------------------------------------------------------------------------------
+
+HF = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ01234567"
+KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAA\n" * 3
+
+
+def zipped(data: bytes, how: int = zipfile.ZIP_DEFLATED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", how) as archive:
+        archive.writestr("first.txt", b"x")
+        archive.writestr("in/it.txt", data)
+    return out.getvalue()
+
+
+def tarred(data: bytes, mode: Any = "w") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as archive:
+        info = tarfile.TarInfo("in/it")
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def encrypted(data: bytes) -> bytes:
+    packed = bytearray(zipped(data))
+    for at in (6, packed.index(b"PK\x01\x02") + 8):
+        packed[at] |= 1
+    return bytes(packed)
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "zip": zipped, "stored": lambda data: zipped(data, zipfile.ZIP_STORED), "tar": tarred,
+    "tar.gz": lambda data: tarred(data, "w:gz"), "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE), "zlib": zlib.compress, "zstd": zstd.compress,
+    "gzip in zip": lambda data: zipped(gzip.compress(data)), "zip in xz": lambda data: lzma.compress(zipped(data)),
+}  # fmt: skip
+
+
+def in_metadata(text: str) -> Callable[[Path], Any]:
+    return lambda f: save_file(factors(), f / "adapter_model.safetensors", {"ss_comment": text})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (in_metadata(f"trained with {HF}"), "adapter_model.safetensors: holds what looks like a Hub token, at byte "),
+        (in_metadata("from /home/somebody/x"), "adapter_model.safetensors: its metadata holds a local path, /home/somebody/x"),
+        (lambda f: (f / "notes").write_text(f"token: {HF}"), "notes: holds what looks like a Hub token"),
+        (lambda f: (f / "a.csv").write_text(f"a,{HF},b"), "a.csv: holds what looks like a Hub token"),
+        (lambda f: (f / "config.bak").write_text(HF), "config.bak: holds"),
+        (lambda f: (f / "a.html").write_text(f"<a>{HF}</a>"), "a.html: holds"),
+        (lambda f: (f / "a.jsonl").write_text('{"a": 1}\n' * 200_000 + f'{{"a": "{HF}"}}\n'), "a.jsonl: holds"),
+        (lambda f: (f / "a.json").write_text(json.dumps("\\u0068" + HF[1:]).replace("\\\\", "\\")), "a.json: holds"),
+        (lambda f: (f / f"{HF}.txt").write_text("x"), "holds what looks like a Hub token"),
+        (lambda f: (f / "tokenizer.json").write_text(f'{{"vocab": "{HF}"}}'), "tokenizer.json: holds"),
+        (lambda f: (f / "x").write_bytes(b"\0HOME=/root\0HF_TOKEN=" + HF.encode() + b"\0"), "x: holds"),
+        (lambda f: (f / "x").write_text("for hf_writer"), "x: holds what looks like the token of this machine"),
+        (lambda f: (f / "id").write_text(KEY), "id: holds what looks like a private key"),
+        (lambda f: (f / "a.parquet").write_bytes(b"PAR1" + bytes(99)), "is a Parquet file, which cannot be looked into"),
+        (lambda f: (f / "a.zip").write_bytes(zipped(HF.encode())), "a.zip, in it in/it.txt: holds what looks like"),
+    ],
+)  # fmt: skip
+def test_secrets_are_found_wherever_they_are(
+    there: Hub, adapter: Path, spoil: Callable[[Path], Any], expected: str
+) -> None:
+    spoil(adapter)
+    message = adapterkit("push", adapter, REPO).message(1)
+    assert expected in message
+    assert HF not in message.replace(f"{HF}.txt", "")
+    assert not there.asked("(POST|PUT) ")
+
+
+SECRETS = {
+    "a Hub token": [HF, "api_org_" + "Ab1" * 11, "hf_" + "a" * 34, "hf_oauth_eyJhbGciOiJFZERTQSJ9" + ".aB1-_" * 9],
+    "a GitHub token": ["ghp_" + "Ab1" * 12, "ghs_" + "Ab1" * 12, "github_pat_" + "11ABCDE_xyz" * 8],
+    "a GitLab token": ["glpat-" + "Ab1-_" * 4],
+    "a key of OpenAI or Anthropic": [
+        "sk-" + "Ab1" * 16, "sk-proj-" + "Ab1-_" * 20, "sk-ant-api03-" + "Ab1-_" * 18, "sk-or-v1-" + "0f" * 32,
+    ],
+    "an AWS key": ["AKIA" + "ABCD2345" * 2, 'aws_secret_access_key = "' + "aB1/+" * 8, "AWS_SECRET_ACCESS_KEY=" + "a/1b" * 10],
+    "a Google key": ["AIza" + "Ab1-_" * 7, "GOCSPX-" + "Ab1-" * 7],
+    "a Slack token": ["xoxb-" + "1234567890-" * 3, "xoxp-" + "1234567890-" * 3],
+    "a Stripe key": ["sk_live_" + "Ab1" * 8],
+    "an npm token": ["npm_" + "Ab1" * 12],
+    "a PyPI token": ["pypi-AgEIcHlwaS5vcmc" + "Ab1-_" * 20],
+    "a signed web token": ["eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0." + "Ab1-_" * 8],
+    "a Weights & Biases key": ["WANDB_API_KEY=" + "0f3a" * 10, 'wandb.login(key="' + "0f3a" * 10 + '")'],
+    "a private key": [KEY, KEY.replace("OPENSSH ", ""), KEY.replace("\n", "\\n"), KEY.replace("OPENSSH", "RSA").replace(
+        "b3BlbnNzaC1rZXktdjEAAAAA", "Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,0123456789ABCDEF\n")],
+    "a login of .netrc": ["machine api.wandb.ai\n  login user\n  password 123456789"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SECRETS)
+def test_every_shape_of_a_secret_at_every_place(what: str) -> None:
+    rng = random.Random(0)
+    for secret in SECRETS[what]:
+        raw = secret.encode()
+        for before, after in ((b"", b""), (b" ", b"\n"), (b'"', b'"'), (b"\\n", b"\\n"), (b"=", b"&"), (b"\0", b"\0")):
+            if what == "a login of .netrc" and b"\0" in before:
+                continue
+            for at in range(16):
+                data = before + raw + after
+                assert find_secret(io.BytesIO(b"." * at + data)) in ((what, at + len(before)),), (secret, before, at)
+        if what != "a login of .netrc":
+            noise, places = rng.randbytes(3 * secrets.CHUNK), (secrets.CHUNK, 2 * secrets.CHUNK - secrets.OVERLAP)
+            for place in places:
+                for shift in (-len(raw) // 2, -1, 0, 1):
+                    data = noise[: place + shift] + b"\0" + raw + b"\0" + noise[place:]
+                    assert find_secret(io.BytesIO(data)) == (what, place + shift + 1)
+            for form in ("utf-16-le", "utf-16-be", "utf-16"):
+                for pad in range(4):
+                    data = b"\xff" * pad + secret.encode(form) + b"\xff"
+                    assert (find_secret(io.BytesIO(data)) or [None])[0] == what, (secret, form, pad)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf_" + "x" * 34, "hf_" + "X" * 34, "sk-" + "x" * 48, "AKIAIOSFODNN7EXAMPLE", "ghp_" + "0" * 36,
+        "-----BEGIN PRIVATE KEY----- and the body follows", "machine learning login password", "disk-" + "Ab1" * 16,
+        "hf_hub_download_with_a_long_name_of_a_function", "commit " + "0f3a" * 10, "wandb run of commit " + "0f3a" * 10,
+        "chf_" + "a" * 40, "x" * 10_000, "AIza" + "b" * 40, "sk-learn-and-other-words-with-hyphens-in-a-long-name",
+    ],
+)  # fmt: skip
+def test_what_is_no_secret(text: str) -> None:
+    assert find_secret(io.BytesIO(text.encode())) is None
+    assert find_secret(io.BytesIO(b"_ " + text.encode() + b" _")) is None
+
+
+def test_no_secrets_in_noise_and_in_real_files() -> None:
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/", np.uint8)
+    halves = rng.standard_normal(4 << 20).astype(np.float32)
+    for data in (
+        rng.bytes(16 << 20), (halves.view(np.uint32) >> 16).astype(np.uint16).tobytes(),
+        halves.astype(np.float16).tobytes(), rng.choice(letters, 1 << 20).tobytes(), bytes(1 << 20),
+        rng.integers(-8, 8, 1 << 20, dtype=np.int8).tobytes(),
+    ):  # fmt: skip
+        assert find_secret(io.BytesIO(data)) is None
+    for file in (path for path in FIXTURES.rglob("*") if path.is_file()):
+        with open(file, "rb") as stream:
+            assert find_secret(stream) is None, file
+
+
+def test_no_secrets_in_a_real_model(smollm2: Path) -> None:
+    assert [why_not(file) for file in smollm2.iterdir() if file.is_file() and not file.name.startswith(".")].count(
+        None
+    ) == len([file for file in smollm2.iterdir() if file.is_file() and not file.name.startswith(".")])
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_archives_are_looked_into(tmp_path: Path, name: str) -> None:
+    file, pack = tmp_path / "it.dat", PACKERS[name]
+    file.write_bytes(pack(b"nothing of interest" * 99))
+    assert why_not(file) is None
+    file.write_bytes(pack(pickle.dumps(file)))
+    assert "a pickle, which could run code" in str(why_not(file))
+    file.write_bytes(pack(b"\0" * 99 + HF.encode() + b"\0" * 99))
+    with pytest.raises(UnsafeFileError, match="holds what looks like a Hub token"):
+        why_not(file)
+
+
+def array(value: Any) -> bytes:
+    out = io.BytesIO()
+    np.save(out, value)
+    return out.getvalue()
+
+
+def saved(value: Any, zipped: bool = True) -> bytes:
+    out = io.BytesIO()
+    torch.save(value, out, _use_new_zipfile_serialization=zipped)
+    return out.getvalue()
+
+
+PICKLES = {
+    **{f"protocol {n}": pickle.dumps({"a": Path("x")}, n) for n in range(6)},
+    "small": pickle.dumps(None), "by hand": b"cposix\nsystem\n(S'id'\ntR.", "an instance": b"(S'id'\niposix\nsystem\n.",
+    "objects": array(np.array([{}], object)), "named objects": array(np.array([(1, {})], [("a", "i4"), ("b", "O")])),
+    "torch": saved({"a": torch.ones(3)}), "legacy torch": saved({"a": torch.ones(3)}, zipped=False),
+    "npz": zipped(array(np.array([{}], object))), "joblib": zlib.compress(pickle.dumps([1])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_are_known_by_their_bytes(tmp_path: Path, name: str) -> None:
+    (tmp_path / "it.npy").write_bytes(PICKLES[name])
+    assert "a pickle, which could run code" in str(why_not(tmp_path / "it.npy"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b".", b"N.", b"Nope.\n", b"cats\ndogs\nbirds.\n", b"Version 1\nV2\n.", b"(x)", array(np.zeros(3)),
+        array(np.array(["O'", "O8"])), array(np.zeros(1, [("O", "i4")])), b"x\x9c is no zlib", b"]\0\0 nor LZMA",
+        *(packed(b"{" + b" " * (0x100 * major + 0x80 - 2) + b"}") for major in range(2, 6)), b"\x80\x02",
+        b"x\x01\0\0\0\0\0\0{" + b" " * 374 + b"}",
+    ],
+)  # fmt: skip
+def test_what_is_no_pickle(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "it.pkl").write_bytes(data)
+    assert why_not(tmp_path / "it.pkl") is None
+
+
+@pytest.mark.parametrize("head", [2, 6, 10, 0x28, 0x4B, 0x4A, 0x95])
+@pytest.mark.parametrize("low", [b"\x80\x02", b"\x80\x04", b"x\x01", b"x\x9c", b"\x1f\x8b", b"PK"])
+def test_the_length_of_a_header_is_no_magic(low: bytes, head: int) -> None:
+    data = low + bytes([head, 0, 0, 0, 0, 0]) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + b" " * 9999
+    assert not is_pickle(data)
+    assert contents_of._unpacker(data) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encrypted(b"x"), "encrypted"), (gzip.compress(b"x" * 999)[:-9], "broken"), (b"PK\x03\x04 nothing", "broken"),
+        (gzip.compress(gzip.compress(gzip.compress(gzip.compress(gzip.compress(b"x"))))), "in archives in archives"),
+        (gzip.compress(bytes(1 << 16)), "more than 9,999 bytes when it is unpacked"),
+        (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip file"), (b"Rar!\x1a\x07\0", "is a RAR file"),
+    ],
+)  # fmt: skip
+def test_archives_that_hide_what_they_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, expected: str
+) -> None:
+    monkeypatch.setattr(contents_of, "MOST_UNPACKED", 9999)
+    (tmp_path / "it").write_bytes(data)
+    with pytest.raises(UnsafeFileError, match=expected):
+        why_not(tmp_path / "it")
+
+
+def test_pickles_by_any_name_stay_here(there: Hub, adapter: Path) -> None:
+    for name in ("a.npy", "model.pth.tar", "notes.txt", "x.bin"):
+        (adapter / name).write_bytes(PICKLES["torch" if name == "model.pth.tar" else "protocol 4"])
+    result = adapterkit("push", adapter, REPO)
+    assert result.out.count("a pickle, which could run code") == 4
+    assert "left out: holds archive/data.pkl, a pickle" in result.out
+    assert set(there.repos[REPO].files()) == {
+        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [KEY.encode(), b"A=1\0HF_TOKEN=" + HF.encode() + b"\0B=2"])
+def test_what_a_link_led_a_merge_to_does_not_get_to_the_hub(
+    there: Hub, adapter: Path, tmp_path: Path, data: bytes
+) -> None:
+    assert adapterkit("merge", tmp_path / "base", adapter, "-o", tmp_path / "merged").code == 0
+    for place in (tmp_path / "merged", tmp_path / "merged" / "adapterkit_receipt" / "before"):
+        (place / "notes.dat").write_bytes(data)
+        assert f"{place / 'notes.dat'}: holds what looks like" in adapterkit(
+            "push", tmp_path / "merged", REPO, "--base-id", BASE
+        ).message(1)
+        (place / "notes.dat").unlink()
+    assert not there.asked("(POST|PUT) ")
+
+
 # --- what is made of it ----------------------------------------------------------------------------------------------
 
 
@@ -372,12 +648,12 @@ def test_what_trained_it_stays_here(there: Hub, adapter: Path) -> None:
 
 
 def test_any_other_file_goes_along(there: Hub, adapter: Path) -> None:
-    names = ["empty.txt", "a b/ünï ク.txt", "list.json", "broken.json", "my.safetensors.md"]
+    names = ["empty.txt", "a b/ünï ク.txt", "list.json", "broken.json", "my.safetensors.md", "y.bin"]
     (adapter / "a b").mkdir()
     for name in names:
         (adapter / name).write_text("[1]" if name == "list.json" else "" if name == "empty.txt" else "{")
     (adapter / "link").symlink_to(adapter / "a b")
-    (adapter / "x.BIN").write_bytes(b"x")
+    (adapter / "x.BIN").write_bytes(pickle.dumps({}))
     (adapter / "wandb").mkdir()
     assert adapterkit("push", adapter, REPO).out.count("left out: ") == 3
     files = there.repos[REPO].files()

@@ -195,9 +195,9 @@ def push_command(
 ) -> None:  # fmt: skip
     """Send the folder PATH, of an adapter or a model, to REPO on the Hub in one commit.
 
-    First it is checked that it loads and is finite, that its base is on the Hub, that no file has a local path or a
-    token in it, and that the token may write there. State of training and pickles stay here. The card is completed;
-    what it says already stays. Weights that the Hub has are not sent again.
+    First it is checked that it loads and is finite, that its base is on the Hub, that no byte of any file belongs to a
+    secret, nor text to a local path, and that the token may write there. State of training and pickles, whatever their
+    names, stay here. The card is completed; what it says already stays. Weights that the Hub has are not sent again.
     """
     from adapterkit.hub.publishing import plan_push, push
 

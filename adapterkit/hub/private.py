@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from io import BytesIO
 from pathlib import Path
 
 from adapterkit.errors import UnsafeFileError
 from adapterkit.hub.names import is_hub_id
+from adapterkit.hub.secrets import find_secret
 
 # A path of somebody's machine: below the folders where people and jobs have their files, or of Windows.
 ROOTS = (
@@ -17,7 +19,6 @@ ROOTS = (
 LOCAL = re.compile(rf"(?:(?<![\w./:~-])|(?<=file://))(?:/(?:{ROOTS})/|~/|[A-Za-z]:\\)[^\s\"'`<>|)\]]+")
 WITH_FOLDERS = re.compile(r"(?<![^\s\"'`=(\[,])[^\s\"'`<>|()\[\]{},:=]*/[^\s\"'`<>|()\[\]{},:]*")
 FILES = re.compile(r"\.(jsonl?|csv|tsv|parquet|txt|ya?ml|safetensors|png|svg)$")
-SECRET = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{30,}\b")
 
 
 def shortened(text: str, relative: bool) -> str:
@@ -36,17 +37,17 @@ def shortened(text: str, relative: bool) -> str:
 
 def check_public(file: Path, text: str) -> None:
     """Raise UnsafeFileError for a token, or for a path of this machine; in JSON as it reads when it is parsed, too."""
-    check_no_token(file, text)
     if file.suffix == ".json":
         text = f"{text}\n{_unescaped(text)}"
+    check_no_token(file, text)
     if match := LOCAL.search(text):
         raise UnsafeFileError(f"{file}: holds a local path, {match[0]}; take it out")
 
 
 def check_no_token(file: Path, text: str) -> None:
     """Raise UnsafeFileError for what looks like a token."""
-    if SECRET.search(text):
-        raise UnsafeFileError(f"{file}: holds what looks like a Hub token; take it out, and revoke it")
+    if found := find_secret(BytesIO(text.encode(errors="surrogateescape"))):
+        raise UnsafeFileError(f"{file}: holds what looks like {found[0]}; take it out, and revoke it")
 
 
 def _unescaped(text: str) -> str:

@@ -16,12 +16,13 @@ from adapterkit.errors import AdapterkitError, FitError, FormatError, UnsafeFile
 from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
 from adapterkit.hub import cards
+from adapterkit.hub.contents import why_not
 from adapterkit.hub.names import is_inner
-from adapterkit.hub.private import check_no_token, check_public, shortened
+from adapterkit.hub.private import LOCAL, check_no_token, check_public, shortened
 from adapterkit.receipt import FOLDER
 from adapterkit.staging import ADAPTER_RECORD, RECORD, TRAINING_RECORD
 from adapterkit.summary import Summary, summarize
-from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_json
+from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter
@@ -30,14 +31,12 @@ README = "README.md"
 RECIPE = "adapterkit_recipe.yaml"
 OF_RUN = (TRAINING_RECORD, RECIPE)  # what adapterkit wrote of how it was trained, with the paths as they were given
 OURS = (RECORD, ADAPTER_RECORD, *OF_RUN)
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 OF_TRAINING = re.compile(
     r"(optimizer|scheduler|rng_state|random_states|scaler|trainer_state|training_args|events\.out\.tfevents)\b.*"
 )
 FOLDERS_OF_TRAINING = re.compile(r"checkpoint(s|[-_]\d+)|wandb|mlruns")
 NAMES_A_BASE = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
-OTHER_TEXTS = (".py", ".txt", ".sh", ".toml", ".cfg", ".ini", ".jinja", ".jsonl", ".ipynb", ".log")
 CHECKED = (README, CONFIG, ADAPTER_CONFIG, *OURS)  # of any size
 TEXT_BYTES = 1 << 20  # larger files are data, whatever else they are called
 MAX_TEXT_BYTES = 50 << 20
@@ -76,7 +75,7 @@ def pack(path: Path, repo: str, base_id: str | None = None, license: str | None 
     """Choose, check and complete what `path`, the folder of an adapter or a model, sends to `repo`.
 
     Raises FormatError and FitError for what does not load or is not finite, UsageError where its base is no Hub id,
-    UnsafeFileError for local paths, secrets, and links that lead out of the folder.
+    UnsafeFileError for local paths, secrets, archives that cannot be looked into, and links out of the folder.
     """
     if not path.is_dir():
         raise UsageError(f"{path}: expected the folder of an adapter or of a model")
@@ -94,6 +93,7 @@ def pack(path: Path, repo: str, base_id: str | None = None, license: str | None 
         facts, what = _of_model(path, repo, base, license)
     else:
         facts, what = _of_adapter(path, adapter, repo, base, license)
+    left_out |= _looked_into(found)
     uploads = (*_made_public(found, base, named), _card(path, facts, named))
     stamped = tuple(replace(one, stamp=stamps[one.name]) if one.name in stamps else one for one in uploads)
     parcel = Parcel(stamped, left_out, base, what)
@@ -233,9 +233,17 @@ def _unwanted_folder(folder: Path) -> str | None:
 def _unwanted(name: str) -> str | None:
     if name.startswith("."):
         return "hidden"
-    if OF_TRAINING.fullmatch(name):
-        return "state of training"
-    return "a pickle, which could run code" if name.lower().endswith(PICKLES) else None
+    return "state of training" if OF_TRAINING.fullmatch(name) else None
+
+
+def _looked_into(found: dict[str, Path]) -> dict[str, str]:
+    """Take from `found` what is not sent for what it holds, and return why. Raises UnsafeFileError for secrets."""
+    for name in found:
+        check_no_token(found[name], name)
+    left_out = {name: why for name, file in found.items() if (why := why_not(file)) is not None}
+    for name in left_out:
+        del found[name]
+    return left_out
 
 
 def _check_file(file: Path, folder: Path) -> None:
@@ -263,8 +271,8 @@ def _made_public(found: Mapping[str, Path], base: str | None, named: str | None)
             continue
         text = _text(file) if _is_text(name) else None
         if text is None:
-            if name.endswith(OTHER_TEXTS) and file.stat().st_size <= TEXT_BYTES:
-                check_no_token(file, file.read_bytes().decode(errors="replace"))
+            if name.endswith(".safetensors"):
+                _check_metadata(file)
             yield Upload(name, file)
             continue
         plain, change = text, ""
@@ -274,6 +282,15 @@ def _made_public(found: Mapping[str, Path], base: str | None, named: str | None)
             plain, change = _with_base(file, plain, base, named)
         check_public(file, plain)
         yield Upload(name, file) if plain == text else Upload(name, file, plain.encode(), change)
+
+
+def _check_metadata(file: Path) -> None:
+    """Raise UnsafeFileError for a local path, such as trainers leave there of their data."""
+    if match := LOCAL.search("\n".join(read_header(file).metadata.values())):
+        raise UnsafeFileError(
+            f"{file}: its metadata holds a local path, {match[0]}; save it again without, an adapter with "
+            f"`adapterkit combine {file.parent} -o NEW --method linear`"
+        )
 
 
 def _card(path: Path, facts: cards.Facts, named: str | None) -> Upload:
