@@ -98,15 +98,16 @@ def merge_rows(
     into: memoryview,
     measured: int,
     undoable: bool,
-) -> tuple[Retention | None, Undo | None]:
+) -> tuple[Retention | None, Undo | None, bool]:
     """Compute rows `first:last` of `edit` as bytes `into`.
 
-    Returns what rounding kept of the first `measured` of them, and what restores the base's, if they are `undoable`.
+    Returns what rounding kept of the first `measured` of them, what restores the base's, if they are `undoable`, and
+    whether any differs from the base's.
     Raises FitError where a finite input becomes infinite in the output dtype.
     """
     _, columns = edit.matrix
     if not into:
-        return None, None
+        return None, None, False
     source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
     _check_twin(edit, loaded, source, first, last)
     out = buffers.output(into, getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, columns)
@@ -130,14 +131,22 @@ def merge_rows(
         assert source is not None
         stored = _stored_rows(edit, fd, first, last)
         undone = replace(undone, numbers=encode_bytes(stored, _filled(loaded.numbers(source, first), len(stored))))
+    changed = not _same(source, out)
     buffers.deliver(out, into)
     if not measured:
-        return None, undone
+        return None, undone, changed
     kept = Retention()
     for start, sums in _sums(edit, loaded, source, first, first + measured, buffers):
         before = _base_rows(edit, source, first, start, start + len(sums), buffers)
         kept += retention(before, sums, out[start - first :][: len(sums)])
-    return kept, undone
+    return kept, undone, changed
+
+
+def _same(source: torch.Tensor | None, out: torch.Tensor) -> bool:
+    """Whether the rows are the base's; mostly the first tells that they are not."""
+    if source is None:
+        return False
+    return all(torch.equal(source[:rows].to(out.dtype), out[:rows]) for rows in (1, len(out)))
 
 
 def restore_rows(edit: Edit, loaded: Loaded, fd: int, recorded: Recorded, buffers: Buffers, into: memoryview) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adapterkit.digest import is_copy
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
 ENOUGH_LEFT = 0.5  # of an update, in a quantized output
+ENOUGH_KEPT = 0.9  # below, rounding swallows a tenth of the update or more
+HARDLY_ANY = 0.1
 MAX_THREADS = 256
 TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
 
@@ -79,3 +82,32 @@ def check_loss(plan: MergePlan, retention: dict[str, Retention]) -> None:
             f"{plan.out}: quantizing keeps {total.kept:.1%} of the update, which is as good as none of it; nothing was "
             "written. Leave --quantize out for 16 bits, or say --accept-loss."
         )
+
+
+def warnings_of(plan: MergePlan, retention: dict[str, Retention], unchanged: Sequence[str]) -> tuple[str, ...]:
+    """What to warn of: `unchanged` tensors, which came out as the base has them, and updates that rounding swallows."""
+    from adapterkit.delta import Retention
+
+    changes = sum(edit.changes for file in plan.files for edit in file.edits)
+    scheme = next((edit.packing.scheme for file in plan.files for edit in file.edits if edit.packing), None)
+    what, instead = (scheme, "16 bits keep it") if scheme else ("the output dtype", "--dtype fp32 keeps it")
+    low = {name: kept for name, kept in retention.items() if kept.kept < ENOUGH_KEPT}
+    found = []
+    if unchanged:
+        which = "all tensors" if len(unchanged) == changes else f"{len(unchanged)} of {changes} tensors"
+        lost = any(name in low for name in unchanged)
+        why = (
+            f"the update is zero, or too small for {what}" if lost else "the update is zero. Is B, alpha or a weight 0?"
+        )
+        found.append(
+            f"{which} that the adapters change come out as in the base (first: {unchanged[0]}): the update is zero{why}"
+        )
+    if low:
+        total = sum(retention.values(), Retention())
+        worst = min(low, key=lambda name: low[name].kept)
+        share = "nearly all" if total.kept < HARDLY_ANY else "a tenth or more"
+        found.append(
+            f"{what} swallows {share} of the update in {len(low)} of {len(retention)} tensors (worst: {worst} keeps "
+            f"{low[worst].kept:.0%}, all together {total.kept:.0%}); {instead}"
+        )
+    return tuple(found)

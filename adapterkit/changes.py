@@ -96,6 +96,15 @@ def drift_note(one: Given, found: Fit) -> list[str]:
     return [prefix + renames] if renames else []
 
 
+def idle_note(one: Given) -> list[str]:
+    """What of an adapter changes nothing, as far as headers tell."""
+    modules = one.adapter.modules
+    idle = [name for name, weights in modules.items() if weights.scaling == 0 and weights.magnitude is None]
+    if one.weight == 0:
+        return [f"{one.label}: has the weight 0, so that it changes nothing"]
+    return [f"{one.label}: {len(idle)} of {len(modules)} modules have an alpha of 0 and change nothing"] if idle else []
+
+
 def _count(adapter: Adapter) -> str:
     return f"{len(adapter.modules) + len(adapter.replaced) + len(adapter.tokens)} modules and tensors"
 

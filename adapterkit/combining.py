@@ -17,13 +17,15 @@ from adapterkit.elementwise import Dense, combined
 from adapterkit.errors import FitError, UsageError
 from adapterkit.factored import METHODS as FACTORED
 from adapterkit.factored import Part
-from adapterkit.lowrank import Decomposition, Limit, Product, decompose, stacked, tails
+from adapterkit.lowrank import Decomposition, Limit, Product, decompose, inner, stacked, tails
 from adapterkit.methods import INNERS, METHODS, Options
 from adapterkit.plan import Given
 from adapterkit.sketch import sketch
 from adapterkit.wholes import RULES, combine_wholes
 
 WINDOW_BYTES = 64 << 20  # of factors in float64, combined at a time
+
+CANCELLED = 1e-24  # of the parts' ‖Δ‖_F²: less is what float64 leaves of a sum that is zero
 
 Weights = LoraWeights[torch.Tensor]
 
@@ -112,7 +114,17 @@ def combine(
         any(one.adapter.keeps_tie for one in given), base,
         {"target_parameters": list(dict.fromkeys(experts))} if experts else {},
     )  # fmt: skip
-    yield Combined(adapter, tuple(done[name][1] for name in modules), (*notes, *more))
+    rows = tuple(done[name][1] for name in modules)
+    yield Combined(adapter, rows, (*notes, *more, *_nothing_left(rows)))
+
+
+def _nothing_left(rows: Sequence[ModuleDone]) -> list[str]:
+    """What to say of modules whose result is zero."""
+    gone = [row.name for row in rows if row.energy == 0]
+    if not gone:
+        return []
+    which = "every module" if len(gone) == len(rows) else f"{len(gone)} of {len(rows)} modules (first: {gone[0]})"
+    return [f"nothing is left of {which}: the adapters cancel out, or are zero"]
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -254,6 +266,7 @@ def _combine_batch(
     loaded = [[_finite(one, name) for name in names] for one in held]
     parts = [_part(one.weight, weights) for one, weights in zip(held, loaded, strict=True)]
     experts, known = loaded[0][0].experts, METHODS[method]
+    least = CANCELLED * torch.stack([part.weight**2 * inner(part.delta, part.delta) for part in parts]).sum(0)
     if known.truncated and limit is None:
         limit = Limit(rank=max(part.factors.rank for part in parts))
     if method not in FACTORED:
@@ -264,15 +277,17 @@ def _combine_batch(
         product = FACTORED[method](parts, options)
         if limit is None and product.rank <= product.most:
             for index, name in enumerate(names):
-                mine = Product(
-                    *(side[index * experts : (index + 1) * experts] for side in (product.left, product.right))
-                )
-                yield name, _new(mine, held, loaded, index), _energy(mine), 0.0
+                span = slice(index * experts, (index + 1) * experts)
+                mine = Product(product.left[span], product.right[span])
+                energy = _energy(mine)
+                yield name, _new(mine, held, loaded, index), energy if energy > least[span].sum() else 0.0, 0.0
             return
         found, beyond = decompose(product), torch.zeros(len(product.left), dtype=torch.float64)
     for index, name in enumerate(names):
         span = slice(index * experts, (index + 1) * experts)
         best, energy, discarded = best_of(found[span], beyond[span], limit)
+        if energy <= least[span].sum():
+            energy = discarded = 0.0
         yield name, _new(best, held, loaded, index), energy, discarded
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 
 import torch
 
@@ -198,7 +199,7 @@ def measure_columns(update: Update, chunks: Callable[[], Iterator[tuple[int, tor
 class Retention:
     """How much of an update survives rounding: sums over elements of `W' − W` against `Δ`, in float64.
 
-    `kept` is `⟨W'−W, Δ⟩ / ‖Δ‖²` (1 is perfect), `error` is `‖W'−W−Δ‖ / ‖Δ‖`.
+    `kept` is `⟨W'−W, Δ⟩ / ‖Δ‖²` (1 is perfect), `error` is `‖W'−W−Δ‖ / ‖Δ‖`; of no update both are NaN.
     """
 
     dot: float = 0.0
@@ -207,11 +208,11 @@ class Retention:
 
     @property
     def kept(self) -> float:
-        return self.dot / self.delta if self.delta else 1.0
+        return self.dot / self.delta if self.delta else nan
 
     @property
     def error(self) -> float:
-        return (self.residual / self.delta) ** 0.5 if self.delta else 0.0
+        return (self.residual / self.delta) ** 0.5 if self.delta else nan
 
     def __add__(self, other: Retention) -> Retention:
         return Retention(self.dot + other.dot, self.delta + other.delta, self.residual + other.residual)

@@ -205,6 +205,7 @@ class EditWork:
     number: int | None = None  # of the tensor in the sidecar, if what undoes it is recorded
     computed: int = 0
     written: int = 0
+    changed: bool = False  # whether any row is not the base's
     lock: threading.Lock = field(default_factory=threading.Lock)
     loaded: Loaded | None = None
     retention: Retention | None = None

@@ -119,6 +119,11 @@ class Edit:
         return (depth, total // depth if depth else 0)
 
     @property
+    def changes(self) -> bool:
+        """Whether adapters change the tensor; else it is only stored otherwise, or restored."""
+        return bool(self.deltas or self.replaced or self.added) and not self.recorded
+
+    @property
     def renormalizes(self) -> bool:
         """Whether DoRA is among the deltas."""
         return any(delta.weights.magnitude is not None for delta in self.deltas)

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from adapterkit.changes import DEQUANTIZED, Changes, check_target, drift_note, gather, ledger_of, missing, refuse_broken
+from adapterkit.changes import (
+    DEQUANTIZED,
+    Changes,
+    check_target,
+    drift_note,
+    gather,
+    idle_note,
+    ledger_of,
+    missing,
+    refuse_broken,
+)
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError, UsageError
 from adapterkit.layout import Entry, lay_out
@@ -55,6 +65,7 @@ class _Draft:
             self.tensors[tie.head] = replace(self.tensors[tie.embedding], name=tie.head)
         for one in given:
             self.notes += [f"{one.label}: {problem}" for problem in one.adapter.problems if not problem.fatal]
+            self.notes += idle_note(one)
         for number, one in enumerate(given):
             found = fit(one.adapter, self.tensors, self.base.config, rename)
             if tie is not None and not (tie.certain or tie.stored or allow_partial):

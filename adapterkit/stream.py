@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from adapterkit.budget import check_device, check_loss, check_space, default_threads
+from adapterkit.budget import check_device, check_loss, check_space, default_threads, warnings_of
 from adapterkit.card import finish_merge
 from adapterkit.desk import Desk
 from adapterkit.digest import HASH_BYTES, check_name
@@ -61,6 +61,7 @@ class Merged:
     retention: dict[str, Retention]
     place: str  # where it was computed in the end
     notes: tuple[str, ...]  # what was done otherwise than asked for
+    warnings: tuple[str, ...] = ()  # where the result is hardly what was meant: little or nothing is left of the update
 
 
 def run(
@@ -99,7 +100,8 @@ def run(
         result = state.result()
         if directory:
             clear_notes(building)
-        (plan.finish or finish_merge)(plan, folder, result.hashes)
+        told = replace(plan, notes=plan.notes + result.warnings)
+        (plan.finish or finish_merge)(told, folder, result.hashes)
     if not directory and not plan.beside:
         _drop_stale_receipt(plan.out)
     yield result
@@ -149,6 +151,7 @@ class _Run:
         self.torch_ready = self.stopped = False
         self.finished: SimpleQueue[str | None] = SimpleQueue()
         self.retention: dict[str, Retention] = {}
+        self.unchanged: list[str] = []  # tensors that adapters change, and that came out as the base has them
         self.digests: dict[Path, Digest] = {}  # adapters first, then the base's files in the order of the blocks
         self.outputs: list[Output] = []
         self.begun: set[Output] = set()  # and not done
@@ -206,7 +209,7 @@ class _Run:
         retention = dict(sorted(self.retention.items()))
         return Merged(
             plan.out, plan.bytes_to_write, plan.edits, Hashes(base, adapters, outputs), retention,
-            str(self.place), tuple(self.notes),
+            str(self.place), tuple(self.notes), warnings_of(plan, retention, sorted(self.unchanged)),
         )  # fmt: skip
 
     # --- before
@@ -361,7 +364,11 @@ class _Run:
             return None
         if edit.packing is None:
             measured = self._rows_to_measure(edit, first, last)
-            kept, undo = merge_rows(edit, loaded, source, first, last, buffers, data, measured, work.number is not None)
+            kept, undo, changed = merge_rows(
+                edit, loaded, source, first, last, buffers, data, measured, work.number is not None
+            )
+            if changed:
+                work.changed = True
             if undo is not None:
                 work.output.record(block, undo)
             return kept
@@ -377,6 +384,7 @@ class _Run:
             if work.computed < work.total:
                 return None
         parts, kept = finish_packing(work.edit, loaded, source, buffers)
+        work.changed = kept is None or kept.delta > 0
         for data, (start, stop) in zip(parts, work.edit.parts, strict=True):
             assert len(data) == stop - start
             work.output.file.write(memoryview(data), start)
@@ -391,6 +399,8 @@ class _Run:
             ended = work.written == work.total
         if ended:
             work.loaded = None
+            if work.edit.changes and not work.changed:
+                self.unchanged.append(work.edit.name)
             if work.retention is not None:
                 self.retention[work.edit.name] = work.retention
             work.output.part_done()

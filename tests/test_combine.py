@@ -571,3 +571,19 @@ def test_a_dry_run_checks_and_makes_nothing(args: list[str], tmp_path: Path, mon
     assert "exists already" in run_adapterkit(*args, "-o", "taken", "--dry-run").message(7)
     missing = [arg.replace("one", "none").replace("tuned", "none") for arg in args]
     assert run_adapterkit(*missing, "-o", "out", "--dry-run").code == 1
+
+
+@pytest.mark.parametrize("method", ["linear", "svd", "dare_linear"])
+def test_adapters_that_cancel_out_are_told(make_adapter: Callable[..., Path], tmp_path: Path, method: str) -> None:
+    """The rounding of float64 is not a result, and no share of it is kept."""
+    tensors = factors("q", 24, 40) | factors("k", 24, 40)
+    one = make_adapter(tensors, "one")
+    other = make_adapter({name: tensor for name, tensor in tensors.items() if name.startswith("q.")}, "other")
+    options = {"density": 1} if method == "dare_linear" else None
+    result = adapterkit.combine([(one, 1), (one, -1)], tmp_path / "all", method=method, options=options)
+    assert result.error == 0 and all(row.energy == 0 for row in result.modules)
+    assert result.notes[-1] == "nothing is left of every module: the adapters cancel out, or are zero"
+    result = adapterkit.combine([(one, 0.3), (other, -0.3)], tmp_path / "some", method=method, options=options)
+    assert result.notes[-1].startswith("nothing is left of 1 of 2 modules (first: q)")
+    result = adapterkit.combine([(one, 1), (one, -0.999999)], tmp_path / "none", method=method, options=options)
+    assert not result.notes and result.error < 1e-5

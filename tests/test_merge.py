@@ -11,6 +11,7 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import oracle
 import pytest
@@ -376,3 +377,60 @@ def test_retention_does_not_depend_on_how_the_base_is_stored(
     kept = result.retention["m.weight"]
     assert kept.delta == pytest.approx(float(delta.square().sum()), rel=1e-4)
     assert kept.kept == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-4)
+
+
+# --- updates that change nothing -------------------------------------------------------------------------------------
+
+
+def idle(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], way: str
+) -> tuple[Path, list[Any], dict[str, Any]]:
+    """A base, and adapters that change nothing of it."""
+    weight = torch.randn(24, 40).bfloat16()
+    base = make_base({"q.weight": weight, "k.weight": torch.randn(24, 40).bfloat16()})
+    tensors, config, weighted, options = factors("q", 24, 40), {}, 1.0, {}
+    if way in ("B", "magnitude"):
+        tensors["q.lora_B.weight"].zero_()
+    if way == "magnitude":
+        tensors["q.lora_magnitude_vector"] = weight.double().norm(dim=1).float()
+        config = {"use_dora": True}
+    if way == "saved":
+        tensors, config = {"q.weight": weight.clone()}, {"modules_to_save": ["q"]}
+    if way == "alpha":
+        config = {"lora_alpha": 0}
+    if way == "weight":
+        weighted = 0.0
+    if way == "rounding":
+        tensors = factors("q", 24, 40, size=1e-4)
+    if way == "quantizing":
+        tensors["q.lora_B.weight"].zero_()
+        options = {"quantize": "nf4"}
+    return base, [(make_adapter(tensors, way, **config), weighted)], options
+
+
+@pytest.mark.parametrize("way", ["B", "magnitude", "saved", "alpha", "weight", "rounding", "quantizing"])
+def test_an_update_that_changes_nothing_is_warned_of(
+    way: str, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, adapters, options = idle(make_base, make_adapter, way)
+    plan = adapterkit.plan_merge(base, adapters, tmp_path / "out", **options)
+    assert any("change" in note for note in plan.notes) is (way in ("alpha", "weight"))
+    *_, result = adapterkit.run(plan)
+    assert isinstance(result, adapterkit.Merged)
+    first = result.warnings[0]
+    assert first.startswith("all tensors that the adapters change come out as in the base (first: q.weight): ")
+    assert ("or too small for the output dtype" in first) is (way in ("rounding", "magnitude"))
+    if way != "saved":
+        kept = result.retention["q.weight"]
+        assert kept.kept == 0 if way in ("rounding", "magnitude") else kept.kept != kept.kept  # no share of nothing
+    assert first in json.loads((tmp_path / "out" / "adapterkit_merge.json").read_text())["notes"]
+
+
+def test_an_update_that_changes_some_tensors_is_warned_of(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, [(idle_one, _)], _ = idle(make_base, make_adapter, "B")
+    other = make_adapter(factors("k", 24, 40), "other")
+    assert adapterkit.merge(base, other, tmp_path / "fine").warnings == ()
+    [warning] = adapterkit.merge(base, [idle_one, other], tmp_path / "out").warnings
+    assert warning.startswith("1 of 2 tensors that the adapters change come out as in the base (first: q.weight)")

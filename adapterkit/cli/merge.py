@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,9 +22,10 @@ from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged
 from adapterkit.words import size
 
+if TYPE_CHECKING:
+    from adapterkit.delta import Retention
+
 KEPT = "finished shards are kept: run it again with --resume"
-# Below this share the output dtype swallows a tenth of the update or more.
-ENOUGH_KEPT = 0.9
 
 
 @click.command("merge")
@@ -90,7 +91,6 @@ def merge_command(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(KEPT if resume else "") from None
     facts = _result_facts(plan, result, time.perf_counter() - began)
-    _warn_of_loss(result, quantize)
     if plan.receipt and (lost := irreversible(plan)):
         note(f"cannot be undone without the base, since {lost}")
     _print(facts, _result_lines(facts, result, report, quantize is not None), as_json)
@@ -159,11 +159,12 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, 
         "seconds": round(seconds, 3),
         "device": result.place,
         "sha256": hashes_by_label(plan, result.hashes),
-        "retention": {"kept": total.kept, "error": total.error} if total else None,
-        "retention_by_tensor": {name: {"kept": r.kept, "error": r.error} for name, r in result.retention.items()},
+        "retention": _kept(total) if total else None,
+        "retention_by_tensor": {name: _kept(kept) for name, kept in result.retention.items()},
         "undone_by": f"adapterkit unmerge {result.out} -o NEW" if plan.receipt and not irreversible(plan) else None,
         "skipped": list(plan.skipped),
         "notes": [*plan.notes, *result.notes],
+        "warnings": list(result.warnings),
     }
 
 
@@ -171,7 +172,7 @@ def _result_lines(facts: dict[str, Any], result: Merged, report: bool, quantized
     lines = []
     if report:
         lines += _report(result)
-    if quantized and (total := _total(result)) is not None:
+    if quantized and (total := _total(result)) is not None and total.delta:
         lines.append(f"kept      {total.kept:.1%} of the update, with an error of {total.error:.2f} times its size")
     lines.append(
         f"merged    {facts['tensors_changed']} of {facts['tensors']} tensors in {facts['seconds']:.1f} s, "
@@ -195,22 +196,19 @@ def _report(result: Merged) -> list[str]:
     lines = ["kept of the update after rounding: ⟨W'−W, Δ⟩/‖Δ‖², and ‖W'−W−Δ‖/‖Δ‖"]
     for part in sorted(parts, key=lambda part: (isinstance(part, str), part)):
         kept = sum(parts[part], Retention())
-        lines.append(f"  {kept.kept:7.4f}  {kept.error:7.4f}  {part if isinstance(part, str) else f'layer {part}'}")
+        lines.append(f"  {_measured(kept)}  {part if isinstance(part, str) else f'layer {part}'}")
     if (total := _total(result)) is not None:
-        lines.append(f"  {total.kept:7.4f}  {total.error:7.4f}  in total")
+        lines.append(f"  {_measured(total)}  in total")
     return lines
 
 
-def _warn_of_loss(result: Merged, quantize: str | None) -> None:
-    low = {name: kept for name, kept in result.retention.items() if kept.kept < ENOUGH_KEPT and kept.delta}
-    if low:
-        what, instead = (quantize, "16 bits keep it") if quantize else ("the output dtype", "--dtype fp32 keeps it")
-        worst = min(low, key=lambda name: low[name].kept)
-        say(
-            f"warning: {what} swallows a tenth or more of the update in {len(low)} of "
-            f"{len(result.retention)} tensors (worst: {worst} keeps {low[worst].kept:.0%}); {instead}",
-            err=True,
-        )
+def _measured(kept: Retention) -> str:
+    return f"{kept.kept:7.4f}  {kept.error:7.4f}" if kept.delta else f"{'–':>7}  {'–':>7}"
+
+
+def _kept(kept: Retention) -> dict[str, float | None]:
+    """What rounding kept, for JSON: of no update, nothing can be said."""
+    return {"kept": kept.kept, "error": kept.error} if kept.delta else {"kept": None, "error": None}
 
 
 def _total(result: Merged) -> Any:

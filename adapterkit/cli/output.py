@@ -24,6 +24,12 @@ def note(*lines: str) -> None:
         say(f"note: {line}", err=True)
 
 
+def warn(*lines: str) -> None:
+    """Print warnings on stderr, a line each."""
+    for line in lines:
+        say(f"warning: {line}", err=True)
+
+
 def say_json(value: Any, *, indent: int | None = 2, err: bool = False) -> None:
     """Print a value as JSON, in ASCII: every string whole, and none of it a control character."""
     text = json.dumps(value, indent=indent, allow_nan=False).replace("\x7f", r"\u007f")

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
-from adapterkit.cli.output import note
+from adapterkit.cli.output import note, warn
 from adapterkit.cli.progress import progress
 from adapterkit.plan import Hashes, MergePlan
 from adapterkit.stream import Merged, TensorMerged, run
@@ -29,6 +29,7 @@ def run_with_bar(
                 show(event.done, event.total)
             else:
                 note(*event.notes)
+                warn(*event.warnings)
                 return event
     raise AssertionError("a merge ends with its result")
 
