@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from adapterkit.errors import FitError, UsageError
+from adapterkit.loading import load_causal, load_tokenizer
 from adapterkit.opening import open_regular
 from adapterkit.plan import Edit, MergePlan
 from adapterkit.staging import errors_of
@@ -35,8 +36,8 @@ def calibrated(plan: MergePlan) -> Iterator[MergePlan]:
     """`plan` with the shares that its calibration text gives, which are on disk as long as this lasts.
 
     The base is run whole, by transformers. Raises UsageError where that is not installed or the text has too little in
-    it, FitError where the base does not load or lacks a layer that is to be rounded, NoSpaceError where the directory
-    for temporary files is full.
+    it, FormatError where the base does not load, FitError where it lacks a layer that is to be rounded, NoSpaceError
+    where the directory for temporary files is full.
     """
     edits = {edit.name: edit for file in plan.files for edit in file.edits if edit.packing}
     with TemporaryDirectory(prefix="adapterkit-") as folder:
@@ -55,21 +56,9 @@ def _with(edit: Edit, shares: dict[str, TensorInfo]) -> Edit:
 def _measure(plan: MergePlan, edits: dict[str, Edit], folder: Path) -> dict[str, TensorInfo]:
     """Run the base over the text, and write the shares of every edited weight into `folder`."""
     assert plan.calibration is not None
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-    except ImportError as error:
-        raise UsageError("a calibration runs the model: install adapterkit[train]") from error
     with TextIOWrapper(open_regular(plan.calibration), "utf-8", "replace") as stream:
         text = stream.read(TEXT)
-    base = plan.base.path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        with _no_progress_bar():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                base, dtype="auto", device_map="cpu", use_safetensors=True
-            )
-    except (OSError, ValueError) as error:
-        raise FitError(f"{base}: transformers cannot run it on the calibration text: {error}") from error
+    tokenizer, model = load_tokenizer(plan.base), load_causal(plan.base, dtype="auto", device_map="cpu")
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) < 2:
         raise UsageError(f"{plan.calibration}: holds {len(ids)} tokens, from which there is nothing to learn")
@@ -92,21 +81,6 @@ def _measure(plan: MergePlan, edits: dict[str, Edit], folder: Path) -> dict[str,
                 write_tensors(file, {"shares": shares_of(H)}, {})
             written[id(H)] = read_header(file).tensors["shares"]
     return {name: written[id(seen.moments[name])] for name in edits}
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one of its own while it loads a model."""
-    import transformers.utils.logging
-
-    logging: Any = transformers.utils.logging
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
 
 
 def _module(model: nn.Module, weight: str) -> nn.Module:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.opening import blob_of, files_below
 from adapterkit.tensorfile import Header, TensorInfo, read_header, read_json
 
 CONFIG = "config.json"
+SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_NAME_BYTES = 255  # of a file, on every common file system
 # Weights in other formats: never copied along, since they would still hold the unmerged model.
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".safetensors")
+OTHER_WEIGHTS = (
+    ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".ot", ".npz", ".tflite",
+    ".safetensors",
+)  # fmt: skip
+# Their names, and those of indexes, of which variants have another word in the middle.
+OTHER_WEIGHTS_NAME = re.compile(
+    rf"({'|'.join(map(re.escape, OTHER_WEIGHTS))}|\.index(\.[\w-]+)?\.json)$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -40,25 +51,30 @@ class Checkpoint:
             return None
         return str(declared.get("quant_method", "an unnamed scheme"))
 
-    def other_files(self) -> tuple[list[Path], list[Path]]:
-        """The files beside the weights, relative to the directory: those to keep, and weights in other formats."""
-        if not self.is_directory:
-            return [], []
-        keep: list[Path] = []
-        skipped: list[Path] = []
-        for folder, folders, names in os.walk(self.path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                file = (Path(folder) / name).relative_to(self.path)
-                if name.startswith(".") or name.endswith(INDEX_SUFFIX) or str(file) == CONFIG:
-                    continue
-                if name.endswith(".safetensors") and file.parent == Path():
-                    continue  # a shard
-                if name == "adapter_config.json":  # beside a model, transformers would load the adapter it speaks of
-                    skipped.append(file)
-                    continue
-                (skipped if name.endswith((*OTHER_WEIGHTS, ".bin.index.json")) else keep).append(file)
-        return keep, skipped
+    def other_files(self) -> tuple[list[Path], dict[Path, str]]:
+        """The files beside the weights, relative to the directory: those to copy, and why the rest is not copied."""
+        copied: list[Path] = []
+        left_out: dict[Path, str] = {}
+        read = {CONFIG, *(shard.file.name for shard in self.shards), *([self.index.name] if self.index else [])}
+        for file, kind in files_below(self.path) if self.is_directory else ():
+            if str(file) in read:
+                continue
+            # Beside a model, transformers would load the adapter that an adapter_config.json speaks of.
+            if OTHER_WEIGHTS_NAME.search(file.name) or file.name == "adapter_config.json":
+                left_out[file] = "it belongs to the unmerged model"
+            elif kind is not None:
+                left_out[file] = f"it is {kind}"
+            else:
+                copied.append(file)
+        return copied, left_out
+
+    def notes(self) -> list[str]:
+        """What the user is to know of its files: those that are not copied, and weights that are elsewhere."""
+        linked = [shard.file for shard in self.shards if shard.file.is_symlink() and blob_of(shard.file) is None]
+        return [
+            *(f"{file.name}: is a link; the weights were read from where it leads" for file in linked),
+            *(f"{file}: not copied, since {why}" for file, why in self.other_files()[1].items()),
+        ]
 
 
 def is_base(path: Path) -> bool:
@@ -82,15 +98,15 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         return Checkpoint(path, name or path.name, (header,), header.tensors)
     if not path.is_dir():
         raise FormatError(f"{path}: is neither a file nor a directory")
-    indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
-    if len(indexes) > 1:
-        raise FormatError(f"{path}: two indexes, {indexes[0].name} and {indexes[1].name}: keep the one that is right")
-    weight_map = _read_index(indexes[0]) if indexes else None
-    names = sorted(set(weight_map.values())) if weight_map is not None else [_only_file(path).name]
+    config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
+    if not isinstance(config.get("model_type", ""), str | None):
+        raise FormatError(f"{path / CONFIG}: model_type is {str(config['model_type'])[:60]!r}, expected a name")
+    index, weight_map, names = _weight_files(path)
+    _check_named(path, config, index or path / names[0])
     shards = []
     for file in names:
-        if not os.path.isfile(path / file):
-            named = f"the shard that {indexes[0].name} names" if indexes else "the file of the weights"
+        if not os.path.exists(path / file):
+            named = f"the shard that {index.name} names" if index else "the file of the weights"
             raise FormatError(f"{path / file}: {named} is missing. Download it again.")
         shards.append(read_header(path / file))
     tensors: dict[str, TensorInfo] = {}
@@ -99,21 +115,43 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
             if tensor in tensors:
                 raise FormatError(f"{info.file}: {tensor} is also in {tensors[tensor].file.name}")
             tensors[tensor] = info
-    for tensor, file in (weight_map or {}).items():
+    for tensor, file in weight_map.items():
         if tensor not in tensors or tensors[tensor].file.name != file:
-            raise FormatError(f"{indexes[0]}: {tensor} should be in {file}, but is not")
-    config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
-    if not isinstance(config.get("model_type", ""), str | None):
-        raise FormatError(f"{path / CONFIG}: model_type is {str(config['model_type'])[:60]!r}, expected a name")
-    return Checkpoint(
-        path, name or path.resolve().name, tuple(shards), tensors, config, indexes[0] if indexes else None
-    )
+            raise FormatError(f"{index}: {tensor} should be in {file}, but is not")
+    return Checkpoint(path, name or path.resolve().name, tuple(shards), tensors, config, index)
+
+
+def _weight_files(path: Path) -> tuple[Path | None, dict[str, str], list[str]]:
+    """The index, its weight map and the files of the weights: those that transformers reads, or FormatError."""
+    indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) > 1:
+        raise FormatError(f"{path}: two indexes, {indexes[0].name} and {indexes[1].name}: keep the one that is right")
+    if not indexes:
+        return None, {}, [_only_file(path).name]
+    weight_map = _read_index(indexes[0])
+    names = sorted(set(weight_map.values()))
+    if names != [SINGLE] and os.path.lexists(path / SINGLE):
+        raise FormatError(
+            f"{path}: has {SINGLE}, which transformers reads, and {indexes[0].name}, which names other files: remove "
+            "the one that is wrong"
+        )
+    return indexes[0], weight_map, names
+
+
+def _check_named(path: Path, config: Mapping[str, Any], entry: Path) -> None:
+    """Raise FormatError where the config has transformers read other weights than those of `entry`."""
+    named = config.get("transformers_weights")
+    if named is not None and named != entry.name:
+        raise FormatError(
+            f"{path / CONFIG}: names {str(named)[:80]!r} as the weights (transformers_weights), but {entry.name} is "
+            "beside it: remove the one that is wrong"
+        )
 
 
 def _only_file(path: Path) -> Path:
     """The weights of a directory without an index."""
     files = sorted(path.glob("*.safetensors"))
-    named = [file for file in files if file.name == "model.safetensors"]
+    named = [file for file in files if file.name == SINGLE]
     if len(files) == 1 or named:
         return (named or files)[0]
     if files:

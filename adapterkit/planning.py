@@ -136,8 +136,7 @@ class _Draft:
     def plan(self, out: Path, given: Sequence[Given]) -> MergePlan:
         """Lay out every file."""
         base = self.base
-        _, left_out = base.other_files()
-        self.notes += [f"{file}: not copied, since it belongs to the unmerged model" for file in left_out]
+        self.notes += base.notes()
         new = [name for name in self.changes.replaced if name not in self.tensors]
         self.notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
         entries = [list(_entries(header, self, new if header is base.shards[-1] else [])) for header in base.shards]

@@ -106,7 +106,9 @@ def ways_to_load(work: Path, calibration: Path) -> Iterator[tuple[str, Callable[
     from transformers import AutoModelForCausalLM
 
     def load(path: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map="cpu").eval()
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, device_map="cpu", trust_remote_code=False
+        ).eval()
 
     def peft(path: Path, merge: bool) -> Any:
         model = PeftModel.from_pretrained(load(path), ADAPTER)
@@ -152,7 +154,7 @@ def perplexity(model: Any, texts: list[str]) -> float:
     """exp of the mean negative log likelihood of every token but each text's first."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False)
     total, count = 0.0, 0
     for text in texts:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]

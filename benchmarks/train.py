@@ -377,9 +377,10 @@ def examples_of(job: Job, count: int) -> Iterator[Example]:
     """The first `count` records as tokens, or so many pieces of all of them laid end to end."""
     import numpy as np
 
+    from adapterkit.checkpoint import open_checkpoint
     from adapterkit.data.examples import Example, encode
     from adapterkit.data.records import Record
-    from adapterkit.runs.models import load_tokenizer
+    from adapterkit.loading import load_tokenizer
 
     def piece(ids: Any, number: int) -> Example:
         return Example(np.asarray(ids, np.int32), np.arange(len(ids)) > 0, f"piece {number}")
@@ -388,7 +389,7 @@ def examples_of(job: Job, count: int) -> Iterator[Example]:
         ids = np.random.default_rng(0).integers(1, SHAPES[job.shape].vocab, (count, job.length))
         yield from map(piece, ids, range(count))
         return
-    tokenizer = load_tokenizer(BASE)
+    tokenizer = load_tokenizer(open_checkpoint(BASE))
     with TEXT.open(encoding="utf-8") as stream:
         rows = map(json.loads, stream)
         texts = (Record("", text=f"{row['question']}\n{row['answer']}") for row in rows)
@@ -419,7 +420,8 @@ def by_adapterkit(job: Job, order: Order, meter: Meter) -> None:
         model, base = CausalModel(random_model(job)), cast(Any, None)  # only LoftQ would look at the base
     else:
         device = choose_device(job.device)
-        model, base = load_model(BASE, TORCH_DTYPES[job.dtype], device, recipe.quantize), open_checkpoint(BASE)
+        base = open_checkpoint(BASE)
+        model = load_model(base, TORCH_DTYPES[job.dtype], device, recipe.quantize)
     prepare(model, recipe, base)
     loop = Loop(model, order, recipe)
     meter.begin(model.model)

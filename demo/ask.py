@@ -19,8 +19,8 @@ def complete(model_dir: Path, prompt: str, max_tokens: int, adapter: Path | None
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", trust_remote_code=False)
     if adapter:
         from peft import PeftModel  # slow to import, so only where it is needed
 

@@ -53,10 +53,10 @@ def convert(gguf: Path, out: Path) -> None:
     logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
     )
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(out)
+    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(out)
 
 
 def say(message: str) -> None:

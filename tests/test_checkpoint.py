@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import packed, write_base
+from handmade import adapterkit, packed, write_adapter, write_base
 from safetensors.torch import save_file
 
 from adapterkit.checkpoint import open_checkpoint
@@ -183,6 +183,74 @@ def test_weights_in_other_formats_are_set_apart(tmp_path: Path) -> None:
     assert [str(file) for file in skipped] == [
         "model.gguf", "pytorch_model.bin", "pytorch_model.bin.index.json", "onnx/model.onnx"
     ]  # fmt: skip
+
+
+def test_no_file_is_dropped_in_silence(tmp_path: Path) -> None:
+    """Weights that are not read, links and pipes stay behind; the plan of a merge says so of each."""
+    base = write_base(tmp_path / "base")
+    weights = [
+        "consolidated.safetensors", "model-00009-of-00002.safetensors", "model.fp16.SAFETENSORS", "__0_0.distcp",
+        "model.safetensors.index.fp16.json", "pytorch_model.bin.index.json", "inner/model.safetensors",
+    ]  # fmt: skip
+    (base / "inner").mkdir()
+    for name in weights:
+        (base / name).touch()
+    os.mkfifo(base / "pipe")
+    for name, to in {"notes.dat": "/proc/self/environ", "up": "/", "inner/x": "../tokenizer.json"}.items():
+        (base / name).symlink_to(to)
+    found = open_checkpoint(base)
+    copied, left_out = found.other_files()
+    assert [str(file) for file in copied] == ["tokenizer.json"]
+    reasons = dict.fromkeys(weights, "it belongs to the unmerged model")
+    reasons |= {"pipe": "it is a named pipe"} | dict.fromkeys(["notes.dat", "up", "inner/x"], "it is a link")
+    assert {str(file): why for file, why in left_out.items()} == reasons
+    told = [f"{name}: not copied, since {why}" for name, why in reasons.items()]
+    assert sorted(found.notes()) == sorted(told)
+    dry = adapterkit("merge", base, write_adapter(tmp_path / "a"), "-o", tmp_path / "out", "--dry-run", "--json")
+    assert sorted(json.loads(dry.out)["notes"]) == sorted(told)
+    assert all(f"note: {one}" in dry.err for one in told)
+
+
+def test_weights_through_a_link_are_read_and_it_is_said(tmp_path: Path) -> None:
+    """They are parsed as safetensors, so that no other file of the user gets into the output; links are common."""
+    base = write_base(tmp_path / "base", shards=1)
+    (base / "model.safetensors").rename(tmp_path / "elsewhere")
+    (base / "model.safetensors").symlink_to("../elsewhere")
+    found = open_checkpoint(base)
+    assert len(found.tensors) == 6
+    assert found.notes() == ["model.safetensors: is a link; the weights were read from where it leads"]
+
+
+@pytest.mark.parametrize("named", [["model.safetensors", "2.safetensors"], ["2.safetensors"]])
+def test_an_index_beside_the_file_that_transformers_reads(tmp_path: Path, named: list[str]) -> None:
+    shards = {"model.safetensors": ["a"], "2.safetensors": ["b"]}
+    write(tmp_path, shards, {tensor: file for file in named for tensor in shards[file]})
+    with pytest.raises(
+        FormatError, match="has model.safetensors, which transformers reads, and model.safetensors.index"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_of_the_file_that_transformers_reads(tmp_path: Path) -> None:
+    write(tmp_path, {"model.safetensors": ["a"], "2.safetensors": ["b"]}, {"a": "model.safetensors"})
+    assert list(open_checkpoint(tmp_path).tensors) == ["a"]
+
+
+def test_weights_that_the_config_names(tmp_path: Path) -> None:
+    write(tmp_path, TWO, {"a": "1.safetensors", "b": "2.safetensors"}, {"transformers_weights": INDEX})
+    assert list(open_checkpoint(tmp_path).tensors) == ["a", "b"]
+    (tmp_path / "config.json").write_text('{"transformers_weights": "adapter_model.bin"}')
+    with pytest.raises(FormatError, match=f"names 'adapter_model.bin' as the weights .* but {INDEX} is beside it"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX, "config.json"])
+def test_a_pipe_as_a_part_of_a_base(tmp_path: Path, name: str) -> None:
+    base = write_base(tmp_path / "base", shards=2 if name == INDEX else 1)
+    (base / name).unlink()
+    os.mkfifo(base / name)
+    with pytest.raises(FormatError, match=f"{name}: cannot be read: a named pipe, expected a regular file"):
+        open_checkpoint(base)
 
 
 def test_a_broken_shard_is_named(tmp_path: Path) -> None:

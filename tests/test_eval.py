@@ -328,7 +328,7 @@ def test_doras_norms_are_computed_once(with_words: Path, prompted: Path) -> None
     from adapterkit.runs.models import load_model
     from adapterkit.train.layers import LoraLayer
 
-    loaded = load_model(with_words, torch.float32, torch.device("cpu"))
+    loaded = load_model(open_checkpoint(with_words), torch.float32, torch.device("cpu"))
     loaded.model.train()
     model = prepared(loaded, adapterkit.load(FIXTURES / "tiny-dora"))
     layers = [layer for layer in model.model.modules() if isinstance(layer, LoraLayer)]
@@ -550,7 +550,7 @@ def test_a_default_length_that_stays_within_the_model(tiny: Path, tmp_path: Path
 def test_reading_takes_records_in_any_order(tiny: Path, prompted: Path) -> None:
     from adapterkit.runs.models import load_model
 
-    model = prepared(load_model(tiny, torch.float32, torch.device("cpu")), None)
+    model = prepared(load_model(open_checkpoint(tiny), torch.float32, torch.device("cpu")), None)
     data = encode_all(read_records(prompted), AutoTokenizer.from_pretrained(tiny), 64)
     both = []
     for examples in (data.examples, data.examples[::-1]):

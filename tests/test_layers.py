@@ -22,7 +22,7 @@ LEVELS = (
     ("residual", "summary", "elementwise"),
     ("fused", "factored", "coding"),
     ("checkpoint", "targets", "formats", "quant"),
-    ("plan",),
+    ("plan", "loading"),
     ("changes", "layout"),
     ("ties",),
     ("planning", "device", "sidecar", "digest", "receipt"),

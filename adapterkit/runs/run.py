@@ -23,13 +23,14 @@ from adapterkit.data.batches import Order
 from adapterkit.data.examples import Encoded, encode_all, split
 from adapterkit.data.records import Fields, read_records
 from adapterkit.errors import FormatError
+from adapterkit.loading import load_tokenizer
 from adapterkit.opening import open_regular
 from adapterkit.recipe import Recipe, as_yaml
 from adapterkit.runs import checkpoints
 from adapterkit.runs.checkpoints import Log, Progress, State
 from adapterkit.runs.fitting import check_sequences, open_base, open_fitting, refuse_twice_quantized
 from adapterkit.runs.memory import Estimate, available, check, estimate, helps
-from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
+from adapterkit.runs.models import choose_device, choose_dtype, load_model
 from adapterkit.runs.origin import Origin
 from adapterkit.runs.place import StoppedError, check_run, folder_for, peak_memory, processes
 from adapterkit.runs.preparing import prepare
@@ -124,7 +125,7 @@ def train(
         check_run(target, resume, overwrite)
         base = open_base(recipe.base)
         dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
-        tokenizer = load_tokenizer(base.path)
+        tokenizer = load_tokenizer(base)
         data, held_back = read_data(recipe, tokenizer)
         refuse_twice_quantized(recipe.quantize, base)
         check_sequences(data, base)
@@ -132,7 +133,7 @@ def train(
         memory = check(base, recipe, data.examples, dtype, device)
         origin = Origin.of(recipe, data, held_back, base, first)
         with folder_for(target, rank) as folder:
-            model = load_model(base.path, dtype, device, recipe.quantize)
+            model = load_model(base, dtype, device, recipe.quantize)
             prepare(model, recipe, base, first)
             loop = Loop(model, Order.of(data.examples, recipe), recipe, rank, world)
             run = _Run(recipe, folder, loop, tokenizer, held_back, origin)
@@ -161,7 +162,7 @@ def estimated(recipe: Recipe) -> tuple[Estimate, int, str | None]:
     device = choose_device(recipe.device)
     base = open_base(recipe.base)
     dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
-    examples = read_data(recipe, load_tokenizer(base.path))[0].examples
+    examples = read_data(recipe, load_tokenizer(base))[0].examples
     found, room = estimate(base, recipe, examples, dtype, device), available(device)
     return found, room, None if found.total <= room else helps(base, recipe, examples, dtype, device, room)
 

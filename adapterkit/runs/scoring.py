@@ -22,11 +22,12 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.data.examples import Encoded, Example, encode_all
 from adapterkit.data.records import DEFAULT, Fields, Record, read_records
 from adapterkit.errors import AdapterkitError, UsageError
+from adapterkit.loading import load_tokenizer
 from adapterkit.recipe import Recipe
 from adapterkit.runs.answers import Prediction, answer_of, compared
 from adapterkit.runs.fitting import check_sequences, open_base, open_fitting, refuse_twice_quantized, size_of
 from adapterkit.runs.memory import available, estimate
-from adapterkit.runs.models import choose_device, choose_dtype, load_model, load_tokenizer
+from adapterkit.runs.models import choose_device, choose_dtype, load_model
 from adapterkit.train.causal import Batch, CausalModel
 from adapterkit.train.injection import inject_from, lora_layers
 from adapterkit.train.loss import IGNORED
@@ -171,14 +172,14 @@ def evaluate(request: Request) -> Iterator[Event]:
     refuse_twice_quantized(request.quantize, base)
     given = None if request.adapter is None else open_fitting(request.adapter, base)
     dtype = choose_dtype(request.dtype, base, device, full=False)
-    tokenizer = load_tokenizer(base.path)
+    tokenizer = load_tokenizer(base)
     records = islice(read_records(request.data, request.fields), request.limit)
     data = encode_all(records, tokenizer, request.max_length, request.skip_bad)
     check_sequences(data, base)
     prompts = _prompts(request, data, tokenizer)
     most = _most(request, prompts, base)
     _check_memory(request, base, data, dtype, device)
-    model = prepared(load_model(base.path, dtype, device, request.quantize), given.adapter if given else None)
+    model = prepared(load_model(base, dtype, device, request.quantize), given.adapter if given else None)
     notes = [f"{given.label}: {problem}" for problem in given.adapter.problems] if given else []
     yield Started(
         data, len(prompts), most, str(model.model.device), str(dtype).removeprefix("torch."), model.unpadded,

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 base, adapter, output, max_shard_size, *more = sys.argv[1:]
 how = more[0] if more else None
 quantized = how in ("requantize", "dequantize")
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map="cpu" if quantized else how)
+model = AutoModelForCausalLM.from_pretrained(
+    base, dtype=torch.bfloat16, device_map="cpu" if quantized else how, trust_remote_code=False
+)
 if how == "dequantize":
     model = model.dequantize()
 merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()

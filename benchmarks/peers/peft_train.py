@@ -23,7 +23,7 @@ def load(base: Path, dtype: torch.dtype, device: str, nf4: bool) -> Any:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
         )
-    model = AutoModelForCausalLM.from_pretrained(base, **options)
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **options)
     model.config.use_cache = False
     return model
 

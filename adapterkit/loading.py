@@ -1,0 +1,157 @@
+"""Models and tokenizers as transformers loads them: from the files that were checked alone, and without their code.
+
+transformers looks for what it loads by itself, and in a stranger's folder may find other weights than those that were
+checked, pickles among them, an adapter, kernels to download, or code. So it is given a folder of ours: the config as it
+was read, links to the checked shards, and copies of the small files beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, SINGLE, Checkpoint
+from adapterkit.errors import FormatError, UnsafeFileError, UsageError
+from adapterkit.opening import open_inside, read_up_to
+from adapterkit.staging import errors_of
+from adapterkit.tensorfile import read_json
+
+SHOWN = 240  # characters of an error of transformers'
+# What tokenizers are made of, and generation_config.json.
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".codes", ".spm", ".tiktoken", ".tokenizer", ".vocab")
+TEMPLATES = Path("additional_chat_templates")
+MAX_SMALL_BYTES = 1 << 28
+# Keys of a config by which transformers loads code, or other weights.
+LOADS_MORE = ("auto_map", "transformers_weights")
+KERNELS = re.compile("_implementation(_internal)?$")  # of attention or experts; with a slash in it, it is on the Hub
+
+
+def load_tokenizer(base: Checkpoint) -> Any:
+    """The tokenizer of `base`. Raises FormatError where there is none, UnsafeFileError where it is code of its own."""
+    with quiet():
+        from transformers import AutoTokenizer
+
+        with _folder_for(base) as folder:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            except Exception as error:  # of strangers' files transformers raises all kinds
+                _refuse_code(base, error)
+                reason = _shortened(error, folder, base)
+                raise FormatError(f"{base.path}: transformers finds no tokenizer there: {reason}") from error
+    tokenizer.name_or_path = base.name
+    return tokenizer
+
+
+def load_causal(base: Checkpoint, **options: Any) -> Any:
+    """The causal language model of `base`, loaded by transformers with `options`.
+
+    Raises FormatError where the weights do not make the model that the config describes, UnsafeFileError where that is
+    code of its own.
+    """
+    with quiet():
+        from transformers import AutoModelForCausalLM
+
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that they are told here
+        with _folder_for(base) as folder:
+            try:
+                model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+                    folder, use_safetensors=True, trust_remote_code=False, **options
+                )
+            except Exception as error:
+                reason = _shortened(error, folder, base)
+                raise FormatError(f"{base.path}: transformers loads no model from there: {reason}") from error
+    # What is missing or of another shape, transformers would fill with random numbers.
+    for name, stored, wanted in found["mismatched_keys"]:
+        raise FormatError(f"{base.path}: {name} is {tuple(stored)}, its config makes it {tuple(wanted)}")
+    if missing := sorted(found["missing_keys"]):
+        count = f"{len(missing)} tensor{'s' * (len(missing) > 1)}"
+        raise FormatError(f"{base.path}: lacks {count} that its config speaks of, such as {missing[0]}")
+    model.config.name_or_path = base.name
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' bars and warnings from the terminal, which is ours; raises UsageError where it is missing."""
+    try:
+        import transformers.utils.logging
+    except ImportError as error:
+        raise UsageError("running a model needs transformers: pip install 'adapterkit[train]'") from error
+    logging: Any = transformers.utils.logging
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _folder_for(base: Checkpoint) -> Iterator[Path]:
+    """A folder with what transformers may load of `base`, for as long as it loads."""
+    _refuse_unknown(base)
+    with TemporaryDirectory(prefix="adapterkit-") as name:
+        with errors_of(Path(name)):
+            _fill(Path(name), base)
+        yield Path(name)
+
+
+def _fill(folder: Path, base: Checkpoint) -> None:
+    (folder / CONFIG).write_text(json.dumps(_harmless(base.config)), "utf-8")
+    several = len(base.shards) > 1
+    for shard in base.shards:
+        (folder / (shard.file.name if several else SINGLE)).symlink_to(shard.file.resolve())
+    if several:
+        weight_map = {name: info.file.name for name, info in base.tensors.items()}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / f"model{INDEX_SUFFIX}").write_text(json.dumps(index), "utf-8")
+    for file in base.other_files()[0]:
+        if file.suffix in SMALL_FILES and file.parent in (Path(), TEMPLATES):
+            (folder / file).parent.mkdir(exist_ok=True)
+            with open_inside(base.path, file) as stream:
+                (folder / file).write_bytes(read_up_to(stream, MAX_SMALL_BYTES, base.path / file))
+
+
+def _harmless(config: Any) -> Any:
+    """`config` without what has transformers load other weights or code, kernels from the Hub among it."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _harmless(value)
+        for key, value in config.items()
+        if key not in LOADS_MORE and not (KERNELS.search(key) and "/" in json.dumps(value))
+    }
+
+
+def _refuse_unknown(base: Checkpoint) -> None:
+    """Raise, before anything is loaded, where transformers has no code of its own for the model."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = base.config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        what = f"model_type is {kind!r}, which transformers {transformers.__version__} does not know"
+        if "auto_map" in base.config:
+            raise UnsafeFileError(f"{base.path / CONFIG}: {what}; the model's own code (auto_map) is never run")
+        raise FormatError(f"{base.path / CONFIG}: {what}")
+
+
+def _refuse_code(base: Checkpoint, error: Exception) -> None:
+    """Raise UnsafeFileError where the tokenizer failed to load for want of its own code."""
+    file = base.path / "tokenizer_config.json"
+    if file.is_file() and "auto_map" in read_json(file):
+        raise UnsafeFileError(f"{file}: needs the tokenizer's own code (auto_map), which is never run") from error
+
+
+def _shortened(error: Exception, folder: Path, base: Checkpoint) -> str:
+    """What transformers says, in one line, of the base's folder."""
+    text = " ".join(str(error).replace(str(folder), str(base.path)).split()) or type(error).__name__
+    return text if len(text) <= SHOWN else text[:SHOWN] + " …"

@@ -1,0 +1,207 @@
+"""Models of strangers: only the weights that were checked are loaded, and nobody's code is run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from handmade import adapterkit, contents
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny_model
+
+from adapterkit.checkpoint import open_checkpoint
+from adapterkit.loading import load_causal, load_tokenizer
+
+FIRST = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8\n" * 4)
+    return tmp_path / "text.txt"
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def commands(model: Path, text: Path) -> list[tuple[str | Path, ...]]:
+    """Every command that has transformers load a model."""
+    out = model.parent / "out"
+    return [
+        ("train", model, text, "-o", out, "--max-steps", "1"),
+        ("eval", model, text),
+        ("quantize", model, "-o", out, "--to", "nf4", "--rounding", "compensated", "--calibration", text),
+    ]
+
+
+# --- code ------------------------------------------------------------------------------------------------------------
+
+
+class Loads:
+    """A pickle that makes a file when it is loaded by what runs pickles."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def write_code(model: Path, proof: Path) -> None:
+    code = (
+        f"open({str(proof)!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+    )
+    code += "class C(LlamaConfig): model_type = 'strange'\nclass M(LlamaForCausalLM): config_class = C\n"
+    (model / "canary.py").write_text(code + "class T(PreTrainedTokenizerFast): pass\n")
+    (model / "custom_generate").mkdir()
+    (model / "custom_generate" / "generate.py").write_text(code)
+    tokenizer = {"AutoTokenizer": ["canary.T", "canary.T"]}
+    change(model / "config.json", auto_map={"AutoConfig": "canary.C", "AutoModelForCausalLM": "canary.M"} | tokenizer)
+    change(model / "tokenizer_config.json", auto_map=tokenizer)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_code_is_run_and_nothing_is_asked(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Where transformers has code of its own, that is taken; otherwise the model is refused before it is loaded."""
+    proof = text.with_name("proof")
+    write_code(model, proof)
+    if not known:
+        change(model / "config.json", model_type="strange", architectures=["M"])
+    for command in commands(model, text):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+        result = adapterkit(*command)
+        assert not proof.exists()
+        assert sys.stdin.read(1) == "y", "it was asked"
+        if known:
+            assert result.code == 0, result
+            shutil.rmtree(text.with_name("out"), ignore_errors=True)
+        else:
+            message = result.message(1)
+            assert message.startswith(f"{model}/config.json: model_type is 'strange', which transformers")
+            assert message.endswith("the model's own code (auto_map) is never run")
+            assert "trust_remote_code" not in message
+
+
+def test_a_tokenizer_of_its_own_code_is_refused(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proof = text.with_name("proof")
+    write_code(model, proof)
+    change(model / "config.json", model_type="gpt_neox")  # which names no class of tokenizers
+    change(model / "tokenizer_config.json", tokenizer_class="T")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+    result = adapterkit("eval", model, text)
+    assert not proof.exists() and sys.stdin.read(1) == "y"
+    assert result.code != 0 and "trust_remote_code" not in result.err
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def canary_pickle(model: Path) -> None:
+    torch.save({FIRST: Loads(model.with_name("proof"))}, model / "pytorch_model.bin")
+
+
+def weights_of_another_name(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    canary_pickle(model)
+
+
+def distributed(model: Path) -> None:
+    """transformers takes a folder of torch's distributed checkpoints for one, by its pickled `.metadata`."""
+    (model / ".metadata").write_bytes(pickle.dumps(Loads(model.with_name("proof"))))
+    (model / "__0_0.distcp").touch()
+
+
+def named_by_the_config(model: Path) -> None:
+    """The config has transformers load what no name tells of."""
+    change(model / "config.json", transformers_weights="model.safetensors")
+
+
+def an_adapter(model: Path) -> None:
+    """transformers would load the adapter that lies beside a model, pickled or not."""
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x", "r": 2}')
+    torch.save({"x": Loads(model.with_name("proof"))}, model / "adapter_model.bin")
+
+
+def kernels(model: Path) -> None:
+    change(model / "config.json", attn_implementation="someone/kernel", _attn_implementation_internal="someone/kernel")
+
+
+def a_link_to_secrets(model: Path) -> None:
+    (model / "chat_template.jinja").symlink_to("/proc/self/environ")
+
+
+def a_pipe(model: Path) -> None:
+    for name in ("generation_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        (model / name).unlink(missing_ok=True)
+        os.mkfifo(model / name)
+
+
+def shards(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    parts = {f"model-{i + 1:05}-of-00002.safetensors": list(tensors)[i::2] for i in range(2)}
+    for file, names in parts.items():
+        save_file({name: tensors[name] for name in names}, model / file, {"format": "pt"})
+    weight_map = {name: file for file, names in parts.items() for name in names}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, model / "consolidated.safetensors")
+
+
+HOSTILE: list[Callable[[Path], None]] = [
+    canary_pickle, weights_of_another_name, distributed, named_by_the_config, an_adapter, kernels, a_link_to_secrets,
+    a_pipe, shards,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda hostile: hostile.__name__)
+def test_just_the_checked_weights_are_loaded(model: Path, tiny: Path, hostile: Callable[[Path], None]) -> None:
+    hostile(model)
+    base, expected = open_checkpoint(model), load_file(tiny / "model.safetensors")
+    loaded, tokenizer = load_causal(base), load_tokenizer(base)
+    assert {name: bool(torch.equal(t, expected[name])) for name, t in loaded.state_dict().items()} == dict.fromkeys(
+        expected, True
+    )
+    assert not model.with_name("proof").exists()
+    assert tokenizer("w1 w5")["input_ids"] and "PATH" not in str(tokenizer.chat_template)
+
+
+def test_what_is_saved_names_no_folder_of_this_machine(model: Path, tmp_path: Path) -> None:
+    base = open_checkpoint(model)
+    load_causal(base).save_pretrained(tmp_path / "saved")
+    load_tokenizer(base).save_pretrained(tmp_path / "saved")
+    for file in (tmp_path / "saved").iterdir():
+        assert str(tmp_path.parent).encode() not in file.read_bytes(), file
+        assert b"adapterkit-" not in file.read_bytes(), file
+
+
+def test_calibration_needs_all_weights(model: Path, text: Path) -> None:
+    """transformers would fill in random numbers."""
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    before = contents(model)
+    for command in commands(model, text)[1:]:
+        assert "lacks 1 tensor that its config speaks of" in adapterkit(*command).message(1)
+    assert contents(model) == before
