@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from adapterkit.data import chats, examples
+from adapterkit.data.chats import Chats
 from adapterkit.data.examples import Encoded, Example, encode, encode_all, split
 from adapterkit.data.records import Bad, Fields, Record, read_records
 from adapterkit.errors import FormatError, UsageError
@@ -33,8 +36,22 @@ def tokenizer(shared: Any) -> Any:
     return copy.deepcopy(shared)
 
 
+CHATS = Chats(None)  # one process renders for all of these tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rendering() -> Iterator[None]:
+    with CHATS:
+        yield
+
+
+def encoded(record: Record, tokenizer: Any, max_length: int = 512) -> Example | Bad:
+    CHATS.tokenizer = tokenizer
+    return encode(record, tokenizer, max_length, CHATS)
+
+
 def made(record: Record, tokenizer: Any, max_length: int = 512) -> Example:
-    example = encode(record, tokenizer, max_length)
+    example = encoded(record, tokenizer, max_length)
     assert isinstance(example, Example), example
     assert example.ids.dtype == np.int32 and example.counted.dtype == np.bool_
     assert example.ids.shape == example.counted.shape and example.where == record.where
@@ -42,7 +59,7 @@ def made(record: Record, tokenizer: Any, max_length: int = 512) -> Example:
 
 
 def refused(record: Record, tokenizer: Any, max_length: int = 512) -> str:
-    bad = encode(record, tokenizer, max_length)
+    bad = encoded(record, tokenizer, max_length)
     assert isinstance(bad, Bad) and bad.where == record.where
     return bad.why
 
@@ -166,7 +183,160 @@ def test_a_chat_that_the_assistant_begins(tokenizer: Any) -> None:
 
 def test_no_chat_template() -> None:
     with pytest.raises(UsageError, match="the tokenizer has no chat template"):
-        encode(chat("a", "b"), Special(ends=False), 512)
+        encoded(chat("a", "b"), Special(ends=False))
+
+
+# --- strangers' templates --------------------------------------------------------------------------------------------
+
+# In the ways of Llama 3.1, Mistral, Gemma, Qwen 3, DeepSeek and Phi: namespaces, slices, filters, macros, loop controls.
+TEMPLATES = {
+    "llama": """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{%- if tools is not none %}{{ tools | tojson(indent=4) }}{% endif %}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- set tool_call = message.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+        {{- '{"name": "' + tool_call.name + '", "parameters": ' }}{{- tool_call.arguments | tojson }}{{- "}<|eot_id|>" }}
+    {%- else %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" }}{{- message.content | tojson }}{{- "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}""",
+    "mistral": """{{ bos_token }}{% for message in messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}""",
+    "gemma": """{{ bos_token }}{%- macro part(content) -%}{%- if content is string -%}{{ content | trim }}
+{%- else -%}{%- for item in content -%}{{ item['text'] | trim }}{%- endfor -%}{%- endif -%}{%- endmacro -%}
+{%- for message in messages -%}{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+{{ '<start_of_turn>' + role + '\\n' }}{{ part(message['content']) }}{{ '<end_of_turn>\\n' }}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}""",
+    "qwen": """{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and not(message.content.startswith('<tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}{%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content.split('</think>')[-1].lstrip('\\n') if '</think>' in message.content else message.content %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}""",
+    "deepseek": """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}
+{%- set ns = namespace(is_first=false, system='') -%}
+{%- for message in messages %}{%- if message['role'] == 'system' %}{%- set ns.system = ns.system ~ message['content'] %}
+{%- continue %}{%- endif %}{%- endfor -%}{{bos_token}}{{ns.system}}
+{%- for message in messages %}{%- if message['role'] == 'user' %}{{'<｜User｜>' ~ message['content']}}{%- endif %}
+{%- if message['role'] == 'assistant' %}{{'<｜Assistant｜>' ~ message['content'] ~ '<｜end｜>'}}{%- endif %}{%- endfor -%}
+{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% endif %}""",
+    "phi": """{% for message in messages %}{% if message['role'] in ['user', 'system'] %}
+{{'<|' ~ message['role'] ~ '|>\\n' + message['content'] + '<|end|>\\n'}}{% else %}{% generation %}{{'<|assistant|>\\n' + message['content']
++ '<|end|>\\n'}}{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_real_templates_are_written_as_transformers_writes_them(tokenizer: Any, name: str) -> None:
+    tokenizer.chat_template, CHATS.tokenizer = TEMPLATES[name], tokenizer
+    for record in (
+        chat("Où ?", "Là 🙂."), chat("a", " b \n", "c", "<think>x</think>\n\nd"), chat("s", "a", "b", first="system"),
+        Record("c:1", messages=(
+            {"role": "user", "content": "q", "name": None},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"é": [1.5, True]}}}]},
+            {"role": "tool", "content": "<&'>"}, {"role": "assistant", "content": "\\u00e9\x00\u2028"},
+        )),
+    ):  # fmt: skip
+        messages = list(record.messages or ())
+        try:
+            wanted = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:
+            with pytest.raises(chats.RefusedError, match=re.escape(f"the chat template refuses it: {error}")):
+                CHATS.text_of(messages)
+            continue
+        try:
+            text, spans = CHATS.text_of(messages)
+        except chats.RefusedError as error:
+            assert "otherwise when it is generated" in str(error)
+            continue
+        assert text == wanted
+        for at, (begin, end) in zip(
+            [n for n, one in enumerate(messages) if one["role"] == "assistant"], spans, strict=True
+        ):
+            assert text[:begin] == tokenizer.apply_chat_template(
+                messages[:at], tokenize=False, add_generation_prompt=True
+            )
+            assert text[:end] == tokenizer.apply_chat_template(messages[: at + 1], tokenize=False).rstrip()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x=[1, 2]) %}{% for _ in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x == ns.x + [1] }}{{ ns.x | string | length }}",
+        "{{ 9 ** (9 ** 9) % 7 }}", "{{ lipsum(10 ** 9) }}",
+    ],
+    ids=lambda text: text[:30],
+)  # fmt: skip
+def test_a_template_that_never_ends_is_ended(tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By processor time, so that it does not depend on what else runs here."""
+    monkeypatch.setattr(chats, "SECONDS", 1)
+    tokenizer.chat_template = template
+    with pytest.raises(
+        FormatError, match="c:1: the chat template (takes more than 1 s of processor time|refuses it: )"
+    ):
+        encode_all([chat("a", "b")], tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 10 ** 10 }}", "{{ 'a'.ljust(10 ** 10) }}", "{{ '%10000000000d' % 1 }}", "{{ '{:10000000000}'.format(1) }}",
+        "{% set ns = namespace(x='ab') %}{% for _ in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        "{{ messages | tojson(indent=10 ** 10) }}", "{{ [1] * 10 ** 10 }}", "{{ range(10 ** 10) | list }}",
+        "{{ ''.__class__.__mro__ }}", "{{ messages.__class__.__base__.__subclasses__() }}", "{{ cycler.__init__.__globals__ }}",
+        "{{ " + "(" * 5000 + ")" * 5000 + " }}", "{{ unknown.x.y }}", "{% for %}", "{% include '/etc/passwd' %}",
+        "{{ messages | map(attribute='x.' * 9) | list }}{{ 1 / 0 }}", "{{ messages[9].content + 'x' }}", "{% block a %}{{ self.a() }}{% endblock %}",
+    ],
+    ids=lambda text: text[:30],
+)  # fmt: skip
+def test_a_template_that_takes_all_memory_or_reaches_out_is_refused(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    assert "the chat template " in refused(chat("a", "b"), tokenizer)
+    tokenizer.chat_template = CHATML
+    assert runs(made(chat("a", "b"), tokenizer), tokenizer) == ["b<|im_end|>"]  # the process that renders goes on
+
+
+def test_a_template_that_writes_too_much(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer.chat_template = "{{ 'a ' * 3000000 }}" + CHATML
+    assert refused(chat("a", "b"), tokenizer).startswith("has 6,000,0")
+    monkeypatch.setattr(chats, "LINE", 5_000_000)
+    with pytest.raises(FormatError, match="c:1: the chat template writes more than 5,000,000 characters for it"):
+        encode_all([chat("a", "b")], tokenizer, 64)
+
+
+def test_a_record_is_bounded_before_it_is_tokenized(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "CHARACTERS", 100)
+    why = "has 105 characters, expected at most 100; split it into several records"
+    assert refused(Record("t:1", text="ab " * 35), tokenizer, 9) == why
+    assert refused(Record("t:1", prompt="ab " * 34, completion="abc"), tokenizer, 9) == why
+    assert refused(chat("a", "b " * 60), tokenizer, 9).endswith(
+        "characters, expected at most 100; split it into several records"
+    )
+    assert made(Record("t:1", text="ab " * 33), tokenizer, 9).cut > 0
+    assert len(made(Record("t:1", text="ab " * 35), tokenizer, 200).ids) > 35  # more is read where more is kept
 
 
 def test_truncation_cuts_the_end(tokenizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from adapterkit.data import records
 from adapterkit.data.records import Bad, Fields, Record, read_records
 from adapterkit.errors import FormatError, OfflineError, UsageError
 
@@ -63,6 +65,8 @@ def test_a_line_ends_only_where_a_line_ends(read: Read) -> None:
         (b"[1]", "is list, expected an object with fields"),
         (b"null", "is NoneType, expected an object"),
         (b"[" * 100_000, "is not valid JSON"),
+        (b'{"text": ', "is not valid JSON: Expecting value: column 10 (char 9)"),
+        (b'{"text": 1' + b"0" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
         (b"{}", r"has none of 'text', 'prompt', 'completion', 'messages': no whole form"),
         (b'{"text": null}', "has none of"),
         (b'{"text": 5}', "'text' is int, expected a string"),
@@ -204,6 +208,47 @@ def test_a_text_a_line(read: Read, name: str) -> None:
     assert isinstance(bad, Bad) and bad.where == f"{name}:5" and "UTF-8" in bad.why
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.jsonl", '{"text": "a"}\n{"text": "%s"}\n{"text": "b"}\n'), ("t.txt", "a\n%s\nb\n"),
+        ("t.csv", "text\na\n%s\nb\n"), ("t.tsv", "text\na\n%s\nb"), ("t.json", '{"text": "a"}\n"%s"\n{"text": "b"}'),
+        ("t.csv", 'text\na\n"%s"\nb\n'),
+    ],
+)  # fmt: skip
+def test_a_line_without_end_is_not_held(read: Read, name: str, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "LINE", 1000)
+    first, bad, last = read(name, content % ("x" * 5000))
+    assert (first, last) == (Record(first.where, text="a"), Record(last.where, text="b"))
+    assert isinstance(bad, Bad) and bad.why.endswith(records.TOO_LONG)
+    assert [int(one.where.split(":")[1]) - int(first.where.split(":")[1]) for one in (bad, last)] == [1, 2]
+
+
+def test_a_row_without_end_is_not_held(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a quote that nothing closes all that follows is one cell, or ever more cells of one row."""
+    monkeypatch.setattr(records, "LINE", 1000)
+    for content in ('text\na\n"' + "x\n" * 5000, "text\na\n" + '"x\n",' * 5000):
+        first, *bad = read("t.csv", content)
+        assert first == Record("t.csv:2", text="a")
+        assert isinstance(bad[0], Bad) and bad[0].why.endswith(records.TOO_LONG)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    for suffix in records.READERS:
+        file = tmp_path / f"fifo{suffix}"
+        os.mkfifo(file)
+        (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+        for path in (file, tmp_path / f"zero{suffix}"):
+            with pytest.raises(FormatError, match="cannot be read: a FIFO or device, expected a regular file"):
+                list(read_records(path))
+
+
+def test_json_that_is_too_large_to_be_held(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "WHOLE", 1000)
+    with pytest.raises(FormatError, match=r"t.json: is larger than 1,000 bytes; as JSON lines \(.jsonl\) it would be"):
+        read("t.json", "[" + '{"text": "a"},' * 100)
+
+
 def test_lines_are_streamed(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' * 100_000 + "{")
     records = read_records(tmp_path / "t.jsonl")
@@ -225,6 +270,42 @@ def test_parquet(tmp_path: Path, read: Read) -> None:
         list(read_records(tmp_path / "t.parquet", Fields("a", "b", "c", "d")))
     with pytest.raises(FormatError, match=r"t.parquet: is not valid Parquet"):
         read("t.parquet", b"PAR1 and no more")
+
+
+def test_a_parquet_file_unpacks_to_no_more_than_it_should_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes can claim any number of rows of any size, and metadata can say that they do not."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(records, "LINE", 1_000_000)
+    monkeypatch.setattr(records, "UNPACKED", 2_000_000)
+    file, text = tmp_path / "t.parquet", "x" * 4_000_000
+    zeros = arrow.repeat(arrow.scalar(0, arrow.int8()), 1_500_000)
+
+    def read(columns: dict[str, Any]) -> list[Record | Bad]:
+        parquet.write_table(arrow.table(columns), file, compression="zstd", store_schema=False)
+        assert file.stat().st_size < 2000
+        return list(read_records(file))
+
+    too_long = Bad("t.parquet: record 1", records.TOO_LONG)
+    assert (
+        read({"text": [text]}) == read({"messages": arrow.ListArray.from_arrays([0, len(zeros)], zeros)}) == [too_long]
+    )
+    for column in (arrow.DictionaryArray.from_arrays([0] * 5000, [text[:50_000]]), arrow.nulls(90_000, arrow.string())):
+        with pytest.raises(
+            FormatError, match=r"t.parquet: unpacks to more than 100 times its size; convert it to JSON"
+        ):
+            read({"text": column})
+    monkeypatch.setattr(records, "MEMORY", 1 << 20)
+    with pytest.raises(FormatError, match=r"t.parquet: takes too much memory to read"):
+        read({"text": [text]})
+
+
+def test_parquet_of_what_is_no_text(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    broken = arrow.Array.from_buffers(arrow.string(), 1, arrow.array([b"\xff"]).buffers())
+    for column, why in ((arrow.array([b"a"]), "bytes is not JSON"), (broken, "can't decode byte 0xff")):
+        parquet.write_table(arrow.table({"text": column}), tmp_path / "t.parquet")
+        [bad] = read_records(tmp_path / "t.parquet")
+        assert isinstance(bad, Bad) and why in bad.why
 
 
 def test_parquet_without_pyarrow(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:

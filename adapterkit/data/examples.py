@@ -9,26 +9,26 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from adapterkit.data.chats import Chats, RefusedError, Templated
 from adapterkit.data.records import Bad, Record
 from adapterkit.errors import FormatError, UsageError
 
 SHOWN = 10  # bad records that an error lists
+CHARACTERS = 1_000_000  # of a record: a tokenizer takes up to 6 s and 0.8 GB for so many
+CHARACTERS_A_TOKEN = 8  # or as many times --max-length: about twice what a token of text has
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Templated, Protocol):
     """What is used of a fast tokenizer of transformers."""
 
     @property
     def eos_token_id(self) -> Any: ...
-    @property
-    def chat_template(self) -> Any: ...
     def __call__(
         self, text: str, /, *, add_special_tokens: bool = ..., return_offsets_mapping: bool = ..., verbose: bool = ...
     ) -> Mapping[str, Any]: ...
-    def apply_chat_template(self, conversation: Any, /, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,17 +65,22 @@ class Encoded:
         return sum(int(example.counted.sum()) for example in self.examples)
 
 
-def encode(record: Record, tokenizer: Tokenizer, max_length: int) -> Example | Bad:
+def encode(record: Record, tokenizer: Tokenizer, max_length: int, chats: Chats) -> Example | Bad:
     """`record` as at most `max_length` tokens, cut at the end; Bad where no token is left that the loss is for.
 
     A text counts whole; of a prompt and its completion, the completion; of a chat, what the assistant says, with the
     token that ends each turn. The first token never counts: nothing predicts it. Raises UsageError where a chat meets a
-    tokenizer that has no chat template.
+    tokenizer that has no chat template, FormatError where the template takes too much time or memory.
     """
+    most = max(CHARACTERS, CHARACTERS_A_TOKEN * max_length)
     try:
-        ids, counted = _chat(record.messages, tokenizer) if record.messages else _plain(record, tokenizer)
-    except FormatError as error:
+        ids, counted = (
+            _chat(record.messages, tokenizer, chats, most) if record.messages else _plain(record, tokenizer, most)
+        )
+    except RefusedError as error:
         return Bad(record.where, str(error))
+    except FormatError as error:
+        raise FormatError(f"{record.where}: {error}") from error
     counted[:1] = False
     if not counted.any():
         return Bad(record.where, f"has {len(ids)} tokens, and none that could be learned")
@@ -92,12 +97,13 @@ def encode_all(
         raise UsageError(f"--max-length is {max_length}, expected 2 or more: nothing predicts a first token")
     good: list[tuple[Example, Record]] = []
     bad: list[Bad] = []
-    for record in records:
-        made = record if isinstance(record, Bad) else encode(record, tokenizer, max_length)
-        if isinstance(record, Record) and isinstance(made, Example):
-            good.append((made, record))
-        elif isinstance(made, Bad):
-            bad.append(made)
+    with Chats(tokenizer) as chats:
+        for record in records:
+            made = record if isinstance(record, Bad) else encode(record, tokenizer, max_length, chats)
+            if isinstance(record, Record) and isinstance(made, Example):
+                good.append((made, record))
+            elif isinstance(made, Bad):
+                bad.append(made)
     if bad and not (skip_bad and good):
         lines = [f"{len(bad)} of {len(bad) + len(good)} records cannot be used"]
         lines += [f"  {one.where}: {one.why}" for one in bad[:SHOWN]]
@@ -130,8 +136,9 @@ def split(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded]:
 # --- the forms -------------------------------------------------------------------------------------------------------
 
 
-def _plain(record: Record, tokenizer: Tokenizer) -> tuple[Ids, Mask]:
+def _plain(record: Record, tokenizer: Tokenizer, most: int) -> tuple[Ids, Mask]:
     """A text, or a prompt as it stands when generating and its completion; then the token that ends."""
+    _check_size(record.text or f"{record.prompt or ''}{record.completion or ''}", most)
     prompt: list[int] = []
     if record.text is None:
         prompt = tokenizer(record.prompt or "", verbose=False)["input_ids"]
@@ -145,29 +152,19 @@ def _plain(record: Record, tokenizer: Tokenizer) -> tuple[Ids, Mask]:
     return ids, np.arange(len(ids)) >= len(prompt)
 
 
-def _chat(messages: tuple[Mapping[str, Any], ...], tokenizer: Tokenizer) -> tuple[Ids, Mask]:
+def _chat(messages: tuple[Mapping[str, Any], ...], tokenizer: Tokenizer, chats: Chats, most: int) -> tuple[Ids, Mask]:
     """A chat as its template writes it; the tokens count that begin in what the assistant says."""
-    if not tokenizer.chat_template:
-        raise UsageError("the tokenizer has no chat template, expected one for messages; or give prompt and completion")
-
-    def render(turns: int, prompt: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=prompt))
-        except Exception as error:  # a template is a stranger's program: it refuses what and how it likes
-            raise FormatError(f"the chat template refuses it: {error}") from error
-
-    whole = render(len(messages))
+    whole, spans = chats.text_of(messages)
+    _check_size(whole, most)
     encoding = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     begins = np.array([begin for begin, _ in encoding["offset_mapping"]], np.int64)
     counted = np.zeros(len(begins), np.bool_)
-    for at, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(at, prompt=True), render(at + 1)
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise FormatError(
-                    f"the chat template writes turn {at + 1} otherwise when it is generated, or when turns follow, so "
-                    "what would be learned is never seen again; expected the same text; or give prompt and completion"
-                )
-            # What is written after the token that ends a turn is never generated.
-            counted |= (begins >= len(before)) & (begins < len(after.rstrip()))
+    for begin, end in spans:
+        counted |= (begins >= begin) & (begins < end)
     return np.array(encoding["input_ids"], np.int32), counted
+
+
+def _check_size(text: str, most: int) -> None:
+    """Raise RefusedError where a tokenizer would need too long: it reads all of a text, however little is kept."""
+    if len(text) > most:
+        raise RefusedError(f"has {len(text):,} characters, expected at most {most:,}; split it into several records")

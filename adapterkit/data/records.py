@@ -6,6 +6,7 @@ What cannot be used comes as a `Bad` that says where it stands and why; whether 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import sys
@@ -13,13 +14,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeAlias
+from subprocess import DEVNULL, PIPE, Popen
+from typing import IO, Any, TypeAlias
 
+from adapterkit.data import unpacking
 from adapterkit.errors import FormatError, OfflineError, UsageError
 from adapterkit.hub.names import parsed
+from adapterkit.opening import open_regular
 
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
-ROWS = 1024  # of a Parquet file in memory at once
+LINE = 16_000_000  # characters of one record in a file, whatever of it is read
+TOO_LONG = f"has more than {LINE:,} characters"
+WHOLE = 1_000_000_000  # bytes of JSON that is no JSON lines
+MEMORY = 4 << 30  # bytes that unpacking a Parquet file may take
+UNPACKED, RATIO = 16_000_000, 100  # characters out of a Parquet file: so many, and so many for each of its bytes
+ROW = 200  # characters that each of its rows counts for at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,8 @@ def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> It
     """The records of a file, by its suffix, or of a dataset on the Hub (`org/name[@revision][:split]`), in order.
 
     A record has the form whose fields it has; of several, the one whose fields were renamed. All but JSON arrays are
-    streamed. Raises FormatError where the source cannot be read, is empty, or has none of the fields in any record;
+    streamed, and no record can take all memory. Raises FormatError where the source is no regular file or cannot be
+    read, is empty, or has none of the fields in any record;
     UsageError where its kind is unknown or a package is missing; OfflineError where the Hub is out of reach.
     """
     names = [name for name in astuple(fields) if name]
@@ -147,31 +157,48 @@ def _rows(source: str | os.PathLike[str], fields: Fields) -> Rows:
 
 def _lines(file: Path, newline: str | None = None) -> Iterator[str]:
     """The lines of `file`; bytes that are not UTF-8 come as lone surrogates, which `_record` finds."""
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as stream:
-        yield from stream
+    with io.TextIOWrapper(open_regular(file), "utf-8-sig", "surrogateescape", newline) as stream:
+        yield from _bounded(stream)
+
+
+def _bounded(stream: IO[str]) -> Iterator[str]:
+    """The lines of `stream`; of one that is longer than `LINE` the beginning, which is too long itself."""
+    while line := stream.readline(LINE + 1):
+        yield line
+        while len(line) > LINE and not line.endswith("\n"):
+            line = stream.readline(LINE + 1)
 
 
 def _text_rows(file: Path, fields: Fields) -> Rows:
     """A text a line; blank lines hold nothing that could be lost, here and in JSON lines."""
     for number, line in enumerate(_lines(file), 1):
-        if line.strip():
-            yield f"{file.name}:{number}", {fields.text: line.rstrip("\n")}
+        where = f"{file.name}:{number}"
+        if len(line) > LINE:
+            yield Bad(where, TOO_LONG)
+        elif line.strip():
+            yield where, {fields.text: line.rstrip("\n")}
 
 
 def _json_line_rows(file: Path, fields: Fields) -> Rows:
     for number, line in enumerate(_lines(file), 1):
         where = f"{file.name}:{number}"
-        if line.strip():
+        if len(line) > LINE:
+            yield Bad(where, TOO_LONG)
+        elif line.strip():
             try:
-                yield where, _parse(line)
+                yield where, _parse(line.rstrip("\n"))
             except (ValueError, RecursionError) as error:
                 yield Bad(where, f"is not valid JSON: {str(error).replace('line 1 column', 'column')}")
 
 
 def _json_rows(file: Path, fields: Fields) -> Rows:
     """An array of records, an object with one array in it, one record, or JSON lines under another name."""
+    with open_regular(file) as stream:
+        raw = stream.read(WHOLE + 1)
+    if len(raw) > WHOLE:
+        raise FormatError(f"{file}: is larger than {WHOLE:,} bytes; as JSON lines (.jsonl) it would be streamed")
     try:
-        value = _parse("".join(_lines(file)))
+        value = _parse(raw.decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):  # a first value ends and more follows: lines
             raise FormatError(f"{file}: is not valid JSON: {error}") from error
@@ -193,13 +220,31 @@ def _parse(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique)
 
 
+class _TableLines:
+    """The lines of a table, as long as a row does not take too many: after an open quote, all that follow."""
+
+    def __init__(self, file: Path) -> None:
+        self.lines, self.number, self.taken = _lines(file, newline=""), 0, 0
+
+    def __iter__(self) -> _TableLines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        self.number, self.taken = self.number + 1, self.taken + len(line)
+        if self.taken > LINE:
+            raise csv.Error(TOO_LONG)
+        return line
+
+
 def _table_rows(file: Path, fields: Fields) -> Rows:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(LINE)
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(_lines(file, newline=""), delimiter=delimiter, strict=True)
+    lines = _TableLines(file)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
-        where = f"{file.name}:{reader.line_num + 1}"
+        where, lines.taken = f"{file.name}:{lines.number + 1}", 0
         try:
             cells = next(reader)
         except StopIteration:
@@ -218,15 +263,30 @@ def _table_rows(file: Path, fields: Fields) -> Rows:
 
 
 def _parquet_rows(file: Path, fields: Fields) -> Rows:
-    parquet = _needed("pyarrow.parquet", f"{file}: Parquet")
-    try:
-        table = parquet.ParquetFile(file)
-        columns = [name for name in table.schema_arrow.names if name in astuple(fields)]
-        rows = (row for batch in table.iter_batches(ROWS, columns=columns or None) for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"{file.name}: record {number}", row
-    except ValueError as error:
-        raise FormatError(f"{file}: is not valid Parquet: {error}") from error
+    """The rows of a Parquet file, unpacked by a process of its own and only up to what such a file should hold."""
+    _needed("pyarrow", f"{file}: Parquet")
+    names = json.dumps([name for name in astuple(fields) if name])
+    command = [sys.executable, "-P", unpacking.__file__, names, str(MEMORY)]
+    with (
+        open_regular(file) as stream,
+        Popen(command, stdin=stream, stdout=PIPE, stderr=DEVNULL, encoding="utf-8") as process,
+    ):
+        room = UNPACKED + RATIO * os.fstat(stream.fileno()).st_size
+        assert process.stdout is not None
+        try:
+            for number, line in enumerate(_bounded(process.stdout), 1):
+                room -= max(len(line), ROW)
+                if room < 0:
+                    raise FormatError(f"{file}: unpacks to more than {RATIO} times its size; convert it to JSON lines")
+                made = json.loads(line) if len(line) <= LINE else {"bad": TOO_LONG}
+                if "error" in made:
+                    raise FormatError(f"{file}: {made['error']}")
+                where = f"{file.name}: record {number}"
+                yield (where, made["row"]) if "row" in made else Bad(where, made["bad"])
+            if process.wait():
+                raise FormatError(f"{file}: takes too much memory to read, or crashes pyarrow")
+        finally:
+            process.kill()
 
 
 def _hub_rows(source: str) -> Rows:
