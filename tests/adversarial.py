@@ -7,13 +7,27 @@ which side it is rounded. `A` is a rotation, so that every product has rounding 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+from safetensors.torch import save_file
+
+import adapterkit
+from adapterkit import quant, residual, undo
+from adapterkit.checkpoint import open_checkpoint
+from adapterkit.delta import Update
 
 COMPUTED_IN = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 COLUMNS = RANK = 4
 UNITS = 0.75  # how far beside a midpoint
 Factors = tuple[torch.Tensor, torch.Tensor]  # B (rows, rank), A (rank, columns)
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def weights(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -102,3 +116,157 @@ def sums(W: torch.Tensor, reach: float, seed: int) -> tuple[torch.Tensor, torch.
     times = torch.exp2(torch.randint(-1, 6, W.shape, generator=rng) * 1.0) * (1 + torch.rand(W.shape, generator=rng))
     total = ((values * times).to(W.dtype).double() - error).float()
     return total, torch.maximum(boundary.abs() * reach, (total.double() - values).abs() * 1.001)
+
+
+# --- undone by other arithmetic ---------------------------------------------------------------------------------------
+
+
+def rank_one_at_a_time(order: str) -> Product:
+    """Adds `B[:, k]·A[k]` term by term, rounding after each: forwards, backwards, or shuffled."""
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        count = len(right)
+        terms = {"forwards": torch.arange(count), "backwards": torch.arange(count).flip(0)}
+        total = left.new_zeros(len(left), right.shape[1])
+        for k in terms.get(order, torch.randperm(count)).tolist():
+            total += left[:, k, None] * right[k]
+        return total
+
+    return product
+
+
+def in_pairs(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Adds the terms up as a tree."""
+    terms = [left[:, k, None] * right[k] for k in range(len(right))]
+    while len(terms) > 1:
+        terms = [sum(terms[at : at + 2][1:], terms[at]) for at in range(0, len(terms), 2)]
+    return terms[0]
+
+
+def in_float64(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left.double() @ right.double()).to(left.dtype)
+
+
+def in_halves(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    half = len(right) // 2
+    return left[:, half:] @ right[half:] + left[:, :half] @ right[:half]
+
+
+ARITHMETIC: dict[str, Product] = {
+    "the same": residual.product, "in pairs": in_pairs, "in float64": in_float64, "in halves": in_halves,
+    **{order: rank_one_at_a_time(order) for order in ("forwards", "backwards", "shuffled")},
+}  # fmt: skip
+
+
+def undo_by(product: Product, patch: pytest.MonkeyPatch) -> None:
+    """Have merges undone with this product, the compiled loop replaced too."""
+
+    def subtract(after: torch.Tensor, first: int, updates: list[Update], out: torch.Tensor, *_: torch.Tensor) -> None:
+        out.copy_(residual.subtracted(after, first, updates))
+
+    patch.setattr(residual, "product", product)
+    patch.setattr(undo, "subtract_rounded", subtract)
+
+
+# --- as files --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base, adapters that are to be merged into it together, and how."""
+
+    base: Path
+    adapters: list[Path]
+    how: dict[str, Any]
+
+
+MODULE = "layers.0.q"
+LOW, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
+PLAIN = {
+    f"{name} × {parts}": (dtype, parts)
+    for name, dtype in (("bf16", LOW), ("fp16", HALF), ("fp32", FULL))
+    for parts in (1, 2, 3)
+}
+WIDER = {"bf16 to fp32": LOW, "fp16 to fp32": HALF}
+DORA = {
+    f"{name} dora{' by column' if by_column else ''}": (dtype, by_column)
+    for name, dtype in (("bf16", LOW), ("fp16", HALF), ("fp32", FULL))
+    for by_column in (False, True)
+}
+BOTH = {"bf16 dora and plain": LOW, "fp16 dora and plain": HALF}
+STORED: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "nf4": (LOW, {"to": "nf4"}), "nested nf4": (HALF, {"to": "nf4", "nested": True}), "fp4": (HALF, {"to": "fp4"}),
+    "int8": (LOW, {"to": "int8"}), "fp8": (LOW, {}), "fp8 in fp16": (HALF, {}),
+}  # fmt: skip
+CASES = [*PLAIN, *WIDER, *DORA, *BOTH, *STORED]
+
+
+def write(name: str, folder: Path, rows: int, seed: int) -> Case:
+    """Write one of `CASES`: a module with weights `(rows, 4)`."""
+    how: dict[str, Any] = {}
+    if name in PLAIN:
+        dtype, parts = PLAIN[name]
+        W, updates = plain(rows, dtype, seed, parts)
+    elif name in WIDER:
+        W = weights(rows, COLUMNS, WIDER[name], seed)
+        W, updates = plain(rows, FULL, seed, 2, W=W)
+        how = {"dtype": "fp32"}
+    elif name in DORA:
+        W, update, magnitude = dora(rows, *DORA[name][:1], seed, by_column=DORA[name][1])
+        base = write_base(folder, W, {"model_type": "gpt2"} if DORA[name][1] else {})
+        return Case(base, [write_adapter(folder / "dora", update, magnitude)], how)
+    elif name in BOTH:
+        W, (B, A), magnitude = dora(rows, BOTH[name], seed)
+        V = W.double() + B @ A
+        renormalized = magnitude[:, None] / V.norm(dim=1, keepdim=True) * V
+        delta = midpoints(W, W.dtype, seed + 9, kind=torch.float64) - renormalized
+        adapters = [write_adapter(folder / "dora", (B, A), magnitude)]
+        adapters.append(write_adapter(folder / "plain", factors(delta, seed + 8, torch.float64)))
+        return Case(write_base(folder, W), adapters, how)
+    else:
+        base, W = write_quantized(folder, rows, seed, *STORED[name])
+        W, updates = plain(rows, W.dtype, seed, 2, W=W)
+        return Case(base, [write_adapter(folder / f"part-{i}", one) for i, one in enumerate(updates)], how)
+    return Case(write_base(folder, W), [write_adapter(folder / f"part-{i}", one) for i, one in enumerate(updates)], how)
+
+
+def write_base(folder: Path, W: torch.Tensor, config: dict[str, Any] | None = None, **others: torch.Tensor) -> Path:
+    """A checkpoint of one module, and what is beside its weight."""
+    base = folder / "base"
+    base.mkdir(parents=True)
+    save_file({f"{MODULE}.weight": W} | others, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(json.dumps(config or {}))
+    return base
+
+
+def write_quantized(
+    folder: Path, rows: int, seed: int, dtype: torch.dtype, how: dict[str, Any]
+) -> tuple[Path, torch.Tensor]:
+    """The same quantized, with scales that are powers of two, and what it dequantizes to."""
+    W, config = weights(rows, COLUMNS, dtype, seed), {"dtype": str(dtype).removeprefix("torch.")}
+    if how:
+        adapterkit.quantize(write_base(folder / "dense", W, config), folder / "base", **how)
+    else:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, COLUMNS]}  # type: ignore
+        scale = torch.exp2(
+            torch.randint(-4, 5, (-(-rows // 8), 1), generator=torch.Generator().manual_seed(seed)) * 1.0
+        )
+        others = {f"{MODULE}.weight_scale_inv": scale}
+        write_base(folder, W.to(torch.float8_e4m3fn), config, **others)
+    checkpoint = open_checkpoint(folder / "base")
+    packed = quant.weights(checkpoint.tensors, checkpoint.config)[f"{MODULE}.weight"]
+    assert isinstance(packed, quant.Packed)
+    return folder / "base", packed.open(COLUMNS)(0, rows)
+
+
+def write_adapter(folder: Path, update: Factors, magnitude: torch.Tensor | None = None) -> Path:
+    """A PEFT adapter with scaling 1."""
+    folder.mkdir(parents=True)
+    (B, A), prefix = update, f"base_model.model.{MODULE}"
+    tensors = {f"{prefix}.lora_A.weight": A.contiguous(), f"{prefix}.lora_B.weight": B.contiguous()}
+    if magnitude is not None:
+        tensors[f"{prefix}.lora_magnitude_vector"] = magnitude
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "use_dora": magnitude is not None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import adversarial
 import pytest
 import torch
 from conftest import FIXTURES, factors
@@ -148,6 +149,15 @@ def undone_elsewhere(base: Path, adapter: Path, folder: Path, on: str) -> bool:
 def test_what_one_merges_the_other_undoes(name: str, cuda: StandIn, tmp_path: Path) -> None:
     assert undone_elsewhere(FIXTURES / "bases" / TINY[name], FIXTURES / name, tmp_path, "cuda")
     assert not cuda.pinned
+
+
+@pytest.mark.parametrize("name", adversarial.CASES[::3])
+def test_the_hardest_sums_are_undone_elsewhere(name: str, cuda: StandIn, tmp_path: Path) -> None:
+    case = adversarial.write(name, tmp_path, 3_000, 2)
+    for here, there in (("cpu", "cuda"), ("cuda", "cpu")):
+        adapterkit.merge(case.base, case.adapters, tmp_path / here, device=here, **case.how)
+        adapterkit.unmerge(tmp_path / here, tmp_path / f"{here}-again", adapters=case.adapters, device=there)
+        assert files(tmp_path / f"{here}-again") == files(case.base)
 
 
 def test_what_one_merges_out_of_four_bits_the_other_packs_again(

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -132,6 +133,26 @@ def test_weighted_dora_adds_its_effective_delta(
     parts = [oracle.merged({"m.weight": W}, dora, 0.4), oracle.merged({"m.weight": W}, plain, 0.8)]
     exact = W.double() + sum(part["m.weight"].exact - W.double() for part in parts)
     assert torch.equal(weights(tmp_path / "out")["m.weight"], oracle.rounded(exact, torch.bfloat16))
+
+
+@pytest.mark.parametrize("by_column", [False, True], ids=["by row", "by column"])
+def test_dora_and_plain_adapters_add_up_in_any_order(
+    by_column: bool, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Each as if it were alone: what DoRA renormalizes is the base, and not what others have made of it."""
+    W = (torch.randn(40, 24) if by_column else torch.randn(24, 40)).bfloat16()
+    base = make_base({"m.weight": W}, {"model_type": "gpt2"} if by_column else {})
+    given = []
+    for name, weight in (("one", 1.0), ("other", -0.6), ("plain", 0.8)):
+        magnitude = {"m.lora_magnitude_vector": torch.rand(24) * 8} if name != "plain" else {}
+        tensors = factors("m", 24, 40, size=0.6) | magnitude
+        given.append((make_adapter(tensors, name, use_dora=name != "plain"), weight))
+    alone = {path: oracle.merged({"m.weight": W}, path, weight, by_column)["m.weight"].exact for path, weight in given}
+    for order in permutations(given):
+        for some in (order, order[:2]):
+            exact = W.double() + sum(alone[path] - W.double() for path, _ in some)
+            adapterkit.merge(base, list(some), tmp_path / "out", overwrite=True)
+            assert torch.equal(weights(tmp_path / "out")["m.weight"], oracle.rounded(exact, torch.bfloat16))
 
 
 def test_threads_blocks_and_reports_do_not_change_a_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import adversarial
 import pytest
 import torch
-from adversarial import COMPUTED_IN
+from adversarial import ARITHMETIC, COMPUTED_IN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,44 +18,6 @@ from adapterkit.residual import record, restore, subtracted
 from adapterkit.rounding import round_once
 
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def rank_one_at_a_time(order: str) -> Product:
-    """Adds `B[:, k]·A[k]` term by term, rounding after each: forwards, backwards, or shuffled."""
-
-    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        count = len(right)
-        terms = {"forwards": torch.arange(count), "backwards": torch.arange(count).flip(0)}
-        total = left.new_zeros(len(left), right.shape[1])
-        for k in terms.get(order, torch.randperm(count)).tolist():
-            total += left[:, k, None] * right[k]
-        return total
-
-    return product
-
-
-def in_pairs(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Adds the terms up as a tree."""
-    terms = [left[:, k, None] * right[k] for k in range(len(right))]
-    while len(terms) > 1:
-        terms = [sum(terms[at : at + 2][1:], terms[at]) for at in range(0, len(terms), 2)]
-    return terms[0]
-
-
-def in_float64(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return (left.double() @ right.double()).to(left.dtype)
-
-
-def in_halves(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    half = len(right) // 2
-    return left[:, half:] @ right[half:] + left[:, :half] @ right[:half]
-
-
-ARITHMETIC: dict[str, Product] = {
-    "the same": residual.product, "in pairs": in_pairs, "in float64": in_float64, "in halves": in_halves,
-    **{order: rank_one_at_a_time(order) for order in ("forwards", "backwards", "shuffled")},
-}  # fmt: skip
 
 
 def check(W: torch.Tensor, updates: list[Update], monkeypatch: pytest.MonkeyPatch) -> residual.Residual:

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import adversarial
 import pytest
 import torch
 from conftest import FIXTURES, factors
@@ -95,6 +96,18 @@ def test_every_size_comes_out_again(
     adapterkit.merge(base, [adapter], tmp_path / "merged")
     adapterkit.unmerge(tmp_path / "merged", tmp_path / "again")
     assert same(base, tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", adversarial.CASES)
+def test_the_hardest_sums_come_out_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On midpoints of powers of two; `pytest tests/stress.py` does many more of them."""
+    case = adversarial.write(name, tmp_path, 3_000, 1)
+    adapterkit.merge(case.base, case.adapters, tmp_path / "merged", **case.how)
+    adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=case.adapters)
+    assert same(case.base, tmp_path / "again")
+    adversarial.undo_by(adversarial.ARITHMETIC["backwards"], monkeypatch)
+    adapterkit.unmerge(tmp_path / "merged", tmp_path / "backwards", adapters=case.adapters)
+    assert same(case.base, tmp_path / "backwards")
 
 
 @pytest.mark.parametrize("flipped", [False, True], ids=["(E, out, in)", "(E, in, out)"])

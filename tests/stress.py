@@ -1,0 +1,62 @@
+"""200 merges of the hardest inputs, and of a real model, undone through files: `pytest -s tests/stress.py`.
+
+It takes minutes, so that pytest finds it only by this name. STRESS_RUNS and STRESS_ROWS make it shorter.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import adversarial
+import pytest
+import torch
+from conftest import factors
+from safetensors import safe_open
+from test_device import StandIn, cuda
+from test_unmerge import Make, contents, hashes, same
+
+import adapterkit
+
+__all__ = ["cuda"]  # a fixture
+RUNS = int(os.environ.get("STRESS_RUNS", "200"))
+ROWS = int(os.environ.get("STRESS_ROWS", "50000"))
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+def test_hardest_sums(run: int, cuda: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case in turn, with other numbers, arithmetics and devices each time."""
+    name = adversarial.CASES[run % len(adversarial.CASES)]
+    case = adversarial.write(name, tmp_path, ROWS, 1000 * run)
+    devices = ("cpu", "cuda") if run // len(adversarial.CASES) % 2 else ("cuda", "cpu")
+    adapterkit.merge(case.base, case.adapters, tmp_path / "merged", device=devices[0], **case.how)
+    adversarial.undo_by(list(adversarial.ARITHMETIC.values())[run % len(adversarial.ARITHMETIC)], monkeypatch)
+    result = adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=case.adapters, device=devices[1])
+    assert same(case.base, tmp_path / "again") and result.hashes.outputs == hashes(case.base)
+    sizes = [sum(map(len, filter(None, contents(folder).values()))) for folder in (case.base, tmp_path / "merged")]
+    print(f"\n{name}: {4 * ROWS:,} sums restored; receipt {sizes[1] - sizes[0]:,} bytes for {sizes[0]:,}", end="")
+
+
+@pytest.mark.base
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("size", [0.02, 0.06, 0.2])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_smollm2_with_random_adapters(
+    count: int, size: float, seed: int, smollm2: Path, make_adapter: Make, tmp_path: Path
+) -> None:
+    """Rank 16, on every linear layer."""
+    torch.manual_seed(seed)
+    shapes = {}
+    for file in smollm2.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys() if "_proj" in name}  # noqa: SIM118
+    adapters = []
+    for number in range(count):
+        parts = {}
+        for name, (out, inner) in shapes.items():
+            parts |= factors(name.removeprefix("model.").removesuffix(".weight"), out, inner, 16, size)
+        parts = {f"model.{name}": tensor for name, tensor in parts.items()}
+        adapters.append(make_adapter(parts, f"random-{number}", r=16, lora_alpha=32))
+    adapterkit.merge(smollm2, adapters, tmp_path / "merged")
+    result = adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=adapters)
+    assert result.hashes.outputs == hashes(tmp_path / "again") == hashes(smollm2) != hashes(tmp_path / "merged")
