@@ -11,8 +11,7 @@ from pathlib import Path
 import adversarial
 import pytest
 import torch
-from conftest import factors
-from safetensors import safe_open
+from safetensors.torch import load_file
 from test_device import StandIn, cuda
 from test_unmerge import Make, contents, hashes, same
 
@@ -38,25 +37,22 @@ def test_hardest_sums(run: int, cuda: StandIn, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.base
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("size", [0.02, 0.06, 0.2])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("count", "size", "seed"),
+    [(2, 0.01, 1), (2, 0.05, 2), (3, 0.05, 0), *((count, size, 9) for count in (2, 3) for size in (0.02, 0.1))],
+)
 def test_smollm2_with_random_adapters(
     count: int, size: float, seed: int, smollm2: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
-    """Rank 16, on every linear layer."""
+    """Rank 16, on every linear layer. In the first three settling a midpoint takes one weight to its nearer boundary."""
     torch.manual_seed(seed)
-    shapes = {}
-    for file in smollm2.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys() if "_proj" in name}  # noqa: SIM118
-    adapters = []
-    for number in range(count):
-        parts = {}
-        for name, (out, inner) in shapes.items():
-            parts |= factors(name.removeprefix("model.").removesuffix(".weight"), out, inner, 16, size)
-        parts = {f"model.{name}": tensor for name, tensor in parts.items()}
-        adapters.append(make_adapter(parts, f"random-{number}", r=16, lora_alpha=32))
-    adapterkit.merge(smollm2, adapters, tmp_path / "merged")
-    result = adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=adapters)
+    adapters: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
+    for name, W in load_file(smollm2 / "model.safetensors").items():
+        for parts in adapters if "_proj" in name else ():
+            module = name.removesuffix(".weight")
+            parts[f"{module}.lora_B.weight"] = torch.randn(W.shape[0], 16) * size
+            parts[f"{module}.lora_A.weight"] = torch.randn(16, W.shape[1]) * size
+    given = [make_adapter(parts, f"random-{at}", r=16, lora_alpha=32) for at, parts in enumerate(adapters)]
+    adapterkit.merge(smollm2, given, tmp_path / "merged")
+    result = adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=given)
     assert result.hashes.outputs == hashes(tmp_path / "again") == hashes(smollm2) != hashes(tmp_path / "merged")

@@ -116,6 +116,22 @@ def test_a_wrong_strength_is_measured_and_named(
                 assert said in verdict.explanation
 
 
+@pytest.mark.parametrize(("every", "kind"), [(3, "scaled"), (1, "different")])
+def test_only_what_two_roundings_leave_is_put_down_to_them(
+    base: Path, adapter: Path, tmp_path: Path, every: int, kind: str
+) -> None:
+    """Twice the adapter, and a unit in the last place up or down for each weight, or for one in three."""
+    adapterkit.merge(base, [(adapter, 2.0)], tmp_path / "whole")
+
+    def shake(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors.keys() - {"norm.weight"}:
+            bits = tensors[name].view(torch.int16).view(-1)
+            bits[::every] += (torch.randint(0, 2, bits[::every].shape) * 2 - 1).short()
+
+    found = verdicts(changed(tmp_path / "whole", tmp_path / "out", shake), base, adapter)
+    assert kinds(found) == {kind}
+
+
 def test_which_of_two_adapters_is_too_strong_is_told(
     base: Path, adapter: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
