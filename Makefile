@@ -1,6 +1,7 @@
 # make demo    the life of an adapter on a real model: train, inspect, merge, evaluate, unmerge
 # make test    set up, check, and run the suite
 # make check   format, lint, types
+# make stress  merge and unmerge the hardest inputs 200 times, and a real model; minutes
 # make bench   side by side with cp and PEFT; records nothing unless asked: see benchmarks/
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # pytest workers; 2 fits a small machine
 JOBS ?= 2
 
-.PHONY: demo test check bench setup base clean
+.PHONY: demo test stress check bench setup base clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +35,9 @@ check: setup
 # One thread a worker: more would fight for the cores, which takes the suite twice as long.
 test: check base
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+stress: base
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/stress.py
 
 bench: setup
 	$(BIN)/python benchmarks/merge.py
