@@ -364,6 +364,19 @@ def test_a_wait_without_end_is_not_waited_by_the_client_either(hub: Hub, adapter
     assert not hub.slept
 
 
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [({"after": 3}, 5), ({"status": 503}, 5), ({"status": 404}, 1), ({"status": 401}, 4), ({"body": b"[{]"}, 1)],
+)
+def test_whatever_interrupts_a_list_it_shows_what_is_here(
+    hub: Hub, adapter: Path, fault: dict[str, Any], code: int
+) -> None:
+    hub.fail("GET /api/models", **fault, times=99)
+    result = adapterkit("list", adapter, "--hub")
+    assert "adapter" in result.out
+    result.message_of_last(code)
+
+
 # --- where requests go, and the token ------------------------------------------------------------------------------------
 
 

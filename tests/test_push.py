@@ -211,6 +211,40 @@ def test_a_line_that_breaks_and_a_hub_that_is_busy(there: Hub, adapter: Path) ->
     assert "adapter_model.safetensors" in there.repos[REPO].files()
 
 
+@pytest.mark.parametrize(
+    ("request_like", "fault", "code", "expected"),
+    [
+        ("PUT ", {"status": 413}, 1, "the Hub refused (413)"),
+        ("PUT ", {"status": 403}, 4, "this token may not do that"),
+        ("PUT ", {"status": 503}, 5, "out of order (503)"),
+        ("PUT ", {"status": 429, "headers": (("Retry-After", "99999"),)}, 5, "asks to come back in 99,999 s"),
+        ("POST .*batch", {"after": 0}, 5, "cannot be reached"),
+        ("POST .*batch", {"body": b"{}"}, 1, "the answer is none of a Hub's"),
+        (
+            "POST .*batch",
+            {"body": b'{"objects": [{"oid": "0", "size": 1, "error": {"code": 413, "message": "too large"}}]}'},
+            1, "the Hub does not take adapter_model.safetensors: `too large",
+        ),
+        ("POST .*preupload", {"body": b"[]"}, 1, "the answer is none of a Hub's"),
+        ("POST .*commit", {"status": 409}, 1, "the Hub refused (409)"),
+        ("POST .*commit", {"status": 412}, 1, "has changed since it was looked at"),
+        ("POST .*commit", {"after": 0}, 5, "the commit was made or not: push again to know"),
+        ("POST .*commit", {"body": b"{}"}, 1, "the answer is none of a Hub's"),
+        ("POST .*repos/create", {"status": 403}, 4, "this token may not do that"),
+    ],
+)  # fmt: skip
+def test_whatever_interrupts_a_push_it_ends_with_one_line_and_goes_on(
+    there: Hub, adapter: Path, request_like: str, fault: dict[str, Any], code: int, expected: str
+) -> None:
+    there.fail(request_like, **fault, times=99)
+    assert expected in adapterkit("push", adapter, REPO).message_of_last(code)
+    there.faults.clear()
+    pushed(adapter, REPO)
+    weights = there.repos[REPO].files()["adapter_model.safetensors"].data
+    assert weights == (adapter / "adapter_model.safetensors").read_bytes()
+    assert len(there.repos[REPO].commits) == 2
+
+
 def test_ctrl_c_ends_a_push_and_the_next_sends_the_rest(there: Hub, adapter: Path) -> None:
     there.fail("PUT ", hang=True)
     main = threading.main_thread().ident

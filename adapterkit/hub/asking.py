@@ -72,7 +72,7 @@ def understood(repo: str) -> Iterator[None]:
     except (errors.HFValidationError, errors.HfHubHTTPError):
         raise  # the former is of the name; of the latter some are ValueErrors, too
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        said = f"{type(error).__name__}: {_clean(str(error))}"
+        said = f"{type(error).__name__}: {clean(str(error))}"
         raise AdapterkitError(
             f"{repo}: the answer is none of a Hub's ({said}). Is {masked(constants.ENDPOINT)} one?"
         ) from error
@@ -131,13 +131,13 @@ def _refused(repo: str, error: Any) -> AdapterkitError:
     if status == 401:
         return NotAllowedError(f"{repo}: the Hub does not accept the token: `hf auth login`, or mend HF_TOKEN")
     if status == 403:
-        return NotAllowedError(f"{repo}: this token may not do that ({_clean(said)})")
+        return NotAllowedError(f"{repo}: this token may not do that ({clean(said)})")
     if status in BUSY:
         why = "asks to come back later" if status == 429 else "is out of order"
         return OfflineError(f"{repo}: the Hub {why} ({status}), also when it is asked again; try later")
     if status == 412:
         return AdapterkitError(f"{repo}: has changed since it was looked at; nothing was changed, do it again")
-    return AdapterkitError(f"{repo}: the Hub refused ({status}): {_clean(said)}")
+    return AdapterkitError(f"{repo}: the Hub refused ({status}): {clean(said)}")
 
 
 def _token() -> str | None:
@@ -159,7 +159,7 @@ def _first_line(error: BaseException) -> str:
     return (masked(str(error)).strip() or type(error).__name__).splitlines()[0]
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """One line, without any token, whoever put it there."""
     return " ".join(masked(text).split())[:300]
 

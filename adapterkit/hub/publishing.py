@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint import INDEX_SUFFIX
-from adapterkit.errors import FormatError, NotAllowedError, UsageError
-from adapterkit.hub.asking import ask, page
+from adapterkit.errors import AdapterkitError, FormatError, NotAllowedError, OfflineError, UsageError
+from adapterkit.hub.asking import ask, clean, page
 from adapterkit.hub.names import HubId, parsed
 from adapterkit.hub.sending import README, Parcel, Upload, check_unchanged, pack
 
@@ -87,6 +87,7 @@ def push(plan: Push, message: str | None = None, on_bytes: OnBytes | None = None
     Raises AdapterkitError where the repository changed since the plan was made, and OfflineError.
     """
     from huggingface_hub import CommitOperationDelete
+    from huggingface_hub.utils import httpx
 
     url = page(plan.repo)
     if plan.exists and not plan.changed and not plan.removed:
@@ -104,9 +105,14 @@ def push(plan: Push, message: str | None = None, on_bytes: OnBytes | None = None
     subject = message or f"{'Update' if plan.exists else 'Add'} {plan.parcel.what.partition(':')[2].strip()}"
 
     def question(api: HfApi) -> tuple[str | None, str]:
-        made = api.create_commit(
-            plan.repo, operations, commit_message=subject, create_pr=plan.pull_request, parent_commit=plan.parent
-        )
+        try:
+            made = api.create_commit(
+                plan.repo, operations, commit_message=subject, create_pr=plan.pull_request, parent_commit=plan.parent
+            )
+        except (httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError) as error:  # not to be sent twice
+            raise OfflineError(
+                f"{plan.repo}: the Hub hung up; the commit was made or not: push again to know"
+            ) from error
         return made.pr_url, made.oid
 
     try:
@@ -158,6 +164,11 @@ def _upload_lfs(plan: Push, add: CommitOperationAdd, api: HfApi) -> None:
         api.preupload_lfs_files(plan.repo, [add], create_pr=plan.pull_request, free_memory=False, num_threads=1)
     except RuntimeError as error:  # the client's wrapping of what happened
         raise error.__cause__ or error from error
+    except ValueError as error:
+        if "LFS batch" not in str(error):
+            raise
+        said = clean(str(error)).rpartition(": ")[2]
+        raise AdapterkitError(f"{plan.repo}: the Hub does not take {add.path_in_repo}: {said}") from error
 
 
 def _found(repo: str) -> ModelInfo | None:

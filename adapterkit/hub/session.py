@@ -129,6 +129,8 @@ class _Question:
         if not request.extensions.get(FILE):
             request.headers["Accept-Encoding"] = "identity"
         self._until = now + WHOLE * silent + int(request.headers.get("Content-Length", 0)) / SLOWEST
+        if "Transfer-Encoding" in request.headers:  # nobody knows how much is sent
+            self._until = None
 
     def after(self, response: Any) -> None:
         """Mask and bound an answer, before anyone has seen more of it than its headers."""
