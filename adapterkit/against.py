@@ -11,10 +11,10 @@ import torch
 
 from adapterkit.adapter import Adapter
 from adapterkit.based import reader
+from adapterkit.changes import explain, place
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.quant import Packed, weights
-from adapterkit.renames import explain_missing
-from adapterkit.targets import Fit, Target, fit
+from adapterkit.targets import Fit, Target
 from adapterkit.tensorfile import TensorInfo
 
 CHUNK_BYTES = 16 << 20  # rows of W in memory at once, as float32
@@ -37,8 +37,8 @@ def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, F
     Raises FitError where a name is found but its shape does not fit.
     """
     tensors = weights(checkpoint.tensors, checkpoint.config)
-    places = fit(adapter, tensors, checkpoint.config)
-    hint = explain_missing(places.missing, tensors) if places.missing else ""
+    places = place(adapter, tensors, checkpoint)
+    hint = explain(adapter, places, tensors, checkpoint.config) if places.missing else ""
     total = len(adapter.modules)
     return Match(name, len(places.targets), total, places.missing, hint), places
 

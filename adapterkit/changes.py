@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from adapterkit.adapter import Adapter
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError
 from adapterkit.plan import Addition, Delta, Given, Replacement
-from adapterkit.quant import SUPPORTED, Packed
+from adapterkit.quant import SUPPORTED
+from adapterkit.quant.unread import unread_scheme
 from adapterkit.renames import explain_missing
-from adapterkit.targets import Fit
+from adapterkit.targets import Fit, fit
 from adapterkit.tensorfile import FLOAT_DTYPES, Weight
 
 DEQUANTIZED = f"what can be dequantized is {SUPPORTED}. Merge into the 16-bit original it was made from."
@@ -54,11 +56,26 @@ def refuse_broken(one: Given) -> None:
         raise FitError(f"{one.label}: holds no weights at all")
 
 
+def place(
+    adapter: Adapter, tensors: Mapping[str, Weight], base: Checkpoint, rename: tuple[str, str] | None = None
+) -> Fit:
+    """Where `adapter` lands, as `targets.fit` finds it.
+
+    Raises FitError, which names the scheme where the base is quantized by one that is not read.
+    """
+    try:
+        return fit(adapter, tensors, base.config, rename)
+    except FitError as error:
+        if scheme := unread_scheme(tensors, base.quantization):
+            raise FitError(f"{base.path}: is quantized ({scheme}); {DEQUANTIZED}") from error
+        raise
+
+
 def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, changes: Changes) -> None:
     """The tensor can be computed with, and no two modules of one adapter, nor two replacements, meet in it."""
     info = tensors.get(name)
     if info is not None and info.dtype not in FLOAT_DTYPES:
-        scheme = base.quantization or f"{info.dtype} weights"
+        scheme = unread_scheme(tensors, base.quantization) or f"{info.dtype} weights"
         raise FitError(f"{name}: is {info.dtype}: the base is quantized ({scheme}); {DEQUANTIZED}")
     whole = [change for change in changes.replaced.get(name, ()) if change.rows is None]
     if len(whole) > 1:
@@ -80,14 +97,29 @@ def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, cha
 def missing(one: Given, found: Fit, base: Checkpoint, tensors: Mapping[str, Weight], allow_partial: bool) -> list[str]:
     """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
     landed = found.targets or found.replaced or found.tokens
-    if found.missing and base.quantization and not any(isinstance(weight, Packed) for weight in tensors.values()):
-        raise FitError(f"{base.path}: is quantized ({base.quantization}); {DEQUANTIZED}")
+    if found.missing and (scheme := unread_scheme(tensors, base.quantization)):
+        raise FitError(f"{base.path}: is quantized ({scheme}); {DEQUANTIZED}")
     if found.missing and not (allow_partial and landed):
         raise FitError(
             f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base.name}: "
-            f"{explain_missing(found.missing, tensors)}"
+            f"{explain(one.adapter, found, tensors, base.config)}"
         )
     return [f"{one.label}: {name}" for name in found.missing]
+
+
+def explain(adapter: Adapter, found: Fit, tensors: Mapping[str, Weight], config: Mapping[str, Any]) -> str:
+    """Why names have no place, with a rename that was tried and gives everything one, if there is such."""
+
+    def fits(rename: tuple[str, str]) -> bool:
+        try:
+            places = fit(adapter, tensors, config, rename)
+            gather(0, Given(adapter), places)
+        except FitError:
+            return False
+        saved = ((adapter.replaced[name], tensors.get(at)) for name, at in places.replaced.items())
+        return not places.missing and all(base is None or base.shape == value.shape for value, base in saved)
+
+    return explain_missing(found.missing, tensors, fits)
 
 
 def drift_note(one: Given, found: Fit) -> list[str]:

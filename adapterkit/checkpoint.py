@@ -45,11 +45,13 @@ class Checkpoint:
 
     @property
     def quantization(self) -> str | None:
-        """The name of the scheme its config declares, if any."""
+        """The name of the scheme its config declares, if any, and which of its kinds."""
         declared = self.config.get("quantization_config")
         if not isinstance(declared, dict):
             return None
-        return str(declared.get("quant_method", "an unnamed scheme"))
+        kind = declared.get("quant_algo") or declared.get("format")
+        method = str(declared.get("quant_method", "an unnamed scheme"))
+        return f"{method} {kind}" if isinstance(kind, str) else method
 
     def other_files(self) -> tuple[list[Path], dict[Path, str]]:
         """The files beside the weights, relative to the directory: those to copy, and why the rest is not copied."""

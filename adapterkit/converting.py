@@ -9,7 +9,7 @@ import torch
 
 from adapterkit.adapter import Adapter, LazyTensor, LoraWeights, load_weights
 from adapterkit.based import Piece, pieces
-from adapterkit.changes import refuse_broken
+from adapterkit.changes import place, refuse_broken
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.combining import Combined, ModuleDone, Planned, best_of, weights_of
 from adapterkit.errors import FitError, UsageError
@@ -18,7 +18,6 @@ from adapterkit.plan import Given
 from adapterkit.quant import weights as weights_in
 from adapterkit.renames import explain_missing
 from adapterkit.sketch import Matrix, sketch
-from adapterkit.targets import fit
 from adapterkit.tensorfile import Weight
 
 Weights = LoraWeights[torch.Tensor]
@@ -89,7 +88,7 @@ def _placed(one: Given, base: Checkpoint, dora: bool) -> Iterator[tuple[str, Lor
     if not adapter.modules:
         raise UsageError(f"{one.label}: has no low-rank modules to convert")
     tensors: dict[str, Weight] = dict(weights_in(base.tensors, base.config))
-    places = fit(adapter, tensors, base.config)
+    places = place(adapter, tensors, base)
     missing = [name for name in places.missing if name in adapter.modules]
     if missing:
         raise FitError(f"{one.label}: {explain_missing(tuple(missing), tensors)}")

@@ -8,6 +8,7 @@ from math import prod
 
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.quant import SUPPORTED, Packed, weights
+from adapterkit.quant.unread import unread_scheme
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
 
 
@@ -48,10 +49,11 @@ def inventory(checkpoint: Checkpoint) -> list[StoredAs]:
 
 
 def unsupported(checkpoint: Checkpoint, rows: list[StoredAs]) -> str | None:
-    """What to say where the config declares a scheme that no weight was read by."""
-    if checkpoint.quantization is None or any(row.merge.startswith("dequantized") for row in rows):
+    """What to say where the base is quantized by a scheme that no weight was read by."""
+    scheme = unread_scheme(checkpoint.tensors, checkpoint.quantization)
+    if scheme is None or any(row.merge.startswith("dequantized") for row in rows):
         return None
-    return f"quantized ({checkpoint.quantization}): merge reaches only what is not; it can dequantize {SUPPORTED}"
+    return f"quantized ({scheme}): merge reaches only what is not; it can dequantize {SUPPORTED}"
 
 
 def _bytes(weight: TensorInfo | Packed) -> int:

@@ -17,6 +17,7 @@ from adapterkit.changes import (
     idle_note,
     ledger_of,
     missing,
+    place,
     refuse_broken,
 )
 from adapterkit.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from adapterkit.plan import Given, MergePlan
 from adapterkit.quant import KINDS, Packed, Packing, Quantize, Rounding, weights
 from adapterkit.quant.choose import NEAREST
 from adapterkit.quant.packed import float_dtype
-from adapterkit.targets import CONV1D_MODELS, HEAD_MODULES, Fit, fit
+from adapterkit.targets import CONV1D_MODELS, HEAD_MODULES, Fit
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 from adapterkit.ties import INPUT_EMBEDDINGS, Tie, follow, tie_of, undecided
 
@@ -67,7 +68,7 @@ class _Draft:
             self.notes += [f"{one.label}: {problem}" for problem in one.adapter.problems if not problem.fatal]
             self.notes += idle_note(one)
         for number, one in enumerate(given):
-            found = fit(one.adapter, self.tensors, self.base.config, rename)
+            found = place(one.adapter, self.tensors, self.base, rename)
             if tie is not None and not (tie.certain or tie.stored or allow_partial):
                 self._refuse_unknown_head(one, found, tie)
             self.skipped += missing(one, found, self.base, self.tensors, allow_partial)

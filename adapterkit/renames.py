@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from adapterkit.errors import UsageError
 from adapterkit.tensorfile import Weight
 
+RENAMES_TRIED = 3
 
-def explain_missing(missing: Sequence[str], tensors: Mapping[str, Weight]) -> str:
-    """Why names have no place: the nearest names in the base, and the one rename that would fix them all."""
+
+def explain_missing(
+    missing: Sequence[str], tensors: Mapping[str, Weight], fits: Callable[[tuple[str, str]], bool] = lambda _: False
+) -> str:
+    """Why names have no place: the nearest names in the base, and a rename with which all of the adapter `fits`."""
     stems = [re.sub(r"\.(weight|bias)$", "", name) for name in tensors]
     nearest = {name: _nearest(name, stems) for name in missing[:500]}
-    renames = {_rename(name, near) for name, near in nearest.items() if near}
+    renames = Counter(rename for name, near in nearest.items() if near and (rename := _rename(name, near)))
     lines = [f"{name}: not in the base; nearest: {nearest[name] or 'nothing like it'}" for name in missing[:3]]
     if len(missing) > 3:
         lines.append(f"and {len(missing) - 3} more")
-    if len(renames) == 1 and (only := renames.pop()) is not None and all(nearest.values()):
-        old, new = only
-        if all(apply_rename(name, (old, new)) in stems for name in nearest):
+    for (old, new), _ in renames.most_common(RENAMES_TRIED):
+        if fits((old, new)):
             return "; ".join(lines) + f". One rename fixes all of them: --map {old}={new}"
     return "; ".join(lines) + ". Was this adapter trained on another base?"
 

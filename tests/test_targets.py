@@ -81,6 +81,81 @@ def test_one_rename_that_fixes_everything_is_offered_and_works(
     assert plan.edits == 12
 
 
+@pytest.mark.parametrize(
+    "wrong", ["shape of all", "shape of one", "no place for one", "two in one place", "saved shape"]
+)
+def test_a_rename_that_does_not_fix_everything_is_not_offered(
+    wrong: str, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    """By their names alone each of these would be renamed."""
+    base = make_base({f"model.layers.{i}.self_attn.q_proj.weight": torch.randn(6, 10) for i in range(4)})
+    width = [12 if wrong == "shape of all" or (wrong == "shape of one" and i == 2) else 10 for i in range(4)]
+    parts = {k: t for i in range(4) for k, t in factors(f"model.layers.{i}.attention.q_proj", 6, width[i]).items()}
+    config = {}
+    if wrong == "no place for one":
+        parts |= factors("model.layers.0.attention.wholly_else", 6, 10)
+    if wrong == "two in one place":
+        parts |= factors("model.layers.0.self_attn.q_proj", 6, 10)
+    if wrong == "saved shape":
+        parts = {k: t for k, t in parts.items() if "layers.0" not in k}
+        parts["model.layers.0.attention.q_proj.weight"] = torch.randn(7, 10)
+        config = {"modules_to_save": ["model.layers.0.attention.q_proj"]}
+    adapter = make_adapter(parts, **config)
+    with pytest.raises(FitError) as error:
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+    assert "--map" not in str(error.value)
+
+
+# What each layout stores of a linear layer of (24, 40), and what its config declares.
+UNREAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
+    "NVFP4 of ModelOpt": (
+        {"weight": torch.zeros(24, 20, dtype=torch.uint8), "weight_scale": torch.zeros(24, 3), "weight_scale_2": torch.ones(()), "input_scale": torch.ones(())},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt NVFP4",
+    ),
+    "NVFP4, undeclared": (
+        {"weight": torch.zeros(24, 20, dtype=torch.uint8), "weight_scale": torch.zeros(24, 3), "weight_scale_2": torch.ones(())}, {}, "NVFP4",
+    ),
+    "compressed-tensors": (
+        {"weight_packed": torch.zeros(24, 5, dtype=torch.int32), "weight_scale": torch.ones(24, 1), "weight_shape": torch.tensor([24, 40])},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors pack-quantized",
+    ),
+    "GPTQ, undeclared": (
+        {"qweight": torch.zeros(5, 24, dtype=torch.int32), "qzeros": torch.zeros(1, 3, dtype=torch.int32), "scales": torch.ones(1, 24)}, {}, "GPTQ or AWQ",
+    ),
+    "HQQ": ({"W_q": torch.zeros(12, 40, dtype=torch.uint8), "meta.scale": torch.ones(1)}, {}, "HQQ"),
+    "AQLM": ({"codes": torch.zeros(24, 5, 1, dtype=torch.int16), "codebooks": torch.ones(1, 256, 1, 8)}, {"quant_method": "aqlm"}, "aqlm"),
+    "Quanto": ({"weight._data": torch.zeros(24, 40, dtype=torch.int8), "weight._scale": torch.ones(24, 1)}, {}, "Quanto"),
+    "FP8 with a scale": (
+        {"weight": torch.zeros(24, 40).to(torch.float8_e4m3fn), "weight_scale": torch.ones(1)}, {}, "FP8 or INT8 with one scale",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", UNREAD)
+def test_a_base_in_a_layout_that_is_not_read_is_told_as_that(
+    layout: str, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    parts, declared, name = UNREAD[layout]
+    config = {"quantization_config": declared} if declared else {}
+    base = make_base({f"m.{part}": tensor for part, tensor in parts.items()} | {"n.weight": torch.ones(4, 4)}, config)
+    adapter = make_adapter(factors("m", 24, 40))
+    with pytest.raises(FitError, match=rf"is quantized \({name}.*\); what can be dequantized is .*16-bit original"):
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+    adapterkit.merge(base, [make_adapter(factors("n", 4, 4), "plain")], tmp_path / "out")
+
+
+def test_stacked_experts_in_mxfp4_are_told(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    stored = {
+        "down_proj_blocks": torch.zeros(2, 24, 1, 16, dtype=torch.uint8),
+        "down_proj_scales": torch.zeros(2, 24, 1, dtype=torch.uint8),
+    }
+    base = make_base({f"mlp.experts.{name}": tensor for name, tensor in stored.items()}, {"model_type": "gpt_oss"})
+    tensors = {"mlp.experts.lora_A.weight": torch.randn(8, 32), "mlp.experts.lora_B.weight": torch.randn(24, 8)}
+    adapter = make_adapter(tensors, target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(FitError, match=r"is quantized \(MXFP4\)"):
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+
+
 def test_an_adapter_of_another_architecture_is_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.randn(6, 10)})
     with pytest.raises(FitError, match="Was this adapter trained on another base"):

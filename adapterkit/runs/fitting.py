@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adapterkit.changes import missing, refuse_broken
+from adapterkit.changes import missing, place, refuse_broken
 from adapterkit.checkpoint import Checkpoint, is_base, open_checkpoint
 from adapterkit.data.examples import Encoded
 from adapterkit.errors import FitError, UsageError
@@ -12,7 +12,6 @@ from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
 from adapterkit.plan import Given
 from adapterkit.quant import weights as weights_of
-from adapterkit.targets import fit
 from adapterkit.ties import tie_of
 
 
@@ -42,7 +41,7 @@ def open_fitting(spec: str, base: Checkpoint) -> Given:
         )
     if (tie := tie_of(base)) is not None and tie.implied:
         tensors[tie.head] = replace(tensors[tie.embedding], name=tie.head)
-    missing(given, fit(adapter, tensors, base.config), base, tensors, allow_partial=False)
+    missing(given, place(adapter, tensors, base), base, tensors, allow_partial=False)
     return given
 
 
