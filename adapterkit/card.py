@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, Checkpoint
-from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.errors import UnsafeFileError
+from adapterkit.opening import files_below, kind_of, open_inside
 from adapterkit.plan import Given, Hashes, MergePlan, total_size
 from adapterkit.receipt import BEFORE, FOLDER, as_json, folder_of
-from adapterkit.staging import RECEIPT, RECORD, flush
+from adapterkit.staging import RECEIPT, RECORD
 from adapterkit.version import __version__
 from adapterkit.words import markdown
 
@@ -52,7 +53,7 @@ def keep_replaced(base: Checkpoint, before: Path) -> None:
     """Keep the files of the base that a merge makes anew, an earlier receipt among them, for `restore_replaced`."""
     folder = folder_of(base.path, base.is_directory)
     for name in (*REPLACED, *([base.index.name] if base.index else [])):
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name) and kind_of(folder / name) is None:  # else it was said to be left out
             copy_file(folder / name, before / name)
     for file in _files_below(folder / FOLDER):
         copy_file(file, before / file.relative_to(folder))
@@ -72,9 +73,11 @@ def restore_replaced(before: Path, folder: Path) -> None:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    for at, folders, files in os.walk(folder):
-        folders.sort()
-        yield from (Path(at) / name for name in sorted(files))
+    """The files that a merge kept; raises UnsafeFileError for what it cannot have kept."""
+    for file, kind in files_below(folder) if folder.is_dir() else ():
+        if kind is not None:
+            raise UnsafeFileError(f"{folder / file}: is {kind}, which no merge leaves there; remove it")
+        yield folder / file
 
 
 def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
@@ -147,14 +150,13 @@ def public_name(name: str | None) -> str | None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    try:
-        if not source.is_file():
-            raise UnsafeFileError(f"{source}: is neither a file nor a link to one; remove it from the base")
+    """Copy a regular file, of the Hub cache also through its link, and flush it to the disk."""
+    with open_inside(source.parent, source.name) as stream:
         target.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        raise FormatError(f"{source}: cannot be followed: {error}") from error
-    shutil.copyfile(source, target)
-    flush(target)
+        with open(target, "wb") as copy:
+            shutil.copyfileobj(stream, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

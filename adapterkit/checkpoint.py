@@ -11,6 +11,7 @@ from typing import Any
 
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.opening import blob_of, files_below
+from adapterkit.staging import RECEIPT
 from adapterkit.tensorfile import Header, TensorInfo, read_header, read_json
 
 CONFIG = "config.json"
@@ -59,7 +60,7 @@ class Checkpoint:
         left_out: dict[Path, str] = {}
         read = {CONFIG, *(shard.file.name for shard in self.shards), *([self.index.name] if self.index else [])}
         for file, kind in files_below(self.path) if self.is_directory else ():
-            if str(file) in read:
+            if str(file) in read or file.parts[0] == Path(RECEIPT).stem:  # a receipt's folder has its own rules
                 continue
             # Beside a model, transformers would load the adapter that an adapter_config.json speaks of.
             if OTHER_WEIGHTS_NAME.search(file.name) or file.name == "adapter_config.json":

@@ -89,13 +89,17 @@ def files_below(folder: Path) -> Iterator[tuple[Path, str | None]]:
             for entry in sorted(os.scandir(at), key=lambda entry: entry.name):
                 if entry.name.startswith("."):
                     continue
-                file, mode = at / entry.name, entry.stat(follow_symlinks=False).st_mode
-                if stat.S_ISDIR(mode):
-                    inner.append(file)
+                if entry.is_dir(follow_symlinks=False):
+                    inner.append(at / entry.name)
                 else:
-                    fine = stat.S_ISREG(mode) or blob_of(file) is not None
-                    yield file.relative_to(folder), None if fine else _kind(mode)
+                    yield (at / entry.name).relative_to(folder), kind_of(at / entry.name)
         pending += reversed(inner)
+
+
+def kind_of(file: Path) -> str | None:
+    """What `file` is where `open_inside` would refuse it for that."""
+    mode = os.lstat(file).st_mode
+    return None if stat.S_ISREG(mode) or blob_of(file) is not None else _kind(mode)
 
 
 def blob_of(file: Path) -> Path | None:

@@ -161,7 +161,7 @@ def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter],
     weight_map = {name: file.name for file in files for name in file.tensors}
     beside = not merged.is_directory and (receipt.folder / BEFORE / RECEIPT).is_file()
     return MergePlan(
-        merged, out, given, tuple(files), {}, weight_map, {}, restores=True, beside=beside,
+        merged, out, given, tuple(files), {}, weight_map, {}, notes=tuple(merged.notes()), restores=True, beside=beside,
         finish=partial(finish_unmerge, receipt),
     )  # fmt: skip
 
@@ -173,7 +173,7 @@ def plan_copy(base: Checkpoint, receipt: Receipt | None, out: Path) -> MergePlan
         for header in base.shards
     )
     finish = partial(finish_copy, receipt)
-    return MergePlan(base, out, (), files, base.config, {}, {}, restores=True, finish=finish)
+    return MergePlan(base, out, (), files, base.config, {}, {}, notes=tuple(base.notes()), restores=True, finish=finish)
 
 
 def plan_subtraction(merged: Checkpoint, given: Sequence[Given], out: Path) -> MergePlan:

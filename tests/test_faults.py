@@ -644,12 +644,64 @@ def test_an_output_that_appears_between_plan_and_run(inputs: Path) -> None:
 # --- companions ------------------------------------------------------------------------------------------------------
 
 
-def test_a_fifo_beside_the_base_is_not_opened(tmp_path: Path) -> None:
-    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
-    os.mkfifo(base / "pipe")
-    message = adapterkit("merge", base, adapter, "-o", tmp_path / "out").message(1)
-    assert message.startswith(f"{base}/pipe: is neither a file nor a link to one")
-    assert nothing_left(tmp_path)
+SECRET = b"hf_not_to_be_seen_by_anyone"
+
+
+def tempting(folder: Path, secrets: Path) -> list[str]:
+    """Put links to secrets, and what blocks or never ends, into `folder`; their names."""
+    secrets.mkdir(exist_ok=True)
+    (secrets / "id_rsa").write_bytes(SECRET)
+    links = {
+        "notes.dat": secrets / "id_rsa", "README.md": secrets / "id_rsa", "generation_config.json": "/proc/self/environ",
+        "inner/tokenizer.model": secrets / "id_rsa", "docs": secrets, "zero.txt": "/dev/zero",
+    }  # fmt: skip
+    (folder / "inner").mkdir()
+    for name, to in links.items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(to)
+    os.mkfifo(folder / "pipe")
+    return [*links, "pipe"]
+
+
+@pytest.mark.parametrize("command", ["merge", "quantize", "unmerge", "unmerge --base"])
+def test_no_link_is_copied_and_no_pipe_opened(tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base folder with a link to a private key put it into the output, and from there on the Hub."""
+    monkeypatch.setenv("HF_TOKEN", SECRET.decode())
+    base, adapter, merged = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), tmp_path / "merged"
+    args: list[str | Path] = [base, adapter]
+    if command.startswith("unmerge"):
+        assert adapterkit("merge", base, adapter, "-o", merged).code == 0
+        args = [merged, "--base", base] if "--base" in command else [merged]
+    elif command == "quantize":
+        args = [base, "--to", "nf4"]
+    names = tempting(merged if command == "unmerge" else base, tmp_path / "secrets")
+    result = adapterkit(*command.split()[:1], *args, "-o", tmp_path / "out")
+    assert result.code == 0, result
+    assert {file.name for file in (tmp_path / "out").rglob("*")}.isdisjoint(set(names) - {"README.md"})
+    assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
+    assert all(SECRET not in file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert all(f"note: {name}: not copied, since " in result.err for name in names), result.err
+
+
+@pytest.mark.parametrize("kind", ["a link", "a link to a folder", "a named pipe"])
+def test_a_receipt_holds_no_links(tmp_path: Path, kind: str) -> None:
+    """Neither is undone by it anything, nor is it kept by the next merge."""
+    base, adapter, merged = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), tmp_path / "merged"
+    assert adapterkit("merge", base, adapter, "-o", merged).code == 0
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "x").write_bytes(SECRET)
+    before = merged / "adapterkit_receipt" / "before"
+    if kind == "a named pipe":
+        (before / "config.json").unlink()
+        os.mkfifo(before / "config.json")
+    elif kind == "a link":
+        (before / "README.md").symlink_to(tmp_path / "secrets" / "x")
+    else:
+        (before / "adapterkit_receipt").symlink_to(tmp_path / "secrets")
+    held = names(tmp_path)
+    for args in (("unmerge", merged), ("merge", merged, adapter)):
+        assert "/adapterkit_receipt/before/" in adapterkit(*args, "-o", tmp_path / "out").message_of_last(1)
+        assert names(tmp_path) == held
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
