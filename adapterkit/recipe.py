@@ -19,7 +19,7 @@ METHODS = (*FACTORED, "full")
 QUANTIZE = ("none", "nf4", "fp4")
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
-MOST = 2**31 - 1  # of any number: beyond it lie overflows, and nothing that trains
+MOST = 2**31 - 1  # of what is counted, and of a seed
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -106,8 +106,8 @@ class Recipe:
         for name in ("warmup", "weight_decay", "clip", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected 0 or more")
-        patterns = {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}
-        for name, value in {**{_dashed(one.name): getattr(self, one.name) for one in fields(self)}, **patterns}.items():
+        counts = {_dashed(one.name): getattr(self, one.name) for one in fields(self) if "int" in str(one.type)}
+        for name, value in {**counts, "--epochs": self.epochs, **(self.rank_pattern or {})}.items():
             if isinstance(value, int | float) and value > MOST:
                 raise UsageError(f"{name} {value}: expected {MOST:,} or less")
         self._refuse_contradictions()
