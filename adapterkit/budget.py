@@ -95,13 +95,11 @@ def warnings_of(plan: MergePlan, retention: dict[str, Retention], unchanged: Seq
     found = []
     if unchanged:
         which = "all tensors" if len(unchanged) == changes else f"{len(unchanged)} of {changes} tensors"
-        lost = any(name in low for name in unchanged)
-        why = (
-            f"the update is zero, or too small for {what}" if lost else "the update is zero. Is B, alpha or a weight 0?"
-        )
+        why = f", or too small for {what}" if any(name in low for name in unchanged) else ". Is B, alpha or a weight 0?"
         found.append(
             f"{which} that the adapters change come out as in the base (first: {unchanged[0]}): the update is zero{why}"
         )
+        low = {name: kept for name, kept in low.items() if name not in unchanged}
     if low:
         total = sum(retention.values(), Retention())
         worst = min(low, key=lambda name: low[name].kept)

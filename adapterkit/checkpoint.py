@@ -97,6 +97,8 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         reason = "there is no such file or directory" if isinstance(error, FileNotFoundError) else str(error)
         raise FormatError(f"{path}: {reason}") from error
     if path.is_file():
+        if path.suffix == ".json":
+            raise FormatError(f"{path}: is not a file of weights; give the directory that it lies in")
         header = read_header(path)
         return Checkpoint(path, name or path.name, (header,), header.tensors)
     if not path.is_dir():

@@ -62,12 +62,9 @@ def update_for(
     A, B = weights.A.to(dtype), weights.B.to(dtype)
     magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype)
     strength = weights.scaling * (weight if magnitude is None else 1.0)
-    for name, tensor in (
-        ("A", A),
-        ("B", B),
-        ("the magnitude", magnitude),
-        ("the scaling", torch.tensor(strength).to(dtype)),
-    ):
+    if not bool(torch.isfinite(torch.tensor(strength).to(dtype))):
+        raise FitError(f"{where}: its scaling × weight is {strength:g}, beyond {dtype}: give a smaller weight or scale")
+    for name, tensor in (("A", A), ("B", B), ("the magnitude", magnitude)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise FitError(
                 f"{where}: {name} is NaN or Inf in {dtype}: the adapter is broken; did its training diverge?"

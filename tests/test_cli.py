@@ -201,3 +201,40 @@ def test_a_terminal_that_shows_ascii_only(tmp_path: Path) -> None:
     result = python(*dry_run(tmp_path), PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, "")
     assert "adapter   a \\xd7 1: " in result.stdout
+
+
+# --- where it is started ---------------------------------------------------------------------------------------------
+
+
+def started(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell in `folder`, where `$ADAPTERKIT` is the command."""
+    env = os.environ | {"ADAPTERKIT": f"{sys.executable} -m adapterkit", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(["sh", "-c", line], cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_closed_streams_are_written_to_by_no_one(tmp_path: Path) -> None:
+    """The output would get the number of stderr, and what a library prints would be written into it."""
+    base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
+    result = started(f"$ADAPTERKIT merge {base} {adapter} -o out 2>&-", tmp_path)
+    assert result.returncode == 0 and result.stdout.startswith("merged "), result.stdout
+    assert started(f"$ADAPTERKIT inspect {tmp_path}/nope >&- 2>&- <&-", tmp_path).returncode == 1
+    assert adapterkit("verify", tmp_path / "out", "--base", base, "--adapter", adapter).code == 0
+
+
+def test_a_directory_that_is_gone(tmp_path: Path) -> None:
+    result = started("mkdir gone; cd gone; rmdir ../gone; $ADAPTERKIT list", tmp_path)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.endswith("the current directory does not exist any more: change to another\n")
+
+
+def test_a_file_beside_the_weights_is_told(tmp_path: Path) -> None:
+    base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
+    for args in ((base / "config.json", adapter), (base, adapter / "adapter_config.json")):
+        result = adapterkit("merge", *args, "-o", tmp_path / "out")
+        assert result.code == 1 and "give the directory that it lies in" in result.err
+
+
+def test_a_weight_beyond_every_number_is_not_the_adapters_fault(tmp_path: Path) -> None:
+    base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
+    result = adapterkit("merge", base, f"{adapter}:1e300", "-o", tmp_path / "out")
+    assert result.code == 3 and "scaling × weight is" in result.err and "smaller weight or scale" in result.err

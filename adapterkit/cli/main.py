@@ -79,11 +79,16 @@ def main() -> NoReturn:
     """Run the command line; every failure is one line on stderr and its own exit code."""
     gc.set_threshold(200_000)  # importing torch makes 600 000 objects, none of them garbage: 0.08 s less
     atexit.register(gc.freeze)  # nor does it pay to look for garbage in them at the end: 0.15 s less
+    _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # paths need not be UTF-8, and terminals need not show it
             stream.reconfigure(errors="backslashreplace")
     guard()
     logging.getLogger("adapterkit").addHandler(NOTES)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        _fail(1, "the current directory does not exist any more: change to another")
     try:
         result = group.main(prog_name="adapterkit", standalone_mode=False)
         if sys.stdout is not None:
@@ -105,6 +110,18 @@ def main() -> NoReturn:
             sys.exit(1)
         _fail(1, f"standard output: {error.strerror or error}")
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _fill_closed_streams() -> None:
+    """Give a program that was started with a closed stream one that goes nowhere.
+
+    Else the next file opened would get its number, and whatever a library prints would be written into that.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 class _Notes(logging.Handler):

@@ -64,6 +64,8 @@ def _find_weights(path: Path) -> Path:
     if not path.exists():
         raise FormatError(f"{path}: there is no such file or directory")
     if path.is_file():
+        if path.suffix == ".json":
+            raise FormatError(f"{path}: is not a file of weights; give the directory that it lies in")
         return path
     for name in (*WEIGHTS, *PICKLED):
         if (path / name).is_file():
