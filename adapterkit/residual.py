@@ -58,10 +58,8 @@ def record(
     With a `gain`, of the shape of the rows, `after` was rounded from `gain · W + Δ`.
     """
     back = subtracted(after, first, updates, gain)
-    wanted, doubts = ordered(before).view(-1), ~back.isfinite()
+    wanted, broken = ordered(before).view(-1), ~back.isfinite().view(-1)
     ends = [ordered(end.to(before.dtype)).view(-1) for end in _reach(back, after, first, updates, gain)]
-    doubts |= (after == 0) & after.signbit()  # −0 − 0 is either zero, by the sign of the latter
-    broken = doubts.view(-1).clone()
     at = (broken | (ends[0] != wanted) | (ends[1] != wanted)).nonzero()[:, 0]
     low, high = ((end[at].long() - wanted[at].long()).abs() for end in ends)
     reach = torch.maximum(low, high).masked_fill_(broken[at], FAR).clamp_(max=FAR)
@@ -81,9 +79,8 @@ def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update],
     exponent, other = (np.maximum(bits >> mantissa & most, 1) for bits in (old, new))
     k = np.clip(other - exponent, 1, 10)
     reach = (np.int16(1) << k - 1) + _steps_off(updates, before.dtype)[exponent]
-    reach += ((old & (1 << mantissa) - 1) <= reach) * (reach + 1)  # half a step is one there
-    reach += (old & 0x7FFF) <= reach  # to the zero of the other sign it is a step more
-    reach[(exponent == most) | (k == 10)] = FAR
+    reach += ((old & (1 << mantissa) - 1) <= reach) * (reach + 1)  # half a step is one there, and −0 one more
+    reach[exponent == most] = FAR
     return Residual(at.cpu(), values, torch.from_numpy(reach))
 
 
@@ -191,7 +188,7 @@ def _reach(
     if roundings > 0:
         off += (after.to(back.dtype).abs() + sizes) * ((2 * roundings + 1) * unit)
     if gain is not None:
-        off = off / gain.abs() + back.abs() * (4 * unit)
+        off = off / gain.abs()
     off = off.nan_to_num_(nan=torch.inf)
     infinity = back.new_tensor(torch.inf)
     return [torch.nextafter(back - off, -infinity), torch.nextafter(back + off, infinity)]

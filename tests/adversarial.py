@@ -90,16 +90,26 @@ def plain(
 def dora(
     rows: int, dtype: torch.dtype, seed: int, units: float = UNITS, by_column: bool = False
 ) -> tuple[torch.Tensor, Factors, torch.Tensor]:
-    """Weights, an update and magnitudes whose `diag(m / n)·(W + B·A)` lies on midpoints of `dtype`, in float64.
+    """Weights, an update and magnitudes with which `W' / g − B·A` lies where rounding it to `dtype` changes, in float64.
 
-    `W (4, rows)` where it is `by_column`, as GPT-2 stores it; `B (rows, 4)` and `A` are those of the module either way.
+    There `W' = round(g·(W + B·A))`, `g = m / n`. It changes on the boundary between W and the next value, or half a
+    float32 beside it, as torch rounds to 16 bits by way of float32. `W (4, rows)` where it is `by_column`, as GPT-2
+    stores it; `B (rows, 4)` and `A` are those of the module either way.
     """
     W = weights(rows, COLUMNS, dtype, seed)
     rng = torch.Generator().manual_seed(seed + 1)
     gain = torch.exp2(2 * torch.rand(rows, 1, dtype=torch.float64, generator=rng) - 1)
-    direction = midpoints((W.double() * gain).to(dtype), dtype, seed + 2, units, torch.float64) / gain
-    magnitude = gain[:, 0] * direction.norm(dim=1)
-    return (W.T.contiguous() if by_column else W), factors(direction - W.double(), seed + 3, torch.float64), magnitude
+    bits, values = W.view(INTEGERS[dtype]), W.double()
+    steps = torch.randint(0, 2, W.shape, generator=rng).to(bits.dtype) * 2 - 1
+    left = (values + (bits + steps).view(dtype).double().nan_to_num(0.0)) / 2
+    if dtype is not torch.float32:
+        beside = torch.nextafter(left.float(), torch.randint(0, 2, W.shape, generator=rng) * 8.0 - 4).double()
+        left = (left + beside) / 2
+    left *= 1 + units * torch.finfo(torch.float64).eps * (2 * torch.rand(W.shape, dtype=left.dtype, generator=rng) - 1)
+    after = (values * gain * torch.exp2(torch.randint(1, 3, W.shape, generator=rng) * 1.0)).to(dtype).double()
+    delta = after / gain - left
+    magnitude = gain[:, 0] * (values + delta).norm(dim=1)
+    return (W.T.contiguous() if by_column else W), factors(delta, seed + 3, torch.float64), magnitude
 
 
 def sums(W: torch.Tensor, reach: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,10 +6,11 @@ from the order of the operations, and shares no code with adapterkit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 
 import adversarial
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from adapterkit import residual
 from adapterkit.coding import correct, encode
 from adapterkit.delta import Update, add_updates, gains, linear
 from adapterkit.fused import Doubts, _mark
-from adapterkit.residual import marked, norms, ordered, record, spread, subtracted
+from adapterkit.residual import marked, norms, ordered, record, spread
 from adapterkit.rounding import round_once
 
 KINDS = [torch.bfloat16, torch.float16]
@@ -81,13 +82,17 @@ def test_what_is_not_marked_comes_back(dtype: torch.dtype, rank: int, parts: int
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("rank", [4, 256])
-def test_what_is_marked_lands_within_the_steps_that_are_coded(dtype: torch.dtype, rank: int) -> None:
+@pytest.mark.parametrize("subnormal", [False, True])
+def test_what_is_marked_lands_within_the_steps_that_are_coded(dtype: torch.dtype, rank: int, subnormal: bool) -> None:
     """Here all weights are of one size, as the bound takes the largest update for every element."""
     rng = torch.Generator().manual_seed(0)
-    rows = 20_000
+    rows = 6_000
     step = torch.finfo(dtype).eps
     W = (1 + torch.rand(rows, 1, generator=rng)).to(dtype)
     W[: rows // 4], W[rows // 4 : rows // 2] = 1.0, 2 - step
+    if subnormal:  # some of which come out beyond zero
+        step *= torch.finfo(dtype).tiny
+        W = (torch.randint(-40, 41, W.shape, generator=rng) * step).to(dtype)
     for off in (0.1, 0.48, 0.49, 0.8, 1.3, 1.6, 2.4, 3.1):  # Δ's own error, in steps of W
         N = torch.full((rows, 1), off * step / (2 * share(rank + 3)))
         after = (W.double() * torch.exp2(torch.randint(0, 5, W.shape, generator=rng) * 1.0)).to(dtype)
@@ -113,36 +118,47 @@ def test_only_updates_that_meet_are_added_up() -> None:
     assert spread([one] * 600, torch.float16)[0] == torch.inf  # then everything is marked
 
 
-def furthest(side: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A product that is off to one side by all that the sum, its strength and their product may be."""
+def furthest(side: float) -> Callable[..., torch.Tensor]:
+    """`residual.subtracted` by arithmetic that is off to one side by all that the model allows."""
 
-    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        bound = left.double().norm(dim=1)[:, None] * right.double().norm(dim=0)
-        exact = left.double() @ right.double()
-        return (exact + side * share(len(right) + 2, left.dtype) * bound).to(left.dtype)
+    def subtract(
+        after: torch.Tensor, first: int, updates: Sequence[Update], gain: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        kind = updates[0].left.dtype
+        left = after.double().numpy().astype(np.longdouble)
+        total, off, bound = np.abs(left), np.zeros_like(left), np.zeros_like(left)
+        for update in updates:
+            B, A = (factor.double().numpy().astype(np.longdouble) for factor in (update.left, update.right))
+            left = left - update.strength * (B @ A)
+            size = abs(update.strength) * np.sqrt((B * B).sum(1))[:, None] * np.sqrt((A * A).sum(0))
+            off, bound = off + share(len(A) + 2, kind) * size, bound + size
+        off = off + (len(updates) - (gain is None)) * UNIT[kind] * (total + bound)  # the last one is rounded below
+        left = left + side * off
+        if gain is not None:
+            left = left / gain.double().numpy().astype(np.longdouble)
+        return torch.from_numpy(left.astype(np.float32 if kind is torch.float32 else np.float64))
 
-    return product
+    return subtract
 
 
 def check_recorded(
     W: torch.Tensor, after: torch.Tensor, plain: list[Update], factor: torch.Tensor | None, patch: pytest.MonkeyPatch
 ) -> None:
-    """Recorded by one such product, restored by the other."""
+    """Recorded by arithmetic that is off to one side, restored by what is off to the other."""
     for side in (-1.0, 1.0):
-        patch.setattr(residual, "product", furthest(side))
+        patch.setattr(residual, "subtracted", furthest(side))
         found = record(W, after, 0, plain, factor)
         for other in (-side, side):
-            patch.setattr(residual, "product", furthest(other))
-            back = subtracted(after, 0, plain, factor).to(W.dtype)
+            back = furthest(other)(after, 0, plain, factor).to(W.dtype)
             off = (ordered(back).long() - ordered(W).long()).abs().view(-1)
             assert bool((off[found.at.long()] <= found.reach.where(found.reach < WHOLE, inf)).all())
             off[found.at.long()] = 0
             assert not bool(off.any())
-    assert len(found) < W.numel() * 0.9
+    assert len(found) < W.numel()
 
 
 @pytest.mark.parametrize("dtype", [*KINDS, torch.float32])
-@pytest.mark.parametrize("parts", [1, 3, 5])
+@pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("units", [1.5, 8.0, 40.0])
 def test_what_is_recorded_by_one_sum_is_restored_by_any(
     dtype: torch.dtype, parts: int, units: float, monkeypatch: pytest.MonkeyPatch
@@ -155,7 +171,7 @@ def test_what_is_recorded_by_one_sum_is_restored_by_any(
 
 
 @pytest.mark.parametrize("dtype", [*KINDS, torch.float32])
-@pytest.mark.parametrize("units", [1.5, 8.0, 40.0])
+@pytest.mark.parametrize("units", [20.0, 60.0, 200.0])
 def test_what_dora_leaves_is_restored_by_any_sum(
     dtype: torch.dtype, units: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
