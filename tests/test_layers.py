@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 LEVELS = (
     ("words",),
     ("errors", "version", "chance", "methods"),
-    ("opening", "yamlfile"),
+    ("opening", "yamlfile", "patterns"),
     ("tensorfile", "staging", "outfile", "recipe"),
     ("adapter", "renames"),
     ("lowrank", "dora", "rounding"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from adapterkit.adapter import Problem
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.formats.source import CONFIG, Source
+from adapterkit.patterns import Patterns, compile_pattern
 
 # Fields that change what the factors mean in ways that no merged weight can express.
 UNMERGEABLE = {
@@ -29,18 +29,8 @@ UNMERGEABLE = {
 # Initializations that also change the base weights, unless PEFT converted the adapter when saving it.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
-# Configs come from strangers, and Python's matcher backtracks: repeating a group can take exponential time, and n other
-# choices (repetitions, groups, back references) the n-th power of the name's length. These bounds keep a match within a
-# second, and all of them within some ten.
-REPEATED_GROUP = re.compile(r"\)[+*{]")
-CHOICE = re.compile(r"\((?:\?.)?|[+*?]\??|\{|\\[1-9]")
-MAX_CHOICES = 4
-MAX_MATCHED = 150  # characters of a module's name
-MAX_STEPS = 10**12
 
 EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT knows an embedding or a head
-
-Patterns = dict[str, tuple[re.Pattern[str], float]]
 
 
 @dataclass(frozen=True)
@@ -52,8 +42,8 @@ class PeftConfig:
     alpha: float | None = None
     rslora: bool = False
     dora: bool = False
-    rank_pattern: Patterns = field(default_factory=dict)
-    alpha_pattern: Patterns = field(default_factory=dict)
+    rank_pattern: Patterns[float | None] = field(default_factory=Patterns)
+    alpha_pattern: Patterns[float | None] = field(default_factory=Patterns)
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
     tokens: Any = None
@@ -95,26 +85,21 @@ class PeftConfig:
             return False
         targets = self.raw.get("target_modules") or []
         if isinstance(targets, str):
-            pattern = _compile(targets, CONFIG)
-            targets = [name for name in EMBEDDINGS if pattern.match(name)]
+            with _errors_in(CONFIG):
+                targets = [name for name in EMBEDDINGS if compile_pattern(targets).matches(name)]
         return any(name.split(".")[-1] in EMBEDDINGS for name in (*targets, *self.modules_to_save))
 
-    def check_patterns(self, modules: Iterable[str]) -> None:
+    def check_patterns(self, modules: Collection[str]) -> None:
         """Raise FormatError where matching them against the names of all modules could take minutes."""
-        lengths = Counter(map(len, modules))
-        choices = Counter(len(CHOICE.findall(key)) for key in (*self.rank_pattern, *self.alpha_pattern))
-        steps = sum(n * m * length ** (count + 1) for count, n in choices.items() for length, m in lengths.items())
-        if steps > MAX_STEPS:
-            raise FormatError(
-                f"{CONFIG}: {choices.total()} patterns could take for ever to match against {lengths.total()} names; "
-                "refused"
-            )
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            with _errors_in(CONFIG):
+                patterns.check(modules)
 
     def rank(self, module: str) -> float | None:
-        return _match_pattern(self.rank_pattern, module, self.r)
+        return self.rank_pattern.first(module, self.r)
 
     def alpha_of(self, module: str) -> float | None:
-        return _match_pattern(self.alpha_pattern, module, self.alpha)
+        return self.alpha_pattern.first(module, self.alpha)
 
     def token_indices(self, module: str) -> tuple[int, ...]:
         """The rows of `module` that were trained; a bare list in the config means the input embedding."""
@@ -201,16 +186,15 @@ class _Fields:
             )
         return value
 
-    def pattern(self, name: str, kinds: Kinds) -> Patterns:
+    def pattern(self, name: str, kinds: Kinds) -> Patterns[Any]:
         value: dict[str, float] = self.value(name, dict, {})
-        found = {}
         for key, number in value.items():
             if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number < 1e9:
                 raise FormatError(
                     f"{self.file}: {name}[{key[:60]!r}] is {str(number)[:60]!r}, expected a positive number"
                 )
-            found[key] = (_compile(key, self.file), number)
-        return found
+        with _errors_in(f"{self.file}: {name}"):
+            return Patterns.of(value)
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.value(name, list, [])
@@ -219,20 +203,10 @@ class _Fields:
         return tuple(value)
 
 
-def _compile(key: str, where: object) -> re.Pattern[str]:
-    if len(key) > 500 or REPEATED_GROUP.search(key) or len(CHOICE.findall(key)) > MAX_CHOICES:
-        raise FormatError(f"{where}: the pattern {key[:60]!r} could take for ever to match; refused")
+@contextmanager
+def _errors_in(where: object) -> Iterator[None]:
+    """Say where a pattern stands that is wrong."""
     try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(f"{where}: {key[:60]!r} is not a regular expression: {error}") from error
-
-
-def _match_pattern(patterns: Patterns, module: str, default: float | None) -> float | None:
-    """The first pattern that matches, in the order of the file, as PEFT does it."""
-    if patterns and len(module) > MAX_MATCHED:
-        raise FormatError(f"{CONFIG}: a module name of {len(module)} characters is too long to match patterns against")
-    for pattern, value in patterns.values():
-        if pattern.match(module):
-            return value
-    return default
+        yield
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +11,8 @@ import torch
 from torch import nn
 
 from adapterkit.adapter import Adapter
-from adapterkit.errors import FitError, UsageError
+from adapterkit.errors import FitError, FormatError, UsageError
+from adapterkit.patterns import Patterns, compile_pattern
 from adapterkit.quant.modules import is_quantized
 from adapterkit.recipe import FACTORED
 from adapterkit.train.initial import Factors, loftq, start
@@ -46,6 +46,13 @@ class Lora:
             raise UsageError(f"method {self.method!r}: expected one of {', '.join(FACTORED)}")
         if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
             raise UsageError(f"rank {self.rank}, dropout {self.dropout}: expected 1 or more, and 0 up to 1")
+        try:  # before any module is matched
+            if isinstance(self.targets, str):
+                compile_pattern(self.targets)
+            for patterns in (self.rank_pattern, self.alpha_pattern):
+                Patterns.of(patterns)
+        except FormatError as error:
+            raise UsageError(f"targets and patterns: {error}") from error
 
     def rank_of(self, name: str) -> int:
         return _matching(self.rank_pattern, name, self.rank)
@@ -61,12 +68,12 @@ class Lora:
         if self.targets == ALL_LINEAR:
             return is_linear(layer) and layer is not head
         if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, name) is not None
+            return compile_pattern(self.targets).matches(name)
         return any(name == target or name.endswith(f".{target}") for target in self.targets)
 
 
 def _matching(patterns: Mapping[str, T], name: str, default: T) -> T:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return Patterns.of(patterns).first(name, default)
 
 
 def inject(
