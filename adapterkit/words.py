@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 def number(value: float | None) -> str:
@@ -79,6 +81,16 @@ def visible_lines(text: str) -> str:
     return NOT_PLAIN_IN_LINES.sub(_written_out, text.replace("\r\n", "\n"))
 
 
+def without_hidden(text: str) -> str:
+    """`text` as wide as it is, without what `visible` writes out."""
+    return text if text.isprintable() else "".join(c for at, c in enumerate(text) if not _is_hidden(text, at))
+
+
+def command(argv: Iterable[str]) -> str:
+    """A command to be copied into a shell; what `visible` writes out stands as bytes, `$'a\\x1b'`."""
+    return " ".join(map(_quoted, argv))
+
+
 def markdown(text: str) -> str:
     """A stranger's `text` as a part of one line of Markdown: no end of a cell, no tag, link or formula."""
     return MARKUP.sub(r"\\\g<0>", visible(text))
@@ -86,6 +98,17 @@ def markdown(text: str) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - END - 1]}…{text[-END:]}"
+
+
+def _quoted(word: str) -> str:
+    if not any(_is_hidden(word, at) for at in range(len(word))):
+        return shlex.quote(word)
+    codes = (_bytes(c) if c in "\\'" or _is_hidden(word, at) else c for at, c in enumerate(word))
+    return f"$'{''.join(codes)}'"
+
+
+def _bytes(c: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
 
 
 def _written_out(match: re.Match[str]) -> str:

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,15 +16,16 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
-from handmade import CONFIG, MODULES, Outcome, Terminal, adapterkit, factors, write_adapter, write_base
+from handmade import Outcome, Terminal, adapterkit, write_adapter
+from hostile import FOLDER, HOSTILE, STEERS, steering, write_hostile_adapter, write_hostile_base
 from hubserver import Hub
 from markdown_it import MarkdownIt
-from safetensors.torch import load_file, save_file
 
 import adapterkit as package
 from adapterkit.cli import output
 from adapterkit.errors import FormatError
-from adapterkit.words import BLANK, LONGEST, markdown, visible, visible_lines
+from adapterkit.tui import plain
+from adapterkit.words import LONGEST, command, markdown, visible, visible_lines
 
 PACKAGE = Path(package.__file__).parent
 
@@ -67,6 +67,24 @@ def test_what_is_too_long_keeps_both_ends() -> None:
         assert visible(shown) == shown
 
 
+def test_a_command_to_copy_means_the_same_to_a_shell() -> None:
+    words = [
+        "printf",
+        "%s\\0",
+        "a b",
+        "it's",
+        "$HOME`x`",
+        "\\n",
+        os.fsdecode(b"\xff'\\"),
+        "a\nb\x1b[201~1 \u202e\u200bé",
+        "می\u200cخواهم",
+    ]
+    line = command(words)
+    assert visible(line) == line
+    said = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
+    assert said == b"".join(os.fsencode(word) + b"\0" for word in words[2:])
+
+
 def test_lines_stay_lines() -> None:
     assert visible_lines("a\r\n\tb\x1b\rc\n") == "a\n\tb\\x1b\\rc\n"
 
@@ -95,6 +113,20 @@ def test_markdown_is_not_interpreted() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("file", sorted((PACKAGE / "tui").glob("*.py")), ids=lambda file: file.stem)
+def test_the_app_shows_text_without_markup(file: Path) -> None:
+    """Whatever else showed text could take it for markup."""
+    if file.stem == Path(plain.__file__).stem:
+        return
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("textual"):
+            names = {alias.name for alias in node.names}
+            assert names & {"widgets", "Static", "Label", "DataTable", "Tree", "Select", "OptionList", "Toast"} == set()
+        if isinstance(node, ast.keyword):
+            assert node.arg != "tooltip"
+            assert node.arg != "markup" or ast.unparse(node.value) == "False"
+
+
 @pytest.mark.parametrize("file", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda file: file.stem)
 def test_one_module_prints(file: Path) -> None:
     """Whatever else printed could forget to show what steers."""
@@ -109,44 +141,7 @@ def test_one_module_prints(file: Path) -> None:
 
 # --- every command ---------------------------------------------------------------------------------------------------
 
-STEERS = "a\x1b[38;5;201m\x1b]0;t\x07\x9b2J\u202e\u2066\u200b\0\x7f\r\nFORGED\t"
-MARKUP = "[bold]b[/] a[/] [link=x]:warning: $x$ | `y` <img src=x> --- {z}"
-HOSTILE = STEERS + MARKUP
-FOLDER = HOSTILE.replace("\0", "").replace("/", "\\")  # as a name on a disk
-MODULE = "model.layers.0.[b]c[/] $x$ | `y` <img src=x> :warning:"
 BARS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[2K|\x1b\[1A|\r(?!\n)")  # colours, and what redraws a line
-
-
-def write_hostile_adapter(folder: Path, alpha: int = 6, **config: Any) -> Path:
-    """An adapter that is hostile in every string that a reader takes."""
-    tensors = factors()
-    for side in "AB":
-        tensors[f"base_model.model.{MODULE}.lora_{side}.weight"] = tensors[
-            f"base_model.model.{MODULES[0]}.lora_{side}.weight"
-        ].clone()
-    texts = dict.fromkeys(("base_model_name_or_path", "task_type", "revision", "peft_version", HOSTILE), HOSTILE)
-    texts |= {"target_modules": [HOSTILE, "q_proj", MODULE], "auto_mapping": {HOSTILE: HOSTILE}, "lora_alpha": alpha}
-    write_adapter(folder, tensors, CONFIG | texts | {"modules_to_save": None} | config)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={HOSTILE: HOSTILE, "format": "pt"})
-    for name in ("adapterkit_training.json", "adapterkit_adapter.json", "special_tokens_map.json"):
-        (folder / name).write_text(json.dumps({"made": HOSTILE, "steps": HOSTILE, HOSTILE: HOSTILE}))
-    (folder / "README.md").write_text(HOSTILE)
-    return folder
-
-
-def write_hostile_base(folder: Path) -> Path:
-    """A base that is."""
-    write_base(folder, shards=1)
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    tensors[f"{MODULE}.weight"] = tensors[f"{MODULES[0]}.weight"].clone()
-    save_file(tensors, file, metadata={HOSTILE: HOSTILE, "format": HOSTILE})
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
-    texts = dict.fromkeys(("model_type", "_name_or_path", "chat_template", HOSTILE), HOSTILE)
-    for name in names:
-        (folder / name).write_text(json.dumps(texts | {"architectures": [HOSTILE]}))
-    (folder / FOLDER).write_text(HOSTILE)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +221,6 @@ eval base one data.jsonl
 tui {name}
 {name}
 """.strip().splitlines()
-
-
-def steering(text: str) -> set[str]:
-    """The characters of `text` that steer a terminal or hide."""
-    return {c for c in text if c != "\n" and unicodedata.category(c)[0] == "C"} | (set(text) & BLANK)
 
 
 def run_hostile(command: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Outcome:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 from handmade import CONFIG, adapterkit, contents, write_adapter, write_base
+from hostile import FOLDER, steering, write_hostile_adapter, write_hostile_base
 from hubserver import Hub
 from textual.pilot import Pilot
-from textual.widgets import Button, DataTable, Input, Markdown, Static, TabbedContent
+from textual.widgets import Button, DataTable, Input, Markdown, Select, Static, TabbedContent
 
 from adapterkit import measured
 from adapterkit.finding import in_folders
@@ -318,6 +321,45 @@ async def test_names_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert "\x1b" not in str(pilot.app.export_screenshot())
 
 
+def drawn(pilot: Pilot[None]) -> str:
+    """All that is on the screen."""
+    return unescape("".join(re.findall(r"<text[^>]*>([^<]*)", pilot.app.export_screenshot()))).replace("\xa0", " ")
+
+
+async def test_strangers_names_are_text_everywhere(tmp_path: Path) -> None:
+    home = tmp_path / "[b]all[/] [/]"
+    for name, alpha in (("one", 6), ("two", 9)):
+        write_hostile_adapter(home / f"{FOLDER}{name}", alpha)
+    (home / f"{FOLDER}broken").mkdir()
+    (home / f"{FOLDER}broken" / "adapter_model.safetensors").write_bytes(b"\xff" * 20)
+    base = write_hostile_base(tmp_path / "base").rename(tmp_path / f"base{FOLDER}")
+    seen = []
+    async with running(home, base=str(base), size=(110, 24)) as pilot:
+
+        async def press(*keys: str) -> None:
+            await pilot.press(*keys)
+            await settled(pilot)
+            seen.append(drawn(pilot))
+
+        await press("j")
+        await press("2")
+        await press("4")
+        await press("3")
+        pilot.app.query_one(Select).action_show_overlay()
+        await press("3")
+        pilot.app.table.query_one(DataTable).focus()
+        await press("y", "space", "space", "c")
+        await press("escape", "m", "ctrl+s")
+        await press("escape", "delete", "y")
+        pilot.app.run_job(["inspect", f"{home}/{FOLDER}nothing"])
+        assert (await ended(pilot)).state == "failed"
+        await press("n", "J")
+    screens = "".join(seen)
+    assert steering(screens) == set()
+    for text in ("[b]all[/] [/]", "a\\x1b[38;5;201m", "c[/] $x$", "no such file"):
+        assert text in screens
+
+
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
@@ -452,7 +494,8 @@ async def test_compare_wants_two(folder: Path) -> None:
         said = text_of(pilot.app.screen.query_one("#what", Static))
         assert "4 modules in both; cosine +1.000" in said
         assert pilot.app.screen.query_one("#layers", DataTable).row_count == 3
-        assert pilot.app.screen.query_one("#configs", DataTable).get_row_at(0) == ["lora_alpha", "6", "9"]
+        configs = pilot.app.screen.query_one("#configs", DataTable)
+        assert [str(cell) for cell in configs.get_row_at(0)] == ["lora_alpha", "6", "9"]
         assert len(pilot.app.screen.query_one(Plot)._datasets) == 2
         await pilot.press("escape")
         assert not isinstance(pilot.app.screen, CompareScreen)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from adapterkit.words import command
+
 Kind = Literal["text", "words", "choice", "flag"]
 Values = Mapping[str, str | bool]
 
@@ -125,4 +127,4 @@ ACTIONS = {
 
 def line(argv: Sequence[str]) -> str:
     """The command as it is typed into a shell."""
-    return shlex.join(["adapterkit", *argv])
+    return command(["adapterkit", *argv])

@@ -8,19 +8,16 @@ import shlex
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from rich.segment import Segment
-from rich.style import Style
 from rich.text import Text
 from textual import on, work
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.color import Color
 from textual.events import Click
 from textual.filter import LineFilter
 from textual.screen import Screen
-from textual.widgets import Footer, Input, Static
+from textual.widgets import Footer, Input
 from textual.worker import Worker, WorkerState
 
 from adapterkit.errors import AdapterkitError
@@ -34,8 +31,9 @@ from adapterkit.tui.help import HelpScreen, keys_here
 from adapterkit.tui.jobs import Job
 from adapterkit.tui.jobview import JobBar, JobsScreen
 from adapterkit.tui.machine import machine, who
+from adapterkit.tui.plain import Static, Steerless
 from adapterkit.tui.table import AdapterTable
-from adapterkit.words import visible
+from adapterkit.words import visible, visible_lines
 
 DRAWN_EVERY = 0.1  # seconds between the steps of a job that are shown
 IN_FOOTER = ("merge", "unmerge", "combine", "pull")  # the rest is in the help and in the palette
@@ -77,8 +75,8 @@ class AdapterkitApp(App[None]):
         self._last_drawn = 0.0
 
     def compose(self) -> ComposeResult:
-        yield Static("", id="top", markup=False)
-        yield Static("", id="banner", markup=False)
+        yield Static("", id="top")
+        yield Static("", id="banner")
         yield Browser(self.folders, self.base)
         yield JobBar()
         yield Footer()
@@ -103,7 +101,7 @@ class AdapterkitApp(App[None]):
 
     def _top(self) -> None:
         text = Text(no_wrap=True, overflow="ellipsis")
-        text.append("adapterkit", "bold").append(f"   base: {self.base or 'none (b)'} ▾")
+        text.append("adapterkit", "bold").append(f"   base: {visible(self.base) or 'none (b)'} ▾")
         text.append(f"   {self._user}   {machine()}", "dim")
         self.screen_stack[0].query_one("#top", Static).update(text)
 
@@ -166,7 +164,7 @@ class AdapterkitApp(App[None]):
             self._draw_jobs()
         if ended:
             severity = "information" if job.state == "done" else "warning" if job.state == "cancelled" else "error"
-            self.notify(f"{job.argv[0]}: {job.state}. {job.result}", severity=severity, markup=False)  # type: ignore[arg-type]
+            self.notify(f"{job.argv[0]}: {job.state}. {job.result}", severity=severity)
             self._top()
             if self.browser.source.kind == "cache":
                 self.browser.find()
@@ -216,7 +214,7 @@ class AdapterkitApp(App[None]):
         argv = ["list", *map(str, self.folders)] if row is None else ["inspect", row.name]
         argv += ["--against", self.base] if row is not None and self.base else []
         self.copy_to_clipboard(line(argv))
-        self.notify(line(argv), title="copied", markup=False)
+        self.notify(line(argv), title="copied")
 
     def action_delete(self) -> None:
         """Delete the highlighted adapter from this disk, asked twice."""
@@ -227,10 +225,10 @@ class AdapterkitApp(App[None]):
 
         def really(yes: bool | None) -> None:
             if yes:
-                last = visible(f"{row.path}\n\nIt cannot be undone. Really?")
+                last = f"{visible(str(row.path))}\n\nIt cannot be undone. Really?"
                 self.push_screen(ConfirmScreen(last, "Delete for good"), lambda yes: self._delete(row, bool(yes)))
 
-        self.push_screen(ConfirmScreen(visible(f"Delete {row.name} from this disk?"), "Delete"), really)
+        self.push_screen(ConfirmScreen(f"Delete {visible(row.name)} from this disk?", "Delete"), really)
 
     def _delete(self, row: Found, yes: bool) -> None:
         if not yes:
@@ -238,7 +236,7 @@ class AdapterkitApp(App[None]):
         try:
             discard(row)
         except (AdapterkitError, OSError) as error:
-            self.notify(str(error), severity="error", markup=False)
+            self.notify(str(error), severity="error")
         else:
             self.table.drop([row.name])
 
@@ -292,25 +290,22 @@ class AdapterkitApp(App[None]):
             yield SystemCommand(label, about, call)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Textual's own; those that take colours out trip over what plots leave without a style."""
-        return [_Styled(), *super().get_line_filters()]
+        """Textual's own, after ours."""
+        return [Steerless(), *super().get_line_filters()]
+
+    def notify(self, message: str, *, title: str = "", markup: bool = False, **about: Any) -> None:
+        """Show a notice, of text."""
+        super().notify(visible_lines(message), title=visible(title), markup=False, **about)
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
         """A failure of a thread is told; it does not end the app."""
         if event.state == WorkerState.ERROR:
-            self.notify(f"{type(event.worker.error).__name__}: {event.worker.error}", severity="error", markup=False)
+            self.notify(f"{type(event.worker.error).__name__}: {event.worker.error}", severity="error")
 
     def on_key(self, event: object) -> None:
         """Escape leaves the search line."""
         if getattr(event, "key", "") == "escape" and isinstance(self.focused, Input):
             self.table.query_one("DataTable").focus()
-
-
-class _Styled(LineFilter):
-    """Gives every segment a style."""
-
-    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        return [segment if segment.style else Segment(segment.text, Style(), segment.control) for segment in segments]
 
 
 class _Shown(logging.Handler):
@@ -321,4 +316,4 @@ class _Shown(logging.Handler):
         self._app = app
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._app.notify(record.getMessage(), severity="warning", markup=False)
+        self._app.notify(record.getMessage(), severity="warning")

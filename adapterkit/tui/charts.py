@@ -10,10 +10,11 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
-from textual.widgets import Checkbox, DataTable, Select, Static
+from textual.widgets import Checkbox
 from textual_plot import HiResMode, PlotWidget
 
 from adapterkit.summary import ModuleRow, by_target
+from adapterkit.tui.plain import Select, Static, Table
 from adapterkit.tui.tick import Tick
 from adapterkit.words import between, number, span
 
@@ -66,15 +67,15 @@ class Layers(Vertical):
             for group in (*GROUPS, "mlp"):
                 yield Tick(group, True, id=f"group-{group}", compact=True)
         yield Plot()
-        yield DataTable(cursor_type="none")
+        yield Table(cursor_type="none")
 
     def on_mount(self) -> None:
-        self.query_one(DataTable).add_columns("target", "n", "rank", "‖ΔW‖", "σ₁", "99% rank")
+        self.query_one(Table).add_columns("target", "n", "rank", "‖ΔW‖", "σ₁", "99% rank")
 
     def show(self, rows: list[ModuleRow]) -> None:
         """Draw these modules."""
         self._rows = rows
-        table = self.query_one(DataTable)
+        table = self.query_one(Table)
         table.clear()
         for row in by_target(rows):
             reach = between(row.frobenius_min, row.frobenius_max)
@@ -117,9 +118,9 @@ class Spectrum(Vertical):
         self._rows: dict[str, ModuleRow] = {}
 
     def compose(self) -> ComposeResult:
-        yield Select[str]([], prompt="module", allow_blank=True)
+        yield Select([], prompt="module", allow_blank=True)
         yield Plot()
-        yield Static("", markup=False)
+        yield Static("")
 
     def show(self, rows: list[ModuleRow]) -> None:
         """Offer these modules, and draw the largest."""

@@ -11,13 +11,14 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Static
+from textual.widgets import Footer
 from textual.worker import get_current_worker
 from textual_plot import HiResMode
 
 from adapterkit.errors import AdapterkitError
 from adapterkit.finding import Found
 from adapterkit.tui.charts import COLOURS, Plot
+from adapterkit.tui.plain import Static, Table
 from adapterkit.words import number, visible
 
 if TYPE_CHECKING:
@@ -48,25 +49,25 @@ class CompareScreen(Screen[None]):
     def __init__(self, one: Found, other: Found) -> None:
         super().__init__()
         self._both = (one, other)
-        self._names = visible(f"A  {one.name}\nB  {other.name}")
+        self._names = f"A  {visible(one.name)}\nB  {visible(other.name)}"
 
     def compose(self) -> ComposeResult:
-        yield Static("", id="what", markup=False)
+        yield Static("", id="what")
         with Horizontal():
             with Vertical() as left:
                 left.border_title = "by layer"
-                yield DataTable(cursor_type="row", id="layers")
+                yield Table(cursor_type="row", id="layers")
             with Vertical() as right:
                 right.border_title = "‖ΔW‖ of both"
                 yield Plot()
-                yield DataTable(cursor_type="none", id="configs")
+                yield Table(cursor_type="none", id="configs")
         yield Footer()
 
     def on_mount(self) -> None:
         self.query_one("#what", Static).update(f"{self._names}\nmeasuring …")
         self.query_one(Horizontal).display = False
-        self.query_one("#layers", DataTable).add_columns("layer", "cosine", "‖B‖/‖A‖", "overlap in", "out", "lost")
-        self.query_one("#configs", DataTable).add_columns("config", "A", "B")
+        self.query_one("#layers", Table).add_columns("layer", "cosine", "‖B‖/‖A‖", "overlap in", "out", "lost")
+        self.query_one("#configs", Table).add_columns("config", "A", "B")
         self._measure()
 
     @work(thread=True, exclusive=True, exit_on_error=False)
@@ -93,16 +94,16 @@ class CompareScreen(Screen[None]):
         if not self.is_mounted:
             return
         if isinstance(found, str):
-            self.query_one("#what", Static).update(visible(f"{self._names}\n{found}"))
+            self.query_one("#what", Static).update(f"{self._names}\n{found}")
             return
         pair, rows, configs = found
         self.query_one(Horizontal).display = True
         self.query_one("#what", Static).update(f"{self._names}\n{_in_words(pair)}")
-        table = self.query_one("#layers", DataTable)
+        table = self.query_one("#layers", Table)
         for layer, group in groupby(sorted(pair.modules, key=_layer), _layer):
             table.add_row(*_cells("–" if layer < 0 else str(layer), list(group)))
         table.add_row(*_cells("all", [pair.total]))
-        self.query_one("#configs", DataTable).add_rows(configs)
+        self.query_one("#configs", Table).add_rows(configs)
         plot = self.query_one(Plot)
         for measured, colour, label in zip(rows, COLOURS, "AB", strict=False):
             from adapterkit.tui.charts import GROUPS, norms

@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import ClassVar
 
 from rich.console import Group
-from rich.json import JSON
+from rich.highlighter import JSONHighlighter
 from rich.table import Table
 from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
-from textual.markup import escape
 from textual.screen import Screen
-from textual.widgets import Footer, Markdown, Static, TabbedContent, TabPane
+from textual.widgets import Footer, Markdown, TabbedContent, TabPane
 from textual.worker import get_current_worker
 
 from adapterkit.finding import Found
 from adapterkit.summary import ModuleRow
 from adapterkit.tui.charts import Layers, Spectrum
 from adapterkit.tui.looking import Details, config_text, rows_of
-from adapterkit.words import visible
+from adapterkit.tui.plain import Static, plain
+from adapterkit.words import visible, visible_lines
 
 TABS = ("overview", "layers", "spectrum", "config", "card")
 
@@ -50,10 +50,10 @@ class Detail(Vertical):
             with TabPane("1 overview", id="overview"), VerticalScroll():
                 yield Static("", id="facts")
             with TabPane("2 layers", id="layers"):
-                yield Static("", classes="wait", markup=False)
+                yield Static("", classes="wait")
                 yield Layers()
             with TabPane("3 spectrum", id="spectrum"):
-                yield Static("", classes="wait", markup=False)
+                yield Static("", classes="wait")
                 yield Spectrum()
             with TabPane("4 config", id="config"), VerticalScroll():
                 yield Static("", id="config-text")
@@ -65,7 +65,7 @@ class Detail(Vertical):
 
     def wait(self, row: Found | None) -> None:
         """Another adapter is looked at; what is known of it comes."""
-        self.border_title = escape(visible(row.name)) if row else ""
+        self.border_title = plain(row.name if row else "")
         if row is None:
             self.details = None
             self.query_one("#facts", Static).update("")
@@ -74,15 +74,17 @@ class Detail(Vertical):
         """Show what was found out about an adapter."""
         anew = self.details is None or self.details.row.name != details.row.name
         self.details = details
-        self.border_title = escape(visible(details.row.name))
+        self.border_title = plain(details.row.name)
         facts = Table.grid(padding=(0, 2, 0, 0))
         for name, value in details.facts.items():
             facts.add_row(Text(name, "bold"), Text(visible(value), overflow="fold"))
-        told = [Text(visible(f"\n⚠ {warning}"), "red" if details.problem else "yellow") for warning in details.warnings]
-        self.query_one("#facts", Static).update(Group(facts, *told))
-        config = config_text(details.config) if details.config else "There is no adapter_config.json."
-        self.query_one("#config-text", Static).update(JSON(config) if details.config else Text(config))
-        self.query_one("#card-text", Markdown).update(visible(details.card) or "*There is no card.*")
+        style = "red" if details.problem else "yellow"
+        warnings = [Text(f"\n⚠ {visible(warning)}", style) for warning in details.warnings]
+        self.query_one("#facts", Static).update(Group(facts, *warnings))
+        config = Text(config_text(details.config) or "There is no adapter_config.json.", no_wrap=True)
+        JSONHighlighter().highlight(config)
+        self.query_one("#config-text", Static).update(config)
+        self.query_one("#card-text", Markdown).update(visible_lines(details.card) or "*There is no card.*")
         if anew:
             self._measured = None
         self._measure_if_shown()

@@ -9,10 +9,11 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Button, Checkbox, Input, Label, Select, Static
+from textual.widgets import Button, Checkbox, Input
 
 from adapterkit.tui.actions import Action, Field, Values, line
 from adapterkit.tui.jobs import output_of
+from adapterkit.tui.plain import Select, Static
 from adapterkit.tui.tick import Tick
 from adapterkit.words import visible
 
@@ -35,7 +36,7 @@ class FormScreen(ModalScreen[list[str] | None]):
         "FormScreen {"
         + BOX
         + """
-    & Label { width: 24; height: 1; color: $text-muted; }
+    & .label { width: 24; height: 1; color: $text-muted; }
     & Input, & Checkbox, & Select { border: none; height: 1; padding: 0 1; }
     & Input { width: 1fr; background: $boost; }
     & Select { width: 1fr; }
@@ -62,16 +63,17 @@ class FormScreen(ModalScreen[list[str] | None]):
             with VerticalScroll():
                 for field in self._action.fields:
                     with Horizontal():
-                        yield Label("" if field.kind == "flag" else field.label + (" *" if field.needed else ""))
+                        label = "" if field.kind == "flag" else field.label + (" *" if field.needed else "")
+                        yield Static(label, classes="label")
                         yield self._widget(field)
-            yield Static("", id="command", markup=False)
+            yield Static("", id="command")
             with VerticalScroll():
-                yield Static("", id="plan", markup=False)
+                yield Static("", id="plan")
             with Horizontal():
                 yield Button("Plan" if self._action.plan else "Run", id="go", variant="primary", compact=True)
                 yield Button("Back", id="back", compact=True)
 
-    def _widget(self, field: Field) -> Input | Checkbox | Select[str]:
+    def _widget(self, field: Field) -> Input | Checkbox | Select:
         value, id = self._values.get(field.name, field.default), f"field-{field.name.strip('-')}"
         if field.kind == "flag":
             return Tick(field.label, bool(value), id=id, compact=True)
@@ -104,7 +106,7 @@ class FormScreen(ModalScreen[list[str] | None]):
     @on(Select.Changed)
     def _changed(self) -> None:
         try:
-            self.query_one("#command", Static).update(visible(line(self.argv)))
+            self.query_one("#command", Static).update(line(self.argv))
         except ValueError as error:
             self.query_one("#command", Static).update(str(error))
         if self._planned is not None:
@@ -173,7 +175,7 @@ class ConfirmScreen(ModalScreen[bool]):
 
     def compose(self) -> ComposeResult:
         with Vertical():
-            yield Static(self._question, markup=False)
+            yield Static(self._question)
             with Horizontal():
                 yield Button("No", id="no", variant="primary", compact=True)
                 yield Button(self._yes, id="yes", variant="error", compact=True)

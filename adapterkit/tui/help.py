@@ -8,9 +8,9 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Static
 
 from adapterkit.tui.actions import ACTIONS
+from adapterkit.tui.plain import Static
 
 KEYS = {
     "moving": {
@@ -59,7 +59,7 @@ class HelpScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with VerticalScroll() as box:
             box.border_title = "keys"
-            yield Static(_text(self._here), markup=False)
+            yield Static(_text(self._here))
 
 
 def _text(here: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from adapterkit.tui.actions import line
+from adapterkit.words import visible
 
 State = Literal["running", "done", "failed", "cancelled"]
 PATIENCE = 60.0  # seconds that a cancelled command has for its end: training finishes its step and saves
@@ -73,7 +74,7 @@ class Job:
         if text.startswith("{"):
             try:
                 facts: dict[str, Any] = json.loads(text)
-                self.doing, self.done, self.total = str(facts["progress"]), int(facts["done"]), facts["total"]
+                self.doing, self.done, self.total = visible(str(facts["progress"])), int(facts["done"]), facts["total"]
                 if isinstance(facts.get("loss"), float):
                     self.losses.append(facts["loss"])
                 return

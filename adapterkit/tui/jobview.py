@@ -9,11 +9,12 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Static
+from textual.widgets import Footer
 from textual_plot import HiResMode
 
 from adapterkit.tui.charts import Plot
 from adapterkit.tui.jobs import Job
+from adapterkit.tui.plain import Static, Table
 from adapterkit.words import clock, visible
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class JobBar(Static):
     DEFAULT_CSS = "JobBar { height: 1; background: $panel; padding: 0 1; } JobBar.idle { display: none; }"
 
     def __init__(self) -> None:
-        super().__init__("", id="jobs", markup=False, classes="idle")
+        super().__init__("", id="jobs", classes="idle")
 
     def show(self, jobs: list[Job]) -> None:
         """Draw what there is."""
@@ -81,14 +82,14 @@ class JobsScreen(Screen[None]):
     app: AdapterkitApp
 
     def compose(self) -> ComposeResult:
-        yield DataTable(cursor_type="row")
+        yield Table(cursor_type="row")
         yield Plot()
         with VerticalScroll():
-            yield Static("", id="said", markup=False)
+            yield Static("", id="said")
         yield Footer()
 
     def on_mount(self) -> None:
-        table = self.query_one(DataTable)
+        table = self.query_one(Table)
         table.border_title = "jobs"
         table.add_column("", key="sign")
         table.add_column("how far", key="told")
@@ -100,12 +101,12 @@ class JobsScreen(Screen[None]):
     @property
     def current(self) -> Job | None:
         """The highlighted job."""
-        at = self.query_one(DataTable).cursor_row
+        at = self.query_one(Table).cursor_row
         return self.app.jobs[at] if 0 <= at < len(self.app.jobs) else None
 
     def refresh_jobs(self) -> None:
         """Draw the jobs as they are now."""
-        table = self.query_one(DataTable)
+        table = self.query_one(Table)
         for number, job in enumerate(self.app.jobs):
             cells = {"sign": Text(SIGNS[job.state], STYLES[job.state]), "told": told(job), "command": job.command}
             if number >= table.row_count:
@@ -125,7 +126,7 @@ class JobsScreen(Screen[None]):
             self.query_one("#said", Static).update("No jobs yet: m merges, o combines, d downloads.")
             return
         said = "\n".join([job.command, "", *job.said, *job.out.splitlines()])
-        self.query_one("#said", Static).update(visible(said))
+        self.query_one("#said", Static).update(said)
         plot = self.query_one(Plot)
         plot.display = len(job.losses) > 1
         if plot.display:
@@ -147,8 +148,8 @@ class JobsScreen(Screen[None]):
 
     def action_down(self) -> None:
         """The next one."""
-        self.query_one(DataTable).action_cursor_down()
+        self.query_one(Table).action_cursor_down()
 
     def action_up(self) -> None:
         """The one before."""
-        self.query_one(DataTable).action_cursor_up()
+        self.query_one(Table).action_cursor_up()

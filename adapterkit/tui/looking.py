@@ -20,7 +20,7 @@ from adapterkit.hub.remote import look, outlined
 from adapterkit.opening import open_regular
 from adapterkit.summary import ModuleRow, Summary, summarize
 from adapterkit.tensorfile import read_json
-from adapterkit.words import size, span
+from adapterkit.words import size, span, visible_lines
 
 TEXT_BYTES = 200_000  # of a card or config: more is not for reading
 
@@ -146,8 +146,8 @@ def _text(file: Path) -> str:
 
 
 def config_text(config: dict[str, Any]) -> str:
-    """A config as it is read best."""
-    return json.dumps(config, indent=2, ensure_ascii=False)[:TEXT_BYTES]
+    """A config as it is read best; empty where there is none."""
+    return "" if not config else visible_lines(json.dumps(config, indent=2, ensure_ascii=False)[:TEXT_BYTES])
 
 
 def changes(folder: Path, known: dict[str, float | None]) -> tuple[list[Found], list[str]]:

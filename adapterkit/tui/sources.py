@@ -9,9 +9,8 @@ from typing import ClassVar, Literal
 
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.widgets import Tree
 
-from adapterkit.words import visible
+from adapterkit.tui.plain import Tree
 
 Kind = Literal["folder", "cache", "hub"]
 
@@ -27,7 +26,7 @@ class Source:
     def label(self) -> str:
         """What it is called."""
         if self.folder is not None:
-            return visible(self.folder.name or self.folder.absolute().name)
+            return self.folder.name or self.folder.absolute().name
         return "Hub cache" if self.kind == "cache" else "Hub"
 
 

@@ -14,9 +14,10 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.message import Message
 from textual.timer import Timer
-from textual.widgets import DataTable, Input, Static
+from textual.widgets import Input
 
 from adapterkit.finding import SORTS, Found, ordered
+from adapterkit.tui.plain import Static, Table, plain
 from adapterkit.words import short, size, span, visible
 
 STATES = {"here": "●", "partial": "◐", "remote": "○"}
@@ -88,11 +89,11 @@ class AdapterTable(Vertical):
 
     def compose(self) -> ComposeResult:
         yield Input(placeholder="/ search", id="search", compact=True)
-        yield Static("", id="empty", markup=False)
-        yield DataTable(cursor_type="row", zebra_stripes=True)
+        yield Static("", id="empty")
+        yield Table(cursor_type="row", zebra_stripes=True)
 
     def on_mount(self) -> None:
-        table = self.query_one(DataTable)
+        table = self.query_one(Table)
         for name, width in COLUMNS.items():
             table.add_column(name, width=width, key=name or "state")
         self._say()
@@ -100,7 +101,7 @@ class AdapterTable(Vertical):
     @property
     def current(self) -> Found | None:
         """The highlighted row."""
-        at = self.query_one(DataTable).cursor_row
+        at = self.query_one(Table).cursor_row
         return self._shown[at] if 0 <= at < len(self._shown) else None
 
     @property
@@ -158,7 +159,7 @@ class AdapterTable(Vertical):
 
     def _redraw(self) -> None:
         """All rows anew, with the cursor where it was."""
-        table, current = self.query_one(DataTable), self.current
+        table, current = self.query_one(Table), self.current
         rows = [row for row in self.rows.values() if self._fits(row)]
         self._shown = []
         table.clear()
@@ -169,7 +170,7 @@ class AdapterTable(Vertical):
         self._say()
 
     def _append(self, rows: list[Found]) -> None:
-        table = self.query_one(DataTable)
+        table = self.query_one(Table)
         for row in rows:
             self._shown.append(row)
             table.add_row(*self._cells(row), key=row.name)
@@ -178,7 +179,7 @@ class AdapterTable(Vertical):
     def _draw(self, row: Found) -> None:
         """One row anew."""
         for column, cell in zip(COLUMNS, self._cells(row), strict=True):
-            self.query_one(DataTable).update_cell(row.name, column or "state", cell)
+            self.query_one(Table).update_cell(row.name, column or "state", cell)
 
     def _cells(self, row: Found) -> list[Text]:
         state = STATES[row.state] if not row.problem else "✗"
@@ -204,7 +205,9 @@ class AdapterTable(Vertical):
         )
         marked = f" · {len(self.marked)} marked" if self.marked else ""
         self.border_title = f"{many}{marked}"
-        self.border_subtitle = f"sort: {self.sort}" + (f" · {self.status}" if self.status and self._shown else "")
+        self.border_subtitle = plain(
+            f"sort: {self.sort}" + (f" · {self.status}" if self.status and self._shown else "")
+        )
         empty = self.query_one("#empty", Static)
         empty.display = not self._shown
         nothing = f"Nothing here matches {self.words!r}." if self.rows else ""
@@ -218,11 +221,11 @@ class AdapterTable(Vertical):
 
     def action_down(self) -> None:
         """The next row."""
-        self.query_one(DataTable).action_cursor_down()
+        self.query_one(Table).action_cursor_down()
 
     def action_up(self) -> None:
         """The row before."""
-        self.query_one(DataTable).action_cursor_up()
+        self.query_one(Table).action_cursor_up()
 
     def action_mark(self) -> None:
         """Mark the row, or take the mark off, and go on to the next."""
@@ -233,7 +236,7 @@ class AdapterTable(Vertical):
             self.marked[row.name] = row
         self._draw(row)
         self._say()
-        self.query_one(DataTable).action_cursor_down()
+        self.query_one(Table).action_cursor_down()
 
     def action_sort(self) -> None:
         """Sort by the next column that this source can be sorted by."""
@@ -260,10 +263,10 @@ class AdapterTable(Vertical):
     @on(Input.Submitted)
     def _entered(self, event: Input.Submitted) -> None:
         event.stop()
-        self.query_one(DataTable).focus()
+        self.query_one(Table).focus()
 
-    @on(DataTable.RowHighlighted)
-    def _highlighted(self, event: DataTable.RowHighlighted) -> None:
+    @on(Table.RowHighlighted)
+    def _highlighted(self, event: Table.RowHighlighted) -> None:
         event.stop()
         if self._looking:
             self._looking.stop()
@@ -271,8 +274,8 @@ class AdapterTable(Vertical):
         if len(self._shown) - event.cursor_row <= BEFORE_END:
             self.post_message(self.NearEnd())
 
-    @on(DataTable.RowSelected)
-    def _selected(self, event: DataTable.RowSelected) -> None:
+    @on(Table.RowSelected)
+    def _selected(self, event: Table.RowSelected) -> None:
         event.stop()
         if self.current is not None:
             self.post_message(self.Chosen(self.current))
