@@ -201,16 +201,17 @@ def grid(rows: Sequence[ModuleRow], *, relative: bool = False) -> Grid:
 
 
 def to_json(record: Any) -> Any:
-    """A record of this module as `json.dumps` takes it strictly: NaN and Inf become None."""
+    """A record of this module as `json.dumps` takes it strictly."""
+    return finite(asdict(record))
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, float):
-            return value if math.isfinite(value) else None
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return plain(asdict(record))
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and Inf: they become None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

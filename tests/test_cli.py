@@ -193,7 +193,7 @@ def test_an_output_device_that_is_full(tmp_path: Path, unbuffered: str) -> None:
 
 def test_no_standard_output_at_all(tmp_path: Path) -> None:
     closing = "import os, sys; os.close(1); os.execv(sys.executable, sys.argv[1:])"
-    result = python("-c", closing, "python", *dry_run(tmp_path))
+    result = python("-c", closing, sys.executable, *dry_run(tmp_path))
     assert (result.returncode, result.stderr) == (0, "")
 
 

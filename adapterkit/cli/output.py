@@ -31,8 +31,10 @@ def warn(*lines: str) -> None:
 
 
 def say_json(value: Any, *, indent: int | None = 2, err: bool = False) -> None:
-    """Print a value as JSON, in ASCII: every string whole, and none of it a control character."""
-    text = json.dumps(value, indent=indent, allow_nan=False).replace("\x7f", r"\u007f")
+    """Print a value as JSON, in ASCII: every string whole, none of it a control character; NaN and Inf as null."""
+    from adapterkit.summary import finite
+
+    text = json.dumps(finite(value), indent=indent, allow_nan=False).replace("\x7f", r"\u007f")
     print(text, file=sys.stderr if err else sys.stdout, flush=err)
 
 
