@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from adapterkit.errors import FormatError, UnsafeFileError
 
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+PIECE = 1 << 20  # bytes read at a time
 FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 KINDS = {
     stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -63,11 +64,13 @@ def read_whole(file: Path, limit: int) -> bytes:
 
 def read_up_to(stream: BufferedReader, limit: int, file: Path) -> bytes:
     """All bytes of `stream`, which reads `file`; raises FormatError where there are more than `limit`."""
+    data = bytearray()
     with _errors_of(file):
-        data = stream.read(limit + 1)
+        while len(data) <= limit and (more := stream.read(min(PIECE, limit + 1 - len(data)))):
+            data += more  # asked for all at once, Python would take as much memory beforehand
     if len(data) > limit:
         raise FormatError(f"{file}: is larger than {limit:,} bytes, the most that is read")
-    return data
+    return bytes(data)
 
 
 def sha256_of(file: Path) -> str:
