@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import FormatError
+from adapterkit.opening import open_regular
 from adapterkit.plan import FilePlan
 from adapterkit.tensorfile import read_span
 
@@ -35,7 +36,7 @@ def is_copy(plan: FilePlan) -> bool:
     """Whether an output is the same file as its source."""
     if not plan.copies_all:
         return False
-    with open(plan.source, "rb") as stream:
+    with open_regular(plan.source) as stream:
         return stream.read(len(plan.header)) == plan.header
 
 

@@ -20,6 +20,7 @@ from adapterkit.hub.asking import WAITS, ask
 from adapterkit.hub.fetching import cached
 from adapterkit.hub.names import HubId, parsed
 from adapterkit.hub.remote import look, outlined
+from adapterkit.opening import read_whole
 from adapterkit.summary import summarize
 from adapterkit.tensorfile import read_json
 
@@ -88,7 +89,7 @@ def in_cache() -> Iterator[Found]:
     for repo in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
         name = repo.name.removeprefix("models--").replace("--", "/", 1)
         revisions = {
-            file.read_bytes().decode(errors="replace").strip(): file.name
+            read_whole(file, 1000).decode(errors="replace").strip(): file.name
             for file in sorted(repo.glob("refs/*"))
             if os.path.isfile(file)
         }

@@ -11,6 +11,7 @@ from adapterkit.adapter import Adapter
 from adapterkit.card import file_rows, public_name, write_json, write_text
 from adapterkit.digest import check_name
 from adapterkit.formats import save
+from adapterkit.opening import open_regular
 from adapterkit.plan import Given
 from adapterkit.staging import ADAPTER_RECORD, staged
 from adapterkit.version import __version__
@@ -53,7 +54,7 @@ def _card(
 
 
 def _digest(file: Path) -> str:
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     check_name(file, found)
     return found

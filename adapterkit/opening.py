@@ -27,6 +27,11 @@ KINDS = {
 
 def open_regular(file: Path) -> BufferedReader:
     """Open a file, or where a link leads; raises FormatError for anything but a regular file that can be read."""
+    return os.fdopen(descriptor_of(file), "rb")
+
+
+def descriptor_of(file: Path) -> int:
+    """The same as a descriptor, which is the caller's to close."""
     with _errors_of(file):
         return _open(file)
 
@@ -44,14 +49,14 @@ def open_inside(folder: Path, name: str | PurePath) -> BufferedReader:
                 above, at = at, os.open(part, FOLDER | os.O_NOFOLLOW, dir_fd=at)
                 os.close(above)
             if not stat.S_ISLNK(os.stat(last, dir_fd=at, follow_symlinks=False).st_mode):
-                return _open(last, at)
+                return os.fdopen(_open(last, at), "rb")
         finally:
             os.close(at)
         if (blob := blob_of(folder / name)) is None:
             raise UnsafeFileError(f"{folder / name}: is a link, which could lead to any file; replace it with the file")
         blobs = os.open(blob.parent, FOLDER | os.O_NOFOLLOW)
         try:
-            return _open(blob.name, blobs)
+            return os.fdopen(_open(blob.name, blobs), "rb")
         finally:
             os.close(blobs)
 
@@ -118,7 +123,7 @@ def blob_of(file: Path) -> Path | None:
     return target if repo.name.startswith("models--") and target.parent == repo / "blobs" else None
 
 
-def _open(name: str | os.PathLike[str], at: int | None = None) -> BufferedReader:
+def _open(name: str | os.PathLike[str], at: int | None = None) -> int:
     """Open a regular file, checked both before, since opening a device can do things, and after.
 
     With the folder `at`, `name` may be no link.
@@ -127,10 +132,10 @@ def _open(name: str | os.PathLike[str], at: int | None = None) -> BufferedReader
     fd = os.open(name, READ | (0 if at is None else os.O_NOFOLLOW), dir_fd=at)  # without waiting for a pipe's writer
     try:
         _check(os.fstat(fd).st_mode)
-        return os.fdopen(fd, "rb")
     except BaseException:
         os.close(fd)
         raise
+    return fd
 
 
 def _check(mode: int) -> None:

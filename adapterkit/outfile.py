@@ -13,6 +13,8 @@ import mmap
 import os
 from pathlib import Path
 
+from adapterkit.opening import open_regular
+
 PAGE = mmap.PAGESIZE
 FICLONE = 0x40049409  # Linux's ioctl that makes a file share another's blocks
 
@@ -99,7 +101,7 @@ class LinkedFile(OutputFile):
         self.path, self._fd, self._direct = path, -1, -1
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            with open(source, "rb") as stream:
+            with open_regular(source) as stream:
                 fcntl.ioctl(target, FICLONE, stream.fileno())
             os.fsync(target)
         except OSError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.budget import BLOCK_BYTES
 from adapterkit.digest import OutputDigest, is_copy
+from adapterkit.opening import descriptor_of
 from adapterkit.outfile import LinkedFile, OutputFile
 from adapterkit.plan import Edit, FilePlan, MergePlan, Recorded
 from adapterkit.receipt import FOLDER, sidecar_name, undoable
@@ -46,7 +47,7 @@ class Digest:
     def open(self) -> None:
         """Open the file to be read, unless it is open."""
         if self.fd < 0:
-            self.fd = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = descriptor_of(self.file)
 
     def close(self) -> None:
         """Close the file, if it is open."""

@@ -23,6 +23,7 @@ from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
 from adapterkit.formats import load
 from adapterkit.hub import is_hub_id, resolve
 from adapterkit.layout import Entry, lay_out
+from adapterkit.opening import open_regular
 from adapterkit.plan import Copy, Delta, Edit, FilePlan, Given, Hashes, Kept, MergePlan, Recorded
 from adapterkit.planning import make_plan
 from adapterkit.quant import Packed, weights
@@ -124,7 +125,7 @@ def hashes_of(adapter: Adapter) -> set[str]:
 @cache
 def _sha256(file: Path, _: int) -> str:
     """Of a file as of that time."""
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

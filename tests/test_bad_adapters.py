@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import stat
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -100,6 +101,13 @@ def test_a_pickle_that_takes_all_memory(base: Path, zipped: bool) -> None:
     assert "it names " in refused(base, adapter, 1)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_of_a_million_operations(base: Path, zipped: bool) -> None:
+    """20 MB of empty lists took 1.4 GB and half a minute."""
+    adapter = make_bin(base.parent / "a", [None] * 1_000_001, _use_new_zipfile_serialization=zipped)
+    assert "it has more than 1,000,000 operations" in refused(base, adapter, 1)
+
+
 def test_a_zip_that_inflates(base: Path) -> None:
     adapter = make_bin(base.parent / "a", factors())
     with zipfile.ZipFile(adapter / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -172,6 +180,38 @@ def test_no_adapter_there(base: Path, kind: str) -> None:
         write_adapter(adapter / "checkpoint-10")
     expected = {"nested": "Did you mean", "two files": "(x.safetensors, y.safetensors): name one of them"}
     assert expected.get(kind, str(adapter)) in refused(base, adapter, 1)
+
+
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "a named pipe": os.mkfifo,
+    "a device": lambda file: file.symlink_to("/dev/zero"),
+    "the environment": lambda file: file.symlink_to("/proc/self/environ"),
+    "itself": lambda file: file.symlink_to(file),
+    "a directory": Path.mkdir,
+    "a socket": lambda file: os.mknod(file, stat.S_IFSOCK | 0o600),
+    "many values": lambda file: file.write_bytes(b'{"a":[' + b"{}," * 300_000 + b"{}]}"),
+    "many bytes": lambda file: file.write_bytes(b" " * (1 << 24) + b"{}"),
+    "deep": lambda file: file.write_bytes(b'{"a":' * 50_000),
+}
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_a_folder_of_hostile_adapters(base: Path, tmp_path: Path, name: str) -> None:
+    """Nothing blocks, and each ends in one line; `list` shows the good one among them."""
+    adapters = tmp_path / "adapters"
+    write_adapter(adapters / "good")
+    for kind, make in HOSTILE.items():
+        folder = write_adapter(adapters / kind)
+        if name == "adapter_model.bin":
+            (folder / "adapter_model.safetensors").unlink()
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        for args in (("merge", base, folder, "-o", tmp_path / "out"), ("inspect", folder)):
+            assert adapterkit(*args).message(1).startswith(str(folder)), kind
+    listed = adapterkit("list", adapters, "--json")
+    rows = {row["name"].rpartition("/")[2]: row for row in json.loads(listed.out)}
+    assert listed.code == 0 and rows["good"]["problem"] is None
+    assert "PATH" not in listed.out
 
 
 # --- adapter_config.json ---------------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.opening import open_regular
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ PLAIN = re.compile(
     r"|torch\._utils _rebuild_(?:tensor(?:_v2|_v3)?|parameter(?:_with_state)?|meta_tensor_no_storage)"
     r"|torch\._tensor _rebuild_from_type_v2|torch\.nn\.parameter Parameter"
 )
+
+
+MAX_OPERATIONS = 1_000_000  # of a pickle; a tensor takes some thirty
 
 
 @dataclass(frozen=True)
@@ -88,19 +93,21 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 6):  # CVE-2025-32434: before 2.6 a crafted file could run code even so
         raise UnsafeFileError(f"{file}: pickled weights are only safe to read with torch 2.6 or newer")
-    size = file.stat().st_size
     try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                inflated = sum(entry.file_size for entry in archive.infolist())
-            if inflated > size:
-                raise UnsafeFileError(
-                    f"{file}: its contents inflate to {inflated:,} bytes, more than the file's {size:,}; "
-                    "torch writes no such file. Ask its author for a .safetensors file."
-                )
-        _check_names(file)
-        with warnings.catch_warnings(action="ignore"):  # on an unusual pickle: it is refused, or it is plain tensors
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if zipfile.is_zipfile(stream):
+                with zipfile.ZipFile(stream) as archive:
+                    inflated = sum(entry.file_size for entry in archive.infolist())
+                if inflated > size:
+                    raise UnsafeFileError(
+                        f"{file}: its contents inflate to {inflated:,} bytes, more than the file's {size:,}; "
+                        "torch writes no such file. Ask its author for a .safetensors file."
+                    )
+            _check_operations(stream)
+            stream.seek(0)
+            with warnings.catch_warnings(action="ignore"):  # on an unusual pickle: refused, or it is plain tensors
+                state = torch.load(stream, map_location="cpu", weights_only=True)
     except FormatError:
         raise
     except pickle.UnpicklingError as error:
@@ -127,17 +134,25 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def _check_names(file: Path) -> None:
-    """Raise UnpicklingError where a torch file has other names than plain tensors need, before torch acts on any."""
+def _check_operations(stream: BufferedReader) -> None:
+    """Raise UnpicklingError where a torch file has other names than plain tensors need, before torch acts on any.
+
+    So it is where its pickles have more operations than the tensors of any adapter: each can make an object.
+    """
     import torch
 
     pickles: Any
-    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    left = MAX_OPERATIONS
+    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] == b"PK\x03\x04":
+            stream.seek(0)
             pickles, count = io.BytesIO(torch._C.PyTorchFileReader(stream).get_record("data.pkl")), 1
         else:  # before torch 1.6: three pickles that say what it is, the tensors, the keys of their storages
             pickles, count = data, 5
         for _ in range(count):
             for code, name, _ in pickletools.genops(pickles):
+                left -= 1
+                if left < 0:
+                    raise pickle.UnpicklingError(f"it has more than {MAX_OPERATIONS:,} operations")
                 if code.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not PLAIN.fullmatch(str(name)):
                     raise pickle.UnpicklingError(f"it names {str(name)[:60]!r}")
