@@ -21,6 +21,7 @@ from adapterkit.plan import Given, MergePlan
 from adapterkit.planning import DTYPES, make_plan
 from adapterkit.planning import plan_quantize as make_quantize_plan
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS, Quantize, Rounding
+from adapterkit.receipt import check_receipt
 from adapterkit.staging import check_output
 from adapterkit.stream import Merged, run
 
@@ -86,11 +87,14 @@ def plan_merge(
         for one in (checkpoint, *((sixteen,) if sixteen else ())):
             check_apart(target, one, given)
         check_output(target, overwrite)
-        return make_plan(
+        plan = make_plan(
             checkpoint, given, target, dtype=dtype, quantize=quantize, rounding=Rounding(rounding, seed),
             original=sixteen, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial,
             calibration=_text(calibration, rounding), receipt=receipt, link=link,
         )  # fmt: skip
+        if receipt:
+            check_receipt(plan)
+        return plan
 
     places = [base, *(what for what, _ in named), original]
     with outlines([one for one in places if isinstance(one, str | os.PathLike)]) as where:

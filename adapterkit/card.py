@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, Checkpoint
+from adapterkit.digest import HASH_BYTES
 from adapterkit.errors import UnsafeFileError
 from adapterkit.opening import files_below, kind_of, open_inside
 from adapterkit.plan import Given, Hashes, MergePlan, total_size
-from adapterkit.receipt import BEFORE, FOLDER, as_json, folder_of
+from adapterkit.receipt import BEFORE, FOLDER, Companions, as_json, encode, folder_of, public_name
 from adapterkit.staging import RECEIPT, RECORD
 from adapterkit.version import __version__
 from adapterkit.words import markdown
@@ -26,13 +26,13 @@ REPLACED = (README, RECORD, RECEIPT, CONFIG)  # and the index
 def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
     """Write everything but the weights into `folder`; the index and the config, which make it load, come last."""
     base = plan.base
+    copied = copy_others(base, folder)
     if plan.receipt:
-        bases = [public_name(one.adapter.base_model) for one in plan.given]
-        keep_replaced(base, folder / BEFORE)
-        write_text(folder / RECEIPT, json.dumps(as_json(plan, hashes, bases), ensure_ascii=False) + "\n")
+        left_out = tuple(str(file) for file in base.other_files()[1])
+        companions = Companions(copied, keep_replaced(base, folder / BEFORE), left_out)
+        write_bytes(folder / RECEIPT, encode(as_json(plan, hashes, companions)))
     if not base.is_directory:
         return
-    copy_others(base, folder)
     write_json(folder / RECORD, record(plan, hashes))
     write_text(folder / README, card(plan, hashes))
     if base.index is not None:
@@ -42,39 +42,53 @@ def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
         write_json(folder / CONFIG, plan.config)
 
 
-def copy_others(base: Checkpoint, folder: Path) -> None:
-    """Copy what lies beside the weights, but for what a merge makes anew: that belongs to the one before alone."""
-    for file in base.other_files()[0]:
-        if str(file) not in REPLACED and file.parts[0] != FOLDER:
-            copy_file(base.path / file, folder / file)
+def others(base: Checkpoint) -> list[str]:
+    """The files beside the weights that a merge copies: not those that it makes anew."""
+    return [str(file) for file in base.other_files()[0] if str(file) not in REPLACED and file.parts[0] != FOLDER]
 
 
-def keep_replaced(base: Checkpoint, before: Path) -> None:
-    """Keep the files of the base that a merge makes anew, an earlier receipt among them, for `restore_replaced`."""
+def copy_others(base: Checkpoint, folder: Path, only: Container[str] | None = None) -> dict[str, str]:
+    """Copy the files beside the weights, all or `only` some; their SHA-256."""
+    names = [name for name in others(base) if only is None or name in only]
+    return {name: copy_file(base.path / name, folder / name) for name in names}
+
+
+def keep_replaced(base: Checkpoint, before: Path) -> dict[str, str]:
+    """Keep the base's files that a merge makes anew, with an earlier receipt, for `restore_replaced`; their SHA-256."""
     folder = folder_of(base.path, base.is_directory)
-    for name in (*REPLACED, *([base.index.name] if base.index else [])):
-        if os.path.lexists(folder / name) and kind_of(folder / name) is None:  # else it was said to be left out
-            copy_file(folder / name, before / name)
-    for file in _files_below(folder / FOLDER):
-        copy_file(file, before / file.relative_to(folder))
+    return {name: copy_file(folder / name, before / name) for name in replaced_in(base)}
 
 
-def restore_replaced(before: Path, folder: Path) -> None:
-    """Put back what `keep_replaced` kept, the config, which makes it load, last.
+def replaced_in(base: Checkpoint) -> list[str]:
+    """The files of the base that a merge makes anew; what is no regular file was said to be left out."""
+    folder = folder_of(base.path, base.is_directory)
+    names = [*REPLACED, *([base.index.name] if base.index else [])]
+    names = [name for name in names if os.path.lexists(folder / name) and kind_of(folder / name) is None]
+    return names + [str(file.relative_to(folder)) for file in _files_below(folder / FOLDER)]
+
+
+def restore_replaced(before: Path, folder: Path) -> dict[str, str]:
+    """Put back what `keep_replaced` kept, the config, which makes it load, last; the SHA-256 of it all.
 
     Raises UnsafeFileError for anything else, which could be other weights.
     """
-    for file in sorted(_files_below(before), key=lambda file: file == before / CONFIG):
-        name = file.relative_to(before)
-        index = len(name.parts) == 1 and name.name.endswith(INDEX_SUFFIX)
-        if not (index or str(name) in REPLACED or name.parts[0] == FOLDER):
-            raise UnsafeFileError(f"{file}: is nothing that a merge keeps; remove it")
-        copy_file(file, folder / name)
+    names = kept_before(before)
+    for name in names:
+        inner = Path(name)
+        index = len(inner.parts) == 1 and name.endswith(INDEX_SUFFIX)
+        if not (index or name in REPLACED or inner.parts[0] == FOLDER):
+            raise UnsafeFileError(f"{before / name}: is nothing that a merge keeps; remove it")
+    return {name: copy_file(before / name, folder / name) for name in sorted(names, key=lambda name: name == CONFIG)}
+
+
+def kept_before(before: Path) -> list[str]:
+    """The files in `before`, by their path in it."""
+    return [str(file.relative_to(before)) for file in _files_below(before)]
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
     """The files that a merge kept; raises UnsafeFileError for what it cannot have kept."""
-    for file, kind in files_below(folder) if folder.is_dir() else ():
+    for file, kind in files_below(folder) if os.path.isdir(folder) else ():
         if kind is not None:
             raise UnsafeFileError(f"{folder / file}: is {kind}, which no merge leaves there; remove it")
         yield folder / file
@@ -144,19 +158,18 @@ def _weighted(one: Given) -> str:
     return one.label if one.weight == 1 else f"{one.weight:g} · {one.label}"
 
 
-def public_name(name: str | None) -> str | None:
-    """`name` where it is a Hub id; a local path, which would leak directory names, is none."""
-    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") else None
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a regular file, of the Hub cache also through its link, and flush it to the disk."""
+def copy_file(source: Path, target: Path) -> str:
+    """Copy a regular file, of the Hub cache also through its link, and flush it to the disk; the SHA-256 of it."""
+    digest = hashlib.sha256()
     with open_inside(source.parent, source.name) as stream:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "wb") as copy:
-            shutil.copyfileobj(stream, copy)
+            while piece := stream.read(HASH_BYTES):
+                digest.update(piece)
+                copy.write(piece)
             copy.flush()
             os.fsync(copy.fileno())
+    return digest.hexdigest()
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -166,7 +179,12 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write `text` and flush it to the disk."""
-    with open(file, "w", encoding="utf-8", errors="backslashreplace") as stream:  # paths need not be UTF-8
-        stream.write(text)
+    write_bytes(file, text.encode("utf-8", "backslashreplace"))  # paths need not be UTF-8
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write `data` and flush it to the disk."""
+    with open(file, "wb") as stream:
+        stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter import Adapter
-from adapterkit.card import file_rows, public_name, write_json, write_text
+from adapterkit.card import file_rows, write_json, write_text
 from adapterkit.digest import check_name
 from adapterkit.formats import save
 from adapterkit.opening import open_regular
 from adapterkit.plan import Given
+from adapterkit.receipt import public_name
 from adapterkit.staging import ADAPTER_RECORD, staged
 from adapterkit.version import __version__
 from adapterkit.words import markdown

@@ -206,6 +206,7 @@ class MergePlan:
     link: bool = False  # files that stay as they are share their bytes with the base's, where the disk can
     receipt: bool = False  # whether what undoes it is recorded
     restores: bool = False  # makes a base again, whose hashes are known
+    unchecked: tuple[str, ...] = ()  # files that are restored, though the receipt does not hash them
     beside: bool = False  # whether a folder goes with the output, which is a single file
     finish: Finish | None = None  # checks the result and writes what else belongs to it; by default what a merge needs
 

@@ -2,27 +2,31 @@
 
 `adapterkit_receipt.json` names files, adapters, scalings and targets; in the folder beside it lie a sidecar for each
 shard, and in `before/` those files of the base that the merge replaced, an earlier receipt among them. A single file
-has all this in `NAME.receipt/`.
+has all this in `NAME.receipt/`. Names are stored as they are, whatever characters they have; printing escapes them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterkit.checkpoint import MAX_NAME_BYTES
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.plan import Delta, Edit, Hashes, MergePlan
 from adapterkit.staging import RECEIPT
 from adapterkit.targets import Target
-from adapterkit.tensorfile import FLOAT_DTYPES, read_json
+from adapterkit.tensorfile import FLOAT_DTYPES, parse_json, read_json
 from adapterkit.version import __version__
 
 FOLDER = "adapterkit_receipt"
 BEFORE = f"{FOLDER}/before"
-FORMAT = 1
+FORMAT = 2
 # What a dtype can hold of others, bit for bit.
 HOLDS = {"BF16": ("BF16",), "F16": ("F16",), "F32": ("F32", "BF16", "F16"), "F64": FLOAT_DTYPES}
 
@@ -60,6 +64,15 @@ class Merged:
 
 
 @dataclass(frozen=True)
+class Companions:
+    """The SHA-256 of the base's files beside its weights, by their path in its folder."""
+
+    copied: dict[str, str]  # the output has them too
+    replaced: dict[str, str]  # the output has its own; these are kept in `before/`
+    left_out: tuple[str, ...] = ()  # the output has none of these, nor is their hash known
+
+
+@dataclass(frozen=True)
 class Receipt:
     """A receipt as it was read, and the folder that it lies in."""
 
@@ -67,6 +80,7 @@ class Receipt:
     base: str
     adapters: tuple[Merged, ...]
     shards: tuple[Shard, ...]
+    companions: Companions | None  # None: format 1 does not hash them
     irreversible: str | None  # why it cannot be undone
 
     def sidecar(self, shard: Shard) -> Path:
@@ -79,7 +93,15 @@ def folder_of(out: Path, directory: bool) -> Path:
 
 
 def sidecar_name(shard: str) -> str:
-    return f"{FOLDER}/{shard}.residuals"
+    """Where the sidecar of a shard lies in the receipt's folder."""
+    return f"{FOLDER}/{with_ending(shard, '.residuals')}"
+
+
+def with_ending(shard: str, ending: str) -> str:
+    """The name of a file that belongs to a shard, whose own name gives way to its hash where that would be too long."""
+    raw = os.fsencode(shard)
+    fits = len(raw) + len(ending) <= MAX_NAME_BYTES
+    return (shard if fits else hashlib.sha256(raw).hexdigest()) + ending
 
 
 def undoable(edit: Edit) -> bool:
@@ -100,8 +122,8 @@ def irreversible(plan: MergePlan) -> str | None:
 # --- written ---------------------------------------------------------------------------------------------------------
 
 
-def as_json(plan: MergePlan, hashes: Hashes, bases: Sequence[str | None]) -> dict[str, Any]:
-    """The receipt of a merge; `bases` are the public names of what its adapters were trained on."""
+def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str, Any]:
+    """The receipt of a merge."""
     return {
         "adapterkit_receipt": FORMAT,
         "adapterkit": __version__,
@@ -111,12 +133,15 @@ def as_json(plan: MergePlan, hashes: Hashes, bases: Sequence[str | None]) -> dic
             {
                 "name": one.label,
                 "weight": one.weight,
-                "base_model": trained_on,
+                "base_model": public_name(one.adapter.base_model),
                 "files": files,
             }
-            for one, trained_on, files in zip(plan.given, bases, hashes.adapters, strict=True)
+            for one, files in zip(plan.given, hashes.adapters, strict=True)
         ],
         "irreversible": irreversible(plan),
+        "copied": companions.copied,
+        "replaced": companions.replaced,
+        "left_out": list(companions.left_out),
         "shards": [
             {
                 "name": file.name,
@@ -132,6 +157,27 @@ def as_json(plan: MergePlan, hashes: Hashes, bases: Sequence[str | None]) -> dic
             for header, file in zip(plan.base.shards, plan.files, strict=True)
         ],
     }  # fmt: skip
+
+
+def public_name(name: str | None) -> str | None:
+    """`name` where it is a Hub id; a local path, which would leak directory names, is none."""
+    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") else None
+
+
+def encode(facts: Mapping[str, Any]) -> bytes:
+    """A receipt as it is stored: in ASCII, so that names that are not UTF-8 survive."""
+    return json.dumps(facts).encode() + b"\n"
+
+
+def check_receipt(plan: MergePlan) -> None:
+    """Raise FormatError where the receipt of `plan` could not be read back, before anything is written."""
+    unknown = "0" * 64
+    adapters = tuple({file.name: unknown for file in one.adapter.files} for one in plan.given)
+    base = {shard.file.name: unknown for shard in plan.base.shards}
+    hashes = Hashes(base, adapters, {file.name: unknown for file in plan.files})
+    folder = folder_of(plan.out, plan.base.is_directory)
+    raw = encode(as_json(plan, hashes, Companions({}, {})))
+    _parse(folder, parse_json(folder / RECEIPT, raw, large=True, any_name=True))
 
 
 def _part(delta: Delta) -> dict[str, Any]:
@@ -150,22 +196,25 @@ def _part(delta: Delta) -> dict[str, Any]:
 def find_receipt(out: Path) -> Path | None:
     """The folder with the receipt of a merged checkpoint, if there is one."""
     folder = folder_of(out, out.is_dir())
-    return folder if (folder / RECEIPT).is_file() else None
+    return folder if os.path.isfile(folder / RECEIPT) else None  # Path.is_file raises for names that are too long
 
 
 def read_receipt(folder: Path) -> Receipt:
     """The receipt in `folder`, every field checked. Raises FormatError, UnsafeFileError for other places."""
-    file = folder / RECEIPT
-    facts = read_json(file, large=True)
-    if facts.get("adapterkit_receipt") != FORMAT:
-        found = str(facts.get("adapterkit_receipt"))[:20]
-        raise FormatError(f"{file}: format {found}, this version reads {FORMAT}: use a newer adapterkit")
-    read = _Reader(file)
+    return _parse(folder, read_json(folder / RECEIPT, large=True, any_name=True))
+
+
+def _parse(folder: Path, facts: dict[str, Any]) -> Receipt:
+    read, version = _Reader(folder / RECEIPT), facts.get("adapterkit_receipt")
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        found = str(version)[:20]
+        raise FormatError(f"{read.file}: format {found}, this version reads up to {FORMAT}: use a newer adapterkit")
     adapters = tuple(read.adapter(one) for one in read.objects(facts, "adapters"))
     shards = tuple(read.shard(one, len(adapters)) for one in read.objects(facts, "shards"))
     if not shards or len({shard.name for shard in shards}) < len(shards):
         raise read.wrong("shards", "one or several, each named once", facts.get("shards"))
-    return Receipt(folder, read.text(facts, "base"), adapters, shards, read.optional(facts, "irreversible"))
+    companions = None if version == 1 else read.companions(facts)
+    return Receipt(folder, read.text(facts, "base"), adapters, shards, companions, read.optional(facts, "irreversible"))
 
 
 class _Reader:
@@ -179,8 +228,8 @@ class _Reader:
 
     def text(self, of: dict[str, Any], field: str) -> str:
         value = of.get(field)
-        if not isinstance(value, str) or not value.isprintable() or len(value) > 1000:
-            raise self.wrong(field, "a name", value)
+        if not isinstance(value, str):
+            raise self.wrong(field, "a text", value)
         return value
 
     def optional(self, of: dict[str, Any], field: str) -> str | None:
@@ -218,6 +267,12 @@ class _Reader:
             raise self.wrong(field, "file names and SHA-256", value)
         return {name: self.hash(value, name) for name in value}
 
+    def companions(self, of: dict[str, Any]) -> Companions:
+        left_out = of.get("left_out")
+        if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
+            raise self.wrong("left_out", "file names", left_out)
+        return Companions(self.hashes(of, "copied"), self.hashes(of, "replaced"), tuple(left_out))
+
     def objects(self, of: dict[str, Any], field: str) -> list[dict[str, Any]]:
         value = of.get(field)
         if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
@@ -230,7 +285,7 @@ class _Reader:
 
     def shard(self, of: dict[str, Any], adapters: int) -> Shard:
         name = self.text(of, "name")
-        if "/" in name or "\\" in name or name in ("", ".", ".."):
+        if "/" in name or "\\" in name or "\0" in name or name in ("", ".", ".."):
             raise UnsafeFileError(f"{self.file}: names the shard {name[:80]!r}, which is not a plain file name")
         tensors = tuple(
             (self.text(one, "name"), tuple(self.part(part, adapters) for part in self.objects(one, "parts")))

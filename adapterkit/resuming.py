@@ -16,7 +16,7 @@ from pathlib import Path
 from adapterkit.errors import AdapterkitError
 from adapterkit.opening import open_regular
 from adapterkit.plan import FilePlan, MergePlan
-from adapterkit.receipt import FOLDER, sidecar_name
+from adapterkit.receipt import FOLDER, sidecar_name, with_ending
 from adapterkit.staging import flush, remove
 from adapterkit.tensorfile import read_json
 from adapterkit.version import __version__
@@ -88,4 +88,4 @@ def _fingerprint(plan: MergePlan, file: FilePlan) -> str:
 
 
 def _note_of(building: Path, file: FilePlan) -> Path:
-    return building / NOTES / f"{file.name}.json"
+    return building / NOTES / with_ending(file.name, ".json")

@@ -197,15 +197,20 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return (prod(shape) * DTYPE_BITS[dtype] + 7) // 8
 
 
-def read_json(file: Path, large: bool = False) -> dict[str, Any]:
+def read_json(file: Path, large: bool = False, any_name: bool = False) -> dict[str, Any]:
     """Read a JSON object from `file`, which may be no link out of its folder, or raise FormatError naming the line.
 
-    `large` takes what has entries for every tensor of a model, such as an index.
+    `large` takes what has entries for every tensor of a model, such as an index; with `any_name` its strings may be
+    file names that are not UTF-8, whose bytes are halves of surrogate pairs.
     """
-    most, items = (MAX_HEADER_BYTES, MAX_HEADER_ITEMS) if large else (MAX_CONFIG_BYTES, MAX_CONFIG_ITEMS)
     with open_inside(file.parent, file.name) as stream:
-        raw = read_up_to(stream, most, file)
-    value = _parse_json(file, raw, items)
+        raw = read_up_to(stream, MAX_HEADER_BYTES if large else MAX_CONFIG_BYTES, file)
+    return parse_json(file, raw, large, any_name)
+
+
+def parse_json(file: Path, raw: bytes, large: bool = False, any_name: bool = False) -> dict[str, Any]:
+    """The JSON object that `file` holds as `raw`, checked as `read_json` does."""
+    value = _parse_json(file, raw, MAX_HEADER_ITEMS if large else MAX_CONFIG_ITEMS, any_name)
     depth = 0
     level: list[Any] = [value]
     while level:
@@ -217,7 +222,7 @@ def read_json(file: Path, large: bool = False) -> dict[str, Any]:
     return value
 
 
-def _parse_json(file: Path, raw: bytes, items: int) -> dict[str, Any]:
+def _parse_json(file: Path, raw: bytes, items: int, any_name: bool = False) -> dict[str, Any]:
     """The JSON object `raw`, of at most that many values: each but the first of a container comes after a comma."""
     if (found := sum(map(raw.count, (b",", b"{", b"[")))) > items:
         raise FormatError(f"{file}: its JSON has up to {found:,} values, expected at most {items:,}")
@@ -231,7 +236,7 @@ def _parse_json(file: Path, raw: bytes, items: int) -> dict[str, Any]:
 
     try:
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
-        if SURROGATE.search(raw):  # half a surrogate pair cannot be written again
+        if SURROGATE.search(raw) and not any_name:  # half a surrogate pair cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: is not valid JSON: {error}") from error

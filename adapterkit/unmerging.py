@@ -17,7 +17,7 @@ from pathlib import Path
 
 from adapterkit.adapter import Adapter
 from adapterkit.budget import default_threads
-from adapterkit.card import copy_others, keep_replaced, restore_replaced
+from adapterkit.card import copy_others, keep_replaced, kept_before, others, replaced_in, restore_replaced
 from adapterkit.checkpoint import CONFIG, Checkpoint
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
 from adapterkit.formats import load
@@ -27,7 +27,7 @@ from adapterkit.opening import open_regular
 from adapterkit.plan import Copy, Delta, Edit, FilePlan, Given, Hashes, Kept, MergePlan, Recorded
 from adapterkit.planning import make_plan
 from adapterkit.quant import Packed, weights
-from adapterkit.receipt import BEFORE, HOLDS, Part, Receipt, Shard, find_receipt, read_receipt
+from adapterkit.receipt import BEFORE, HOLDS, Companions, Part, Receipt, Shard, find_receipt, read_receipt
 from adapterkit.sidecar import base_header, kept, recorded
 from adapterkit.staging import RECEIPT
 from adapterkit.tensorfile import Header, TensorInfo, Weight, read_header, read_json
@@ -161,10 +161,25 @@ def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter],
     files = [_file(part, quantized, given) for part in parts]
     weight_map = {name: file.name for file in files for name in file.tensors}
     beside = not merged.is_directory and (receipt.folder / BEFORE / RECEIPT).is_file()
+    with_companions = merged.is_directory or beside
+    unchecked = (*others(merged), *kept_before(receipt.folder / BEFORE)) if with_companions else ()
     return MergePlan(
-        merged, out, given, tuple(files), {}, weight_map, {}, notes=tuple(merged.notes()), restores=True, beside=beside,
+        merged, out, given, tuple(files), {}, weight_map, {}, notes=tuple(_not_restored(receipt.companions, merged)),
+        restores=True, unchecked=() if receipt.companions else unchecked, beside=beside,
         finish=partial(finish_unmerge, receipt),
     )  # fmt: skip
+
+
+def _not_restored(told: Companions | None, source: Checkpoint) -> Iterator[str]:
+    """What of the base is not restored, and what of `source` is not copied."""
+    left_out = {str(file) for file in source.other_files()[1]}
+    if told is not None:
+        yield from (
+            f"{name}: not restored, since the merge left it out" for name in told.left_out if name not in left_out
+        )
+        extra = (name for name in others(source) if name not in told.copied)
+        yield from (f"{name}: not copied, since the receipt does not name it" for name in extra)
+    yield from source.notes()
 
 
 def plan_copy(base: Checkpoint, receipt: Receipt | None, out: Path) -> MergePlan:
@@ -173,8 +188,12 @@ def plan_copy(base: Checkpoint, receipt: Receipt | None, out: Path) -> MergePlan
         lay_out(header, [Entry(info.name, info, info.dtype, info.shape) for info in header.tensors.values()])
         for header in base.shards
     )
+    notes = tuple(_not_restored(receipt.companions if receipt else None, base))
+    unchecked = (*others(base), *replaced_in(base)) if receipt and not receipt.companions else ()
     finish = partial(finish_copy, receipt)
-    return MergePlan(base, out, (), files, base.config, {}, {}, notes=tuple(base.notes()), restores=True, finish=finish)
+    return MergePlan(
+        base, out, (), files, base.config, {}, {}, notes=notes, restores=True, unchecked=unchecked, finish=finish
+    )
 
 
 def plan_subtraction(merged: Checkpoint, given: Sequence[Given], out: Path) -> MergePlan:
@@ -329,19 +348,31 @@ def finish_unmerge(receipt: Receipt, plan: MergePlan, folder: Path, hashes: Hash
                 f"has {shard.after}. --approximate subtracts the adapters nevertheless."
             )
     _check_restored(receipt, hashes)
-    if merged.is_directory:
-        copy_others(merged, folder)
+    told = receipt.companions
+    found = copy_others(merged, folder, told.copied if told else None)
     if merged.is_directory or plan.beside:
-        restore_replaced(receipt.folder / BEFORE, folder)
+        found |= restore_replaced(receipt.folder / BEFORE, folder)
+        _check_companions(told, found, merged.path, "has changed since it was merged")
 
 
 def finish_copy(receipt: Receipt | None, plan: MergePlan, folder: Path, hashes: Hashes) -> None:
     """Check that what was copied is what the receipt has as the base, if there is one, and copy the rest."""
+    told = receipt.companions if receipt is not None else None
     if receipt is not None:
         _check_restored(receipt, hashes)
     if plan.base.is_directory:
-        copy_others(plan.base, folder)
-        keep_replaced(plan.base, folder)
+        found = copy_others(plan.base, folder, told.copied if told else None) | keep_replaced(plan.base, folder)
+        _check_companions(told, found, plan.base.path, "is not the base that was merged into")
+
+
+def _check_companions(told: Companions | None, found: Mapping[str, str], source: Path, otherwise: str) -> None:
+    """Raise FitError unless the files beside the weights are those of the base, byte for byte, and all of them."""
+    expected = told.copied | told.replaced if told else found
+    for name in dict.fromkeys((*expected, *found)):
+        if found.get(name) != expected.get(name):
+            has = f"is {found[name]}" if name in found else "is missing"
+            wanted = f"the receipt has {expected[name]}" if name in expected else "the receipt does not name it"
+            raise FitError(f"{source}: {otherwise}: {name} {has}, {wanted}")
 
 
 def _check_restored(receipt: Receipt, hashes: Hashes) -> None:

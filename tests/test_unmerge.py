@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -278,6 +279,156 @@ def test_adapters_that_share_names_are_told_apart(merged: Path, make_adapter: Ma
     assert same(tmp_path / "base", tmp_path / "again")
 
 
+NAMES = [
+    "plain", "a b", "no\u00a0break", "ideographic\u3000space", "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "soft\u00adhyphen", "\ufeffbom", "\u202ebidi\u2066",
+    "new\nline", "tab\tescape\x1b[2J\x07", "quotes'\"$(x)`*", "-dash", "~", "a #1", ":0.5", "%s{}", "[bold]",
+    os.fsdecode(b"\xff latin \xe9"), "\u2028\ue000\U0010ffff", "x" * 243, "\u3000" * 81, "back\\slash",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["base", "shard", "indexed", "adapter", "adapter file", "single file"])
+def test_names_survive_or_are_refused_before_anything_is_written(place: str, merged: Path, tmp_path: Path) -> None:
+    """Adapters are found again by their names alone."""
+    shutil.rmtree(merged)
+    clean, refused = contents(tmp_path), []
+    for name in NAMES:
+        base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+        at, renamed = base / "model-00001-of-00002.safetensors", f"{name}.safetensors"
+        if place == "base":
+            base = base.rename(tmp_path / name)
+        elif place == "indexed":
+            index = base / "model.safetensors.index.json"
+            index.write_text(index.read_text().replace(json.dumps(at.name), json.dumps(renamed)))
+            at.rename(base / renamed)
+        elif place == "shard":
+            (base / "model.safetensors.index.json").unlink()
+            (base / "model-00002-of-00002.safetensors").unlink()
+            at.rename(base / renamed)
+        elif place == "adapter":
+            adapter = adapter.rename(tmp_path / name)
+        elif place == "adapter file":
+            (adapter / "adapter_config.json").rename(tmp_path / "adapter_config.json")
+            adapter = (adapter / "adapter_model.safetensors").rename(tmp_path / renamed)
+        else:
+            base, out = at.rename(tmp_path / renamed), tmp_path / "out.safetensors"
+        before = contents(tmp_path)
+        try:
+            adapterkit.merge(base, [adapter], out, allow_partial=True)
+        except AdapterkitError:
+            refused.append(name)
+            assert contents(tmp_path) == before
+        else:
+            again = out.with_stem("again")
+            adapterkit.unmerge(out, again)
+            assert contents(again) == contents(base) and (base.is_dir() or again.read_bytes() == base.read_bytes())
+        for left in tmp_path.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for path, data in clean.items():
+            (tmp_path / path).mkdir() if data is None else (tmp_path / path).write_bytes(data)
+    not_utf8 = [os.fsdecode(b"\xff latin \xe9")] if place == "indexed" else []  # no JSON has such a name
+    assert refused == [*not_utf8, *(["back\\slash"] if place in ("shard", "indexed", "single file") else [])]
+
+
+def test_a_receipt_that_could_not_be_read_is_refused_first(merged: Path, tmp_path: Path) -> None:
+    """The same code reads what is to be written, as it would at unmerging: here a weight beyond what it takes."""
+    before = contents(tmp_path)
+    zero = {
+        name: torch.zeros_like(t) for name, t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()
+    }
+    save_file(zero, tmp_path / "zero.safetensors")
+    with pytest.raises(FormatError, match="weight: expected a finite number"):
+        adapterkit.merge(tmp_path / "base", [(tmp_path / "zero.safetensors", 1e305)], tmp_path / "out", scaling=1.0)
+    (tmp_path / "zero.safetensors").unlink()
+    assert contents(tmp_path) == before
+
+
+# --- every file by its hash ------------------------------------------------------------------------------------------
+
+
+def with_everything(base: Path) -> Path:
+    """A base with companions of every kind: in folders, of names that a merge makes anew, and left out."""
+    (base / "deep" / "er").mkdir(parents=True)
+    (base / "deep" / "er" / "vocab.txt").write_text("a")
+    (base / "tokenizer.json").write_text("{}")
+    (base / "README.md").write_text("the base's card")
+    return base
+
+
+FILES = [
+    "tokenizer.json", "deep/er/vocab.txt", "adapterkit_receipt/before/config.json",
+    "adapterkit_receipt/before/README.md", "adapterkit_receipt/before/model.safetensors.index.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["changed", "removed"])
+def test_files_beside_the_weights_are_checked(name: str, how: str, merged: Path, tmp_path: Path) -> None:
+    base = with_everything(tmp_path / "base")
+    adapterkit.merge(base, [tmp_path / "adapter"], tmp_path / "full")
+    file = tmp_path / "full" / name
+    file.write_text('{"model_type": "stranger"}') if how == "changed" else file.unlink()
+    says = run("unmerge", tmp_path / "full", "-o", tmp_path / "out").message(3)
+    assert name.removeprefix("adapterkit_receipt/before/") in says
+    assert ("the receipt has" if how == "changed" else "is missing") in says
+    assert not (tmp_path / "out").exists()
+    adapterkit.unmerge(tmp_path / "full", tmp_path / "out", base=base)
+    assert same(tmp_path / "out", base)
+    file = base / name.removeprefix("adapterkit_receipt/before/")
+    file.write_text('{"model_type": "stranger"}') if how == "changed" else file.unlink()
+    outcome = run("unmerge", tmp_path / "full", "-o", tmp_path / "other", "--base", base)
+    assert outcome.code in (1, 3) and not (tmp_path / "other").exists()
+
+
+def test_levels_below_are_checked_too(merged: Path, tmp_path: Path) -> None:
+    """A changed receipt or sidecar of an earlier merge is found when the last one is undone."""
+    adapterkit.merge(merged, [tmp_path / "adapter"], tmp_path / "both")
+    before = tmp_path / "both" / "adapterkit_receipt" / "before"
+    for file in [file for file in before.rglob("*") if file.is_file()]:
+        whole = file.read_bytes()
+        file.write_bytes(whole + b" ")
+        with pytest.raises(AdapterkitError):
+            adapterkit.unmerge(tmp_path / "both", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        file.write_bytes(whole)
+    adapterkit.unmerge(tmp_path / "both", tmp_path / "out", every=True)
+    assert same(tmp_path / "out", tmp_path / "base")
+
+
+def test_what_is_not_restored_is_said(merged: Path, tmp_path: Path) -> None:
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"other weights")
+    adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "more")
+    (tmp_path / "more" / "notes.txt").write_text("mine")
+    (tmp_path / "more" / "model.gguf").write_text("mine")
+    outcome = run("unmerge", tmp_path / "more", "-o", tmp_path / "out")
+    assert outcome.code == 0
+    assert outcome.err.splitlines() == [
+        "note: pytorch_model.bin: not restored, since the merge left it out",
+        "note: notes.txt: not copied, since the receipt does not name it",
+        "note: model.gguf: not copied, since it belongs to the unmerged model",
+    ]
+    (tmp_path / "base" / "pytorch_model.bin").unlink()
+    assert same(tmp_path / "out", tmp_path / "base")
+
+
+def test_a_receipt_of_format_1_is_read_and_says_what_is_not_checked(merged: Path, tmp_path: Path) -> None:
+    def former(facts: dict[str, Any]) -> None:
+        facts["adapterkit_receipt"] = 1
+        for name in ("copied", "replaced", "left_out"):
+            del facts[name]
+
+    rewritten(merged / "adapterkit_receipt.json", former)
+    (merged / "tokenizer.json").write_text("{}")
+    outcome = run("unmerge", merged, "-o", tmp_path / "out")
+    assert outcome.code == 0 and "every weight file has the SHA-256" in outcome.out
+    assert (
+        "unchecked the receipt has no SHA-256 of tokenizer.json, config.json, model.safetensors.index.json\n"
+        in outcome.out
+    )
+    told = json.loads(run("unmerge", merged, "-o", tmp_path / "other", "--base", tmp_path / "base", "--json").out)
+    assert told["unchecked"] == ["config.json", "model.safetensors.index.json"]
+
+
 # --- one after the other ---------------------------------------------------------------------------------------------
 
 
@@ -347,7 +498,7 @@ def test_a_changed_receipt_never_passes_for_the_base(merged: Path, tmp_path: Pat
         (lambda facts: facts["shards"][0]["tensors"].pop(), "comes out as"),
         (lambda facts: facts["shards"][0].update(name="../model.safetensors"), "not a plain file name"),
         (lambda facts: facts["shards"].pop(), "its receipt tells of model-00001"),
-        (lambda facts: facts.update(adapterkit_receipt=2), "use a newer adapterkit"),
+        (lambda facts: facts.update(adapterkit_receipt=3), "use a newer adapterkit"),
     ):
         file.write_text(whole)
         rewritten(file, broken)

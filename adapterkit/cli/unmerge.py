@@ -45,7 +45,11 @@ def unmerge_command(
         _show_plan(plan_unmerge(merged, output, adapters=named, base=base, approximate=approximate), as_json)
         return
 
+    unchecked: tuple[str, ...] = ()
+
     def run_plan(plan: MergePlan) -> Merged:
+        nonlocal unchecked
+        unchecked = plan.unchecked
         note(*plan.notes)
         return run_with_bar(plan, "unmerging", threads or default_threads(), device)
 
@@ -56,15 +60,18 @@ def unmerge_command(
     seconds = time.perf_counter() - began
     if as_json:
         facts = {
-            "output": str(result.out), "exact": not approximate, "bytes_written": result.bytes_written,
-            "tensors_restored": result.tensors, "seconds": round(seconds, 3), "device": result.place,
-            "sha256": result.hashes.outputs,
+            "output": str(result.out), "exact": not approximate, "unchecked": list(unchecked),
+            "bytes_written": result.bytes_written, "tensors_restored": result.tensors,
+            "seconds": round(seconds, 3), "device": result.place, "sha256": result.hashes.outputs,
         }  # fmt: skip
         say_json(facts)
         return
     what = "subtracted from" if approximate else "restored"
     say(f"{what:9} {result.tensors} tensors in {seconds:.1f} s, {size(result.bytes_written)}")
-    if not approximate:
+    if unchecked:
+        say("exact     every weight file has the SHA-256 that the base had")
+        say(f"unchecked the receipt has no SHA-256 of {', '.join(unchecked)}")
+    elif not approximate:
         say("exact     every file has the SHA-256 that the base had")
     say(f"wrote     {result.out}")
 

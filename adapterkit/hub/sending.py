@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from adapterkit.card import public_name
 from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, is_base, open_checkpoint
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UnsafeFileError, UsageError
 from adapterkit.formats import load
@@ -19,7 +18,7 @@ from adapterkit.hub import cards
 from adapterkit.hub.contents import why_not
 from adapterkit.hub.names import is_inner
 from adapterkit.hub.private import LOCAL, check_no_token, check_public, shortened
-from adapterkit.receipt import FOLDER
+from adapterkit.receipt import FOLDER, public_name
 from adapterkit.staging import ADAPTER_RECORD, RECORD, TRAINING_RECORD
 from adapterkit.summary import Summary, summarize
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_header, read_json

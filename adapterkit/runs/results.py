@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adapterkit.card import public_name, write_json, write_text
+from adapterkit.card import write_json, write_text
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.formats import save
+from adapterkit.receipt import public_name
 from adapterkit.runs import checkpoints
 from adapterkit.staging import TRAINING_RECORD, flush, remove
 from adapterkit.train.injection import adapter_of, lora_layers
