@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterkit.described import check_described
 from adapterkit.errors import FitError, UsageError
-from adapterkit.loading import load_causal, load_tokenizer
+from adapterkit.loading import load_causal, load_tokenizer, tokenized
 from adapterkit.opening import open_regular
 from adapterkit.plan import Edit, MergePlan
 from adapterkit.staging import errors_of
@@ -58,15 +59,16 @@ def _measure(plan: MergePlan, edits: dict[str, Edit], folder: Path) -> dict[str,
     assert plan.calibration is not None
     with TextIOWrapper(open_regular(plan.calibration), "utf-8", "replace") as stream:
         text = stream.read(TEXT)
+    check_described(plan.base)
     tokenizer, model = load_tokenizer(plan.base), load_causal(plan.base, dtype="auto", device_map="cpu")
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    ids = torch.tensor(tokenized(tokenizer, text)["input_ids"])
     if len(ids) < 2:
         raise UsageError(f"{plan.calibration}: holds {len(ids)} tokens, from which there is nothing to learn")
     seen = _Seen()
     for name in edits:
         _module(model, name).register_forward_pre_hook(seen.hook(name))
     with torch.no_grad():
-        for batch in ids.split(TOKENS)[:PASSES]:
+        for batch in torch.split(ids, TOKENS)[:PASSES]:
             seen.last = None
             model(batch[None], logits_to_keep=1)
     del model

@@ -21,6 +21,7 @@ from adapterkit.opening import open_inside, read_up_to
 from adapterkit.staging import errors_of
 from adapterkit.tensorfile import read_json
 
+GROWN = 100  # times that a normalizer may make a text longer; of real ones a few
 SHOWN = 240  # characters of an error of transformers'
 # What tokenizers are made of, and generation_config.json.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".codes", ".spm", ".tiktoken", ".tokenizer", ".vocab")
@@ -43,7 +44,10 @@ def load_tokenizer(base: Checkpoint) -> Any:
                 _refuse_code(base, error)
                 reason = _shortened(error, folder, base)
                 raise FormatError(f"{base.path}: transformers finds no tokenizer there: {reason}") from error
+    _check_growth(tokenizer, base)
     tokenizer.name_or_path = base.name
+    if not isinstance(tokenizer.model_max_length, int | float):
+        tokenizer.model_max_length = int(1e30)  # as transformers has it where none is said
     return tokenizer
 
 
@@ -75,6 +79,20 @@ def load_causal(base: Checkpoint, **options: Any) -> Any:
     return model
 
 
+def tokenized(tokenizer: Any, text: str, **options: Any) -> Any:
+    """What a tokenizer of transformers makes of `text`, `input_ids` among it; raises FormatError where it fails."""
+    name = getattr(tokenizer, "name_or_path", "the base")
+    try:
+        made = tokenizer(text, verbose=False, **options)
+    except BaseException as error:  # a broken one loads, and fails here in any way, Rust's panics among them
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise FormatError(f"{name}: its tokenizer fails: {' '.join(str(error).split())[:SHOWN]}") from error
+    if not all(0 <= number < 2**31 for number in made["input_ids"]):
+        raise FormatError(f"{name}: its tokenizer has a token beyond 2,147,483,647")
+    return made
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' bars and warnings from the terminal, which is ours; raises UsageError where it is missing."""
@@ -97,7 +115,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def _folder_for(base: Checkpoint) -> Iterator[Path]:
     """A folder with what transformers may load of `base`, for as long as it loads."""
-    _refuse_unknown(base)
+    refuse_unknown(base)
     with TemporaryDirectory(prefix="adapterkit-") as name:
         with errors_of(Path(name)):
             _fill(Path(name), base)
@@ -105,7 +123,7 @@ def _folder_for(base: Checkpoint) -> Iterator[Path]:
 
 
 def _fill(folder: Path, base: Checkpoint) -> None:
-    (folder / CONFIG).write_text(json.dumps(_harmless(base.config)), "utf-8")
+    (folder / CONFIG).write_text(json.dumps(harmless(base.config)), "utf-8")
     several = len(base.shards) > 1
     for shard in base.shards:
         (folder / (shard.file.name if several else SINGLE)).symlink_to(shard.file.resolve())
@@ -120,18 +138,18 @@ def _fill(folder: Path, base: Checkpoint) -> None:
                 (folder / file).write_bytes(read_up_to(stream, MAX_SMALL_BYTES, base.path / file))
 
 
-def _harmless(config: Any) -> Any:
+def harmless(config: Any) -> Any:
     """`config` without what has transformers load other weights or code, kernels from the Hub among it."""
     if not isinstance(config, dict):
         return config
     return {
-        key: _harmless(value)
+        key: harmless(value)
         for key, value in config.items()
         if key not in LOADS_MORE and not (KERNELS.search(key) and "/" in json.dumps(value))
     }
 
 
-def _refuse_unknown(base: Checkpoint) -> None:
+def refuse_unknown(base: Checkpoint) -> None:
     """Raise, before anything is loaded, where transformers has no code of its own for the model."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -142,6 +160,23 @@ def _refuse_unknown(base: Checkpoint) -> None:
         if "auto_map" in base.config:
             raise UnsafeFileError(f"{base.path / CONFIG}: {what}; the model's own code (auto_map) is never run")
         raise FormatError(f"{base.path / CONFIG}: {what}")
+
+
+def _check_growth(tokenizer: Any, base: Checkpoint) -> None:
+    """Raise FormatError where a normalizer would write a text many times as long, before it gets one."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    grown, nodes = 1, [json.loads(normalizer.__getstate__())] if normalizer is not None else []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            grown *= max(1, len(str(node.get("content", ""))))
+            nodes += node.values()
+        elif isinstance(node, list):
+            nodes += node
+    if grown > GROWN:
+        raise FormatError(
+            f"{base.path / 'tokenizer.json'}: its normalizer makes a text more than {GROWN} times as long"
+        )
 
 
 def _refuse_code(base: Checkpoint, error: Exception) -> None:

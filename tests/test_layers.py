@@ -23,6 +23,7 @@ LEVELS = (
     ("fused", "factored", "coding"),
     ("checkpoint", "targets", "formats", "quant"),
     ("plan", "loading"),
+    ("described",),
     ("changes", "layout"),
     ("ties",),
     ("planning", "device", "sidecar", "digest", "receipt"),

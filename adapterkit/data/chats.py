@@ -54,7 +54,10 @@ class Chats:
             raise UsageError(
                 "the tokenizer has no chat template, expected one for messages; or give prompt and completion"
             )
-        template, tokens = self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map
+        try:
+            template, tokens = self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map
+        except ValueError as error:  # several templates, and none of them the default
+            raise UsageError(f"the tokenizer has no one chat template: {error}") from error
         try:
             request = json.dumps({"template": template, "tokens": tokens, "messages": messages})
         except (TypeError, ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from adapterkit.data.chats import Chats, RefusedError, Templated
 from adapterkit.data.records import Bad, Record
 from adapterkit.errors import FormatError, UsageError
+from adapterkit.loading import tokenized
 
 SHOWN = 10  # bad records that an error lists
 CHARACTERS = 1_000_000  # of a record: a tokenizer takes up to 6 s and 0.8 GB for so many
@@ -141,10 +142,10 @@ def _plain(record: Record, tokenizer: Tokenizer, most: int) -> tuple[Ids, Mask]:
     _check_size(record.text or f"{record.prompt or ''}{record.completion or ''}", most)
     prompt: list[int] = []
     if record.text is None:
-        prompt = tokenizer(record.prompt or "", verbose=False)["input_ids"]
-        body = tokenizer(record.completion or "", add_special_tokens=False, verbose=False)["input_ids"]
+        prompt = tokenized(tokenizer, record.prompt or "")["input_ids"]
+        body = tokenized(tokenizer, record.completion or "", add_special_tokens=False)["input_ids"]
     else:
-        body = tokenizer(record.text, verbose=False)["input_ids"]
+        body = tokenized(tokenizer, record.text)["input_ids"]
     eos = tokenizer.eos_token_id
     if eos is not None and body[-1:] != [eos]:
         body = [*body, eos]
@@ -156,7 +157,7 @@ def _chat(messages: tuple[Mapping[str, Any], ...], tokenizer: Tokenizer, chats: 
     """A chat as its template writes it; the tokens count that begin in what the assistant says."""
     whole, spans = chats.text_of(messages)
     _check_size(whole, most)
-    encoding = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoding = tokenized(tokenizer, whole, add_special_tokens=False, return_offsets_mapping=True)
     begins = np.array([begin for begin, _ in encoding["offset_mapping"]], np.int64)
     counted = np.zeros(len(begins), np.bool_)
     for begin, end in spans:

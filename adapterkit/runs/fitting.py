@@ -7,6 +7,7 @@ from dataclasses import replace
 from adapterkit.changes import missing, place, refuse_broken
 from adapterkit.checkpoint import Checkpoint, is_base, open_checkpoint
 from adapterkit.data.examples import Encoded
+from adapterkit.described import check_described
 from adapterkit.errors import FitError, UsageError
 from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
@@ -16,11 +17,16 @@ from adapterkit.ties import tie_of
 
 
 def open_base(spec: str) -> Checkpoint:
-    """The model that `spec` names, by its headers; raises UsageError where it is an adapter, or a lone file."""
+    """The model that `spec` names, by its headers.
+
+    Raises UsageError where it is an adapter, or a lone file, FormatError where its config is not that of its weights.
+    """
     path = resolve(spec)
     if path.exists() and not is_base(path):  # beside a model, transformers would load an adapter that it finds there
         raise UsageError(f"{path}: is no model of transformers: expected a directory with config.json and no adapter")
-    return open_checkpoint(path, hub_id(spec))
+    base = open_checkpoint(path, hub_id(spec))
+    check_described(base)
+    return base
 
 
 def open_fitting(spec: str, base: Checkpoint) -> Given:

@@ -23,7 +23,7 @@ from adapterkit.data.batches import Order
 from adapterkit.data.examples import Encoded, encode_all, split
 from adapterkit.data.records import Fields, read_records
 from adapterkit.errors import FormatError
-from adapterkit.loading import load_tokenizer
+from adapterkit.loading import load_tokenizer, tokenized
 from adapterkit.opening import open_regular
 from adapterkit.recipe import Recipe, as_yaml
 from adapterkit.runs import checkpoints
@@ -273,7 +273,7 @@ class _Run:
     def samples(self, when: str) -> Iterator[Sampled]:
         """What the model makes of the prompts that the recipe asks for."""
         for prompt in self.recipe.sample:
-            ids = torch.tensor(self.tokenizer(prompt).input_ids)
+            ids = torch.tensor(tokenized(self.tokenizer, prompt)["input_ids"])
             [made] = self.loop.model.complete([ids], SAMPLE_TOKENS, self.tokenizer.eos_token_id)
             yield Sampled(when, prompt, self.tokenizer.decode(made, skip_special_tokens=True))
 

@@ -22,7 +22,7 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.data.examples import Encoded, Example, encode_all
 from adapterkit.data.records import DEFAULT, Fields, Record, read_records
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.loading import load_tokenizer
+from adapterkit.loading import load_tokenizer, tokenized
 from adapterkit.recipe import Recipe
 from adapterkit.runs.answers import Prediction, answer_of, compared
 from adapterkit.runs.fitting import check_sequences, open_base, open_fitting, refuse_twice_quantized, size_of
@@ -260,7 +260,7 @@ def _prompts(request: Request, data: Encoded, tokenizer: Any) -> list[Prompt]:
         return []
     found: list[Prompt] = []
     for record, example in zip(data.records, data.examples, strict=True):
-        if record.prompt is not None and (ids := tokenizer(record.prompt, verbose=False)["input_ids"]):
+        if record.prompt is not None and (ids := tokenized(tokenizer, record.prompt)["input_ids"]):
             found.append(Prompt(record, tuple(ids), len(example.ids) + example.cut - len(ids)))
     if not found and (request.generate or request.answer is not None or request.max_new_tokens is not None):
         raise UsageError(
