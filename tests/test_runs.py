@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tiny import WORDS, save_tiny_model
 from transformers import AutoModelForCausalLM
@@ -30,6 +30,7 @@ from adapterkit.recipe import Recipe
 from adapterkit.runs import checkpoints, train
 from adapterkit.runs.models import load_model
 from adapterkit.runs.preparing import prepare
+from adapterkit.runs.results import base_id
 from adapterkit.runs.run import Evaluated, Started, Stopped, Trained
 from adapterkit.staging import partial_of
 from adapterkit.train.injection import lora_layers
@@ -140,6 +141,40 @@ def test_a_compiled_model_has_the_same_losses(recipe: Callable[..., Recipe], tmp
     plain = losses(train(wanted, tmp_path / "plain"))
     compiled = losses(train(replace(wanted, compile=True), tmp_path / "compiled"))
     assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_the_base_is_named_so_that_peft_finds_it(
+    recipe: Callable[..., Recipe], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(train(recipe(max_steps=1), tmp_path / "one"))
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert model.base_model.model.config.vocab_size == 63
+    assert str(base) not in (tmp_path / "one" / "README.md").read_text()
+    monkeypatch.chdir(base.parent)
+    finished(train(recipe(base=base.name, max_steps=1, rank_pattern={"q_proj": 2}), tmp_path / "two"))
+    assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["base_model_name_or_path"] == base.name
+
+
+@pytest.mark.parametrize(
+    ("folder", "said", "record", "wanted"),
+    [
+        ("models--lab--a--b/snapshots/0123abc", None, False, "lab/a--b"), ("base", None, False, None),
+        ("models--gpt2/snapshots/0123abc", None, False, None), ("Tiny", "lab/Tiny", False, "lab/Tiny"),
+        ("Tiny", "lab/Tiny", True, None), ("mine", "lab/Tiny", False, None), ("Tiny", "/home/me/Tiny", False, None),
+        ("Tiny", ["lab/Tiny"], False, None),
+    ],
+)  # fmt: skip
+def test_the_hub_id_of_a_base_is_taken_from_its_files_where_they_tell(
+    base: Path, tmp_path: Path, folder: str, said: Any, record: bool, wanted: str | None
+) -> None:
+    copy = Path(shutil.copytree(base, tmp_path / folder))
+    config = json.loads((copy / "config.json").read_text()) | ({"_name_or_path": said} if said else {})
+    (copy / "config.json").write_text(json.dumps(config))
+    if record:  # what was merged is no longer what the config speaks of
+        (copy / "adapterkit_merge.json").write_text("{}")
+    (tmp_path / "link").symlink_to(copy)
+    assert [base_id(open_checkpoint(path)) for path in (copy, tmp_path / "link")] == [wanted, wanted]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

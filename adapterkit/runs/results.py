@@ -16,7 +16,7 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.formats import save
 from adapterkit.receipt import public_name
 from adapterkit.runs import checkpoints
-from adapterkit.staging import TRAINING_RECORD, flush, remove
+from adapterkit.staging import RECORD, TRAINING_RECORD, flush, remove
 from adapterkit.train.injection import adapter_of, lora_layers
 from adapterkit.train.layers import is_conv1d, is_linear
 from adapterkit.version import __version__
@@ -35,7 +35,8 @@ def write_result(
     held_back: Encoded | None, progress: Progress, origin: Origin, command: str,
 ) -> None:  # fmt: skip
     """Turn the folder of a run into its result: checkpoints go, weights, record and card come."""
-    name = base_name(base)
+    public = base_id(base)
+    name = public or recipe.base  # the path as it was given is what PEFT writes; `push` never sends it
     made = folder / "made"
     if recipe.method == "full":
         loop.model.model.save_pretrained(made)
@@ -50,13 +51,22 @@ def write_result(
     write_json(
         folder / TRAINING_RECORD, {"adapterkit": __version__, "command": command, **facts, "recipe": asdict(recipe)}
     )
-    write_text(folder / "README.md", card(recipe, name, facts, command))
+    write_text(folder / "README.md", card(recipe, public, facts, command))
     remove(folder / checkpoints.FOLDER)
 
 
-def base_name(base: Checkpoint) -> str | None:
-    """The Hub id of the base, as it was given or as its config has it; a local path means nothing elsewhere."""
-    return public_name(base.name) or public_name(base.config.get("_name_or_path"))
+def base_id(base: Checkpoint) -> str | None:
+    """The Hub id of the base: as it was given, as the Hub's cache has it, or as a folder of that name says.
+
+    A config also has the id of the model that its own was made from, which is then not the base.
+    """
+    if given := public_name(base.name):
+        return given
+    path, found = base.path.resolve(), base.config.get("_name_or_path")
+    said = public_name(found) if isinstance(found, str) else None
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return public_name(path.parents[1].name.removeprefix("models--").replace("--", "/", 1))
+    return said if said and said.rpartition("/")[2] == path.name and not (path / RECORD).exists() else None
 
 
 def adapter_config(model: nn.Module, recipe: Recipe, base: str | None) -> dict[str, Any]:
