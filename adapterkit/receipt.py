@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from adapterkit.checkpoint import MAX_NAME_BYTES
@@ -237,7 +238,7 @@ class _Reader:
 
     def number(self, of: dict[str, Any], field: str) -> float:
         value = of.get(field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= float_info.max:
             raise self.wrong(field, "a finite number", value)
         return float(value)
 
