@@ -279,15 +279,21 @@ def test_a_fused_split_that_the_config_does_not_tell_is_refused(
         adapterkit.plan_merge(base, [make_adapter(factors("a.k_proj", 4, 12))], tmp_path / "out")
 
 
-def test_a_fused_module_spreads_over_split_tensors(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_fused_module_spreads_over_split_tensors(
+    dora: bool, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
     split = {
         "a.q_proj.weight": torch.randn(12, 12),
         "a.k_proj.weight": torch.randn(4, 12),
         "a.v_proj.weight": torch.randn(4, 12),
     }
     parts = factors("a.qkv_proj", 20, 12)
-    out = merged(make_base(split), make_adapter(parts), tmp_path / "out")
     exact = torch.cat(list(split.values())).double() + delta(parts, "a.qkv_proj")
+    if dora:
+        parts["a.qkv_proj.lora_magnitude_vector"] = torch.rand(20) + 1
+        exact *= (parts["a.qkv_proj.lora_magnitude_vector"].double() / exact.norm(dim=1))[:, None]
+    out = merged(make_base(split), make_adapter(parts, use_dora=dora), tmp_path / "out")
     assert torch.equal(torch.cat([out[name] for name in split]), oracle.rounded(exact, torch.float32))
 
 
