@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapterkit.errors import AdapterkitError, UsageError
+from adapterkit.errors import AdapterkitError
 from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG, PICKLED, WEIGHTS
 from adapterkit.hub.abreast import abreast
@@ -169,24 +168,6 @@ def with_details(rows: Sequence[Found]) -> list[Found]:
 def ordered(rows: Iterable[Found], sort: str) -> list[Found]:
     """The rows in the order of `sort`, then of their names."""
     return sorted(sorted(rows, key=SORTS["name"]), key=SORTS.get(sort, SORTS["name"]))
-
-
-def discard(row: Found) -> None:
-    """Remove an adapter from this disk: its folder, or its revision from the Hub cache, but for what others need.
-
-    Raises UsageError for what is not on this disk, or is no adapter.
-    """
-    if row.path is None or not any((row.path / name).is_file() for name in (CONFIG, *WEIGHTS, *PICKLED)):
-        raise UsageError(f"{row.name}: is no adapter on this disk; nothing was removed")
-    parts = row.path.parts
-    if "snapshots" in parts and any(part.startswith("models--") for part in parts):
-        from huggingface_hub import scan_cache_dir
-
-        scan_cache_dir().delete_revisions(parts[parts.index("snapshots") + 1]).execute()
-    elif row.path.is_symlink():
-        row.path.unlink()
-    else:
-        shutil.rmtree(row.path)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ LEVELS = (
         "verifying",
         "data",
     ),
-    ("train",),
+    ("train", "removing"),
     ("outputs", "runs"),
     ("stream",),
     ("unmerging",),
@@ -62,6 +62,7 @@ CORE = {"torch", "numpy", "safetensors"}
 ALLOWED = {
     "hub": {"huggingface_hub"},
     "finding": {"huggingface_hub"},
+    "removing": {"huggingface_hub"},
     "cli": {"click", "rich"},
     "tui": {"textual", "rich"},
     "plot": {"matplotlib", "numpy"},

@@ -519,20 +519,32 @@ async def test_y_copies_the_command(folder: Path) -> None:
         assert pilot.app.clipboard == "adapterkit inspect mine/one --against base"
 
 
-async def test_delete_is_asked_twice(folder: Path) -> None:
+async def test_delete_shows_what_goes_and_asks_twice(folder: Path) -> None:
+    (folder / "one" / "notes.txt").write_text("mine")
     async with running(folder) as pilot:
-        await pilot.press("j", "delete")
+
+        async def press(*keys: str) -> None:
+            for key in keys:
+                await pilot.press(key)
+                await settled(pilot)
+
+        await press("j", "delete")
         assert isinstance(pilot.app.screen, ConfirmScreen)
-        await pilot.press("enter")  # which is no
-        await settled(pilot)
-        assert Path("mine/one").is_dir()
-        await pilot.press("delete", "y", "n")
-        await settled(pilot)
-        assert Path("mine/one").is_dir()
-        await pilot.press("delete", "y", "y")
-        await settled(pilot)
-        assert not Path("mine/one").exists()
+        asked = text_of(pilot.app.screen.query_one(Static))
+        assert "adapter_model.safetensors" in asked
+        assert "The folder stays, with notes.txt." in asked
+        await press("enter")  # which is no
+        assert (folder / "one" / "adapter_config.json").is_file()
+        await press("delete", "y", "n")
+        assert (folder / "one" / "adapter_config.json").is_file()
+        await press("delete", "y", "y")
+        assert os.listdir(folder / "one") == ["notes.txt"]
         assert names(pilot) == ["mine/broken", "mine/two"]
+        assert "removed 3 files" in str([notice.message for notice in pilot.app._notifications])
+        (folder / "broken" / ".git").mkdir()
+        await press("k", "k", "delete")
+        assert not isinstance(pilot.app.screen, ConfirmScreen)
+        assert (folder / "broken" / "adapter_model.safetensors").is_file()
 
 
 # --- doing -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from textual.widgets import Footer, Input
 from textual.worker import Worker, WorkerState
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.finding import Found, discard
+from adapterkit.finding import Found
+from adapterkit.removing import Removal, plan_removal, remove
 from adapterkit.tui.actions import ACTIONS, Action, Values, line
 from adapterkit.tui.browser import Browser
 from adapterkit.tui.comparison import CompareScreen
@@ -33,7 +34,7 @@ from adapterkit.tui.jobview import JobBar, JobsScreen
 from adapterkit.tui.machine import machine, who
 from adapterkit.tui.plain import Static, Steerless
 from adapterkit.tui.table import AdapterTable
-from adapterkit.words import visible, visible_lines
+from adapterkit.words import counted, size, visible, visible_lines
 
 DRAWN_EVERY = 0.1  # seconds between the steps of a job that are shown
 IN_FOOTER = ("merge", "unmerge", "combine", "pull")  # the rest is in the help and in the palette
@@ -221,24 +222,45 @@ class AdapterkitApp(App[None]):
         row = self.table.current
         if row is None or row.path is None:
             self.notify("What is on the Hub is not deleted from here.", severity="warning")
-            return
+        else:
+            self._plan_removal(row)
+
+    @work(thread=True, exclusive=True, group="remove", exit_on_error=False)
+    def _plan_removal(self, row: Found) -> None:
+        """Find out what would go, and ask."""
+        try:
+            plan = plan_removal(row)
+        except (AdapterkitError, OSError) as error:
+            self.call_from_thread(self.notify, str(error), severity="error")
+        else:
+            self.call_from_thread(self._ask_to_remove, plan)
+
+    def _ask_to_remove(self, plan: Removal) -> None:
+        told = "\n".join(plan.lines)
+
+        def at_last(yes: bool | None) -> None:
+            if yes:
+                self._remove(plan)
 
         def really(yes: bool | None) -> None:
             if yes:
-                last = f"{visible(str(row.path))}\n\nIt cannot be undone. Really?"
-                self.push_screen(ConfirmScreen(last, "Delete for good"), lambda yes: self._delete(row, bool(yes)))
+                last = f"{told}\n\nIt cannot be undone. Really?"
+                self.push_screen(ConfirmScreen(last, "Delete for good"), at_last)
 
-        self.push_screen(ConfirmScreen(f"Delete {visible(row.name)} from this disk?", "Delete"), really)
+        question = f"Delete {visible(plan.name)} from this disk?\n\n{told}"
+        self.push_screen(ConfirmScreen(question, "Delete"), really)
 
-    def _delete(self, row: Found, yes: bool) -> None:
-        if not yes:
-            return
+    @work(thread=True, exclusive=True, group="remove", exit_on_error=False)
+    def _remove(self, plan: Removal) -> None:
+        """Remove it, and tell what is gone."""
         try:
-            discard(row)
+            done = remove(plan)
         except (AdapterkitError, OSError) as error:
-            self.notify(str(error), severity="error")
-        else:
-            self.table.drop([row.name])
+            self.call_from_thread(self.notify, str(error), severity="error")
+            return
+        stays = f"; {', '.join(done.stays[:3])} stayed" if done.stays else ""
+        self.call_from_thread(self.notify, f"removed {counted(len(done.files), 'file')}, {size(done.bytes)}{stays}")
+        self.call_from_thread(self.table.drop, [plan.name])
 
     def action_tab(self, name: str) -> None:
         """Turn to a tab of the detail that is on top."""

@@ -164,6 +164,7 @@ class ConfirmScreen(ModalScreen[bool]):
     DEFAULT_CSS = (
         "ConfirmScreen {" + BOX + " & > Vertical { max-width: 70; } & Static { padding: 1 0; height: auto; } }"
     )
+    AUTO_FOCUS = "Button"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,n", "dismiss(False)", "no"),
         Binding("y", "dismiss(True)", "yes"),
@@ -175,7 +176,8 @@ class ConfirmScreen(ModalScreen[bool]):
 
     def compose(self) -> ComposeResult:
         with Vertical():
-            yield Static(self._question)
+            with VerticalScroll():
+                yield Static(self._question)
             with Horizontal():
                 yield Button("No", id="no", variant="primary", compact=True)
                 yield Button(self._yes, id="yes", variant="error", compact=True)
