@@ -17,7 +17,7 @@ from adapterkit.plan import Given, Hashes, MergePlan, total_size
 from adapterkit.receipt import BEFORE, FOLDER, Companions, as_json, encode, folder_of, public_name
 from adapterkit.staging import RECEIPT, RECORD
 from adapterkit.version import __version__
-from adapterkit.words import markdown
+from adapterkit.words import counted, markdown
 
 README = "README.md"
 REPLACED = (README, RECORD, RECEIPT, CONFIG)  # and the index
@@ -109,7 +109,7 @@ def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
             }
             for one, files in zip(plan.given, hashes.adapters, strict=True)
         ],
-        "dtype": plan.dtype or "as the base",
+        "dtype": plan.stored_as,
         "tensors_changed": plan.edits,
         "skipped": list(plan.skipped),
         "notes": list(plan.notes),
@@ -127,8 +127,8 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
     lines += ["library_name: transformers", "tags:", "- adapterkit", *(["- lora", "- merge"] if plan.given else [])]
     names = [plan.base.name, *(_weighted(one) for one in plan.given)]
     schemes = dict.fromkeys(edit.packing.scheme for file in plan.files for edit in file.edits if edit.packing)
-    changed = f"{plan.edits} weights {'changed' if plan.given else 'quantized'}"
-    stored = f"quantized to {'; '.join(schemes)}" if schemes else plan.dtype or "dtypes as in the base"
+    changed = f"{counted(plan.edits, 'weight')} {'changed' if plan.given else 'quantized'}"
+    stored = f"quantized to {'; '.join(schemes)}" if schemes else f"dtype {plan.stored_as}"
     lines += [
         "---",
         "",

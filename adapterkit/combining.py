@@ -237,7 +237,8 @@ def _check_rank(given: Sequence[Given], modules: Mapping[str, None], rank: int, 
                     f"{name}: Δ is {weights.out_features} × {weights.in_features}: rank {rank} is above {most}"
                 )
         return
-    most = max(sum(o.adapter.modules[name].rank for o in given if name in o.adapter.modules) for name in modules)
+    ranks = (sum(o.adapter.modules[name].rank for o in given if name in o.adapter.modules) for name in modules)
+    most = max(ranks, default=0)
     if rank > most:
         raise UsageError(f"rank {rank}: the adapters have {most} together; adapterkit resize pads a rank upwards")
 

@@ -11,7 +11,7 @@ import torch
 
 from adapterkit.changes import refuse_broken
 from adapterkit.combining import batches, check_fit, parts_of, relative_error
-from adapterkit.errors import UsageError
+from adapterkit.errors import FitError, UsageError
 from adapterkit.factored import Part
 from adapterkit.lowrank import Product, added, decompose, inner, overlaps
 from adapterkit.plan import Given
@@ -62,6 +62,11 @@ def compare(given: Sequence[Given]) -> Iterator[Pair]:
         pair = (first, second)
         both = dict.fromkeys(name for name in first.adapter.modules if name in second.adapter.modules)
         check_fit(pair, dict.fromkeys((*first.adapter.modules, *second.adapter.modules)))
+        if not both:
+            whole = ", ".join(dict.fromkeys((*first.adapter.replaced, *second.adapter.replaced)))
+            raise FitError(
+                f"{first.label} and {second.label}: hold no low-rank modules to compare, only {whole or 'tokens'}"
+            )
         rows: dict[str, tuple[Alike, _Sums]] = {}
         for batch in batches(pair, both):
             a, b = parts_of(pair, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -73,8 +74,12 @@ def to_lora(one: Given, base: Checkpoint, limit: Limit, seed: int = 0) -> Iterat
 def rescale(one: Given, rslora: bool) -> Combined:
     """The same factors and the same Δ, described by `alpha / √rank` with rsLoRA, or by `alpha / rank`."""
     refuse_broken(one)
-    adapter = _like(one.adapter, one.adapter.modules)
-    return Combined(replace(adapter, config=adapter.config | {"use_rslora": rslora}), (), ())
+    adapter, many = _like(one.adapter, one.adapter.modules), len(one.adapter.modules)
+    rows = tuple(  # their norms are not read: nothing changes
+        ModuleDone(name, weights.rank, math.nan, 0.0, done, many)
+        for done, (name, weights) in enumerate(adapter.modules.items(), 1)
+    )
+    return Combined(replace(adapter, config=adapter.config | {"use_rslora": rslora}), rows, ())
 
 
 def _placed(one: Given, base: Checkpoint, dora: bool) -> Iterator[tuple[str, LoraWeights[LazyTensor], Sequence[Piece]]]:

@@ -18,6 +18,7 @@ from adapterkit.quant import weights as weights_in
 from adapterkit.sketch import Matrix, sketch
 from adapterkit.targets import CONV1D_MODELS
 from adapterkit.tensorfile import TensorInfo, Weight
+from adapterkit.words import counted
 
 
 def extract(
@@ -55,7 +56,9 @@ def extract(
         after[name].shape)) for name in changed} if whole else {}  # fmt: skip
     notes = []
     if changed and not whole:
-        notes.append(f"{len(changed)} tensors differ that are no linear layers, as {changed[0]}: not in the adapter")
+        notes.append(
+            f"{counted(len(changed), 'tensor')} beside linear layers changed, {changed[0]} first: not in the adapter"
+        )
     saved = frozenset(name.rpartition(".")[0].rpartition(".")[2] for name in replaced)
     adapter = Adapter("", modules, replaced, new_modules=saved, base_model=base.name if "/" in base.name else None)
     yield Combined(adapter, tuple(rows), tuple(notes))

@@ -46,7 +46,7 @@ class Found:
     ranks: tuple[int, ...] = ()
     alphas: tuple[float, ...] = ()
     targets: tuple[str, ...] = ()
-    size: int | None = None  # bytes of the weights
+    size: int | None = None  # bytes of the tensors; of the file where it is not opened
     base_model: str | None = None
     modified: float | None = None  # seconds since 1970
     downloads: int | None = None
@@ -141,7 +141,7 @@ def describe(path: Path) -> Found:
     problem = next((str(one["what"]) for one in summary.problems if one["fatal"]), None)
     return replace(
         row, kind=summary.kind, ranks=summary.ranks, alphas=summary.alphas, targets=summary.targets,
-        base_model=summary.base_model, problem=problem,
+        size=summary.bytes, base_model=summary.base_model, problem=problem,
     )  # fmt: skip
 
 
@@ -210,6 +210,9 @@ def _by_config(row: Found, path: Path, weights: Path | None) -> Found:
     """What the config alone tells, where the weights are not there or are not opened."""
     config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    enabled = config.get("enable_lora")  # parts of a fused layer, each with a rank of its own
+    if isinstance(rank, int) and isinstance(enabled, list):
+        rank *= sum(part is True for part in enabled)
     base = config.get("base_model_name_or_path")
     return replace(
         row,

@@ -218,6 +218,13 @@ class MergePlan:
     def edits(self) -> int:
         return sum(len(file.edits) for file in self.files)
 
+    @property
+    def stored_as(self) -> str:
+        """The dtype that was asked for, or that of dequantized weights; else that of the base stays."""
+        edits = (edit for file in self.files for edit in file.edits if not edit.packing)
+        dequantized = dict.fromkeys(edit.dtype for edit in edits if isinstance(edit.source, Packed))
+        return self.dtype or ", ".join(dequantized) or "as the base"
+
 
 def total_size(plan: MergePlan) -> int:
     """The index's `total_size`: the bytes of all tensors, headers not counted."""

@@ -10,6 +10,7 @@ import torch
 from adapterkit.adapter import LazyTensor
 from adapterkit.errors import FitError
 from adapterkit.plan import Given
+from adapterkit.words import counted
 
 RULES = ("error", "first", "average")
 Tokens = dict[str, tuple[tuple[int, ...], LazyTensor]]
@@ -31,7 +32,7 @@ def combine_wholes(given: Sequence[Given], rule: str) -> tuple[dict[str, LazyTen
         tokens[name] = rows, _pick(name, [(one, one.adapter.tokens[name][1]) for one in holding], rule)
     if len(given) > 1 and (replaced or tokens):
         whole = [*replaced, *tokens]
-        notes.append(f"{len(whole)} tensors are not low-rank and are taken whole, as {whole[0]}")
+        notes.append(f"{counted(len(whole), 'tensor')} not of low rank, taken whole: {whole[0]} first")
     return replaced, tokens, notes
 
 

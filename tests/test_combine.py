@@ -412,7 +412,7 @@ def test_what_one_adapter_saved_whole_is_kept(make_adapter: MakeAdapter, tmp_pat
     a = make_adapter(factors("q", 24, 40) | {"score.weight": score}, "a", modules_to_save=["score"])
     result = adapterkit.combine([a, make_adapter(factors("q", 24, 40), "b")], tmp_path / "out")
     assert torch.equal(adapterkit.load(tmp_path / "out").replaced["score.weight"].read(), score)
-    assert any("taken whole, as score.weight" in note for note in result.notes)
+    assert any("taken whole: score.weight" in note for note in result.notes)
 
 
 def test_peft_linear_has_pefts_numbers(llama_pair: dict[str, Path], tmp_path: Path) -> None:

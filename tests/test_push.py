@@ -83,6 +83,7 @@ def test_push_list_inspect_pull_merge(
     sent = adapterkit("push", adapter, REPO, "--license", "mit")
     assert sent.code == 0, sent
     assert sent.out.splitlines()[-1] == f"{there.url}/{REPO}"
+    (tmp_path / "none").mkdir()
     listed = adapterkit("list", tmp_path / "none", "--hub", "--base", BASE)
     assert f"○ {REPO}" in listed.out
     assert json.loads(adapterkit("inspect", REPO, "--json").out)["summary"]["base_model"] == BASE

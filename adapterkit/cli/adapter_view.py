@@ -8,9 +8,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from adapterkit.cli.output import say
-from adapterkit.cli.tables import common_prefix, print_table, print_wrapped, table, width
+from adapterkit.cli.tables import common_prefix, padded, print_table, print_wrapped, table, width
 from adapterkit.summary import ModuleRow, Summary, TargetRow, by_target, grid
-from adapterkit.words import between, given, number, size, span
+from adapterkit.words import between, counted, given, number, size, span, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 1.005  # a row that varies less than this is drawn flat
+BESIDE_BARS = 18  # columns of spaces and the range at the end
 LABEL = 12  # columns of the names on the left of the header
 
 
@@ -30,17 +31,17 @@ def show_header(path: str, summary: Summary, match: Match | None, *, has_config:
         "format": f"{summary.format}, {summary.kind}",
         "base": summary.base_model or "not named",
         "rank": span(summary.ranks),
-        "alpha": span(summary.alphas) or ("not given" if summary.scalings else unknown),
-        "scaling": span(summary.scalings) or unknown,
+        "alpha": span(summary.alphas) or ("not given" if summary.scalings else unknown) if summary.modules else "",
+        "scaling": span(summary.scalings) or unknown if summary.modules else "",
         "targets": ", ".join(summary.targets),
         "layers": f"{_runs(summary.layers)} ({len(summary.layers)})" if summary.layers else "",
         "modules": str(summary.modules),
         "parameters": f"{summary.parameters:,}",
         "size": f"{size(summary.bytes)}, {', '.join(summary.dtypes)}",
         "replaced": ", ".join(f"{name} {list(shape)}" for name, shape in summary.replaced.items()),
-        "tokens": ", ".join(f"{rows} rows of {name}" for name, rows in summary.tokens.items()),
+        "tokens": ", ".join(f"{counted(rows, 'row')} of {name}" for name, rows in summary.tokens.items()),
         "unread": ", ".join(summary.unread),
-        "against": f"{match.base}: {match.found} of {match.total} modules found" if match else "",
+        "against": f"{match.base}: {match.found} of {counted(match.total, 'module')} found" if match else "",
         "fetched": fetched,
     }
     for label, text in lines.items():
@@ -50,7 +51,7 @@ def show_header(path: str, summary: Summary, match: Match | None, *, has_config:
         refused = "; merge refuses it" if problem["fatal"] else ""
         print_wrapped("⚠ ", f"{problem['where']}: {problem['what']}{refused}")
     if summary.unread:
-        print_wrapped("⚠ ", f"{len(summary.unread)} tensors are of no known kind; merge refuses them")
+        print_wrapped("⚠ ", f"{counted(len(summary.unread), 'tensor')} of no known kind; merge refuses them")
     if match and match.missing:
         print_wrapped("⚠ ", match.hint)
 
@@ -132,15 +133,18 @@ def _print_bars(rows: Sequence[ModuleRow], delta: str) -> None:
     cells_of = grid(rows)
     if len(cells_of.layers) < 2:
         return
-    name = max(map(len, cells_of.targets))
-    each = math.ceil(len(cells_of.layers) / (width() - name - 18))
+    from rich.cells import cell_len
+
+    name = min(max(map(cell_len, map(visible, cells_of.targets))), width() // 2)
+    each = math.ceil(len(cells_of.layers) / max(1, width() - name - BESIDE_BARS))
     every = f", {each} layers a bar" if each > 1 else ""
     say("", f"‖{delta}‖_F over layers {_runs(cells_of.layers)}{every}; ▁ is the row's least, █ its most")
     for target, cells in zip(cells_of.targets, cells_of.cells, strict=True):
         means = [_mean(cells[at : at + each]) for at in range(0, len(cells), each)]
         known = [value for value in means if value is not None and math.isfinite(value)]
         low, high = (min(known), max(known)) if known else (math.nan, math.nan)
-        say(f"{target:{name}}  {''.join(_bar(value, low, high) for value in means)}  {between(low, high)}")
+        bars = "".join(_bar(value, low, high) for value in means)
+        say(f"{padded(visible(target), name)}  {bars}  {between(low, high)}")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

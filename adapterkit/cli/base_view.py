@@ -7,10 +7,9 @@ from dataclasses import asdict
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.cli.output import say, say_json
 from adapterkit.cli.places import Place
-from adapterkit.cli.running import files
 from adapterkit.errors import FormatError
 from adapterkit.inventory import inventory, unsupported
-from adapterkit.words import size
+from adapterkit.words import counted, size
 
 
 def show_base(there: Place, given: str, as_json: bool) -> None:
@@ -34,7 +33,9 @@ def show_base(there: Place, given: str, as_json: bool) -> None:
         return
     say(f"base        {given}")
     say(f"model       {model}")
-    say(f"weights     {sum(row.weights for row in rows):,} in {files(len(checkpoint.shards))}, {size(stored)}")
+    say(
+        f"weights     {sum(row.weights for row in rows):,} in {counted(len(checkpoint.shards), 'file')}, {size(stored)}"
+    )
     say(f"parameters  {sum(row.parameters for row in rows):,}")
     if there.told:
         say(f"fetched     {there.told}")

@@ -10,6 +10,7 @@ from adapterkit.cli.results import bar_of, show_result
 from adapterkit.cli.running import weighted
 from adapterkit.errors import UsageError
 from adapterkit.methods import METHODS
+from adapterkit.words import counted
 
 LIST = "\n".join(f"  {name:16}{method.help}" for name, method in METHODS.items())
 
@@ -48,7 +49,8 @@ def combine_command(
             [weighted(text) for text in adapters], output, method=method, rank=rank, energy=energy, options=options,
             seed=seed, saved=saved, overwrite=overwrite, on_module=on_module,
         )  # fmt: skip
-    show_result(result, output, f"combined  {len(adapters)} adapters by {method}", time.perf_counter() - began, as_json)
+    what = f"combined  {counted(len(adapters), 'adapter')} by {method}"
+    show_result(result, output, what, time.perf_counter() - began, as_json)
 
 
 @click.command("resize")

@@ -14,7 +14,7 @@ from adapterkit.cli.output import say, say_json
 from adapterkit.cli.running import weighted
 from adapterkit.cli.tables import common_prefix, print_table, table
 from adapterkit.summary import to_json
-from adapterkit.words import number
+from adapterkit.words import counted, number
 
 if TYPE_CHECKING:
     from adapterkit.comparing import Alike, Pair
@@ -44,6 +44,7 @@ def compare_command(adapters: tuple[str, ...], by: str, plot: str | None, as_jso
     pairs = compare([weighted(text) for text in adapters])
     if plot:
         draw_likeness(pairs, Path(plot))
+        say(f"drawn to {plot}", err=True)
     if as_json:
         shown = [
             replace(pair, modules=tuple(row if by == "module" else replace(row, phi=()) for row in pair.modules))
@@ -57,7 +58,7 @@ def compare_command(adapters: tuple[str, ...], by: str, plot: str | None, as_jso
 
 def _show(pair: Pair, by: str, first: bool) -> None:
     alone = f", {pair.alone[0]} and {pair.alone[1]} in one only" if any(pair.alone) else ""
-    say(*[""] * (not first), f"{pair.first} and {pair.second}: {len(pair.modules)} modules in both{alone}")
+    say(*[""] * (not first), f"{pair.first} and {pair.second}: {counted(len(pair.modules), 'module')} in both{alone}")
     prefix = common_prefix([str(row.name) for row in pair.modules])
     groups: dict[str, list[Alike]] = {}
     for row in pair.modules:

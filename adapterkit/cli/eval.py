@@ -19,6 +19,7 @@ from adapterkit.data.records import Fields
 from adapterkit.errors import UsageError
 from adapterkit.recipe import DTYPES, QUANTIZE, Recipe
 from adapterkit.staging import check_output, staged
+from adapterkit.words import counted
 
 if TYPE_CHECKING:
     from adapterkit.runs.answers import Prediction
@@ -131,7 +132,7 @@ def _note(event: Started) -> None:
     if len(bad) > SHOWN_BAD:
         notes.append(f"left out {len(bad) - SHOWN_BAD} more")
     if event.data.truncated:
-        notes.append(f"{len(event.data.truncated)} records were cut, the first of them {event.data.truncated[0]}")
+        notes.append(f"cut {counted(len(event.data.truncated), 'record')}, first {event.data.truncated[0]}")
     note(*notes)
 
 
@@ -172,7 +173,7 @@ def _facts(request: Request, started: Started, scored: Scored, seconds: float) -
 
 def _lines(facts: dict[str, Any]) -> list[str]:
     cut, out, perplexity = len(facts["truncated"]), len(facts["left_out"]), facts["perplexity"]
-    details = [f"{facts['tokens']:,} tokens", f"{facts['counted']:,} counted"]
+    details = [counted(facts["tokens"], "token"), f"{facts['counted']:,} counted"]
     details += [f"{cut:,} cut to {facts['max_length']:,}"] * bool(cut) + [f"{out:,} left out"] * bool(out)
     lines = [
         f"records    {facts['records']:,} ({', '.join(details)})",
@@ -181,7 +182,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     ]
     if completed := facts["completed"]:
         lines += [
-            f"completed  {completed['prompts']:,} prompts, with up to {completed['max_new_tokens']:,} tokens",
+            f"completed  {counted(completed['prompts'], 'prompt')}, "
+            f"with up to {counted(completed['max_new_tokens'], 'token')}",
             f"exact      {completed['exact']:.1%}",
             f"F1         {completed['f1']:.1%}",
         ]

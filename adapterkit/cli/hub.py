@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,11 +15,10 @@ import click
 
 from adapterkit.cli.output import say, say_json
 from adapterkit.cli.progress import progress
-from adapterkit.cli.running import files
-from adapterkit.cli.tables import width
+from adapterkit.cli.tables import padded, width
 from adapterkit.errors import AdapterkitError, FormatError, OutputExistsError, UsageError
 from adapterkit.finding import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered, with_details
-from adapterkit.words import short, size, span, visible
+from adapterkit.words import counted, short, size, span, visible
 
 if TYPE_CHECKING:
     from adapterkit.hub.publishing import Push
@@ -53,6 +53,9 @@ def list_command(
         raise UsageError("--details is of what is on the Hub: say --hub")
     if hub and sort is not None and sort not in HUB_SORTS:
         raise UsageError(f"the Hub does not sort by {sort}: expected one of {', '.join(HUB_SORTS)}")
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise FormatError(f"{folder}: there is no such folder")
     here = [one for one in itertools.chain(in_folders(folders or ["."]), in_cache()) if one.matches(base, search)]
     rows, failed = ordered(here, sort or "name"), None
     if hub:
@@ -79,7 +82,7 @@ def _print_rows(columns: dict[str, Callable[[Found], str]], rows: list[Found]) -
 
     Names are whole in any case, to be copied from there; long ones have a line of their own on a terminal.
     """
-    from rich.cells import cell_len, set_cell_size
+    from rich.cells import cell_len
 
     lines = [{name: name for name in columns}]
     lines += [{name: visible(cell(row)) for name, cell in columns.items()} for row in rows]
@@ -91,11 +94,7 @@ def _print_rows(columns: dict[str, Callable[[Found], str]], rows: list[Found]) -
         if cell_len(line[NAME]) > widths[NAME]:
             say(line[NAME])
             line[NAME] = ""
-        texts = []
-        for name, wide in widths.items():
-            text = line[name] if cell_len(line[name]) <= wide else set_cell_size(line[name], wide - 1) + "…"
-            space = " " * (wide - cell_len(text))
-            texts.append(text + space if name in ON_THE_LEFT else space + text)
+        texts = (padded(line[name], wide, right=name not in ON_THE_LEFT) for name, wide in widths.items())
         say("  ".join(texts).rstrip())
 
 
@@ -153,7 +152,11 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
     for download in downloads:
         remote, count = download.remote, len(download.missing)
         facts.append({"id": str(remote.id), "commit": remote.commit, "bytes": download.to_get, "files": count})
-        what = f"{files(count)}, {size(download.to_get)} to get" if count else "all of it is here, every byte checked"
+        what = (
+            f"{counted(count, 'file')}, {size(download.to_get)} to get"
+            if count
+            else "all of it is here, every byte checked"
+        )
         say(f"{remote.id}: {what}, {size(download.free)} free", err=True)
         if dry_run:
             continue

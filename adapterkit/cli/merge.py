@@ -12,7 +12,7 @@ import click
 from adapterkit import api
 from adapterkit.budget import check_device, default_threads, estimate_memory
 from adapterkit.cli.output import note, say, say_json
-from adapterkit.cli.running import DEVICE_HELP, files, hashes_by_label, run_with_bar, weighted
+from adapterkit.cli.running import DEVICE_HELP, hashes_by_label, run_with_bar, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
@@ -20,7 +20,7 @@ from adapterkit.quant import KINDS, ROUNDINGS
 from adapterkit.receipt import irreversible
 from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged
-from adapterkit.words import size
+from adapterkit.words import counted, size
 
 if TYPE_CHECKING:
     from adapterkit.delta import Retention
@@ -118,7 +118,7 @@ def _plan_facts(plan: MergePlan, threads: int, device: str) -> dict[str, Any]:
         "files": len(plan.files),
         "tensors": len(plan.weight_map),
         "tensors_changed": plan.edits,
-        "dtype": plan.dtype or "as the base",
+        "dtype": plan.stored_as,
         "quantized_to": list(
             dict.fromkeys(edit.packing.scheme for file in plan.files for edit in file.edits if edit.packing)
         ),
@@ -134,16 +134,17 @@ def _plan_facts(plan: MergePlan, threads: int, device: str) -> dict[str, Any]:
 
 
 def _plan_lines(plan: MergePlan, facts: dict[str, Any]) -> list[str]:
-    lines = [f"base      {plan.base.name}: {facts['tensors']} tensors in {files(facts['files'])}"]
+    lines = [f"base      {plan.base.name}: {counted(facts['tensors'], 'tensor')} in {counted(facts['files'], 'file')}"]
     for one in plan.given:
         found = len(plan.ledger[one.label])
         total = len(one.adapter.modules) + len(one.adapter.replaced) + len(one.adapter.tokens)
         lines.append(f"adapter   {one.label} × {one.weight:g}: {found} of {total} modules and tensors have their place")
     stored = f"quantized to {'; '.join(facts['quantized_to'])}" if facts["quantized_to"] else f"dtype {facts['dtype']}"
     lines += [
-        f"changes   {facts['tensors_changed']} of {facts['tensors']} tensors, {stored}",
+        f"changes   {facts['tensors_changed']} of {counted(facts['tensors'], 'tensor')}, {stored}",
         f"writes    {plan.out}: {size(plan.bytes_to_write)} ({size(facts['bytes_free'])} free)",
-        f"memory    about {size(facts['peak_memory'])} with {facts['threads']} threads, device {facts['device']}",
+        f"memory    about {size(facts['peak_memory'])} with {counted(facts['threads'], 'thread')}, "
+        f"device {facts['device']}",
         "nothing was written (--dry-run)",
     ]
     return lines
@@ -175,7 +176,7 @@ def _result_lines(facts: dict[str, Any], result: Merged, report: bool, quantized
     if quantized and (total := _total(result)) is not None and total.delta:
         lines.append(f"kept      {total.kept:.1%} of the update, with an error of {total.error:.2f} times its size")
     lines.append(
-        f"merged    {facts['tensors_changed']} of {facts['tensors']} tensors in {facts['seconds']:.1f} s, "
+        f"merged    {facts['tensors_changed']} of {counted(facts['tensors'], 'tensor')} in {facts['seconds']:.1f} s, "
         f"{size(facts['bytes_written'])}"
     )
     lines.append(f"wrote     {result.out}")

@@ -11,7 +11,7 @@ from adapterkit.budget import default_threads
 from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.running import DEVICE_HELP, hashes_by_label, run_with_bar
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS
-from adapterkit.words import size
+from adapterkit.words import counted, size
 
 
 @click.command("quantize")
@@ -53,5 +53,6 @@ def quantize_command(
         }  # fmt: skip
         say_json(facts)
         return
-    say(f"quantized {result.tensors} weights in {seconds:.1f} s, {size(before)} to {size(result.bytes_written)}")
+    what = f"{counted(result.tensors, 'weight')} in {seconds:.1f} s"
+    say(f"quantized {what}, {size(before)} to {size(result.bytes_written)}")
     say(f"wrote     {result.out}")

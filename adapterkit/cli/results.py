@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.progress import progress
+from adapterkit.words import counted
 
 if TYPE_CHECKING:
     from adapterkit.combining import Combined, ModuleDone, Planned
@@ -34,7 +35,7 @@ def _show_plan(output: str, modules: int, as_json: bool) -> None:
     if as_json:
         say_json({"output": output, "modules": modules})
         return
-    say(f"plan      {modules} modules to make; all that headers tell is checked, and fits")
+    say(f"plan      {counted(modules, 'module')} to make; all that headers tell is checked, and fits")
     say(f"writes    {output}")
     say("nothing was written (--dry-run)")
 
@@ -49,8 +50,13 @@ def show_result(result: Combined, output: str, what: str, seconds: float, as_jso
         say_json(facts | {"notes": list(result.notes)})
         return
     ranks = sorted({row.rank for row in result.modules})
-    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no ranks"
-    say(f"{what} in {seconds:.1f} s: {len(result.modules)} modules, {span}")
+    parts = []
+    if ranks:
+        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        parts.append(f"{counted(len(result.modules), 'module')}, {span}")
+    if result.adapter.replaced:
+        parts.append(counted(len(result.adapter.replaced), "whole tensor"))
+    say(f"{what} in {seconds:.1f} s: {', '.join(parts) or 'no modules'}")
     if result.error:
         worst = max(result.modules, key=lambda row: row.error)
         say(

@@ -40,10 +40,6 @@ def hashes_by_label(plan: MergePlan, hashes: Hashes) -> dict[str, dict[str, Any]
     return asdict(hashes) | {"adapters": dict(zip(labels, hashes.adapters, strict=True))}
 
 
-def files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
-
-
 def weighted(text: str) -> tuple[str, float]:
     """`path:0.7` as (path, 0.7); a path that exists as it is written wins."""
     path, colon, weight = text.rpartition(":")

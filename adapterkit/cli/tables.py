@@ -37,6 +37,16 @@ def width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
 
 
+def padded(text: str, wide: int, *, right: bool = False) -> str:
+    """`text` in `wide` columns of a terminal, cut where it has more."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) > wide:
+        return set_cell_size(text, wide - 1) + "…"
+    space = " " * (wide - cell_len(text))
+    return space + text if right else text + space
+
+
 def print_wrapped(label: str, text: str) -> None:
     lines = textwrap.wrap(
         visible(text),

@@ -20,7 +20,7 @@ from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.progress import is_shown, progress
 from adapterkit.errors import UsageError
 from adapterkit.recipe import Recipe, checked, read_recipe
-from adapterkit.words import size
+from adapterkit.words import counted, size
 
 if TYPE_CHECKING:
     from adapterkit.runs.run import Event, Started, Trained
@@ -102,6 +102,7 @@ def train_command(
                     from adapterkit.plot import draw_losses
 
                     draw_losses(metrics, Path(plot), trained.out.name)
+                    say(f"drawn to {plot}", err=True)
         case [*_, Stopped(step=step, folder=folder)]:
             again = shlex.join(["adapterkit", "train", "--recipe", str(folder / RECIPE), "-o", output, "--resume"])
             raise KeyboardInterrupt(f"kept what was reached after step {step}; go on with: {again}")
@@ -193,14 +194,15 @@ def _print_start(event: Started) -> None:
         if len(part.bad) > SHOWN_BAD:
             note(f"left out {len(part.bad) - SHOWN_BAD} more")
         if part.truncated:
-            note(f"{len(part.truncated)} records were cut, the first of them {part.truncated[0]}")
+            note(f"cut {counted(len(part.truncated), 'record')}, first {part.truncated[0]}")
     if not event.unpadded:
         note("this model cannot read sequences end to end; they are padded")
     held = f", {len(held_back.examples):,} held back" if held_back else ""
     say(
-        f"data      {len(data.examples):,} records, {data.tokens:,} tokens, {data.counted:,} to learn{held}",
-        f"training  {event.trained:,} parameters ({event.trained / event.parameters:.2%}) in {event.steps:,} steps, "
-        f"{event.dtype} on {event.device}",
+        f"data      {counted(len(data.examples), 'record')}, {counted(data.tokens, 'token')}, "
+        f"{data.counted:,} to learn{held}",
+        f"training  {counted(event.trained, 'parameter')} ({event.trained / event.parameters:.2%}) "
+        f"in {counted(event.steps, 'step')}, {event.dtype} on {event.device}",
         f"memory    about {size(event.memory.total)}",
         err=True,
     )
@@ -220,7 +222,7 @@ def _print_result(started: Started, trained: Trained, metrics: list[dict[str, An
         say(*curve(losses, *CURVE))
     early = ", stopped early" if trained.stopped_early else ""
     say(
-        f"trained   {progress.step:,} steps, {progress.tokens:,} tokens in {progress.seconds:,.1f} s "
+        f"trained   {counted(progress.step, 'step')}, {counted(progress.tokens, 'token')} in {progress.seconds:,.1f} s "
         f"({progress.tokens / max(1e-9, progress.seconds):,.0f} tokens/s), {size(trained.peak_memory)}{early}"
     )
     say(f"loss      {losses[0]:.4f} at first, {losses[-1]:.4f} at last")

@@ -13,7 +13,7 @@ from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.restoring import plan_unmerge, unmerge
 from adapterkit.stream import Merged
-from adapterkit.words import size
+from adapterkit.words import counted, size
 
 
 @click.command("unmerge")
@@ -67,7 +67,7 @@ def unmerge_command(
         say_json(facts)
         return
     what = "subtracted from" if approximate else "restored"
-    say(f"{what:9} {result.tensors} tensors in {seconds:.1f} s, {size(result.bytes_written)}")
+    say(f"{what:9} {counted(result.tensors, 'tensor')} in {seconds:.1f} s, {size(result.bytes_written)}")
     if unchecked:
         say("exact     every weight file has the SHA-256 that the base had")
         say(f"unchecked the receipt has no SHA-256 of {', '.join(unchecked)}")
@@ -84,9 +84,7 @@ def _show_plan(plan: MergePlan, as_json: bool) -> None:
         return
     note(*plan.notes)
     by = f", by {', '.join(used)}" if used else ""
-    restored = (
-        f"{plan.edits} of {len(plan.weight_map)} tensors{by}" if plan.edits else f"all of it, from {plan.base.name}"
-    )
-    say(f"restores  {restored}")
+    some = f"{plan.edits} of {counted(len(plan.weight_map), 'tensor')}{by}"
+    say(f"restores  {some if plan.edits else f'all of it, from {plan.base.name}'}")
     say(f"writes    {plan.out}: {size(plan.bytes_to_write)}")
     say("nothing was written (--dry-run)")

@@ -12,6 +12,7 @@ from adapterkit.cli.output import say, say_json
 from adapterkit.cli.running import weighted
 from adapterkit.renames import parse_rename
 from adapterkit.summary import to_json
+from adapterkit.words import counted
 
 if TYPE_CHECKING:
     from adapterkit.verifying import Verdict
@@ -67,7 +68,8 @@ def verify_command(
 def _show(found: Sequence[Verdict], sample: float) -> None:
     touched = sum(verdict.touched for verdict in found)
     share = "" if sample == 1 else f", {sample:.2%} of the rows"
-    say(f"verified  {len(found)} tensors{share}: {touched} that the adapters touch, {len(found) - touched} others")
+    parts = f"{touched} that the adapters touch, {counted(len(found) - touched, 'other')}"
+    say(f"verified  {counted(len(found), 'tensor')}{share}: {parts}")
     for kind, says in SAYS.items():
         for which, whose in ((True, "touched"), (False, "others")):
             some = [verdict for verdict in found if verdict.kind == kind and verdict.touched is which]

@@ -22,6 +22,7 @@ from adapterkit.receipt import FOLDER, public_name
 from adapterkit.staging import ADAPTER_RECORD, RECORD, TRAINING_RECORD
 from adapterkit.summary import Summary, summarize
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_header, read_json
+from adapterkit.words import counted
 
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter
@@ -164,7 +165,7 @@ def _of_model(path: Path, repo: str, base: str | None, license: str | None) -> t
         repo, relation, base, tags, "text-generation", license, {name: text for name, text in rows.items() if text}
     )
     size = sum(shard.size for shard in checkpoint.shards)
-    return facts, f"{path.name}: a model of {len(checkpoint.tensors)} tensors, {size / 1e6:,.1f} MB"
+    return facts, f"{path.name}: a model of {counted(len(checkpoint.tensors), 'tensor')}, {size / 1e6:,.1f} MB"
 
 
 def _made(path: Path) -> tuple[tuple[str, ...], cards.Relation]:
@@ -353,4 +354,4 @@ def _span(values: tuple[Any, ...]) -> str:
 
 
 def _line(summary: Summary) -> str:
-    return f"{summary.kind}, rank {_span(summary.ranks)}, {summary.parameters:,} parameters"
+    return f"{summary.kind}, rank {_span(summary.ranks)}, {counted(summary.parameters, 'parameter')}"

@@ -20,7 +20,7 @@ from adapterkit.staging import RECORD, TRAINING_RECORD, flush, remove
 from adapterkit.train.injection import adapter_of, lora_layers
 from adapterkit.train.layers import is_conv1d, is_linear
 from adapterkit.version import __version__
-from adapterkit.words import markdown, visible
+from adapterkit.words import counted, markdown, visible
 
 if TYPE_CHECKING:
     from adapterkit.data.examples import Encoded
@@ -118,11 +118,12 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
     lines += [f"# {markdown(base or 'A model')} fine-tuned on {markdown(data['name'])}", ""]
     kind = "All weights" if full else {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[recipe.method]
     detail = "" if full or recipe.init_from else f", rank {recipe.rank}, on {markdown(recipe.targets)}"
-    lines += [f"{kind}{detail}; {facts['trained_parameters']:,} parameters, trained with adapterkit {__version__}.", ""]
+    trained = counted(facts["trained_parameters"], "parameter")
+    lines += [f"{kind}{detail}; {trained}, trained with adapterkit {__version__}.", ""]
     rows = {
-        "data": f"{data['name']}: {data['records']:,} records, {data['tokens']:,} tokens ({data['truncated']} cut to "
-        f"{recipe.max_length}, {data['left_out']} left out)",
-        "steps": f"{facts['steps']:,} of {recipe.rows_per_step} {'rows' if recipe.packing else 'records'}",
+        "data": f"{data['name']}: {counted(data['records'], 'record')}, {counted(data['tokens'], 'token')} "
+        f"({data['truncated']} cut to {recipe.max_length}, {data['left_out']} left out)",
+        "steps": f"{facts['steps']:,}, of {counted(recipe.rows_per_step, 'row' if recipe.packing else 'record')} each",
         "AdamW": f"lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup:g}, "
         f"weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}",
         "seed": str(recipe.seed),
@@ -135,7 +136,7 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
         )
         rows["kept"] = f"the state of step {facts['kept_step']}, whose validation loss was lowest"
     rows |= {
-        "took": f"{facts['seconds']:,.0f} s, {facts['tokens']:,} tokens, on {facts['hardware']}",
+        "took": f"{facts['seconds']:,.0f} s, {counted(facts['tokens'], 'token')}, on {facts['hardware']}",
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {markdown(value)} |" for name, value in rows.items())]
@@ -153,7 +154,7 @@ def _hardware(device: torch.device) -> str:
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     except OSError:
         pass
-    return f"{cpu}, {torch.get_num_threads()} threads"
+    return f"{cpu}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _versions() -> dict[str, str]:

@@ -194,7 +194,7 @@ class AdapterkitApp(App[None]):
         """Compare the two that are marked."""
         chosen = list(self.table.marked.values())
         if len(chosen) != 2:
-            self.notify(f"Mark two adapters with space to compare them; {len(chosen)} are marked.", severity="warning")
+            self.notify(f"Mark two adapters with space to compare them; {len(chosen)} marked.", severity="warning")
             return
         self.push_screen(CompareScreen(*chosen))
 

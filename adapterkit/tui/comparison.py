@@ -19,7 +19,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.finding import Found
 from adapterkit.tui.charts import COLOURS, Plot
 from adapterkit.tui.plain import Static, Table
-from adapterkit.words import number, visible
+from adapterkit.words import counted, number, visible
 
 if TYPE_CHECKING:
     from adapterkit.comparing import Alike, Pair
@@ -132,4 +132,5 @@ def _cells(name: str, rows: list[Alike]) -> list[str]:
 def _in_words(pair: Pair) -> str:
     total = pair.total
     alone = f", {pair.alone[0]} only in A, {pair.alone[1]} only in B" if any(pair.alone) else ""
-    return f"{len(pair.modules)} modules in both{alone}; cosine {total.cosine:+.3f}, a sum loses {total.lost:.1%}"
+    both = f"{counted(len(pair.modules), 'module')} in both{alone}"
+    return f"{both}; cosine {total.cosine:+.3f}, a sum loses {total.lost:.1%}"

@@ -20,7 +20,7 @@ from adapterkit.hub.remote import look, outlined
 from adapterkit.opening import open_regular
 from adapterkit.summary import ModuleRow, Summary, summarize
 from adapterkit.tensorfile import read_json
-from adapterkit.words import size, span, visible_lines
+from adapterkit.words import counted, size, span, visible_lines
 
 TEXT_BYTES = 200_000  # of a card or config: more is not for reading
 
@@ -134,7 +134,7 @@ def _fit(adapter: Any, base: str) -> str:
     except (AdapterkitError, OSError) as error:
         return f"{base} cannot be looked at: {error}"
     hint = f"; {found.hint}" if found.missing else ""
-    return f"{found.found} of {found.total} targets found in {base}{hint}"
+    return f"{found.found} of {counted(found.total, 'target')} found in {base}{hint}"
 
 
 def _text(file: Path) -> str:
