@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
-from adapterkit import coding, device, inputs, outputs, residual
+from adapterkit import coding, device, inputs, outputs, residual, tensorfile
 from adapterkit.adapter import Adapter
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
 from adapterkit.plan import Given
+from adapterkit.receipt import read_receipt
 
 Make = Callable[..., Path]
 
@@ -330,17 +331,33 @@ def test_names_survive_or_are_refused_before_anything_is_written(place: str, mer
     assert refused == [*not_utf8, *(["back\\slash"] if place in ("shard", "indexed", "single file") else [])]
 
 
-def test_a_receipt_that_could_not_be_read_is_refused_first(merged: Path, tmp_path: Path) -> None:
-    """The same code reads what is to be written, as it would at unmerging: here a weight beyond what it takes."""
-    before = contents(tmp_path)
-    zero = {
-        name: torch.zeros_like(t) for name, t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()
-    }
-    save_file(zero, tmp_path / "zero.safetensors")
-    with pytest.raises(FormatError, match="weight: expected a finite number"):
-        adapterkit.merge(tmp_path / "base", [(tmp_path / "zero.safetensors", 1e305)], tmp_path / "out", scaling=1.0)
-    (tmp_path / "zero.safetensors").unlink()
+def test_a_receipt_that_could_not_be_read_is_refused_first(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same code reads what is to be written, as it would at unmerging: here more values than it takes."""
+    before, giving = contents(tmp_path), [(tmp_path / "adapter", 1.0)] * 3
+    monkeypatch.setattr(tensorfile, "MAX_HEADER_ITEMS", 60)  # more than any header has, fewer than the receipt
+    with pytest.raises(
+        FormatError, match=r"adapterkit_receipt.json: its JSON has up to \d+ values, expected at most 60"
+    ):
+        adapterkit.merge(tmp_path / "base", giving, tmp_path / "out")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("weight", [1e300, -1e305, 1.7976931348623157e308])
+def test_any_finite_weight_can_be_read_back(merged: Path, weight: float) -> None:
+    facts = json.loads((merged / "adapterkit_receipt.json").read_text())
+    facts["adapters"][0]["weight"] = weight
+    (merged / "adapterkit_receipt.json").write_text(json.dumps(facts))
+    assert read_receipt(merged).adapters[0].weight == weight
+
+
+@pytest.mark.parametrize("weight", ["Infinity", "NaN", "true", "1" + "0" * 400])
+def test_no_other_weight_is_read(merged: Path, weight: str) -> None:
+    file = merged / "adapterkit_receipt.json"
+    file.write_text(file.read_text().replace('"weight": 1.0', f'"weight": {weight}', 1))
+    with pytest.raises(FormatError, match="weight: expected a finite number"):
+        read_receipt(merged)
 
 
 # --- every file by its hash ------------------------------------------------------------------------------------------
