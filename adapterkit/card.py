@@ -43,7 +43,7 @@ def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
 
 
 def others(base: Checkpoint) -> list[str]:
-    """The files beside the weights that a merge copies: not those that it makes anew."""
+    """List the files beside the weights that a merge copies, without those that it writes itself."""
     return [str(file) for file in base.other_files()[0] if str(file) not in REPLACED and file.parts[0] != FOLDER]
 
 
@@ -54,13 +54,13 @@ def copy_others(base: Checkpoint, folder: Path, only: Container[str] | None = No
 
 
 def keep_replaced(base: Checkpoint, before: Path) -> dict[str, str]:
-    """Keep the base's files that a merge makes anew, with an earlier receipt, for `restore_replaced`; their SHA-256."""
+    """Keep the base's files that a merge replaces, and any earlier receipt, for `restore_replaced`; their SHA-256."""
     folder = folder_of(base.path, base.is_directory)
     return {name: copy_file(folder / name, before / name) for name in replaced_in(base)}
 
 
 def replaced_in(base: Checkpoint) -> list[str]:
-    """The files of the base that a merge makes anew; what is no regular file was said to be left out."""
+    """List the files that a merge replaces; anything but a regular file is already reported as left out."""
     folder = folder_of(base.path, base.is_directory)
     names = [*REPLACED, *([base.index.name] if base.index else [])]
     names = [name for name in names if os.path.lexists(folder / name) and kind_of(folder / name) is None]

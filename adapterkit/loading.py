@@ -33,7 +33,7 @@ KERNELS = re.compile("_implementation(_internal)?$")  # of attention or experts;
 
 
 def load_tokenizer(base: Checkpoint) -> Any:
-    """The tokenizer of `base`. Raises FormatError where there is none, UnsafeFileError where it is code of its own."""
+    """Load the tokenizer of `base`. Raises FormatError if it has none, UnsafeFileError if loading it would run code."""
     with quiet():
         from transformers import AutoTokenizer
 

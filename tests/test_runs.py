@@ -37,14 +37,7 @@ from adapterkit.train.injection import lora_layers
 from adapterkit.train.layers import LoraLinear
 from adapterkit.train.loop import Loop, Stepped
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads, and several test processes would fight for the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train_products import one_thread
 from torch import nn
 
 from adapterkit.data.batches import Order
@@ -24,7 +23,7 @@ from adapterkit.train import Lora, inject, lora_layers, loss, quicken
 from adapterkit.train.causal import ATTENTION, Batch, CausalModel
 from adapterkit.train.loop import Loop
 
-__all__ = ["one_thread"]  # a fixture, used by being here
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 transformers = pytest.importorskip("transformers")
 VOCAB = 61

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train_products import one_thread
 from torch import nn
 
 import adapterkit
@@ -25,7 +24,7 @@ from adapterkit.train.layers import LoraEmbedding, LoraLayer, LoraLinear, dense_
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-__all__ = ["one_thread"]  # a fixture, used by being here
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 METHODS = ["lora", "rslora", "dora"]
 DTYPES = [(torch.float64, 1e-10), (torch.float32, 1e-5)]

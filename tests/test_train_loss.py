@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train_products import one_thread
 from torch.autograd import gradcheck
 
 from adapterkit.train import loss
 from adapterkit.train.loss import chunked_cross_entropy, rows_at_a_time, token_losses
 
-__all__ = ["one_thread"]  # a fixture, used by being here
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS, DIM, VOCAB = 23, 6, 31
 

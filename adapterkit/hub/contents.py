@@ -29,7 +29,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-HEAD = 1 << 20  # bytes by which a kind is told: a block of bzip2 has 900 kB
+HEAD = 1 << 20  # bytes that decide what a file is: a block of bzip2 has 900 kB
 IN_MEMORY = 64 << 20  # bytes of a member; larger ones are unpacked to the disk
 MOST_UNPACKED = 1 << 30  # bytes, of all archives in one file
 DEEPEST = 4  # archives in archives
@@ -120,7 +120,7 @@ def is_pickle(head: bytes) -> bool:
 
 
 def _members(stream: IO[bytes], head: bytes) -> Iterator[tuple[str, IO[bytes], bool]]:
-    """The files in an archive, with their names and whether they are there as they are; none where it is none."""
+    """Yield the members of an archive, each with its name and whether it is stored uncompressed."""
     stream.seek(0)
     if head.startswith(ZIP):
         with zipfile.ZipFile(stream) as archive:

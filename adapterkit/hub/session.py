@@ -324,7 +324,7 @@ class _Hooks(logging.Handler):
 
 
 def _of_others(record: logging.LogRecord) -> bool:
-    """Whether what is logged is none of ours."""
+    """Tell whether a record was logged outside of our questions."""
     return _this_thread.question is None
 
 
