@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from adapterkit.version import __version__
 
+TYPE_CHECKING = (
+    False  # as `typing` has it, which takes as long to import as all else that comes before ctrl-C is handled
+)
 if TYPE_CHECKING:
+    from typing import Any
+
     from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
     from adapterkit.adapters import combine, compare, convert, extract, resize
     from adapterkit.api import merge, plan_merge, plan_quantize, quantize, verify
@@ -37,4 +39,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
+    import importlib
+
     return getattr(importlib.import_module(f"adapterkit.{_EXPORTS[name]}"), name)

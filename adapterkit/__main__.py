@@ -1,5 +1,25 @@
-"""`python -m adapterkit` is the command line."""
+"""`python -m adapterkit`, and the script `adapterkit`: signals are handled before what takes time is imported."""
 
-from adapterkit.cli.main import main
+from __future__ import annotations
 
-main()
+from adapterkit.cli import signals
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    signals.end_at_once()
+    from adapterkit.cli.main import main as run
+
+    try:
+        signals.end_cleanly()
+        run()
+    finally:
+        signals.ignore()
+
+
+if __name__ == "__main__":
+    main()

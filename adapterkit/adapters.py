@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from adapterkit.checkpoint import Checkpoint
 from adapterkit.combining import Combined, ModuleDone, Planned, check_limit
 from adapterkit.combining import combine as run_combine
 from adapterkit.comparing import Pair
@@ -19,8 +20,8 @@ from adapterkit.extracting import extract as run_extract
 from adapterkit.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, open_one
 from adapterkit.lowrank import Limit
 from adapterkit.newadapter import write_adapter
-from adapterkit.plan import Given
-from adapterkit.staging import check_output
+from adapterkit.plan import Given, inputs_of
+from adapterkit.staging import Destination
 
 KINDS = ("dora", "lora", "rslora")
 OnModule = Callable[[Planned | ModuleDone], None]  # first the plan: what raises then keeps anything from being done
@@ -46,11 +47,11 @@ def combine(
     that several adapters hold whole: error, first or average. Raises UsageError and FitError before anything is
     written.
     """
-    target, given = Path(out).expanduser(), open_adapters(adapters)
+    given = open_adapters(adapters)
     if not given:
         raise UsageError("no adapter given: there is nothing to combine")
     limit = Limit(rank, energy) if rank is not None or energy is not None else None
-    _check(target, given, overwrite)
+    target = _checked(out, overwrite, *given)
     steps = run_combine(given, method, limit=limit, options=options, seed=seed, saved=saved)
     result = _finished(steps, on_module)
     how = f"{method}{_of(limit)}{''.join(f', {name} {value}' for name, value in (options or {}).items())}"
@@ -80,8 +81,8 @@ def resize(
         raise UsageError("a rank is the same for every module already: uniform goes with energy or error")
     limit = Limit(rank, energy, error)
     check_limit(limit)
-    target, given = Path(out).expanduser(), open_one(adapter)
-    _check(target, given, overwrite)
+    given = open_one(adapter)
+    target = _checked(out, overwrite, *given)
     if uniform:
         needed = _finished(run_combine(given, "linear", limit=limit), lambda _: None)
         limit = Limit(rank=max((row.rank for row in needed.modules), default=1))
@@ -116,7 +117,7 @@ def convert(
     """
     if to not in KINDS:
         raise UsageError(f"to {to!r}: expected one of {', '.join(KINDS)}")
-    target, [one] = Path(out).expanduser(), open_one(adapter)
+    [one] = open_one(adapter)
     dora = any(weights.magnitude is not None for weights in one.adapter.modules.values())
     back = dora and to == "lora"
     limit = Limit(rank, energy) if rank is not None or energy is not None else None
@@ -132,29 +133,27 @@ def convert(
         raise UsageError(f"converting to {to} keeps everything: rank and energy are for what cannot be kept")
     if seed is not None and not back:
         raise UsageError("only the conversion from DoRA begins by chance: nothing else takes a seed")
-    _check(target, [one], overwrite)
-    given = [one]
-    if initial is not None:
-        [before] = open_one(initial)
-        given = open_adapters([(one.adapter, 1.0), (before.adapter, -1.0)])
-    result = _finished(_conversion(given, to, base, limit, seed or 0), on_module)
+    before = [] if initial is None else open_one(initial)
+    given = open_adapters([(one.adapter, 1.0), (before[0].adapter, -1.0)]) if before else [one]
+    checkpoint = None if base is None else open_base(base)
+    target = _checked(out, overwrite, one, *before, *([checkpoint] if checkpoint else []))
+    result = _finished(_conversion(given, to, checkpoint, limit, seed or 0), on_module)
     _write(result, target, f"converted to {to}{_of(limit)}", given)
     return result
 
 
 def _conversion(
-    given: Sequence[Given], to: str, base: AnyPath | None, limit: Limit | None, seed: int
+    given: Sequence[Given], to: str, base: Checkpoint | None, limit: Limit | None, seed: int
 ) -> Iterator[Planned | ModuleDone | Combined]:
     """The steps of a conversion that makes sense: with a base to or from DoRA, of two adapters their difference."""
     if base is None:
         if len(given) > 1:
             return run_combine(given, "linear", limit=limit, saved="first")
         return iter([Planned(len(given[0].adapter.modules)), rescale(given[0], to == "rslora")])
-    checkpoint = open_base(base)
     if to == "dora":
-        return to_dora(given[0], checkpoint)
+        return to_dora(given[0], base)
     assert limit is not None
-    return to_lora(given[0], checkpoint, limit, seed)
+    return to_lora(given[0], base, limit, seed)
 
 
 def extract(
@@ -174,9 +173,8 @@ def extract(
         raise UsageError("say how much to keep: a rank or an energy")
     limit = Limit(rank, energy)
     check_limit(limit)
-    target = Path(out).expanduser()
-    check_output(target, overwrite)
     one, other = open_base(base), open_base(tuned)
+    target = _checked(out, overwrite, one, other)
     result = _finished(run_extract(one, other, limit, whole=whole, seed=seed), on_module)
     _write(result, target, f"extracted from {other.name} over {one.name}{_of(limit)}", [])
     return result
@@ -190,11 +188,11 @@ def _finished(steps: Iterator[Planned | ModuleDone | Combined], on_module: OnMod
     raise AssertionError("a combination ends with its result")
 
 
-def _check(out: Path, given: Sequence[Given], overwrite: bool) -> None:
-    for file in (file.resolve() for one in given for file in one.adapter.files):
-        if out.resolve() in (file, *file.parents):
-            raise UsageError(f"{out}: the output would replace the input {file}; choose another -o")
-    check_output(out, overwrite)
+def _checked(out: AnyPath, overwrite: bool, *inputs: Checkpoint | Given) -> Destination:
+    """Where the new adapter goes, once it may be written."""
+    target = Destination(Path(out).expanduser(), inputs_of(*inputs), overwrite=overwrite)
+    target.check()
+    return target
 
 
 def _of(limit: Limit | None) -> str:
@@ -205,7 +203,7 @@ def _of(limit: Limit | None) -> str:
     return " to " + next(f"{name} {value}" for name, value in facts.items() if value is not None)
 
 
-def _write(result: Combined, out: Path, made: str, given: Sequence[Given]) -> None:
+def _write(result: Combined, out: Destination, made: str, given: Sequence[Given]) -> None:
     rows = {row.name: {"rank": row.rank, "error": row.error} for row in result.modules}
     facts = {"relative_error": result.error, "modules": rows}
     write_adapter(result.adapter, out, made, given, facts, result.notes)

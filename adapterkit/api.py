@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,11 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import UsageError
 from adapterkit.hub import hub_id, outlines, resolve
 from adapterkit.inputs import AnyAdapters, AnyPath, number, open_adapters, open_base, renaming, weighted
-from adapterkit.plan import Given, MergePlan
+from adapterkit.plan import MergePlan, inputs_of
 from adapterkit.planning import DTYPES, make_plan
 from adapterkit.planning import plan_quantize as make_quantize_plan
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS, Quantize, Rounding
 from adapterkit.receipt import check_receipt
-from adapterkit.staging import check_output
 from adapterkit.stream import Merged, run
 
 if TYPE_CHECKING:
@@ -84,9 +84,6 @@ def plan_merge(
         sixteen = None if original is None else open_base(original, where)
         into = (sixteen, original) if sixteen and original is not None else (checkpoint, base)
         target = Path(out).expanduser() if out is not None else _default_output(*into, "merged")
-        for one in (checkpoint, *((sixteen,) if sixteen else ())):
-            check_apart(target, one, given)
-        check_output(target, overwrite)
         plan = make_plan(
             checkpoint, given, target, dtype=dtype, quantize=quantize, rounding=Rounding(rounding, seed),
             original=sixteen, accept_loss=accept_loss, rename=rename, allow_partial=allow_partial,
@@ -94,7 +91,7 @@ def plan_merge(
         )  # fmt: skip
         if receipt:
             check_receipt(plan)
-        return plan
+        return _placed(plan, overwrite, checkpoint)
 
     places = [base, *(what for what, _ in named), original]
     with outlines([one for one in places if isinstance(one, str | os.PathLike)]) as where:
@@ -189,10 +186,8 @@ def plan_quantize(
     _check_rounding(rounding, seed, True)
     checkpoint = open_base(base)
     target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base, to)
-    check_apart(target, checkpoint, [])
-    check_output(target, overwrite)
     how = Quantize(to, blocksize, nested, Rounding(rounding, seed))
-    return make_quantize_plan(checkpoint, how, target, _text(calibration, rounding))
+    return _placed(make_quantize_plan(checkpoint, how, target, _text(calibration, rounding)), overwrite, checkpoint)
 
 
 def quantize(
@@ -250,10 +245,9 @@ def _default_output(checkpoint: Checkpoint, base: AnyPath, what: str) -> Path:
     return path.with_name(f"{path.stem}-{what}.safetensors" if path.is_file() else f"{path.name}-{what}")
 
 
-def check_apart(out: Path, checkpoint: Checkpoint, given: Sequence[Given]) -> None:
-    """The output neither holds nor lies in an input."""
-    target = out.resolve()
-    inputs = [checkpoint.path, *(file for one in given for file in one.adapter.files)]
-    for path in (path.resolve() for path in inputs):
-        if target == path or path in target.parents or target in path.parents:
-            raise UsageError(f"{out}: the output would lie in, or replace, the input {path}; choose another -o")
+def _placed(plan: MergePlan, overwrite: bool, base: Checkpoint) -> MergePlan:
+    """The plan, once its output may be written; with an original, the quantized `base` is read too."""
+    text = (plan.calibration,) if plan.calibration else ()
+    plan = replace(plan, overwrite=overwrite, also_read=(*inputs_of(base), *text))
+    plan.destination.check()
+    return plan

@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def is_directory(self) -> bool:
-        return self.path.is_dir()
+        return all(shard.file != self.path for shard in self.shards)
 
     @property
     def quantization(self) -> str | None:

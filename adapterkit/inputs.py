@@ -115,7 +115,7 @@ def _open(
     adapter = load(path, alpha=alpha, scaling=scaling)
     generic = path.is_file() and path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
     name = hub_id(what) or (path.resolve().parent.name if generic else path.resolve().name)
-    return Given(adapter, weight, name)
+    return Given(adapter, weight, name, path)
 
 
 def _name_apart(given: list[Given]) -> list[Given]:

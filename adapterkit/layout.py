@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from adapterkit.opening import open_regular
 from adapterkit.plan import Addition, Copy, Delta, Edit, FilePlan, Replacement
@@ -38,18 +39,18 @@ class Entry:
         return self.packing.layout(self.name) if self.packing else ((self.name, self.dtype, self.shape),)
 
 
-def lay_out(header: Header, entries: Sequence[Entry]) -> FilePlan:
-    """Plan an output file that holds `entries` in place of what `header` describes."""
+def lay_out(header: Header, entries: Sequence[Entry], metadata: Mapping[str, str] = MappingProxyType({})) -> FilePlan:
+    """Plan an output file that holds `entries` in place of what `header` describes, with more `metadata`."""
     stored = [part for entry in entries for part in entry.stored()]
     same = [(info.name, info.dtype, info.shape) for info in _in_order(header)] == stored
-    if same:
+    if same and not metadata:
         spans = {info.name: (info.start, info.stop) for info in header.tensors.values()}
         with open_regular(header.file) as stream:
             raw = stream.read(header.nbytes)
     else:
         if any(entry.packing for entry in entries):  # bytes of any length: last, so that the others stay aligned
             stored.sort(key=lambda part: -DTYPE_BITS[part[1]])
-        raw, found = encode_header(stored, header.metadata)
+        raw, found = encode_header(stored, {**header.metadata, **metadata}, header.nbytes if same else 0)
         spans = {name: span for (name, *_), span in zip(stored, found, strict=True)}
     copies: list[Copy] = []
     edits: list[Edit] = []

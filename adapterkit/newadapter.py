@@ -14,20 +14,25 @@ from adapterkit.formats import save
 from adapterkit.opening import open_regular
 from adapterkit.plan import Given
 from adapterkit.receipt import public_name
-from adapterkit.staging import ADAPTER_RECORD, staged
+from adapterkit.staging import ADAPTER_RECORD, Destination, staged
 from adapterkit.version import __version__
 from adapterkit.words import markdown
 
 
 def write_adapter(
-    adapter: Adapter, out: Path, made: str, given: Sequence[Given], facts: Mapping[str, Any], notes: Sequence[str] = ()
+    adapter: Adapter,
+    out: Destination,
+    made: str,
+    given: Sequence[Given],
+    facts: Mapping[str, Any],
+    notes: Sequence[str] = (),
 ) -> None:
-    """Write `adapter` to the directory `out` as PEFT reads it; `made` says how, `facts` are for programs.
+    """Write `adapter` to the new directory `out` as PEFT reads it; `made` says how, `facts` are for programs.
 
     Raises OutputExistsError where there is something already that is not ours, NoSpaceError where the disk is full.
     """
     hashes = [{file.name: _digest(file) for file in one.adapter.files} for one in given]
-    with staged(out, directory=True) as folder:
+    with staged(out) as folder:
         save(adapter, folder)
         sources = [
             {"name": one.label, "weight": one.weight, "files": files} for one, files in zip(given, hashes, strict=True)

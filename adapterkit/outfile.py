@@ -42,7 +42,7 @@ class OutputFile:
     def __init__(self, path: Path, size: int) -> None:
         """Create `path` and reserve `size` bytes, so that a full disk shows itself now. Raises OSError."""
         self.path, self._fd, self._direct = path, -1, -1
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             if size:
                 os.posix_fallocate(fd, 0, size)

@@ -14,8 +14,10 @@ from typing import Any
 from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.quant import Packed, Packing
+from adapterkit.staging import Destination
 from adapterkit.targets import Target
 from adapterkit.tensorfile import DTYPE_BITS, TensorInfo
+from adapterkit.workspace import receipt_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Given:
     adapter: Adapter
     weight: float = 1.0
     label: str = "the adapter"
+    path: Path | None = None  # the file or directory that it was opened from
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +211,15 @@ class MergePlan:
     restores: bool = False  # makes a base again, whose hashes are known
     unchecked: tuple[str, ...] = ()  # files that are restored, though the receipt does not hash them
     beside: bool = False  # whether a folder goes with the output, which is a single file
+    overwrite: bool | None = None  # what is at `out`, if it is ours; None where that was not to be asked
+    also_read: tuple[Path, ...] = ()  # besides the base and the adapters
     finish: Finish | None = None  # checks the result and writes what else belongs to it; by default what a merge needs
+
+    @property
+    def destination(self) -> Destination:
+        """Where the output goes, and all that it is made from."""
+        inputs = (*inputs_of(self.base, *self.given), *self.also_read)
+        return Destination(self.out, inputs, self.base.is_directory, self.overwrite, self.beside)
 
     @property
     def bytes_to_write(self) -> int:
@@ -224,6 +235,17 @@ class MergePlan:
         edits = (edit for file in self.files for edit in file.edits if not edit.packing)
         dequantized = dict.fromkeys(edit.dtype for edit in edits if isinstance(edit.source, Packed))
         return self.dtype or ", ".join(dequantized) or "as the base"
+
+
+def inputs_of(*inputs: Checkpoint | Given) -> tuple[Path, ...]:
+    """The files and directories that bases, with the receipts beside them, and adapters are read from."""
+    paths: list[Path] = []
+    for one in inputs:
+        if isinstance(one, Given):
+            paths += [*([one.path] if one.path else []), *one.adapter.files]
+        else:
+            paths += [one.path] if one.is_directory else [one.path, receipt_of(one.path)]
+    return tuple(paths)
 
 
 def total_size(plan: MergePlan) -> int:

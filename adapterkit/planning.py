@@ -27,9 +27,11 @@ from adapterkit.plan import Given, MergePlan
 from adapterkit.quant import KINDS, Packed, Packing, Quantize, Rounding, weights
 from adapterkit.quant.choose import NEAREST
 from adapterkit.quant.packed import float_dtype
+from adapterkit.staging import MADE_BY
 from adapterkit.targets import CONV1D_MODELS, HEAD_MODULES, Fit
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 from adapterkit.ties import INPUT_EMBEDDINGS, Tie, follow, tie_of, undecided
+from adapterkit.version import __version__
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -145,7 +147,8 @@ class _Draft:
         for name, count in names.items():
             if count > 1:
                 raise FitError(f"{name}: the base has a tensor of this name, which a part of a quantized weight needs")
-        files = tuple(map(lay_out, base.shards, entries))
+        mark = {} if base.is_directory else {MADE_BY: __version__}
+        files = tuple(lay_out(shard, of_it, mark) for shard, of_it in zip(base.shards, entries, strict=True))
         weight_map = {name: file.name for file in files for name in file.tensors}
         return MergePlan(
             base, out, tuple(given), files, self.config, weight_map, self.ledger, tuple(self.skipped),

@@ -19,11 +19,13 @@ from typing import Any
 
 from adapterkit.checkpoint import MAX_NAME_BYTES
 from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.opening import sha256_of
 from adapterkit.plan import Delta, Edit, Hashes, MergePlan
-from adapterkit.staging import RECEIPT
+from adapterkit.staging import RECEIPT, receipts_aside
 from adapterkit.targets import Target
 from adapterkit.tensorfile import FLOAT_DTYPES, parse_json, read_json
 from adapterkit.version import __version__
+from adapterkit.workspace import receipt_of
 
 FOLDER = "adapterkit_receipt"
 BEFORE = f"{FOLDER}/before"
@@ -90,7 +92,7 @@ class Receipt:
 
 def folder_of(out: Path, directory: bool) -> Path:
     """Where the receipt of an output lies."""
-    return out if directory else out.with_name(f"{out.name}.receipt")
+    return out if directory else receipt_of(out)
 
 
 def sidecar_name(shard: str) -> str:
@@ -195,9 +197,17 @@ def _part(delta: Delta) -> dict[str, Any]:
 
 
 def find_receipt(out: Path) -> Path | None:
-    """The folder with the receipt of a merged checkpoint, if there is one."""
+    """The folder with the receipt of a merged checkpoint, if there is one.
+
+    Where an overwrite ended halfway it is that which has the hash of the file.
+    """
     folder = folder_of(out, out.is_dir())
-    return folder if os.path.isfile(folder / RECEIPT) else None  # Path.is_file raises for names that are too long
+    folders = [folder] if os.path.isfile(folder / RECEIPT) else []  # Path.is_file raises for names that are too long
+    if not out.is_dir() and (aside := receipts_aside(out)):
+        found = sha256_of(out)
+        fitting = [one for one in [*folders, *aside] if read_receipt(one).shards[0].after == found]
+        folders = fitting or folders
+    return folders[0] if folders else None
 
 
 def read_receipt(folder: Path) -> Receipt:

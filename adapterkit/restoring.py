@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter import Adapter
-from adapterkit.api import check_apart
 from adapterkit.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import FitError, UsageError
 from adapterkit.hub import resolve
 from adapterkit.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
-from adapterkit.plan import Given, MergePlan
+from adapterkit.plan import Given, MergePlan, inputs_of
 from adapterkit.receipt import find_receipt, read_receipt
-from adapterkit.staging import check_output, discard
+from adapterkit.staging import Destination, staged
 from adapterkit.stream import Merged, run
 from adapterkit.unmerging import (
     check_fits,
@@ -63,19 +63,14 @@ def unmerge(
     if base is not None or approximate or not receipts:
         raise UsageError("every merge is undone by receipts alone, one after the other: there must be some")
     offers = sort_by_level(receipts, [one.adapter for one in given])
-    between = [target.with_name(f".{target.name}.before-{number}") for number in range(1, len(receipts))]
-    try:
-        for offer, step in zip(offers, [*between, target], strict=True):
+    with staged(Destination(target, inputs_of(checkpoint, *given), checkpoint.is_directory, beside=True)) as last:
+        between = [last.with_name(f"before-{number}") for number in range(1, len(receipts))]
+        for offer, step in zip(offers, [*between, last], strict=True):
             receipt = read_receipt(find_receipt(checkpoint.path) or checkpoint.path)
             found = find_adapters(receipt, offer, source)
-            if step is not target:  # what a run that was killed has left
-                discard(step)
             result = run_plan(plan_undo(checkpoint, receipt, found, step))
             checkpoint = open_checkpoint(step)
-    finally:
-        for step in between:
-            discard(step)
-    return result
+    return replace(result, out=target)
 
 
 def plan_unmerge(
@@ -94,8 +89,8 @@ def _checked(
     checkpoint = open_base(merged)
     told = find_receipt(source) is not None and not approximate
     given = open_adapters([(_opened(what), weight) for what, weight in weighted(adapters)] if told else adapters)
-    check_output(target, overwrite=False)
-    check_apart(target, checkpoint, given)
+    named = [Path(what) for what, _ in weighted(adapters) if not isinstance(what, Adapter)]
+    Destination(target, (*inputs_of(checkpoint, *given), *named), checkpoint.is_directory).check()
     return checkpoint, target, given
 
 
@@ -103,7 +98,7 @@ def _plan(merged: Checkpoint, out: Path, given: Sequence[Given], base: AnyPath |
     """What undoes the last merge, from headers only but where a base is to be checked."""
     original = None if base is None else open_base(base)
     if original is not None:
-        check_apart(out, original, given)
+        Destination(out, inputs_of(merged, original, *given), original.is_directory).check()
     folder = find_receipt(merged.path)
     receipt = None if folder is None else read_receipt(folder)
     weighted = any(one.weight != 1.0 for one in given)

@@ -17,9 +17,10 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.opening import open_regular
 from adapterkit.plan import FilePlan, MergePlan
 from adapterkit.receipt import FOLDER, sidecar_name, with_ending
-from adapterkit.staging import flush, remove
+from adapterkit.staging import flush
 from adapterkit.tensorfile import read_json
 from adapterkit.version import __version__
+from adapterkit.workspace import remove
 
 NOTES = ".adapterkit_progress"  # a folder beside the shards, which goes when all are done
 
@@ -30,6 +31,16 @@ class Done:
 
     before: str
     after: str
+
+
+def job_of(plan: MergePlan) -> str:
+    """What tells the plan from others, by which a run that resumes it finds the workspace."""
+    return f"merge {_hash((__version__, plan.receipt, plan.files))}"
+
+
+def in_words(building: Path) -> str:
+    """What of an interrupted merge is worth keeping."""
+    return "finished shards are kept: run it again with --resume" if any(building.glob(f"{NOTES}/*.json")) else ""
 
 
 def note_finished(plan: MergePlan, file: FilePlan, building: Path, done: Done) -> None:
@@ -83,7 +94,11 @@ def _fingerprint(plan: MergePlan, file: FilePlan) -> str:
     """Of the plan for a shard, and of its inputs by size and time of change."""
     inputs = [file.source, *(path for one in plan.given for path in one.adapter.files)]
     stats = [(path.name, (found := path.stat()).st_size, found.st_mtime_ns) for path in inputs]
-    told = re.sub(r" at 0x[0-9a-f]+", "", repr((__version__, plan.receipt, stats, file)))  # where functions lie
+    return _hash((__version__, plan.receipt, stats, file))
+
+
+def _hash(facts: object) -> str:
+    told = re.sub(r" at 0x[0-9a-f]+", "", repr(facts))  # where functions lie
     return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
 
 

@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,9 @@ from adapterkit.desk import Desk
 from adapterkit.digest import HASH_BYTES, check_name
 from adapterkit.outputs import Block, Digest, EditWork, Output
 from adapterkit.plan import Edit, Hashes, MergePlan
-from adapterkit.receipt import folder_of, irreversible
-from adapterkit.resuming import Done, clear_notes, note_finished, take_over
-from adapterkit.staging import RECEIPT, remove, staged
+from adapterkit.receipt import irreversible
+from adapterkit.resuming import Done, clear_notes, in_words, job_of, note_finished, take_over
+from adapterkit.staging import staged
 from adapterkit.tensorfile import read_span
 
 if TYPE_CHECKING:
@@ -92,9 +91,14 @@ def run(
             )
         return
     directory = plan.base.is_directory
-    keep = resume and directory
-    with staged(plan.out, directory=directory, keep=keep) as building, _receipt_folder(plan, building) as folder:
-        state = _Run(plan, building, folder, threads, report, device, take_over(plan, building) if keep else {})
+    job = job_of(plan) if directory and plan.receipt else None
+    with staged(plan.destination, job=job, resume=resume, kept=in_words if resume else lambda _: "") as building:
+        folder = building
+        if plan.beside:
+            folder = building.with_name("receipt")
+            folder.mkdir()
+        done = take_over(plan, building) if resume and directory else {}
+        state = _Run(plan, building, folder, threads, report, device, done)
         yield from state.tensors()
         check_loss(plan, state.retention)
         result = state.result()
@@ -102,26 +106,7 @@ def run(
             clear_notes(building)
         told = replace(plan, notes=plan.notes + result.warnings)
         (plan.finish or finish_merge)(told, folder, result.hashes)
-    if not directory and not plan.beside:
-        _drop_stale_receipt(plan.out)
     yield result
-
-
-def _drop_stale_receipt(out: Path) -> None:
-    """Remove the receipt of a file that was replaced by one that has none."""
-    folder = folder_of(out, False)
-    if (folder / RECEIPT).is_file():
-        remove(folder)
-
-
-@contextmanager
-def _receipt_folder(plan: MergePlan, building: Path) -> Iterator[Path]:
-    """Where what belongs to the output is made: in its directory, or beside its file."""
-    if not plan.beside:
-        yield building
-        return
-    with staged(folder_of(plan.out, False), directory=True) as folder:
-        yield folder
 
 
 _Task = Callable[[Desk], None]

@@ -7,6 +7,7 @@ A file is an 8-byte little-endian header length, a JSON header, then the tensors
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import reprlib
@@ -159,9 +160,12 @@ def parse_header(file: Path, raw: bytes, size: int) -> Header:
 
 
 def encode_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], like: int = 0
 ) -> tuple[bytes, list[tuple[int, int]]]:
-    """The header bytes for `(name, dtype, shape)` laid out back to back, and each tensor's absolute (start, stop)."""
+    """The header bytes for `(name, dtype, shape)` laid out back to back, and each tensor's absolute (start, stop).
+
+    With another header's size, `like`, tensors begin where in a page they do there, to be copied past the page cache.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     spans, at = [], 0
     for name, dtype, shape in tensors:
@@ -171,6 +175,7 @@ def encode_header(
         at = stop
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # readers may map the data, so it starts on a multiple of 8
+    text += b" " * ((like - 8 - len(text)) % mmap.PAGESIZE if like else 0)
     base = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, [(base + start, base + stop) for start, stop in spans]
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapterkit.cli.main import main
+from adapterkit.staging import work_left
 
 ROWS, COLUMNS, RANK, LAYERS = 48, 32, 4, 2
 MODULES = [f"model.layers.{layer}.self_attn.{leaf}" for layer in range(LAYERS) for leaf in ("q_proj", "o_proj")]
@@ -116,3 +117,10 @@ def adapterkit(*args: str | Path) -> Outcome:
             code = end.code
     assert isinstance(code, int)
     return Outcome(code, out.text(), err.text())
+
+
+def run_left(out: Path) -> Path:
+    """The folder of a training run that was interrupted."""
+    folder = work_left(out, "train")
+    assert folder is not None
+    return folder

@@ -522,7 +522,7 @@ def test_the_output_is_whole_ours_and_names_its_sources(two: tuple[Path, Path], 
     with pytest.raises(adapterkit.AdapterkitError, match="exists already"):
         adapterkit.combine([two[0]], out)
     adapterkit.combine([two[0]], out, overwrite=True)
-    with pytest.raises(UsageError, match="would replace the input"):
+    with pytest.raises(UsageError, match="is or lies in the input"):
         adapterkit.combine([out], out, overwrite=True)
     assert {file.name for file in out.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "adapterkit_adapter.json",

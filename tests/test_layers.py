@@ -14,8 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 LEVELS = (
     ("words",),
     ("errors", "version", "chance", "methods"),
-    ("opening", "yamlfile", "patterns"),
-    ("tensorfile", "staging", "outfile", "recipe"),
+    ("opening", "yamlfile", "patterns", "interrupts", "renaming", "apart"),
+    ("tensorfile", "workspace", "outfile", "recipe"),
+    ("staging",),
     ("adapter", "renames"),
     ("lowrank", "dora", "rounding"),
     ("delta", "sketch"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from handmade import run_left
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, save_tiny_model
 
@@ -21,7 +22,6 @@ from adapterkit.opening import sha256_of
 from adapterkit.recipe import Recipe
 from adapterkit.runs import checkpoints, train
 from adapterkit.runs.checkpoints import STATE, SUMS, TENSORS
-from adapterkit.staging import partial_of
 from adapterkit.train.loop import Loop
 
 A = "model.layers.0.self_attn.q_proj.A"
@@ -42,18 +42,18 @@ def began(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "evaluate", lambda *_: next(told))
         list(train(recipe, folder / "out", stop=lambda: next(asked) == STEP))
-    return recipe, partial_of(folder / "out")
+    return recipe, run_left(folder / "out")
 
 
 @pytest.fixture
 def stopped(began: tuple[Recipe, Path], tmp_path: Path) -> tuple[Recipe, Path]:
     """A copy of it, to be broken."""
     recipe, run = began
-    return recipe, Path(shutil.copytree(run, partial_of(tmp_path / "out")))
+    return recipe, shutil.copytree(run.parent, tmp_path / run.parent.name) / run.name
 
 
 def resumed(recipe: Recipe, run: Path) -> None:
-    list(train(recipe, run.parent / "out", resume=True))
+    list(train(recipe, run.parent.with_name("out"), resume=True))
 
 
 def sealed(folder: Path) -> None:
@@ -65,7 +65,7 @@ def sealed(folder: Path) -> None:
 def test_what_was_stopped_is_resumed(stopped: tuple[Recipe, Path]) -> None:
     assert [checkpoints.number(folder) for folder in checkpoints.steps(stopped[1])] == [2, STEP]
     resumed(*stopped)
-    assert (stopped[1].parent / "out" / "adapter_model.safetensors").is_file()
+    assert (stopped[1].parent.with_name("out") / "adapter_model.safetensors").is_file()
 
 
 # --- damage: SHA256SUMS finds it -------------------------------------------------------------------------------------
@@ -237,11 +237,11 @@ def test_another_base_or_first_adapter_is_not_resumed(began: tuple[Recipe, Path]
     raw = (first / "adapter_config.json").read_text()
     (first / "adapter_config.json").write_text(raw.replace('"lora_alpha": 16', '"lora_alpha": 17'))
     with pytest.raises(FitError, match=rf"--resume: {first} is not what it was when the run began"):
-        resumed(recipe, partial_of(out))
+        resumed(recipe, run_left(out))
     (first / "adapter_config.json").write_text(raw)
     flip(base / "model.safetensors")
     with pytest.raises(FitError, match=rf"--resume: {base} is not what it was when the run began"):
-        resumed(recipe, partial_of(out))
+        resumed(recipe, run_left(out))
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from handmade import run_left
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tiny import WORDS, save_tiny_model
@@ -32,7 +33,7 @@ from adapterkit.runs.models import load_model
 from adapterkit.runs.preparing import prepare
 from adapterkit.runs.results import base_id
 from adapterkit.runs.run import Evaluated, Started, Stopped, Trained
-from adapterkit.staging import partial_of
+from adapterkit.staging import work_left
 from adapterkit.train.injection import lora_layers
 from adapterkit.train.layers import LoraLinear
 from adapterkit.train.loop import Loop, Stepped
@@ -102,7 +103,7 @@ def test_a_run_teaches_and_peft_reads_what_it_leaves(
     files = {"adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.jsonl",
              "adapterkit_recipe.yaml", "adapterkit_training.json"}  # fmt: skip
     assert {file.name for file in (tmp_path / "out").iterdir()} == files
-    assert not partial_of(tmp_path / "out").exists()
+    assert work_left(tmp_path / "out", "train") is None
 
     model = AutoModelForCausalLM.from_pretrained(base)
     ids = torch.arange(3, 12)[None]
@@ -277,7 +278,7 @@ def test_what_a_crash_leaves_is_resumed(
     with pytest.raises(RuntimeError, match="the power went"):
         finished(train(wanted, tmp_path / "out"))
     monkeypatch.undo()
-    assert [checkpoints.number(folder) for folder in checkpoints.steps(partial_of(tmp_path / "out"))] == [4, 8]
+    assert [checkpoints.number(folder) for folder in checkpoints.steps(run_left(tmp_path / "out"))] == [4, 8]
     events = list(train(wanted, tmp_path / "out", resume=True))
     assert next(event.step for event in events if isinstance(event, Stepped)) == 9
     assert same(tmp_path / "whole", tmp_path / "out")
@@ -297,7 +298,7 @@ def test_another_recipe_is_not_resumed(recipe: Callable[..., Recipe], tmp_path: 
     list(train(recipe(), tmp_path / "out", stop=lambda: True))
     with pytest.raises(FitError, match=f"--resume: {next(iter(change))} is"):
         next(train(recipe(**change), tmp_path / "out", resume=True))
-    assert checkpoints.steps(partial_of(tmp_path / "out"))
+    assert checkpoints.steps(run_left(tmp_path / "out"))
 
 
 def test_other_data_is_not_resumed(recipe: Callable[..., Recipe], data: Path, tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ def test_other_data_is_not_resumed(recipe: Callable[..., Recipe], data: Path, tm
 
 
 def test_there_is_nothing_to_resume(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no checkpoint"):
+    with pytest.raises(UsageError, match="is no checkpoint to go on from"):
         next(train(recipe(), tmp_path / "out", resume=True))
 
 
@@ -348,7 +349,7 @@ def test_the_best_state_is_kept(recipe: Callable[..., Recipe], tmp_path: Path, m
     monkeypatch.undo()
     # the bits are those of step 4
     list(train(recipe(eval_share=0.2, eval_every=100), tmp_path / "four", stop=_after(4)))
-    state = checkpoints.load(checkpoints.at(partial_of(tmp_path / "four"), 4))
+    state = checkpoints.load(checkpoints.at(run_left(tmp_path / "four"), 4))
     for name, tensor in weights(tmp_path / "out").items():
         module, _, part = name.rpartition(".")
         assert torch.equal(tensor, state[f"trained.{module}.{part}"])
@@ -410,7 +411,7 @@ def test_two_processes_go_on_with_what_one_began(
     wanted = recipe(dropout=0.0, max_steps=8, epochs=9.0)
     whole = losses(train(wanted, tmp_path / "whole"))
     list(train(wanted, tmp_path / "out", stop=_after(3)))
-    file = partial_of(tmp_path / "out") / "adapterkit_recipe.yaml"
+    file = run_left(tmp_path / "out") / "adapterkit_recipe.yaml"
     words = ["train", "--recipe", str(file), "-o", str(tmp_path / "out"), "--resume"]
     ran = subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr
@@ -448,7 +449,7 @@ def test_ctrl_c_tells_how_to_go_on(base: Path, data: Path, tmp_path: Path) -> No
     said = process.stderr.read()
     assert process.wait() == 130
     assert "interrupted; kept what was reached after step" in said and f"-o {out} --resume" in said
-    assert not out.exists() and checkpoints.steps(partial_of(out))
+    assert not out.exists() and checkpoints.steps(run_left(out))
 
 
 def test_memory_is_told_before(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +517,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         real(file, *rest)
 
     monkeypatch.setattr(checkpoints, "write_tensors", full)
-    with pytest.raises(NoSpaceError, match="last checkpoint is kept: free some space, and go on with --resume"):
+    with pytest.raises(NoSpaceError, match="free some space\nthe last checkpoint is kept: go on with --resume"):
         finished(train(recipe(save_every=2), tmp_path / "out"))
     monkeypatch.undo()
     finished(train(recipe(save_every=2), tmp_path / "out", resume=True))

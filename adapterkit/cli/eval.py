@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -16,9 +16,10 @@ import click
 from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.progress import progress
 from adapterkit.data.records import Fields
-from adapterkit.errors import UsageError
+from adapterkit.errors import FormatError, UsageError
+from adapterkit.opening import open_regular
 from adapterkit.recipe import DTYPES, QUANTIZE, Recipe
-from adapterkit.staging import check_output, staged
+from adapterkit.staging import Destination, staged
 from adapterkit.words import counted
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 USAGE = "adapterkit eval BASE [ADAPTER] DATA"
 SHOWN_BAD = 10
+COLUMNS = ["where", "prompt", "expected", "completion", "exact", "f1"]  # of every prediction, in this order
+MAX_ROW_BYTES = 100_000_000
 
 
 def _field_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -84,7 +87,7 @@ def eval_command(
         if generate is False:
             raise UsageError("--predictions is about what the model writes, which --no-generate leaves out")
         generate = True
-        check_output(Path(predictions), overwrite)
+    file = None if predictions is None else _destination(Path(predictions), paths, overwrite)
     from adapterkit.runs.scoring import Request
 
     request = Request(
@@ -93,16 +96,34 @@ def eval_command(
         max_new_tokens, answer,
     )  # fmt: skip
     began = time.perf_counter()
-    with staged(Path(predictions), directory=False) if predictions else nullcontext() as file:
+    with staged(file) if file else nullcontext() as new:
         started, scored = _run(request)
-        if file is not None:
+        if new is not None:
             lines = [json.dumps(_row(one), ensure_ascii=False) + "\n" for one in scored.predictions]
-            file.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+            new.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     facts = _facts(request, started, scored, time.perf_counter() - began) | {"output": predictions}
     if as_json:
         say_json(facts)
     else:
         say(*_lines(facts))
+
+
+def _destination(out: Path, paths: Sequence[str], overwrite: bool) -> Destination:
+    """Where predictions go, once they may be written."""
+    inputs = tuple(Path(path).expanduser() for path in paths)
+    destination = Destination(out, inputs, directory=False, overwrite=overwrite, ours=_are_predictions)
+    destination.check()
+    return destination
+
+
+def _are_predictions(file: Path) -> bool:
+    """Whether a file begins with a row as `--predictions` writes them."""
+    try:
+        with open_regular(file) as stream:
+            line = stream.readline(MAX_ROW_BYTES)
+        return not line or list(json.loads(line))[: len(COLUMNS)] == COLUMNS
+    except (ValueError, TypeError, FormatError):
+        return False
 
 
 def _run(request: Request) -> tuple[Started, Scored]:

@@ -16,7 +16,7 @@ import click
 from adapterkit.cli.output import say, say_json
 from adapterkit.cli.progress import progress
 from adapterkit.cli.tables import padded, width
-from adapterkit.errors import AdapterkitError, FormatError, OutputExistsError, UsageError
+from adapterkit.errors import AdapterkitError, FormatError, UsageError
 from adapterkit.finding import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered, with_details
 from adapterkit.words import counted, short, size, span, visible
 
@@ -141,8 +141,10 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
 
     if output is not None and len(ids) != 1:
         raise UsageError("--output is one folder: pull one ID at a time")
-    if output is not None and Path(output).exists():
-        raise OutputExistsError(f"{output}: exists already; name a new folder")
+    from adapterkit.staging import Destination
+
+    if output is not None:
+        Destination(Path(output)).check()
     names = [parsed(text) for text in ids]
     if None in names:
         wrong = ids[names.index(None)]
@@ -174,9 +176,9 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
 def _copied(path: Path, names: list[str], prefix: str, out: Path) -> Path:
     """The files of a snapshot as a folder of their own."""
     from adapterkit.card import copy_file
-    from adapterkit.staging import staged
+    from adapterkit.staging import Destination, staged
 
-    with staged(out, directory=True) as folder:
+    with staged(Destination(out, (path,))) as folder:
         for name in names:
             copy_file(path / name.removeprefix(prefix), folder / name.removeprefix(prefix))
     return out

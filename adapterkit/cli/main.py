@@ -94,14 +94,14 @@ def main() -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.flush()  # at exit it would be too late for one line and an exit code
     except AdapterkitError as error:
-        _fail(error.exit_code, *str(error).split("\n"))
+        _fail(error.exit_code, *"; ".join([str(error), *_notes(error)]).split("\n"))
     except click.ClickException as error:
         error.show(said := io.StringIO())
         say(*said.getvalue().rstrip("\n").split("\n"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
         why = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps what it catches
-        _fail(130, f"interrupted; {why}" if str(why or "") else "interrupted; nothing was kept")
+        _fail(getattr(why, "exit_code", 130), "; ".join(["interrupted", *filter(None, [str(why or "")]), *_notes(why)]))
     except OSError as error:
         if error.filename:
             _fail(1, f"{error.filename}: {error.strerror}")
@@ -129,6 +129,11 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
+
+
+def _notes(error: BaseException | None) -> list[str]:
+    """What became of an output that was not finished, as `staged` notes it."""
+    return getattr(error, "__notes__", [])
 
 
 NOTES = _Notes()  # one, however often `main` is called

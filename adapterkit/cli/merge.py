@@ -25,8 +25,6 @@ from adapterkit.words import counted, size
 if TYPE_CHECKING:
     from adapterkit.delta import Retention
 
-KEPT = "finished shards are kept: run it again with --resume"
-
 
 @click.command("merge")
 @click.argument("base")
@@ -86,10 +84,7 @@ def merge_command(
         _print(facts, _plan_lines(plan, facts), as_json)
         return
     began = time.perf_counter()
-    try:
-        result = run_with_bar(plan, "merging", threads, device, report, resume)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(KEPT if resume else "") from None
+    result = run_with_bar(plan, "merging", threads, device, report, resume)
     facts = _result_facts(plan, result, time.perf_counter() - began)
     if plan.receipt and (lost := irreversible(plan)):
         note(f"cannot be undone without the base, since {lost}")

@@ -131,7 +131,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     def heed(number: int, _: object) -> None:
         if asked:
-            raise KeyboardInterrupt("at once; what the last checkpoint holds is kept")
+            raise KeyboardInterrupt
         asked.append(number)
         say("", "finishing this step; once more to stop at once", err=True)
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapterkit.errors import FormatError
 from adapterkit.opening import read_whole, sha256_of
 from adapterkit.runs.origin import Origin
-from adapterkit.staging import flush, remove
+from adapterkit.staging import flush
 from adapterkit.tensorfile import TORCH_NAMES, read_header, read_json, write_tensors
+from adapterkit.workspace import remove
 
 if TYPE_CHECKING:
     import torch

@@ -11,49 +11,54 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from adapterkit.errors import NoSpaceError, OutputExistsError, UsageError
+from adapterkit.errors import OutputExistsError, UsageError
+from adapterkit.recipe import Recipe
 from adapterkit.runs import checkpoints
-from adapterkit.staging import check_output, partial_of, remove, staged
+from adapterkit.staging import Destination, staged, work_left
+
+JOB = "train"
 
 
 class StoppedError(Exception):
     """Ends a run that was asked to stop, so that its folder stays."""
 
 
-def check_run(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raise where `out` may not be written, a run is there that nobody said to go on with, or none is that one did."""
-    check_output(out, overwrite)
-    left = checkpoints.steps(partial_of(out))
+def check_run(recipe: Recipe, out: Path, rank: int, resume: bool, overwrite: bool) -> Destination:
+    """Where the run's result goes.
+
+    Raises where that may not be written, a run is there that nobody said to go on with, or none is that one did.
+    """
+    read = (recipe.base, recipe.data, recipe.eval_data, recipe.init_from)
+    place = Destination(out, tuple(Path(path).expanduser() for path in read if path), overwrite=overwrite)
+    if rank:  # the first process looks, before it begins to write
+        return place
+    place.check()
+    folder = work_left(out, JOB)
+    left = checkpoints.steps(folder) if folder else []
     if resume and not left:
-        raise UsageError(f"--resume: {partial_of(out)} holds no checkpoint to go on from; leave --resume out")
+        raise UsageError(f"--resume: beside {out} is no checkpoint to go on from; leave --resume out")
     if left and not resume and not overwrite:
         raise OutputExistsError(
             f"{out}: a run was interrupted there after step {checkpoints.number(left[-1])}. Go on with --resume, or "
             "begin anew with --overwrite."
         )
+    return place
 
 
 @contextmanager
-def folder_for(out: Path, rank: int) -> Iterator[Path]:
+def folder_for(place: Destination, rank: int, resume: bool) -> Iterator[Path]:
     """Where the run lives; without a checkpoint nothing of it stays where it fails."""
-    if rank:
-        with suppress(StoppedError):
-            yield partial_of(out)
-        return
-    try:
-        with suppress(StoppedError), staged(out, directory=True, keep=True) as folder:
-            try:
+    with suppress(StoppedError):
+        if rank:
+            yield place.out
+        else:
+            with staged(place, job=JOB, resume=resume, precious=True, kept=_in_words) as folder:
                 yield folder
-            except BaseException:
-                if not checkpoints.steps(folder):
-                    remove(folder)
-                raise
-    except NoSpaceError as error:
-        if not checkpoints.steps(partial_of(out)):
-            raise
-        raise NoSpaceError(
-            f"{out}: the disk is full. The last checkpoint is kept: free some space, and go on with --resume."
-        ) from error
+
+
+def _in_words(folder: Path) -> str:
+    """What of an interrupted run is worth keeping."""
+    return "the last checkpoint is kept: go on with --resume" if checkpoints.steps(folder) else ""
 
 
 @contextmanager

@@ -16,11 +16,12 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.formats import save
 from adapterkit.receipt import public_name
 from adapterkit.runs import checkpoints
-from adapterkit.staging import RECORD, TRAINING_RECORD, flush, remove
+from adapterkit.staging import RECORD, TRAINING_RECORD, flush
 from adapterkit.train.injection import adapter_of, lora_layers
 from adapterkit.train.layers import is_conv1d, is_linear
 from adapterkit.version import __version__
 from adapterkit.words import counted, markdown, visible
+from adapterkit.workspace import remove
 
 if TYPE_CHECKING:
     from adapterkit.data.examples import Encoded

@@ -1,6 +1,6 @@
 """A whole run: data, model, loop, checkpoints, and what is left on disk. All or nothing, and never from the beginning.
 
-Until it is done a run lives beside its output, in `.OUT.partial`; a resumed one ends with the bits of one that was
+Until it is done a run lives beside its output, in a workspace; a resumed one ends with the bits of one that was
 never stopped.
 """
 
@@ -35,7 +35,7 @@ from adapterkit.runs.origin import Origin
 from adapterkit.runs.place import StoppedError, check_run, folder_for, peak_memory, processes
 from adapterkit.runs.preparing import prepare
 from adapterkit.runs.results import write_result
-from adapterkit.staging import flush, remove
+from adapterkit.staging import flush
 from adapterkit.train.loop import Loop, Stepped
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ def train(
     target = Path(out).expanduser()
     with processes() as (rank, world, local_rank):
         device = choose_device(recipe.device, local_rank)
-        check_run(target, resume, overwrite)
+        place = check_run(recipe, target, rank, resume, overwrite)
         base = open_base(recipe.base)
         dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
         tokenizer = load_tokenizer(base)
@@ -132,7 +132,7 @@ def train(
         first = open_fitting(recipe.init_from, base).adapter if recipe.init_from else None
         memory = check(base, recipe, data.examples, dtype, device)
         origin = Origin.of(recipe, data, held_back, base, first)
-        with folder_for(target, rank) as folder:
+        with folder_for(place, rank, resume) as folder:
             model = load_model(base, dtype, device, recipe.quantize)
             prepare(model, recipe, base, first)
             loop = Loop(model, Order.of(data.examples, recipe), recipe, rank, world)
@@ -194,9 +194,6 @@ class _Run:
     def take_up(self, resume: bool) -> None:
         """Begin, or go on where the last checkpoint left off; raises FitError where that was another run."""
         if not resume:
-            if self.loop.rank == 0:
-                for left in self.folder.iterdir():
-                    remove(left)
             self._write(RECIPE, as_yaml(self.recipe))
             return
         newest = self._shared(lambda: checkpoints.steps(self.folder)[-1])

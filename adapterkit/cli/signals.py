@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM from the first moment on: everything is taken back, and the exit code is 128 plus the signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
+IMPORTING = "<frozen importlib._bootstrap>"
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AGAIN = 0.02  # seconds
+
+
+class Terminated(KeyboardInterrupt):
+    """Ends the command as ctrl-C does, for a signal that asks for it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def end_at_once() -> None:
+    """Handle signals while nothing was begun that would have to be taken back."""
+    _handle(lambda number, _: _exit(number))
+
+
+def end_cleanly() -> None:
+    """Have signals raise an exception, though not in an import: that swallows it, or is left half done."""
+    _handle(_interrupt)
+    signal.signal(signal.SIGALRM, _interrupt_again)
+    signal.siginterrupt(signal.SIGALRM, False)
+
+
+def ignore() -> None:
+    """Let nothing disturb the end."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _handle(handler: signal._HANDLER) -> None:
+    for number in NUMBERS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in the background, or under nohup
+            signal.signal(number, handler)
+
+
+_waiting: list[int] = []
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None and frame.f_code.co_filename != IMPORTING:
+        frame = frame.f_back
+    if frame is None:
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+    _waiting.append(number)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN)
+
+
+def _interrupt_again(_: int, frame: FrameType | None) -> None:
+    if _waiting:
+        _interrupt(_waiting.pop(), frame)
+
+
+def _exit(number: int) -> None:
+    os.write(2, b"adapterkit: interrupted\n")
+    os._exit(128 + number)
