@@ -296,3 +296,25 @@ main()
     for nth in ("1", "2", "40", "400"):
         ended = subprocess.run([sys.executable, "-c", script, nth], capture_output=True, text=True, cwd=ROOT)
         assert (ended.returncode, ended.stderr.strip()) == (code, "adapterkit: interrupted"), (nth, ended)
+
+
+def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path: Path) -> None:
+    """There it would be swallowed, or leave half a module; it comes as soon as nothing is imported or held together."""
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n")
+    script = """
+from adapterkit.cli import signals
+from adapterkit.interrupts import uninterrupted
+signals.end_cleanly()
+try:
+    import slow
+    with uninterrupted():
+        print("held")
+    while True:
+        pass
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{ROOT}:."}
+    )  # fmt: skip
+    assert ended.stdout.split() in (["imported", "interrupted"], ["imported", "held", "interrupted"]), ended

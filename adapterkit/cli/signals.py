@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 IMPORTING = "<frozen importlib._bootstrap>"
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-AGAIN = 0.02  # seconds
+AGAIN = 0.002  # seconds until a signal that came in an import is tried again
 
 
 class Terminated(KeyboardInterrupt):
@@ -36,7 +36,8 @@ def end_cleanly() -> None:
 
 def ignore() -> None:
     """Let nothing disturb the end."""
-    for number in NUMBERS:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (*NUMBERS, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -58,9 +59,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.setitimer(signal.ITIMER_REAL, AGAIN)
 
 
-def _interrupt_again(_: int, frame: FrameType | None) -> None:
-    if _waiting:
-        _interrupt(_waiting.pop(), frame)
+def _interrupt_again(*_: object) -> None:
+    if _waiting:  # for whichever handler it has by now, as where it is held back
+        signal.raise_signal(_waiting.pop())
 
 
 def _exit(number: int) -> None:
