@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from test_merge import TINY
 import adapterkit
 from adapterkit import coding, device, inputs, outputs, residual, tensorfile
 from adapterkit.adapter import Adapter
+from adapterkit.cli.running import undo_command
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
 from adapterkit.plan import Given
 from adapterkit.receipt import read_receipt
@@ -358,6 +360,61 @@ def test_no_other_weight_is_read(merged: Path, weight: str) -> None:
     file.write_text(file.read_text().replace('"weight": 1.0', f'"weight": {weight}', 1))
     with pytest.raises(FormatError, match="weight: expected a finite number"):
         read_receipt(merged)
+
+
+# --- the command that is printed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "-dash", "~", "$(touch x)", "new\nline", "\x1b[31m\\n\u202e", "a:0.5",
+                                  os.fsdecode(b"\xff'"), "\U0001f469\u200d\U0001f469", "n\u00e4me", "x" * 200])  # fmt: skip
+@pytest.mark.parametrize("single", [False, True])
+def test_the_printed_command_undoes_the_merge(
+    name: str, single: bool, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bash reads it, and from where one stands; the adapters are found by nothing but what is printed."""
+    base = tmp_path / "base" / "model-00001-of-00002.safetensors" if single else tmp_path / "base"
+    end, files = (
+        ".safetensors" if single else "",
+        [tmp_path / "hidden" / "here" / name, tmp_path / f"{name}.safetensors"],
+    )
+    files[0].parent.mkdir(parents=True)
+    shutil.copytree(tmp_path / "adapter", files[0])
+    shutil.move(tmp_path / "adapter" / "adapter_model.safetensors", files[1])
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    relative = [os.path.relpath(file) for file in files]
+    (tmp_path / "adapter" / "adapter_config.json").rename(tmp_path / "adapter_config.json")
+    command = ["merge", base, f"{relative[0]}:0.5", f"{relative[1]}:1", "-o", f"deep/{name}{end}", "--allow-partial"]
+    merged_once = run(*command)
+    assert merged_once.code == 0, merged_once
+    printed = merged_once.out.partition("undo      ")[2].rstrip("\n")
+    words = subprocess.run(
+        ["bash", "-c", f"adapterkit() {{ printf '%s\\0' \"$@\"; }}; {printed}"], stdout=subprocess.PIPE
+    )
+    new = Path(f"NEW{end}")
+    assert run(*map(os.fsdecode, words.stdout.split(b"\0")[:-1])).code == 0
+    assert new.read_bytes() == base.read_bytes() if single else same(new, base)
+    assert "x" not in os.listdir()
+
+
+def test_paths_that_look_like_options_or_weights() -> None:
+    parts = undo_command(Path("-out"), ["-a", "-a", "org/name:8"])
+    assert parts == ["adapterkit unmerge", "./-out", "-o NEW", "--adapter ./-a", "--adapter org/name:8:1"]
+
+
+def test_a_command_of_many_adapters_is_whole(merged: Path, tmp_path: Path) -> None:
+    """It goes over several lines where one would be cut."""
+    for number in range(40):
+        shutil.copytree(tmp_path / "adapter", tmp_path / "many" / f"{number}{'x' * 150}")
+    many = sorted((tmp_path / "many").iterdir())
+    outcome = run("merge", tmp_path / "base", *many, "-o", tmp_path / "sum", "--scale", "0.01")
+    [_, printed] = outcome.out.split("undo      ")
+    assert shlex.split(printed.replace("adapterkit ", f"{sys.executable} -m adapterkit "))[-1] == str(many[-1])
+    assert printed.count("--adapter") == 40 and "…" not in printed
+    told = json.loads(run("merge", tmp_path / "base", many[0], "-o", tmp_path / "one", "--json").out)["undone_by"]
+    script = told.replace("adapterkit ", f"{sys.executable} -m adapterkit ", 1).replace("NEW", str(tmp_path / "NEW"))
+    subprocess.run(["bash", "-c", script], check=True, stdout=subprocess.PIPE)
+    assert same(tmp_path / "NEW", tmp_path / "base")
 
 
 # --- every file by its hash ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import click
 from adapterkit import api
 from adapterkit.budget import check_device, default_threads, estimate_memory
 from adapterkit.cli.output import note, say, say_json
-from adapterkit.cli.running import DEVICE_HELP, hashes_by_label, run_with_bar, weighted
+from adapterkit.cli.running import DEVICE_HELP, hashes_by_label, run_with_bar, undo_command, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
 from adapterkit.planning import DTYPES
@@ -20,7 +21,7 @@ from adapterkit.quant import KINDS, ROUNDINGS
 from adapterkit.receipt import irreversible
 from adapterkit.renames import parse_rename
 from adapterkit.stream import Merged
-from adapterkit.words import counted, size
+from adapterkit.words import LONGEST, counted, size
 
 if TYPE_CHECKING:
     from adapterkit.delta import Retention
@@ -85,10 +86,11 @@ def merge_command(
         return
     began = time.perf_counter()
     result = run_with_bar(plan, "merging", threads, device, report, resume)
-    facts = _result_facts(plan, result, time.perf_counter() - began)
+    undo = undo_command(result.out, [weighted(text)[0] for text in adapters])
+    facts = _result_facts(plan, result, time.perf_counter() - began, undo)
     if plan.receipt and (lost := irreversible(plan)):
         note(f"cannot be undone without the base, since {lost}")
-    _print(facts, _result_lines(facts, result, report, quantize is not None), as_json)
+    _print(facts, _result_lines(facts, result, report, quantize is not None, undo), as_json)
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def _plan_lines(plan: MergePlan, facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, Any]:
+def _result_facts(plan: MergePlan, result: Merged, seconds: float, undo: Sequence[str]) -> dict[str, Any]:
     total = _total(result)
     return {
         "output": str(result.out),
@@ -157,14 +159,16 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float) -> dict[str, 
         "sha256": hashes_by_label(plan, result.hashes),
         "retention": _kept(total) if total else None,
         "retention_by_tensor": {name: _kept(kept) for name, kept in result.retention.items()},
-        "undone_by": f"adapterkit unmerge {result.out} -o NEW" if plan.receipt and not irreversible(plan) else None,
+        "undone_by": " ".join(undo) if plan.receipt and not irreversible(plan) else None,
         "skipped": list(plan.skipped),
         "notes": [*plan.notes, *result.notes],
         "warnings": list(result.warnings),
     }
 
 
-def _result_lines(facts: dict[str, Any], result: Merged, report: bool, quantized: bool) -> list[str]:
+def _result_lines(
+    facts: dict[str, Any], result: Merged, report: bool, quantized: bool, undo: Sequence[str]
+) -> list[str]:
     lines = []
     if report:
         lines += _report(result)
@@ -176,7 +180,8 @@ def _result_lines(facts: dict[str, Any], result: Merged, report: bool, quantized
     )
     lines.append(f"wrote     {result.out}")
     if facts["undone_by"]:
-        lines.append(f"undo      {facts['undone_by']}")
+        between = " " if len(facts["undone_by"]) < LONGEST else " \\\n  "  # a longer line would be cut
+        lines += f"undo      {between.join(undo)}".split("\n")
     return lines
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from adapterkit.cli.output import note, warn
 from adapterkit.cli.progress import progress
 from adapterkit.plan import Hashes, MergePlan
 from adapterkit.stream import Merged, TensorMerged, run
+from adapterkit.words import visible
 
 DEVICE_HELP = "Where to compute: cpu, cuda, cuda:N, or auto, which takes a GPU where the job gains from one."
 
@@ -38,6 +42,28 @@ def hashes_by_label(plan: MergePlan, hashes: Hashes) -> dict[str, dict[str, Any]
     """The SHA-256 of every file of a run, for `--json`; those of adapters by label."""
     labels = [one.label for one in plan.given]
     return asdict(hashes) | {"adapters": dict(zip(labels, hashes.adapters, strict=True))}
+
+
+def undo_command(merged: Path, adapters: Sequence[str]) -> list[str]:
+    """The command that undoes a merge, from where one stands: its parts, quoted for a shell."""
+    new = "NEW" if merged.is_dir() else f"NEW{merged.suffix}"
+    named = [one if weighted(one) == (one, 1.0) else f"{one}:1" for one in dict.fromkeys(adapters)]
+    words = [["adapterkit", "unmerge"], [_argument(str(merged))], ["-o", new]]
+    words += [["--adapter", _argument(one)] for one in named]
+    return [" ".join(map(_quoted, group)) for group in words]
+
+
+def _argument(word: str) -> str:
+    """A path that is not taken for an option."""
+    return f"./{word}" if word.startswith("-") else word
+
+
+def _quoted(word: str) -> str:
+    """A word as a shell reads it; what cannot be shown is written out as bytes."""
+    if visible(word) == word:
+        return shlex.quote(word)
+    plain = set(range(0x20, 0x7F)) - set(b"\\'")
+    return "$'" + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(word)) + "'"
 
 
 def weighted(text: str) -> tuple[str, float]:
