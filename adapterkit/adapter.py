@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
+from adapterkit.stamps import Stamp
 from adapterkit.tensorfile import TensorInfo, tensor_bytes
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class Adapter:
     base_model: str | None = None
     config: dict[str, Any] = field(default_factory=dict)  # as the file said it, for round trips
     files: tuple[Path, ...] = ()
+    stamps: dict[Path, Stamp] = field(default_factory=dict)  # of the files, before they were read
     problems: tuple[Problem, ...] = ()
     unread: tuple[TensorInfo, ...] = ()  # tensors that no reader knows what to do with
 

@@ -135,10 +135,10 @@ def convert(
         raise UsageError("only the conversion from DoRA begins by chance: nothing else takes a seed")
     before = [] if initial is None else open_one(initial)
     given = open_adapters([(one.adapter, 1.0), (before[0].adapter, -1.0)]) if before else [one]
-    checkpoint = None if base is None else open_base(base)
-    target = _checked(out, overwrite, one, *before, *([checkpoint] if checkpoint else []))
-    result = _finished(_conversion(given, to, checkpoint, limit, seed or 0), on_module)
-    _write(result, target, f"converted to {to}{_of(limit)}", given)
+    model = None if base is None else open_base(base)
+    target = _checked(out, overwrite, one, *before, *([model] if model else []))
+    result = _finished(_conversion(given, to, model, limit, seed or 0), on_module)
+    _write(result, target, f"converted to {to}{_of(limit)}", given, () if model is None else (model,))
     return result
 
 
@@ -176,7 +176,7 @@ def extract(
     one, other = open_base(base), open_base(tuned)
     target = _checked(out, overwrite, one, other)
     result = _finished(run_extract(one, other, limit, whole=whole, seed=seed), on_module)
-    _write(result, target, f"extracted from {other.name} over {one.name}{_of(limit)}", [])
+    _write(result, target, f"extracted from {other.name} over {one.name}{_of(limit)}", [], (one, other))
     return result
 
 
@@ -203,7 +203,9 @@ def _of(limit: Limit | None) -> str:
     return " to " + next(f"{name} {value}" for name, value in facts.items() if value is not None)
 
 
-def _write(result: Combined, out: Destination, made: str, given: Sequence[Given]) -> None:
+def _write(
+    result: Combined, out: Destination, made: str, given: Sequence[Given], models: Sequence[Checkpoint] = ()
+) -> None:
     rows = {row.name: {"rank": row.rank, "error": row.error} for row in result.modules}
     facts = {"relative_error": result.error, "modules": rows}
-    write_adapter(result.adapter, out, made, given, facts, result.notes)
+    write_adapter(result.adapter, out, made, given, facts, result.notes, models)

@@ -47,6 +47,12 @@ def others(base: Checkpoint) -> list[str]:
     return [str(file) for file in base.other_files()[0] if str(file) not in REPLACED and file.parts[0] != FOLDER]
 
 
+def companions_of(base: Checkpoint) -> list[Path]:
+    """The base's files beside its weights: those that a merge copies, and those that it makes anew."""
+    folder = folder_of(base.path, base.is_directory)
+    return [*(base.path / name for name in others(base)), *(folder / name for name in replaced_in(base))]
+
+
 def copy_others(base: Checkpoint, folder: Path, only: Container[str] | None = None) -> dict[str, str]:
     """Copy the files beside the weights, all or `only` some; their SHA-256."""
     names = [name for name in others(base) if only is None or name in only]

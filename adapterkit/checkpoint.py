@@ -12,6 +12,7 @@ from typing import Any
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.opening import blob_of, files_below
 from adapterkit.staging import RECEIPT
+from adapterkit.stamps import Stamp, stamps_of
 from adapterkit.tensorfile import Header, TensorInfo, read_header, read_json
 
 CONFIG = "config.json"
@@ -39,6 +40,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     config: dict[str, Any] = field(default_factory=dict)
     index: Path | None = None
+    stamps: dict[Path, Stamp] = field(default_factory=dict)  # of these files, before they were read
 
     @property
     def is_directory(self) -> bool:
@@ -99,21 +101,23 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     if path.is_file():
         if path.suffix == ".json":
             raise FormatError(f"{path}: is not a file of weights; give the directory that it lies in")
+        stamps = stamps_of([path])
         header = read_header(path)
-        return Checkpoint(path, name or path.name, (header,), header.tensors)
+        return Checkpoint(path, name or path.name, (header,), header.tensors, stamps=stamps)
     if not path.is_dir():
         raise FormatError(f"{path}: is neither a file nor a directory")
+    stamps = stamps_of(file for file in (path / CONFIG, *path.glob(f"*{INDEX_SUFFIX}")) if os.path.exists(file))
     config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
     if not isinstance(config.get("model_type", ""), str | None):
         raise FormatError(f"{path / CONFIG}: model_type is {str(config['model_type'])[:60]!r}, expected a name")
     index, weight_map, names = _weight_files(path)
     _check_named(path, config, index or path / names[0])
-    shards = []
     for file in names:
         if not os.path.exists(path / file):
             named = f"the shard that {index.name} names" if index else "the file of the weights"
             raise FormatError(f"{path / file}: {named} is missing. Download it again.")
-        shards.append(read_header(path / file))
+    stamps |= stamps_of(path / file for file in names)
+    shards = [read_header(path / file) for file in names]
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         for tensor, info in shard.tensors.items():
@@ -123,7 +127,7 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     for tensor, file in weight_map.items():
         if tensor not in tensors or tensors[tensor].file.name != file:
             raise FormatError(f"{index}: {tensor} should be in {file}, but is not")
-    return Checkpoint(path, name or path.resolve().name, tuple(shards), tensors, config, index)
+    return Checkpoint(path, name or path.resolve().name, tuple(shards), tensors, config, index, stamps)
 
 
 def _weight_files(path: Path) -> tuple[Path | None, dict[str, str], list[str]]:

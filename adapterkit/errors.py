@@ -4,6 +4,7 @@
     ├── UsageError           2   the call itself makes no sense
     ├── FormatError          1   a file is not what it claims to be
     │   └── UnsafeFileError  1   a file that would run code, or reach outside its folder
+    ├── ChangedError         1   an input changed while it was being read
     ├── LossError            1   quantizing would erase the update
     ├── FitError             3   adapter and base do not belong together
     ├── NotAllowedError      4   the Hub wants a login, or a permission
@@ -39,6 +40,10 @@ class FormatError(AdapterkitError):
 
 class UnsafeFileError(FormatError):
     """A file that would run code when loaded, or that points outside its own folder."""
+
+
+class ChangedError(AdapterkitError):
+    """An input changed while it was being read, so that the result would fit neither of its states."""
 
 
 class LossError(AdapterkitError):

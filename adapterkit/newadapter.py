@@ -9,12 +9,14 @@ from typing import Any
 
 from adapterkit.adapter import Adapter
 from adapterkit.card import file_rows, write_json, write_text
+from adapterkit.checkpoint import Checkpoint
 from adapterkit.digest import check_name
 from adapterkit.formats import save
 from adapterkit.opening import open_regular
 from adapterkit.plan import Given
 from adapterkit.receipt import public_name
 from adapterkit.staging import ADAPTER_RECORD, Destination, staged
+from adapterkit.stamps import check_unchanged
 from adapterkit.version import __version__
 from adapterkit.words import markdown
 
@@ -26,10 +28,12 @@ def write_adapter(
     given: Sequence[Given],
     facts: Mapping[str, Any],
     notes: Sequence[str] = (),
+    models: Sequence[Checkpoint] = (),
 ) -> None:
     """Write `adapter` to the new directory `out` as PEFT reads it; `made` says how, `facts` are for programs.
 
-    Raises OutputExistsError where there is something already that is not ours, NoSpaceError where the disk is full.
+    It is made from those `given` and from `models`. Raises ChangedError where one of them has changed since it was
+    opened, OutputExistsError where there is something already that is not ours, NoSpaceError where the disk is full.
     """
     hashes = [{file.name: _digest(file) for file in one.adapter.files} for one in given]
     with staged(out) as folder:
@@ -40,6 +44,8 @@ def write_adapter(
         record = {"adapterkit": __version__, "made": made, "from": sources, **facts, "notes": list(notes)}
         write_json(folder / ADAPTER_RECORD, record)
         write_text(folder / "README.md", _card(adapter, made, given, hashes, notes))
+        for stamps in (*(model.stamps for model in models), *(one.adapter.stamps for one in given)):
+            check_unchanged(stamps)
 
 
 def _card(

@@ -5,6 +5,7 @@ A plan is made from headers only and is plain data: it pickles, so any worker ca
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import lcm
@@ -15,6 +16,7 @@ from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.quant import Packed, Packing
 from adapterkit.staging import Destination
+from adapterkit.stamps import Stamp
 from adapterkit.targets import Target
 from adapterkit.tensorfile import DTYPE_BITS, TensorInfo
 from adapterkit.workspace import receipt_of
@@ -213,6 +215,7 @@ class MergePlan:
     beside: bool = False  # whether a folder goes with the output, which is a single file
     overwrite: bool | None = None  # what is at `out`, if it is ours; None where that was not to be asked
     also_read: tuple[Path, ...] = ()  # besides the base and the adapters
+    quantized: Checkpoint | None = None  # what the base is checked to be the original of
     finish: Finish | None = None  # checks the result and writes what else belongs to it; by default what a merge needs
 
     @property
@@ -224,6 +227,12 @@ class MergePlan:
     @property
     def bytes_to_write(self) -> int:
         return sum(file.size for file in self.files)
+
+    @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """Of everything that was read to make the plan."""
+        models = [self.base.stamps, *([self.quantized.stamps] if self.quantized else [])]
+        return dict(ChainMap(*models, *(one.adapter.stamps for one in self.given)))
 
     @property
     def edits(self) -> int:

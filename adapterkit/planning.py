@@ -197,7 +197,15 @@ def make_plan(
         draft.convert(dtype)
     plan = draft.plan(out, given)
     beside = receipt and not plan.base.is_directory
-    return replace(plan, accept_loss=accept_loss, calibration=calibration, receipt=receipt, link=link, beside=beside)
+    return replace(
+        plan,
+        accept_loss=accept_loss,
+        calibration=calibration,
+        receipt=receipt,
+        link=link,
+        beside=beside,
+        quantized=base if original is not None else None,
+    )
 
 
 def plan_quantize(base: Checkpoint, how: Quantize, out: Path, calibration: Path | None = None) -> MergePlan:

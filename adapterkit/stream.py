@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,14 +18,17 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from adapterkit.budget import check_device, check_loss, check_space, default_threads, warnings_of
-from adapterkit.card import finish_merge
+from adapterkit.card import companions_of, finish_merge
 from adapterkit.desk import Desk
 from adapterkit.digest import HASH_BYTES, check_name
+from adapterkit.errors import ChangedError
+from adapterkit.outfile import LinkedFile
 from adapterkit.outputs import Block, Digest, EditWork, Output
 from adapterkit.plan import Edit, Hashes, MergePlan
 from adapterkit.receipt import irreversible
 from adapterkit.resuming import Done, clear_notes, in_words, job_of, note_finished, take_over
 from adapterkit.staging import staged
+from adapterkit.stamps import Stamp, check_unchanged, stamps_of, with_links
 from adapterkit.tensorfile import read_span
 
 if TYPE_CHECKING:
@@ -91,6 +94,8 @@ def run(
             )
         return
     directory = plan.base.is_directory
+    stamps = {**stamps_of(companions_of(plan.base)), **plan.stamps}
+    check_unchanged(stamps)  # since the plan was made
     job = job_of(plan) if directory and plan.receipt else None
     with staged(plan.destination, job=job, resume=resume, kept=in_words if resume else lambda _: "") as building:
         folder = building
@@ -98,7 +103,7 @@ def run(
             folder = building.with_name("receipt")
             folder.mkdir()
         done = take_over(plan, building) if resume and directory else {}
-        state = _Run(plan, building, folder, threads, report, device, done)
+        state = _Run(plan, stamps, building, folder, threads, report, device, done)
         yield from state.tensors()
         check_loss(plan, state.retention)
         result = state.result()
@@ -106,6 +111,7 @@ def run(
             clear_notes(building)
         told = replace(plan, notes=plan.notes + result.warnings)
         (plan.finish or finish_merge)(told, folder, result.hashes)
+        state.check_inputs()
     yield result
 
 
@@ -118,6 +124,7 @@ class _Run:
     def __init__(
         self,
         plan: MergePlan,
+        stamps: Mapping[Path, Stamp],
         building: Path,
         folder: Path,
         threads: int,
@@ -126,7 +133,7 @@ class _Run:
         done: dict[str, Done],
     ) -> None:
         self.plan, self.building, self.folder, self.threads, self.report = plan, building, folder, threads, report
-        self.device = device
+        self.stamps, self.device = stamps, device
         self.done = done  # by name the outputs, those that are taken over first
         self.noting = threading.Lock()
         self.place: Place | None = None  # not known before torch is there
@@ -197,6 +204,13 @@ class _Run:
             str(self.place), tuple(self.notes), warnings_of(plan, retention, sorted(self.unchanged)),
         )  # fmt: skip
 
+    def check_inputs(self) -> None:
+        """Raise ChangedError where an input is not what it was, or there are others."""
+        for file in companions_of(self.plan.base):
+            if file not in self.stamps:
+                raise ChangedError(f"{file}: was not there when this began. Try again when nothing else writes there.")
+        check_unchanged(self.stamps)
+
     # --- before
 
     def _create_outputs(self) -> None:
@@ -214,6 +228,8 @@ class _Run:
                 self.notes += [output.note] if output.note else []
                 self.blocks.extend(output.blocks)
                 begin += shard.size
+        linked = [output.shard.file for output in self.outputs if isinstance(output.file, LinkedFile)]
+        self.stamps = with_links(self.stamps, linked)
 
     def _output_done(self, output: Output) -> None:
         """An output is on the disk."""

@@ -30,6 +30,7 @@ from adapterkit.quant import Packed, weights
 from adapterkit.receipt import BEFORE, HOLDS, Companions, Part, Receipt, Shard, find_receipt, read_receipt
 from adapterkit.sidecar import base_header, kept, recorded
 from adapterkit.staging import RECEIPT
+from adapterkit.stamps import Stamp, stamps_of
 from adapterkit.tensorfile import Header, TensorInfo, Weight, read_header, read_json
 from adapterkit.verifying import verify
 
@@ -119,12 +120,12 @@ def opened(path: Path) -> Adapter:
 
 def hashes_of(adapter: Adapter) -> set[str]:
     """The SHA-256 of the files of an adapter."""
-    return {_sha256(file, file.stat().st_mtime_ns) for file in adapter.files}
+    return {_sha256(file, stamp) for file, stamp in stamps_of(adapter.files).items()}
 
 
 @cache
-def _sha256(file: Path, _: int) -> str:
-    """Of a file as of that time."""
+def _sha256(file: Path, _: Stamp) -> str:
+    """Of a file in that state."""
     with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -25,6 +25,7 @@ from adapterkit.plan import Edit, Given, MergePlan
 from adapterkit.quant import Packed
 from adapterkit.quant import weights as weights_in
 from adapterkit.rounding import round_once
+from adapterkit.stamps import check_unchanged
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, TensorInfo, Weight
 from adapterkit.ties import tie_of
 
@@ -63,7 +64,8 @@ class Verdict:
 def verify(plan: MergePlan, merged: Checkpoint, *, share: float = 1.0, threads: int = 1) -> Iterator[Verdict]:
     """Compare `merged` with what `plan` would write, tensor by tensor; with a `share`, some of the rows of each.
 
-    `plan` is never run. Raises FitError where tensors of the one are not in the other, or have other shapes.
+    `plan` is never run. Raises FitError where tensors of the one are not in the other, or have other shapes, and at the
+    end ChangedError where a file changed meanwhile.
     """
     after = weights_in(merged.tensors, merged.config)
     before = weights_in(plan.base.tensors, plan.base.config)
@@ -83,6 +85,7 @@ def verify(plan: MergePlan, merged: Checkpoint, *, share: float = 1.0, threads: 
             ),
             names,
         )
+    check_unchanged({**plan.stamps, **merged.stamps})
 
 
 def _check_names(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import adapterkit as package
-from adapterkit import card, staging, stream
-from adapterkit.errors import OutputExistsError
+from adapterkit import card, newadapter, staging, stream, verifying
+from adapterkit.errors import ChangedError, OutputExistsError
 from adapterkit.staging import Destination, staged
 from adapterkit.workspace import PREFIX
 
@@ -477,7 +478,10 @@ def test_an_input_that_shrinks_after_planning(tmp_path: Path, which: str) -> Non
     write_adapter(tmp_path / "adapter")
     plan = package.plan_merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     os.truncate(tmp_path / which, 1000)
-    with pytest.raises(package.AdapterkitError, match=rf"{which}: ended at byte \d+ while being (read|copied)"):
+    with pytest.raises(
+        package.AdapterkitError,
+        match=rf"{which}: has changed since it was first read \([\d,]+ bytes before, 1,000 now\)",
+    ):
         list(package.run(plan))
     assert nothing_left(tmp_path)
 
@@ -490,7 +494,7 @@ def test_a_base_that_loses_only_untouched_bytes_after_planning(
     [file] = plan.files
     assert file.copies[-1].stop == file.size  # the last tensor is untouched
     os.truncate(file.source, file.size - 1)
-    with pytest.raises(package.AdapterkitError, match=rf"ended at byte {file.size - 1} while being read"):
+    with pytest.raises(package.AdapterkitError, match=r"has changed since it was first read"):
         list(package.run(plan))
     assert not (tmp_path / "out").exists()
 
@@ -500,7 +504,7 @@ def test_an_input_that_vanishes_after_planning(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter")
     plan = package.plan_merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(package.AdapterkitError, match="model-0000[12]-of-00002.safetensors: .*No such file"):
+    with pytest.raises(package.AdapterkitError, match=r"base/config.json: No such file"):
         list(package.run(plan))
     assert names(tmp_path) == ["adapter"]
 
@@ -511,6 +515,126 @@ def test_a_plan_that_is_given_up(inputs: Path) -> None:
     assert building(inputs).is_dir()
     events.close()
     assert nothing_left(inputs)
+
+
+# --- inputs that change ----------------------------------------------------------------------------------------------
+
+
+def overwritten(file: Path) -> None:
+    """As long as it was, and by its date as old."""
+    before = file.stat()
+    with open(file, "r+b") as stream:
+        last = stream.seek(-1, os.SEEK_END)
+        byte = stream.read(1)
+        stream.seek(last)
+        stream.write(bytes([byte[0] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replaced(file: Path) -> None:
+    """By a copy that has its date."""
+    shutil.copy2(file, file.with_name("copy"))
+    os.replace(file.with_name("copy"), file)
+
+
+def shortened(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def swapped(file: Path) -> None:
+    """Moved away, another in its place, and back again."""
+    file.rename(file.with_name("aside"))
+    shutil.copy2(file.with_name("aside"), file)
+    file.with_name("aside").replace(file)
+
+
+CHANGES = [overwritten, replaced, shortened, swapped, Path.unlink]
+INPUTS = [
+    "base/model-00001-of-00002.safetensors", "base/model-00002-of-00002.safetensors", "base/config.json",
+    "base/model.safetensors.index.json", "base/tokenizer.json", "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("point", ["begun", "block", "end"])
+def test_an_input_that_changes_while_it_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, change: Callable[[Path], None]
+) -> None:
+    """Whatever changes and whenever, no receipt is written that fits neither state."""
+    owner, name, nth = {
+        "begun": (stream._Run, "_create_outputs", 1), "block": (stream._Run, "_merge_block", 3),
+        "end": (stream._Run, "check_inputs", 1),
+    }[point]  # fmt: skip
+    for number, file in enumerate(INPUTS):
+        folder = tmp_path / str(number)
+        write_base(folder / "base"), write_adapter(folder / "adapter")
+        plan = package.plan_merge(folder / "base", [folder / "adapter"], folder / "out")
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, nth_call(getattr(owner, name), nth, partial(change, folder / file)))
+            with pytest.raises(package.AdapterkitError) as caught:
+                list(package.run(plan, threads=1))
+        if point == "end":
+            assert isinstance(caught.value, ChangedError) and file in str(caught.value)
+        assert nothing_left(folder)
+
+
+def test_a_file_that_appears_beside_the_base_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    late = partial((tmp_path / "base" / "merges.txt").write_text, "late")
+    monkeypatch.setattr(stream, "finish_merge", nth_call(stream.finish_merge, 1, late))
+    assert "base/merges.txt: was not there when this began" in merge(tmp_path).message(1)
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["combine", "resize", "convert", "extract", "quantize", "verify", "subtract", "undo"],
+)
+def test_inputs_that_change_under_other_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    base, adapter, out = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), tmp_path / "out"
+    other = write_adapter(tmp_path / "other")
+    merged = package.merge(base, [adapter], tmp_path / "merged").out
+    weights = adapter / "adapter_model.safetensors"
+    shard = base / "model-00002-of-00002.safetensors"
+    what, owner, name = weights, newadapter, "save"
+    if command in ("quantize", "subtract", "undo"):
+        owner, name = stream._Run, "check_inputs"
+    if command in ("extract", "quantize", "verify"):
+        what = shard
+    if command == "verify":
+        owner, name = verifying, "_untouched"
+    before = contents(tmp_path) | {str(what.relative_to(tmp_path)): b""}
+    monkeypatch.setattr(owner, name, nth_call(getattr(owner, name), 1, partial(overwritten, what)))
+    with pytest.raises(ChangedError, match=what.name):
+        if command == "extract":
+            package.extract(base, merged, out, rank=4)
+        elif command == "quantize":
+            package.quantize(base, out, to="nf4")
+        elif command == "verify":
+            list(package.verify(merged, base, [adapter]))
+        elif command in ("subtract", "undo"):
+            package.unmerge(merged, out, adapters=[adapter], approximate=command == "subtract")
+        elif command == "combine":
+            package.combine([adapter, (other, 0.5)], out)
+        elif command == "resize":
+            package.resize(adapter, out, rank=2)
+        else:
+            package.convert(adapter, out, to="dora", base=base)
+    assert contents(tmp_path) | {str(what.relative_to(tmp_path)): b""} == before
+
+
+def test_linking_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hard link sets the time of the base's status; a change in the same moment is still one."""
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", {n: t for n, t in factors().items() if ".0." in n})
+    assert package.merge(base, [adapter], tmp_path / "out", link=True).notes == ()
+    assert (base / "model-00002-of-00002.safetensors").stat().st_nlink == 2
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(os, "link", nth_call(os.link, 1, partial(shortened, base / "model-00002-of-00002.safetensors")))
+    with pytest.raises(package.AdapterkitError):
+        package.merge(base, [adapter], tmp_path / "out", link=True)
+    assert nothing_left(tmp_path)
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 LEVELS = (
     ("words",),
     ("errors", "version", "chance", "methods"),
-    ("opening", "yamlfile", "patterns", "interrupts", "renaming", "apart"),
+    ("opening", "stamps", "yamlfile", "patterns", "interrupts", "renaming", "apart"),
     ("tensorfile", "workspace", "outfile", "recipe"),
     ("staging",),
     ("adapter", "renames"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Protocol
@@ -44,7 +45,7 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
     source = open_source(Path(path))
     for reader in FORMATS:
         if reader.detect(source):
-            return reader.read(source, alpha, scaling)
+            return replace(reader.read(source, alpha, scaling), stamps=dict(source.stamps))
     names = list(source.tensors)
     raise FormatError(
         f"{source.weights}: no reader knows these tensors: {_shown(names)}. "

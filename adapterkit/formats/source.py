@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.opening import open_regular
+from adapterkit.stamps import Stamp, stamps_of
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_header, read_json
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Source:
     metadata: dict[str, str]
     config: dict[str, Any] | None
     config_file: Path
+    stamps: Mapping[Path, Stamp]  # of the files, before they were read
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -58,11 +60,12 @@ def open_source(path: Path) -> Source:
     """Find the weights and the config at `path` and read their headers."""
     weights = _find_weights(path)
     config_file = weights.parent / CONFIG
+    stamps = stamps_of(file for file in (weights, config_file) if os.path.exists(file))
     config = read_json(config_file) if os.path.lexists(config_file) else None
     if weights.suffix == ".safetensors":
         header = read_header(weights)
-        return Source(weights, header.tensors, header.metadata, config, config_file)
-    return Source(weights, _read_pickle(weights), {}, config, config_file)
+        return Source(weights, header.tensors, header.metadata, config, config_file, stamps)
+    return Source(weights, _read_pickle(weights), {}, config, config_file, stamps)
 
 
 def _find_weights(path: Path) -> Path:
