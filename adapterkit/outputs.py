@@ -18,7 +18,7 @@ from adapterkit.outfile import LinkedFile, OutputFile
 from adapterkit.plan import Edit, FilePlan, MergePlan, Recorded
 from adapterkit.receipt import FOLDER, sidecar_name, undoable
 from adapterkit.resuming import Done
-from adapterkit.sidecar import GAINS, NUMBERS, SidecarWriter, entry, kept, not_in_output
+from adapterkit.sidecar import GAINS, LARGEST, NUMBERS, SidecarWriter, entry, kept, not_in_output
 from adapterkit.tensorfile import Header, tensor_bytes
 
 if TYPE_CHECKING:
@@ -115,10 +115,11 @@ class Output:
     def _begin_sidecar(self) -> SidecarWriter:
         """The sidecar, with what the base has and the output has not."""
         gone = not_in_output(self.shard, self.plan)
-        names = [name for block in self.blocks for name in block.entries()] + [kept(index) for index in gone]
+        expected = {name: shape for block in self.blocks for name, shape in block.entries()}
+        expected |= {kept(index): info.shape for index, info in gone.items()}
         (self._folder / FOLDER).mkdir(exist_ok=True)
         header = os.pread(self.input.fd, self.shard.nbytes, 0)
-        sidecar = SidecarWriter(self._folder / sidecar_name(self.plan.name), header, names)
+        sidecar = SidecarWriter(self._folder / sidecar_name(self.plan.name), header, expected)
         for index, info in gone.items():
             sidecar.add(kept(index), bytes(info.read_bytes()), info.dtype, info.shape)
         return sidecar
@@ -227,13 +228,14 @@ class Block:
         source, (rows, _) = self.work.edit.source, self.work.edit.matrix
         return self.work.output.begin + (source.start + source.nbytes * self.first // rows if source and rows else 0)
 
-    def entries(self) -> list[str]:
-        """What it may have in the sidecar."""
+    def entries(self) -> list[tuple[str, tuple[int, ...]]]:
+        """What it may have in the sidecar, with the largest shape."""
         work, edit = self.work, self.work.edit
         if work.number is None:
             return []
         name = entry(work.number, self.first, self.last)
-        return [name, *([name + GAINS] * edit.renormalizes), *([name + NUMBERS] * edit.is_quantized)]
+        gains = [(name + GAINS, (LARGEST, LARGEST))] if edit.renormalizes else []
+        return [(name, (LARGEST,)), *gains, *([(name + NUMBERS, (LARGEST,))] if edit.is_quantized else [])]
 
 
 def _blocks_of(output: Output) -> Iterator[Block]:

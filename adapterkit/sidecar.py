@@ -6,19 +6,20 @@ known beforehand, so room for the header is left at the start.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from adapterkit.errors import FormatError
 from adapterkit.plan import FilePlan, Recorded
-from adapterkit.tensorfile import MAX_HEADER_BYTES, Header, TensorInfo, encode_header, parse_header
+from adapterkit.tensorfile import DTYPE_BITS, MAX_HEADER_BYTES, Header, TensorInfo, encode_header, parse_header
 
 HEADER = "header"
 GAINS, NUMBERS = ".gains", ".numbers"  # beside an entry
-ROOM = 84  # bytes that an entry takes in the header beside its name, at most
+LARGEST = 2**63 - 1  # no size and no offset in a file has more digits
 MOST = 100  # times its size that a header is inflated to, which a stranger's sidecar would else fill memory with
 _Entry = tuple[str, str, tuple[int, ...]]
 
@@ -42,9 +43,18 @@ def not_in_output(base: Header, plan: FilePlan) -> dict[int, TensorInfo]:
 class SidecarWriter:
     """A sidecar on its way to the disk; entries come from any thread."""
 
-    def __init__(self, file: Path, header: bytes, names: Sequence[str]) -> None:
-        """Create `file`, to hold the header of the base's shard, and at most all of `names`."""
-        self.room = 64 + sum(len(name) + ROOM for name in (HEADER, *names))
+    def __init__(self, file: Path, header: bytes, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Create `file`, to hold the header of the base's shard, and at most all that is `expected`.
+
+        That is the shape of every entry, or where it is not known yet the largest of as many dimensions. Raises
+        FormatError where the header would become too large to be read.
+        """
+        self.room = room_for({HEADER: (LARGEST,), **expected})
+        if self.room > MAX_HEADER_BYTES:
+            raise FormatError(
+                f"{file.name}: {len(expected):,} entries are too many for one file of a receipt; merge with "
+                "--no-receipt, or into a base in more files"
+            )
         self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._entries: list[_Entry] = []
         self._size = self.room
@@ -74,6 +84,16 @@ class SidecarWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def room_for(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The bytes that the header of tensors of these shapes takes at most, whatever their dtypes and offsets."""
+    longest = max(DTYPE_BITS, key=len)
+    entries = {
+        name: {"dtype": longest, "shape": shape, "data_offsets": [LARGEST, LARGEST]} for name, shape in shapes.items()
+    }
+    size = 8 + len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
+    return size + -size % 8
 
 
 def _deflate(header: bytes) -> bytes:

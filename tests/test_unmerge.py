@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
-from adapterkit import coding, device, inputs, outputs, residual, tensorfile
+from adapterkit import coding, device, inputs, outputs, residual, sidecar, tensorfile
 from adapterkit.adapter import Adapter
 from adapterkit.cli.running import undo_command
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
 from adapterkit.plan import Given
 from adapterkit.receipt import read_receipt
+from adapterkit.tensorfile import encode_header, read_header
 
 Make = Callable[..., Path]
 
@@ -360,6 +361,37 @@ def test_no_other_weight_is_read(merged: Path, weight: str) -> None:
     file.write_text(file.read_text().replace('"weight": 1.0', f'"weight": {weight}', 1))
     with pytest.raises(FormatError, match="weight: expected a finite number"):
         read_receipt(merged)
+
+
+# --- sidecars --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sidecars_header_has_room_for_every_shape(tmp_path: Path) -> None:
+    """Of as many dimensions as there may be: it never reaches the data."""
+    file, shapes = tmp_path / "s.residuals", {f"kept:{number}": (1,) * 64 for number in range(9)}
+    writer = sidecar.SidecarWriter(file, b"header", shapes | {"0:0-9": (sidecar.LARGEST,)})
+    for name, shape in shapes.items():
+        writer.add(name, name.encode() + b"!!", "F64", shape)
+    writer.add("0:0-9", b"code")
+    writer.finish()
+    writer.close()
+    found = {name: bytes(info.read_bytes()) for name, info in read_header(file).tensors.items() if name != "header"}
+    assert found == {name: name.encode() + b"!!" for name in shapes} | {"0:0-9": b"code"}
+
+
+@pytest.mark.parametrize("size", [0, 9, 10**8, 10**15, 2**60 - 1])
+@pytest.mark.parametrize("dims", [1, 2, 64])
+def test_the_room_for_a_sidecars_header_is_enough_for_any_offset(size: int, dims: int) -> None:
+    shape = (size, *(1,) * (dims - 1))
+    raw, _ = encode_header([(f"{number}:0-1", "F8_E4M3", shape) for number in range(7)], {})
+    assert len(raw) <= sidecar.room_for({f"{number}:0-1": shape for number in range(7)})
+
+
+def test_a_sidecar_of_too_many_entries_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sidecar, "MAX_HEADER_BYTES", 1000)
+    with pytest.raises(FormatError, match="12 entries are too many .* --no-receipt"):
+        sidecar.SidecarWriter(tmp_path / "s.residuals", b"", {f"{number}:0-1": (1,) for number in range(12)})
+    assert not list(tmp_path.iterdir())
 
 
 # --- the command that is printed -------------------------------------------------------------------------------------
