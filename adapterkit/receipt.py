@@ -241,6 +241,10 @@ class _Reader:
         value = of.get(field)
         if not isinstance(value, str):
             raise self.wrong(field, "a text", value)
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError as error:
+            raise self.wrong(field, "a name that a file can have", ascii(value)) from error
         return value
 
     def optional(self, of: dict[str, Any], field: str) -> str | None:

@@ -40,6 +40,7 @@ from adapterkit.plan import Given
 from adapterkit.planning import make_plan
 from adapterkit.quant.bnb4 import Packing4bit
 from adapterkit.quant.bnb8 import Packing8bit
+from adapterkit.receipt import find_receipt
 from adapterkit.residual import Residual
 from adapterkit.staging import RECEIPT
 from adapterkit.tensorfile import TORCH_NAMES, read_header, tensor_bytes
@@ -393,6 +394,7 @@ class Made(NamedTuple):
     recorded: int
     exact: dict[str, bytes]  # every file as it is
     base: dict[str, bytes]
+    whole: dict[str, bytes]  # every file of the base, by the path that it has in the folder of its copy `out`
 
     def write(self, folder: Path, changes: list[Edit], within: list[Cut], bytes_changed: list[Cut]) -> None:
         """Write it with the JSON changed, what is recorded cut from within, and files cut."""
@@ -452,7 +454,12 @@ def made(base: Path) -> Made:
     shards = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
     for file in shards:
         files[file.name] = Pairs((name, Pairs(entry[:2])) for name, entry in stored(file, []))
-    return Made(f"merged{base.suffix}", files, data, recorded, exact, {file.name: file.read_bytes() for file in shards})
+    paths = [
+        path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0].startswith("base")
+    ]
+    whole = {str(path.relative_to(folder)).replace("base", "out", 1): path.read_bytes() for path in paths}
+    weights = {file.name: file.read_bytes() for file in shards}
+    return Made(f"merged{base.suffix}", files, data, recorded, exact, weights, whole)
 
 
 def randomized(folder: Path, files: Files) -> Path:
@@ -635,6 +642,14 @@ def test_receipts(folder: Path, kind: str, changes: list[Edit], within: list[Cut
     if result is not None:
         for name, raw in merge.base.items():
             assert (out / name if out.is_dir() else out).read_bytes() == raw
+        if (
+            json.loads((find_receipt(source) / RECEIPT).read_bytes())["adapterkit_receipt"] != 1
+        ):  # else not all is hashed
+            found = [
+                path for path in source.parent.rglob("*") if path.relative_to(source.parent).parts[0].startswith("out")
+            ]
+            whole = {str(path.relative_to(source.parent)): path.read_bytes() for path in found if path.is_file()}
+            assert whole == merge.whole
         for path in (out, out.with_name(f"{out.name}.receipt")):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     assert contents(folder) == before
