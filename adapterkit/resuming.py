@@ -91,10 +91,9 @@ def _finished(plan: MergePlan, file: FilePlan, building: Path) -> Done | None:
 
 
 def _fingerprint(plan: MergePlan, file: FilePlan) -> str:
-    """Of the plan for a shard, and of its inputs by size and time of change."""
+    """Of the plan for a shard, and of what its inputs were when the plan was made."""
     inputs = [file.source, *(path for one in plan.given for path in one.adapter.files)]
-    stats = [(path.name, (found := path.stat()).st_size, found.st_mtime_ns) for path in inputs]
-    return _hash((__version__, plan.receipt, stats, file))
+    return _hash((__version__, plan.receipt, [plan.stamps[path] for path in inputs], file))
 
 
 def _hash(facts: object) -> str:

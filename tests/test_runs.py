@@ -37,6 +37,7 @@ from adapterkit.staging import work_left
 from adapterkit.train.injection import lora_layers
 from adapterkit.train.layers import LoraLinear
 from adapterkit.train.loop import Loop, Stepped
+from adapterkit.train.loss import perplexity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,13 +195,33 @@ def test_loftq_begins_nearer_to_the_base(recipe: Callable[..., Recipe], base: Pa
 def test_the_card_says_how_it_came_about(recipe: Callable[..., Recipe], data: Path, tmp_path: Path) -> None:
     finished(train(recipe(eval_share=0.1), tmp_path / "out", command="adapterkit train …"))
     card = (tmp_path / "out" / "README.md").read_text()
-    for said in ("train.jsonl: 36 records", "lr 0.01, cosine", "adapterkit train …", "torch", "validation loss"):
+    for said in (
+        "train.jsonl: 36 records",
+        "18 steps of 4 records",
+        "lr 0.01, cosine",
+        "adapterkit train …",
+        "torch",
+        "validation loss",
+    ):
         assert said in card
     record = json.loads((tmp_path / "out" / "adapterkit_training.json").read_text())
     assert record["recipe"]["rank"] == 8 and record["data"]["records"] == 36 and record["steps"] == 18
     assert str(data.parent) not in card
     metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if "loss" in line] == list(range(1, 19))
+
+
+def test_one_is_one(base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"text": " ".join(WORDS)}) + "\n")
+    result = invoke("train", base, data, "-o", tmp_path / "out", "--max-length", "8", "--batch-size", "1")
+    assert "data      1 record, 8 tokens" in result.stderr and "note: 1 record was cut: one.jsonl:1" in result.stderr
+    assert "in 1 step, " in result.stderr and "trained   1 step, 8 tokens" in result.stdout
+    assert "1 step of 1 record |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    assert perplexity(2.0) == pytest.approx(7.389056) and perplexity(1e4) == float("inf")
 
 
 def test_what_never_had_a_gradient_is_told(
@@ -433,6 +454,7 @@ def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
     assert "trained   4 steps" in result.stdout and "held out" in result.stdout and f"wrote     {out}" in result.stdout
     assert "32 records" in result.stderr and "8 held back" in result.stderr
     assert "<svg" in (tmp_path / "p.svg").read_text()
+    assert f"plot      {tmp_path / 'p.svg'}: training loss, validation loss, learning rate" in result.stdout
     again = invoke("train", "--recipe", out / "adapterkit_recipe.yaml", "-o", tmp_path / "again", "--json")
     assert json.loads(again.stdout)["step"] == 4
     assert same(out, tmp_path / "again")

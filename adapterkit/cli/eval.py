@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.data_notes import notes_of
 from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.progress import progress
 from adapterkit.data.records import Fields
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from adapterkit.runs.scoring import Request, Scored, Started
 
 USAGE = "adapterkit eval BASE [ADAPTER] DATA"
-SHOWN_BAD = 10
 COLUMNS = ["where", "prompt", "expected", "completion", "exact", "f1"]  # of every prediction, in this order
 MAX_ROW_BYTES = 100_000_000
 
@@ -148,13 +148,7 @@ def _run(request: Request) -> tuple[Started, Scored]:
 
 
 def _note(event: Started) -> None:
-    bad = event.data.bad
-    notes = [*event.notes, *(f"left out {one.where}: {one.why}" for one in bad[:SHOWN_BAD])]
-    if len(bad) > SHOWN_BAD:
-        notes.append(f"left out {len(bad) - SHOWN_BAD} more")
-    if event.data.truncated:
-        notes.append(f"cut {counted(len(event.data.truncated), 'record')}, first {event.data.truncated[0]}")
-    note(*notes)
+    note(*event.notes, *notes_of(event.data))
 
 
 def _row(one: Prediction) -> dict[str, Any]:

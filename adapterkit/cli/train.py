@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.cli.curve import curve
+from adapterkit.cli.data_notes import notes_of
 from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.progress import is_shown, progress
 from adapterkit.errors import UsageError
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 ARGUMENTS = ("base", "data")
 TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
-SHOWN_BAD = 10
 CURVE = (60, 8)
 
 
@@ -102,7 +101,9 @@ def train_command(
                     from adapterkit.plot import draw_losses
 
                     draw_losses(metrics, Path(plot), trained.out.name)
-                    say(f"drawn to {plot}", err=True)
+                    if not as_json:
+                        held = ", validation loss" * bool(started.held_back)
+                        say(f"plot      {plot}: training loss{held}, learning rate")
         case [*_, Stopped(step=step, folder=folder)]:
             again = shlex.join(["adapterkit", "train", "--recipe", str(folder / RECIPE), "-o", output, "--resume"])
             raise KeyboardInterrupt(f"kept what was reached after step {step}; go on with: {again}")
@@ -189,12 +190,7 @@ def _beside(facts: dict[str, Any]) -> str:
 def _print_start(event: Started) -> None:
     data, held_back = event.data, event.held_back
     for part in filter(None, (data, held_back)):
-        for bad in part.bad[:SHOWN_BAD]:
-            note(f"left out {bad.where}: {bad.why}")
-        if len(part.bad) > SHOWN_BAD:
-            note(f"left out {len(part.bad) - SHOWN_BAD} more")
-        if part.truncated:
-            note(f"cut {counted(len(part.truncated), 'record')}, first {part.truncated[0]}")
+        note(*notes_of(part))
     if not event.unpadded:
         note("this model cannot read sequences end to end; they are padded")
     held = f", {len(held_back.examples):,} held back" if held_back else ""
@@ -209,6 +205,8 @@ def _print_start(event: Started) -> None:
 
 
 def _print_result(started: Started, trained: Trained, metrics: list[dict[str, Any]], as_json: bool) -> None:
+    from adapterkit.train.loss import perplexity
+
     if trained.unmoved:
         more = f" and {len(trained.unmoved) - 3} more" if len(trained.unmoved) > 3 else ""
         note(f"never had a gradient: {', '.join(trained.unmoved[:3])}{more}")
@@ -229,7 +227,8 @@ def _print_result(started: Started, trained: Trained, metrics: list[dict[str, An
     if progress.best_loss is not None and progress.first_eval_loss is not None:
         say(
             f"held out  {progress.first_eval_loss:.4f} before, {progress.best_loss:.4f} at step {trained.kept}, "
-            f"which is kept; perplexity {exp(progress.first_eval_loss):.2f}, {exp(progress.best_loss):.2f}"
+            f"which is kept; perplexity {perplexity(progress.first_eval_loss):.2f}, "
+            f"{perplexity(progress.best_loss):.2f}"
         )
     say(f"wrote     {trained.out}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from adapterkit.runs import checkpoints
 from adapterkit.staging import RECORD, TRAINING_RECORD, flush
 from adapterkit.train.injection import adapter_of, lora_layers
 from adapterkit.train.layers import is_conv1d, is_linear
+from adapterkit.train.loss import perplexity
 from adapterkit.version import __version__
 from adapterkit.words import counted, markdown, visible
 from adapterkit.workspace import remove
@@ -120,11 +120,12 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
     kind = "All weights" if full else {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[recipe.method]
     detail = "" if full or recipe.init_from else f", rank {recipe.rank}, on {markdown(recipe.targets)}"
     trained = counted(facts["trained_parameters"], "parameter")
+    unit = "row" if recipe.packing else "record"
     lines += [f"{kind}{detail}; {trained}, trained with adapterkit {__version__}.", ""]
     rows = {
         "data": f"{data['name']}: {counted(data['records'], 'record')}, {counted(data['tokens'], 'token')} "
         f"({data['truncated']} cut to {recipe.max_length}, {data['left_out']} left out)",
-        "steps": f"{facts['steps']:,}, of {counted(recipe.rows_per_step, 'row' if recipe.packing else 'record')} each",
+        "training": f"{counted(facts['steps'], 'step')} of {counted(recipe.rows_per_step, unit)}",
         "AdamW": f"lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup:g}, "
         f"weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}",
         "seed": str(recipe.seed),
@@ -133,7 +134,7 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
     if facts["eval_loss"] is not None:
         before, after = facts["eval_loss_before"], facts["eval_loss"]
         rows["validation loss"] = (
-            f"{before:.4f} before, {after:.4f} after (perplexity {exp(before):.2f}, {exp(after):.2f})"
+            f"{before:.4f} before, {after:.4f} after (perplexity {perplexity(before):.2f}, {perplexity(after):.2f})"
         )
         rows["kept"] = f"the state of step {facts['kept_step']}, whose validation loss was lowest"
     rows |= {

@@ -30,7 +30,7 @@ from adapterkit.runs.memory import available, estimate
 from adapterkit.runs.models import choose_device, choose_dtype, load_model
 from adapterkit.train.causal import Batch, CausalModel
 from adapterkit.train.injection import inject_from, lora_layers
-from adapterkit.train.loss import IGNORED
+from adapterkit.train.loss import IGNORED, perplexity
 
 MORE = 8  # tokens that a completion may have beyond the longest that belongs to a prompt
 
@@ -118,13 +118,13 @@ class Likelihood:
     @property
     def by_token(self) -> float:
         """The perplexity of all tokens alike."""
-        return _exp(self.loss)
+        return perplexity(self.loss)
 
     @property
     def by_sequence(self) -> float:
         """The perplexity where each record counts as one."""
         means = [loss / count for loss, count in zip(self.losses, self.counts, strict=True)]
-        return _exp(math.fsum(means) / len(means))
+        return perplexity(math.fsum(means) / len(means))
 
     @property
     def next_token(self) -> float:
@@ -305,7 +305,3 @@ def _check_memory(request: Request, base: Checkpoint, data: Encoded, dtype: torc
 
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

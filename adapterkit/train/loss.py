@@ -6,6 +6,7 @@ so each chunk of logits is turned into its share of `∂L/∂h` and forgotten.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,3 +78,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)` of a mean loss, infinite where that is no number that a float can be."""
+    return math.exp(loss) if loss < 709 else math.inf
