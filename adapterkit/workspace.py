@@ -87,6 +87,8 @@ class Workspace:
             alive = True
         except OSError:
             mark = None  # nobody can tell whether its process lives
+        if mark is not None and not alive and _holds_links(path):
+            mark = None  # no run makes one, so that somebody else made the folder
         if mark is None or alive:
             os.close(fd)
         return None if mark is None else cls(path, mark, -1 if alive else fd, alive)
@@ -187,6 +189,15 @@ def _is_ours(path: Path) -> bool:
     """Whether this user made the folder, and as a workspace is made."""
     stats = path.lstat()
     return stat.S_ISDIR(stats.st_mode) and stats.st_uid == os.geteuid() and stats.st_mode & 0o1777 == MODE
+
+
+def _holds_links(path: Path) -> bool:
+    """Whether a symbolic link lies anywhere in the folder, through which other files would be written or removed."""
+    return any(
+        os.path.islink(os.path.join(folder, name))
+        for folder, folders, files in os.walk(path)
+        for name in (*folders, *files)
+    )
 
 
 def _create_mark(path: Path, mark: Mark) -> int | None:
