@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import cycle
@@ -11,8 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import FormatError, UsageError
+from adapterkit.opening import open_regular
+from adapterkit.staging import Destination, staged
 from adapterkit.summary import ModuleRow, grid
+from adapterkit.version import __version__
 from adapterkit.words import visible
 
 if TYPE_CHECKING:
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 
     from adapterkit.comparing import Pair
 
-SUFFIXES = (".png", ".svg")
+SOFTWARE = {".png": "Software", ".svg": "Creator"}  # the metadata that names what drew a picture
+OURS = (b"Software\0adapterkit ", b"<dc:title>adapterkit ")  # the same as bytes
+HEAD = 4096  # bytes, which they are among
 SIZE = (11.0, 6.2)  # inches
 LEAST = 1e-6  # σ/σ₁ below which float32 factors are noise
 MOST = 60  # characters of a name
@@ -29,19 +33,38 @@ TICKS = 40  # more layers than this are labelled in steps
 
 
 def check_plot(path: Path) -> None:
-    """Raise UsageError where a plot could not be drawn to `path`, before anything is measured for it."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{path}: a plot is a {' or '.join(SUFFIXES)} file, by its name")
+    """Raise UsageError where a plot could not be drawn to `path`, before anything is measured for it.
+
+    Raises OutputExistsError where anything but an earlier plot is there.
+    """
+    if path.suffix.lower() not in SOFTWARE:
+        raise UsageError(f"{path}: a plot is a {' or '.join(SOFTWARE)} file, by its name")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path}: there is no directory {path.parent} to draw it in")
     if find_spec("matplotlib") is None:
         raise UsageError("drawing needs matplotlib: pip install 'adapterkit[plot]'")
+    _destination(path).check()
+
+
+def _destination(path: Path) -> Destination:
+    """Where a plot goes: to a free place, or over an earlier plot of ours."""
+    return Destination(path, directory=False, overwrite=True, ours=_is_plot)
+
+
+def _is_plot(path: Path) -> bool:
+    try:
+        with open_regular(path) as stream:
+            head = stream.read(HEAD)
+    except FormatError:
+        return False
+    return any(mark in head for mark in OURS)
 
 
 def draw(rows: Sequence[ModuleRow], path: Path, title: str) -> None:
     """Draw measured `rows` to `path`, a PNG or an SVG by its suffix; an older plot there is replaced at once or not.
 
-    Raises UsageError for other suffixes, a missing directory, or where matplotlib is not installed.
+    Raises UsageError for other suffixes, a missing directory, or where matplotlib is not installed, and
+    OutputExistsError where another file is there.
     """
     check_plot(path)
     from matplotlib.figure import Figure  # without pyplot: no global state, and no display is looked for
@@ -56,12 +79,9 @@ def draw(rows: Sequence[ModuleRow], path: Path, title: str) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    suffix = path.suffix.lower()
+    with staged(_destination(path)) as new:
+        figure.savefig(new, format=suffix[1:], dpi=150, metadata={SOFTWARE[suffix]: f"adapterkit {__version__}"})
 
 
 def draw_likeness(pairs: Sequence[Pair], path: Path) -> None:

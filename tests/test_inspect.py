@@ -17,7 +17,7 @@ from conftest import FIXTURES, factors
 from safetensors.torch import load_file
 
 from adapterkit.cli.inspect import inspect_command
-from adapterkit.errors import AdapterkitError, UsageError
+from adapterkit.errors import AdapterkitError, OutputExistsError, UsageError
 
 Make = Callable[..., Path]
 
@@ -156,6 +156,20 @@ def test_plots_that_cannot_be_are_refused_first(tmp_path: Path) -> None:
         inspect(FIXTURES / "tiny-dora", "--header-only", "--plot", tmp_path / "a.png")
     with pytest.raises(UsageError, match="jpg"):
         inspect(FIXTURES / "tiny-dora", "--plot", tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_plot_replaces_plots_and_nothing_else(suffix: str, tmp_path: Path) -> None:
+    """Whatever a file is called; and a name may be as long as a file system has them."""
+    plot, thesis, link = (tmp_path / f"{name}{suffix}" for name in ("x" * 251, "thesis", "link"))
+    for adapter in ("tiny-dora", "tiny-rslora"):
+        assert inspect(FIXTURES / adapter, "--plot", plot).exit_code == 0
+    thesis.write_text("years of work, of which adapterkit 1.0 drew a picture")
+    link.symlink_to(plot)
+    for path in (thesis, link):
+        with pytest.raises(OutputExistsError):
+            inspect(FIXTURES / "tiny-dora", "--plot", path)
+    assert thesis.read_text().startswith("years") and link.is_symlink() and len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("name", ["movies-lora", "sift-opf-zh", "bloom-lora-bin"])
