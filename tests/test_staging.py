@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from handmade import adapterkit, contents, factors, write_adapter, write_base
+from safetensors.torch import load_file
 from test_faults import failing
 
 import adapterkit as package
@@ -76,6 +77,25 @@ def test_inputs_of_any_name_stay(inputs: Path, monkeypatch: pytest.MonkeyPatch, 
     assert result.code == 0, result
     assert contents(Path(name)) == before
     assert sorted(os.listdir()) == sorted({"adapter", "base", "merged", "out", name})
+
+
+def test_what_is_undone_level_by_level_may_have_any_name(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint between two levels was once made, and removed, at `.OUT.before-1`."""
+    monkeypatch.chdir(inputs)
+    assert adapterkit("merge", "merged", "adapter", "-o", ".again.before-1").code == 0
+    before = contents(Path(".again.before-1"))
+    assert adapterkit("unmerge", ".again.before-1", "--all", "-o", "again").code == 0
+    assert contents(Path(".again.before-1")) == before and contents(Path("again")) == contents(Path("base"))
+
+
+def test_what_lies_at_a_likely_name_has_no_part_in_the_output(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file longer than the output, whose end was once left in it."""
+    monkeypatch.chdir(inputs)
+    Path(".out.safetensors.partial").write_bytes(bytes(200_000))
+    shard = "base/model-00001-of-00002.safetensors"
+    assert adapterkit("merge", shard, "adapter", "-o", "out.safetensors", "--allow-partial").code == 0
+    assert load_file("out.safetensors").keys() == load_file(shard).keys()
+    assert Path(".out.safetensors.partial").stat().st_size == 200_000
 
 
 OUTPUTS = {
