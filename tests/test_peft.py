@@ -18,13 +18,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DecisionTransformerModel,
     GPT2Config,
+    GPT2LMHeadModel,
+    ImageGPTModel,
     LlamaConfig,
     MixtralConfig,
+    OpenAIGPTModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 import adapterkit
 from adapterkit.errors import FitError
+from adapterkit.targets import CONV1D_MODELS, CONV1D_NAMES
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 BASES = {
@@ -242,6 +248,21 @@ def test_merged_linear_of_old_peft_lands_in_the_enabled_thirds(
     exact = tensors[f"{name}.weight"].double() + 16 / 8 * delta
     out = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"]
     assert torch.equal(out, oracle.rounded(exact, torch.float32))
+
+
+def test_the_layers_that_store_weights_as_in_out_are_those_of_transformers() -> None:
+    """Every model of transformers that has Conv1D, built without its weights."""
+    names = set()
+    for kind in (DecisionTransformerModel, GPT2LMHeadModel, ImageGPTModel, OpenAIGPTModel):
+        config = kind.config_class(n_layer=1, add_cross_attention=kind is GPT2LMHeadModel)
+        with torch.device("meta"):
+            model = kind(config)
+        assert config.model_type in CONV1D_MODELS
+        for name, module in model.named_modules():
+            leaf = name.rpartition(".")[2]
+            names |= {leaf} if isinstance(module, Conv1D) else set()
+            assert isinstance(module, Conv1D) or not isinstance(module, torch.nn.Linear) or leaf not in CONV1D_NAMES
+    assert names == CONV1D_NAMES
 
 
 def test_layer_replication_and_activated_lora_are_refused(make_base: Any, make_adapter: Any, tmp_path: Path) -> None:

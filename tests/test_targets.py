@@ -59,13 +59,46 @@ def test_known_drifts_are_followed_and_said(
     assert torch.equal(out, oracle.rounded(W.double() + delta(parts, trained), torch.float32))
 
 
-def test_a_vision_model_moves_both_towers_at_once(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
-    base = make_base({"model.layers.0.q.weight": torch.randn(6, 10), "visual.blocks.0.qkv.weight": torch.randn(8, 4)})
-    parts = factors("model.language_model.layers.0.q", 6, 10) | factors("model.visual.blocks.0.qkv", 8, 4)
-    plan = adapterkit.plan_merge(base, [make_adapter(parts)], tmp_path / "out")
-    assert sorted(at for places in plan.ledger.values() for (at,) in places.values()) == sorted(
-        load_file(base / "model.safetensors")
-    )
+LLAVA = {
+    "model.language_model.layers.0.q_proj": "language_model.model.layers.0.q_proj",
+    "model.vision_tower.layers.0.q_proj": "vision_tower.layers.0.q_proj",
+    "model.multi_modal_projector.linear_1": "multi_modal_projector.linear_1",
+    "lm_head": "language_model.lm_head",
+}
+TEXT = {"language_model.model.layers.0.q_proj": "model.layers.0.q_proj", "language_model.lm_head": "lm_head"}
+QWEN2_VL = {
+    "model.language_model.layers.0.q_proj": "model.layers.0.q_proj",
+    "model.visual.blocks.0.attn.qkv": "visual.blocks.0.attn.qkv",
+}
+NEOX = {"gpt_neox.layers.0.attention.dense": "gpt_neox.layers.0.attention.dense", "lm_head": "embed_out"}
+HEADS_BESIDE = ("lm_head", "score", "embed_out", "proj_out", "output_projection")
+MODELS = {
+    "LLaVA": LLAVA,
+    "the text model of LLaVA": TEXT,
+    "Qwen2-VL": QWEN2_VL,
+    "GPT-NeoX": NEOX,
+    **{
+        f"the body alone, with {head}": {"layers.0.q_proj": "model.layers.0.q_proj", head: head}
+        for head in HEADS_BESIDE
+    },
+}
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
+@pytest.mark.parametrize("model", MODELS)
+def test_all_parts_of_a_model_move_at_once(
+    model: str, back: bool, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    """Each has factors; the head once more without, as `modules_to_save` has it."""
+    pairs = [pair[::-1] if back else pair for pair in MODELS[model].items()]
+    base = make_base({f"{stored}.weight": torch.randn(6, 10) for _, stored in pairs})
+    adapter = make_adapter({name: tensor for trained, _ in pairs for name, tensor in factors(trained, 6, 10).items()})
+    plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+    assert plan.ledger == {"adapter": {trained: (f"{stored}.weight",) for trained, stored in pairs}}
+    (body, _), *_, (head, at) = pairs
+    saved = factors(body, 6, 10) | {f"{head}.weight": torch.randn(6, 10)}
+    plan = adapterkit.plan_merge(base, [make_adapter(saved, "saved", modules_to_save=[head])], tmp_path / "out")
+    assert plan.ledger["saved"][f"{head}.weight"] == (f"{at}.weight",)
 
 
 def test_one_rename_that_fixes_everything_is_offered_and_works(
@@ -215,6 +248,17 @@ def test_the_architecture_decides_for_squares(
     assert torch.equal(out, oracle.rounded(W.double() + delta(parts, "h.0.attn.c_proj").T, torch.float32))
 
 
+def test_a_column_of_1x1_convolutions_teaches_nothing_of_squares(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    """They are stored (out, in, 1, 1), which says nothing of which way round matrices are."""
+    W, parts = torch.randn(8, 8), factors("square", 8, 8) | factors("conv", 24, 8)
+    base = make_base({"square.weight": W, "conv.weight": torch.randn(24, 8, 1, 1)})
+    adapterkit.merge(base / "model.safetensors", [make_adapter(parts)], tmp_path / "out.safetensors")
+    out = load_file(tmp_path / "out.safetensors")["square.weight"]
+    assert torch.equal(out, oracle.rounded(W.double() + delta(parts, "square"), torch.float32))
+
+
 def test_squares_that_nothing_decides_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({"h.0.c_attn.weight": torch.randn(8, 24), "h.0.c_proj.weight": torch.randn(8, 8)})
     adapter = make_adapter(factors("h.0.c_attn", 24, 8) | factors("h.0.c_proj", 8, 8))
@@ -226,6 +270,15 @@ def test_grouped_convolutions_are_refused(make_base: Make, make_adapter: Make, t
     base = make_base({"conv.weight": torch.randn(8, 2, 3, 3)})
     parts = {"conv.lora_A.weight": torch.randn(4, 4, 3, 3), "conv.lora_B.weight": torch.randn(8, 4, 1, 1)}
     with pytest.raises(FitError, match="in 2 groups"):
+        adapterkit.plan_merge(base, [make_adapter(parts)], tmp_path / "out")
+
+
+def test_a_convolution_of_another_kernel_is_no_matter_of_groups(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base = make_base({"conv.weight": torch.randn(8, 4, 5, 5)})
+    parts = {"conv.lora_A.weight": torch.randn(4, 4, 3, 3), "conv.lora_B.weight": torch.randn(8, 4, 1, 1)}
+    with pytest.raises(FitError, match=r"Δ is \(8, 4, 3, 3\), the base weight is \(8, 4, 5, 5\)"):
         adapterkit.plan_merge(base, [make_adapter(parts)], tmp_path / "out")
 
 
@@ -279,22 +332,41 @@ def test_a_fused_split_that_the_config_does_not_tell_is_refused(
         adapterkit.plan_merge(base, [make_adapter(factors("a.k_proj", 4, 12))], tmp_path / "out")
 
 
+@pytest.mark.parametrize(("rows", "config"), [(12, {}), (13, {}), (12, {"num_key_value_heads": 4})], ids=str)
+def test_without_heads_in_the_config_a_fused_tensor_has_thirds(
+    rows: int, config: dict[str, Any], make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    """Or none, where it cannot, or where groups of heads say that its parts differ."""
+    W, parts = torch.randn(rows, 10), factors("a.k_proj", 4, 10)
+    base, adapter = make_base({"a.qkv_proj.weight": W}, config), make_adapter(parts)
+    if rows % 3 or config:
+        with pytest.raises(FitError, match="whose split its config does not tell"):
+            adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+        return
+    exact = W.double()
+    exact[4:8] += delta(parts, "a.k_proj")
+    out = merged(base, adapter, tmp_path / "out")["a.qkv_proj.weight"]
+    assert torch.equal(out, oracle.rounded(exact, torch.float32))
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_fused_module_spreads_over_split_tensors(
     dora: bool, make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
-    split = {
-        "a.q_proj.weight": torch.randn(12, 12),
-        "a.k_proj.weight": torch.randn(4, 12),
-        "a.v_proj.weight": torch.randn(4, 12),
-    }
-    parts = factors("a.qkv_proj", 20, 12)
+    split = {f"a.{part}_proj.weight": torch.randn(rows, 3) for part, rows in (("q", 12), ("k", 4), ("v", 4))}
+    parts = factors("a.qkv_proj", 20, 3)
     exact = torch.cat(list(split.values())).double() + delta(parts, "a.qkv_proj")
     if dora:
         parts["a.qkv_proj.lora_magnitude_vector"] = torch.rand(20) + 1
         exact *= (parts["a.qkv_proj.lora_magnitude_vector"].double() / exact.norm(dim=1))[:, None]
     out = merged(make_base(split), make_adapter(parts, use_dora=dora), tmp_path / "out")
     assert torch.equal(torch.cat([out[name] for name in split]), oracle.rounded(exact, torch.float32))
+
+
+def test_a_fused_module_over_parts_of_which_one_lacks(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({f"a.{part}_proj.weight": torch.randn(4, 3) for part in "qk"})
+    with pytest.raises(FitError, match=r"a\.qkv_proj: not in the base"):
+        adapterkit.plan_merge(base, [make_adapter(factors("a.qkv_proj", 8, 3))], tmp_path / "out")
 
 
 @pytest.mark.parametrize("flipped", [False, True], ids=["(E, out, in)", "(E, in, out)"])
@@ -316,6 +388,42 @@ def test_square_experts_are_refused(make_base: Make, make_adapter: Make, tmp_pat
     adapter = make_adapter(parts, target_parameters=["mlp.experts.down_proj"])
     with pytest.raises(FitError, match="in more than one way"):
         adapterkit.plan_merge(make_base({"mlp.experts.down_proj": torch.randn(3, 6, 6)}), [adapter], tmp_path / "out")
+
+
+APART = {f"mlp.experts.{e}.{part}.weight": (3, 10) for e in range(2) for part in ("w1", "w3")}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"w3": None}, {"w3": (2, 10)}, {"w3": (3, 9)}, {"w3": ()}, {"w1": (6, 10), "w3": None}],
+    ids=["whole", "one lacks", "too low", "too narrow", "a scalar", "one of the whole height"],
+)
+def test_experts_apart_take_what_adds_up_to_all_of_an_update(
+    changed: dict[str, tuple[int, ...] | None], make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    shapes = APART | {f"mlp.experts.1.{part}.weight": shape for part, shape in changed.items()}
+    base = make_base({name: torch.randn(shape) for name, shape in shapes.items() if shape is not None})
+    parts = {"mlp.experts.lora_A.weight": torch.randn(8, 10), "mlp.experts.lora_B.weight": torch.randn(6, 8)}
+    adapter = make_adapter(parts, target_parameters=["mlp.experts.gate_up_proj"])
+    if not changed:
+        assert adapterkit.plan_merge(base, [adapter], tmp_path / "out").edits == 4
+        return
+    with pytest.raises(FitError, match=r"mlp\.experts: not in the base"):
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (8, 10), (10, 6)])
+def test_of_two_parameters_the_one_that_fits_is_taken(
+    shape: tuple[int, int], make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    """PEFT names neither in the tensors: a plain matrix is taken the way round it is, or both are refused."""
+    base = make_base({"m.one": torch.randn(shape), "m.two": torch.randn(6, 10)})
+    adapter = make_adapter(factors("m", 6, 10), target_parameters=["m.one", "m.two"])
+    if shape == (6, 10):
+        with pytest.raises(FitError, match=r"m\.one and m\.two both have the shape"):
+            adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+        return
+    assert adapterkit.plan_merge(base, [adapter], tmp_path / "out").ledger == {"adapter": {"m": ("m.two",)}}
 
 
 # --- collisions
