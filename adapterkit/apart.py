@@ -20,11 +20,10 @@ def check_apart(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     read = [_Tree.of(path, follow=True) for path in dict.fromkeys(inputs)]
     for path in outputs:
         out = _Tree.of(path, follow=False)
-        gone = out.folders | out.top
         for one in read:
-            if one.top & out.above or (one.inside | one.top) & gone:
+            if one.top & out.above or (one.inside | one.top) & out.top:
                 raise UsageError(f"{path}: is or lies in the input {one.path}; choose another -o")
-            if one.above & gone:
+            if (one.above | one.inside | one.top) & (out.folders | out.top):
                 raise UsageError(f"{path}: holds the input {one.path}, or what it links to; choose another -o")
 
 

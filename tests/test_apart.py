@@ -1,0 +1,69 @@
+"""Inputs and outputs that are one by some link, and those that only look so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from adapterkit.apart import check_apart
+from adapterkit.errors import UsageError
+
+LIES, HOLDS, APART = "is or lies in the input", "holds the input", ""
+# What is made, in order: `folder/`, `file`, `link -> target`, `hard = file`; an input; an output; how they are.
+CASES = {
+    "nothing of either": ([], "in", "out", APART),
+    "beside each other": (["in/", "in/w", "out/", "out/w"], "in", "out", APART),
+    "names that begin alike": (["in/", "in/w"], "in", "in.out", APART),
+    "one file": (["w"], "w", "w", LIES),
+    "one folder": (["in/"], "in", "in", LIES),
+    "in it": (["in/"], "in", "in/out", LIES),
+    "deep in it, not there yet": (["in/"], "in", "in/a/b/out", LIES),
+    "in it, by a link": (["in/", "in/deep/", "link -> in/deep"], "in", "link/out", LIES),
+    "in it, by the input's link": (["real/", "in -> real"], "in", "real/out", LIES),
+    "around it": (["out/", "out/in/"], "out/in", "out", HOLDS),
+    "far around it": (["out/", "out/a/", "out/a/b/", "out/a/b/w"], "out/a/b/w", "out", HOLDS),
+    "around what it is a link to": (["out/", "out/real", "in -> out/real"], "in", "out", HOLDS),
+    "around what it links to": (["out/", "out/w", "in/", "in/w -> ../out/w"], "in", "out", HOLDS),
+    "around what it links to from below": (["out/", "out/w", "in/", "in/a/", "in/a/w -> ../../out/w"], "in", "out", HOLDS),
+    "what it links to": (["w", "in/", "in/w -> ../w"], "in", "w", LIES),
+    "a folder that it links to": (["out/", "in/", "in/d -> ../out"], "in", "out", LIES),
+    "around a folder that it links to": (["out/", "out/d/", "in/", "in/d -> ../out/d"], "in", "out", HOLDS),
+    "a link to it": (["in/", "out -> in"], "in", "out", LIES),
+    "a hard link to it": (["in", "out = in"], "in", "out", LIES),
+    "a hard link to a file of it": (["in/", "in/a/", "in/a/w", "out = in/a/w"], "in", "out", LIES),
+    "a hard link to what it links to": (["w", "in/", "in/w -> ../w", "out = w"], "in", "out", LIES),
+    "with a hard link to a file of it, as --link leaves": (["in/", "in/w", "out/", "out/w = in/w"], "in", "out", APART),
+    "with a link to it": (["in/", "in/w", "out/", "out/d -> ../in", "out/w -> ../in/w"], "in", "out", APART),
+    "beside what it links to": (["real/", "real/w", "in/", "in/w -> ../real/w"], "in", "real/out", APART),
+    "beside it, which links to itself and to nothing": (["in/", "in/a -> a", "in/b -> ../gone", "in/c -> ."], "in", "out", APART),
+}  # fmt: skip
+
+
+def make(folder: Path, what: str) -> None:
+    name, link, target = what.partition(" -> ")
+    new, hard, old = what.partition(" = ")
+    if link:
+        (folder / name).symlink_to(target)
+    elif hard:
+        os.link(folder / old, folder / new)
+    elif what.endswith("/"):
+        (folder / what).mkdir()
+    else:
+        (folder / what).write_text(what)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whether_an_output_is_apart_from_an_input(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read, out, expected = CASES[case]
+    for what in made:
+        make(tmp_path, what)
+    monkeypatch.chdir(tmp_path)
+    for inputs, outputs in (([read], [out]), ([tmp_path / read], [out]), (["other", read], ["more", tmp_path / out])):
+        paths = [Path(one) for one in inputs], [Path(one) for one in outputs]
+        if expected:
+            with pytest.raises(UsageError, match=f"{out}: {expected} .*{read}"):
+                check_apart(*paths)
+        else:
+            check_apart(*paths)

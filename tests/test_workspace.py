@@ -1,0 +1,367 @@
+"""Workspaces by themselves: which folder is one, whose it is, what goes with it; and what is on the disk, and when."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from handmade import contents
+from test_faults import failing, nth_call
+
+from adapterkit import staging
+from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
+from adapterkit.staging import RECEIPT, Destination, receipts_aside, staged, work_left
+from adapterkit.workspace import MARK, Mark, Workspace, receipt_of, remove_unmarked, seen
+
+IO = OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.fixture(autouse=True)
+def descriptors() -> Iterator[None]:
+    """None is left open: with it a lock would stay, for as long as the app runs."""
+    before = os.listdir("/proc/self/fd")
+    yield
+    assert os.listdir("/proc/self/fd") == before
+
+
+def dead(out: Path, job: str | None = None, **how: Any) -> Workspace:
+    """What a run that died has left of `out`."""
+    work = Workspace.create(out.parent, Mark(out.name, job, **how))
+    work.new.mkdir()
+    (work.new / "begun").write_text("")
+    work.close()
+    return work
+
+
+def made(out: Path, text: str, **how: Any) -> None:
+    """Make the directory `out`."""
+    with staged(Destination(out, overwrite=True, ours=lambda _: True), **how) as new:
+        (new / "file").write_text(text)
+
+
+# --- which folder is one ---------------------------------------------------------------------------------------------
+
+
+def moved(path: Path) -> Path:
+    return path.rename(path.with_name("elsewhere"))
+
+
+def marked(mark: Path, what: bytes) -> None:
+    mark.write_bytes(what)
+
+
+SPOILED: dict[str, Callable[[Path], object]] = {
+    "the mode of another folder": lambda path: path.chmod(0o700),
+    "a mode for all": lambda path: path.chmod(0o1777),
+    "a link to one": lambda path: path.symlink_to(moved(path)),
+    "no mark": lambda path: (path / MARK).unlink(),
+    "a link for a mark": lambda path: (path / MARK).symlink_to(moved(path / MARK)),
+    "a pipe for a mark": lambda path: ((path / MARK).unlink(), os.mkfifo(path / MARK)),
+    "an empty mark": lambda path: marked(path / MARK, b""),
+    "no JSON": lambda path: marked(path / MARK, b'{"adapterkit": "1", "output": "out"'),
+    "a list": lambda path: marked(path / MARK, b"[]"),
+    "of something else": lambda path: marked(path / MARK, b'{"output": "out"}'),
+    "without an output": lambda path: marked(path / MARK, b'{"adapterkit": "1"}'),
+    "of no name": lambda path: marked(path / MARK, b'{"adapterkit": "1", "output": null}'),
+    "more than it knows": lambda path: marked(path / MARK, b'{"adapterkit": "1", "output": "out", "more": 1}'),
+    "a huge one": lambda path: marked(path / MARK, b'{"adapterkit": "1", ' + b" " * (1 << 20) + b'"output": "out"}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_what_is_not_quite_a_workspace_stays(tmp_path: Path, how: str) -> None:
+    work = dead(tmp_path / "out")
+    assert [one.path for one in seen(tmp_path / "out")] == [work.path]
+    SPOILED[how](work.path)
+    names = sorted(os.listdir(tmp_path))
+    assert Workspace.open(work.path) is None
+    made(tmp_path / "out", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "out"])
+    assert (work.new / "begun").exists()
+
+
+def test_a_folder_is_removed_only_while_it_is_as_empty_as_at_the_start(tmp_path: Path) -> None:
+    """Runs die before they have marked theirs; what a living one is just marking, and what holds anything, stays."""
+
+    def folder(number: int, mode: int = 0o1700, **files: str) -> Path:
+        path = tmp_path / f".adapterkit-0000000{number}"
+        path.mkdir()
+        path.chmod(mode)
+        for name, text in files.items():
+            (path / {"mark": MARK}.get(name, name)).write_text(text)
+        return path
+
+    gone = [folder(0), folder(1, mark=""), folder(2, mark='{"adap')]
+    whole = json.dumps({"adapterkit": "1", "output": "other"})
+    stay = [folder(3, 0o700), folder(4, mark="", thesis="x"), folder(5, thesis="x"), folder(6, mark=whole), folder(7, mark="")]  # fmt: skip
+    (tmp_path / ".adapterkit-longer-than-ours").mkdir(0o1700)
+    with open(stay[-1] / MARK) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        before = {path: contents(path) for path in stay}
+        remove_unmarked(tmp_path)
+        assert {path: contents(path) for path in stay} == before
+    assert not any(path.exists() for path in gone) and (tmp_path / ".adapterkit-longer-than-ours").exists()
+
+
+def test_a_living_run_is_left_alone_and_a_dead_one_is_not(tmp_path: Path) -> None:
+    work = Workspace.create(tmp_path, Mark("out"))
+    with pytest.raises(OutputExistsError, match="another adapterkit is writing there"):
+        made(tmp_path / "out", "second")
+    assert work.path.exists() and not (tmp_path / "out").exists()
+    made(tmp_path / "other", "beside it")
+    assert work_left(tmp_path / "out", "train") is None
+    work.close()
+    made(tmp_path / "out", "second")
+    assert sorted(os.listdir(tmp_path)) == ["other", "out"]
+
+
+@pytest.mark.parametrize("call", ["open", "flock"])
+def test_a_folder_that_another_run_took_for_a_dead_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """It is gone before it has its mark, or before the mark is locked: another is made."""
+
+    def removed() -> None:
+        [path] = tmp_path.glob(".adapterkit-*")
+        shutil.rmtree(path)
+
+    owner = os if call == "open" else fcntl
+    monkeypatch.setattr(owner, call, nth_call(getattr(owner, call), 1, removed))
+    work = Workspace.create(tmp_path, Mark("out"))
+    assert list(tmp_path.iterdir()) == [work.path]
+    again = Workspace.open(work.path)
+    assert again is not None and again.alive and again.mark == work.mark
+    work.close()
+
+
+@pytest.mark.parametrize("owner", [os, fcntl], ids=["fsync", "flock"])
+def test_a_workspace_that_cannot_be_marked_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any
+) -> None:
+    monkeypatch.setattr(owner, "fsync" if owner is os else "flock", failing(IO))
+    with pytest.raises(AdapterkitError, match="out: Input/output error"):
+        made(tmp_path / "out", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what goes on, and what goes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("precious", [True, False])
+@pytest.mark.parametrize("job", ["mine", "other", None])
+def test_a_run_goes_on_with_its_own_job_only(tmp_path: Path, job: str | None, precious: bool, resume: bool) -> None:
+    """What is precious goes when its own job begins again; what is not goes with any."""
+    work = dead(tmp_path / "out", "mine", precious=precious)
+    assert work_left(tmp_path / "out", "mine") == work.new and work_left(tmp_path / "out", "other") is None
+    with staged(Destination(tmp_path / "out"), job=job, resume=resume, precious=precious) as new:
+        taken = job == "mine" and resume
+        assert (new == work.new) is taken and (new / "begun").exists() is taken
+        assert work.path.exists() is (taken or (precious and job != "mine"))
+
+
+@pytest.mark.parametrize("kept", ["", "half of it is kept"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.EDQUOT, "quota"), OSError(errno.EFBIG, "limit"), IO]
+)
+def test_what_was_kept_is_said_where_a_run_may_go_on(tmp_path: Path, error: BaseException, kept: str) -> None:
+    error = type(error)(*error.args)  # notes add up
+    with (
+        pytest.raises((KeyboardInterrupt, AdapterkitError)) as raised,
+        staged(Destination(tmp_path / "new" / "out"), job="mine", kept=lambda _: kept),
+    ):
+        raise error
+    stopped = isinstance(raised.value, KeyboardInterrupt | NoSpaceError)
+    assert stopped is (error.args != IO.args)
+    assert getattr(raised.value, "__notes__", []) == [kept or "nothing was kept"] * stopped
+    assert list(tmp_path.rglob("*") if not kept else tmp_path.glob("new/out")) == []
+    assert (work_left(tmp_path / "new" / "out", "mine") is not None) is bool(kept)
+
+
+def test_a_workspace_that_cannot_be_removed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyboardInterrupt) as raised, staged(Destination(tmp_path / "out")) as new:
+        monkeypatch.setattr(shutil, "rmtree", failing(IO))
+        raise KeyboardInterrupt
+    said = f"{new.parent} could not be removed: Input/output error"
+    assert raised.value.__notes__ == [said] and said in caplog.text
+    monkeypatch.undo()
+    made(tmp_path / "out", "new")
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_only_the_link_goes_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    work = dead(tmp_path / "out")
+    (work.path / "link").symlink_to(tmp_path / "thesis")
+    (work.new / "link").symlink_to(tmp_path / "thesis")
+    made(tmp_path / "out", "new")
+    shutil.rmtree(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["thesis"] and sorted(os.listdir(tmp_path / "thesis")) == ["thesis.tex"]
+
+
+def test_an_old_output_that_was_put_aside_and_another_in_its_place(tmp_path: Path) -> None:
+    """Neither is written over; where the place is free, the old one is back at once."""
+    work = dead(tmp_path / "out")
+    work.old.mkdir()
+    (work.old / "file").write_text("old")
+    (tmp_path / "out").mkdir()
+    before = contents(tmp_path)
+    with pytest.raises(OutputExistsError, match="was put aside as .*/old by a run that ended there"):
+        made(tmp_path / "out", "new")
+    assert contents(tmp_path) == before
+    (tmp_path / "out").rmdir()
+    with pytest.raises(KeyboardInterrupt), staged(Destination(tmp_path / "out", overwrite=True, ours=lambda _: True)):
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"out": None, "out/file": b"old"}
+
+
+# --- where it may go -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "record", ["adapterkit_merge.json", "adapterkit_adapter.json", RECEIPT, "adapterkit_training.json"]
+)
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_folder_with_one_of_our_records_is_ours(tmp_path: Path, record: str, kind: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / record).touch() if kind == "file" else (out / record).mkdir()
+    place = Destination(out, overwrite=True)
+    if kind == "file":
+        place.check()
+        return
+    with pytest.raises(OutputExistsError, match="was not made by adapterkit"):
+        place.check()
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "new/..", "/"])
+def test_an_output_needs_a_name_of_its_own(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="name a new directory or file to write"):
+        Destination(Path(out)).check()
+
+
+@pytest.mark.parametrize("length", [247, 248, 255])
+def test_only_a_receipt_needs_room_in_a_name(length: int, tmp_path: Path) -> None:
+    """`.receipt` has 8 of the 255 bytes of a name."""
+    out = tmp_path / ("x" * (length - 2) + "é")
+    for directory in (True, False):
+        Destination(out, directory=directory).check()
+    place = Destination(out, directory=False, beside=True)
+    if length == 247:
+        place.check()
+        return
+    with pytest.raises(UsageError, match="its name is too long for a receipt beside it"):
+        place.check()
+
+
+def test_a_mount_point_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(OutputExistsError, match="is a mount point"):
+        Destination(tmp_path / "out").check()
+
+
+def test_an_error_names_the_output_and_not_where_it_was_being_made(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(AdapterkitError, match=f"^{out}: No such file"), staged(Destination(out)) as new:
+        (new / "missing").open()
+    with pytest.raises(AdapterkitError, match=f"^{tmp_path}/missing: No such file"), staged(Destination(out)):
+        (tmp_path / "missing").open()
+    with pytest.raises(AdapterkitError, match=f"^{out}: strange"), staged(Destination(out)):
+        raise OSError("strange")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- on the disk -----------------------------------------------------------------------------------------------------
+
+
+def inodes(path: Path) -> frozenset[int]:
+    return frozenset(one.stat().st_ino for one in (path, *path.rglob("*")))
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("directory", [False, True])
+def test_what_has_its_name_has_all_its_bytes_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: bool, old: bool
+) -> None:
+    """So that a power cut leaves the old or the new: all is flushed before it has its name, and the name at the end."""
+    out = tmp_path / "out"
+    happened: list[Any] = []  # what was flushed, by its inode; and a name that was given, with all that has it
+
+    def make(new: Path) -> None:
+        folder = new if directory else new.parent / "receipt"
+        (folder / "deep").mkdir(parents=not directory)
+        (folder / "deep" / "file").write_text("bytes")
+        (folder / RECEIPT).write_text("{}")
+        if not directory:
+            new.write_text("bytes")
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def rename(source: Path, target: Path) -> Any:
+            happened.append((target, inodes(source)))
+            return call(source, target)
+
+        return rename
+
+    place = Destination(out, directory=directory, overwrite=True, ours=lambda _: True)
+    if old:
+        with staged(place) as new:
+            make(new)
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), happened.append(os.fstat(fd).st_ino)))
+    for owner, name in ((staging, "rename_new"), (staging, "exchange"), (Path, "replace")):
+        monkeypatch.setattr(owner, name, noted(getattr(owner, name)))
+    with staged(place) as new:
+        make(new)
+        work = new.parent.stat().st_ino
+    steps = {one[0]: number for number, one in enumerate(happened) if isinstance(one, tuple)}
+    assert list(steps) == [out] if directory else [receipt_of(out), out]
+    for number in steps.values():
+        assert happened[number][1] <= set(happened[:number]), "it has its name before its bytes"
+        assert tmp_path.stat().st_ino in happened[number:], "its name may be lost"
+    if not directory:
+        between = happened[steps[receipt_of(out)] : steps[out]]
+        assert {tmp_path.stat().st_ino, work} <= {one for one in between if isinstance(one, int)}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_receipts_are_found_aside_while_a_file_is_swapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    """unmerge looks there where the receipt beside the file is of another state of it."""
+    out = tmp_path / "out"
+    place = Destination(out, directory=False, overwrite=True, ours=lambda _: True)
+
+    def make(text: str) -> None:
+        with staged(place) as new:
+            new.write_text(text)
+            (new.parent / "receipt").mkdir()
+            (new.parent / "receipt" / RECEIPT).write_text(text)
+            assert [(path / RECEIPT).read_text() for path in receipts_aside(out)] == [text]
+
+    if old:
+        make("old")
+    found = []
+    replace = Path.replace if old else staging.rename_new
+    owner, name = (Path, "replace") if old else (staging, "rename_new")
+
+    def replacing(source: Path, target: Path) -> Any:
+        if target == out:
+            found.extend((path / RECEIPT).read_text() for path in receipts_aside(out))
+        return replace(source, target)
+
+    monkeypatch.setattr(owner, name, replacing)
+    make("new")
+    assert found == ["old"] * old and receipts_aside(out) == []
+    assert (receipt_of(out) / RECEIPT).read_text() == "new"
