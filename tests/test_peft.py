@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import oracle
 import pytest
 import torch
 from conftest import FIXTURES, factors
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -196,6 +198,52 @@ def test_peft_loads_what_we_write(name: str, known: bool, tmp_path: Path, reques
     adapterkit.merge(base, [FIXTURES / name], tmp_path / "a")
     adapterkit.merge(base, [tmp_path / "written"], tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+class Odd(torch.nn.Module):
+    """One layer of each kind that LoRA has, two of them of other sizes, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(12, 6)
+        self.conv = torch.nn.Conv2d(3, 5, 3)
+        self.lines = torch.nn.ModuleList([torch.nn.Linear(6, 8), torch.nn.Linear(8, 6)])
+        self.score = torch.nn.Linear(6, 2)
+
+
+ODD = {
+    "plain": {},
+    "dora": {"use_dora": True, "use_rslora": True},
+    "bias": {"lora_bias": True, "target_modules": ["conv", "lines.0", "lines.1"]},
+    "patterns": {"rank_pattern": {"lines.1": 2}, "alpha_pattern": {"conv": 9}, "fan_in_fan_out": False},
+    "saved and tokens": {
+        "modules_to_save": ["score"], "target_modules": ["conv", "lines.0"], "trainable_token_indices": {"embed_tokens": [7, 2]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["its own config", "a config of ours"])
+@pytest.mark.parametrize("kind", ODD)
+def test_what_we_write_has_the_names_shapes_and_strengths_of_peft(kind: str, ours: bool, tmp_path: Path) -> None:
+    config = {"target_modules": ["embed_tokens", "conv", "lines.0", "lines.1"]} | ODD[kind]
+    torch.manual_seed(0)
+    model = get_peft_model(Odd(), LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **config))
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = adapterkit.load(tmp_path / "theirs")
+    assert not adapter.unread and not [problem for problem in adapter.problems if problem.fatal]
+    if ours:
+        kept = {name: adapter.config[name] for name in ("use_rslora",)}
+        adapter = replace(adapter, format="memory", config=kept)
+    adapterkit.save(adapter, tmp_path / "ours")
+    theirs, written = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert {name: tensor.shape for name, tensor in written.items()} == {name: one.shape for name, one in theirs.items()}
+    assert all(torch.equal(written[name], tensor) for name, tensor in theirs.items())
+    again = PeftModel.from_pretrained(Odd(), tmp_path / "ours")
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            assert again.base_model.model.get_submodule(name).scaling == layer.scaling, name
+    loaded = get_peft_model_state_dict(again)
+    assert {name: one.shape for name, one in loaded.items()} == {name: one.shape for name, one in theirs.items()}
 
 
 @pytest.mark.base

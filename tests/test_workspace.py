@@ -164,6 +164,7 @@ def test_a_run_goes_on_with_its_own_job_only(tmp_path: Path, job: str | None, pr
     with staged(Destination(tmp_path / "out"), job=job, resume=resume, precious=precious) as new:
         taken = job == "mine" and resume
         assert (new == work.new) is taken and (new / "begun").exists() is taken
+        assert [one.path for one in seen(tmp_path / "out") if one.alive] == [new.parent]
         assert work.path.exists() is (taken or (precious and job != "mine"))
 
 
