@@ -9,13 +9,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from handmade import contents
 from test_faults import failing, nth_call
 
-from adapterkit import staging
+from adapterkit import renaming, staging
 from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
 from adapterkit.staging import RECEIPT, Destination, receipts_aside, staged, work_left
 from adapterkit.workspace import MARK, Mark, Workspace, receipt_of, remove_unmarked, seen
@@ -226,6 +227,18 @@ def test_an_old_output_that_was_put_aside_and_another_in_its_place(tmp_path: Pat
     assert contents(tmp_path) == {"out": None, "out/file": b"old"}
 
 
+@pytest.mark.parametrize("name", ["old", "new", "."])
+def test_an_input_in_what_a_dead_run_left_is_not_even_moved(tmp_path: Path, name: str) -> None:
+    """A user who found their old output there may well merge from it, or from the half-made one."""
+    work = dead(tmp_path / "out")
+    work.old.mkdir()
+    (work.old / "file").write_text("old")
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="the input"), staged(Destination(tmp_path / "out", (work.path / name,))):
+        pass
+    assert contents(tmp_path) == before
+
+
 # --- where it may go -------------------------------------------------------------------------------------------------
 
 
@@ -366,3 +379,59 @@ def test_receipts_are_found_aside_while_a_file_is_swapped(
     make("new")
     assert found == ["old"] * old and receipts_aside(out) == []
     assert (receipt_of(out) / RECEIPT).read_text() == "new"
+
+
+# --- renames ---------------------------------------------------------------------------------------------------------
+
+
+def without(number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have renameat2 fail with `number`, or not be there at all."""
+    library = SimpleNamespace(get_errno=lambda: number)
+    found = (None if number is None else lambda *_: -1, library)
+    monkeypatch.setattr(renaming, "_function", lambda: found)
+
+
+@pytest.mark.parametrize("number", [0, None, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM])
+@pytest.mark.parametrize("there", ["a file", "a directory", "a dangling link", "nothing"])
+def test_a_rename_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, number: int | None
+) -> None:
+    """Also where the kernel, the file system, or a sandbox does not have the call that makes sure of it."""
+    if number != 0:
+        without(number, monkeypatch)
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text("one")
+    if there == "a file":
+        other.write_text("other")
+    elif there == "a directory":
+        other.mkdir()
+    elif there == "a dangling link":
+        other.symlink_to("gone")
+    if there == "nothing":
+        renaming.rename_new(one, other)
+        assert contents(tmp_path) == {"other": b"one"}
+        return
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError) as raised:
+        renaming.rename_new(one, other)
+    assert str(other) in (raised.value.filename, raised.value.filename2)
+    assert contents(tmp_path) == before
+    swapped = renaming.exchange(one, other)
+    assert swapped is (number == 0)
+    if not swapped:
+        assert contents(tmp_path) == before
+    else:
+        assert other.read_text() == "one"
+        assert (one.is_file(), one.is_dir(), one.is_symlink()) == tuple(
+            there == kind for kind in ("a file", "a directory", "a dangling link")
+        )
+
+
+def test_a_rename_that_fails_says_of_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in (renaming.exchange, renaming.rename_new):
+        with pytest.raises(FileNotFoundError) as raised:
+            call(tmp_path / "one", tmp_path / "other")
+        assert (raised.value.filename, raised.value.filename2) == (f"{tmp_path}/one", f"{tmp_path}/other")
+    without(errno.EIO, monkeypatch)
+    with pytest.raises(OSError, match="Input/output error"):
+        renaming.exchange(tmp_path / "one", tmp_path / "other")
