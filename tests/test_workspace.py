@@ -201,14 +201,14 @@ def test_a_workspace_that_cannot_be_removed_is_said(
 
 
 def test_only_the_link_goes_not_what_it_leads_to(tmp_path: Path) -> None:
+    """Where one came into a living run's folder; a dead one's that holds a link is left alone."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
-    work = dead(tmp_path / "out")
-    (work.path / "link").symlink_to(tmp_path / "thesis")
-    (work.new / "link").symlink_to(tmp_path / "thesis")
-    made(tmp_path / "out", "new")
-    shutil.rmtree(tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == ["thesis"] and sorted(os.listdir(tmp_path / "thesis")) == ["thesis.tex"]
+    with pytest.raises(KeyboardInterrupt), staged(Destination(tmp_path / "out")) as new:
+        for folder in (new, new.parent):
+            (folder / "link").symlink_to(tmp_path / "thesis")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"thesis": None, "thesis/thesis.tex": b"years of work"}
 
 
 def test_an_old_output_that_was_put_aside_and_another_in_its_place(tmp_path: Path) -> None:
