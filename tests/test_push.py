@@ -513,6 +513,37 @@ def test_every_shape_of_a_secret_at_every_place(what: str) -> None:
                     assert (find_secret(io.BytesIO(data)) or [None])[0] == what, (secret, form, pad)
 
 
+LONG = "Ab1" * 40
+# How a secret of each issuer begins, and how many more characters are the fewest that it has.
+SHORTEST: dict[str, list[tuple[str, str, int]]] = {
+    "a Hub token": [("hf_", LONG, 30), ("hf_oauth_", "aB1-_." * 9, 30), ("api_org_", LONG, 30)],
+    "a GitHub token": [*((f"gh{kind}_", LONG, 36) for kind in "pousr"), ("github_pat_", LONG, 60)],
+    "a GitLab token": [("glpat-", "Ab1-_" * 9, 20)],
+    "a key of OpenAI or Anthropic": [
+        ("sk-", LONG, 32), *((f"sk-{kind}-", "Ab1-_" * 9, 32) for kind in ("proj", "svcacct", "admin", "or-v1", "ant-api03"))
+    ],
+    "an AWS key": [("AKIA", "ABCD2345" * 2, 16), ("ASIA", "ABCD2345" * 2, 16), ("aws_secret_access_key=", "a/1+" * 10, 40)],
+    "a Google key": [("AIza", "Ab1-_" * 7, 35), ("GOCSPX-", "Ab1-" * 7, 28)],
+    "a Slack token": [(f"xox{kind}-", "12345-Ab9" * 6, 24) for kind in "abeprs"],
+    "a Stripe key": [("sk_live_", LONG, 24), ("rk_live_", LONG, 24)],
+    "an npm token": [("npm_", "Ab1" * 12, 36)],
+    "a PyPI token": [("pypi-", "Ab1-_" * 20, 64)],
+    "a Groq key": [("gsk_", LONG, 50)],
+    "an NVIDIA key": [("nvapi-", "Ab1-_" * 20, 60)],
+    "a signed web token": [("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.", "Ab1-_" * 9, 20)],
+    "a Weights & Biases key": [("wandb_api_key: ", "0f3a" * 10, 40), ("WANDB_API_KEY=", "0f3a" * 10, 40)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SHORTEST)
+def test_a_secret_is_one_from_its_shortest_on(what: str) -> None:
+    for start, more, least in SHORTEST[what]:
+        for length in (least - 1, least):
+            for end in ("", "\n", '"'):
+                text = f"key: {start}{more[:length]}{end}".encode()
+                assert find_secret(io.BytesIO(text)) == ((what, 5) if length == least else None), text
+
+
 @pytest.mark.parametrize(
     "text",
     [
