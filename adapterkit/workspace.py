@@ -105,10 +105,8 @@ class Workspace:
             beside = receipt_of(out)
             if self.misplaced_receipt and os.path.lexists(beside):
                 rename_new(beside, self.receipt)
-            if os.listdir(self.old_receipt):
+            if os.listdir(self.old_receipt):  # else there was none
                 rename_new(self.old_receipt, beside)
-            else:
-                self.old_receipt.rmdir()
 
     @property
     def misplaced_receipt(self) -> bool:
