@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ import pytest
 
 from adapterkit import opening
 from adapterkit.errors import FormatError, UnsafeFileError
-from adapterkit.opening import blob_of, files_below, open_inside, open_regular
+from adapterkit.opening import PIECE, blob_of, files_below, open_inside, open_regular, read_up_to, read_whole
+
+
+@pytest.fixture(autouse=True)
+def descriptors() -> Iterator[None]:
+    """None is left open, whatever was refused."""
+    before = os.listdir("/proc/self/fd")
+    yield
+    assert os.listdir("/proc/self/fd") == before
 
 
 def make(path: Path, kind: str) -> Path:
@@ -39,6 +47,24 @@ def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
         open_regular(file)
     with pytest.raises(FormatError, match="x: (is a link|cannot be read: a)"):
         open_inside(tmp_path, "x")
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
+def test_as_many_bytes_as_the_limit_are_read_and_no_more(size: int, tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(data := bytes(range(256)) * (size // 256) + b"x" * (size % 256))
+    assert read_whole(file, size) == read_whole(file, size + 1) == data
+    with pytest.raises(FormatError, match=f"x: is larger than {size - 1:,} bytes, the most that is read"):
+        read_whole(file, size - 1)
+    with open("/dev/zero", "rb") as endless, pytest.raises(FormatError, match="is larger than"):
+        read_up_to(endless, size, file)
+
+
+@pytest.mark.parametrize("name", ["x\0y", "x" * 256, "no/such/folder"])
+def test_names_that_no_file_has(name: str, tmp_path: Path) -> None:
+    for opened in (lambda: open_regular(tmp_path / name), lambda: open_inside(tmp_path, name)):
+        with pytest.raises(FormatError, match="cannot be read: (embedded null|File name too long|No such file)"):
+            opened()
 
 
 def cached(cache: Path, name: str = "models--o--n") -> Path:
