@@ -13,7 +13,7 @@ from adapterkit.errors import FormatError
 from adapterkit.loading import harmless, quiet, refuse_unknown
 from adapterkit.quant import weights as weights_of
 
-COUNTS = re.compile("layer|expert|block")  # in keys that say how many modules there are
+COUNTS = re.compile("layer|expert|block|num_labels")  # in keys that say how many modules or names there are
 POSITIVE = ("num_hidden_layers", "n_layer", "max_position_embeddings", "n_positions")
 LEAST = 4096  # that is not too much for such a key in any model
 NUMBER = re.compile(r"\.[0-9]+\.")

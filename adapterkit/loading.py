@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, cast
 from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, SINGLE, Checkpoint
 from adapterkit.errors import FormatError, UnsafeFileError, UsageError
 from adapterkit.opening import open_inside, read_up_to
+from adapterkit.quant.modules import has_scales, is_quantized
 from adapterkit.staging import errors_of
 from adapterkit.tensorfile import read_json
 
@@ -75,7 +77,13 @@ def load_causal(base: Checkpoint, **options: Any) -> Any:
     if missing := sorted(found["missing_keys"]):
         count = f"{len(missing)} tensor{'s' * (len(missing) > 1)}"
         raise FormatError(f"{base.path}: lacks {count} that its config speaks of, such as {missing[0]}")
-    model.config.name_or_path = base.name
+    for name, layer in model.named_modules():
+        if is_quantized(layer) and not has_scales(layer):
+            raise FormatError(
+                f"{base.path}: {name}.weight is not quantized, as the config says it is; remove quantization_config"
+            )
+    model.config.name_or_path, model.config.return_dict = base.name, True
+    model.config.output_hidden_states = model.config.output_attentions = False  # of which neither is looked at
     return model
 
 
@@ -95,7 +103,7 @@ def tokenized(tokenizer: Any, text: str, **options: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bars and warnings from the terminal, which is ours; raises UsageError where it is missing."""
+    """Keep transformers' bars, logs and warnings from the terminal, which is ours; raises UsageError without it."""
     try:
         import transformers.utils.logging
     except ImportError as error:
@@ -103,9 +111,10 @@ def quiet() -> Iterator[None]:
     logging: Any = transformers.utils.logging
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL + 1)  # it logs pages for an error that it then raises
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -69,13 +69,18 @@ def test_a_whole_one_is_what_its_config_describes(base: Path) -> None:
         ("max_position_embeddings", 0, "max_position_embeddings is 0"), ("max_position_embeddings", "x", "no model of it"),
         ("rms_norm_eps", "x", "makes no model of it"), ("rope_parameters", [1], "makes no model of it"),
         ("layer_types", {"a": HUGE}, "a is a number"), ("num_experts", 10**9, "num_experts is 1,000,000,000, the weights"),
+        ("num_labels", 10**9, "num_labels is 1,000,000,000, the weights"), ("use_return_dict", "x", "no model of it"),
         ("model_type", "nonsense", "model_type is 'nonsense', which transformers"),
     ],
 )  # fmt: skip
-def test_a_config_of_another_model(base: Path, key: str, value: Any, said: str) -> None:
+def test_a_config_of_another_model(
+    base: Path, key: str, value: Any, said: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """One error, and nothing from the libraries below."""
     change(base / "config.json", **{key: value})
     with pytest.raises(FormatError, match=said):
         check(base)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
 
 
 NO_OBJECTS = ("", "null", "[1]", '"x"', "3", "{", "[" * 100_000, "\0")

@@ -187,6 +187,23 @@ def test_just_the_checked_weights_are_loaded(model: Path, tiny: Path, hostile: C
     assert tokenizer("w1 w5")["input_ids"] and "PATH" not in str(tokenizer.chat_template)
 
 
+@pytest.mark.parametrize("values", [{"return_dict": False}, {"output_hidden_states": "x"}, {"output_attentions": True}])
+def test_what_a_model_gives_back_is_not_the_configs_to_say(model: Path, text: Path, values: dict[str, Any]) -> None:
+    expected = adapterkit("eval", model, text, "--json")
+    change(model / "config.json", **values)
+    assert json.loads(adapterkit("eval", model, text, "--json").out)["loss"] == json.loads(expected.out)["loss"]
+    assert adapterkit(*commands(model, text)[2]).code == 0
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_weights_that_are_not_quantized_as_the_config_says(model: Path, text: Path, bits: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    change(model / "config.json", quantization_config={"quant_method": "bitsandbytes", bits: True})
+    for command in commands(model, text)[:2]:
+        message = adapterkit(*command).message(1)
+        assert message.endswith("_proj.weight is not quantized, as the config says it is; remove quantization_config")
+
+
 def test_what_is_saved_names_no_folder_of_this_machine(model: Path, tmp_path: Path) -> None:
     base = open_checkpoint(model)
     load_causal(base).save_pretrained(tmp_path / "saved")

@@ -17,6 +17,12 @@ def is_quantized(layer: nn.Module) -> bool:
     return type(layer).__name__ in ("Linear4bit", "Linear8bitLt") and type(layer).__module__.startswith("bitsandbytes")
 
 
+def has_scales(layer: Any) -> bool:
+    """Whether the weight of a quantized layer came with what dequantizes it."""
+    name = "quant_state" if type(layer).__name__ == "Linear4bit" else "SCB"
+    return getattr(layer.weight, name, None) is not None
+
+
 def dequantized(layer: Any) -> torch.Tensor:
     """The weight `(out, in)` that a quantized layer computes with."""
     import torch
