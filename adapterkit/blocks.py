@@ -344,12 +344,16 @@ def _base_chunks(edit: Edit, packed: Rows | None, fd: int) -> Iterator[tuple[int
 
 
 def _check_twin(edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: int, last: int) -> None:
-    """Refuse an original that its quantized twin cannot have been made from."""
+    """Refuse an original that its quantized twin cannot have been made from.
+
+    Both may have been rounded to 16 bits: the original before it was quantized, the twin when it was dequantized.
+    """
     if loaded.twin is None or source is None:
         return
     other = loaded.twin.rows(first, last, lambda info: info.read().to(source.device)).float()
     slack = loaded.twin.slack(first, last).to(source.device)
-    off = (source.float() - other).abs() > slack + other.abs() * 2**-8  # which is rounded to 16 bits
+    rounding = (source.float().abs() + other.abs()) * 2**-8 + 2**-24  # bf16's of both, or fp16's of the least
+    off = (source.float() - other).abs() > slack + rounding
     if bool(off.any()):
         i, j = off.nonzero()[0].tolist()
         here, there = float(source[i, j]), float(other[i, j])

@@ -755,6 +755,62 @@ def test_an_fp8_base_and_its_original(
         adapterkit.plan_merge(base, [adapter], tmp_path / "no", quantize="same")
 
 
+def between_steps(kind: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 weights `(rows, 64)` about the middle of the widest step of each row's block, and half of that step.
+
+    The nearer end of that step is one that bf16 hardly has, so that dequantizing moves it as far as it can.
+    """
+    if kind == "fp8":
+        low, high = torch.full((rows,), 256 / 448).double(), torch.full((rows,), 288 / 448).double()
+    else:
+        codes = (
+            torch.arange(-127, 128).double() / 127 if kind == "int8" else torch.tensor(CODES[kind]).double().sort()[0]
+        )
+        widest = (codes.diff() > codes.diff().max() * 0.999).nonzero()[:, 0]
+        low = codes[picked := widest[torch.randint(len(widest), (rows,))]]
+        high = codes[picked + 1]
+    near = low.abs().minimum(high.abs()).clamp(min=1 / 127)
+    most = 2.0 ** torch.randint(-3, 3, (rows,)) * (1 + 2.0**-8) / near
+    most = (most * (1 + 2.0**-8 * (2 * torch.rand(rows) - 1))).bfloat16().double()
+    values = ((low + high) / 2 * most)[:, None] * (1 + 2.0**-8 * (2 * torch.rand(rows, 64).double() - 1))
+    values[:, 0] = most * (torch.randint(0, 2, (rows,)) * 2 - 1)
+    return values.float(), (high - low) / 2 * most
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("nf4", 1.0), ("fp4", 1.0), ("int8", 1.0), ("int8", 2.0**-16), ("fp8", 1.0)]
+)
+def test_an_original_is_refused_where_rounding_does_not_explain_it_and_nowhere_else(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, kind: str, size: float
+) -> None:
+    """A float32 model that was loaded in bf16, quantized, and is dequantized to bf16: three roundings to one side."""
+    weight, half = between_steps(kind, 1024)
+    weight, half = weight * size, half * size
+    adapter = make_adapter(factors("m", 1024, 64))
+    if kind == "fp8":
+        config = {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 64]}}
+        scale = weight[:, :1].abs() / 448
+        q = (weight.bfloat16().float() / scale).to(torch.float8_e4m3fn)
+        small = make_base({"m.weight": q, "m.weight_scale_inv": scale}, config)
+    else:
+        base = make_base({"m.weight": weight.bfloat16()}, {"dtype": "bfloat16"})
+        small = tmp_path / "small"
+        adapterkit.quantize(base, small, to=kind)
+    original = tmp_path / "original.safetensors"
+    save_file({"m.weight": weight}, original)
+    adapterkit.merge(small, [adapter], tmp_path / "out", original=original)
+
+    checkpoint = open_checkpoint(small)
+    packed = quant.weights(checkpoint.tensors, checkpoint.config)["m.weight"]
+    assert isinstance(packed, quant.Packed)
+    there = packed.open(64)(0, 1024)[7, 9].double()
+    off = (half[7] + 2 * there.abs() * 2**-8 + 2**-24) * 1.01
+    weight[7, 9] = there + off.copysign(weight[7, 9] - there)
+    save_file({"m.weight": weight}, original)
+    with pytest.raises(FitError, match=r"m\.weight: .* at \[7, 9\] in the original"):
+        adapterkit.merge(small, [adapter], tmp_path / "wrong", original=original)
+
+
 def test_originals_that_are_none(
     four_bits: tuple[Path, dict[str, torch.Tensor]],
     make_adapter: Callable[..., Path],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from adapterkit.errors import FormatError
 from adapterkit.quant.choose import NEAREST, Rounding, choose, search
 from adapterkit.quant.codes import CODES, dynamic_code
-from adapterkit.quant.packed import MARGIN, Numbers, Packed, Packer, Packing, Read, Rows
+from adapterkit.quant.packed import Numbers, Packed, Packer, Packing, Read, Rows
 from adapterkit.tensorfile import DTYPE_BITS, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ class Packed4bit(Packed):
 
     def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         absmax, code = self._scales(), self.code.read().sort().values
-        steps = absmax.abs() * (code[1:] - code[:-1]).max() / 2 * MARGIN
+        steps = absmax.abs() * (code[1:] - code[:-1]).max() / 2
         if self.nested is not None:  # by how much the scale itself is off
             nested, scales = self.nested.code.read(), self.nested.scales.read()
-            off = scales * (nested[1:] - nested[:-1]).max() / 2 * MARGIN
+            off = scales * (nested[1:] - nested[:-1]).max() / 2
             steps += off.repeat_interleave(self.nested.blocksize)[: len(steps)]
 
         return lambda first, last: self._by_element(steps, first * columns, last * columns).view(-1, columns)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
 from adapterkit.quant.choose import NEAREST, Rounding, choose
-from adapterkit.quant.packed import MARGIN, Numbers, Packed, Packer, Packing, Read, Rows, float_dtype
+from adapterkit.quant.packed import Numbers, Packed, Packer, Packing, Read, Rows, float_dtype
 from adapterkit.tensorfile import TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Packed8bit(Packed):
         return (self.stored, self.scale, *((self.layout,) if self.layout else ()))
 
     def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
-        steps = self.scale.read()[:, None] / 254 * MARGIN
+        steps = self.scale.read()[:, None] / 254
         return lambda first, last: steps[first:last].expand(-1, columns)
 
     def packing(self) -> Packing8bit:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
-from adapterkit.quant.packed import MARGIN, Numbers, Packed, Read, Rows, float_dtype
+from adapterkit.quant.packed import Numbers, Packed, Read, Rows, float_dtype
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class PackedFP8(Packed):
     def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         values = self.open(columns)
         least = float(self.scale.read().abs().max()) * 2**-10  # half of e4m3's least step
-        return lambda first, last: values(first, last).float().abs() * 2**-4 * MARGIN + least
+        return lambda first, last: values(first, last).float().abs() * 2**-4 + least
 
     def packing(self) -> None:
         return None

@@ -14,7 +14,6 @@ from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo
 if TYPE_CHECKING:
     import torch
 
-MARGIN = 1.02  # on half a step: for the rounding of scales
 # What reads a tensor, onto the device where it is computed with.
 Read = Callable[[TensorInfo], "torch.Tensor"]
 
