@@ -147,6 +147,20 @@ def test_what_is_recorded_is_little_and_matters(monkeypatch: pytest.MonkeyPatch)
     assert not torch.equal(restore(after, 0, updates, nothing), W)
 
 
+def test_float64_weights_are_restored_from_what_stays_as_it_is() -> None:
+    """They have the dtype of the computation, so that subtracting could write over them."""
+    W = torch.randn(40, 60, dtype=torch.float64)
+    updates = [Update(0, 40, torch.randn(40, 3, dtype=torch.float64), torch.randn(3, 60, dtype=torch.float64), 0.5)]
+    after = W.clone()
+    add_updates(after, 0, updates)
+    kept = after.clone()
+    found = record(W, after, 0, updates)
+    assert torch.equal(restore(after, 0, updates, found), W) and torch.equal(after, kept)
+    back = subtracted(after, 0, updates)
+    correct(encode(found), back, "here")
+    assert torch.equal(back, W) and torch.equal(after, kept) and torch.equal(subtracted(after, 0, []), kept)
+
+
 # --- where it is hardest ---------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from test_fused import OnGpu
 
 from adapterkit.fused import add_rounded
 from adapterkit.rounding import DROPPED_BITS, as_bfloat16, on_midpoints, round_once
@@ -57,6 +58,9 @@ def test_every_sum_on_a_midpoint_is_found(dtype: torch.dtype, rows: int, step: i
     assert torch.equal(out, total.to(dtype))
     found = torch.zeros(total.shape, dtype=torch.bool)
     found[on_midpoints(least, depth)] = True
+    there = torch.zeros_like(found)
+    there[on_midpoints(least.as_subclass(OnGpu), depth)] = True
+    assert torch.equal(there, found)
     on = (bits & 2 * half - 1) == half
     assert bool(on[0, 0] & on[1, 74] & on[-1, 5]) and not bool(on[2, 37] | on[-1, 6])
     # Every one of them, and no group of rows without one.
@@ -77,3 +81,11 @@ def test_a_product_in_bf16_has_float32_accuracy(rank: int) -> None:
 def test_factors_that_are_bf16_already_stay_as_they_are() -> None:
     left, right = torch.randn(4, 3).bfloat16(), torch.randn(3, 5).bfloat16()
     assert all(torch.equal(a, b) for a, b in zip(as_bfloat16(left.float(), right.float()), (left, right), strict=True))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_element_that_bf16_does_not_hold_is_enough(which: int) -> None:
+    factors = [torch.randn(4, 3).bfloat16().float(), torch.randn(3, 5).bfloat16().float()]
+    factors[which][1, 2] += 2.0**-20
+    halves = as_bfloat16(*factors)
+    assert torch.equal(halves[0].double() @ halves[1].double(), factors[0].double() @ factors[1].double())

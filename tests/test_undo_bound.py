@@ -64,6 +64,18 @@ def comes_back(W: torch.Tensor, S: torch.Tensor, N: torch.Tensor, rank: int, par
             yield (S.to(W.dtype).double() - delta + undone).float().to(W.dtype)
 
 
+def needless(W: torch.Tensor, S: torch.Tensor, N: torch.Tensor, rank: int, parts: int) -> torch.Tensor:
+    """Where marking would be for nothing: all that can be off, and a hundredth more, stays short of the boundary."""
+    error = S.to(W.dtype).double() - S.double()
+    towards = torch.where((error >= 0) == (W > 0), 1, -1).short()  # in bits, which grow away from zero
+    distance = ((W.view(torch.int16) + towards).view(W.dtype).double() - W.double()).abs() / 2
+    shaky = share(parts * (rank + 4) + 2) * 2.0 ** (9 if W.dtype is torch.bfloat16 else 12)
+    off = error.abs() + 4 * share(parts * (rank + 3)) * N
+    return (off * 1.01 < distance * (1 - 1.01 * shaky)) & (
+        W.abs() > 1e-30
+    )  # the norms of smaller ones are not so close
+
+
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(("rank", "parts"), [(1, 1), (16, 1), (256, 1), (1000, 1), (4, 3)])
 def test_what_is_not_marked_comes_back(dtype: torch.dtype, rank: int, parts: int) -> None:
@@ -76,6 +88,7 @@ def test_what_is_not_marked_comes_back(dtype: torch.dtype, rank: int, parts: int
         others[at] = False
         for back in comes_back(W, S, N, rank, parts):
             assert torch.equal(back[others], W[others]), near
+        assert not bool((needless(W, S, N, rank, parts) & ~others[:, None]).any()), near
         kept += int(others.sum())
     assert kept > 0.05 * rows
 
@@ -106,6 +119,33 @@ def test_what_is_marked_lands_within_the_steps_that_are_coded(dtype: torch.dtype
             assert bool((steps <= found.reach.where(found.reach < WHOLE, inf)).all()), off
             correct(encode(found), back, "here")
             assert torch.equal(back, W)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_the_largest_row_and_column_decide_how_far_off_any_can_be(dtype: torch.dtype) -> None:
+    """So that weights land no further off, by the bound, for being merged beside others."""
+    W = adversarial.weights(1000, 1, dtype, 1)
+    after, left = (W.double() * 1.3).to(dtype), torch.full((1000, 4), 20.0)
+    alone = marked(W, after, [Update(0, 1000, left, torch.full((4, 1), 30.0), 1.0)], torch.arange(1000))
+    assert (alone.reach < WHOLE).sum() > 400 < (alone.reach > 4).sum()
+    beside = (
+        torch.cat([W, W, W], dim=1),
+        torch.cat([after] * 3, dim=1),
+        torch.tensor([[1e-3, 30.0, 1e-3]]).expand(4, -1),
+    )
+    for rows in (left, torch.cat([left[:1], left[1:] * 1e-3])):
+        among = marked(*beside[:2], [Update(0, 1000, rows, beside[2], 1.0)], torch.arange(1, 3000, 3))
+        assert torch.equal(among.values, alone.values) and torch.equal(among.reach, alone.reach)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_most_of_what_is_marked_takes_two_bits(dtype: torch.dtype) -> None:
+    """Those that land on a neighbour at most; where the update is as in practice, a hundredth of the weights."""
+    W = (torch.randn(500, 500) * 0.02).to(dtype)
+    update = Update(0, 500, torch.randn(500, 16) * 5e-5, torch.randn(16, 500), 1.0)
+    S = W.float() + update.left @ update.right
+    found = marked(W, S.to(dtype), [update], marked_by(W, S, [update]))
+    assert len(found) > 100 and ((found.reach <= 1).sum() > 0.7 * len(found))
 
 
 def test_only_updates_that_meet_are_added_up() -> None:
