@@ -125,6 +125,8 @@ def staged(
             with errors_of(place.out):
                 with uninterrupted():
                     work = _claim(place, Mark(place.out.name, job, place.beside, precious), resume)
+                    if place.directory:
+                        work.new.mkdir(exist_ok=True)
                 before = [_identity(path) for path in place.places]
                 yield work.new
                 with uninterrupted():
@@ -196,8 +198,6 @@ def _claim(place: Destination, mark: Mark, resume: bool) -> Workspace:
             taken = Workspace.create(place.out.parent, mark)
         else:
             found.remove(taken)
-        if place.directory:
-            taken.new.mkdir(exist_ok=True)
         return taken
     finally:
         for work in found:

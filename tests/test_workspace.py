@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,9 @@ def test_a_folder_is_removed_only_while_it_is_as_empty_as_at_the_start(tmp_path:
     gone = [folder(0), folder(1, mark=""), folder(2, mark='{"adap')]
     whole = json.dumps({"adapterkit": "1", "output": "other"})
     stay = [folder(3, 0o700), folder(4, mark="", thesis="x"), folder(5, thesis="x"), folder(6, mark=whole), folder(7, mark="")]  # fmt: skip
+    os.mkfifo((pipe := folder(8)) / MARK)
+    ((link := folder(9)) / MARK).symlink_to(tmp_path / "nothing")
+    gone, stay = [*gone, pipe], [link, *stay]
     (tmp_path / ".adapterkit-longer-than-ours").mkdir(0o1700)
     with open(stay[-1] / MARK) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -237,6 +241,84 @@ def test_an_input_in_what_a_dead_run_left_is_not_even_moved(tmp_path: Path, name
     with pytest.raises(UsageError, match="the input"), staged(Destination(tmp_path / "out", (work.path / name,))):
         pass
     assert contents(tmp_path) == before
+
+
+class Died(BaseException):
+    """Nothing that changes a name works any more, so that nothing is taken back."""
+
+
+@contextmanager
+def failing_at(nth: int, error: BaseException, swaps: bool = True) -> Iterator[Callable[[], int]]:
+    """Raise `error` at the `nth` call that changes a name, Died at all later ones too; yields how many there were."""
+    count = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **how: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == nth or (count > nth and isinstance(error, Died)):
+                raise error
+            return call(*args, **how)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
+            patched.setattr(os, name, counted(getattr(os, name)))
+        patched.setattr(renaming, "_renameat2", counted(renaming._renameat2) if swaps else lambda *_: False)
+        yield lambda: count
+
+
+@pytest.mark.parametrize("error", [Died(), OSError(errno.ENOSPC, "full")], ids=["dies", "fails"])
+@pytest.mark.parametrize("swaps", [True, False], ids=["swaps", "an old kernel"])
+@pytest.mark.parametrize("old", ["with a receipt", "without", "none"])
+@pytest.mark.parametrize("directory", [True, False], ids=["directory", "file"])
+def test_a_run_that_ends_at_any_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: bool, old: str, swaps: bool, error: BaseException
+) -> None:
+    """The output is the old or the new, each with its receipt, at the latest when the next run has begun."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # which takes most of the time
+    out = tmp_path / "out"
+    place = Destination(out, directory=directory, overwrite=True, beside=not directory, ours=lambda _: True)
+
+    def make(text: str, receipt: bool) -> None:
+        with staged(place) as new:
+            (new / "file" if directory else new).write_text(text)
+            if receipt and not directory:
+                (new.parent / "receipt").mkdir()
+                (new.parent / "receipt" / RECEIPT).write_text(text)
+
+    def state() -> tuple[str, str] | None:
+        file, receipt = out / "file" if directory else out, receipt_of(out) / RECEIPT
+        return (file.read_text(), receipt.read_text() if receipt.exists() else "") if file.exists() else None
+
+    before = {"none": None, "without": ("old", ""), "with a receipt": ("old", "" if directory else "old")}[old]
+    after = ("new", "" if directory else "new")
+    nth = ended = 1
+    while ended:
+        if before:
+            make("old", old == "with a receipt")
+        raised = False
+        with failing_at(nth, error, swaps) as steps:
+            try:
+                make("new", True)
+            except (Died, NoSpaceError):
+                raised = True
+        ended, nth, found = steps() >= nth, nth + 1, state()
+        if isinstance(error, Died):
+            if before == ("old", "old") and found and found[0] != found[1]:
+                assert found[0] in [(path / RECEIPT).read_text() for path in receipts_aside(out)]
+        else:
+            assert found == (before if raised else after), nth
+        with pytest.raises(KeyboardInterrupt), staged(place):
+            raise KeyboardInterrupt
+        assert state() in ((before, after) if ended else (after,)), nth
+        assert set(os.listdir(tmp_path)) <= {"out", "out.receipt"}
+        make("more", True)
+        assert state() == ("more", "" if directory else "more")
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert nth > 5
 
 
 # --- where it may go -------------------------------------------------------------------------------------------------
