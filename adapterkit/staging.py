@@ -7,7 +7,6 @@ directories, for a moment neither, and both in the workspace, from which the nex
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -131,8 +130,7 @@ def staged(
                 yield work.new
                 with uninterrupted():
                     _commit(work, place, before)
-                    with suppress(OSError):  # what is left is removed by the next run
-                        work.remove()
+                    work.clear_away()
         except BaseException as error:
             with uninterrupted():
                 said = _given_up(work, place, kept)
@@ -143,7 +141,7 @@ def staged(
 
 def work_left(out: Path, job: str) -> Path | None:
     """What a dead run of that job has made of `out` so far."""
-    return next((work.new for work in seen(out) if work.mark.job == job and not work.alive), None)
+    return next((work.new for work in seen(out) if work.mark.job == job and work.can_go_on), None)
 
 
 def receipts_aside(out: Path) -> list[Path]:
@@ -190,10 +188,10 @@ def _claim(place: Destination, mark: Mark, resume: bool) -> Workspace:
         for work in found:
             work.undo(place.out)
         place.check()  # whatever came between plan and run
-        taken = next((work for work in found if resume and mark.job and work.mark == mark), None)
+        taken = next((work for work in found if resume and mark.job and work.mark == mark and work.can_go_on), None)
         for work in found:
             if work is not taken and (not work.mark.precious or work.mark.job == mark.job):
-                work.remove()
+                work.clear_away()
         if taken is None:
             taken = Workspace.create(place.out.parent, mark)
         else:
@@ -251,9 +249,7 @@ def _given_up(work: Workspace | None, place: Destination, kept: Callable[[Path],
             work.remove()
         return f"{place.out} is complete" if work.done else "nothing was kept"
     except (OSError, OutputExistsError) as error:
-        left = f"{work.path} could not be removed: {getattr(error, 'strerror', None) or error}"
-        logging.getLogger("adapterkit").warning(left)
-        return left
+        return work.say_left(error)
     finally:
         work.close()
 

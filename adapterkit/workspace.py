@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -18,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from adapterkit.apart import below
 from adapterkit.errors import OutputExistsError
 from adapterkit.renaming import rename_new
 from adapterkit.version import __version__
@@ -87,8 +89,6 @@ class Workspace:
             alive = True
         except OSError:
             mark = None  # nobody can tell whether its process lives
-        if mark is not None and not alive and _holds_links(path):
-            mark = None  # no run makes one, so that somebody else made the folder
         if mark is None or alive:
             os.close(fd)
         return None if mark is None else cls(path, mark, -1 if alive else fd, alive)
@@ -109,10 +109,28 @@ class Workspace:
                 rename_new(self.old_receipt, beside)
 
     @property
+    def can_go_on(self) -> bool:
+        """Whether a run may go on with what is here: no run makes a link, through which other files would change."""
+        return not self.alive and not any(entry.is_symlink() for entry in below(self.path))
+
+    @property
     def misplaced_receipt(self) -> bool:
         """Whether the new receipt has its place, and the new output has not."""
         swapping = self.mark.beside and os.path.lexists(self.old_receipt) and os.path.lexists(self.new)
         return swapping and not os.path.lexists(self.receipt)
+
+    def clear_away(self) -> None:
+        """Remove it as `remove` does; where that fails, say what is left, which hinders no other run."""
+        try:
+            self.remove()
+        except OSError as error:
+            self.say_left(error)
+
+    def say_left(self, error: Exception) -> str:
+        """Say, and return, that the folder is still there, and why."""
+        said = f"{self.path} could not be removed: {getattr(error, 'strerror', None) or error}"
+        logging.getLogger("adapterkit").warning(said)
+        return said
 
     def remove(self) -> None:
         """Remove the folder with all in it, the mark last. Raises OSError."""
@@ -172,7 +190,12 @@ def remove_unmarked(parent: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file or a directory with all in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except PermissionError:  # an old output's folders may be read-only
+            for folder in (path, *(Path(entry.path) for entry in below(path) if entry.is_dir(follow_symlinks=False))):
+                folder.chmod(0o700)
+            shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
@@ -187,15 +210,6 @@ def _is_ours(path: Path) -> bool:
     """Whether this user made the folder, and as a workspace is made."""
     stats = path.lstat()
     return stat.S_ISDIR(stats.st_mode) and stats.st_uid == os.geteuid() and stats.st_mode & 0o1777 == MODE
-
-
-def _holds_links(path: Path) -> bool:
-    """Whether a symbolic link lies anywhere in the folder, through which other files would be written or removed."""
-    return any(
-        os.path.islink(os.path.join(folder, name))
-        for folder, folders, files in os.walk(path)
-        for name in (*folders, *files)
-    )
 
 
 def _create_mark(path: Path, mark: Mark) -> int | None:

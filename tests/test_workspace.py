@@ -204,6 +204,37 @@ def test_a_workspace_that_cannot_be_removed_is_said(
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
+@pytest.mark.parametrize("of", ["a dead run", "an old output"])
+def test_what_cannot_be_removed_hinders_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, of: str
+) -> None:
+    out = tmp_path / "out"
+    dead(out) if of == "a dead run" else made(out, "old")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", failing(IO))
+        made(out, "new")
+    [left] = {*os.listdir(tmp_path)} - {"out"}
+    assert f"{tmp_path / left} could not be removed: Input/output error" in caplog.text
+    made(out, "newest")
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_folders_that_are_read_only_go_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user may have made those of an old output; a superuser is not asked."""
+    work, real = dead(tmp_path / "out"), shutil.rmtree
+    (work.new / "a" / "b").mkdir(parents=True)
+    (work.new / "a" / "b").chmod(0o500)
+
+    def rmtree(path: Path) -> None:
+        if any(not folder.stat().st_mode & 0o200 for folder in path.rglob("*")):
+            raise PermissionError
+        real(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    made(tmp_path / "out", "new")
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
 def test_only_the_link_goes_not_what_it_leads_to(tmp_path: Path) -> None:
     """Where one came into a living run's folder; a dead one's that holds a link is left alone."""
     (tmp_path / "thesis").mkdir()
