@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class _Tree:
     def of(cls, path: Path, follow: bool) -> _Tree:
         """Look at `path`; with `follow` what links in it lead to belongs to it."""
         above, folders, inside = set(_above(path)), set[Inode](), set[Inode]()
-        for entry in _below(path):
+        for entry in below(path):
             target = Path(entry.path)
             if entry.is_symlink():
                 if follow:
@@ -58,16 +59,15 @@ def _above(path: Path) -> Iterator[Inode]:
         yield from _inode(folder)
 
 
-def _below(path: Path) -> Iterator[os.DirEntry[str]]:
-    """All that lies in a folder, links not followed."""
-    try:
-        entries = list(os.scandir(path)) if path.is_dir() else []
-    except OSError:
-        return
-    for entry in entries:
-        yield entry
-        if entry.is_dir(follow_symlinks=False):
-            yield from _below(Path(entry.path))
+def below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """All that lies in a folder and can be listed, links not followed."""
+    pending = [str(folder)]
+    while pending:  # a function that calls itself would not get down to where a stranger's folders end
+        with suppress(OSError):
+            for entry in list(os.scandir(pending.pop())):
+                yield entry
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
 
 
 def _inode(path: Path) -> frozenset[Inode]:

@@ -18,6 +18,7 @@ from adapterkit.errors import FormatError, UnsafeFileError
 
 READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 PIECE = 1 << 20  # bytes read at a time
+MOST_NESTED = 100  # folders
 FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 KINDS = {
     stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -87,11 +88,14 @@ def sha256_of(file: Path) -> str:
 def files_below(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """Every file below `folder`, relative to it and sorted, and what it is where `open_inside` would refuse it.
 
-    A link to a directory counts as a file; what is hidden is left out. Raises FormatError for what cannot be listed.
+    A link to a directory counts as a file; what is hidden is left out. Raises FormatError for what cannot be listed,
+    and for folders that are nested more than `MOST_NESTED` deep, which functions that call themselves cannot copy.
     """
     pending = [folder]
     while pending:  # not os.walk, which calls itself, and is silent about what it cannot list
         at = pending.pop()
+        if len(at.parts) - len(folder.parts) > MOST_NESTED:
+            raise FormatError(f"{at}: lies in folders nested more than {MOST_NESTED} deep; move it up")
         with _errors_of(at):
             inner = []
             for entry in sorted(os.scandir(at), key=lambda entry: entry.name):

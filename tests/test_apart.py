@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from adapterkit.apart import check_apart
-from adapterkit.errors import UsageError
+from adapterkit.errors import FormatError, UsageError
+from adapterkit.opening import files_below
 
 LIES, HOLDS, APART = "is or lies in the input", "holds the input", ""
 # What is made, in order: `folder/`, `file`, `link -> target`, `hard = file`; an input; an output; how they are.
@@ -67,3 +68,19 @@ def test_whether_an_output_is_apart_from_an_input(case: str, tmp_path: Path, mon
                 check_apart(*paths)
         else:
             check_apart(*paths)
+
+
+def test_inputs_of_any_depth(tmp_path: Path) -> None:
+    """Which is checked before anything can refuse them."""
+    deep, depth = tmp_path / "in", 1100
+    for _ in range(depth):
+        deep.mkdir()
+        deep /= "d"
+    with pytest.raises(UsageError, match=HOLDS):
+        check_apart([deep.parent], [tmp_path / "in"])
+    check_apart([tmp_path / "in"], [tmp_path / "out"])
+    with pytest.raises(FormatError, match="nested more than 100 deep"):
+        list(files_below(tmp_path / "in"))
+    for _ in range(depth):
+        deep = deep.parent
+        deep.rmdir()
