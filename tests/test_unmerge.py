@@ -397,13 +397,13 @@ def test_a_sidecar_of_too_many_entries_is_refused_first(tmp_path: Path, monkeypa
 # --- the command that is printed -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a b", "it's", "-dash", "~", "$(touch x)", "new\nline", "\x1b[31m\\n\u202e", "a:0.5",
+@pytest.mark.parametrize("name", ["a b", "it's", "-dash", "~", "$(touch x)", "new\nline", "\x1b[31m\\n\u202e", "a:0.5", "50%\x07\n",
                                   os.fsdecode(b"\xff'"), "\U0001f469\u200d\U0001f469", "n\u00e4me", "x" * 200])  # fmt: skip
 @pytest.mark.parametrize("single", [False, True])
 def test_the_printed_command_undoes_the_merge(
     name: str, single: bool, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As bash reads it, and from where one stands; the adapters are found by nothing but what is printed."""
+    """As any shell reads it, and from where one stands; the adapters are found by nothing but what is printed."""
     base = tmp_path / "base" / "model-00001-of-00002.safetensors" if single else tmp_path / "base"
     end, files = (
         ".safetensors" if single else "",
@@ -420,11 +420,12 @@ def test_the_printed_command_undoes_the_merge(
     merged_once = run(*command)
     assert merged_once.code == 0, merged_once
     printed = merged_once.out.partition("undo      ")[2].rstrip("\n")
-    words = subprocess.run(
-        ["bash", "-c", f"adapterkit() {{ printf '%s\\0' \"$@\"; }}; {printed}"], stdout=subprocess.PIPE
+    script = f"adapterkit() {{ printf '%s\\0' \"$@\"; }}; {printed}"
+    [words, same_words] = (
+        subprocess.run([shell, "-c", script], stdout=subprocess.PIPE).stdout for shell in ("sh", "bash")
     )
     new = Path(f"NEW{end}")
-    assert run(*map(os.fsdecode, words.stdout.split(b"\0")[:-1])).code == 0
+    assert words == same_words and run(*map(os.fsdecode, words.split(b"\0")[:-1])).code == 0
     assert new.read_bytes() == base.read_bytes() if single else same(new, base)
     assert "x" not in os.listdir()
 

@@ -59,11 +59,13 @@ def _argument(word: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """A word as a shell reads it; what cannot be shown is written out as bytes."""
+    """A word as any shell reads it; what cannot be shown is written out as bytes, by printf."""
     if visible(word) == word:
         return shlex.quote(word)
-    plain = set(range(0x20, 0x7F)) - set(b"\\'")
-    return "$'" + "".join(chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in os.fsencode(word)) + "'"
+    start = word.rstrip("\n")  # a shell drops line breaks at the end of what a command prints
+    plain = set(range(0x20, 0x7F)) - set(b"\\'%")
+    told = "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in os.fsencode(start))
+    return f"\"$(printf '{told}')\"" + (shlex.quote(word[len(start) :]) if start != word else "")
 
 
 def weighted(text: str) -> tuple[str, float]:
