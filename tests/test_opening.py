@@ -64,7 +64,9 @@ def test_as_many_bytes_as_the_limit_are_read_and_no_more(size: int, tmp_path: Pa
 def test_names_that_no_file_has(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for opened in (lambda: open_regular(tmp_path / name), lambda: open_inside(tmp_path, name)):
-        with pytest.raises(FormatError, match="cannot be read: (embedded null|File name too long|No such file|Not a directory)"):
+        with pytest.raises(
+            FormatError, match="cannot be read: (embedded null|File name too long|No such file|Not a directory)"
+        ):
             opened()
 
 
