@@ -18,8 +18,10 @@ from handmade import adapterkit, contents
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model
 
+from adapterkit import loading
 from adapterkit.checkpoint import open_checkpoint
-from adapterkit.loading import load_causal, load_tokenizer
+from adapterkit.errors import FormatError
+from adapterkit.loading import harmless, load_causal, load_tokenizer, quiet, tokenized
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 
@@ -222,3 +224,139 @@ def test_calibration_needs_all_weights(model: Path, text: Path) -> None:
     for command in commands(model, text)[1:]:
         assert "lacks 1 tensor that its config speaks of" in adapterkit(*command).message(1)
     assert contents(model) == before
+
+
+def narrow(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+
+
+def lacking(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.norm.weight"], tensors[FIRST]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (narrow, r"model\.norm\.weight is \(\d+,\), its config makes it \(\d+,\)"),
+        (lacking, rf"lacks 2 tensors that its config speaks of, such as {FIRST}"),
+    ],
+)
+def test_what_transformers_would_fill_with_random_numbers(
+    model: Path, spoil: Callable[[dict[str, torch.Tensor]], None], said: str
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=said):
+        load_causal(open_checkpoint(model))
+
+
+def test_a_config_keeps_all_but_what_loads_more() -> None:
+    config = {
+        "auto_map": {"AutoModel": "x.M"}, "hidden_size": 8, "attn_implementation": "sdpa", "layers": [{"a": None}],
+        "_attn_implementation_internal": "org/kernel", "note": "org/kernel", "experts_implementation": {"": "org/kernel"},
+        "text_config": {"transformers_weights": "x", "auto_map": 1, "attn_implementation": "org/kernel@main", "dim": 4},
+    }  # fmt: skip
+    left = {"hidden_size": 8, "attn_implementation": "sdpa", "layers": [{"a": None}], "note": "org/kernel"}
+    assert harmless(config) == left | {"text_config": {"dim": 4}}
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+class Panics(BaseException):
+    """As what pyo3 makes of a panic in Rust is no Exception either."""
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ([0, 2**31 - 1], None),
+        ([], None),
+        ([1, 2**31], "has a token beyond 2,147,483,647"),
+        ([-1], "has a token beyond"),
+        (ValueError("a\nb  c"), "its tokenizer fails: a b c$"),
+        (Panics("index out of bounds"), "its tokenizer fails: index out of bounds$"),
+        (ValueError("x" * 10_000), "its tokenizer fails: x{240}$"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("name", ["a model", None])
+def test_what_a_tokenizer_makes_is_checked(made: list[int] | BaseException, said: str | None, name: str | None) -> None:
+    class Tokenizer:
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            assert (text, options) == ("text", {"verbose": False, "more": 1})
+            if isinstance(made, BaseException):
+                raise made
+            return {"input_ids": made}
+
+    tokenizer = Tokenizer()
+    if name:
+        tokenizer.name_or_path = name  # type: ignore[attr-defined]
+    if said is None:
+        assert tokenized(tokenizer, "text", more=1)["input_ids"] == made
+        return
+    with pytest.raises(FormatError, match=f"^{name or 'the base'}: .*{said}"):
+        tokenized(tokenizer, "text", more=1)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_in_a_tokenizer_is_none_of_its_errors(error: type[BaseException]) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise error
+
+    with pytest.raises(error):
+        tokenized(interrupted, "text")
+
+
+@pytest.mark.parametrize(
+    "contents", [[], ["", "x"], ["x" * 100], ["x" * 10, "y" * 10], ["x" * 101], ["x" * 51, "y" * 2]]
+)
+def test_how_much_a_normalizer_may_make_a_text_longer(contents: list[str], model: Path) -> None:
+    """Each of a sequence does it to what the one before has made."""
+    nodes = [{"type": "Replace", "pattern": {"String": "w"}, "content": one} for one in contents]
+    change(model / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": nodes} if nodes else None)
+    base, grown = open_checkpoint(model), len("".join(contents)) if len(contents) < 2 else 0
+    grown = grown or (len(contents[0]) or 1) * len(contents[1]) if contents else 1
+    if grown <= 100:
+        assert load_tokenizer(base) is not None
+    else:
+        with pytest.raises(FormatError, match=r"tokenizer\.json: its normalizer makes a text more than 100 times"):
+            load_tokenizer(base)
+
+
+# --- what transformers says ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_what_transformers_prints_is_as_before_at_the_end(bars: bool) -> None:
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    try:
+        logging.enable_progress_bar() if bars else logging.disable_progress_bar()
+        logging.set_verbosity_info()
+        with pytest.raises(ValueError, match="body"), quiet():
+            assert not logging.is_progress_bar_enabled() and logging.get_verbosity() >= logging.ERROR
+            raise ValueError("body")
+        assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == (bars, logging.INFO)
+    finally:
+        logging.enable_progress_bar() if before[0] else logging.disable_progress_bar()
+        logging.set_verbosity(before[1])
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("", "ValueError"),
+        ("a\n\tb", "a b"),
+        ("no {ours}/config.json", "no {theirs}/config.json"),
+        ("x" * 240, "x" * 240),
+        ("x" * 241, "x" * 240 + " …"),
+    ],
+    ids=lambda text: text[:10] or "nothing",
+)
+def test_an_error_of_transformers_is_one_short_line_of_the_users_folder(said: str, shown: str, model: Path) -> None:
+    base = open_checkpoint(model)
+    error = ValueError(said.format(ours="/tmp/adapterkit-x")) if said else ValueError()
+    assert loading._shortened(error, Path("/tmp/adapterkit-x"), base) == shown.format(theirs=base.path)
