@@ -66,3 +66,17 @@ def test_targets_that_are_no_pattern(lora: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="targets and patterns: "):
         Lora(**lora)  # type: ignore[arg-type]
     assert compile_pattern(r".*\.[qv]_proj").matches("layers.0.q_proj")
+
+
+def test_names_are_bounded_where_they_are_matched_and_only_there() -> None:
+    most = Patterns.of({f"a{number}": number for number in range(2000)})
+    most.check(["b"] * 1500)
+    with pytest.raises(FormatError, match="2000 patterns could take for ever to match against 1501 names"):
+        most.check(["b"] * 1501)
+    with pytest.raises(FormatError, match="could take for ever"):
+        most.check(["b" * 10**6])
+    for patterns in (Patterns.of({}), Patterns.of({"^é": 1})):
+        patterns.check(["é"] * 10**5)
+        assert patterns.first("é", 2) == (1 if patterns.values else 2)
+    with pytest.raises(FormatError, match="'é' is not ASCII, and is not matched against patterns"):
+        Patterns.of({"^é": 1, "q": 2}).check(["q", "é"])
