@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import adapterkit
 from adapterkit import ties
+from adapterkit.checkpoint import open_checkpoint
 from adapterkit.errors import FitError
 from adapterkit.ties import declared
 
@@ -105,6 +107,103 @@ def test_every_head_is_named_as_transformers_names_it() -> None:
 )
 def test_what_a_config_declares(config: dict[str, Any], tied: bool | None) -> None:
     assert declared(config) is tied
+
+
+# --- the tensors -----------------------------------------------------------------------------------------------------
+
+LM, DECODER = "lm_head.weight", "cls.predictions.decoder.weight"
+FOUND: dict[str, tuple[str | dict[str, Any], str, tuple[str, str, tuple[str, ...], bool, bool] | None]] = {
+    # config or model_type, tensors without `.weight`: embedding, head, other embeddings, is the head stored, is it sure
+    "tied": ("gpt2", "wte h.0.c_fc", ("wte.weight", LM, (), False, True)),
+    "tied, and stored": ("gpt2", "transformer.wte lm_head", ("transformer.wte.weight", LM, (), True, True)),
+    "untied": ("llama", "model.embed_tokens lm_head", None),
+    "no embedding": ("gpt2", "h.0.c_fc lm_head", None),
+    "a name that ends alike": ("gpt2", "h.my_wte", None),
+    "an embedding of a layer": ("gemma", "model.layers.0.embed_tokens", None),
+    "that and one of the model": (
+        "gemma", "model.layers.0.embed_tokens model.embed_tokens", ("model.embed_tokens.weight", LM, (), False, True),
+    ),
+    "shared by an encoder and a decoder": (
+        "t5", "decoder.embed_tokens encoder.embed_tokens shared",
+        ("shared.weight", LM, ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight"), False, True),
+    ),
+    "unknown": ("strange", "model.embed_tokens", ("model.embed_tokens.weight", LM, (), False, False)),
+    "unknown, and stored": ({}, "model.embed_tokens x.lm_head", ("model.embed_tokens.weight", f"x.{LM}", (), True, False)),
+    "a model in a model": (
+        {"model_type": "llava", "text_config": {"model_type": "gemma"}}, "language_model.model.embed_tokens vision.x",
+        ("language_model.model.embed_tokens.weight", f"language_model.{LM}", (), False, True),
+    ),
+    "a head of several tensors": (
+        "bert", "bert.embeddings.word_embeddings cls.predictions.transform.dense",
+        ("bert.embeddings.word_embeddings.weight", DECODER, (), False, True),
+    ),
+    "a head of several tensors, of which none is there": ("bert", "bert.embeddings.word_embeddings", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_which_tensors_are_tied(case: str, make_base: Callable[..., Path]) -> None:
+    config, names, expected = FOUND[case]
+    config = config if isinstance(config, dict) else {"model_type": config}
+    base = open_checkpoint(make_base({f"{name}.weight": torch.zeros(2, 2) for name in names.split()}, config))
+    tie = ties.tie_of(base)
+    assert (tie and (tie.embedding, tie.head, tie.others, tie.stored, tie.certain)) == expected
+    assert tie is None or tie.implied is (tie.certain and not tie.stored)
+
+
+OFF = {"tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "embedding", "changed"),
+    [
+        ({"model_type": "gpt2"}, "wte.weight", OFF),
+        ({"model_type": "llama", "tie_word_embeddings": True, "x": 1}, "model.embed_tokens.weight", OFF),
+        ({"model_type": "lfm2"}, "model.embed_tokens.weight", OFF),
+        ({"model_type": "lfm2", "tie_embedding": True}, "model.embed_tokens.weight", OFF | {"tie_embedding": False}),
+        ({"model_type": "t5"}, "shared.weight", {}),
+        ({"model_type": "t5"}, "encoder.embed_tokens.weight", {}),
+        ({"model_type": "bart"}, "model.shared.weight", {}),
+        ({"model_type": "bert"}, "bert.embeddings.word_embeddings.weight", {}),
+        ({"model_type": "llava", "text_config": {"model_type": "gemma"}}, "embed_tokens.weight", OFF | {"text_config": {"model_type": "gemma"} | OFF}),
+        ({"model_type": "llava", "text_config": {"tie_word_embeddings": True}}, "embed_tokens.weight", OFF | {"text_config": OFF}),
+        ({"model_type": "llava", "tie_word_embeddings": True, "text_config": {"model_type": "llama"}}, "embed_tokens.weight", OFF),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_output_that_has_both_is_untied_where_it_can_be(
+    config: dict[str, Any], embedding: str, changed: dict[str, Any], make_base: Callable[..., Path]
+) -> None:
+    head = "cls.predictions.bias" if "bert" in embedding else "x"
+    tie = ties.tie_of(open_checkpoint(make_base({embedding: torch.zeros(2, 2), head: torch.zeros(2)}, config)))
+    assert tie is not None and tie.certain
+    before = json.dumps(config)
+    untied, note = tie.untie(config)
+    assert untied == config | changed and json.dumps(config) == before
+    assert note.endswith("unties them" if changed else "stores both, which transformers 5 and later load")
+
+
+def test_two_tensors_are_equal_to_the_last_byte(make_base: Callable[..., Path]) -> None:
+    """They are compared 16 MB at a time."""
+    size = (1 << 24) + 3
+    weight = torch.zeros(size, dtype=torch.int8)
+    folder = make_base({"wte.weight": weight, LM: weight.clone()}, {"model_type": "gpt2"})
+    tie = ties.tie_of(open_checkpoint(folder))
+    assert tie is not None and tie.equal()
+    info = tie.base.tensors[LM]
+    with open(info.file, "r+b", buffering=0) as file:
+        for at in (0, (1 << 24) - 1, 1 << 24, size - 1):
+            os.pwrite(file.fileno(), b"\1", info.start + at)
+            assert not tie.equal(), at
+            os.pwrite(file.fileno(), b"\0", info.start + at)
+    assert tie.equal()
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2, 4), torch.zeros(4, 2).bfloat16(), torch.zeros(8)], ids=str)
+def test_tensors_of_another_shape_or_type_are_not_equal(other: torch.Tensor, make_base: Callable[..., Path]) -> None:
+    base = open_checkpoint(make_base({"wte.weight": torch.zeros(4, 2), LM: other}, {"model_type": "gpt2"}))
+    tie = ties.tie_of(base)
+    assert tie is not None and tie.stored and not tie.equal()
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------
