@@ -62,7 +62,7 @@ def update_for(
     A, B = weights.A.to(dtype), weights.B.to(dtype)
     magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype)
     strength = weights.scaling * (weight if magnitude is None else 1.0)
-    if not bool(torch.isfinite(torch.tensor(strength).to(dtype))):
+    if not bool(torch.tensor(strength, dtype=dtype).isfinite()):
         raise FitError(f"{where}: its scaling × weight is {strength:g}, beyond {dtype}: give a smaller weight or scale")
     for name, tensor in (("A", A), ("B", B), ("the magnitude", magnitude)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
