@@ -56,13 +56,13 @@ def companions_of(base: Checkpoint) -> list[Path]:
 def copy_others(base: Checkpoint, folder: Path, only: Container[str] | None = None) -> dict[str, str]:
     """Copy the files beside the weights, all or `only` some; their SHA-256."""
     names = [name for name in others(base) if only is None or name in only]
-    return {name: copy_file(base.path / name, folder / name) for name in names}
+    return {name: copy_file(base.path, name, folder / name) for name in names}
 
 
 def keep_replaced(base: Checkpoint, before: Path) -> dict[str, str]:
     """Keep the base's files that a merge replaces, and any earlier receipt, for `restore_replaced`; their SHA-256."""
     folder = folder_of(base.path, base.is_directory)
-    return {name: copy_file(folder / name, before / name) for name in replaced_in(base)}
+    return {name: copy_file(folder, name, before / name) for name in replaced_in(base)}
 
 
 def replaced_in(base: Checkpoint) -> list[str]:
@@ -73,18 +73,19 @@ def replaced_in(base: Checkpoint) -> list[str]:
     return names + [str(file.relative_to(folder)) for file in _files_below(folder / FOLDER)]
 
 
-def restore_replaced(before: Path, folder: Path) -> dict[str, str]:
-    """Put back what `keep_replaced` kept, the config, which makes it load, last; the SHA-256 of it all.
+def restore_replaced(kept: Path, folder: Path) -> dict[str, str]:
+    """Put back what `keep_replaced` kept in the receipt's folder `kept`, the config, which makes it load, last.
 
-    Raises UnsafeFileError for anything else, which could be other weights.
+    Returns the SHA-256 of it all; raises UnsafeFileError for anything else, which could be other weights.
     """
-    names = kept_before(before)
+    names = kept_before(kept / BEFORE)
     for name in names:
         inner = Path(name)
         index = len(inner.parts) == 1 and name.endswith(INDEX_SUFFIX)
         if not (index or name in REPLACED or inner.parts[0] == FOLDER):
-            raise UnsafeFileError(f"{before / name}: is nothing that a merge keeps; remove it")
-    return {name: copy_file(before / name, folder / name) for name in sorted(names, key=lambda name: name == CONFIG)}
+            raise UnsafeFileError(f"{kept / BEFORE / name}: is nothing that a merge keeps; remove it")
+    names.sort(key=lambda name: name == CONFIG)
+    return {name: copy_file(kept, f"{BEFORE}/{name}", folder / name) for name in names}
 
 
 def kept_before(before: Path) -> list[str]:
@@ -164,10 +165,13 @@ def _weighted(one: Given) -> str:
     return one.label if one.weight == 1 else f"{one.weight:g} · {one.label}"
 
 
-def copy_file(source: Path, target: Path) -> str:
-    """Copy a regular file, of the Hub cache also through its link, and flush it to the disk; the SHA-256 of it."""
+def copy_file(source: Path, name: str, target: Path) -> str:
+    """Copy the regular file `name` of the folder `source` to `target` and flush it to the disk; returns its SHA-256.
+
+    No link below `source` is followed, not of a folder either, except those of the Hub cache to its own blobs.
+    """
     digest = hashlib.sha256()
-    with open_inside(source.parent, source.name) as stream:
+    with open_inside(source, name) as stream:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "wb") as copy:
             while piece := stream.read(HASH_BYTES):

@@ -352,7 +352,7 @@ def finish_unmerge(receipt: Receipt, plan: MergePlan, folder: Path, hashes: Hash
     told = receipt.companions
     found = copy_others(merged, folder, told.copied if told else None)
     if merged.is_directory or plan.beside:
-        found |= restore_replaced(receipt.folder / BEFORE, folder)
+        found |= restore_replaced(receipt.folder, folder)
         _check_companions(told, found, merged.path, "has changed since it was merged")
 
 

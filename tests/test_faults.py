@@ -635,6 +635,33 @@ def test_linking_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(package.AdapterkitError):
         package.merge(base, [adapter], tmp_path / "out", link=True)
     assert nothing_left(tmp_path)
+# --- folders that become links ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["merge", "unmerge"])
+def test_a_folder_that_becomes_a_link_before_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """What lies where it leads gets into no output: neither on the way to a file, nor as where a receipt keeps them."""
+    write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    (tmp_path / "base" / "extra").mkdir()
+    (tmp_path / "base" / "extra" / "notes.txt").write_text("mine")
+    if command == "unmerge":
+        assert merge(tmp_path, out="merged").code == 0
+    folder = (
+        tmp_path / "base" / "extra" if command == "merge" else tmp_path / "merged" / "adapterkit_receipt" / "before"
+    )
+    secret = shutil.copytree(folder, tmp_path / "secret")
+
+    def swap() -> None:
+        shutil.rmtree(folder)
+        folder.symlink_to(secret)
+
+    monkeypatch.setattr(card, "copy_file", nth_call(card.copy_file, 1, swap))
+    args = ["merge", "base", "adapter"] if command == "merge" else ["unmerge", "merged"]
+    monkeypatch.chdir(tmp_path)
+    assert f"{folder.name}/" in adapterkit(*args, "-o", "out").message(1)
+    assert not (tmp_path / "out").exists()
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------

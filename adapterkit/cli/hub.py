@@ -179,8 +179,8 @@ def _copied(path: Path, names: list[str], prefix: str, out: Path) -> Path:
     from adapterkit.staging import Destination, staged
 
     with staged(Destination(out, (path,))) as folder:
-        for name in names:
-            copy_file(path / name.removeprefix(prefix), folder / name.removeprefix(prefix))
+        for name in (name.removeprefix(prefix) for name in names):
+            copy_file(path, name, folder / name)
     return out
 
 
