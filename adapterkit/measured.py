@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter import Adapter
+from adapterkit.errors import FormatError
 from adapterkit.opening import open_regular
 from adapterkit.summary import ModuleRow, measure
 from adapterkit.version import __version__
@@ -29,8 +30,8 @@ def folder() -> Path:
 def measured(adapter: Adapter, stop: Callable[[], bool] = lambda: False) -> list[ModuleRow]:
     """The measured rows of `adapter`, as `summary.measure` has them; fewer of them where `stop` says so."""
     file = folder() / f"{_key(adapter)}.json"
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return [_row(facts) for facts in json.loads(file.read_text(encoding="utf-8"))]
+    with suppress(FormatError, ValueError, TypeError, KeyError), open_regular(file) as stream:
+        return [_row(facts) for facts in json.load(stream)]
     rows: list[ModuleRow] = []
     for row in measure(adapter):
         if stop():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -21,6 +22,31 @@ def descriptors() -> Iterator[None]:
     before = os.listdir("/proc/self/fd")
     yield
     assert os.listdir("/proc/self/fd") == before
+
+PACKAGE = Path(opening.__file__).parent
+
+
+def plain_readings(file: Path) -> list[str]:
+    """The lines of `file` that open or read a file otherwise than by `opening`, except those of /proc and our own."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or "/proc/" in (line := ast.unparse(node)):
+            continue
+        name, args = ast.unparse(node.func), [*map(ast.unparse, node.args)]
+        mode = args[1] if len(args) > 1 else "'r'"
+        reads = name == "open" and not mode.strip("'").startswith(("w", "a", "x"))
+        reads |= name.endswith((".read_text", "np.load", "torch.load", "safe_open", "load_file"))
+        reads |= name.endswith(".read_bytes") and name.split(".")[-2] in ("file", "path", "partial", "source")
+        reads |= name in ("os.open", "os.fdopen") and "O_WRONLY" not in line and "O_EXCL" not in line
+        found += [f"{file.relative_to(PACKAGE)}:{node.lineno}: {line}"] if reads else []
+    return found
+
+
+def test_files_are_opened_in_one_place() -> None:
+    """Elsewhere only what we made, behind a check of our own, or with the stream that `opening` gave."""
+    known = {"opening.py", "workspace.py", "staging.py", "outfile.py", "cli/main.py", "formats/source.py"}
+    found = [line for file in sorted(PACKAGE.rglob("*.py")) for line in plain_readings(file)]
+    assert [line for line in found if line.partition(":")[0] not in known] == []
 
 
 def make(path: Path, kind: str) -> Path:

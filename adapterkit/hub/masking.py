@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from adapterkit.errors import FormatError
+from adapterkit.opening import read_whole
+
 MASK = "hf_…"
 SHAPE = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
 SHORTEST = 6  # characters: less occurs in any text
+MAX_TOKEN_BYTES = 10_000  # of the file with the token
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 ESCAPED = re.compile(rb"\\u00[2-7]")  # letters that JSON has no reason to escape
 
@@ -45,8 +49,8 @@ def known() -> Iterator[str]:
     from huggingface_hub import constants
 
     yield from filter(None, (os.environ.get(name, "").strip() for name in VARIABLES))
-    with contextlib.suppress(OSError, ValueError):
-        yield Path(constants.HF_TOKEN_PATH).read_text().strip()
+    with contextlib.suppress(FormatError, ValueError):
+        yield read_whole(Path(constants.HF_TOKEN_PATH), MAX_TOKEN_BYTES).decode().strip()
     user, at, _ = urlsplit(constants.ENDPOINT).netloc.rpartition("@")
     if at:
         yield from (user, unquote(user), unquote(user.partition(":")[2]))

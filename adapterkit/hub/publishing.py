@@ -14,6 +14,7 @@ from adapterkit.errors import AdapterkitError, FormatError, NotAllowedError, Off
 from adapterkit.hub.asking import ask, clean, page
 from adapterkit.hub.names import HubId, parsed
 from adapterkit.hub.sending import README, Parcel, Upload, check_unchanged, pack
+from adapterkit.opening import open_regular
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
@@ -236,7 +237,7 @@ def _digest(upload: Upload, hashed: Any) -> str:
         hashed.update(upload.content)
         return str(hashed.hexdigest())
     assert upload.source is not None
-    with open(upload.source, "rb") as stream:
+    with open_regular(upload.source) as stream:
         while block := stream.read(1 << 20):
             hashed.update(block)
     return str(hashed.hexdigest())

@@ -18,6 +18,7 @@ from adapterkit.hub import cards
 from adapterkit.hub.contents import why_not
 from adapterkit.hub.names import is_inner
 from adapterkit.hub.private import LOCAL, check_no_token, check_public, shortened
+from adapterkit.opening import read_whole
 from adapterkit.receipt import FOLDER, public_name
 from adapterkit.staging import ADAPTER_RECORD, RECORD, TRAINING_RECORD
 from adapterkit.summary import Summary, summarize
@@ -344,7 +345,7 @@ def _text(file: Path) -> str | None:
             raise FormatError(f"{file}: is {file.stat().st_size:,} bytes long, expected at most {MAX_TEXT_BYTES:,}")
         return None
     try:
-        return file.read_bytes().decode()
+        return read_whole(file, MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"{file}: is not UTF-8: {error.reason} at byte {error.start}") from error
 

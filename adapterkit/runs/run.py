@@ -295,7 +295,8 @@ class _Run:
         folder = checkpoints.at(self.folder, self.loop.step)
         if self.loop.rank == 0:
             flush(self.folder / METRICS)
-            log = Log.of((self.folder / METRICS).read_bytes())
+            with open_regular(self.folder / METRICS) as stream:
+                log = Log.of(stream.read())
             checkpoints.save(self.folder, State(self.progress, self.origin, log), self.loop.state())
         return Saved(self.loop.step, folder)
 
@@ -311,7 +312,8 @@ class _Run:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The losses of a run, step by step."""
-    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    with open_regular(folder / METRICS) as stream:
+        return [json.loads(line) for line in stream]
 
 
 def _numbers_of(event: Stepped) -> dict[str, Any]:
