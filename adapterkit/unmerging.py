@@ -33,6 +33,7 @@ from adapterkit.staging import RECEIPT
 from adapterkit.stamps import Stamp, stamps_of
 from adapterkit.tensorfile import Header, TensorInfo, Weight, read_header, read_json
 from adapterkit.verifying import verify
+from adapterkit.words import argument, command
 
 APPROXIMATE = (
     "approximate: the adapters were subtracted. A weight can differ from the base's by a unit in the last place of "
@@ -102,11 +103,11 @@ def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
             sum(bool(p & which) for p in parts),
         )
         names, rest = (" and ".join(one.name for one in some) for some in (named, others))
-        again = " ".join(f"{one.name}:{one.weight:g}" for one in others)
+        again = command(["adapterkit", "merge", "OUT", *(argument(f"{one.name}:{one.weight}") for one in others)])
         raise FitError(
             f"{names}: was merged together with {rest}, and {shared} of its {touched} tensors were rounded with both "
             f"in them: what is exact is to take all out. Name all with --adapter, or none, and merge the rest again: "
-            f"adapterkit merge OUT {again}"
+            f"{again}"
         )
 
 

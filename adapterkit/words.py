@@ -87,8 +87,14 @@ def without_hidden(text: str) -> str:
 
 
 def command(argv: Iterable[str]) -> str:
-    """A command to be copied into a shell; what `visible` writes out stands as bytes, `$'a\\x1b'`."""
+    """A command to be copied into a shell; what `visible` writes out stands as bytes, for printf."""
     return " ".join(map(_quoted, argv))
+
+
+def argument(path: str | os.PathLike[str]) -> str:
+    """A path as an argument of a command that does not take it for an option."""
+    text = os.fspath(path)
+    return f"./{text}" if text.startswith("-") else text
 
 
 def markdown(text: str) -> str:
@@ -101,14 +107,13 @@ def _cut(text: str) -> str:
 
 
 def _quoted(word: str) -> str:
+    """A word as any shell reads it; one with what cannot be shown is written out as bytes, by printf."""
     if not any(_is_hidden(word, at) for at in range(len(word))):
         return shlex.quote(word)
-    codes = (_bytes(c) if c in "\\'" or _is_hidden(word, at) else c for at, c in enumerate(word))
-    return f"$'{''.join(codes)}'"
-
-
-def _bytes(c: str) -> str:
-    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
+    start = word.rstrip("\n")  # a shell drops line breaks at the end of what a command prints
+    plain = set(range(0x20, 0x7F)) - set(b"\\'%")
+    told = "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in os.fsencode(start))
+    return f"\"$(printf '{told}')\"" + (shlex.quote(word[len(start) :]) if start != word else "")
 
 
 def _written_out(match: re.Match[str]) -> str:

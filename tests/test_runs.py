@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from handmade import adapterkit as cli
 from handmade import run_left
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
@@ -472,6 +474,22 @@ def test_ctrl_c_tells_how_to_go_on(base: Path, data: Path, tmp_path: Path) -> No
     assert process.wait() == 130
     assert "interrupted; kept what was reached after step" in said and f"-o {out} --resume" in said
     assert not out.exists() and checkpoints.steps(run_left(out))
+
+
+@pytest.mark.parametrize("name", ["a b\n\x1b[2J\u202e", "-it's"])
+def test_the_command_to_go_on_works_as_printed(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As bash reads it, whatever characters the output's name has."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("adapterkit.cli.train._asked_to_stop", lambda: nullcontext(lambda: True))
+        said = cli("train", base, data, "-o", f"{name}/out", "--max-steps", "2").err.splitlines()[-1]
+    assert said.isprintable()
+    script = f"adapterkit() {{ printf '%s\\0' \"$@\"; }}; {said.partition('go on with: ')[2]}"
+    words = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, check=True).stdout.decode().split("\0")
+    assert cli(*words[:-1]).code == 0
+    assert (tmp_path / name / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_memory_is_told_before(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

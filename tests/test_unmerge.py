@@ -551,6 +551,10 @@ def test_merges_one_after_the_other_are_undone_from_the_last(merged: Path, make_
 
 def test_one_of_two_that_were_merged_together_is_refused(merged: Path, make_adapter: Make, tmp_path: Path) -> None:
     make_adapter(factors("a.q", 40, 24), "second")
+    make_adapter(factors("a.q", 40, 24), "it's\x1b")
+    adapterkit.merge(tmp_path / "base", [tmp_path / "adapter", (tmp_path / "it's\x1b", 1 / 3)], tmp_path / "odd")
+    says = run("unmerge", tmp_path / "odd", "-o", tmp_path / "out", "--adapter", tmp_path / "adapter").message(3)
+    assert says.endswith("adapterkit merge OUT \"$(printf 'it\\047s\\033:0.3333333333333333')\"")
     adapterkit.merge(tmp_path / "base", [tmp_path / "adapter", (tmp_path / "second", 0.5)], tmp_path / "both")
     outcome = run("unmerge", tmp_path / "both", "-o", tmp_path / "out", "--adapter", tmp_path / "adapter")
     says = outcome.message(3)

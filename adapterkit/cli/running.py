@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from adapterkit.cli.output import note, warn
 from adapterkit.cli.progress import progress
 from adapterkit.plan import Hashes, MergePlan
 from adapterkit.stream import Merged, TensorMerged, run
-from adapterkit.words import visible
+from adapterkit.words import argument, command
 
 DEVICE_HELP = "Where to compute: cpu, cuda, cuda:N, or auto, which takes a GPU where the job gains from one."
 
@@ -48,24 +47,8 @@ def undo_command(merged: Path, adapters: Sequence[str]) -> list[str]:
     """The command that undoes a merge, from where one stands: its parts, quoted for a shell."""
     new = "NEW" if merged.is_dir() else f"NEW{merged.suffix}"
     named = [one if weighted(one) == (one, 1.0) else f"{one}:1" for one in dict.fromkeys(adapters)]
-    words = [["adapterkit", "unmerge"], [_argument(str(merged))], ["-o", new]]
-    words += [["--adapter", _argument(one)] for one in named]
-    return [" ".join(map(_quoted, group)) for group in words]
-
-
-def _argument(word: str) -> str:
-    """A path that is not taken for an option."""
-    return f"./{word}" if word.startswith("-") else word
-
-
-def _quoted(word: str) -> str:
-    """A word as any shell reads it; what cannot be shown is written out as bytes, by printf."""
-    if visible(word) == word:
-        return shlex.quote(word)
-    start = word.rstrip("\n")  # a shell drops line breaks at the end of what a command prints
-    plain = set(range(0x20, 0x7F)) - set(b"\\'%")
-    told = "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in os.fsencode(start))
-    return f"\"$(printf '{told}')\"" + (shlex.quote(word[len(start) :]) if start != word else "")
+    words = [["adapterkit", "unmerge"], [argument(merged)], ["-o", new]]
+    return [command(group) for group in [*words, *(["--adapter", argument(one)] for one in named)]]
 
 
 def weighted(text: str) -> tuple[str, float]:

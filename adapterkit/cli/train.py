@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from adapterkit.cli.output import note, say, say_json
 from adapterkit.cli.progress import is_shown, progress
 from adapterkit.errors import UsageError
 from adapterkit.recipe import Recipe, checked, read_recipe
-from adapterkit.words import counted, size
+from adapterkit.words import command, counted, size
 
 if TYPE_CHECKING:
     from adapterkit.runs.run import Event, Started, Trained
@@ -87,8 +86,8 @@ def train_command(
 
     events: list[Event] = []
     with _asked_to_stop() as stop, _shown() as show:
-        command = shlex.join(["adapterkit", *sys.argv[1:]])
-        for event in train(recipe, output, resume=resume, overwrite=overwrite, command=command, stop=stop):
+        given_as = command(["adapterkit", *sys.argv[1:]])
+        for event in train(recipe, output, resume=resume, overwrite=overwrite, command=given_as, stop=stop):
             show(event)
             if isinstance(event, Started | Stopped | Trained):
                 events.append(event)
@@ -105,7 +104,7 @@ def train_command(
                         held = ", validation loss" * bool(started.held_back)
                         say(f"plot      {plot}: training loss{held}, learning rate")
         case [*_, Stopped(step=step, folder=folder)]:
-            again = shlex.join(["adapterkit", "train", "--recipe", str(folder / RECIPE), "-o", output, "--resume"])
+            again = command(["adapterkit", "train", "--recipe", str(folder / RECIPE), "-o", output, "--resume"])
             raise KeyboardInterrupt(f"kept what was reached after step {step}; go on with: {again}")
 
 

@@ -23,7 +23,7 @@ from adapterkit.receipt import FOLDER, public_name
 from adapterkit.staging import ADAPTER_RECORD, RECORD, TRAINING_RECORD
 from adapterkit.summary import Summary, summarize
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_header, read_json
-from adapterkit.words import counted
+from adapterkit.words import argument, command, counted
 
 if TYPE_CHECKING:
     from adapterkit.adapter import Adapter
@@ -138,8 +138,7 @@ def _of_adapter(
         raise FitError(f"{path}: {fatal}; it could not be used")
     if any(isinstance(tensor.source, TensorInfo) is False for tensor in adapter.tensors()):
         raise UnsafeFileError(
-            f"{path}: its weights are pickled, and pickles are not sent. Make them safetensors: "
-            f"`adapterkit combine {path} -o NEW --method linear`"
+            f"{path}: its weights are pickled, and pickles are not sent. Make them safetensors: `{_saved_again(path)}`"
         )
     _check_finite(path, {t.source.name: t.source for t in adapter.tensors() if isinstance(t.source, TensorInfo)})
     summary = summarize(adapter)
@@ -290,16 +289,20 @@ def _check_metadata(file: Path) -> None:
     if match := LOCAL.search("\n".join(read_header(file).metadata.values())):
         raise UnsafeFileError(
             f"{file}: its metadata holds a local path, {match[0]}; save it again without, an adapter with "
-            f"`adapterkit combine {file.parent} -o NEW --method linear`"
+            f"`{_saved_again(file.parent)}`"
         )
+
+
+def _saved_again(adapter: Path) -> str:
+    return command(["adapterkit", "combine", argument(adapter), "-o", "NEW", "--method", "linear"])
 
 
 def _card(path: Path, facts: cards.Facts, named: str | None) -> Upload:
     text = _text(path / README)
     local = [named] if named and public_name(named) is None else []
     record = read_json(path / TRAINING_RECORD) if (path / TRAINING_RECORD).is_file() else {}
-    if text and (command := record.get("command")) and isinstance(command, str):
-        text = text.replace(command, shortened(command, relative=True))
+    if text and (given := record.get("command")) and isinstance(given, str):
+        text = text.replace(given, shortened(given, relative=True))
     done, added = cards.completed(text, facts, local)
     check_public(path / README, done)
     if text is None:
