@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 from handmade import CONFIG, adapterkit, write_adapter, write_base
+from tiny import save_tiny_model
 
 from adapterkit.words import counted
 
@@ -60,6 +62,46 @@ def test_list_and_inspect_agree_on_parts_of_fused_layers(material: Callable[[str
     [row] = json.loads(adapterkit("list", path, "--json").out)
     summary = json.loads(adapterkit("inspect", path, "--json", "--header-only").out)["summary"]
     assert row["ranks"] == summary["ranks"] == [16]
+
+
+NOTED = {
+    "merge": "merge model adapter -o out",
+    "merge, in a dry run": "merge model adapter -o out --dry-run",
+    "merge of nothing": "merge model zero -o out --allow-partial",
+    "unmerge": "unmerge merged -o out",
+    "unmerge, in a dry run": "unmerge merged -o out --dry-run",
+    "unmerge, approximately": "unmerge merged -o out --approximate",
+    "quantize": "quantize model -o out --to nf4",
+    "combine": "combine adapter adapter:-1 -o out",
+    "train": "train model data.jsonl -o out --skip-bad --max-steps 1",
+    "eval": "eval model data.jsonl --skip-bad",
+}
+
+
+@pytest.mark.parametrize("command", NOTED.values(), ids=NOTED)
+def test_json_has_every_note_and_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = save_tiny_model(tmp_path / "model")
+    (model / "notes.dat").symlink_to("elsewhere")
+    tensors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight": torch.randn(*shape)
+        for side, shape in {"A": (4, 32), "B": (32, 4)}.items()
+    }
+    write_adapter(tmp_path / "adapter", tensors)
+    write_adapter(tmp_path / "zero", {name: tensor * 0 for name, tensor in tensors.items()})
+    Path("data.jsonl").write_text('{"text": "one two three"}\n{"text": ""}\n{"nothing": 1}\n')
+    if "merged" in command:
+        assert adapterkit("merge", "model", "adapter", "-o", "merged").code == 0
+        Path("merged/more.txt").write_text("new")
+    told = adapterkit(*command.split())
+    assert told.code == 0, told
+    shutil.rmtree("out", ignore_errors=True)
+    facts = json.loads(adapterkit(*command.split(), "--json").out)
+    lines = [f"note: {line}" for line in facts["notes"]] + [f"warning: {line}" for line in facts["warnings"]]
+    assert sorted(lines) == sorted(line for line in told.err.splitlines() if line.startswith(("note: ", "warning: ")))
+    assert lines
 
 
 @pytest.mark.parametrize("length", [40, 61, 62, 63, 90, 200])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from adapterkit.checkpoint import open_checkpoint
-from adapterkit.cli.output import say, say_json
+from adapterkit.cli.output import say, say_result
 from adapterkit.cli.places import Place
 from adapterkit.errors import FormatError
 from adapterkit.inventory import inventory, unsupported
@@ -29,7 +29,7 @@ def show_base(there: Place, given: str, as_json: bool) -> None:
             "quantization": checkpoint.quantization, "stored": [asdict(row) for row in rows], "unsupported": warning,
             "fetched": there.fetched,
         }  # fmt: skip
-        say_json(facts)
+        say_result(facts)
         return
     say(f"base        {given}")
     say(f"model       {model}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.data_notes import notes_of
-from adapterkit.cli.output import note, say, say_json
+from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import progress
 from adapterkit.data.records import Fields
 from adapterkit.errors import FormatError, UsageError
@@ -103,7 +103,7 @@ def eval_command(
             new.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     facts = _facts(request, started, scored, time.perf_counter() - began) | {"output": predictions}
     if as_json:
-        say_json(facts)
+        say_result(facts)
     else:
         say(*_lines(facts))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.output import say, say_json
+from adapterkit.cli.output import notes_about, say, say_json, say_result
 from adapterkit.cli.progress import progress
 from adapterkit.cli.tables import padded, width
 from adapterkit.errors import AdapterkitError, FormatError, UsageError
@@ -170,7 +170,7 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
         if not as_json:
             say(str(path))
     if as_json:
-        say_json(facts)
+        say_json([one | {"notes": notes_about(str(one["id"]))} for one in facts])
 
 
 def _copied(path: Path, names: list[str], prefix: str, out: Path) -> Path:
@@ -211,7 +211,7 @@ def push_command(
         _show_push(plan)
     if dry_run:
         if as_json:
-            say_json(_push_facts(plan))
+            say_result(_push_facts(plan))
         else:
             say("nothing was sent (--dry-run)")
         return
@@ -219,7 +219,7 @@ def push_command(
     with progress("sending", in_bytes=True) as show:
         done = push(plan, message, show)
     if as_json:
-        say_json(_push_facts(plan) | {"url": done.url, "commit": done.commit})
+        say_result(_push_facts(plan) | {"url": done.url, "commit": done.commit})
         return
     if done.commit is None:
         say("nothing had changed, and nothing was sent")

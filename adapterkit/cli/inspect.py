@@ -11,7 +11,7 @@ import click
 
 from adapterkit.checkpoint import is_base
 from adapterkit.cli.base_view import show_base
-from adapterkit.cli.output import say, say_json
+from adapterkit.cli.output import say, say_result
 from adapterkit.cli.places import Place, looked_at
 from adapterkit.cli.progress import tracked
 from adapterkit.errors import FitError, UsageError
@@ -82,7 +82,7 @@ def _show(
     if as_json:
         facts = {"path": path, "summary": to_json(summary), "against": to_json(match) if match else None}
         facts |= {"fetched": there.fetched}
-        say_json(facts | _row_facts(rows, header_only, modules))
+        say_result(facts | _row_facts(rows, header_only, modules))
     else:
         adapter_view.show_rows(rows, summary, measured=not header_only, modules=modules)
     if plot:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from adapterkit.cli.output import guard, note, say
+from adapterkit.cli.output import forget_notes, guard, note, say
 from adapterkit.errors import AdapterkitError
 from adapterkit.version import __version__
 
@@ -71,6 +71,7 @@ def group(progress: Mode) -> None:
     from adapterkit.cli import progress as bars
     from adapterkit.hub import fetching
 
+    forget_notes()
     bars.mode = progress
     fetching.shown = partial(bars.progress, in_bytes=True)
 

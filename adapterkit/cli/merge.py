@@ -12,7 +12,7 @@ import click
 
 from adapterkit import api
 from adapterkit.budget import check_device, default_threads, estimate_memory
-from adapterkit.cli.output import note, say, say_json
+from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.running import DEVICE_HELP, hashes_by_label, run_with_bar, undo_command, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
@@ -98,7 +98,7 @@ def merge_command(
 
 def _print(facts: dict[str, Any], lines: list[str], as_json: bool) -> None:
     if as_json:
-        say_json(facts)
+        say_result(facts)
     else:
         say(*lines)
 
@@ -126,7 +126,6 @@ def _plan_facts(plan: MergePlan, threads: int, device: str) -> dict[str, Any]:
         "device": device,
         "landed": {label: {name: list(at) for name, at in landed.items()} for label, landed in plan.ledger.items()},
         "skipped": list(plan.skipped),
-        "notes": list(plan.notes),
     }
 
 
@@ -161,8 +160,6 @@ def _result_facts(plan: MergePlan, result: Merged, seconds: float, undo: Sequenc
         "retention_by_tensor": {name: _kept(kept) for name, kept in result.retention.items()},
         "undone_by": " ".join(undo) if plan.receipt and not irreversible(plan) else None,
         "skipped": list(plan.skipped),
-        "notes": [*plan.notes, *result.notes],
-        "warnings": list(result.warnings),
     }
 
 

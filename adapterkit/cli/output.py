@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from adapterkit.words import visible, visible_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_notes: list[str] = []  # of the command that runs, for its JSON
+_warnings: list[str] = []
 
 
 def say(*lines: str, err: bool = False) -> None:
@@ -20,14 +24,32 @@ def say(*lines: str, err: bool = False) -> None:
 
 def note(*lines: str) -> None:
     """Print notes on stderr, a line each."""
+    _notes.extend(lines)
     for line in lines:
         say(f"note: {line}", err=True)
 
 
 def warn(*lines: str) -> None:
     """Print warnings on stderr, a line each."""
+    _warnings.extend(lines)
     for line in lines:
         say(f"warning: {line}", err=True)
+
+
+def forget_notes() -> None:
+    """Forget the notes and warnings of the command before."""
+    _notes.clear()
+    _warnings.clear()
+
+
+def notes_about(name: str) -> list[str]:
+    """The notes and warnings so far that are about `name`."""
+    return [line for line in (*_notes, *_warnings) if line.startswith(f"{name}: ")]
+
+
+def say_result(facts: Mapping[str, Any]) -> None:
+    """Print the result of a command as JSON, with every note and warning that was printed."""
+    say_json({**facts, "notes": _notes, "warnings": _warnings})
 
 
 def say_json(value: Any, *, indent: int | None = 2, err: bool = False) -> None:

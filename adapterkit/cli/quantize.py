@@ -8,7 +8,7 @@ import click
 
 from adapterkit import api
 from adapterkit.budget import default_threads
-from adapterkit.cli.output import note, say, say_json
+from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.running import DEVICE_HELP, hashes_by_label, run_with_bar
 from adapterkit.quant import BLOCKSIZES, KINDS, ROUNDINGS
 from adapterkit.words import counted, size
@@ -51,7 +51,7 @@ def quantize_command(
             "tensors_quantized": result.tensors, "seconds": round(seconds, 3), "device": result.place,
             "sha256": hashes_by_label(plan, result.hashes),
         }  # fmt: skip
-        say_json(facts)
+        say_result(facts)
         return
     what = f"{counted(result.tensors, 'weight')} in {seconds:.1f} s"
     say(f"quantized {what}, {size(before)} to {size(result.bytes_written)}")

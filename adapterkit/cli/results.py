@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from adapterkit.cli.output import note, say, say_json
+from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import progress
 from adapterkit.words import counted
 
@@ -33,7 +33,7 @@ def bar_of(what: str, output: str, dry_run: bool, as_json: bool) -> Iterator[Cal
 
 def _show_plan(output: str, modules: int, as_json: bool) -> None:
     if as_json:
-        say_json({"output": output, "modules": modules})
+        say_result({"output": output, "modules": modules})
         return
     say(f"plan      {counted(modules, 'module')} to make; all that headers tell is checked, and fits")
     say(f"writes    {output}")
@@ -47,7 +47,7 @@ def show_result(result: Combined, output: str, what: str, seconds: float, as_jso
             {"name": row.name, "rank": row.rank, "norm": row.energy**0.5, "error": row.error} for row in result.modules
         ]
         facts = {"output": output, "error": result.error, "seconds": round(seconds, 3), "modules": rows}
-        say_json(facts | {"notes": list(result.notes)})
+        say_result(facts)
         return
     ranks = sorted({row.rank for row in result.modules})
     parts = []

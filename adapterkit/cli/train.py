@@ -15,7 +15,7 @@ import click
 
 from adapterkit.cli.curve import curve
 from adapterkit.cli.data_notes import notes_of
-from adapterkit.cli.output import note, say, say_json
+from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import is_shown, progress
 from adapterkit.errors import UsageError
 from adapterkit.recipe import Recipe, checked, read_recipe
@@ -213,7 +213,7 @@ def _print_result(started: Started, trained: Trained, metrics: list[dict[str, An
     if as_json:
         facts = {"output": str(trained.out), "trained_parameters": started.trained, "kept_step": trained.kept}
         facts |= {"stopped_early": trained.stopped_early, "peak_memory": trained.peak_memory}
-        say_json({**facts, **asdict(progress)})
+        say_result({**facts, **asdict(progress)})
         return
     if sys.stdout.isatty() and len(losses) > 1:
         say(*curve(losses, *CURVE))
@@ -237,7 +237,7 @@ def _print_memory(recipe: Recipe, as_json: bool) -> None:
 
     found, room, fits = estimated(recipe)
     if as_json:
-        say_json({**asdict(found), "total": found.total, "free": room})
+        say_result({**asdict(found), "total": found.total, "free": room, "would_fit": fits})
         return
     for name, value in asdict(found).items():
         say(f"{name:13}{size(value):>10}")

@@ -7,7 +7,7 @@ import time
 import click
 
 from adapterkit.budget import default_threads
-from adapterkit.cli.output import note, say, say_json
+from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.running import DEVICE_HELP, run_with_bar, weighted
 from adapterkit.errors import UsageError
 from adapterkit.plan import MergePlan
@@ -64,7 +64,7 @@ def unmerge_command(
             "bytes_written": result.bytes_written, "tensors_restored": result.tensors,
             "seconds": round(seconds, 3), "device": result.place, "sha256": result.hashes.outputs,
         }  # fmt: skip
-        say_json(facts)
+        say_result(facts)
         return
     what = "subtracted from" if approximate else "restored"
     say(f"{what:9} {counted(result.tensors, 'tensor')} in {seconds:.1f} s, {size(result.bytes_written)}")
@@ -78,11 +78,11 @@ def unmerge_command(
 
 def _show_plan(plan: MergePlan, as_json: bool) -> None:
     used = [one.label for one in plan.given]
+    note(*plan.notes)
     if as_json:
         facts = {"output": str(plan.out), "adapters": used, "tensors": plan.edits, "bytes": plan.bytes_to_write}
-        say_json(facts)
+        say_result(facts)
         return
-    note(*plan.notes)
     by = f", by {', '.join(used)}" if used else ""
     some = f"{plan.edits} of {counted(len(plan.weight_map), 'tensor')}{by}"
     say(f"restores  {some if plan.edits else f'all of it, from {plan.base.name}'}")

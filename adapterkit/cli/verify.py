@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit import api
-from adapterkit.cli.output import say, say_json
+from adapterkit.cli.output import say, say_result
 from adapterkit.cli.running import weighted
 from adapterkit.renames import parse_rename
 from adapterkit.summary import to_json
@@ -57,7 +57,7 @@ def verify_command(
     )  # fmt: skip
     fits = all(verdict.fits for verdict in found)
     if as_json:
-        say_json({"fits": fits, "tensors": [to_json(verdict) for verdict in found]})
+        say_result({"fits": fits, "tensors": [to_json(verdict) for verdict in found]})
     else:
         _show(found, sample)
         say("fits" if fits else "does not fit")
