@@ -67,15 +67,14 @@ def verify(plan: MergePlan, merged: Checkpoint, *, share: float = 1.0, threads: 
     `plan` is never run. Raises FitError where tensors of the one are not in the other, or have other shapes, and at the
     end ChangedError where a file changed meanwhile.
     """
-    after = weights_in(merged.tensors, merged.config)
-    before = weights_in(plan.base.tensors, plan.base.config)
+    after, before = _with_heads(plan, merged)
     edits = {edit.name: (edit, file.source) for file in plan.files for edit in file.edits}
     touched = {name: pair for name, pair in edits.items() if pair[0].deltas or pair[0].replaced or pair[0].added}
     _check_names(plan, merged, before, after, touched)
-    names = [name for name in dict.fromkeys((*before, *touched)) if name in after]
+    names = dict.fromkeys((*before, *touched))
     tie = tie_of(plan.base)
-    if tie is not None and tie.implied and tie.head in after and tie.head not in names:  # written out, as some tools do
-        yield _untouched(tie.head, after[tie.embedding], after[tie.head], share)
+    if tie is not None and tie.implied and tie.head not in names and tie.head in merged.tensors:
+        yield _untouched(tie.head, after[tie.embedding], after[tie.head], share)  # written out, as some tools do
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         yield from pool.map(
             lambda name: (
@@ -88,6 +87,22 @@ def verify(plan: MergePlan, merged: Checkpoint, *, share: float = 1.0, threads: 
     check_unchanged({**plan.stamps, **merged.stamps})
 
 
+def _with_heads(plan: MergePlan, merged: Checkpoint) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    """The tensors of the checkpoint and of the base, with the head that each has without storing it.
+
+    The base's is the embedding before the merge only where the merge parts the two. In the checkpoint it is one only
+    where its own config ties them: else transformers would make up a head.
+    """
+    after: dict[str, Weight] = {**weights_in(merged.tensors, merged.config)}
+    before: dict[str, Weight] = {**weights_in(plan.base.tensors, plan.base.config)}
+    tie, now = tie_of(plan.base), tie_of(replace(merged, config=merged.config or plan.base.config))
+    if tie is not None and tie.implied and tie.head in plan.weight_map:
+        before[tie.head] = before[tie.embedding]
+    if now is not None and now.implied and (now.head in before or (tie is not None and now.head == tie.head)):
+        after[now.head] = after[now.embedding]
+    return after, before
+
+
 def _check_names(
     plan: MergePlan,
     merged: Checkpoint,
@@ -95,10 +110,11 @@ def _check_names(
     after: Mapping[str, Weight],
     touched: Mapping[str, object],
 ) -> None:
-    """Refuse a checkpoint of another model; a tied head may be left out, or written out."""
+    """Refuse a checkpoint of another model; a head that is the embedding may be left out, or written out."""
     tie = tie_of(plan.base)
     tied = {tie.head} if tie is not None and tie.certain else set()
-    lacking = [name for name in before if name not in after and name not in tied]
+    implied = [tie.head] if tie is not None and tie.implied else []
+    lacking = [name for name in dict.fromkeys((*before, *touched, *implied)) if name not in after]
     extra = [name for name in after if name not in before and name not in touched and name not in tied]
     if lacking or extra:
         which, where = (lacking[0], "is not in") if lacking else (extra[0], "is only in")

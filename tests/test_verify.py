@@ -218,6 +218,45 @@ def test_a_tied_head_that_is_written_out_is_the_embedding(
     assert found["lm_head.weight"].fits is not broken and sum(verdict.fits for verdict in found.values()) == 3 - broken
 
 
+E, H = "model.embed_tokens", "lm_head"
+CHANGES: dict[str, dict[str, torch.Tensor]] = {
+    "nothing": {},
+    "the embedding's factors": {f"{E}.lora_embedding_A": torch.ones(4, 30), f"{E}.lora_embedding_B": torch.ones(64, 4)},
+    "the embedding": {f"{E}.weight": torch.ones(30, 64)},
+    "the head": {f"{H}.weight": torch.ones(30, 64)},
+    "both": {f"{E}.weight": torch.ones(30, 64), f"{H}.weight": -torch.ones(30, 64)},
+    "both alike": {f"{E}.weight": torch.ones(30, 64), f"{H}.weight": torch.ones(30, 64)},
+    "tokens": {f"{E}.token_adapter.trainable_tokens_delta": torch.ones(2, 64)},
+}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_head_that_a_model_has_is_compared(
+    make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path, stored: bool, change: str
+) -> None:
+    """Where a checkpoint stores none it is the embedding, if its own config says so."""
+    tensors = {f"{E}.weight": torch.randn(30, 64), "model.layers.0.q.weight": torch.randn(48, 64)}
+    base = make_base(
+        tensors | ({f"{H}.weight": tensors[f"{E}.weight"].clone()} if stored else {}), {"tie_word_embeddings": True}
+    )
+    tokens = {"trainable_token_indices": {"embed_tokens": [3, 7]}} if change == "tokens" else {}
+    adapter = make_adapter(factors("model.layers.0.q", 48, 64) | CHANGES[change], **tokens)
+    merged = adapterkit.merge(base, [adapter], tmp_path / "merged").out
+    follows = change in ("nothing", "tokens", "both alike")
+
+    def fits(name: str, change: Callable[[dict[str, torch.Tensor]], None], tied: bool) -> bool:
+        copy = changed(merged, tmp_path / name, change)
+        (copy / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+        return all(verdict.fits for verdict in verdicts(copy, base, adapter).values())
+
+    assert all(verdict.fits for verdict in verdicts(merged, base, adapter).values())
+    assert fits("left out", lambda t: t.pop(f"{H}.weight", None), tied=True) is follows
+    assert fits("written out", lambda t: t.update({f"{H}.weight": t[f"{E}.weight"].clone()}), tied=True) is follows
+    with pytest.raises(FitError, match="lm_head.weight: is not in"):
+        fits("lost", lambda t: t.pop(f"{H}.weight", None), tied=False)
+
+
 def test_what_cannot_be_compared_is_said(base: Path, adapter: Path, make_base: MakeBase, tmp_path: Path) -> None:
     base = base.rename(tmp_path / "right")
     tensors = {k: v for file in base.glob("*.safetensors") for k, v in load_file(file).items()}
