@@ -15,6 +15,7 @@ from adapterkit.combining import combine as run_combine
 from adapterkit.comparing import Pair
 from adapterkit.comparing import compare as run_compare
 from adapterkit.converting import rescale, to_dora, to_lora
+from adapterkit.digest import check_cached
 from adapterkit.errors import UsageError
 from adapterkit.extracting import extract as run_extract
 from adapterkit.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, open_one
@@ -93,7 +94,9 @@ def resize(
 
 def compare(adapters: AnyAdapters) -> list[Pair]:
     """How alike every two of the adapters are, in all and module by module; see `comparing.Alike`."""
-    return list(run_compare(open_adapters(adapters)))
+    given = open_adapters(adapters)
+    check_cached(file for one in given for file in one.adapter.files)
+    return list(run_compare(given))
 
 
 def convert(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.budget import default_threads
 from adapterkit.checkpoint import Checkpoint
+from adapterkit.digest import check_cached
 from adapterkit.errors import UsageError
 from adapterkit.hub import hub_id, outlines, resolve
 from adapterkit.inputs import AnyAdapters, AnyPath, number, open_adapters, open_base, renaming, weighted
@@ -157,7 +158,10 @@ def verify(
     from adapterkit.verifying import verify as run_verify
 
     checkpoint, there = open_base(base), open_base(merged)
-    plan = make_plan(checkpoint, open_adapters(adapters, scale), Path("never written"), rename=renaming(rename))
+    given = open_adapters(adapters, scale)
+    check_cached(shard.file for model in (checkpoint, there) for shard in model.shards)
+    check_cached(file for one in given for file in one.adapter.files)
+    plan = make_plan(checkpoint, given, Path("never written"), rename=renaming(rename))
     return run_verify(plan, there, share=sample, threads=threads or default_threads())
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter import Adapter
+from adapterkit.digest import check_cached
 from adapterkit.errors import FormatError
 from adapterkit.opening import open_regular
 from adapterkit.summary import ModuleRow, measure
@@ -30,6 +31,7 @@ def folder() -> Path:
 def measured(adapter: Adapter, stop: Callable[[], bool] = lambda: False) -> list[ModuleRow]:
     """The measured rows of `adapter`, as `summary.measure` has them; fewer of them where `stop` says so."""
     file = folder() / f"{_key(adapter)}.json"
+    check_cached(adapter.files)
     with suppress(FormatError, ValueError, TypeError, KeyError), open_regular(file) as stream:
         return [_row(facts) for facts in json.load(stream)]
     rows: list[ModuleRow] = []

@@ -10,7 +10,7 @@ from typing import Any
 from adapterkit.adapter import Adapter
 from adapterkit.card import file_rows, write_json, write_text
 from adapterkit.checkpoint import Checkpoint
-from adapterkit.digest import check_name
+from adapterkit.digest import check_cached, check_name
 from adapterkit.formats import save
 from adapterkit.opening import open_regular
 from adapterkit.plan import Given
@@ -35,6 +35,7 @@ def write_adapter(
     It is made from those `given` and from `models`. Raises ChangedError where one of them has changed since it was
     opened, OutputExistsError where there is something already that is not ours, NoSpaceError where the disk is full.
     """
+    check_cached(shard.file for model in models for shard in model.shards)
     hashes = [{file.name: _digest(file) for file in one.adapter.files} for one in given]
     with staged(out) as folder:
         save(adapter, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -65,6 +66,19 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor] | None = None, 
         raw = config if isinstance(config, bytes) else json.dumps(config).encode()
         (folder / "adapter_config.json").write_bytes(raw)
     return folder
+
+
+def in_cache(folder: Path, cache: Path) -> Path:
+    """A folder as the Hub cache has it: links to blobs, weights by their SHA-256 and other files by git's SHA-1."""
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        git = hashlib.sha1(b"blob %d\0%s" % (len(data), data)).hexdigest()
+        name = hashlib.sha256(data).hexdigest() if file.suffix == ".safetensors" else git
+        (blobs / name).write_bytes(data)
+        (snapshot / file.name).symlink_to(f"../../blobs/{name}")
+    return snapshot
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

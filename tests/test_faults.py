@@ -635,6 +635,8 @@ def test_linking_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(package.AdapterkitError):
         package.merge(base, [adapter], tmp_path / "out", link=True)
     assert nothing_left(tmp_path)
+
+
 # --- folders that become links ---------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES
-from handmade import CONFIG, adapterkit, write_adapter, write_base
+from handmade import CONFIG, adapterkit, in_cache, write_adapter, write_base
 from tiny import save_tiny_model
 
 from adapterkit.words import counted
@@ -62,6 +62,60 @@ def test_list_and_inspect_agree_on_parts_of_fused_layers(material: Callable[[str
     [row] = json.loads(adapterkit("list", path, "--json").out)
     summary = json.loads(adapterkit("inspect", path, "--json", "--header-only").out)["summary"]
     assert row["ranks"] == summary["ranks"] == [16]
+
+
+DAMAGED = {
+    "inspect": ("inspect adapter", ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]),
+    "inspect, against": ("inspect plain --against model", ["model/model.safetensors"]),
+    "compare": ("compare adapter plain", ["adapter/adapter_model.safetensors"]),
+    "verify": ("verify merged --base model --adapter adapter", ["model/model.safetensors", "adapter/adapter_config.json"]),
+    "train": (
+        "train model data.jsonl -o out --max-steps 1",
+        ["model/model.safetensors", "model/tokenizer.json", "model/config.json"],
+    ),
+    "eval": ("eval model adapter data.jsonl", ["adapter/adapter_model.safetensors", "model/tokenizer_config.json"]),
+    "extract": ("extract model merged -o out --rank 2", ["model/model.safetensors"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "no hash"])
+@pytest.mark.parametrize(("command", "files"), DAMAGED.values(), ids=DAMAGED)
+def test_files_of_the_cache_with_other_bytes_than_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, command: str, files: list[str], damage: str
+) -> None:
+    """One error, and not other numbers; where the cache names no hash, that is said."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(Path("a-model"))
+    tensors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight": torch.ones(*shape)
+        for side, shape in {"A": (4, 32), "B": (32, 4)}.items()
+    }
+    write_adapter(Path("plain"), tensors)
+    if "merged" in command:
+        assert adapterkit("merge", "a-model", "plain", "-o", "merged").code == 0
+    for name, source in {"model": Path("a-model"), "adapter": Path("plain")}.items():
+        Path(name).symlink_to(in_cache(source, Path(f"models--o--{name}")))
+    Path("data.jsonl").write_text('{"text": "w1 w2 w3"}\n')
+    for file in map(Path, files):
+        blob = file.resolve()
+        data = blob.read_bytes()
+        if damage == "no hash":
+            blob = blob.rename(blob.with_name(f"etag-{file.name}"))
+            file.unlink()
+            file.symlink_to(f"../../blobs/{blob.name}")
+            result = adapterkit(*command.split())
+            assert result.code == 0 and f"{file.name}: was not checked, since the Hub names no hash" in result.err, (
+                result
+            )
+            shutil.rmtree("out", ignore_errors=True)
+            continue
+        at = len(data) - 2 if file.suffix == ".safetensors" else data.index(b'"', 2)
+        changed = data[: len(data) // 2] if damage == "cut" else data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        blob.write_bytes(changed)
+        message = adapterkit(*command.split()).message_of_last(1)
+        assert file.name in message and "Traceback" not in message
+        assert not Path("out").exists()
+        blob.write_bytes(data)
 
 
 NOTED = {

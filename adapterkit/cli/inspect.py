@@ -14,6 +14,7 @@ from adapterkit.cli.base_view import show_base
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.places import Place, looked_at
 from adapterkit.cli.progress import tracked
+from adapterkit.digest import check_cached
 from adapterkit.errors import FitError, UsageError
 from adapterkit.formats import load
 from adapterkit.summary import ModuleRow, by_target, header_rows, measure, summarize, to_json
@@ -71,6 +72,8 @@ def _show(
     from adapterkit.cli import adapter_view
 
     header_only = header_only or there.headers_only
+    if not header_only:
+        check_cached(adapter.files)
     summary = summarize(adapter, strength_known=strength_known)
     if not as_json:
         adapter_view.show_header(path, summary, match, has_config=bool(adapter.config), fetched=there.told)
@@ -106,8 +109,12 @@ def _match(adapter: Adapter, base: Path, name: str) -> tuple[Match, Callable[[],
 
     checkpoint = open_checkpoint(base)
     found, places = match(adapter, checkpoint, name)
-    norms = base_norms(places, checkpoint)
-    return found, lambda: dict(tracked(norms, "reading the base", found.found))
+
+    def norms() -> dict[str, float]:
+        check_cached(shard.file for shard in checkpoint.shards)
+        return dict(tracked(base_norms(places, checkpoint), "reading the base", found.found))
+
+    return found, norms
 
 
 def _row_facts(rows: list[ModuleRow], header_only: bool, modules: bool) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from adapterkit.changes import missing, place, refuse_broken
-from adapterkit.checkpoint import Checkpoint, is_base, open_checkpoint
+from adapterkit.checkpoint import CONFIG, Checkpoint, is_base, open_checkpoint
 from adapterkit.data.examples import Encoded
 from adapterkit.described import check_described
+from adapterkit.digest import check_cached
 from adapterkit.errors import FitError, UsageError
 from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
+from adapterkit.loading import SMALL_FILES
 from adapterkit.plan import Given
 from adapterkit.quant import weights as weights_of
 from adapterkit.ties import tie_of
@@ -19,12 +21,15 @@ from adapterkit.ties import tie_of
 def open_base(spec: str) -> Checkpoint:
     """The model that `spec` names, by its headers.
 
-    Raises UsageError where it is an adapter, or a lone file, FormatError where its config is not that of its weights.
+    Raises UsageError where it is an adapter, or a lone file, FormatError where its config is not that of its weights,
+    or where a file in the Hub cache has other bytes than on the Hub.
     """
     path = resolve(spec)
     if path.exists() and not is_base(path):  # beside a model, transformers would load an adapter that it finds there
         raise UsageError(f"{path}: is no model of transformers: expected a directory with config.json and no adapter")
     base = open_checkpoint(path, hub_id(spec))
+    small = (path / file for file in base.other_files()[0] if file.suffix in SMALL_FILES)
+    check_cached([path / CONFIG, *small, *([base.index] if base.index else []), *(one.file for one in base.shards)])
     check_described(base)
     return base
 
@@ -33,6 +38,7 @@ def open_fitting(spec: str, base: Checkpoint) -> Given:
     """The adapter, checked to be whole and to fit `base`."""
     path = resolve(spec)
     given = Given(load(path), label=hub_id(spec) or path.resolve().name)
+    check_cached(given.adapter.files)
     refuse_broken(given)
     adapter, tensors = given.adapter, weights_of(base.tensors, base.config)
     whole = [
