@@ -8,10 +8,11 @@ import warnings
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.patterns import Patterns, compile_pattern
-from adapterkit.train.injection import Lora
+from adapterkit.train.injection import Lora, inject
 
 # Few repetitions, so that Python's matcher ends too.
 PARTS = [
@@ -59,6 +60,12 @@ def test_thousands_of_exact_names_are_looked_up() -> None:
     patterns = Patterns.of({"^" + re.escape(name): i for i, name in enumerate(names)})
     patterns.check(names)
     assert [patterns.first(name, -1) for name in names] == list(range(5000))
+
+
+def test_patterns_of_a_recipe_that_would_take_minutes() -> None:
+    model = nn.ModuleList(nn.Identity() for _ in range(1600))
+    with pytest.raises(UsageError, match="patterns: 1999 patterns could take for ever"):
+        inject(model, Lora("all-linear", rank_pattern={f".*{number}": 1 for number in range(1999)}))
 
 
 @pytest.mark.parametrize("lora", [{"targets": "("}, {"targets": "(?!a)b"}, {"rank_pattern": {"(": 1}}])

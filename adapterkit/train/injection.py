@@ -103,7 +103,13 @@ def inject(
 
 def _targets(model: nn.Module, lora: Lora) -> dict[str, nn.Module]:
     """The modules that are to get factors; raises UsageError where a part of `lora` means none, or one that cannot."""
-    head, numbers = _head(model), {_number(name) for name, _ in model.named_modules()}
+    names = [name for name, _ in model.named_modules()]
+    head, numbers = _head(model), {_number(name) for name in names}
+    try:
+        for patterns in (lora.rank_pattern, lora.alpha_pattern):
+            Patterns.of(patterns).check(names)
+    except FormatError as error:
+        raise UsageError(f"patterns: {error}") from error
     for number in lora.layers or ():
         if number not in numbers:
             raise UsageError(f"layers: the model has no layer {number}")
