@@ -19,11 +19,12 @@ from torch import nn
 
 from adapterkit.described import check_described
 from adapterkit.errors import FitError, UsageError
-from adapterkit.loading import load_causal, load_tokenizer, tokenized
+from adapterkit.loading import load_causal, load_tokenizer
 from adapterkit.opening import open_regular
 from adapterkit.plan import Edit, MergePlan
 from adapterkit.staging import errors_of
 from adapterkit.tensorfile import TensorInfo, read_header, write_tensors
+from adapterkit.tokenizing import tokenized
 
 SPAN = 2048  # columns that share their errors, at most: H of more would not fit memory
 TOKENS = 512  # of one forward pass

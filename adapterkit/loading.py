@@ -22,6 +22,7 @@ from adapterkit.opening import open_inside, read_up_to
 from adapterkit.quant.modules import has_scales, is_quantized
 from adapterkit.staging import errors_of
 from adapterkit.tensorfile import read_json
+from adapterkit.tokenizing import check_loading
 
 GROWN = 100  # times that a normalizer may make a text longer; of real ones a few
 SHOWN = 240  # characters of an error of transformers'
@@ -40,6 +41,7 @@ def load_tokenizer(base: Checkpoint) -> Any:
         from transformers import AutoTokenizer
 
         with _folder_for(base) as folder:
+            check_loading(folder, base.name)
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             except Exception as error:  # of strangers' files transformers raises all kinds
@@ -85,20 +87,6 @@ def load_causal(base: Checkpoint, **options: Any) -> Any:
     model.config.name_or_path, model.config.return_dict = base.name, True
     model.config.output_hidden_states = model.config.output_attentions = False  # of which neither is looked at
     return model
-
-
-def tokenized(tokenizer: Any, text: str, **options: Any) -> Any:
-    """What a tokenizer of transformers makes of `text`, `input_ids` among it; raises FormatError where it fails."""
-    name = getattr(tokenizer, "name_or_path", "the base")
-    try:
-        made = tokenizer(text, verbose=False, **options)
-    except BaseException as error:  # a broken one loads, and fails here in any way, Rust's panics among them
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise FormatError(f"{name}: its tokenizer fails: {' '.join(str(error).split())[:SHOWN]}") from error
-    if not all(0 <= number < 2**31 for number in made["input_ids"]):
-        raise FormatError(f"{name}: its tokenizer has a token beyond 2,147,483,647")
-    return made
 
 
 @contextmanager

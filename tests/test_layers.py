@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "adapterkit"
 LEVELS = (
     ("words",),
     ("errors", "version", "chance", "methods"),
-    ("opening", "stamps", "yamlfile", "patterns", "interrupts", "renaming", "apart"),
+    ("opening", "bounded", "tokenizer_program", "stamps", "yamlfile", "patterns", "interrupts", "renaming", "apart"),
     ("tensorfile", "workspace", "outfile", "recipe"),
     ("staging",),
     ("adapter", "renames"),
@@ -23,6 +23,7 @@ LEVELS = (
     ("residual", "summary", "elementwise"),
     ("fused", "factored", "coding"),
     ("checkpoint", "targets", "formats", "quant"),
+    ("tokenizing",),
     ("plan", "loading"),
     ("described",),
     ("changes", "layout"),

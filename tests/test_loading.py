@@ -18,10 +18,11 @@ from handmade import adapterkit, contents
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model
 
-from adapterkit import loading
+from adapterkit import loading, tokenizing
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.errors import FormatError
-from adapterkit.loading import harmless, load_causal, load_tokenizer, quiet, tokenized
+from adapterkit.loading import harmless, load_causal, load_tokenizer, quiet
+from adapterkit.tokenizing import decoded, tokenized
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 
@@ -360,3 +361,69 @@ def test_an_error_of_transformers_is_one_short_line_of_the_users_folder(said: st
     base = open_checkpoint(model)
     error = ValueError(said.format(ours="/tmp/adapterkit-x")) if said else ValueError()
     assert loading._shortened(error, Path("/tmp/adapterkit-x"), base) == shown.format(theirs=base.path)
+
+
+# --- regular expressions ---------------------------------------------------------------------------------------------
+
+SLOW = r"(.{0,1500}){2}(?<=~)"  # over every 3000 characters it goes two million times, which is below Oniguruma's limit
+
+
+def split_by(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def replaced(pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": "x"}
+
+
+@pytest.mark.parametrize("where", ["a text", "what it loads"])
+def test_a_pattern_that_takes_hours_is_ended(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """By processor time; it is matched where Python cannot be interrupted."""
+    monkeypatch.setattr(tokenizing, "SECONDS", 1)
+    text.write_text("w1 " * 9000)
+    if where == "a text":
+        change(model / "tokenizer.json", pre_tokenizer=split_by(SLOW))
+    else:
+        change(model / "tokenizer.json", normalizer=replaced(SLOW))
+        change(model / "tokenizer_config.json", extra_special_tokens={"token": "a" * 20_000})
+    message = adapterkit("eval", model, text).message(1)
+    assert "model: its tokenizer takes more than 1 s of processor time for it" in message
+
+
+def test_an_escaped_key_is_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(tokenizing.Bounded, "ask", lambda self, request, longest: asked.append(request) or {})
+    file = model / "tokenizer.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"normalizer": replaced("a")}).replace("Reg", "R\\u0065g")
+    )
+    load_tokenizer(open_checkpoint(model))
+    assert ["folder" in request for request in asked] == [True]
+
+
+def test_tokens_are_the_same_in_a_process(model: Path) -> None:
+    """Those of the tokenizer of transformers, with their places; and again after a text that it fails at."""
+    change(
+        model / "tokenizer.json",
+        normalizer=replaced("v"),
+        pre_tokenizer={
+            "type": "Sequence", "pretokenizers": [split_by(r"\s+(?!\S)|\s"), {"type": "WhitespaceSplit"}, split_by("(a+)+b")]
+        },
+        post_processor={
+            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<eos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [], "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
+        },
+    )  # fmt: skip
+    tokenizer = load_tokenizer(open_checkpoint(model))
+    for special in (True, False):
+        options = {"add_special_tokens": special, "return_offsets_mapping": True}
+        for sample in ("w1  w2\nw59 <eos> é w7", "", "<pad>w3"):
+            expected, found = tokenizer(sample, **options), tokenized(tokenizer, sample, **options)
+            assert found["input_ids"] == expected["input_ids"]
+            assert [tuple(span) for span in found["offset_mapping"]] == expected["offset_mapping"]
+    with pytest.raises(FormatError, match="model: its tokenizer fails: Onig"):
+        tokenized(tokenizer, "a" * 50)
+    ids = tokenized(tokenizer, "w1 w2 <eos>")["input_ids"]
+    assert decoded(tokenizer, ids) == tokenizer.decode(ids, skip_special_tokens=True) == "w1 w2"

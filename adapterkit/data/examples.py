@@ -12,7 +12,7 @@ import numpy.typing as npt
 from adapterkit.data.chats import Chats, RefusedError, Templated
 from adapterkit.data.records import Bad, Record
 from adapterkit.errors import FormatError, UsageError
-from adapterkit.loading import tokenized
+from adapterkit.tokenizing import tokenized
 
 SHOWN = 10  # bad records that an error lists
 CHARACTERS = 1_000_000  # of a record: a tokenizer takes up to 6 s and 0.8 GB for so many

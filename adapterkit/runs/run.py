@@ -23,7 +23,7 @@ from adapterkit.data.batches import Order
 from adapterkit.data.examples import Encoded, encode_all, split
 from adapterkit.data.records import Fields, read_records
 from adapterkit.errors import FormatError
-from adapterkit.loading import load_tokenizer, tokenized
+from adapterkit.loading import load_tokenizer
 from adapterkit.opening import open_regular
 from adapterkit.recipe import Recipe, as_yaml
 from adapterkit.runs import checkpoints
@@ -36,6 +36,7 @@ from adapterkit.runs.place import StoppedError, check_run, folder_for, peak_memo
 from adapterkit.runs.preparing import prepare
 from adapterkit.runs.results import write_result
 from adapterkit.staging import flush
+from adapterkit.tokenizing import decoded, tokenized
 from adapterkit.train.loop import Loop, Stepped
 
 T = TypeVar("T")
@@ -272,7 +273,7 @@ class _Run:
         for prompt in self.recipe.sample:
             ids = torch.tensor(tokenized(self.tokenizer, prompt)["input_ids"])
             [made] = self.loop.model.complete([ids], SAMPLE_TOKENS, self.tokenizer.eos_token_id)
-            yield Sampled(when, prompt, self.tokenizer.decode(made, skip_special_tokens=True))
+            yield Sampled(when, prompt, decoded(self.tokenizer, made))
 
     def _measure(self) -> Iterator[Evaluated]:
         if self.held_back is None:

@@ -22,12 +22,13 @@ from adapterkit.checkpoint import Checkpoint
 from adapterkit.data.examples import Encoded, Example, encode_all
 from adapterkit.data.records import DEFAULT, Fields, Record, read_records
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.loading import load_tokenizer, tokenized
+from adapterkit.loading import load_tokenizer
 from adapterkit.recipe import Recipe
 from adapterkit.runs.answers import Prediction, answer_of, compared
 from adapterkit.runs.fitting import check_sequences, open_base, open_fitting, refuse_twice_quantized, size_of
 from adapterkit.runs.memory import available, estimate
 from adapterkit.runs.models import choose_device, choose_dtype, load_model
+from adapterkit.tokenizing import decoded, tokenized
 from adapterkit.train.causal import Batch, CausalModel
 from adapterkit.train.injection import inject_from, lora_layers
 from adapterkit.train.loss import IGNORED, perplexity
@@ -245,7 +246,7 @@ def complete(
         some = order[first : first + batch_size]
         ids = [torch.tensor(prompts[at].ids) for at in some]
         for at, made in zip(some, model.complete(ids, most, tokenizer.eos_token_id), strict=True):
-            text = tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = decoded(tokenizer, made)
             found[at] = compared(prompts[at].record, text, answer)
         yield Completed(len(found), len(prompts))
     return tuple(found[at] for at in range(len(prompts)))
