@@ -123,7 +123,7 @@ def _nothing_left(rows: Sequence[ModuleDone]) -> list[str]:
     gone = [row.name for row in rows if row.energy == 0]
     if not gone:
         return []
-    which = "every module" if len(gone) == len(rows) else f"{len(gone)} of {len(rows)} modules (first: {gone[0]})"
+    which = "any module" if len(gone) == len(rows) else f"{len(gone)} of {len(rows)} modules (first: {gone[0]})"
     return [f"nothing is left of {which}: the adapters cancel out, or are zero"]
 
 

@@ -5,7 +5,6 @@ A plan is made from headers only and is plain data: it pickles, so any worker ca
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import lcm
@@ -231,8 +230,10 @@ class MergePlan:
     @property
     def stamps(self) -> dict[Path, Stamp]:
         """Of everything that was read to make the plan."""
-        models = [self.base.stamps, *([self.quantized.stamps] if self.quantized else [])]
-        return dict(ChainMap(*models, *(one.adapter.stamps for one in self.given)))
+        stamps: dict[Path, Stamp] = {}
+        for one in (*(one.adapter for one in reversed(self.given)), self.quantized, self.base):
+            stamps |= one.stamps if one else {}
+        return stamps
 
     @property
     def edits(self) -> int:

@@ -92,8 +92,8 @@ def _finished(plan: MergePlan, file: FilePlan, building: Path) -> Done | None:
 
 def _fingerprint(plan: MergePlan, file: FilePlan) -> str:
     """Of the plan for a shard, and of what its inputs were when the plan was made."""
-    inputs = [file.source, *(path for one in plan.given for path in one.adapter.files)]
-    return _hash((__version__, plan.receipt, [plan.stamps[path] for path in inputs], file))
+    stamps, inputs = plan.stamps, [file.source, *(path for one in plan.given for path in one.adapter.files)]
+    return _hash((__version__, plan.receipt, [stamps[path] for path in inputs], file))
 
 
 def _hash(facts: object) -> str:

@@ -582,7 +582,7 @@ def test_adapters_that_cancel_out_are_told(make_adapter: Callable[..., Path], tm
     options = {"density": 1} if method == "dare_linear" else None
     result = adapterkit.combine([(one, 1), (one, -1)], tmp_path / "all", method=method, options=options)
     assert result.error == 0 and all(row.energy == 0 for row in result.modules)
-    assert result.notes[-1] == "nothing is left of every module: the adapters cancel out, or are zero"
+    assert result.notes[-1] == "nothing is left of any module: the adapters cancel out, or are zero"
     result = adapterkit.combine([(one, 0.3), (other, -0.3)], tmp_path / "some", method=method, options=options)
     assert result.notes[-1].startswith("nothing is left of 1 of 2 modules (first: q)")
     result = adapterkit.combine([(one, 1), (one, -0.999999)], tmp_path / "none", method=method, options=options)

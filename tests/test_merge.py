@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import adapterkit
 from adapterkit.delta import Retention
 from adapterkit.errors import FitError, NoSpaceError, UsageError
+from adapterkit.plan import MergePlan
 from adapterkit.stream import Merged, TensorMerged
 
 TINY = {
@@ -287,6 +288,18 @@ def test_a_thousand_shards_with_few_descriptors(make_adapter: Callable[..., Path
         assert merged.tensors == count // 2
         for shard in names.values():
             assert (base.with_name("again") / shard).read_bytes() == (base / shard).read_bytes()
+
+
+def test_the_stamps_of_many_adapters_are_gathered_once_a_shard(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once an adapter and shard, the time of a merge would grow with the third power of their number."""
+    base = make_base({f"layers.{i}.q.weight": torch.randn(6, 4) for i in range(2)}, shards=2)
+    adapters = [make_adapter(factors("layers.0.q", 6, 4), f"adapter{i}") for i in range(20)]
+    gather, gathered = MergePlan.stamps.fget, []  # type: ignore[attr-defined]
+    monkeypatch.setattr(MergePlan, "stamps", property(lambda plan: gathered.append(plan) or gather(plan)))
+    adapterkit.merge(base, adapters, tmp_path / "out")
+    assert 0 < len(gathered) <= 5
 
 
 def test_events_name_every_tensor_and_end_with_the_result(tmp_path: Path) -> None:
