@@ -87,3 +87,21 @@ def test_names_are_bounded_where_they_are_matched_and_only_there() -> None:
         assert patterns.first("é", 2) == (1 if patterns.values else 2)
     with pytest.raises(FormatError, match="'é' is not ASCII, and is not matched against patterns"):
         Patterns.of({"^é": 1, "q": 2}).check(["q", "é"])
+
+
+def test_how_large_a_pattern_may_become(capfd: pytest.CaptureFixture[str]) -> None:
+    """By its repetitions; and what RE2 has to say of the rest is said in our error alone."""
+    assert compile_pattern("(" + "".join(f"{letter}?" for letter in "abcdefghij") + "){900}").size == 18_004
+    for pattern in ("(" + "".join(f"{letter}?" for letter in "abcdefghijklmnopqrst") + "){900}", "(?=a)"):
+        with pytest.raises(FormatError, match="cannot be matched in bounded time"):
+            compile_pattern(pattern)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pattern_of_targets_is_one_of_whole_names() -> None:
+    """As in PEFT; those of ranks are matched at ends."""
+    for ends in (False, True):
+        matcher = compile_pattern("[qv]_proj", ends)
+        assert matcher.matches("q_proj") and matcher.matches("layers.0.q_proj") is ends
+        assert not matcher.matches("q_proj.x") and not matcher.matches("xq_proj")
+    assert not compile_pattern("[qv]_proj").matches("layers.0.q_proj")
