@@ -18,6 +18,9 @@ import torch
 from handmade import COLUMNS, CONFIG, MODULES, RANK, ROWS, adapterkit, contents, factors, write_adapter, write_base
 from safetensors.torch import save_file
 
+import adapterkit as package
+from adapterkit.errors import OutputExistsError
+
 FIRST = f"base_model.model.{MODULES[0]}"
 NAN, INF = float("nan"), float("inf")
 
@@ -397,6 +400,86 @@ def test_two_adapters_in_one_file(base: Path) -> None:
             tensors[name.removesuffix("weight") + f"{adapter}.weight"] = tensor.clone()
     message = refused(base, write_adapter(base.parent / "a", tensors), 3)
     assert "a second adapter" in message or "several adapters (default, other)" in message
+
+
+PAIR = {"lora_A.weight": torch.ones(RANK, 6), "lora_B.weight": torch.ones(8, RANK)}
+TOKENS = "token_adapter.trainable_tokens_delta"
+# Tensors without PEFT's prefix, a config over the usual one: modules, replaced, unread, and what is noted.
+READ: dict[str, tuple[list[str], dict[str, Any], list[str], list[str], list[str], list[str]]] = {
+    "layers in order": (["m.10.q", "m.9.q", "m.x.q", "m.2.q"], {}, ["m.x.q", "m.2.q", "m.9.q", "m.10.q"], [], [], []),
+    "a target without tensors": (["a.q"], {"target_modules": ["q", "a.q", "qq"]}, ["a.q"], [], [], ["'qq' has no tensors"]),
+    "a pattern of targets": (["a.q"], {"target_modules": "zz"}, ["a.q"], [], [], []),
+    "a saved module": (["q", "=a.score.weight"], {"modules_to_save": ["score"]}, ["q"], ["a.score.weight"], [], []),
+    "a saved module within one": (["q", "=score.out.weight"], {"modules_to_save": ["score"]}, ["q"], ["score.out.weight"], [], []),
+    "a name that ends alike": (["q", "=a.myscore.weight"], {"modules_to_save": ["score"]}, ["q"], [], ["a.myscore.weight"], ["'score' has no tensors"]),
+    "saved as PEFT wraps it": (["q", "=score.modules_to_save.default.weight"], {}, ["q"], ["score.weight"], [], []),
+    "saved twice": (["q", "=score.weight", "=score.modules_to_save.x.weight"], {"modules_to_save": ["score"]}, ["q"], ["score.weight"], ["score.weight"], []),
+    "biases": (["q", "=a.bias", "=a.weight"], {"bias": "all"}, ["q"], ["a.bias"], ["a.weight"], []),
+    "biases that are not trained": (["q", "=a.bias"], {"bias": "none"}, ["q"], [], ["a.bias"], []),
+    "embeddings of a grown vocabulary": (["q", "=m.embed_tokens.weight", "=lm_head.weight", "=m.wte.x"], {}, ["q"], ["m.embed_tokens.weight", "lm_head.weight"], ["m.wte.x"], []),
+    "some without a magnitude": (["q", "k", "=q.lora_magnitude_vector"], {"use_dora": True}, ["k", "q"], [], [], ["1 of 2 modules have no magnitude"]),
+    "none with a magnitude": (["q", "k"], {"use_dora": True}, ["k", "q"], [], [], ["2 of 2 modules have no magnitude"]),
+    "a magnitude each": (["q", "=q.lora_magnitude_vector"], {"use_dora": True}, ["q"], [], [], []),
+    "tokens as the config names them": (["q", f"=e.{TOKENS}"], {"trainable_token_indices": [*range(8)]}, ["q"], [], [], []),
+    "fewer tokens than it names": (["q", f"=e.{TOKENS}"], {"trainable_token_indices": [*range(9)]}, ["q"], [], [], ["8 trained tokens, trainable_token_indices names 9"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", READ)
+def test_each_tensor_is_read_as_what_it_is_for(tmp_path: Path, case: str) -> None:
+    names, config, modules, replaced, unread, problems = READ[case]
+    tensors = {f"{name}.{leaf}": tensor for name in names if name[0] != "=" for leaf, tensor in PAIR.items()}
+    for name in (name[1:] for name in names if name[0] == "="):
+        tensors[name] = torch.ones(8, 6) if name.endswith((".weight", "delta")) else torch.ones(8)
+    folder = tmp_path / "a"
+    write_adapter(folder, {f"base_model.model.{k}": t.clone() for k, t in tensors.items()}, {"peft_type": "LORA", "r": RANK, "lora_alpha": 6} | config)  # fmt: skip
+    adapter = package.load(folder)
+    assert (list(adapter.modules), sorted(adapter.replaced)) == (modules, sorted(replaced))
+    assert [
+        info.name.removeprefix("base_model.model.").replace("modules_to_save.x.", "") for info in adapter.unread
+    ] == unread
+    assert [problem.what for problem in adapter.problems] == problems
+
+
+@pytest.mark.parametrize(
+    ("enabled", "B", "fits"),
+    [
+        ([True, False, True], (8, RANK // 2, 1), True),
+        ([True, True, True], (9, RANK // 2, 1), False),
+        ([True, False, True], (7, RANK // 2, 1), False),
+        ([False, False], (8, RANK // 2, 1), False),
+        ([True, False, True], (8, RANK, 1), False),
+        (None, (8, RANK // 2, 1), False),
+    ],
+    ids=str,
+)
+def test_a_merged_linear_has_as_many_groups_as_are_enabled(
+    tmp_path: Path, enabled: list[bool] | None, B: tuple[int, ...], fits: bool
+) -> None:
+    tensors = {
+        "base_model.model.q.lora_A.weight": torch.ones(RANK, 6),
+        "base_model.model.q.lora_B.weight": torch.ones(B),
+    }
+    config = {"peft_type": "LORA", "r": RANK // 2, "lora_alpha": 6, "enable_lora": enabled}
+    adapter = package.load(write_adapter(tmp_path / "a", tensors, config))
+    assert [problem.where for problem in adapter.problems] == ([] if fits else ["q"])
+    if fits:
+        assert (adapter["q"].A.shape, adapter["q"].B.shape) == ((RANK, 6), (12, RANK))
+
+
+@pytest.mark.parametrize("there", ["nothing", "a folder", "a file in it"])
+def test_an_adapter_is_written_to_a_new_folder_only(tmp_path: Path, there: str) -> None:
+    adapter, out = package.load(write_adapter(tmp_path / "a")), tmp_path / "deep" / "out"
+    if there != "nothing":
+        out.mkdir(parents=True)
+    if there == "a file in it":
+        (out / "thesis.tex").touch()
+        with pytest.raises(OutputExistsError, match="out: is not empty; choose another directory"):
+            package.save(adapter, out)
+        assert os.listdir(out) == ["thesis.tex"]
+        return
+    package.save(adapter, out)
+    assert sorted(os.listdir(out)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_an_adapter_for_another_model(base: Path) -> None:
