@@ -72,7 +72,7 @@ def read_up_to(stream: BufferedReader, limit: int, file: Path) -> bytes:
     """All bytes of `stream`, which reads `file`; raises FormatError where there are more than `limit`."""
     data = bytearray()
     with _errors_of(file):
-        while len(data) <= limit and (more := stream.read(min(PIECE, limit + 1 - len(data)))):
+        while len(data) <= limit and (more := stream.read(PIECE)):
             data += more  # asked for all at once, Python would take as much memory beforehand
     if len(data) > limit:
         raise FormatError(f"{file}: is larger than {limit:,} bytes, the most that is read")

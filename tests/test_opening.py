@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -13,7 +14,17 @@ import pytest
 
 from adapterkit import opening
 from adapterkit.errors import FormatError, UnsafeFileError
-from adapterkit.opening import PIECE, blob_of, files_below, open_inside, open_regular, read_up_to, read_whole
+from adapterkit.opening import (
+    MOST_NESTED,
+    PIECE,
+    blob_of,
+    files_below,
+    open_inside,
+    open_regular,
+    read_up_to,
+    read_whole,
+    sha256_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +100,7 @@ def test_as_many_bytes_as_the_limit_are_read_and_no_more(size: int, tmp_path: Pa
     file = tmp_path / "x"
     file.write_bytes(data := bytes(range(256)) * (size // 256) + b"x" * (size % 256))
     assert read_whole(file, size) == read_whole(file, size + 1) == data
+    assert sha256_of(file) == hashlib.sha256(data).hexdigest()
     with pytest.raises(FormatError, match=f"x: is larger than {size - 1:,} bytes, the most that is read"):
         read_whole(file, size - 1)
     with open("/dev/zero", "rb") as endless, pytest.raises(FormatError, match="is larger than"):
@@ -220,6 +232,16 @@ def test_what_lies_below_a_folder(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(FormatError, match="gone: cannot be read: No such file"):
         list(files_below(tmp_path / "gone"))
+
+
+def test_folders_nested_as_deep_as_functions_that_call_themselves_can_copy(tmp_path: Path) -> None:
+    deepest = tmp_path.joinpath(*"d" * MOST_NESTED)
+    deepest.mkdir(parents=True)
+    (deepest / "x").touch()
+    assert list(files_below(tmp_path)) == [(deepest.relative_to(tmp_path) / "x", None)]
+    (deepest / "d").mkdir()
+    with pytest.raises(FormatError, match="lies in folders nested more than 100 deep; move it up"):
+        list(files_below(tmp_path))
 
 
 def test_folders_deeper_than_a_path_can_be(tmp_path: Path) -> None:
