@@ -301,9 +301,13 @@ def failing_at(nth: int, error: BaseException, swaps: bool = True) -> Iterator[C
 
 
 @pytest.mark.parametrize("error", [Died(), OSError(errno.ENOSPC, "full")], ids=["dies", "fails"])
-@pytest.mark.parametrize("swaps", [True, False], ids=["swaps", "an old kernel"])
-@pytest.mark.parametrize("old", ["with a receipt", "without", "none"])
-@pytest.mark.parametrize("directory", [True, False], ids=["directory", "file"])
+@pytest.mark.parametrize(
+    ("directory", "old", "swaps"),
+    [
+        (True, "none", True), (True, "without", True), (True, "without", False),
+        (False, "none", True), (False, "without", True), (False, "with a receipt", True), (False, "with a receipt", False),
+    ],
+)  # fmt: skip
 def test_a_run_that_ends_at_any_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: bool, old: str, swaps: bool, error: BaseException
 ) -> None:
@@ -345,8 +349,6 @@ def test_a_run_that_ends_at_any_step(
             raise KeyboardInterrupt
         assert state() in ((before, after) if ended else (after,)), nth
         assert set(os.listdir(tmp_path)) <= {"out", "out.receipt"}
-        make("more", True)
-        assert state() == ("more", "" if directory else "more")
         for path in tmp_path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert nth > 5
