@@ -17,6 +17,7 @@ from pathlib import Path
 from adapterkit.errors import ChangedError
 
 TICK = 10_000_000  # nanoseconds; the clock of file times ticks at least so often
+PATIENCE = 500  # ticks
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,18 @@ class Stamp:
 def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
     """What the `files` are now; to be taken before anything of them is read. Raises OSError.
 
-    A second change within one tick of the clock has the same time, so one that has just changed is waited for.
+    A second change within one tick of the clock has the same time, so one that has just changed is waited for. Raises
+    ChangedError where that does not end.
     """
-    found = {file: _stamp(file) for file in files}
-    while any(0 <= time.time_ns() - stamp.status <= TICK for stamp in found.values()):
+    names = list(files)
+    for _ in range(PATIENCE):
+        found = {file: _stamp(file) for file in names}
+        now = time.time_ns()
+        fresh = [file for file, stamp in found.items() if 0 <= now - stamp.status <= TICK]
+        if not fresh:
+            return found
         threading.Event().wait(TICK / 1e9)
-        found = {file: _stamp(file) for file in found}
-    return found
+    raise ChangedError(f"{fresh[0]}: is being written to all the time. Try again when nothing else writes to it.")
 
 
 def check_unchanged(stamps: Mapping[Path, Stamp]) -> None:

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import adapterkit as package
-from adapterkit import card, newadapter, staging, stream, verifying
+from adapterkit import card, newadapter, staging, stamps, stream, verifying
 from adapterkit.errors import ChangedError, OutputExistsError
 from adapterkit.staging import Destination, staged
 from adapterkit.workspace import PREFIX
@@ -622,6 +624,17 @@ def test_inputs_that_change_under_other_commands(tmp_path: Path, monkeypatch: py
         else:
             package.convert(adapter, out, to="dora", base=base)
     assert contents(tmp_path) | {str(what.relative_to(tmp_path)): b""} == before
+
+
+def test_a_file_that_is_written_to_all_the_time_is_not_waited_for_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(stamps, "_stamp", lambda _: stamps.Stamp(0, 0, 0, 0, time.time_ns()))
+    monkeypatch.setattr(threading.Event, "wait", lambda _, seconds: waited.append(seconds))
+    with pytest.raises(ChangedError, match="log: is being written to all the time"):
+        stamps.stamps_of([tmp_path / "log"])
+    assert sum(waited) <= 5
 
 
 def test_linking_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
