@@ -82,7 +82,7 @@ class Destination:
         if self.out.name in ("", ".."):
             raise UsageError(f"{self.out}: name a new directory or file to write")
         left = seen(self.out)
-        check_apart(self.inputs, (*self.places, *(work.path for work in left)))
+        check_apart(self.inputs, (*reversed(self.places), *(work.path for work in left)))
         return left
 
     def _check_free(self, path: Path) -> None:

@@ -470,6 +470,7 @@ def test_a_bar_where_there_is_a_terminal(tiny: Path, prompted: Path, monkeypatch
         (["BASE", "DATA", "--max-new-tokens", "3", "--no-generate"], 2, "--max-new-tokens is about"),
         (["BASE", "DATA", "--predictions", "x", "--no-generate"], 2, "--predictions is about"),
         (["BASE", "DATA", "--overwrite"], 2, "--overwrite is about"),
+        (["BASE", "DATA", "--predictions", "DATA", "--overwrite"], 2, "held_out.jsonl: is or lies in the input"),
         (["BASE", "TEXTS", "--generate"], 2, "no record has a prompt with a completion"),
         (["BASE", "TEXTS", "--answer", "x"], 2, "no record has a prompt with a completion"),
         (["BASE", "TEXTS", "--predictions", "x"], 2, "no record has a prompt with a completion"),

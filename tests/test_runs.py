@@ -527,6 +527,15 @@ def test_what_makes_no_sense_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recipe_in_the_output_stays(base: Path, data: Path, tmp_path: Path) -> None:
+    """As any input: of an output that is replaced, nothing is left."""
+    recipe = tmp_path / "out" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(f"base: {base}\ndata: {data}\n")
+    refused = invoke("train", "--recipe", recipe, "-o", recipe.parent, "--overwrite")
+    assert isinstance(refused.exception, UsageError) and "holds the input" in str(refused.exception)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -19,6 +19,7 @@ from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import is_shown, progress
 from adapterkit.errors import UsageError
 from adapterkit.recipe import Recipe, checked, read_recipe
+from adapterkit.staging import Destination
 from adapterkit.words import command, counted, size
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def train_command(
         return
     if output is None:
         raise UsageError("say where the result is to go: -o OUT")
+    if recipe_file is not None and not resume:  # a run that is resumed has its own recipe in it
+        Destination(Path(output), (Path(recipe_file),)).check_apart()
     if plot is not None:
         from adapterkit.plot import check_plot
 
