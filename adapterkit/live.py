@@ -29,7 +29,7 @@ from adapterkit.residual import Residual, record, restore
 from adapterkit.rounding import as_bfloat16, round_once
 from adapterkit.targets import Fit, Target, fit
 from adapterkit.tensorfile import TORCH_NAMES
-from adapterkit.ties import ALWAYS
+from adapterkit.ties import ALWAYS, declared
 
 BLOCK_ELEMENTS = 1 << 22  # of a weight, at a time
 GPU_FACTOR = 4  # so many times that on a GPU, where every launch costs some µs
@@ -81,19 +81,20 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
     if any(receipt.adapter is adapter for receipt in receipts):
         raise UsageError("this adapter is in the model already: remove it before applying it again")
     found = {name: _described(name, model) for name, _ in model.named_parameters(remove_duplicate=False)}
-    config: Any = getattr(model, "config", None)
-    places = fit(adapter, found, config.to_dict() if hasattr(config, "to_dict") else {})
+    config = _config_of(model)
+    places = fit(adapter, found, config)
     if places.missing:
         raise FitError(f"{len(places.missing)} modules have no place: {explain_missing(places.missing, found)}")
     targeted = dict.fromkeys(target.tensor for targets in places.targets.values() for target in targets)
-    others = (*places.replaced.values(), *places.tokens.values(), *places.biases.values())
+    tokens = [(tensor, *adapter.tokens[module]) for module, tensor in places.tokens.items()]
+    tokens += [(head, *rest) for tensor, *rest in tokens if (head := _head_of(model, config, tensor, places))]
+    others = (*places.replaced.values(), *(tensor for tensor, *_ in tokens), *places.biases.values())
     receipt = Receipt(adapter)
     try:
         _untie(model, adapter, places, receipt.undo)
         for name, tensor in places.replaced.items():
             _replace(model, tensor, adapter.replaced[name].read(), weight, None, receipt.undo)
-        for module, tensor in places.tokens.items():
-            rows, values = adapter.tokens[module]
+        for tensor, rows, values in tokens:
             _replace(model, tensor, values.read(), weight, rows, receipt.undo)
         for tensor in targeted:
             _merge_into(model, tensor, _updates(adapter, places.targets, tensor, model, weight), receipt.undo)
@@ -369,6 +370,27 @@ def _untie(model: nn.Module, adapter: Adapter, places: Fit, undo: list[Callable[
             undo.append(partial(_tie, model, layer, leaf, others[0]))
             setattr(layer, leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             _declare_untied(model, undo)
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    return config.to_dict() if hasattr(config, "to_dict") else {}
+
+
+def _head_of(model: nn.Module, config: dict[str, Any], tensor: str, places: Fit) -> str | None:
+    """The head that tokens trained in the embedding `tensor` are for, too, though it is another parameter.
+
+    PEFT goes by the config alone, and transformers ties no head that was stored with other weights. None where there is
+    no such head, or where the adapter says itself what becomes of it.
+    """
+    embedding, head = (
+        getattr(getattr(model, name, lambda: None)(), "weight", None)
+        for name in ("get_input_embeddings", "get_output_embeddings")
+    )
+    if not declared(config) or head is None or head is embedding or model.get_parameter(tensor) is not embedding:
+        return None
+    name = next(name for name, parameter in model.named_parameters() if parameter is head)
+    return None if name in (*places.replaced.values(), *places.tokens.values()) else name
 
 
 def _tie(model: nn.Module, layer: nn.Module, leaf: str, other: str) -> None:
