@@ -250,10 +250,22 @@ def _parse_json(file: Path, raw: bytes, items: int, any_name: bool = False) -> d
     return value
 
 
+def check_tensor_name(file: Path, name: str) -> None:
+    """Raise FormatError for the name of a tensor that no tool writes, and that could not be shown, or stored again."""
+    if len(name) > MAX_NAME:
+        raise FormatError(
+            f"{file}: {name[:60]!r} … is not a tensor name: of {len(name):,} characters, expected {MAX_NAME:,} at most"
+        )
+    if not name.isprintable():
+        hidden = next(c for c in name if not c.isprintable())
+        raise FormatError(
+            f"{file}: {name[:60]!r} is not a tensor name: its character U+{ord(hidden):04X} cannot be shown"
+        )
+
+
 def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     """One header entry, with every field's type and the shape's bytes checked."""
-    if len(name) > MAX_NAME or not name.isprintable():  # control characters would end up in terminals and cards
-        raise FormatError(f"{file}: {name[:60]!r} is not a tensor name: too long, or with control characters")
+    check_tensor_name(file, name)
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         well_formed = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= MAX_DIMS

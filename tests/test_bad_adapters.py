@@ -82,7 +82,7 @@ STATES = {
     "a list": ([torch.zeros(2)], "expected a dictionary of named tensors, found list"),
     "a tensor": (torch.zeros(2), "expected a dictionary of named tensors, found Tensor"),
     "numbered": ({1: torch.zeros(2)}, "expected a dictionary of named tensors"),
-    "a line break in a name": ({"a\nb": torch.zeros(2)}, "expected a dictionary of named tensors"),
+    "a line break in a name": ({"a\nb": torch.zeros(2)}, r"'a\nb' is not a tensor name: its character U+000A"),
     "nested": ({"model": factors()}, "model is a dict, expected a tensor"),
     "numpy": ({"a": np.zeros(2)}, "not a plain dictionary of tensors"),
     "huge by stride 0": ({f"{FIRST}.lora_A.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, "more than a file of"),
@@ -574,7 +574,7 @@ def test_trained_tokens_that_are_no_rows(tmp_path: Path, rows: Any) -> None:
     refused(base, write_adapter(tmp_path / "a", tensors, config), 3)
 
 
-@pytest.mark.parametrize("number", ["²", "9" * 5000], ids=["²", "5000"])
+@pytest.mark.parametrize("number", ["²", "9" * 900], ids=["²", "900"])
 def test_a_layer_number_that_is_no_number(base: Path, number: str) -> None:
     tensors = {f"base_model.model.layers.{number}.q_proj.lora_{k}.weight": torch.ones(4, 4) for k in "AB"}
     refused(base, make_bin(base.parent / "a", tensors), 3)

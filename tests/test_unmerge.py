@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,51 @@ def test_names_survive_or_are_refused_before_anything_is_written(place: str, mer
             (tmp_path / path).mkdir() if data is None else (tmp_path / path).write_bytes(data)
     not_utf8 = [os.fsdecode(b"\xff latin \xe9")] if place == "indexed" else []  # no JSON has such a name
     assert refused == [*not_utf8, *(["back\\slash"] if place in ("shard", "indexed", "single file") else [])]
+
+
+def packed_ones(shapes: dict[str, tuple[int, int]]) -> bytes:
+    """A file of float32 tensors of ones."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + 4 * prod(shape)]}
+        at += 4 * prod(shape)
+    return packed(header, torch.ones(at // 4).numpy().tobytes())
+
+
+@pytest.mark.parametrize("place", ["changed", "other", "adapter alone", "pickled"])
+def test_tensor_names_survive_or_are_refused_before_anything_is_written(place: str, tmp_path: Path) -> None:
+    """Whatever is merged has a receipt that can be read; what is refused is shown by its name, on one line."""
+    survived = []
+    for number, name in enumerate((*NAMES, "\ud83d", "hangul\u3164filler", "variation\ufe0f", "x" * 1000)):
+        folder = tmp_path / str(number)
+        module, other = (name if place == "changed" else "a.q"), (name if place == "other" else "norm.weight")
+        theirs = module if place == "changed" else f"{name}.q"
+        (folder / "base").mkdir(parents=True), (folder / "adapter").mkdir()
+        (folder / "base" / "config.json").write_text("{}")
+        tensors = {f"{module}.weight": (8, 6), other: (1, 6)}
+        (folder / "base" / "model.safetensors").write_bytes(packed_ones(tensors))
+        brought = {
+            f"base_model.model.a.q.lora_{side}.weight": shape for side, shape in {"A": (2, 6), "B": (8, 2)}.items()
+        }
+        if place in ("changed", "adapter alone"):
+            brought = {key.replace("a.q", theirs): shape for key, shape in brought.items()}
+        if place == "pickled":
+            pickled = {key.replace("a.q", theirs): torch.ones(shape) for key, shape in brought.items()}
+            torch.save(pickled, folder / "adapter" / "adapter_model.bin")
+        else:
+            (folder / "adapter" / "adapter_model.safetensors").write_bytes(packed_ones(brought))
+        (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 3}')
+        before = contents(folder)
+        outcome = run("merge", folder / "base", folder / "adapter", "-o", folder / "out")
+        if outcome.code:
+            assert all(line.isprintable() for line in outcome.err.splitlines()) and outcome.code in (1, 3)
+            assert contents(folder) == before
+        else:
+            survived.append(name)
+            assert run("unmerge", folder / "out", "-o", folder / "again").code == 0
+            assert same(folder / "again", folder / "base")
+    assert not {"new\nline", "\ud83d", "\u202ebidi\u2066", "no\u00a0break"} & set(survived)
+    assert ("hangul\u3164filler" in survived) is (place in ("changed", "other"))
 
 
 def test_a_receipt_that_could_not_be_read_is_refused_first(

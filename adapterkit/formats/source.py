@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.opening import open_regular
 from adapterkit.stamps import Stamp, stamps_of
-from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, read_header, read_json
+from adapterkit.tensorfile import TORCH_NAMES, TensorInfo, check_tensor_name, read_header, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -122,9 +122,10 @@ def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises many kinds for broken archives
         reason = (str(error) or type(error).__name__).split("\n")[0][:200]
         raise FormatError(f"{file}: cannot be read as a torch file: {reason}. Is it complete?") from error
-    if not isinstance(state, dict) or not all(isinstance(key, str) and key.isprintable() for key in state):
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise FormatError(f"{file}: expected a dictionary of named tensors, found {type(state).__name__}")
     for name, tensor in state.items():
+        check_tensor_name(file, name)
         if not isinstance(tensor, torch.Tensor):
             raise FormatError(f"{file}: {name} is a {type(tensor).__name__}, expected a tensor")
         if tensor.numel() * tensor.element_size() > size:
