@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,9 @@ from handmade import adapterkit, contents
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model
 
-from adapterkit import loading, tokenizing
+from adapterkit import loading, tokenizer_program, tokenizing
 from adapterkit.checkpoint import open_checkpoint
+from adapterkit.data import rendering, unpacking
 from adapterkit.errors import FormatError
 from adapterkit.loading import harmless, load_causal, load_tokenizer, quiet
 from adapterkit.tokenizing import decoded, tokenized
@@ -427,3 +429,25 @@ def test_tokens_are_the_same_in_a_process(model: Path) -> None:
         tokenized(tokenizer, "a" * 50)
     ids = tokenized(tokenizer, "w1 w2 <eos>")["input_ids"]
     assert decoded(tokenizer, ids) == tokenizer.decode(ids, skip_special_tokens=True) == "w1 w2"
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "request_"),
+    [
+        (rendering, ["5"], b'{"template": "x", "tokens": {}, "messages": []}\n'),
+        (tokenizer_program, ["5"], b'{"ids": []}\n'),
+        (unpacking, ["[]", str(1 << 40)], b"no Parquet"),
+    ],
+)
+def test_a_program_that_bounds_itself_may_be_bounded_already(
+    program: Any, arguments: list[str], request_: bytes
+) -> None:
+    """By `ulimit -v` and `ulimit -t`, which it cannot raise and does not try to."""
+    limits = (
+        "import resource as r, os, sys; r.setrlimit(r.RLIMIT_CPU, (60,) * 2); r.setrlimit(r.RLIMIT_AS, (1 << 35,) * 2)"
+    )
+    command = [sys.executable, "-c", f"{limits}; os.execv(sys.argv[1], sys.argv[1:])", sys.executable]
+    ended = subprocess.run(
+        [*command, "-P", program.__file__, *arguments], input=request_, capture_output=True, check=False
+    )
+    assert ended.returncode == 0 and b"limit" not in ended.stderr + ended.stdout, ended
