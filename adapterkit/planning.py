@@ -30,7 +30,7 @@ from adapterkit.quant.packed import float_dtype
 from adapterkit.staging import MADE_BY
 from adapterkit.targets import CONV1D_MODELS, HEAD_MODULES, Fit
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
-from adapterkit.ties import INPUT_EMBEDDINGS, Tie, follow, tie_of, undecided
+from adapterkit.ties import INPUT_EMBEDDINGS, Tie, follow, refuse_shared, tie_of, undecided
 from adapterkit.version import __version__
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -73,6 +73,10 @@ class _Draft:
             found = place(one.adapter, self.tensors, self.base, rename)
             if tie is not None and not (tie.certain or tie.stored or allow_partial):
                 self._refuse_unknown_head(one, found, tie)
+            if tie is not None and tie.shared and not allow_partial:
+                for name in found.missing:
+                    if name.endswith("coder.embed_tokens"):
+                        raise refuse_shared(tie, one.label, f"{name}.weight")
             self.skipped += missing(one, found, self.base, self.tensors, allow_partial)
             self.notes += drift_note(one, found)
             mine = gather(number, one, found)

@@ -153,9 +153,14 @@ class Tie:
         """Whether the base has a head without a tensor for it."""
         return self.certain and not self.stored
 
-    def equal(self) -> bool:
-        """Whether both tensors are the same, bit for bit; transformers ties only such."""
-        one, other = self.base.tensors[self.embedding], self.base.tensors[self.head]
+    @property
+    def shared(self) -> bool:
+        """Whether an encoder and a decoder have the embedding in common, or may have."""
+        return bool(self.others) or self.embedding.endswith("shared.weight")
+
+    def equal(self, other_name: str | None = None) -> bool:
+        """Whether the head, or the other tensor, is the embedding bit for bit; transformers ties only such."""
+        one, other = self.base.tensors[self.embedding], self.base.tensors[other_name or self.head]
         return (one.dtype, one.shape) == (other.dtype, other.shape) and _same_bytes(one, other)
 
     def untie(self, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -222,12 +227,8 @@ def follow(tie: Tie, mine: Changes, label: str, keeps: bool) -> bool:
         if touched and not tie.stored:
             raise FitError(f"{label}: changes {touched[0]}, and {undecided(tie)}")
         return False  # transformers ties two stored tensors only where it is told to
-    if touched and (tie.others or tie.embedding.endswith("shared.weight")):
-        names = ", ".join((*tie.others, tie.head))
-        raise FitError(
-            f"{label}: changes {touched[0]}, which may be one with {names} in {tie.base.name}: merging into embeddings "
-            "that an encoder and a decoder share is not supported"
-        )
+    if touched and tie.shared:
+        _follow_shared(tie, mine, label, touched)
     if keeps and tie.stored and not tie.equal():  # PEFT ties what is one tensor; trained tokens go by the config alone
         keeps = False
     replaced, deltas = mine.replaced.get(tie.embedding, []), mine.deltas.get(tie.embedding, []) if keeps else []
@@ -239,6 +240,31 @@ def follow(tie: Tie, mine: Changes, label: str, keeps: bool) -> bool:
     if deltas and tie.head not in mine.deltas:
         mine.deltas[tie.head] += [replace(one, target=replace(one.target, tensor=tie.head)) for one in deltas]
     return parts
+
+
+def _follow_shared(tie: Tie, mine: Changes, label: str, touched: list[str]) -> None:
+    """Have an encoder's and a decoder's embeddings follow the tokens that were trained in the one they share.
+
+    PEFT trains those in all that are tied, but factors and whole tensors in a module that such a model does not use.
+    Raises FitError for them, and where it is not known what is tied.
+    """
+    changes = mine.replaced.get(tie.embedding, [])
+    only_rows = bool(changes) and all(change.rows is not None for change in changes)
+    if touched != [tie.embedding] or mine.deltas.get(tie.embedding) or not only_rows:
+        raise refuse_shared(tie, label, touched[0])
+    for other in tie.others:
+        if not tie.equal(other):
+            raise refuse_shared(tie, label, touched[0])
+        mine.replaced[other] += changes
+
+
+def refuse_shared(tie: Tie, label: str, name: str) -> FitError:
+    """Explain that an adapter cannot be merged that changes `name`."""
+    names = ", ".join(one for one in (tie.embedding, *tie.others, tie.head) if one != name)
+    return FitError(
+        f"{label}: changes {name}, which may be one with {names} in {tie.base.name}: merging into embeddings that an "
+        "encoder and a decoder share is not supported, except for trained tokens"
+    )
 
 
 def undecided(tie: Tie) -> str:

@@ -15,7 +15,7 @@ import transformers
 from conftest import factors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -246,19 +246,29 @@ ARCHITECTURES = {
         image_token_index=63,
     ),
 }
+SHARED = {
+    "t5": transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0),
+    "bart": transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32,
+    ),
+}  # fmt: skip
 IDS = torch.arange(20)[None]
 
 
 def opened(folder: Path) -> torch.nn.Module:
     """The model that transformers loads, in float32."""
     kind = AutoModelForImageTextToText if (folder / "vision").exists() else AutoModelForCausalLM
+    if json.loads((folder / "config.json").read_text())["model_type"] in SHARED:
+        kind = AutoModelForSeq2SeqLM
     model: torch.nn.Module = kind.from_pretrained(folder, dtype=torch.float32).eval()
     return model
 
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    more = {"decoder_input_ids": IDS[:, 3:9]} if getattr(model.config, "is_encoder_decoder", False) else {}
+    found: torch.Tensor = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), **more).logits
     return found
 
 
@@ -376,13 +386,47 @@ def test_what_is_not_known_is_refused(
     adapterkit.merge(base, [tmp_path / "embedding"], tmp_path / "untied")
 
 
-def test_embeddings_that_an_encoder_and_a_decoder_share_are_refused(
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("kind", SHARED)
+def test_embeddings_that_an_encoder_and_a_decoder_share(kind: str, copies: bool, tmp_path: Path) -> None:
+    """Trained tokens and the head alone are as in PEFT; what it trains in a module that is not used is refused.
+
+    Checkpoints of before transformers 5 hold a copy for each that is tied.
+    """
+    base, inner = tmp_path / "base", "model." * (kind == "bart")
+    model = AutoModelForSeq2SeqLM.from_config(SHARED[kind])
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(base)
+    if copies:
+        tensors = load_file(base / "model.safetensors")
+        names = (f"{inner}encoder.embed_tokens.weight", f"{inner}decoder.embed_tokens.weight", "lm_head.weight")
+        more = {name: tensors[f"{inner}shared.weight"].clone() for name in names}
+        save_file(tensors | more, base / "model.safetensors", {"format": "pt"})
+    linear = ["q", "q_proj"]
+    for number, config in enumerate((
+        {"target_modules": linear}, {"target_modules": ["lm_head"]}, {"target_modules": linear, "modules_to_save": ["lm_head"]},
+        {"target_modules": linear, "trainable_token_indices": {"shared": [1, 5, 9]}},
+    )):  # fmt: skip
+        expected = trained(base, tmp_path / f"{number}", **config)
+        assert_merged(base, tmp_path / f"{number}", expected, tmp_path)
+    for target in ("shared", "embed_tokens"):
+        trained(base, tmp_path / target, target_modules=[target])
+        with pytest.raises(
+            FitError, match=f"{target}.weight, which may be one with .* a decoder share is not supported"
+        ):
+            adapterkit.merge(base, [tmp_path / target], tmp_path / "refused")
+
+
+def test_shared_embeddings_that_are_not_one_are_refused(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base = make_base({"shared.weight": torch.randn(16, 8)}, {"model_type": "t5"})
-    shared = {"shared.lora_embedding_A": torch.randn(4, 16), "shared.lora_embedding_B": torch.randn(8, 4)}
+    tensors = {"shared.weight": torch.randn(16, 8), "encoder.embed_tokens.weight": torch.randn(16, 8)}
+    tokens = make_adapter(
+        {"shared.token_adapter.trainable_tokens_delta": torch.randn(2, 8)}, trainable_token_indices={"shared": [1, 5]}
+    )
     with pytest.raises(FitError, match="an encoder and a decoder share is not supported"):
-        adapterkit.merge(base, [make_adapter(shared)], tmp_path / "out")
+        adapterkit.merge(make_base(tensors, {"model_type": "t5"}), [tokens], tmp_path / "out")
 
 
 def test_two_adapters_of_which_one_keeps_the_tie(
