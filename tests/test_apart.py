@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from adapterkit import apart
 from adapterkit.apart import check_apart
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.opening import files_below
@@ -36,7 +37,7 @@ CASES = {
     "a hard link to a file of it": (["in/", "in/a/", "in/a/w", "out = in/a/w"], "in", "out", LIES),
     "a hard link to what it links to": (["w", "in/", "in/w -> ../w", "out = w"], "in", "out", LIES),
     "with a hard link to a file of it, as --link leaves": (["in/", "in/w", "out/", "out/w = in/w"], "in", "out", APART),
-    "with a link to it": (["in/", "in/w", "out/", "out/d -> ../in", "out/w -> ../in/w"], "in", "out", APART),
+    "with a link to it": (["in/", "in/w", "in/deep/", "out/", "out/d -> ../in", "out/w -> ../in/w"], "in", "out", APART),
     "beside what it links to": (["real/", "real/w", "in/", "in/w -> ../real/w"], "in", "real/out", APART),
     "beside it, which links to itself and to nothing": (["in/", "in/a -> a", "in/b -> ../gone", "in/c -> ."], "in", "out", APART),
 }  # fmt: skip
@@ -84,3 +85,19 @@ def test_inputs_of_any_depth(tmp_path: Path) -> None:
     for _ in range(depth):
         deep = deep.parent
         deep.rmdir()
+
+
+@pytest.mark.parametrize("read", ["in", "in/w", "in/deep", "in/deep/w", "other"])
+def test_a_folder_in_the_output_that_is_another_by_a_mount(
+    read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only root can mount; what a mount makes of two folders, one inode, is played. Removing the one empties the other."""
+    for what in ("in/", "in/w", "in/deep/", "in/deep/w", "other", "out/", "out/a/", "out/a/mount/"):
+        make(tmp_path, what)
+    inode = apart._inode
+    monkeypatch.setattr(apart, "_inode", lambda path: inode(tmp_path / "in" if path.name == "mount" else path))
+    if read == "other":
+        check_apart([tmp_path / read], [tmp_path / "out"])
+    else:
+        with pytest.raises(UsageError, match=f"out: {HOLDS}"):
+            check_apart([tmp_path / read], [tmp_path / "out"])
