@@ -31,13 +31,13 @@ def main(limit: int) -> None:
 
     with open("/proc/self/statm", encoding="ascii") as stream:
         taken = int(stream.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, resource.RLIM_INFINITY))
+    bound(resource.RLIMIT_AS, taken + MEMORY)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tokenizer: Any = None
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = used.ru_utime + used.ru_stime + limit
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), resource.RLIM_INFINITY))
+        bound(resource.RLIMIT_CPU, math.ceil(seconds))
         request, answer = json.loads(line), {}
         try:
             if "folder" in request:
@@ -56,6 +56,12 @@ def main(limit: int) -> None:
             answer = {"error": str(error)}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
+
+
+def bound(limit: int, most: int) -> None:
+    """Lower a limit of this process, which a user or a cluster may have set lower already."""
+    hard = resource.getrlimit(limit)[1]
+    resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def load(folder: Path) -> None:

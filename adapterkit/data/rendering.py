@@ -30,14 +30,20 @@ def main(limit: int) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # type: ignore[no-untyped-call]
     with open("/proc/self/statm", encoding="ascii") as stream:
         taken = int(stream.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, resource.RLIM_INFINITY))
+    bound(resource.RLIMIT_AS, taken + MEMORY)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
         seconds = used.ru_utime + used.ru_stime + limit
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), resource.RLIM_INFINITY))
+        bound(resource.RLIMIT_CPU, math.ceil(seconds))
         sys.stdout.write(json.dumps(answer(tokenizer, **json.loads(line))) + "\n")
         sys.stdout.flush()
+
+
+def bound(limit: int, most: int) -> None:
+    """Lower a limit of this process, which a user or a cluster may have set lower already."""
+    hard = resource.getrlimit(limit)[1]
+    resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def answer(tokenizer: Any, template: str, tokens: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -67,6 +73,8 @@ def answer(tokenizer: Any, template: str, tokens: dict[str, Any], messages: list
         return {"text": whole, "spans": list(spans())}
     except OtherwiseError as error:
         return {"error": str(error)}
+    except MemoryError:
+        return {"error": "the chat template takes too much memory for it"}
     except Exception as error:  # a template refuses what and how it likes
         return {"error": f"the chat template refuses it: {error}"}
 

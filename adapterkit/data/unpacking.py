@@ -24,7 +24,7 @@ def main(names: list[str], memory: int) -> None:
     pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     with open("/proc/self/statm", encoding="ascii") as stream:
         taken = int(stream.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, resource.RLIM_INFINITY))
+    bound(resource.RLIMIT_AS, taken + memory)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     file = parquet.ParquetFile(pyarrow.PythonFile(sys.stdin.buffer, "r"), buffer_size=CHUNK)
     there = file.schema_arrow.names
@@ -39,6 +39,12 @@ def main(names: list[str], memory: int) -> None:
                 say({"row": row})
             except (TypeError, ValueError) as error:  # bytes or dates; text that is not UTF-8
                 say({"bad": str(error)})
+
+
+def bound(limit: int, most: int) -> None:
+    """Lower a limit of this process, which a user or a cluster may have set lower already."""
+    hard = resource.getrlimit(limit)[1]
+    resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def say(value: dict[str, Any]) -> None:
