@@ -343,6 +343,19 @@ main()
         assert (ended.returncode, ended.stderr.strip()) == (code, "adapterkit: interrupted"), (nth, ended)
 
 
+@pytest.mark.parametrize("step", ["_fill_closed_streams", "_fail"])
+def test_ctrl_c_just_before_a_command_begins_and_when_it_has_ended(step: str) -> None:
+    script = f"""
+import os, signal
+from adapterkit.__main__ import main
+from adapterkit.cli import main as cli
+cli.{step} = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script, "inspect", "gone"], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (130, "adapterkit: interrupted\n")
+
+
 def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path: Path) -> None:
     """There it would be swallowed, or leave half a module; it comes as soon as nothing is imported or held together."""
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n")
