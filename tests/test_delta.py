@@ -28,9 +28,9 @@ BLOCKS = [[(0, 20)], [(0, 7), (7, 14), (14, 20)], [(row, row + 1) for row in ran
 
 
 def updates(kinds: str, weights: list[float], by_column: bool = False) -> list[Update]:
-    """One for each letter, `d` for DoRA, the first of the whole matrix; by column all are."""
+    """One for each letter, `d` for DoRA, the first of the whole matrix."""
     found = []
-    for kind, weight, (start, stop) in zip(kinds, weights, [(0, 20)] * 5 if by_column else SPANS, strict=False):
+    for kind, weight, (start, stop) in zip(kinds, weights, SPANS, strict=False):
         left, right = torch.randn(stop - start, RANK).double(), torch.randn(RANK, COLUMNS).double()
         magnitude = torch.rand(COLUMNS if by_column else stop - start).double() * 4 + 1
         scale = weight * 0.7 if kind == "p" else 0.7
@@ -82,6 +82,16 @@ def test_blocks_add_up_to_what_each_update_adds_alone(
         add_updates(rows, first, plain)
         torch.testing.assert_close(rows, expected[first:last], rtol=1e-12, atol=1e-12)
         assert len(found) == kinds.count("d")
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_columns_are_measured_over_the_rows_of_the_update(span: tuple[int, int]) -> None:
+    W, (start, stop) = torch.randn(ROWS, COLUMNS).double(), span
+    left, right = torch.randn(stop - start, RANK).double(), torch.randn(RANK, COLUMNS).double()
+    update = measure_columns(Update(start, stop, left, right, 0.7, torch.ones(COLUMNS).double()), lambda: chunks(W))
+    assert update.gain is not None and update.gain.shape == (1, COLUMNS)
+    norm = (W[start:stop] + 0.7 * left @ right).norm(dim=0)
+    torch.testing.assert_close(update.gain[0], 1 / norm, rtol=1e-12, atol=0)
 
 
 def test_chosen_elements_are_summed_in_float64() -> None:
