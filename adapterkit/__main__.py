@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from adapterkit.cli import signals
 
 TYPE_CHECKING = False
@@ -17,6 +19,9 @@ def main() -> NoReturn:
     try:
         signals.end_cleanly()
         run()
+    except KeyboardInterrupt as error:  # just before `run` looks out for it, or while it says how it ended
+        sys.stderr.write("adapterkit: interrupted\n")
+        sys.exit(getattr(error, "exit_code", 130))
     finally:
         signals.ignore()
 
