@@ -745,3 +745,24 @@ def test_the_first_failure_ends_what_is_side_by_side() -> None:
     assert seen == [0, 1, 2]
     assert abreast(work, [3, 4, 5], 8) == [9, 16, 25]
     assert abreast(work, [], 8) == []
+
+
+@pytest.mark.parametrize("kind", ["a link", "a hard link", "a named pipe"])
+def test_no_other_file_is_written_through_what_an_earlier_pull_left(
+    hub: Hub, adapter: Path, tmp_path: Path, kind: str
+) -> None:
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{ADAPTER.replace('/', '--')}" / "blobs"
+    left = blobs / f"{hub.repos[ADAPTER].files()[WEIGHTS].sha256}.adapterkit"
+    blobs.mkdir(parents=True)
+    if kind == "a link":
+        left.symlink_to(mine)
+    elif kind == "a hard link":
+        left.hardlink_to(mine)
+    else:
+        os.mkfifo(left)
+    assert left.name in adapterkit("pull", ADAPTER).message_of_last(1)
+    assert mine.read_bytes() == b"mine"
+    left.unlink()
+    assert adapterkit("pull", ADAPTER).code == 0

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint import CONFIG
-from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError
+from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError, UnsafeFileError
 from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
 from adapterkit.formats.source import PICKLED, WEIGHTS
 from adapterkit.hub.abreast import abreast
@@ -270,7 +271,7 @@ def _partial(cache: Path, remote: Remote, file: RemoteFile) -> Path:
 def _held(partial: Path) -> Iterator[BufferedRandom]:
     """Open what is there of a file, at its beginning, for this process alone: another that is getting it is awaited."""
     while True:
-        with open(partial, "a+b") as stream:
+        with open(partial, "a+b", opener=_open_here) as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             # Meanwhile the other may have moved it to its place, or removed it.
             if not partial.exists() or not os.path.samestat(os.fstat(stream.fileno()), partial.stat()):
@@ -278,6 +279,16 @@ def _held(partial: Path) -> Iterator[BufferedRandom]:
             stream.seek(0)
             yield stream
             return
+
+
+def _open_here(path: str, flags: int) -> int:
+    """Open or make the file at `path`; raises UnsafeFileError where that is also another's, or no regular file."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(fd)
+        raise UnsafeFileError(f"{path}: is not a file that an earlier download left; remove it")
+    return fd
 
 
 def _hash_of(file: RemoteFile) -> str | None:
