@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 from adapterkit.errors import UnsafeFileError
 from adapterkit.hub import contents as contents_of
-from adapterkit.hub import resolve, secrets
+from adapterkit.hub import publishing, resolve, secrets
 from adapterkit.hub.cards import Facts, base_of, completed
 from adapterkit.hub.contents import is_pickle, why_not
 from adapterkit.hub.secrets import find_secret
@@ -113,6 +113,27 @@ def test_what_is_there_afterwards(there: Hub, adapter: Path) -> None:
     }  # fmt: skip
     assert f"# {REPO}" in body
     assert "| rank | 4 |" in body
+
+
+@pytest.mark.parametrize("how", ["written to", "replaced"])
+def test_a_file_that_changes_once_it_was_checked_is_not_sent(
+    there: Hub, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Also one that is as long, and by its date as old."""
+    file, check_card = adapter / "adapter_model.safetensors", publishing._check_card
+
+    def change(plan: Any) -> None:
+        before, data = file.stat(), file.read_bytes()
+        if how == "replaced":
+            file.unlink()
+        file.write_bytes(data[:-1] + b"x")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        check_card(plan)
+
+    monkeypatch.setattr(publishing, "_check_card", change)
+    message = adapterkit("push", adapter, REPO).message_of_last(1)
+    assert message == f"{file}: changed while it was being sent; nothing was, push it again"
+    assert "adapter_model.safetensors" not in there.repos[REPO].files()
 
 
 def test_a_name_alone_is_one_of_my_own(there: Hub, adapter: Path) -> None:

@@ -21,6 +21,7 @@ from adapterkit.hub.private import LOCAL, check_no_token, check_public, shortene
 from adapterkit.opening import read_whole
 from adapterkit.receipt import FOLDER, public_name
 from adapterkit.staging import ADAPTER_RECORD, RECORD, TRAINING_RECORD
+from adapterkit.stamps import Stamp, stamps_of
 from adapterkit.summary import Summary, summarize
 from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_header, read_json
 from adapterkit.words import argument, command, counted
@@ -51,7 +52,7 @@ class Upload:
     source: Path | None
     content: bytes | None = None
     change: str = ""
-    stamp: tuple[int, int] = (0, 0)  # of the source when it was checked
+    stamp: Stamp | None = None  # of the source when it was checked
 
     @property
     def size(self) -> int:
@@ -105,16 +106,15 @@ def pack(path: Path, repo: str, base_id: str | None = None, license: str | None 
 def check_unchanged(uploads: Iterable[Upload]) -> None:
     """Raise AdapterkitError where a file is no longer what was checked."""
     for one in uploads:
-        if one.source is not None and one.stamp != (0, 0) and _stamp(one.source) != one.stamp:
+        if one.source is not None and one.stamp is not None and _stamp(one.source) != one.stamp:
             raise AdapterkitError(f"{one.source}: changed while it was being sent; nothing was, push it again")
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _stamp(file: Path) -> Stamp:
     try:
-        facts = file.stat()
+        return stamps_of([file])[file]
     except OSError as error:
         raise AdapterkitError(f"{file}: is gone ({error.strerror}); nothing was sent") from error
-    return facts.st_size, facts.st_mtime_ns
 
 
 # --- what it is ------------------------------------------------------------------------------------------------------
