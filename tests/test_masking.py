@@ -89,3 +89,12 @@ def test_letters_that_json_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     for data in (b'{"a":  1}', b'{"a": "\\u00e9"}', b"\\u0068 not JSON", b"[" * 100_000 + b"\\u0068"):
         assert masked_json(data + token.encode(), None) == data + MASK.encode()
     assert masked_json(b'{"a": "\\u0070/ss"}', "Bearer p/ss w") == b'{"a": "p/ss"}'
+
+
+def test_letters_that_no_encoding_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of the environment that are no UTF-8, letters that JSON escapes and UTF-8 lacks, and those that ASCII lacks."""
+    monkeypatch.setenv("HF_TOKEN", "p\udcffssword")
+    assert masked("for p\udcffssword.") == f"for {MASK}."
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    written = SECRET.replace("ö", "\\u00f6").replace("d", "\\u0064")
+    assert masked_json(f'{{"a": "\\ud800 {written} ü"}}'.encode(), None).decode() == f'{{"a": "? {MASK} ü"}}'
