@@ -7,8 +7,9 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -235,6 +236,38 @@ def test_folders_that_are_read_only_go_too(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
+@pytest.mark.parametrize("old", [True, False])
+def test_ctrl_c_while_names_are_changed_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    if old:
+        made(tmp_path / "out", "old")
+    name = "exchange" if old else "rename_new"
+    monkeypatch.setattr(staging, name, nth_call(getattr(staging, name), 1, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt) as raised:
+        made(tmp_path / "out", "new")
+    assert raised.value.__notes__ == [f"{tmp_path}/out is complete"]
+    assert contents(tmp_path) == {"out": None, "out/file": b"new"}
+
+
+@pytest.mark.parametrize("directory", [True, False])
+@pytest.mark.parametrize("place", ["out", "out.receipt"])
+def test_what_came_meanwhile_is_not_replaced(tmp_path: Path, directory: bool, place: str) -> None:
+    """Nor with --overwrite, which was said of what was there at the start."""
+    out = tmp_path / "out"
+    with (
+        pytest.raises(OutputExistsError, match="appeared while it was being made; choose another -o")
+        if not directory or place == "out"
+        else nullcontext(),
+        staged(Destination(out, directory=directory, overwrite=True, beside=not directory)) as new,
+    ):
+        (new / "file" if directory else new).write_text("new")
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "thesis.tex").write_text("years of work")
+    assert (tmp_path / place / "thesis.tex").read_text() == "years of work"
+    assert not list(tmp_path.glob(".adapterkit-*"))
+
+
 def test_only_the_link_goes_not_what_it_leads_to(tmp_path: Path) -> None:
     """Where one came into a living run's folder; a dead one's that holds a link is left alone."""
     (tmp_path / "thesis").mkdir()
@@ -378,6 +411,23 @@ def test_an_output_needs_a_name_of_its_own(out: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="name a new directory or file to write"):
         Destination(Path(out)).check()
+
+
+@pytest.mark.parametrize("directory", [True, False])
+def test_another_kind_in_the_way_is_named(tmp_path: Path, directory: bool) -> None:
+    out = tmp_path / "out"
+    out.write_text("x") if directory else (out / "x").mkdir(parents=True)
+    said = "is a file, the output is a directory" if directory else "is a directory, the output is a file"
+    with pytest.raises(OutputExistsError, match=rf"out: {said}\. Choose another -o, or remove it\."):
+        Destination(out, directory=directory, overwrite=True).check()
+
+
+@pytest.mark.parametrize(("overwrite", "end"), [(None, "-o."), (False, "-o, or replace it with --overwrite.")])
+def test_only_commands_that_can_replace_offer_it(tmp_path: Path, overwrite: bool | None, end: str) -> None:
+    (tmp_path / "out" / "x").mkdir(parents=True)
+    with pytest.raises(OutputExistsError) as raised:
+        Destination(tmp_path / "out", overwrite=overwrite).check()
+    assert str(raised.value) == f"{tmp_path}/out: exists already. Choose another {end}"
 
 
 @pytest.mark.parametrize("length", [247, 248, 255])
