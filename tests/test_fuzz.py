@@ -5,6 +5,7 @@ With `ADAPTERKIT_FUZZ=N` in the environment each reader gets N inputs, not the f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from dataclasses import asdict
 from functools import cache
 from io import BytesIO
 from math import prod
@@ -27,13 +29,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from handmade import COLUMNS, CONFIG, MODULES, ROWS, contents, factors, packed, write_adapter, write_base
+from hostile import steering
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny import save_tiny_model
 
 import adapterkit
 from adapterkit import coding, quant
 from adapterkit.checkpoint import open_checkpoint
+from adapterkit.described import check_described
 from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.formats import load
 from adapterkit.plan import Given
@@ -41,7 +46,11 @@ from adapterkit.planning import make_plan
 from adapterkit.quant.bnb4 import Packing4bit
 from adapterkit.quant.bnb8 import Packing8bit
 from adapterkit.receipt import find_receipt
+from adapterkit.recipe import Recipe, read_recipe
 from adapterkit.residual import Residual
+from adapterkit.runs import checkpoints
+from adapterkit.runs.checkpoints import Log, Progress, State
+from adapterkit.runs.origin import Origin
 from adapterkit.staging import RECEIPT
 from adapterkit.tensorfile import TORCH_NAMES, read_header, tensor_bytes
 
@@ -50,7 +59,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-EXAMPLES = int(os.environ.get("ADAPTERKIT_FUZZ", 400))
+EXAMPLES = int(os.environ.get("ADAPTERKIT_FUZZ", 350))
 SECONDS, BYTES = 10, 64 << 20  # what an input of a few KB may take
 
 fuzzed = settings(
@@ -89,7 +98,7 @@ ODD: dict[type, list[str]] = {
           "9" * 400, "9" * 4000, *(str(2**power) for power in (20, 31, 32, 40, 53, 62, 63, 64))],
     str: ['""', *DTYPES, '"gpt2"', '"LORA"', '"IA3"', '"lora_only"',
           '"../x.safetensors"', '"/x.safetensors"', '"x"', f'"{"a" * 300}.safetensors"', '"\\u0000.safetensors"',
-          '"\\ud800"', '"\\n"', '"weight"', '"a{9999999999}"', '"("', '"(?P<x>.)"', '"[[a]"', '"pissa"', '"fp4"'],
+          '"\\ud800"', '"\\n"', '"weight"', '"a{9999999999}"', f'"({"|" * 460})*x"', '"(a|a)*b"', r'"\u001b]0;t\u0007\u202e[b]"', '"("', '"(?P<x>.)"', '"[[a]"', '"pissa"', '"fp4"'],
     list: ["[]", "[0]", "[1]", "[4]", "[0,0]", "[1,1]", "[4,32]", "[0,24]", "[24,48]", "[32,48]", "[0,32]",
            f"[{2**62},0]", f"[0,{2**62}]", "[2,2,2]", '[""]'],
     bool: ["true", "false", "null", "{}", '{"":0}', '{".*":4}'],
@@ -343,6 +352,14 @@ def bases() -> list[Files]:
     return [plain, *map(quantized, ("nf4", "fp4", "int8", "fp8")), FUSED_BASE]
 
 
+@cache
+def model() -> Files:
+    """A model that transformers loads: its config and its weights."""
+    with TemporaryDirectory() as folder:
+        files = described(save_tiny_model(Path(folder)))
+    return {name: files[name] for name in ("config.json", "model.safetensors")}
+
+
 def tensors() -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in factors().items() if any(module in name for module in MODULES[:2])}
 
@@ -528,7 +545,7 @@ def hangs(*_: object) -> None:
 
 @contextmanager
 def refusing(changed: object, kind: type[Exception] = AdapterkitError) -> Iterator[None]:
-    """No error but ours of that kind, and none where nothing is changed; within bounds of time and memory."""
+    """No error but ours of that kind, which can be shown, and none without a change; within bounds of time and memory."""
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(SECONDS)
     tracemalloc.start()
@@ -536,6 +553,7 @@ def refusing(changed: object, kind: type[Exception] = AdapterkitError) -> Iterat
         yield
     except kind as error:
         assert changed, error
+        assert not steering(str(error))
     finally:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -626,6 +644,47 @@ def test_codes(which: int, other: int, count: int, changes: list[Cut]) -> None:
         read(code, *inside, "here")
         assert changes or other or torch.equal(inside[-1][:90], expected[:count])
     assert torch.equal(around[-1][:90], before[:90]) and torch.equal(around[-1][90 + count :], before[90 + count :])
+
+
+@settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 30)))
+@given(edits)
+def test_configs(folder: Path, changes: list[Edit]) -> None:
+    """Whether a config describes its weights, found out by transformers."""
+    files = model()
+    write(folder / "base", files | edit({"config.json": files["config.json"]}, changes), [])
+    with refusing(changes):
+        check_described(open_checkpoint(folder / "base"))
+
+
+@settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 30)))
+@given(edits)
+def test_recipes(folder: Path, changes: list[Edit]) -> None:
+    """JSON is YAML."""
+    recipe = parsed(json.dumps(asdict(Recipe(base="b", data="d", rank_pattern={"q": 2}, sample=("a", "b")))))
+    (folder / "recipe.yaml").write_text(text(edit({"": recipe}, changes)[""]))
+    with refusing(changes):
+        read_recipe(folder / "recipe.yaml", {})
+
+
+@settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 60)))
+@given(edits, seldom)
+def test_training_checkpoints(folder: Path, changes: list[Edit], bytes_changed: list[Cut]) -> None:
+    """Changed, and sealed again by who changed it."""
+    layout = {"A": torch.zeros(2, 8), "A.first": torch.zeros(2, 8, dtype=torch.bfloat16), "step": torch.zeros(())}
+    names = {tensor: name for name, tensor in TORCH_NAMES.items()}
+    tensors = table((name, names[str(one.dtype)[6:]], tuple(one.shape)) for name, one in layout.items())
+    origin = Origin({"rank": 8}, "0" * 64, None, {"config.json": "0" * 64}, {})
+    state = State(Progress(3, 90, 1.5, 0.5, 2, 0.4), origin, Log(12, "0" * 64))
+    files = {checkpoints.TENSORS: tensors, checkpoints.STATE: parsed(json.dumps(asdict(state)))}
+    path = write(folder / "step-000003", edit(files, changes), bytes_changed)
+    sums = [f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in files]
+    (path / checkpoints.SUMS).write_text("".join(sums))
+    with refusing(changes or bytes_changed):
+        checkpoints.check(path, checkpoints.read(path), 9, layout)
+        found = checkpoints.load(path)
+        assert {name: (one.dtype, one.shape) for name, one in found.items()} == {
+            name: (one.dtype, one.shape) for name, one in layout.items()
+        }
 
 
 @settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 150)))
