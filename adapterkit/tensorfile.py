@@ -136,10 +136,12 @@ def read_header(file: Path) -> Header:
             if len(prefix) < 8:
                 raise FormatError(f"{file}: {size} bytes is too short for a safetensors file")
             length = int.from_bytes(prefix, "little")
-            if length > size - 8 or length > MAX_HEADER_BYTES:
+            if length > size - 8:
                 raise FormatError(
                     f"{file}: the header claims {length:,} bytes in a file of {size:,}. Truncated, or not safetensors?"
                 )
+            if length > MAX_HEADER_BYTES:
+                raise FormatError(f"{file}: the header has {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
             raw = stream.read(length)
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror or error}") from error

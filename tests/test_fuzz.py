@@ -656,7 +656,7 @@ def test_configs(folder: Path, changes: list[Edit]) -> None:
         check_described(open_checkpoint(folder / "base"))
 
 
-@settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 30)))
+@settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 15)))
 @given(edits)
 def test_recipes(folder: Path, changes: list[Edit]) -> None:
     """JSON is YAML."""

@@ -117,7 +117,7 @@ def test_a_header_above_the_limit_is_not_read(tmp_path: Path) -> None:
     file.write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
     with open(file, "r+b") as stream:
         stream.truncate(MAX_HEADER_BYTES + 9)  # a sparse file: it takes no room
-    with pytest.raises(FormatError, match="claims 67,108,865 bytes"):
+    with pytest.raises(FormatError, match="has 67,108,865 bytes, expected at most 67,108,864"):
         read_header(file)
 
 
