@@ -393,7 +393,7 @@ def test_what_is_printed(tiny: Path, prompted: Path, tmp_path: Path) -> None:
     data = encode_all(list(read_records(prompted))[:7], AutoTokenizer.from_pretrained(tiny), 6)
     cut = len(data.truncated)
     assert (done.code, cut) == (0, 3)
-    assert done.err == f"note: cut {cut} records, first held_out.jsonl:3\n"
+    assert done.err == f"note: {cut} records were cut, the first of them held_out.jsonl:3\n"
     assert lines[:6] == [
         f"records    7 ({data.tokens} tokens, {data.counted} counted, {cut} cut to 6)",
         f"perplexity {found.likelihood.by_token:#.4g} by token, {found.likelihood.by_sequence:#.4g} by sequence",
