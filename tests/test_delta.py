@@ -60,7 +60,7 @@ def chunks(W: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
 @pytest.mark.parametrize(
     ("kinds", "weights"),
     [("p", [1.0]), ("d", [1.0]), ("d", [0.4]), ("pppp", [1, -1, 0.5, 2.0]), ("dd", [1.0, 1.0]), ("pdpdd", [1, 0.3, -2, 1, 1.0]),
-     ("dp", [1.0, 1.0]), ("pd", [1.0, 1.0])],
+     ("dp", [1.0, 1.0]), ("pd", [1.0, 1.0]), ("ppd", [1.0, 1.0, 0.5])],
 )  # fmt: skip
 def test_blocks_add_up_to_what_each_update_adds_alone(
     blocks: list[tuple[int, int]], by_column: bool, kinds: str, weights: list[float]
