@@ -21,7 +21,7 @@ from test_faults import failing, nth_call
 from adapterkit import renaming, staging
 from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
 from adapterkit.staging import RECEIPT, Destination, receipts_aside, staged, work_left
-from adapterkit.workspace import MARK, Mark, Workspace, receipt_of, remove_unmarked, seen
+from adapterkit.workspace import MARK, Mark, Workspace, receipt_of, remove, remove_unmarked, seen
 
 IO = OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -277,6 +277,23 @@ def test_only_the_link_goes_not_what_it_leads_to(tmp_path: Path) -> None:
             (folder / "link").symlink_to(tmp_path / "thesis")
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"thesis": None, "thesis/thesis.tex": b"years of work"}
+
+
+def test_read_only_folders_are_opened_to_be_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that a link leads to; root, who may run the tests, removes read-only ones at once, so that is played."""
+    (tmp_path / "thesis").mkdir(0o755)
+    (inner := tmp_path / "old" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "old" / "link").symlink_to(tmp_path / "thesis")
+    (inner / "file").touch()
+    inner.chmod(0o500)
+    monkeypatch.setattr(shutil, "rmtree", nth_call(shutil.rmtree, 1, failing(PermissionError(errno.EACCES, "no"))))
+    changed, chmod = [], Path.chmod
+    monkeypatch.setattr(Path, "chmod", lambda path, mode: (changed.append(path), chmod(path, mode)))
+    remove(tmp_path / "old")
+    assert sorted(changed) == [tmp_path / "old", inner.parent, inner]
+    assert os.listdir(tmp_path) == ["thesis"] and (tmp_path / "thesis").stat().st_mode & 0o777 == 0o755
 
 
 def test_an_old_output_that_was_put_aside_and_another_in_its_place(tmp_path: Path) -> None:
