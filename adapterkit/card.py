@@ -14,7 +14,7 @@ from adapterkit.digest import HASH_BYTES
 from adapterkit.errors import UnsafeFileError
 from adapterkit.opening import files_below, kind_of, open_inside
 from adapterkit.plan import Given, Hashes, MergePlan, total_size
-from adapterkit.receipt import BEFORE, FOLDER, Companions, as_json, encode, folder_of, public_name
+from adapterkit.receipt import BEFORE, FOLDER, Companions, as_json, encode, find_receipt, folder_of, public_name
 from adapterkit.staging import RECEIPT, RECORD
 from adapterkit.version import __version__
 from adapterkit.words import counted, markdown
@@ -49,8 +49,13 @@ def others(base: Checkpoint) -> list[str]:
 
 def companions_of(base: Checkpoint) -> list[Path]:
     """The base's files beside its weights: those that a merge copies, and those that it makes anew."""
-    folder = folder_of(base.path, base.is_directory)
+    folder = _beside(base)
     return [*(base.path / name for name in others(base)), *(folder / name for name in replaced_in(base))]
+
+
+def _beside(base: Checkpoint) -> Path:
+    """The folder with what a merge replaces: of a single file its receipt, which a killed run may have put aside."""
+    return find_receipt(base.path) or folder_of(base.path, base.is_directory)
 
 
 def copy_others(base: Checkpoint, folder: Path, only: Container[str] | None = None) -> dict[str, str]:
@@ -61,13 +66,13 @@ def copy_others(base: Checkpoint, folder: Path, only: Container[str] | None = No
 
 def keep_replaced(base: Checkpoint, before: Path) -> dict[str, str]:
     """Keep the base's files that a merge replaces, and any earlier receipt, for `restore_replaced`; their SHA-256."""
-    folder = folder_of(base.path, base.is_directory)
+    folder = _beside(base)
     return {name: copy_file(folder, name, before / name) for name in replaced_in(base)}
 
 
 def replaced_in(base: Checkpoint) -> list[str]:
     """List the files that a merge replaces; anything but a regular file is already reported as left out."""
-    folder = folder_of(base.path, base.is_directory)
+    folder = _beside(base)
     names = [*REPLACED, *([base.index.name] if base.index else [])]
     names = [name for name in names if os.path.lexists(folder / name) and kind_of(folder / name) is None]
     return names + [str(file.relative_to(folder)) for file in _files_below(folder / FOLDER)]

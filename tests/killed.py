@@ -131,9 +131,11 @@ def after_kill(out: Path, old: State, new: State, swaps: bool) -> None:
         assert old[0] is None or (not swaps and [whole(one / "old") for one in workspaces] == [old[0]])
     elif found not in (old, new):
         assert found[0] in (old[0], new[0])
-        assert run("unmerge", str(out), "-o", "again") == 0, Path("said").read_text()
-        assert whole(Path("again")) == whole(Path("base/model.safetensors"))
-        remove("again")
+        merge = ["merge", str(out), "adapter", "-o", "on-top", "--threads", "1"]  # which keeps the receipt that fits
+        for command in (["unmerge", str(out), "-o", "again"], merge, ["unmerge", "on-top", "--all", "-o", "all-off"]):
+            assert run(*command) == 0, Path("said").read_text()
+        assert whole(Path("again")) == whole(Path("all-off")) == whole(Path("base/model.safetensors"))
+        remove("again", "on-top", "on-top.receipt", "all-off")
 
 
 def after_ctrl_c(out: Path, old: State, new: State) -> None:
