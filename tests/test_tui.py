@@ -8,8 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from html import unescape
 from pathlib import Path
 from tempfile import mkdtemp
@@ -21,9 +22,10 @@ from hostile import FOLDER, steering, write_hostile_adapter, write_hostile_base
 from hubserver import Hub
 from textual.pilot import Pilot
 from textual.widgets import Button, DataTable, Input, Markdown, Select, Static, TabbedContent
+from textual.worker import WorkerCancelled
 
 from adapterkit import measured
-from adapterkit.finding import in_folders
+from adapterkit.finding import Found, in_folders
 from adapterkit.formats import load
 from adapterkit.summary import ModuleRow
 from adapterkit.tui import app as module
@@ -37,8 +39,9 @@ from adapterkit.tui.forms import AskScreen, ConfirmScreen, FormScreen
 from adapterkit.tui.help import HelpScreen
 from adapterkit.tui.jobs import Job
 from adapterkit.tui.jobview import JobBar, JobsScreen, told
-from adapterkit.tui.looking import changes
-from adapterkit.tui.sources import Sources
+from adapterkit.tui.looking import Details, changes
+from adapterkit.tui.sources import Source, Sources
+from adapterkit.tui.table import AdapterTable
 from adapterkit.words import size
 
 WIDE, NARROW, TINY = (160, 48), (80, 24), (12, 4)
@@ -76,8 +79,9 @@ async def settled(pilot: Pilot[None]) -> None:
     """Until nothing is going on any more but jobs."""
     for _ in range(4):
         await pilot.pause(0.002)
-        busy = [worker for worker in pilot.app.workers if worker.group != "jobs"]
-        await pilot.app.workers.wait_for_complete(busy)
+        for worker in [worker for worker in pilot.app.workers if worker.group != "jobs"]:
+            with suppress(WorkerCancelled):  # where another took its place
+                await worker.wait()
         await pilot.pause()
 
 
@@ -157,6 +161,16 @@ async def test_search_and_escape(folder: Path) -> None:
         await settled(pilot)
         assert names(pilot) == []
         assert "Nothing here matches 'xx'" in text_of(pilot.app.query_one("#empty", Static))
+
+
+async def test_enter_after_words_takes_what_they_find(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "TYPING", 3600.0)
+    async with running(folder, size=NARROW) as pilot:
+        await pilot.press("slash", *"two", "enter", "enter")
+        await settled(pilot)
+        assert names(pilot) == ["mine/two"]
+        assert "mine/two" in facts(pilot)
+        assert isinstance(pilot.app.screen, DetailScreen)
 
 
 async def test_sorting(folder: Path) -> None:
@@ -282,6 +296,98 @@ async def test_a_narrow_terminal_has_the_detail_on_a_screen_of_its_own(folder: P
         assert pilot.app.screen.query_one(Layers).display
         await pilot.press("escape")
         assert not isinstance(pilot.app.screen, DetailScreen)
+
+
+class Held:
+    """Looks at adapters wait here until they are let go; `begun` are the names of those looked at, `waiting` how many."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.begun, self.waiting, self._look = threading.Event(), [], 0, browser.details_of
+        self.go.set()
+        monkeypatch.setattr(browser, "details_of", self)
+
+    def __call__(self, row: Found, base: str) -> Details:
+        self.waiting += 1
+        self.begun.append(row.name)
+        self.go.wait(20)
+        self.waiting -= 1
+        return self._look(row, base)
+
+    async def looks(self, pilot: Pilot[None], many: int) -> None:
+        """Until so many looks have begun."""
+        while len(self.begun) < many:
+            await pilot.pause(0.002)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    held = Held(monkeypatch)
+    yield held
+    held.go.set()
+
+
+async def test_what_was_chosen_comes_whatever_is_highlighted_meanwhile(
+    folder: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "LOOKING", 3600.0)
+    async with running(folder, size=NARROW) as pilot:
+        held.go.clear()
+        await pilot.press("j", "enter", "enter")
+        await held.looks(pilot, 2)
+        pilot.app.table.post_message(AdapterTable.Looked(pilot.app.table.current))
+        await held.looks(pilot, 3)
+        await pilot.press("j")
+        pilot.app.table.post_message(AdapterTable.Looked(pilot.app.table.current))
+        await held.looks(pilot, 4)
+        held.go.set()
+        await settled(pilot)
+        assert held.begun == ["mine/one"] * 3 + ["mine/two"]
+        assert isinstance(pilot.app.screen, DetailScreen)
+        assert "mine/one" in facts(pilot)
+        await pilot.press("escape")
+        assert len(pilot.app.screen_stack) == 1
+        assert "mine/two" in facts(pilot)
+
+
+async def test_what_comes_late_is_not_shown_over_what_one_does_now(
+    folder: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "LOOKING", 3600.0)
+    async with running(folder, Path("base"), size=NARROW) as pilot:
+        held.go.clear()
+        await pilot.press("j", "enter")
+        await held.looks(pilot, 1)
+        await pilot.press("m")
+        held.go.set()
+        await settled(pilot)
+        assert isinstance(pilot.app.screen, FormScreen)
+        await pilot.press("escape")
+        held.go.clear()
+        for row in ("mine/two", "mine/broken"):  # highlighted, and chosen
+            message = AdapterTable.Looked if row == "mine/two" else AdapterTable.Chosen
+            pilot.app.table.post_message(message(pilot.app.table.rows[row]))
+        await held.looks(pilot, 3)
+        pilot.app.query_one(Sources).post_message(Sources.Picked(Source("folder", Path("base"))))
+        await pilot.pause()
+        held.go.set()
+        await settled(pilot)
+        assert len(pilot.app.screen_stack) == 1
+        assert facts(pilot).strip() == ""
+
+
+async def test_a_hub_that_answers_none_of_many_keeps_nothing_else_waiting(folder: Path, held: Held) -> None:
+    async with running(folder) as pilot:
+        held.go.clear()
+        for number in range(40):
+            pilot.app.browser._look(Found(f"some/lora-{number:02}", None, "remote"))
+            await held.looks(pilot, len(held.begun) + 1)
+        assert held.waiting >= 40
+        write_adapter(Path("mine") / "another")
+        pilot.app.browser.find()
+        reading = [worker for worker in pilot.app.workers if worker.group == "find"]
+        await pilot.app.workers.wait_for_complete(reading)
+        assert len(names(pilot)) == 4
+        held.go.set()
 
 
 @pytest.mark.parametrize("size", [TINY, (1, 1), (40, 6)])
@@ -547,6 +653,30 @@ async def test_delete_shows_what_goes_and_asks_twice(folder: Path) -> None:
         assert (folder / "broken" / "adapter_model.safetensors").is_file()
 
 
+async def test_what_is_to_be_deleted_is_whatever_is_asked_about_next(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, real = threading.Event(), module.remove
+    monkeypatch.setattr(module, "remove", lambda plan: real(plan) if go.wait(60) else None)
+    async with running(folder) as pilot:
+        try:
+            await pilot.press("j", "delete")
+            await settled(pilot)
+            await pilot.press("y", "y", "j", "delete", "delete")
+            while any(worker.group == "plan" and worker.is_running for worker in pilot.app.workers):
+                await pilot.pause(0.002)
+            [removing] = [worker for worker in pilot.app.workers if worker.group == "remove"]
+            assert not removing.is_cancelled
+            assert "mine/two" in text_of(pilot.app.screen.query_one(Static))
+            await pilot.press("n")
+            assert len(pilot.app.screen_stack) == 1
+        finally:
+            go.set()
+        await settled(pilot)
+        assert not (folder / "one").exists()
+        assert (folder / "two").exists()
+
+
 # --- doing -----------------------------------------------------------------------------------------------------------
 
 
@@ -579,6 +709,44 @@ async def test_merge_watch_unmerge(folder: Path) -> None:
         assert job.state == "done", job
     again = contents(Path("again"))
     assert {name: again[name] for name in before} == before
+
+
+async def test_a_plan_is_made_once_and_only_of_what_is_asked_for_still(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, slow: Path
+) -> None:
+    begun: list[Job] = []
+    real = Job.run
+
+    async def run(self: Job, changed: Callable[[], None]) -> None:
+        begun.append(self)
+        await real(self, changed)
+
+    monkeypatch.setattr(Job, "run", run)
+    async with running(folder, base="base") as pilot:
+
+        async def planning(many: int) -> None:
+            while len(begun) < many:
+                await pilot.pause(0.002)
+            await said(pilot, begun[-1])
+
+        await pilot.press("j", "m", "ctrl+s", "ctrl+s")
+        await planning(1)
+        await pilot.press("ctrl+s")
+        form = pilot.app.screen
+        assert len(begun) == 1
+        assert "planning" in text_of(form.query_one("#plan", Static))
+        form.query_one("#field-o", Input).value = "elsewhere"
+        await settled(pilot)
+        assert text_of(form.query_one("#plan", Static)).strip() == ""
+        assert begun[0].process is not None
+        assert await begun[0].process.wait() == 130
+        assert slow.exists()
+        assert str(form.query_one("#go", Button).label) == "Plan"
+        await pilot.press("ctrl+s")
+        await planning(2)
+        await pilot.press("escape")
+    assert begun[1].process is not None
+    assert await begun[1].process.wait() == 130
 
 
 async def test_a_plan_that_fails_is_told_and_nothing_runs(folder: Path) -> None:
@@ -688,8 +856,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "print(json.dumps({'progress': 'training', 'done': 1, 'total': 4, 'loss': 2.5}), file=sys.stderr, flush=True)\n"
         "print(json.dumps({'progress': 'training', 'done': 2, 'total': 4, 'loss': 1.5}), file=sys.stderr, flush=True)\n"
-        "print('a word', file=sys.stderr, flush=True)\n"
-        "try:\n    signal.pause()\n"
+        "try:\n    print('a word', file=sys.stderr, flush=True)\n    signal.pause()\n"
         f"except KeyboardInterrupt:\n    open({str(tmp_path / 'tidied')!r}, 'w').close()\n    sys.exit(130)\n"
     )
     real = module.Job.run

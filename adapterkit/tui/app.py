@@ -7,6 +7,7 @@ import logging
 import shlex
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,9 +35,11 @@ from adapterkit.tui.jobview import JobBar, JobsScreen
 from adapterkit.tui.machine import machine, who
 from adapterkit.tui.plain import Static, Steerless
 from adapterkit.tui.table import AdapterTable
+from adapterkit.tui.threads import hand_over
 from adapterkit.words import counted, size, visible, visible_lines
 
 DRAWN_EVERY = 0.1  # seconds between the steps of a job that are shown
+THREADS = 64  # that may wait for a slow Hub at once; asyncio has 6 on a small machine, and then all else waits, too
 IN_FOOTER = ("merge", "unmerge", "combine", "pull")  # the rest is in the help and in the palette
 
 
@@ -83,6 +86,7 @@ class AdapterkitApp(App[None]):
         yield Footer()
 
     def on_mount(self) -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
         logging.getLogger("adapterkit").addHandler(_Shown(self))
         self._top()
         self._who()
@@ -110,10 +114,10 @@ class AdapterkitApp(App[None]):
     def _top_clicked(self) -> None:
         self.action_base()
 
-    @work(thread=True, exit_on_error=False)
+    @work(thread=True, exclusive=True, group="who", exit_on_error=False)
     def _who(self) -> None:
         told, banner = who()
-        self.call_from_thread(self._tell_who, told, banner)
+        hand_over(self, self._tell_who, told, banner)
 
     def _tell_who(self, told: str, banner: str) -> None:
         self._user = told
@@ -225,7 +229,7 @@ class AdapterkitApp(App[None]):
         else:
             self._plan_removal(row)
 
-    @work(thread=True, exclusive=True, group="remove", exit_on_error=False)
+    @work(thread=True, exclusive=True, group="plan", exit_on_error=False)
     def _plan_removal(self, row: Found) -> None:
         """Find out what would go, and ask."""
         try:
@@ -233,7 +237,7 @@ class AdapterkitApp(App[None]):
         except (AdapterkitError, OSError) as error:
             self.call_from_thread(self.notify, str(error), severity="error")
         else:
-            self.call_from_thread(self._ask_to_remove, plan)
+            hand_over(self, self._ask_to_remove, plan)
 
     def _ask_to_remove(self, plan: Removal) -> None:
         told = "\n".join(plan.lines)
@@ -250,7 +254,7 @@ class AdapterkitApp(App[None]):
         question = f"Delete {visible(plan.name)} from this disk?\n\n{told}"
         self.push_screen(ConfirmScreen(question, "Delete"), really)
 
-    @work(thread=True, exclusive=True, group="remove", exit_on_error=False)
+    @work(thread=True, group="remove", exit_on_error=False)
     def _remove(self, plan: Removal) -> None:
         """Remove it, and tell what is gone."""
         try:

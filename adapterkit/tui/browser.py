@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from textual import on, work
@@ -19,6 +19,7 @@ from adapterkit.tui.detail import Detail, DetailScreen
 from adapterkit.tui.looking import Details, changes, details_of, row_of
 from adapterkit.tui.sources import Source, Sources
 from adapterkit.tui.table import AdapterTable
+from adapterkit.tui.threads import hand_over
 
 ROWS_AFTER = 0.1  # seconds to the first rows of a folder; for the next it is twice that: drawing takes time, too
 CHANGES_EVERY = 5.0  # seconds between looks at a folder
@@ -77,6 +78,7 @@ class Browser(Horizontal):
     @on(Sources.Picked)
     def _picked(self, event: Sources.Picked) -> None:
         self.source = event.source
+        self.workers.cancel_group(self, "open")
         self.find()
         self.table.query_one("DataTable").focus()
 
@@ -92,12 +94,13 @@ class Browser(Horizontal):
         sort = self.table.sort if self.table.sort in sorts else sorts[0]
         self.detail.wait(None)
         self.table.show(sort, sorts, "asking the Hub …" if on_hub else "reading …", on_hub, self.source.folder)
-        self.workers.cancel_group(self, "find")
+        for group in ("find", "look"):
+            self.workers.cancel_group(self, group)
         if on_hub:
             assert sort in HUB_SORTS
             self._hub = on_the_hub(self.base if "/" in self.base else None, self.table.words, sort)
             self._hub_ended = False
-            self._more()
+            self._more(self.source, self._hub)
         else:
             self._read(self.source)
 
@@ -110,25 +113,24 @@ class Browser(Horizontal):
                 return
             batch.append(row)
             if time.monotonic() - drawn > pause:
-                self.app.call_from_thread(self._take, source, batch)
+                hand_over(self.app, self._take, source, batch)
                 batch, drawn, pause = [], time.monotonic(), 2 * pause
-        if not worker.is_cancelled:
-            self.app.call_from_thread(self._take, source, batch, "")
+        hand_over(self.app, self._take, source, batch, "")
 
     @work(thread=True, group="find", exit_on_error=False)
-    def _more(self) -> None:
+    def _more(self, source: Source, hub: Iterator[Found]) -> None:
         """The next page of the Hub."""
-        worker, source, hub = get_current_worker(), self.source, self._hub
         with self._hub_lock:
             try:
                 page = list(itertools.islice(hub, PAGE))
             except AdapterkitError as error:
-                if not worker.is_cancelled:
-                    self.app.call_from_thread(self._failed, source, str(error))
+                hand_over(self.app, self._failed, source, str(error))
                 return
-        if not worker.is_cancelled and hub is self._hub:
-            self._hub_ended = len(page) < PAGE
-            self.app.call_from_thread(self._take, source, page, "" if page else self.table.status)
+        hand_over(self.app, self._turned, source, page)
+
+    def _turned(self, source: Source, page: list[Found]) -> None:
+        self._hub_ended = len(page) < PAGE
+        self._take(source, page, "" if page else self.table.status)
 
     def _take(self, source: Source, rows: list[Found], status: str | None = None) -> None:
         if source != self.source:
@@ -146,7 +148,7 @@ class Browser(Horizontal):
     @on(AdapterTable.NearEnd)
     def _near_end(self) -> None:
         if self.source.kind == "hub" and not self._hub_ended and not self._hub_lock.locked():
-            self._more()
+            self._more(self.source, self._hub)
 
     @on(AdapterTable.Searched)
     @on(AdapterTable.Sorted)
@@ -166,7 +168,7 @@ class Browser(Horizontal):
         assert source.folder is not None
         new, gone = changes(source.folder, known)
         if new or gone:
-            self.app.call_from_thread(self._changed, source, new, gone)
+            hand_over(self.app, self._changed, source, new, gone)
 
     def _changed(self, source: Source, new: list[Found], gone: list[str]) -> None:
         if source == self.source:
@@ -184,25 +186,34 @@ class Browser(Horizontal):
             self._look(event.row)
 
     @work(thread=True, exclusive=True, group="look", exit_on_error=False)
-    def _look(self, row: Found, alone: bool = False) -> None:
-        """Find out about an adapter, or remember it; `alone` on a screen of its own."""
-        worker, key = get_current_worker(), (row.name, self.base)
-        details = self._seen.get(key) or details_of(row, self.base)
-        if not worker.is_cancelled:
-            self.app.call_from_thread(self._show, key, details, alone)
+    def _look(self, row: Found) -> None:
+        """Show the adapter that is highlighted; the next one that is takes its place."""
+        self._find_out(row, self.detail.show)
 
-    def _show(self, key: tuple[str, str], details: Details, alone: bool) -> None:
+    @work(thread=True, exclusive=True, group="open", exit_on_error=False)
+    def _open(self, row: Found) -> None:
+        """Show the adapter that was chosen on a screen of its own, whatever is highlighted by then."""
+        self._find_out(row, self._alone)
+
+    def _find_out(self, row: Found, show: Callable[[Details], None]) -> None:
+        """Find out about an adapter, or remember it; in a thread."""
+        key = (row.name, self.base)
+        details = self._seen.get(key) or details_of(row, self.base)
+        hand_over(self.app, self._found_out, key, details, show)
+
+    def _found_out(self, key: tuple[str, str], details: Details, show: Callable[[Details], None]) -> None:
         self._seen[key] = details
         if details.summary is not None and self.source.kind == "hub":
             self.table.update(row_of(details))
-        if alone:
+        show(details)
+
+    def _alone(self, details: Details) -> None:
+        if self.screen is self.app.screen:  # else one has gone on to something else
             self.app.push_screen(DetailScreen(details, self.detail.tab))
-        else:
-            self.detail.show(details)
 
     @on(AdapterTable.Chosen)
     def _chosen(self, event: AdapterTable.Chosen) -> None:
         if self.detail.display:
             self.detail.query_one("#tabs Tabs").focus()
         else:
-            self._look(event.row, alone=True)
+            self._open(event.row)

@@ -19,6 +19,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.finding import Found
 from adapterkit.tui.charts import COLOURS, Plot
 from adapterkit.tui.plain import Static, Table
+from adapterkit.tui.threads import hand_over
 from adapterkit.words import counted, number, visible
 
 if TYPE_CHECKING:
@@ -87,8 +88,7 @@ class CompareScreen(Screen[None]):
             found: Any = (pair, rows, differences(adapters[0].config, adapters[1].config))
         except (AdapterkitError, OSError) as error:
             found = str(error)
-        if not worker.is_cancelled:
-            self.app.call_from_thread(self._show, found)
+        hand_over(self.app, self._show, found)
 
     def _show(self, found: Any) -> None:
         if not self.is_mounted:

@@ -21,6 +21,7 @@ from adapterkit.summary import ModuleRow
 from adapterkit.tui.charts import Layers, Spectrum
 from adapterkit.tui.looking import Details, config_text, rows_of
 from adapterkit.tui.plain import Static, plain
+from adapterkit.tui.threads import hand_over
 from adapterkit.words import visible, visible_lines
 
 TABS = ("overview", "layers", "spectrum", "config", "card")
@@ -118,9 +119,7 @@ class Detail(Vertical):
     @work(thread=True, exclusive=True, group="measure", exit_on_error=False)
     def _measure(self, row: Found) -> None:
         worker = get_current_worker()
-        found = rows_of(row, lambda: worker.is_cancelled)
-        if not worker.is_cancelled:
-            self.app.call_from_thread(self._drawn, row, found)
+        hand_over(self.app, self._drawn, row, rows_of(row, lambda: worker.is_cancelled))
 
     def _drawn(self, row: Found, found: list[ModuleRow] | str) -> None:
         if self.details is None or self.details.row.name != row.name:

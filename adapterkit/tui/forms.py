@@ -55,6 +55,7 @@ class FormScreen(ModalScreen[list[str] | None]):
     def __init__(self, action: Action, values: Values) -> None:
         super().__init__()
         self._action, self._values = action, dict(values)
+        self._planning: list[str] | None = None  # the arguments whose plan is being made
         self._planned: list[str] | None = None  # the arguments whose plan is shown
 
     def compose(self) -> ComposeResult:
@@ -105,12 +106,15 @@ class FormScreen(ModalScreen[list[str] | None]):
     @on(Checkbox.Changed)
     @on(Select.Changed)
     def _changed(self) -> None:
+        argv = None
         try:
-            self.query_one("#command", Static).update(line(self.argv))
+            argv = self.argv
+            self.query_one("#command", Static).update(line(argv))
         except ValueError as error:
             self.query_one("#command", Static).update(str(error))
-        if self._planned is not None:
-            self._planned = None
+        if argv != (self._planning or self._planned or argv):
+            self._planning = self._planned = None
+            self.workers.cancel_node(self)  # a plan of what is asked for no more
             self.query_one("#plan", Static).update("")
             self.query_one("#go", Button).label = "Plan"
 
@@ -142,7 +146,8 @@ class FormScreen(ModalScreen[list[str] | None]):
             told.update(f"Still to be filled in: {', '.join(missing)}.")
         elif not self._action.plan or self._planned == argv:
             self.dismiss(argv)
-        else:
+        elif self._planning != argv:
+            self._planning, self._planned = argv, None
             told.update("planning …")
             self._plan(argv)
 
@@ -151,6 +156,7 @@ class FormScreen(ModalScreen[list[str] | None]):
         code, text = await output_of([*argv, *self._action.plan])
         if not self.is_mounted:
             return
+        self._planning = None
         self.query_one("#plan", Static).update(text)
         if code == 0:
             self._planned = argv

@@ -137,9 +137,13 @@ class Job:
 
 
 async def output_of(argv: Sequence[str]) -> tuple[int, str]:
-    """What a command that is soon done prints, or the error it ends with."""
+    """What a command that is soon done prints, or the error it ends with; it ends with the task that waits for it."""
     job = Job(list(argv))
-    await job.run(lambda: None)
+    try:
+        await job.run(lambda: None)
+    finally:
+        if job.process is not None and job.process.returncode is None:
+            os.killpg(job.process.pid, signal.SIGINT)
     assert job.code is not None
     return job.code, "\n".join([*job.said, *job.out.splitlines()]).strip()
 

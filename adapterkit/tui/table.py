@@ -263,6 +263,9 @@ class AdapterTable(Vertical):
     @on(Input.Submitted)
     def _entered(self, event: Input.Submitted) -> None:
         event.stop()
+        if self._typing:
+            self._typing.stop()
+        self._search()
         self.query_one(Table).focus()
 
     @on(Table.RowHighlighted)
@@ -277,5 +280,6 @@ class AdapterTable(Vertical):
     @on(Table.RowSelected)
     def _selected(self, event: Table.RowSelected) -> None:
         event.stop()
-        if self.current is not None:
-            self.post_message(self.Chosen(self.current))
+        row = self.rows.get(event.row_key.value or "")  # what was under the cursor then
+        if row is not None:
+            self.post_message(self.Chosen(row))
