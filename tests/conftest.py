@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -23,12 +24,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Half the time of the app's tests goes into looking for garbage among all that torch and transformers are made of.
+gc.set_threshold(50_000, 20, 50)
+
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
 MATERIAL = ROOT.parent / "shared" / "material"
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and is not looked at again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ many steps there were.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -89,6 +90,7 @@ def check(
     out, base = (Path("out.safetensors"), "base/model.safetensors") if file else (Path("out"), "base")
     command = ["merge", base, "adapter", "-o", str(out), "--threads", "1", "--scale", "2", *options]
     assert adapterkit(*command).code == 0  # here, so that all is imported and compiled before anything is forked
+    gc.freeze()  # or each fork would copy what it only counts
     new, finished = state(out), left()
     remove(*finished)
     old: State = (None, None)

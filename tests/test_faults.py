@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -12,8 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import conftest
@@ -85,24 +87,34 @@ def failing(error: BaseException) -> Callable[..., None]:
 
 # --- kills and ctrl-C ------------------------------------------------------------------------------------------------
 
-# Run the real command line in a child, where the n-th call of one function ends the process.
-CHILD = """
-import os, signal, sys
+# Run the real command line in forks of a process that has imported torch; the n-th call of one function ends each.
+FORKING = """
+import gc, json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch  # now: parts of its import swallow a KeyboardInterrupt
+import adapterkit.blocks, adapterkit.cli.main
 from adapterkit import card, outputs, staging, stream
 from adapterkit.__main__ import main
-place, nth, which = sys.argv[2], int(sys.argv[3]), getattr(signal, sys.argv[4])
-owner, name = eval(place.rpartition(".")[0]), place.rpartition(".")[2]
-function, calls = getattr(owner, name), []
-def hooked(*args):
-    calls.append(name)
-    if len(calls) == nth:
-        os.kill(os.getpid(), which)
-    return function(*args)
-setattr(owner, name, hooked)
-sys.argv[1:] = sys.argv[5:]
-main()
+
+def run(place, nth, which, out, err, *argv):
+    owner, name = eval(place.rpartition(".")[0]), place.rpartition(".")[2]
+    function, calls = getattr(owner, name), []
+    def hooked(*args):
+        calls.append(name)
+        if len(calls) == nth:
+            os.kill(os.getpid(), getattr(signal, which))
+        return function(*args)
+    setattr(owner, name, hooked)
+    os.dup2(os.open(out, os.O_WRONLY), 1), os.dup2(os.open(err, os.O_WRONLY), 2)
+    sys.argv[1:] = argv
+    main()
+
+gc.freeze()  # or each fork would copy what it only counts
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        sys.exit(run(*json.loads(line)))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 # Where a merge of four tensors in two shards may end: function, and which of its calls.
@@ -120,11 +132,21 @@ POINTS = [
 ]
 
 
+@cache
+def forking() -> subprocess.Popen[str]:
+    """It ends with this process, which then closes its stdin."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", FORKING, ROOT], stdin=pipe, stdout=pipe, text=True)
+
+
 def ended_by(place: tuple[str, int], which: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = ["merge", folder / "base", folder / "adapter", "-o", folder / "out", "--threads", "2", *options]
-    return subprocess.run(
-        [sys.executable, "-c", CHILD, ROOT, place[0], str(place[1]), which, *command], capture_output=True, text=True
-    )
+    command = ["merge", f"{folder}/base", f"{folder}/adapter", "-o", f"{folder}/out", "--threads", "2", *options]
+    child = forking()
+    assert child.stdin is not None and child.stdout is not None
+    with NamedTemporaryFile("r") as out, NamedTemporaryFile("r") as err:
+        child.stdin.write(json.dumps([*place, which, out.name, err.name, *command]) + "\n")
+        child.stdin.flush()
+        return subprocess.CompletedProcess(command, int(child.stdout.readline()), out.read(), err.read())
 
 
 def loads(folder: Path) -> bool:
@@ -273,7 +295,7 @@ def test_resume_needs_hashes(inputs: Path) -> None:
 
 # Fork children that are killed at a random call of the operating system's, from a process that has imported torch.
 KILLER = """
-import os, random, signal, sys, threading
+import gc, os, random, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
 import torch
 from pathlib import Path
@@ -308,6 +330,7 @@ def run(args, fatal=None):
     os._exit(201)
 
 os.chdir(sys.argv[2])
+gc.freeze()  # as above
 rng, kills = random.Random(int(sys.argv[4])), 0
 command, resume, total = sys.argv[5].split(), sys.argv[6].split(), int(sys.argv[3])
 while kills < total:
