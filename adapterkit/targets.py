@@ -39,8 +39,7 @@ DRIFTS: tuple[dict[str, str], ...] = (
         "vision_tower.": "model.vision_tower.",
         "multi_modal_projector.": "model.multi_modal_projector.",
     },
-    {"model.language_model.": "model."},  # a language model adapter on the text-only checkpoint, and back
-    {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
+    {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},  # on the text-only checkpoint, and back
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
     {"lm_head.": "embed_out."},  # GPT-NeoX as transformers 5 holds it
     {"embed_out.": "lm_head."},

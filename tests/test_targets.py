@@ -101,6 +101,18 @@ def test_all_parts_of_a_model_move_at_once(
     assert plan.ledger["saved"][f"{head}.weight"] == (f"{at}.weight",)
 
 
+@pytest.mark.parametrize("stored", ["m.weight", "m", "m.in_proj_weight", "m.other_weight"])
+def test_a_weight_may_be_a_parameter_or_that_of_an_attention(
+    stored: str, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    base, adapter = make_base({stored: torch.randn(6, 10)}), make_adapter(factors("m", 6, 10))
+    if stored == "m.other_weight":
+        with pytest.raises(FitError, match="m: not in the base"):
+            adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+        return
+    assert adapterkit.plan_merge(base, [adapter], tmp_path / "out").ledger == {"adapter": {"m": (stored,)}}
+
+
 def test_one_rename_that_fixes_everything_is_offered_and_works(
     make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
