@@ -272,9 +272,9 @@ def _transposed(module: str, weights: LoraWeights[LazyTensor], info: Weight, ori
         return orientations.of_square(module, weights) if info.shape == delta == delta[::-1] else False
     elif info.shape == delta[::-1]:
         return True
+    stored = {"embedding": delta[::-1], "conv": (delta[0], *weights.A.shape[1:])}.get(weights.kind, delta)
     raise FitError(
-        f"{module}: Δ is {delta if weights.kind != 'conv' else (delta[0], *weights.A.shape[1:])}, the base weight is "
-        f"{info.shape}. Was this adapter trained on another base?"
+        f"{module}: Δ is {stored}, the base weight is {info.shape}. Was this adapter trained on another base?"
     )
 
 

@@ -271,6 +271,25 @@ def test_a_column_of_1x1_convolutions_teaches_nothing_of_squares(
     assert torch.equal(out, oracle.rounded(W.double() + delta(parts, "square"), torch.float32))
 
 
+@pytest.mark.parametrize("rows", [8, 12])
+def test_an_embedding_is_never_a_matter_of_orientation(
+    rows: int, make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    """Of as many tokens as dimensions too; with the two exchanged it is another base's."""
+    W, A, B = torch.randn(8, 8), torch.randn(4, 8), torch.randn(8, 4)
+    base = make_base({"embed_tokens.weight": W if rows == 8 else torch.randn(8, 12)}, {"model_type": "llama"})
+    if rows == 12:
+        A = torch.randn(4, 12)
+    adapter = make_adapter({"embed_tokens.lora_embedding_A": A, "embed_tokens.lora_embedding_B": B})
+    if rows == 12:
+        with pytest.raises(FitError, match=r"embed_tokens: Δ is \(12, 8\), the base weight is \(8, 12\)"):
+            adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+        return
+    exact = W.double() + 1.5 * (B.double() @ A.double()).T
+    out = merged(base, adapter, tmp_path / "out")["embed_tokens.weight"]
+    assert torch.equal(out, oracle.rounded(exact, torch.float32))
+
+
 def test_squares_that_nothing_decides_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({"h.0.c_attn.weight": torch.randn(8, 24), "h.0.c_proj.weight": torch.randn(8, 8)})
     adapter = make_adapter(factors("h.0.c_attn", 24, 8) | factors("h.0.c_proj", 8, 8))
