@@ -467,6 +467,43 @@ def test_a_merged_linear_has_as_many_groups_as_are_enabled(
         assert (adapter["q"].A.shape, adapter["q"].B.shape) == ((RANK, 6), (12, RANK))
 
 
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("base_model.model.a.q", "a.q"),
+        ("module.base_model.model.a.q", "a.q"),
+        ("module.a.q", "module.a.q"),
+        ("base_model.model.module.q", "module.q"),
+        ("base_model.model.a._orig_mod.q", "a.q"),
+        ("a.q", "a.q"),
+    ],
+)
+def test_a_module_is_named_without_what_wraps_it(tmp_path: Path, key: str, module: str) -> None:
+    tensors = {f"{key}.{leaf}": tensor for leaf, tensor in PAIR.items()}
+    assert list(package.load(write_adapter(tmp_path / "a", tensors)).modules) == [module]
+
+
+@pytest.mark.parametrize("r", [RANK // 2, RANK, 3, None])
+@pytest.mark.parametrize("nested", [False, True])
+def test_how_many_experts_the_rank_makes_of_a_parameter(tmp_path: Path, r: int | None, nested: bool) -> None:
+    """PEFT names no parameter in the tensors, and wraps the module once for each."""
+    module = "mlp.experts.base_layer" if nested else "mlp.experts"
+    tensors = {f"base_model.model.{module}.{leaf}": tensor for leaf, tensor in PAIR.items()}
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": 6,
+        "target_parameters": ["experts.one", "q.x", "mlp.experts.two"],
+    }
+    adapter = package.load(write_adapter(tmp_path / "a", tensors, config))
+    if r == 3:
+        assert "the tensors have rank 4, adapter_config.json says 3" in adapter.problems[0].what
+        return
+    weights = adapter.modules[module]
+    assert (weights.experts, weights.rank) == ((2, RANK // 2) if r == RANK // 2 else (1, RANK))
+    assert weights.parameters == ("one", "two")
+
+
 @pytest.mark.parametrize("there", ["nothing", "a folder", "a file in it"])
 def test_an_adapter_is_written_to_a_new_folder_only(tmp_path: Path, there: str) -> None:
     adapter, out = package.load(write_adapter(tmp_path / "a")), tmp_path / "deep" / "out"
