@@ -9,13 +9,16 @@ import pytest
 import torch
 from conftest import FIXTURES
 from oracle import check, merged
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
+from adapterkit.adapter import LazyTensor
 from adapterkit.blocks import GROUP_ROWS, _chunk_rows, _same, load, merge_rows
 from adapterkit.delta import Retention
 from adapterkit.device import Buffers, Place
+from adapterkit.plan import Addition, Edit, Replacement
+from adapterkit.tensorfile import read_header
 
 
 @pytest.mark.parametrize("chunk", [1, 31, 32, 96, 1000, 2**17])
@@ -73,3 +76,34 @@ def test_rows_are_the_same_or_not() -> None:
         changed[row, 2] += 1
         assert not _same(rows, changed)
     assert not _same(None, rows)
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["in the base", "new"])
+@pytest.mark.parametrize("weight", [1.0, 0.25, -1.0])
+def test_values_replace_the_base_wherever_it_is_cut(weight: float, new: bool, tmp_path: Path) -> None:
+    """All of them, then single rows, first, last and beside each other; a weight is how far they go there."""
+    W, whole, tokens = torch.randn(20, 3), torch.randn(20, 3), torch.randn(4, 3).half()
+    rows, vector = (19, 0, 6, 7), torch.randn(20)
+    save_file({"m.weight": W}, tmp_path / "m.safetensors")
+    source = None if new else read_header(tmp_path / "m.safetensors").tensors["m.weight"]
+    replaced = (
+        Replacement(LazyTensor.of(whole), weight),
+        Replacement(LazyTensor.of(tokens), weight, rows),
+    )
+    edit = Edit("m.weight", source, "F32", (20, 3), 0, 240, (), replaced, (Addition(LazyTensor.of(vector), 0.5),))
+    exact = torch.zeros(20, 3).double() if new else W.double()
+    share = 1.0 if new else weight
+    exact += share * (whole.double() - exact)
+    exact[list(rows)] += share * (tokens.double() - exact[list(rows)])
+    exact += 0.5 * vector[:, None].double()
+    fd = os.open(tmp_path / "m.safetensors", os.O_RDONLY)
+    loaded, buffers = load(edit, fd), Buffers()
+    for chunk in (1, 6, 12, 1000):
+        buffers.place = Place(torch.device("cpu"), chunk)
+        for size in (1, 7, 20):
+            for first in range(0, 20, size):
+                last = min(20, first + size)
+                into = bytearray((last - first) * 12)
+                merge_rows(edit, loaded, fd, first, last, buffers, memoryview(into), 0, False)
+                assert torch.equal(torch.frombuffer(into, dtype=torch.float32).view(-1, 3), exact[first:last].float())
+    os.close(fd)
