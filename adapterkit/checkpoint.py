@@ -62,11 +62,14 @@ class Checkpoint:
         left_out: dict[Path, str] = {}
         read = {CONFIG, *(shard.file.name for shard in self.shards), *([self.index.name] if self.index else [])}
         for file, kind in files_below(self.path) if self.is_directory else ():
-            if str(file) in read or file.parts[0] == Path(RECEIPT).stem:  # a receipt's folder has its own rules
+            first, *inner = file.parts
+            if str(file) in read or (first == Path(RECEIPT).stem and inner):  # a receipt's folder has its own rules
                 continue
             # Beside a model, transformers would load the adapter that an adapter_config.json speaks of.
             if OTHER_WEIGHTS_NAME.search(file.name) or file.name == "adapter_config.json":
                 left_out[file] = "it belongs to the unmerged model"
+            elif first == Path(RECEIPT).stem:
+                left_out[file] = "a receipt's folder has that name"
             elif kind is not None:
                 left_out[file] = f"it is {kind}"
             else:

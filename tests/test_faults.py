@@ -873,6 +873,14 @@ def test_a_receipt_holds_no_links(tmp_path: Path, kind: str) -> None:
         assert names(tmp_path) == held
 
 
+def test_a_file_called_as_a_receipts_folder_is_said_to_stay_behind(tmp_path: Path) -> None:
+    base, adapter, merged = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), tmp_path / "merged"
+    (base / "adapterkit_receipt").write_text("for the printer")
+    assert "adapterkit_receipt: not copied, since" in adapterkit("merge", base, adapter, "-o", merged).err
+    undone = adapterkit("unmerge", merged, "-o", tmp_path / "again")
+    assert undone.code == 0 and "adapterkit_receipt: not restored, since the merge left it out" in undone.err
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     base, adapter = write_base(folder / os.fsdecode(b"\xff-base")), write_adapter(folder / os.fsdecode(b"\xfe"))
