@@ -6,8 +6,8 @@
 # summary.md. The exit status is 0 only if every step passed.
 #
 # Needs Python 3.11 or newer with torch (CUDA), transformers, peft, safetensors, numpy, hypothesis, pytest and click,
-# with what these bring along, and below Python 3.14 the wheel of backports.zstd. Nothing is installed or downloaded.
-# Compares with bitsandbytes where it is installed; Textual is not needed.
+# with what these bring along, the wheel of google-re2, and below Python 3.14 that of backports.zstd. Nothing is
+# installed or downloaded. Compares with bitsandbytes where it is installed; Textual is not needed.
 #
 # PYTHON=…    the Python to use (default: .venv/bin/python if there is one, else python3)
 # DEVICE=cpu  try out the script itself, with a tiny model and without the tests
@@ -25,7 +25,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFL
 import platform, sys
 from importlib import import_module, metadata
 
-needed = "torch transformers peft safetensors numpy hypothesis pytest click huggingface_hub rich yaml psutil".split()
+needed = "torch transformers peft safetensors numpy hypothesis pytest click huggingface_hub rich yaml psutil re2".split()
 missing = []
 for module in needed + (["backports.zstd"] if sys.version_info < (3, 14) else []):
     try:
@@ -33,7 +33,7 @@ for module in needed + (["backports.zstd"] if sys.version_info < (3, 14) else []
     except ImportError as error:
         missing.append(f"{module} ({error})")
 if missing:
-    sys.exit("gpu_check.sh: install the wheels of " + ", ".join(missing))
+    sys.exit("gpu_check.sh: install the wheels (for re2, google-re2) of " + ", ".join(missing))
 import torch
 
 if sys.argv[1] != "cpu" and not torch.cuda.is_available():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,3 +154,16 @@ def test_only_the_top_prints(name: str) -> None:
 )
 def test_the_check_sees_violations(name: str, source: str) -> None:
     assert violations(name, source)
+
+
+def test_the_gpu_check_names_every_wheel_that_it_needs() -> None:
+    """All that the package imports as it is imported, but for the app."""
+    script = (PACKAGE.parent / "benchmarks" / "gpu_check.sh").read_text()
+    [needed] = re.findall(r'needed = "(.*)"', script)
+    imported = set()
+    for file in (file for file in PACKAGE.rglob("*.py") if "tui" not in file.parts):
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.partition(".")[0] for name in names}
+    assert imported - sys.stdlib_module_names - {"adapterkit", "backports"} - set(needed.split()) == set()
