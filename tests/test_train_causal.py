@@ -275,14 +275,14 @@ def test_what_is_no_causal_model() -> None:
 
 # --- the whole of it -------------------------------------------------------------------------------------------------
 
-STEPS, WARMUP, RATE, DECAY = 20, 3, 2e-3, 0.05
-LAYERS = 4  # of 30, which with 48 tokens a record agree as well (to 5e-7, measured) and take minutes
+STEPS, WARMUP, RATE, DECAY = 10, 3, 5e-3, 0.05
+LAYERS = 2  # of 30, which with 48 tokens a record and 20 steps agree as well (to 5e-7, measured) and take minutes
 
 
 def texts(folder: Path, file: Path) -> list[Example]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with open(file, encoding="utf-8") as lines:
-        records = [json.loads(next(lines))["text"] for _ in range(30)]
+        records = [json.loads(next(lines))["text"] for _ in range(12)]
     ids = [np.array(tokenizer(text)["input_ids"][at : at + 28 - at % 7], np.int32) for at, text in enumerate(records)]
     return [Example(one, np.arange(len(one)) > 0, f"r:{at}") for at, one in enumerate(ids)]
 
@@ -337,7 +337,6 @@ def test_the_first_losses_on_a_real_model_are_pefts(
     )
     order = Order.of(examples, recipe)
     assert len({len(one.ids) for one in examples}) > 5 and order.steps == STEPS > order.steps_per_epoch
-    torch.set_num_threads(2)
     base = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, num_hidden_layers=LAYERS)
     model = CausalModel(copy.deepcopy(base))
     inject(model.model, Lora(("q_proj", "v_proj"), 4, 6.0, method))
@@ -350,4 +349,4 @@ def test_the_first_losses_on_a_real_model_are_pefts(
     assert wanted[-1] < 0.9 * wanted[0]  # it learns
     apart = max(abs(one - other) / other for one, other in zip(found, wanted, strict=True))
     print(f"{method}: losses {wanted[0]:.4f} to {wanted[-1]:.4f}, apart by {apart:.2g}")
-    assert apart < 1e-4
+    assert apart < 1e-5

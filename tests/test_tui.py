@@ -783,18 +783,18 @@ async def test_combine_takes_the_marked(folder: Path) -> None:
         assert Path("one-combine/adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", ACTIONS)
-async def test_every_form_opens_and_closes(folder: Path, command: str) -> None:
+async def test_every_form_opens_and_closes(folder: Path) -> None:
     async with running(folder, base="base") as pilot:
         await pilot.press("j")
-        await pilot.press(ACTIONS[command].key)
-        form = pilot.app.screen
-        assert isinstance(form, FormScreen)
-        assert form.argv[0] == command
-        await pilot.press("ctrl+y")
-        assert pilot.app.clipboard == line(form.argv)
-        await pilot.press("escape")
-        assert not isinstance(pilot.app.screen, FormScreen)
+        for command, action in ACTIONS.items():
+            await pilot.press(action.key)
+            form = pilot.app.screen
+            assert isinstance(form, FormScreen), command
+            assert form.argv[0] == command
+            await pilot.press("ctrl+y")
+            assert pilot.app.clipboard == line(form.argv)
+            await pilot.press("escape")
+            assert not isinstance(pilot.app.screen, FormScreen), command
 
 
 @pytest.mark.parametrize("command", ACTIONS)
@@ -1007,12 +1007,12 @@ async def test_the_palette_has_every_action(folder: Path) -> None:
         assert isinstance(pilot.app.screen, FormScreen)
 
 
-@pytest.mark.parametrize("theme", ["textual-light", "nord", "gruvbox", "ansi-dark"])
-async def test_themes(folder: Path, theme: str) -> None:
+async def test_themes(folder: Path) -> None:
     async with running(folder) as pilot:
-        pilot.app.theme = theme
-        await settled(pilot)
-        assert names(pilot)
+        for theme in ("textual-light", "nord", "gruvbox", "ansi-dark"):
+            pilot.app.theme = theme
+            await settled(pilot)
+            assert names(pilot)
 
 
 async def test_keys_of_the_app_are_letters_in_a_line_of_text(folder: Path) -> None:
