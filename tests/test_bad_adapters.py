@@ -421,6 +421,8 @@ READ: dict[str, tuple[list[str], dict[str, Any], list[str], list[str], list[str]
     "none with a magnitude": (["q", "k"], {"use_dora": True}, ["k", "q"], [], [], ["2 of 2 modules have no magnitude"]),
     "a magnitude each": (["q", "=q.lora_magnitude_vector"], {"use_dora": True}, ["q"], [], [], []),
     "tokens as the config names them": (["q", f"=e.{TOKENS}"], {"trainable_token_indices": [*range(8)]}, ["q"], [], [], []),
+    "half an embedding": (["q", "=e.lora_embedding_B"], {}, ["q"], [], [], ["lora_embedding_A missing, found embedding_B"]),
+    "the other half": (["q", "=e.lora_embedding_A"], {}, ["q"], [], [], ["lora_embedding_B missing, found embedding_A"]),
     "fewer tokens than it names": (["q", f"=e.{TOKENS}"], {"trainable_token_indices": [*range(9)]}, ["q"], [], [], ["8 trained tokens, trainable_token_indices names 9"]),
 }  # fmt: skip
 
@@ -439,6 +441,7 @@ def test_each_tensor_is_read_as_what_it_is_for(tmp_path: Path, case: str) -> Non
         info.name.removeprefix("base_model.model.").replace("modules_to_save.x.", "") for info in adapter.unread
     ] == unread
     assert [problem.what for problem in adapter.problems] == problems
+    assert all(problem.fatal is not problem.what.endswith("has no tensors") for problem in adapter.problems)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +496,7 @@ def test_how_many_experts_the_rank_makes_of_a_parameter(tmp_path: Path, r: int |
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": 6,
-        "target_parameters": ["experts.one", "q.x", "mlp.experts.two"],
+        "target_parameters": ["one", "q.x", "mlp.experts.two"],
     }
     adapter = package.load(write_adapter(tmp_path / "a", tensors, config))
     if r == 3:

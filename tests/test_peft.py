@@ -15,6 +15,7 @@ import torch
 from conftest import FIXTURES, factors
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -238,6 +239,11 @@ def test_what_we_write_has_the_names_shapes_and_strengths_of_peft(kind: str, our
     theirs, written = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
     assert {name: tensor.shape for name, tensor in written.items()} == {name: one.shape for name, one in theirs.items()}
     assert all(torch.equal(written[name], tensor) for name, tensor in theirs.items())
+    if not ours:
+        kept, given = (json.loads((tmp_path / of / "adapter_config.json").read_text()) for of in ("ours", "theirs"))
+        assert kept == given
+    with safe_open(tmp_path / "ours" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
     again = PeftModel.from_pretrained(Odd(), tmp_path / "ours")
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, LoraLayer):
