@@ -507,6 +507,12 @@ def test_how_many_experts_the_rank_makes_of_a_parameter(tmp_path: Path, r: int |
     assert weights.parameters == ("one", "two")
 
 
+@pytest.mark.parametrize(("named", "base"), [("org/model", "org/model"), ("", None), (None, None)])
+def test_an_adapter_says_of_which_base_it_is(tmp_path: Path, named: str | None, base: str | None) -> None:
+    folder = write_adapter(tmp_path / "a", config=CONFIG | {"base_model_name_or_path": named})
+    assert package.load(folder).base_model == base
+
+
 @pytest.mark.parametrize("there", ["nothing", "a folder", "a file in it"])
 def test_an_adapter_is_written_to_a_new_folder_only(tmp_path: Path, there: str) -> None:
     adapter, out = package.load(write_adapter(tmp_path / "a")), tmp_path / "deep" / "out"

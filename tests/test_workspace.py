@@ -617,3 +617,11 @@ def test_a_rename_that_fails_says_of_what(tmp_path: Path, monkeypatch: pytest.Mo
     without(errno.EIO, monkeypatch)
     with pytest.raises(OSError, match="Input/output error"):
         renaming.exchange(tmp_path / "one", tmp_path / "other")
+
+
+def test_names_without_a_folder_are_of_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one").write_text("one"), Path("other").write_text("other")
+    assert renaming.exchange(Path("one"), Path("other"))
+    renaming.rename_new(Path("one"), Path("new"))
+    assert contents(tmp_path) == {"new": b"other", "other": b"one"}
