@@ -807,8 +807,9 @@ def test_an_original_is_refused_where_rounding_does_not_explain_it_and_nowhere_e
     off = (half[7] + 2 * there.abs() * 2**-8 + 2**-24) * 1.01
     weight[7, 9] = there + off.copysign(weight[7, 9] - there)
     save_file({"m.weight": weight}, original)
-    with pytest.raises(FitError, match=r"m\.weight: .* at \[7, 9\] in the original"):
-        adapterkit.merge(small, [adapter], tmp_path / "wrong", original=original)
+    for how in [{}] if kind == "fp8" else [{}, {"quantize": "same"}]:
+        with pytest.raises(FitError, match=r"m\.weight: .* at \[7, 9\] in the original"):
+            adapterkit.merge(small, [adapter], tmp_path / "wrong", original=original, **how)
 
 
 def test_originals_that_are_none(
