@@ -1,24 +1,26 @@
 # make demo    the life of an adapter on a real model: train, inspect, merge, evaluate, unmerge
 # make test    set up, check, and run the suite
 # make check   format, lint, types
-# make stress  merge and unmerge the hardest inputs 200 times, and a real model; minutes
+# make stress  merge and unmerge the hardest inputs 200 times, and a real model; kill 200 runs; minutes
 # make bench   side by side with cp and PEFT; records nothing unless asked: see benchmarks/
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported, which most never are.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # pytest workers; 2 fits a small machine
 JOBS ?= 2
 
-.PHONY: demo test stress check bench setup base clean
+.PHONY: demo test suite stress check bench setup base clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 base: setup
@@ -32,13 +34,18 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# What is checked takes one core for most of a minute, so the suite begins beside it.
+test: base
+	@$(MAKE) --no-print-directory -j2 check suite
+
 # One thread a worker: more would fight for the cores, which takes the suite twice as long. Each worker begins with half
 # of the files, so that what a file prepares is prepared once, and takes from the other when it is done.
-test: check base
+suite: base
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 stress: base
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/stress.py
+	OMP_NUM_THREADS=1 STRESS_KILLS=100 $(BIN)/python -m pytest -n $(JOBS) tests/test_faults.py -k killed_at_random
 
 bench: setup
 	$(BIN)/python benchmarks/merge.py

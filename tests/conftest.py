@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Half the time of the app's tests goes into looking for garbage among all that torch and transformers are made of.
+# Looking for garbage among all that torch and transformers are made of takes time, and finds nothing.
 gc.set_threshold(50_000, 20, 50)
 
 ROOT = Path(__file__).parent.parent

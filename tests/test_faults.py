@@ -32,6 +32,7 @@ from adapterkit.staging import Destination, staged
 from adapterkit.workspace import PREFIX
 
 ROOT = Path(package.__file__).parents[1]
+KILLS = os.environ.get("STRESS_KILLS", "20")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -351,13 +352,13 @@ while kills < total:
     [("merge base adapter -o out --threads 2", "--resume"), ("unmerge merged -o out --threads 2", "")],
     ids=["merge", "unmerge"],
 )
-def test_killed_a_hundred_times(inputs: Path, command: str, resume: str) -> None:
+def test_killed_at_random(inputs: Path, command: str, resume: str) -> None:
     """At random calls: the inputs stay, what is there is whole, and the next run makes it right."""
     assert merge(inputs, out="merged").code == 0
     merged = contents(inputs / "merged")
     wanted = bytes_of(inputs / ("merged" if resume else "base"))
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLER, ROOT, inputs, "50", "7", command, resume],
+        [sys.executable, "-c", KILLER, ROOT, inputs, KILLS, "7", command, resume],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stdin is not None and child.stdout is not None

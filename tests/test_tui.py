@@ -44,7 +44,7 @@ from adapterkit.tui.sources import Source, Sources
 from adapterkit.tui.table import AdapterTable
 from adapterkit.words import size
 
-WIDE, NARROW, TINY = (160, 48), (80, 24), (12, 4)
+WIDE, USUAL, NARROW, TINY = (160, 48), (120, 30), (80, 24), (12, 4)  # what is drawn takes time: wide where it matters
 BASE = "lab/base"
 ROOT = Path(module.__file__).parents[2]
 
@@ -95,7 +95,7 @@ async def ended(pilot: Pilot[None]) -> Job:
 
 
 @asynccontextmanager
-async def running(*folders: Path, base: str = "", size: tuple[int, int] = WIDE) -> AsyncIterator[Pilot[None]]:
+async def running(*folders: Path, base: str = "", size: tuple[int, int] = USUAL) -> AsyncIterator[Pilot[None]]:
     """The app, with what is in `folders` read."""
     app = AdapterkitApp(folders, base)
     async with app.run_test(size=size) as pilot:
