@@ -299,7 +299,8 @@ def test_an_answer_of_a_byte_a_second_is_given_up(hub: Hub, adapter: Path, comma
 def test_a_file_that_comes_too_slowly_goes_on_later(hub: Hub, adapter: Path, command: list[str]) -> None:
     hub.fail("GET .*safetensors", piece=1, tick=True, times=9)
     message = adapterkit(*command).message_of_last(5)
-    assert re.search(r"the Hub sent \d\d bytes in 6\d s; try again later to go on", message)
+    # Of two threads that wait, the one that is told first ends the other.
+    assert re.search(r"(the Hub sent \d\d bytes in 6\d s|does not answer in time); try again later", message)
     hub.faults.clear()
     hub.requests.clear()
     assert files(resolve(ADAPTER))[WEIGHTS] == files(adapter)[WEIGHTS]
