@@ -48,7 +48,7 @@ def others(base: Checkpoint) -> list[str]:
 
 
 def companions_of(base: Checkpoint) -> list[Path]:
-    """The base's files beside its weights: those that a merge copies, and those that it makes anew."""
+    """List the base's files beside its weights: those that a merge copies, and those that it replaces."""
     folder = _beside(base)
     return [*(base.path / name for name in others(base)), *(folder / name for name in replaced_in(base))]
 

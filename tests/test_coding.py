@@ -39,7 +39,7 @@ def every(dtype: torch.dtype) -> torch.Tensor:
 
 
 def beside(values: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """The values so many steps further up, by rank among all values: −0 comes just before 0."""
+    """Move each value up by `steps` places in the order of all values, in which −0 comes just before 0."""
     bits = values.view(INTEGERS[values.dtype]).numpy().astype(object)
     least = -(2 ** (8 * values.element_size() - 1))
     rank = np.where(bits >= 0, bits, least - 1 - bits) + steps.numpy().astype(object)

@@ -365,6 +365,16 @@ def test_a_head_that_is_stored_as_well(stored: str, tmp_path: Path) -> None:
         assert_merged(base, tmp_path / way, expected, tmp_path)
 
 
+def test_an_adapter_that_touches_neither_leaves_the_tie_alone(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "tie_word_embeddings": True}
+    base = make_base({"model.embed_tokens.weight": torch.randn(16, 8), "model.q.weight": torch.randn(8, 8)}, config)
+    adapterkit.merge(base, [make_adapter(factors("model.q", 8, 8), "other")], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == {"model.embed_tokens.weight", "model.q.weight"}
+
+
 # --- what is not known -----------------------------------------------------------------------------------------------
 
 
@@ -382,6 +392,7 @@ def test_what_is_not_known_is_refused(
     with pytest.raises(FitError, match="changes lm_head, which has no tensor in the base, and whether base ties"):
         adapterkit.merge(base, [make_adapter(factors("lm_head", 16, 8), "head")], tmp_path / "out")
     adapterkit.merge(base, [make_adapter(factors("model.q", 8, 8), "other")], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     adapterkit.merge(base, [tmp_path / "embedding"], tmp_path / "untied")
 
