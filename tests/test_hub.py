@@ -247,6 +247,28 @@ def test_pull_into_a_folder(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     assert "exists already" in adapterkit("pull", ADAPTER, "-o", out).message(7)
 
 
+@pytest.mark.parametrize("where", ["", "x", "../x", "../../blobs/x"])
+@pytest.mark.parametrize("command", ["pull", "train", "train --init-from", "eval", "eval ADAPTER"])
+def test_no_output_goes_where_the_cache_has_an_input(
+    hub: Hub, adapter: Path, base: Path, tmp_path: Path, command: str, where: str
+) -> None:
+    """Into a snapshot or beside it: refused before anything is asked of the Hub."""
+    name = ADAPTER if command in ("train --init-from", "eval ADAPTER") else BASE
+    snapshot = Path(adapterkit("pull", name).out.strip())
+    (snapshot / ("config.json" if name == BASE else "adapter_config.json")).unlink()  # to be got again
+    (tmp_path / "data.jsonl").write_text('{"text": "x"}')
+    out, data, before, asked = snapshot / where, tmp_path / "data.jsonl", contents(tmp_path), len(hub.requests)
+    args = {
+        "pull": (BASE, "-o", out), "train": (BASE, data, "-o", out, "--overwrite"),
+        "train --init-from": (base, data, "--init-from", ADAPTER, "-o", out, "--overwrite"),
+        "eval": (BASE, data, "--predictions", out / "p", "--overwrite"),
+        "eval ADAPTER": (base, ADAPTER, data, "--predictions", out / "p", "--overwrite"),
+    }  # fmt: skip
+    message = adapterkit(command.split()[0], *args[command]).message(2)
+    assert f"is or lies in the input {tmp_path / 'hub-cache' / 'models--'}" in message
+    assert contents(tmp_path) == before and len(hub.requests) == asked
+
+
 def test_pull_dry_run_gets_nothing(hub: Hub, adapter: Path) -> None:
     [facts] = output("pull", ADAPTER, "--dry-run")
     assert facts["bytes"] == sum(len(blob.data) for blob in hub.repos[ADAPTER].files().values())

@@ -110,7 +110,10 @@ def eval_command(
 
 def _destination(out: Path, paths: Sequence[str], overwrite: bool) -> Destination:
     """Where predictions go, once they may be written."""
-    inputs = tuple(Path(path).expanduser() for path in paths)
+    from adapterkit.hub import place_of
+
+    *models, data = paths
+    inputs = (*map(place_of, models), Path(data).expanduser())
     destination = Destination(out, inputs, directory=False, overwrite=overwrite, ours=_are_predictions)
     destination.check()
     return destination

@@ -22,6 +22,7 @@ from adapterkit.words import counted, short, size, span, visible
 
 if TYPE_CHECKING:
     from adapterkit.hub.publishing import Push
+    from adapterkit.staging import Destination
 
 LIMIT = 30  # rows of the Hub
 NAME = "adapter"
@@ -136,20 +137,20 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
     Every byte is checked against the Hub's hashes, in the cache too. What was interrupted goes on where it was.
     """
     from adapterkit.hub.fetching import download_of, fetch
-    from adapterkit.hub.names import parsed
+    from adapterkit.hub.names import cache_folder, parsed
     from adapterkit.hub.remote import look
+    from adapterkit.staging import Destination
 
     if output is not None and len(ids) != 1:
         raise UsageError("--output is one folder: pull one ID at a time")
-    from adapterkit.staging import Destination
-
-    if output is not None:
-        Destination(Path(output)).check()
-    names = [parsed(text) for text in ids]
-    if None in names:
-        wrong = ids[names.index(None)]
+    names = [id for text in ids if (id := parsed(text)) is not None]
+    if len(names) < len(ids):
+        wrong = next(text for text in ids if parsed(text) is None)
         raise FormatError(f"{wrong}: is no name that the Hub allows, expected org/name, with @revision or :folder")
-    downloads = [download_of(look(id), every_byte=True) for id in names if id is not None]
+    place = None if output is None else Destination(Path(output), (cache_folder(names[0]),))
+    if place is not None:
+        place.check()
+    downloads = [download_of(look(id), every_byte=True) for id in names]
     facts: list[dict[str, Any]] = []
     for download in downloads:
         remote, count = download.remote, len(download.missing)
@@ -164,8 +165,8 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
             continue
         with progress(f"getting {remote.id.repo}", in_bytes=True) as show:
             path = fetch(download, show)
-        if output is not None:
-            path = _copied(path, [file.name for file in remote.files], remote.id.at(""), Path(output))
+        if place is not None:
+            path = _copied(path, [file.name for file in remote.files], remote.id.at(""), place)
         facts[-1]["path"] = str(path)
         if not as_json:
             say(str(path))
@@ -173,15 +174,15 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
         say_json([one | {"notes": notes_about(str(one["id"]))} for one in facts])
 
 
-def _copied(path: Path, names: list[str], prefix: str, out: Path) -> Path:
+def _copied(path: Path, names: list[str], prefix: str, place: Destination) -> Path:
     """The files of a snapshot as a folder of their own."""
     from adapterkit.card import copy_file
-    from adapterkit.staging import Destination, staged
+    from adapterkit.staging import staged
 
-    with staged(Destination(out, (path,))) as folder:
+    with staged(place) as folder:
         for name in (name.removeprefix(prefix) for name in names):
             copy_file(path, name, folder / name)
-    return out
+    return place.out
 
 
 @click.command("push")

@@ -4,6 +4,6 @@ Facts about the client: huggingface_hub 1.31 to 2.x; it is imported only when so
 """
 
 from adapterkit.hub.fetching import outlines, resolve
-from adapterkit.hub.names import HubId, hub_id, is_hub_id, on_hub
+from adapterkit.hub.names import HubId, hub_id, is_hub_id, on_hub, place_of
 
-__all__ = ["HubId", "hub_id", "is_hub_id", "on_hub", "outlines", "resolve"]
+__all__ = ["HubId", "hub_id", "is_hub_id", "on_hub", "outlines", "place_of", "resolve"]

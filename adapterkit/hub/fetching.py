@@ -22,7 +22,7 @@ from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
 from adapterkit.formats.source import PICKLED, WEIGHTS
 from adapterkit.hub.abreast import abreast
 from adapterkit.hub.asking import ask, asking
-from adapterkit.hub.names import HubId, on_hub
+from adapterkit.hub.names import HubId, cache_folder, on_hub
 from adapterkit.hub.remote import Remote, RemoteFile, look, opened, outlined
 from adapterkit.hub.session import MOST_BYTES
 from adapterkit.opening import open_regular
@@ -149,7 +149,7 @@ def download_of(remote: Remote, every_byte: bool = False) -> Download:
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
     missing = missing_of(remote, every_byte)
-    left = (_partial(cache, remote, file) for file in missing)
+    left = (_partial(remote, file) for file in missing)
     begun = sum(min(path.stat().st_size, file.size) for path, file in zip(left, missing, strict=True) if path.is_file())
     return Download(remote, missing, cache, shutil.disk_usage(there).free, begun)
 
@@ -170,8 +170,8 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
 
     def get(file: RemoteFile) -> None:
         try:
-            _get_blob(remote, file, download.cache, count)
-            _place(remote, file, download.cache)
+            _get_blob(remote, file, count)
+            _place(remote, file)
         except BaseException:
             count.stopped = True  # what the others have is kept
             raise
@@ -194,9 +194,9 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
     return root / id.folder
 
 
-def _place(remote: Remote, file: RemoteFile, cache: Path) -> None:
+def _place(remote: Remote, file: RemoteFile) -> None:
     """Let the client put a file's bytes in their place in the cache, and check that they are what is there then."""
-    id, blob = remote.id, _partial(cache, remote, file).with_suffix("")
+    id, blob = remote.id, _partial(remote, file).with_suffix("")
     old = _kept(id.repo, file.name, remote.commit)
     if old is not None and _hash_of(file) and not old.samefile(blob):
         old.unlink()  # it is damaged, or the client would not have it
@@ -238,12 +238,12 @@ class _Count:
                 self._on_bytes(self.done, self.total)
 
 
-def _get_blob(remote: Remote, file: RemoteFile, cache: Path, count: _Count) -> None:
+def _get_blob(remote: Remote, file: RemoteFile, count: _Count) -> None:
     """Get a file into the cache, under its hash. The client would begin anew; this goes on from what is there."""
     if not (name := _hash_of(file)):  # no hash to check it by: the client gets it as it sees fit
         count.add(file.size)
         return
-    partial = _partial(cache, remote, file)
+    partial = _partial(remote, file)
     blob = partial.with_suffix("")
     blob.parent.mkdir(parents=True, exist_ok=True)
     with _held(partial) as stream:
@@ -261,10 +261,9 @@ def _get_blob(remote: Remote, file: RemoteFile, cache: Path, count: _Count) -> N
         partial.rename(blob)
 
 
-def _partial(cache: Path, remote: Remote, file: RemoteFile) -> Path:
+def _partial(remote: Remote, file: RemoteFile) -> Path:
     """Where the bytes of a file are kept until it is whole; the cache has it without the suffix."""
-    folder = f"models--{remote.id.repo.replace('/', '--')}"
-    return cache / folder / "blobs" / f"{_hash_of(file)}.adapterkit"
+    return cache_folder(remote.id) / "blobs" / f"{_hash_of(file)}.adapterkit"
 
 
 @contextmanager

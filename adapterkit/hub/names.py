@@ -67,6 +67,19 @@ def on_hub(spec: str | os.PathLike[str]) -> HubId | None:
     return found
 
 
+def cache_folder(id: HubId) -> Path:
+    """The folder of the Hub cache that holds a repository, with all its revisions, or will hold it."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{id.repo.replace('/', '--')}"
+
+
+def place_of(spec: str | os.PathLike[str]) -> Path:
+    """The local path that `spec` is read from: the path itself, or the cache folder of the repository it names."""
+    id = on_hub(spec)
+    return Path(os.path.expanduser(spec)) if id is None else cache_folder(id)
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name` can be that of a repository on the Hub."""
     return parsed(name) is not None

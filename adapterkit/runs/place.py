@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from adapterkit.errors import OutputExistsError, UsageError
+from adapterkit.hub import place_of
 from adapterkit.recipe import Recipe
 from adapterkit.runs import checkpoints
 from adapterkit.staging import Destination, staged, work_left
@@ -28,8 +29,9 @@ def check_run(recipe: Recipe, out: Path, rank: int, resume: bool, overwrite: boo
 
     Raises where that may not be written, a run is there that nobody said to go on with, or none is that one did.
     """
-    read = (recipe.base, recipe.data, recipe.eval_data, recipe.init_from)
-    place = Destination(out, tuple(Path(path).expanduser() for path in read if path), overwrite=overwrite)
+    models = (place_of(spec) for spec in (recipe.base, recipe.init_from) if spec)
+    data = (Path(path).expanduser() for path in (recipe.data, recipe.eval_data) if path)
+    place = Destination(out, (*models, *data), overwrite=overwrite)
     if rank:  # the first process looks, before it begins to write
         return place
     place.check()
