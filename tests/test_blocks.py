@@ -14,7 +14,7 @@ from test_merge import TINY
 
 import adapterkit
 from adapterkit.adapter import LazyTensor
-from adapterkit.blocks import GROUP_ROWS, _chunk_rows, _same, load, merge_rows
+from adapterkit.blocks import GROUP_ROWS, _chunk_rows, _same, _step, load, merge_rows
 from adapterkit.delta import Retention
 from adapterkit.device import Buffers, Place
 from adapterkit.plan import Addition, Edit, Replacement
@@ -28,6 +28,17 @@ def test_chunks_are_as_large_as_they_may_be(columns: int, chunk: int) -> None:
     rows = _chunk_rows(columns, chunk)
     allowed = [2**k for k in range(6)] + list(range(2 * GROUP_ROWS, chunk + GROUP_ROWS, GROUP_ROWS))
     assert rows == max(one for one in allowed if one == 1 or one * max(1, columns) <= chunk)
+
+
+@pytest.mark.parametrize("together", [1, 3, 8, 64])
+@pytest.mark.parametrize("chunk", [1, 31, 96, 1000, 2**17])
+def test_no_block_of_a_quantized_output_is_cut(together: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as fit, of which `together` always lie side by side; that many where fewer would fit."""
+    monkeypatch.setattr(Edit, "rows_together", together)
+    for columns in (1, 3, 33, 4096):
+        rows = _chunk_rows(columns, chunk)
+        step = _step(Edit("m.weight", None, "F32", (20, columns), 0, 80 * columns, ()), chunk)
+        assert step == max([together, *range(together, rows + 1, together)])
 
 
 @pytest.mark.parametrize("rows", [13, 1000])

@@ -168,6 +168,22 @@ def test_threads_blocks_and_reports_do_not_change_a_bit(tmp_path: Path, monkeypa
     assert one.read_bytes() == many.read_bytes()
 
 
+@pytest.mark.parametrize("elements", [1, 96, 1 << 17])
+def test_dora_by_column_takes_the_norms_of_all_rows(
+    elements: int, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each row weighs much in them, wherever the weight is cut to measure them."""
+    from adapterkit import device
+
+    monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), elements))
+    parts = factors("h.0.attn.c_attn", 24, 8) | {"h.0.attn.c_attn.lora_magnitude_vector": torch.rand(24) + 0.5}
+    base = make_base({"h.0.attn.c_attn.weight": torch.randn(8, 24).bfloat16()}, {"model_type": "gpt2"})
+    adapter = make_adapter(parts, use_dora=True)
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert misrounded(base, adapter, tmp_path / "out", conv1d=True) == (0, 8 * 24)
+
+
 def test_dora_by_column_survives_small_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from adapterkit import device, outputs
 

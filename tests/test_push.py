@@ -534,6 +534,21 @@ def test_every_shape_of_a_secret_at_every_place(what: str) -> None:
                     assert (find_secret(io.BytesIO(data)) or [None])[0] == what, (secret, form, pad)
 
 
+@pytest.mark.parametrize("token", [b"hf_writer", b"a token, of a strange shape and with spaces", b"A" * 40])
+def test_the_token_of_this_machine_is_found_whatever_its_shape(token: bytes) -> None:
+    known, what = (b"another token", token), "the token of this machine"
+    for at in (0, 1, 7, 8, 500, secrets.CHUNK - 3, secrets.CHUNK):
+        for around in (b"", b"."):
+            data = b"." * at + token + around
+            assert find_secret(io.BytesIO(data), known) == (what, at), at
+            assert find_secret(io.BytesIO(data)) is None
+    assert find_secret(io.BytesIO(token[:-1]), known) is None
+    for pad in range(4 * (token.isalpha())):  # UTF-16, where enough of it is side by side
+        for form in ("utf-16-le", "utf-16-be"):
+            data = b"\xff" * pad + token.decode().encode(form)
+            assert find_secret(io.BytesIO(data), known) == (what, pad + (form == "utf-16-be"))
+
+
 LONG = "Ab1" * 40
 # How a secret of each issuer begins, and how many more characters are the fewest that it has.
 SHORTEST: dict[str, list[tuple[str, str, int]]] = {

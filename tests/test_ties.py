@@ -127,6 +127,14 @@ FOUND: dict[str, tuple[str | dict[str, Any], str, tuple[str, str, tuple[str, ...
         "t5", "decoder.embed_tokens encoder.embed_tokens shared",
         ("shared.weight", LM, ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight"), False, True),
     ),
+    **{  # what models call it
+        name: ({"tie_word_embeddings": True}, f"layers.0.{name} {name}", (f"{name}.weight", LM, (), False, True))
+        for name in (
+            "model.shared", "model.embed_tokens", "transformer.wte", "bert.embeddings.word_embeddings",
+            "gpt_neox.embed_in", "transformer.tokens_embed", "model.tok_embeddings", "transformer.word_embedding",
+            "backbone.embeddings", "transformer.embeddings", "transformer.w",
+        )
+    },
     "unknown": ("strange", "model.embed_tokens", ("model.embed_tokens.weight", LM, (), False, False)),
     "unknown, and stored": ({}, "model.embed_tokens x.lm_head", ("model.embed_tokens.weight", f"x.{LM}", (), True, False)),
     "a model in a model": (
@@ -360,7 +368,7 @@ def test_a_head_that_is_stored_as_well(stored: str, tmp_path: Path) -> None:
         wte = tensors["transformer.wte.weight"]
         tensors["lm_head.weight"] = wte.clone() if stored == "equal" else torch.randn_like(wte)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    for way in ("embedding", "head", "tokens", "saved embedding"):
+    for way in ("embedding", "head", "tokens", "saved embedding", "tied", "saved, tied"):
         expected = trained(base, tmp_path / way, **ways(*names)[way])
         assert_merged(base, tmp_path / way, expected, tmp_path)
 
@@ -395,6 +403,29 @@ def test_what_is_not_known_is_refused(
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     adapterkit.merge(base, [tmp_path / "embedding"], tmp_path / "untied")
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "strange"}])
+@pytest.mark.parametrize("where", ["model.embed_tokens", "lm_head"])
+def test_two_tensors_of_which_nothing_says_that_they_are_one(
+    config: dict[str, Any],
+    where: str,
+    make_base: Callable[..., Path],
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Equal or not, each is changed by itself, and the config stays: transformers does not tie them either."""
+    weight, (A, B) = torch.randn(16, 8), (torch.randn(4, 16), torch.randn(8, 4))
+    embedding = {f"{where}.lora_embedding_A": A, f"{where}.lora_embedding_B": B}
+    both = {"model.embed_tokens.weight": weight, "lm_head.weight": weight.clone()}
+    adapter = make_adapter(embedding if where != "lm_head" else {"lm_head.lora_A.weight": B.T.contiguous(), "lm_head.lora_B.weight": A.T.contiguous()}, "a")  # fmt: skip
+    result = adapterkit.merge(make_base(both, config), [adapter], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    exact = weight + 1.5 * (B @ A).T.double()
+    torch.testing.assert_close(merged[f"{where}.weight"].double(), exact, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in both.items() if name != f"{where}.weight")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert not any("ties" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("copies", [False, True])

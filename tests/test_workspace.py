@@ -147,6 +147,32 @@ def test_a_folder_that_another_run_took_for_a_dead_ones(
     work.close()
 
 
+def test_a_mark_is_for_its_user_alone(tmp_path: Path) -> None:
+    """Whatever the mask: what another can open, another can lock."""
+    before = os.umask(0)
+    try:
+        work = Workspace.create(tmp_path, Mark("out"))
+    finally:
+        os.umask(before)
+    assert [(work.path / name).stat().st_mode & 0o7777 for name in (".", MARK)] == [0o1700, 0o600]
+    work.close()
+
+
+def test_what_goes_away_meanwhile_need_not_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of an old output, and a mark that could not be written: the error is that of the disk."""
+    remove(tmp_path / "gone")
+
+    def fsync(_: int) -> None:
+        [mark] = tmp_path.glob(f".adapterkit-*/{MARK}")
+        mark.unlink()
+        raise IO
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(AdapterkitError, match="out: Input/output error"):
+        made(tmp_path / "out", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("owner", [os, fcntl], ids=["fsync", "flock"])
 def test_a_workspace_that_cannot_be_marked_is_not_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any
