@@ -22,7 +22,7 @@ from tiny import save_tiny_model
 from adapterkit import loading, tokenizer_program, tokenizing
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.data import rendering, unpacking
-from adapterkit.errors import FormatError
+from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.loading import harmless, load_causal, load_tokenizer, quiet
 from adapterkit.tokenizing import decoded, tokenized
 
@@ -109,15 +109,23 @@ def test_no_code_is_run_and_nothing_is_asked(
             assert "trust_remote_code" not in message
 
 
-def test_a_tokenizer_of_its_own_code_is_refused(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    proof = text.with_name("proof")
-    write_code(model, proof)
-    change(model / "config.json", model_type="gpt_neox")  # which names no class of tokenizers
-    change(model / "tokenizer_config.json", tokenizer_class="T")
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("kind", ["gpt_neox", "vit"])
+def test_the_code_of_a_tokenizer_is_not_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, elsewhere: bool
+) -> None:
+    """Neither what lies beside it nor what it names by its place; refused where transformers has none for the model."""
+    write_code(model, proof := tmp_path / "proof")
+    change(model / "config.json", model_type=kind)
+    named = f"{model}--canary.T" if elsewhere else "canary.T"
+    change(model / "tokenizer_config.json", tokenizer_class="T", auto_map={"AutoTokenizer": [named, named]})
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
-    result = adapterkit("eval", model, text)
+    if kind == "vit":
+        with pytest.raises(UnsafeFileError, match=r"^\S+/model/tokenizer_config.json: needs the tokenizer's own code"):
+            load_tokenizer(open_checkpoint(model))
+    else:
+        assert load_tokenizer(open_checkpoint(model))("w1 w5")["input_ids"]
     assert not proof.exists() and sys.stdin.read(1) == "y"
-    assert result.code != 0 and "trust_remote_code" not in result.err
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -262,6 +270,29 @@ def test_a_config_keeps_all_but_what_loads_more() -> None:
     }  # fmt: skip
     left = {"hidden_size": 8, "attn_implementation": "sdpa", "layers": [{"a": None}], "note": "org/kernel"}
     assert harmless(config) == left | {"text_config": {"dim": 4}}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_transformers_gets_to_see(several: bool, model: Path) -> None:
+    """Links to the checked weights, and copies of what tokenizers of any kind are made of; nothing else."""
+    if several:
+        shards(model)
+    weights = {file.name for file in model.glob("model*.safetensors")}
+    kinds = ("merges.txt", "spiece.model", "t.jinja", "bpe.codes", "source.spm", "q.tiktoken", "t.tokenizer", "b.vocab")
+    for name in (*kinds, "notes.md", "data.bin", "code.py", "additional_chat_templates/a.jinja", "more/merges.txt"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(name)
+    with loading._folder_for(open_checkpoint(model)) as folder:
+        seen = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert seen == {
+            *(path.name for path in model.glob("*.json")),
+            *weights,
+            *kinds,
+            "additional_chat_templates/a.jinja",
+        }
+        assert {path.name for path in folder.rglob("*") if path.is_symlink()} == weights
+        assert all((folder / name).read_text() == name for name in kinds)
+    assert not folder.exists()
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
