@@ -368,9 +368,25 @@ def test_a_head_that_is_stored_as_well(stored: str, tmp_path: Path) -> None:
         wte = tensors["transformer.wte.weight"]
         tensors["lm_head.weight"] = wte.clone() if stored == "equal" else torch.randn_like(wte)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    for way in ("embedding", "head", "tokens", "saved embedding", "tied", "saved, tied"):
+    for way in ("embedding", "head", "tokens", "saved embedding"):
         expected = trained(base, tmp_path / way, **ways(*names)[way])
         assert_merged(base, tmp_path / way, expected, tmp_path)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_head_that_is_the_embedding_follows_its_factors(stored: bool, tmp_path: Path) -> None:
+    """With `ensure_weight_tying` PEFT takes the embedding's factors for the head, where a file has no others."""
+    names = save_base("gemma", base := tmp_path / "base")
+    if stored:
+        tensors = load_file(base / "model.safetensors")
+        head = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors", {"format": "pt"})
+    trained(base, tmp_path / "adapter", **ways(*names)["tied"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "lm_head" not in name}, file)
+    with warnings.catch_warnings(action="ignore"):
+        expected = logits(PeftModel.from_pretrained(opened(base), tmp_path / "adapter").eval())
+    assert_merged(base, tmp_path / "adapter", expected, tmp_path)
 
 
 def test_an_adapter_that_touches_neither_leaves_the_tie_alone(
