@@ -534,7 +534,7 @@ def test_every_shape_of_a_secret_at_every_place(what: str) -> None:
                     assert (find_secret(io.BytesIO(data)) or [None])[0] == what, (secret, form, pad)
 
 
-@pytest.mark.parametrize("token", [b"hf_writer", b"a token, of a strange shape and with spaces", b"A" * 40])
+@pytest.mark.parametrize("token", [b"hf_writer", b"a token, of a strange shape and with spaces", b"SeventeenLettersA"])
 def test_the_token_of_this_machine_is_found_whatever_its_shape(token: bytes) -> None:
     known, what = (b"another token", token), "the token of this machine"
     for at in (0, 1, 7, 8, 500, secrets.CHUNK - 3, secrets.CHUNK):
@@ -543,10 +543,18 @@ def test_the_token_of_this_machine_is_found_whatever_its_shape(token: bytes) -> 
             assert find_secret(io.BytesIO(data), known) == (what, at), at
             assert find_secret(io.BytesIO(data)) is None
     assert find_secret(io.BytesIO(token[:-1]), known) is None
-    for pad in range(4 * (token.isalpha())):  # UTF-16, where enough of it is side by side
+    for pad in range(16 * token.isalpha()):  # UTF-16, from where just enough of it is side by side
         for form in ("utf-16-le", "utf-16-be"):
-            data = b"\xff" * pad + token.decode().encode(form)
+            data = b"\xff" * pad + token.decode().encode(form) + b"\xff" * 20
             assert find_secret(io.BytesIO(data), known) == (what, pad + (form == "utf-16-be"))
+
+
+def test_a_login_is_looked_for_in_text_alone() -> None:
+    """Which has no zeros, and may have other control characters."""
+    [login] = SECRETS["a login of .netrc"]
+    for first in range(256):
+        found = find_secret(io.BytesIO(bytes([first]) + login.encode()))
+        assert found == (("a login of .netrc", 1) if first else None)
 
 
 LONG = "Ab1" * 40
