@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapterkit.version import __version__
+__version__ = "0.1.0"
 
 TYPE_CHECKING = (
     False  # as `typing` has it, which takes as long to import as all else that comes before ctrl-C is handled

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
+from adapterkit.errors import FitError
 from adapterkit.stamps import Stamp
 from adapterkit.tensorfile import TensorInfo, tensor_bytes
 
@@ -176,3 +177,25 @@ class Adapter:
         yield from self.replaced.values()
         for _, delta in self.tokens.values():
             yield delta
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One adapter of a merge: opened, how much of it, and what to call it in messages and in the card."""
+
+    adapter: Adapter
+    weight: float = 1.0
+    label: str = "the adapter"
+    path: Path | None = None  # the file or directory that it was opened from
+
+
+def refuse_broken(one: Given) -> None:
+    fatal = [problem for problem in one.adapter.problems if problem.fatal]
+    if fatal:
+        more = f" (and {len(fatal) - 1} more: see adapterkit inspect)" if len(fatal) > 1 else ""
+        raise FitError(f"{one.label}: {fatal[0]}{more}")
+    if one.adapter.unread:
+        names = ", ".join(info.name for info in one.adapter.unread[:3])
+        raise FitError(f"{one.label}: {len(one.adapter.unread)} tensors that no reader knows what to do with: {names}")
+    if not (one.adapter.modules or one.adapter.replaced or one.adapter.tokens):
+        raise FitError(f"{one.label}: holds no weights at all")

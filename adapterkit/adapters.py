@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from adapterkit.adapter import Given
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.combining import Combined, ModuleDone, Planned, check_limit
 from adapterkit.combining import combine as run_combine
 from adapterkit.comparing import Pair
 from adapterkit.comparing import compare as run_compare
 from adapterkit.converting import rescale, to_dora, to_lora
-from adapterkit.digest import check_cached
 from adapterkit.errors import UsageError
 from adapterkit.extracting import extract as run_extract
+from adapterkit.hub_cache import check_cached
 from adapterkit.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, open_one
 from adapterkit.lowrank import Limit
 from adapterkit.newadapter import write_adapter
-from adapterkit.plan import Given, inputs_of
+from adapterkit.plan import inputs_of
 from adapterkit.staging import Destination
 
 KINDS = ("dora", "lora", "rslora")

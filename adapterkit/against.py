@@ -11,8 +11,8 @@ import torch
 
 from adapterkit.adapter import Adapter
 from adapterkit.based import reader
-from adapterkit.changes import explain, place
 from adapterkit.checkpoint import Checkpoint
+from adapterkit.placement import explain, place
 from adapterkit.quant import Packed, weights
 from adapterkit.targets import Fit, Target
 from adapterkit.tensorfile import TensorInfo

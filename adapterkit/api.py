@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from adapterkit.budget import default_threads
 from adapterkit.checkpoint import Checkpoint
-from adapterkit.digest import check_cached
 from adapterkit.errors import UsageError
 from adapterkit.hub import hub_id, outlines, resolve
+from adapterkit.hub_cache import check_cached
 from adapterkit.inputs import AnyAdapters, AnyPath, number, open_adapters, open_base, renaming, weighted
 from adapterkit.plan import MergePlan, inputs_of
 from adapterkit.planning import DTYPES, make_plan

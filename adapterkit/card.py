@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
+from adapterkit import __version__
+from adapterkit.adapter import Given
 from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, Checkpoint
-from adapterkit.digest import HASH_BYTES
 from adapterkit.errors import UnsafeFileError
-from adapterkit.opening import files_below, kind_of, open_inside
-from adapterkit.plan import Given, Hashes, MergePlan, total_size
-from adapterkit.receipt import BEFORE, FOLDER, Companions, as_json, encode, find_receipt, folder_of, public_name
-from adapterkit.staging import RECEIPT, RECORD
-from adapterkit.version import __version__
-from adapterkit.words import counted, markdown
+from adapterkit.hub.names import public_name
+from adapterkit.opening import files_below, kind_of
+from adapterkit.plan import Hashes, MergePlan, total_size
+from adapterkit.receipt import Companions, as_json, encode, find_receipt, folder_of
+from adapterkit.staging import BEFORE, FOLDER, RECEIPT, RECORD
+from adapterkit.words import counted, file_rows, markdown
+from adapterkit.writing import copy_file, write_bytes, write_json, write_text
 
 README = "README.md"
 REPLACED = (README, RECORD, RECEIPT, CONFIG)  # and the index
@@ -161,45 +161,5 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
     return "\n".join(lines) + "\n"
 
 
-def file_rows(name: str, weight: str, digests: Mapping[str, str]) -> list[str]:
-    """The rows of a part's files in the table of a card."""
-    return [f"| {markdown(name)} | {weight} | {markdown(file)} | `{digest}` |" for file, digest in digests.items()]
-
-
 def _weighted(one: Given) -> str:
     return one.label if one.weight == 1 else f"{one.weight:g} · {one.label}"
-
-
-def copy_file(source: Path, name: str, target: Path) -> str:
-    """Copy the regular file `name` of the folder `source` to `target` and flush it to the disk; returns its SHA-256.
-
-    No link below `source` is followed, not of a folder either, except those of the Hub cache to its own blobs.
-    """
-    digest = hashlib.sha256()
-    with open_inside(source, name) as stream:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "wb") as copy:
-            while piece := stream.read(HASH_BYTES):
-                digest.update(piece)
-                copy.write(piece)
-            copy.flush()
-            os.fsync(copy.fileno())
-    return digest.hexdigest()
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object and flush it to the disk."""
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write `text` and flush it to the disk."""
-    write_bytes(file, text.encode("utf-8", "backslashreplace"))  # paths need not be UTF-8
-
-
-def write_bytes(file: Path, data: bytes) -> None:
-    """Write `data` and flush it to the disk."""
-    with open(file, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from adapterkit.adapter import Adapter
+from adapterkit.adapter import Given
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError
-from adapterkit.plan import Addition, Delta, Given, Replacement
-from adapterkit.quant import SUPPORTED
+from adapterkit.placement import DEQUANTIZED, refuse_overlaps
+from adapterkit.plan import Addition, Delta, Replacement
 from adapterkit.quant.unread import unread_scheme
-from adapterkit.renames import explain_missing
-from adapterkit.targets import Fit, fit
+from adapterkit.targets import Fit
 from adapterkit.tensorfile import FLOAT_DTYPES, Weight
-
-DEQUANTIZED = f"what can be dequantized is {SUPPORTED}. Merge into the 16-bit original it was made from."
 
 
 @dataclass
@@ -44,33 +40,6 @@ class Changes:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def refuse_broken(one: Given) -> None:
-    fatal = [problem for problem in one.adapter.problems if problem.fatal]
-    if fatal:
-        more = f" (and {len(fatal) - 1} more: see adapterkit inspect)" if len(fatal) > 1 else ""
-        raise FitError(f"{one.label}: {fatal[0]}{more}")
-    if one.adapter.unread:
-        names = ", ".join(info.name for info in one.adapter.unread[:3])
-        raise FitError(f"{one.label}: {len(one.adapter.unread)} tensors that no reader knows what to do with: {names}")
-    if not (one.adapter.modules or one.adapter.replaced or one.adapter.tokens):
-        raise FitError(f"{one.label}: holds no weights at all")
-
-
-def place(
-    adapter: Adapter, tensors: Mapping[str, Weight], base: Checkpoint, rename: tuple[str, str] | None = None
-) -> Fit:
-    """Where `adapter` lands, as `targets.fit` finds it.
-
-    Raises FitError, which names the scheme where the base is quantized by one that is not read.
-    """
-    try:
-        return fit(adapter, tensors, base.config, rename)
-    except FitError as error:
-        if scheme := unread_scheme(tensors, base.quantization):
-            raise FitError(f"{base.path}: is quantized ({scheme}); {DEQUANTIZED}") from error
-        raise
-
-
 def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, changes: Changes) -> None:
     """The tensor can be computed with, and no two modules of one adapter, nor two replacements, meet in it."""
     info = tensors.get(name)
@@ -94,34 +63,6 @@ def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, cha
             raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
 
 
-def missing(one: Given, found: Fit, base: Checkpoint, tensors: Mapping[str, Weight], allow_partial: bool) -> list[str]:
-    """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
-    landed = found.targets or found.replaced or found.tokens
-    if found.missing and (scheme := unread_scheme(tensors, base.quantization)):
-        raise FitError(f"{base.path}: is quantized ({scheme}); {DEQUANTIZED}")
-    if found.missing and not (allow_partial and landed):
-        raise FitError(
-            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base.name}: "
-            f"{explain(one.adapter, found, tensors, base.config)}"
-        )
-    return [f"{one.label}: {name}" for name in found.missing]
-
-
-def explain(adapter: Adapter, found: Fit, tensors: Mapping[str, Weight], config: Mapping[str, Any]) -> str:
-    """Why names have no place, with a rename that was tried and gives everything one, if there is such."""
-
-    def fits(rename: tuple[str, str]) -> bool:
-        try:
-            places = fit(adapter, tensors, config, rename)
-            gather(0, Given(adapter), places)
-        except FitError:
-            return False
-        saved = ((adapter.replaced[name], tensors.get(at)) for name, at in places.replaced.items())
-        return not places.missing and all(base is None or base.shape == value.shape for value, base in saved)
-
-    return explain_missing(found.missing, tensors, fits)
-
-
 def drift_note(one: Given, found: Fit) -> list[str]:
     renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.drift.items())
     prefix = f"{one.label}: names its modules by another prefix than the base; matched by "
@@ -137,25 +78,17 @@ def idle_note(one: Given) -> list[str]:
     return [f"{one.label}: {len(idle)} of {len(modules)} modules have an alpha of 0 and change nothing"] if idle else []
 
 
-def _count(adapter: Adapter) -> str:
-    return f"{len(adapter.modules) + len(adapter.replaced) + len(adapter.tokens)} modules and tensors"
-
-
 # --- gathering -------------------------------------------------------------------------------------------------------
 
 
 def gather(number: int, one: Given, found: Fit) -> Changes:
     """What the adapter of that `number` changes; two of its modules in the same rows are refused."""
     changes = Changes()
-    taken: dict[str, list[tuple[tuple[int, int] | None, str]]] = defaultdict(list)
-    for module, places in found.targets.items():
+    refuse_overlaps(one.label, found)
+    for module, targets in found.targets.items():
         weights = one.adapter.modules[module]
-        for place in places:
-            for rows, other in taken[place.tensor]:
-                if rows is None or place.rows is None or (rows[0] < place.rows[1] and place.rows[0] < rows[1]):
-                    raise FitError(f"{one.label}: {other} and {module} both land in {place.tensor}")
-            taken[place.tensor].append((place.rows, module))
-            changes.deltas[place.tensor].append(Delta(number, module, weights, one.weight, place))
+        for target in targets:
+            changes.deltas[target.tensor].append(Delta(number, module, weights, one.weight, target))
         if module in found.biases:
             bias = weights.bias
             assert bias is not None

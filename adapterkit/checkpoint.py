@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.jsonfile import read_json
 from adapterkit.opening import blob_of, files_below
-from adapterkit.staging import RECEIPT
+from adapterkit.staging import MAX_NAME_BYTES, RECEIPT
 from adapterkit.stamps import Stamp, stamps_of
-from adapterkit.tensorfile import Header, TensorInfo, read_header, read_json
+from adapterkit.tensorfile import Header, TensorInfo, read_header
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_NAME_BYTES = 255  # of a file, on every common file system
 # Weights in other formats: never copied along, since they would still hold the unmerged model.
 OTHER_WEIGHTS = (
     ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".ot", ".npz", ".tflite",

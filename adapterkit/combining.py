@@ -11,15 +11,13 @@ from numbers import Integral, Real
 
 import torch
 
-from adapterkit.adapter import Adapter, LazyTensor, LoraWeights, load_weights
-from adapterkit.changes import refuse_broken
+from adapterkit.adapter import Adapter, Given, LazyTensor, LoraWeights, load_weights, refuse_broken
 from adapterkit.elementwise import Dense, combined
 from adapterkit.errors import FitError, UsageError
 from adapterkit.factored import METHODS as FACTORED
 from adapterkit.factored import Part
 from adapterkit.lowrank import Decomposition, Limit, Product, decompose, inner, stacked, tails
 from adapterkit.methods import INNERS, METHODS, Options
-from adapterkit.plan import Given
 from adapterkit.sketch import sketch
 from adapterkit.wholes import RULES, combine_wholes
 

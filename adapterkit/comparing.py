@@ -9,12 +9,11 @@ from itertools import combinations
 
 import torch
 
-from adapterkit.changes import refuse_broken
+from adapterkit.adapter import Given, refuse_broken
 from adapterkit.combining import batches, check_fit, parts_of, relative_error
 from adapterkit.errors import FitError, UsageError
 from adapterkit.factored import Part
 from adapterkit.lowrank import Product, added, decompose, inner, overlaps
-from adapterkit.plan import Given
 from adapterkit.summary import layer_of, target_of
 
 SAMPLED_ROWS = 32  # of each Δ, for the signs of its elements

@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import torch
 
-from adapterkit.adapter import Adapter, LazyTensor, LoraWeights, load_weights
+from adapterkit.adapter import Adapter, Given, LazyTensor, LoraWeights, load_weights, refuse_broken
 from adapterkit.based import Piece, pieces
-from adapterkit.changes import place, refuse_broken
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.combining import Combined, ModuleDone, Planned, best_of, weights_of
 from adapterkit.errors import FitError, UsageError
 from adapterkit.lowrank import Limit, Product, decompose
-from adapterkit.plan import Given
+from adapterkit.placement import place
 from adapterkit.quant import weights as weights_in
 from adapterkit.renames import explain_missing
 from adapterkit.sketch import Matrix, sketch

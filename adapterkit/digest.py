@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import FormatError
-from adapterkit.opening import open_regular, sha256_of
+from adapterkit.opening import open_regular
 from adapterkit.plan import FilePlan
 from adapterkit.tensorfile import read_span
 
@@ -23,43 +20,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
-
-
-def check_name(file: Path, sha256: str) -> None:
-    """Raise FormatError where the Hub cache, which names weights by their SHA-256, holds other bytes as `file`."""
-    blob = Path(os.path.realpath(file))
-    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != sha256:
-        raise FormatError(
-            f"{file}: is damaged: its SHA-256 begins with {sha256[:12]}, the Hub's with {blob.name[:12]}; "
-            "`adapterkit pull` replaces it"
-        )
-
-
-def check_cached(files: Iterable[Path]) -> None:
-    """Raise FormatError where a file in the Hub cache has other bytes than the Hub names by their hash.
-
-    The cache names weights by their SHA-256, and small files by git's SHA-1. What lies elsewhere has no hash to check.
-    """
-    for file in files:
-        blob = Path(os.path.realpath(file))
-        if blob.parent.name != "blobs":
-            continue
-        if re.fullmatch("[0-9a-f]{64}", blob.name):
-            check_name(file, sha256_of(file))
-        elif re.fullmatch("[0-9a-f]{40}", blob.name):
-            if _git_name(file) != blob.name:
-                raise FormatError(
-                    f"{file}: is damaged: it has other bytes than on the Hub; `adapterkit pull` replaces it"
-                )
-        else:
-            log.warning("%s: was not checked, since the Hub names no hash of it", file)
-
-
-def _git_name(file: Path) -> str:
-    """What git calls a file by its contents."""
-    with open_regular(file) as stream:
-        begin = b"blob %d\0" % os.fstat(stream.fileno()).st_size
-        return hashlib.file_digest(stream, lambda: hashlib.sha1(begin, usedforsecurity=False)).hexdigest()
 
 
 def is_copy(plan: FilePlan) -> bool:

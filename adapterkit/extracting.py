@@ -8,15 +8,14 @@ from math import prod
 import torch
 
 from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
+from adapterkit.architectures import CONV1D_MODELS, is_linear
 from adapterkit.based import reader
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.combining import Combined, ModuleDone, Planned, best_of
 from adapterkit.errors import FitError
 from adapterkit.lowrank import Limit, Product
-from adapterkit.planning import is_linear
 from adapterkit.quant import weights as weights_in
 from adapterkit.sketch import Matrix, sketch
-from adapterkit.targets import CONV1D_MODELS
 from adapterkit.tensorfile import TensorInfo, Weight
 from adapterkit.words import counted
 

@@ -19,9 +19,9 @@ from adapterkit.hub.asking import WAITS, ask
 from adapterkit.hub.fetching import cached
 from adapterkit.hub.names import HubId, parsed
 from adapterkit.hub.remote import look, outlined
+from adapterkit.jsonfile import read_json
 from adapterkit.opening import read_whole
 from adapterkit.summary import summarize
-from adapterkit.tensorfile import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo

@@ -13,12 +13,11 @@ from numbers import Real
 from pathlib import Path
 from typing import TypeAlias
 
-from adapterkit.adapter import Adapter
+from adapterkit.adapter import Adapter, Given
 from adapterkit.checkpoint import Checkpoint, is_base, open_checkpoint
 from adapterkit.errors import UsageError
 from adapterkit.formats import holds_adapter, load
 from adapterkit.hub import hub_id, resolve
-from adapterkit.plan import Given
 from adapterkit.renames import parse_rename
 
 AnyPath: TypeAlias = str | os.PathLike[str]

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from adapterkit.adapter import Adapter, load_weights
+from adapterkit.architectures import ALWAYS
 from adapterkit.delta import Update, add_updates, update_for
 from adapterkit.device import exact_products
 from adapterkit.errors import FitError, UsageError
@@ -29,7 +30,7 @@ from adapterkit.residual import Residual, record, restore
 from adapterkit.rounding import as_bfloat16, round_once
 from adapterkit.targets import Fit, Target, fit
 from adapterkit.tensorfile import TORCH_NAMES
-from adapterkit.ties import ALWAYS, declared
+from adapterkit.ties import declared
 
 BLOCK_ELEMENTS = 1 << 22  # of a weight, at a time
 GPU_FACTOR = 4  # so many times that on a GPU, where every launch costs some µs

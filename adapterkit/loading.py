@@ -18,10 +18,10 @@ from typing import Any, cast
 
 from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, SINGLE, Checkpoint
 from adapterkit.errors import FormatError, UnsafeFileError, UsageError
+from adapterkit.jsonfile import read_json
 from adapterkit.opening import open_inside, read_up_to
 from adapterkit.quant.modules import has_scales, is_quantized
 from adapterkit.staging import errors_of
-from adapterkit.tensorfile import read_json
 from adapterkit.tokenizing import check_loading
 
 GROWN = 100  # times that a normalizer may make a text longer; of real ones a few

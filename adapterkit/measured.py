@@ -11,12 +11,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from adapterkit import __version__
 from adapterkit.adapter import Adapter
-from adapterkit.digest import check_cached
 from adapterkit.errors import FormatError
+from adapterkit.hub_cache import check_cached
 from adapterkit.opening import open_regular
 from adapterkit.summary import ModuleRow, measure
-from adapterkit.version import __version__
 
 KEPT = 500  # adapters; the oldest go
 

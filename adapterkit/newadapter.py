@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter import Adapter
-from adapterkit.card import file_rows, write_json, write_text
+from adapterkit import __version__
+from adapterkit.adapter import Adapter, Given
 from adapterkit.checkpoint import Checkpoint
-from adapterkit.digest import check_cached, check_name
 from adapterkit.formats import save
+from adapterkit.hub.names import public_name
+from adapterkit.hub_cache import check_cached, check_name
 from adapterkit.opening import open_regular
-from adapterkit.plan import Given
-from adapterkit.receipt import public_name
 from adapterkit.staging import ADAPTER_RECORD, Destination, staged
 from adapterkit.stamps import check_unchanged
-from adapterkit.version import __version__
-from adapterkit.words import markdown
+from adapterkit.words import file_rows, markdown
+from adapterkit.writing import write_json, write_text
 
 
 def write_adapter(

@@ -16,9 +16,10 @@ from adapterkit.digest import OutputDigest, is_copy
 from adapterkit.opening import descriptor_of
 from adapterkit.outfile import LinkedFile, OutputFile
 from adapterkit.plan import Edit, FilePlan, MergePlan, Recorded
-from adapterkit.receipt import FOLDER, sidecar_name, undoable
+from adapterkit.receipt import sidecar_name, undoable
 from adapterkit.resuming import Done
 from adapterkit.sidecar import GAINS, LARGEST, NUMBERS, SidecarWriter, entry, kept, not_in_output
+from adapterkit.staging import FOLDER
 from adapterkit.tensorfile import Header, tensor_bytes
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
+from adapterkit.adapter import Given, LazyTensor, LoraWeights
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.quant import Packed, Packing
 from adapterkit.staging import Destination
@@ -19,16 +19,6 @@ from adapterkit.stamps import Stamp
 from adapterkit.targets import Target
 from adapterkit.tensorfile import DTYPE_BITS, TensorInfo
 from adapterkit.workspace import receipt_of
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """One adapter of a merge: opened, how much of it, and what to call it in messages and in the card."""
-
-    adapter: Adapter
-    weight: float = 1.0
-    label: str = "the adapter"
-    path: Path | None = None  # the file or directory that it was opened from
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,30 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from adapterkit.changes import (
-    DEQUANTIZED,
-    Changes,
-    check_target,
-    drift_note,
-    gather,
-    idle_note,
-    ledger_of,
-    missing,
-    place,
-    refuse_broken,
-)
+from adapterkit import __version__
+from adapterkit.adapter import Given, refuse_broken
+from adapterkit.architectures import CONV1D_MODELS, HEAD_MODULES, is_linear
+from adapterkit.changes import Changes, check_target, drift_note, gather, idle_note, ledger_of
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.errors import FitError, UsageError
+from adapterkit.following import follow, refuse_shared
 from adapterkit.layout import Entry, lay_out
-from adapterkit.plan import Given, MergePlan
+from adapterkit.placement import DEQUANTIZED, missing, place
+from adapterkit.plan import MergePlan
 from adapterkit.quant import KINDS, Packed, Packing, Quantize, Rounding, weights
 from adapterkit.quant.choose import NEAREST
 from adapterkit.quant.packed import float_dtype
 from adapterkit.staging import MADE_BY
-from adapterkit.targets import CONV1D_MODELS, HEAD_MODULES, Fit
+from adapterkit.targets import Fit
 from adapterkit.tensorfile import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
-from adapterkit.ties import INPUT_EMBEDDINGS, Tie, follow, refuse_shared, tie_of, undecided
-from adapterkit.version import __version__
+from adapterkit.ties import Tie, tie_of, undecided
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -232,19 +225,6 @@ def _with_nested(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]
 
 
 # --- quantized output ------------------------------------------------------------------------------------------------
-
-# Not linear layers, though their weights are matrices; and heads, which transformers leaves as they are.
-NOT_LINEAR = (
-    *INPUT_EMBEDDINGS, "wpe.weight", "position_embeddings.weight", "token_type_embeddings.weight",
-    "embed_positions.weight", "relative_attention_bias.weight", "lm_head.weight", "embed_out.weight", "score.weight",
-    "classifier.weight",
-)  # fmt: skip
-
-
-def is_linear(name: str, weight: Weight) -> bool:
-    """Whether a tensor is the weight of a linear layer that transformers would quantize."""
-    matrix = weight.dtype in FLOAT_DTYPES and len(weight.shape) == 2 and 0 not in weight.shape
-    return matrix and name.endswith(".weight") and not name.endswith(NOT_LINEAR)
 
 
 def _same(base: Checkpoint, tensors: Mapping[str, Weight]) -> str:

@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import __version__
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.opening import open_regular
 from adapterkit.staging import Destination, staged
 from adapterkit.summary import ModuleRow, grid
-from adapterkit.version import __version__
 from adapterkit.words import visible
 
 if TYPE_CHECKING:

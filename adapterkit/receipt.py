@@ -17,18 +17,17 @@ from pathlib import Path
 from sys import float_info
 from typing import Any
 
-from adapterkit.checkpoint import MAX_NAME_BYTES
+from adapterkit import __version__
 from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.hub.names import public_name
+from adapterkit.jsonfile import parse_json, read_json
 from adapterkit.opening import sha256_of
 from adapterkit.plan import Delta, Edit, Hashes, MergePlan
-from adapterkit.staging import RECEIPT, receipts_aside
+from adapterkit.staging import FOLDER, MAX_NAME_BYTES, RECEIPT, receipts_aside
 from adapterkit.targets import Target
-from adapterkit.tensorfile import FLOAT_DTYPES, parse_json, read_json
-from adapterkit.version import __version__
+from adapterkit.tensorfile import FLOAT_DTYPES
 from adapterkit.workspace import receipt_of
 
-FOLDER = "adapterkit_receipt"
-BEFORE = f"{FOLDER}/before"
 FORMAT = 2
 # What a dtype can hold of others, bit for bit.
 HOLDS = {"BF16": ("BF16",), "F16": ("F16",), "F32": ("F32", "BF16", "F16"), "F64": FLOAT_DTYPES}
@@ -160,11 +159,6 @@ def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str
             for header, file in zip(plan.base.shards, plan.files, strict=True)
         ],
     }  # fmt: skip
-
-
-def public_name(name: str | None) -> str | None:
-    """`name` where it is a Hub id; a local path, which would leak directory names, is none."""
-    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") else None
 
 
 def encode(facts: Mapping[str, Any]) -> bytes:

@@ -5,31 +5,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapter import Adapter
+from adapterkit.adapter import Adapter, Given
 from adapterkit.checkpoint import Checkpoint, open_checkpoint
-from adapterkit.errors import FitError, UsageError
-from adapterkit.hub import resolve
+from adapterkit.errors import AdapterkitError, FitError, UsageError
+from adapterkit.formats import load
+from adapterkit.hub import is_hub_id, resolve
 from adapterkit.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
-from adapterkit.plan import Given, MergePlan, inputs_of
-from adapterkit.receipt import find_receipt, read_receipt
-from adapterkit.staging import Destination, staged
+from adapterkit.opening import open_regular
+from adapterkit.plan import MergePlan, inputs_of
+from adapterkit.receipt import Receipt, find_receipt, read_receipt
+from adapterkit.staging import BEFORE, RECEIPT, Destination, staged
+from adapterkit.stamps import Stamp, stamps_of
 from adapterkit.stream import Merged, run
-from adapterkit.unmerging import (
-    check_fits,
-    find_adapters,
-    levels,
-    opened,
-    plan_copy,
-    plan_subtraction,
-    plan_undo,
-    sort_by_level,
-)  # fmt: skip
+from adapterkit.unmerging import check_fits, plan_copy, plan_subtraction, plan_undo
+from adapterkit.words import argument, command
 
 if TYPE_CHECKING:
     import torch
@@ -136,3 +135,106 @@ def _run(plan: MergePlan, threads: int | None, device: str | torch.device) -> Me
     *_, result = run(plan, threads=threads, device=device)
     assert isinstance(result, Merged)
     return result
+
+
+def levels(merged: Path) -> list[Receipt]:
+    """The receipts of all merges that are to be undone one after the other, the last merge first."""
+    found, folder = [], find_receipt(merged)
+    while folder is not None:
+        found.append(read_receipt(folder))
+        folder = folder / BEFORE if (folder / BEFORE / RECEIPT).is_file() else None
+    return found
+
+
+def sort_by_level(receipts: Sequence[Receipt], offered: Sequence[Adapter]) -> list[list[Adapter]]:
+    """Which of the adapters each of the receipts names. Raises FitError where one is named by none."""
+    found: list[list[Adapter]] = [[] for _ in receipts]
+    for adapter in offered:
+        hashes = hashes_of(adapter)
+        named = [any(set(one.files.values()) == hashes for one in receipt.adapters) for receipt in receipts]
+        if not any(named):
+            names = ", ".join(one.name for receipt in receipts for one in receipt.adapters)
+            raise FitError(
+                f"{adapter.files[0].parent}: is not what was merged, by its SHA-256; the receipt names {names}. "
+                "--approximate subtracts it nevertheless."
+            )
+        for level, here in zip(found, named, strict=True):
+            level += [adapter] if here else []
+    return found
+
+
+def find_adapters(receipt: Receipt, offered: Sequence[Adapter], near: Path) -> list[Adapter]:
+    """The adapters of the receipt, in its order: of those `offered`, else by name beside `near`, here, or on the Hub.
+
+    Raises FitError where one is none of these, where one that is offered was not merged, or only some are offered.
+    """
+    sort_by_level([receipt], offered)
+    _refuse_some(receipt, [hashes_of(adapter) for adapter in offered])
+    found = []
+    for one in receipt.adapters:
+        hashes = set(one.files.values())
+        candidates = chain(offered, _by_name(one.name, near))
+        here = next((adapter for adapter in candidates if hashes_of(adapter) == hashes), None)
+        if here is None:
+            digests = ", ".join(f"{name} {digest[:12]}…" for name, digest in one.files.items())
+            raise FitError(
+                f"{one.name}: undoing the merge needs this adapter ({digests}), and it is neither beside {near.name} "
+                "nor here: name it with --adapter"
+            )
+        found.append(here)
+    return found
+
+
+def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
+    """Raise FitError where some, but not all, of the adapters are named: one alone cannot be taken out exactly."""
+    named = [one for one in receipt.adapters if set(one.files.values()) in offered]
+    others = [one for one in receipt.adapters if one not in named]
+    if named and others:
+        which = {number for number, one in enumerate(receipt.adapters) if one in named}
+        parts = [{part.adapter for part in parts} for shard in receipt.shards for _, parts in shard.tensors]
+        shared, touched = (
+            sum(bool(here & which and here - which) for here in parts),
+            sum(bool(p & which) for p in parts),
+        )
+        names, rest = (" and ".join(one.name for one in some) for some in (named, others))
+        again = command(["adapterkit", "merge", "OUT", *(argument(f"{one.name}:{one.weight}") for one in others)])
+        raise FitError(
+            f"{names}: was merged together with {rest}, and {shared} of its {touched} tensors were rounded with both "
+            f"in them: what is exact is to take all out. Name all with --adapter, or none, and merge the rest again: "
+            f"{again}"
+        )
+
+
+def opened(path: Path) -> Adapter:
+    """An adapter whose scalings stand in a receipt, so that without a config it need not be told."""
+    try:
+        return load(path)
+    except UsageError:
+        return load(path, scaling=1.0)
+
+
+def hashes_of(adapter: Adapter) -> set[str]:
+    """The SHA-256 of the files of an adapter."""
+    return {_sha256(file, stamp) for file, stamp in stamps_of(adapter.files).items()}
+
+
+@cache
+def _sha256(file: Path, _: Stamp) -> str:
+    """Of a file in that state."""
+    with open_regular(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _by_name(name: str, near: Path) -> Iterator[Adapter]:
+    """Adapters that can be the one of that name, with or without the number that told it from its namesakes."""
+    names = dict.fromkeys((name, re.sub(r" #\d+$", "", name)))
+    plain = [last for one in names if (last := one.rpartition("/")[2]) not in ("", ".", "..")]
+    places = [folder / one for one in plain for folder in (near.absolute().parent, Path.cwd())]
+    for place in dict.fromkeys(places):
+        if os.path.exists(place):  # Path.exists raises for names that are too long
+            try:
+                yield opened(place)
+            except AdapterkitError:
+                continue
+    for one in filter(is_hub_id, names):
+        yield opened(resolve(one))

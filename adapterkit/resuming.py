@@ -13,13 +13,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit import __version__
 from adapterkit.errors import AdapterkitError
+from adapterkit.jsonfile import read_json
 from adapterkit.opening import open_regular
 from adapterkit.plan import FilePlan, MergePlan
-from adapterkit.receipt import FOLDER, sidecar_name, with_ending
-from adapterkit.staging import flush
-from adapterkit.tensorfile import read_json
-from adapterkit.version import __version__
+from adapterkit.receipt import sidecar_name, with_ending
+from adapterkit.staging import FOLDER, flush
 from adapterkit.workspace import remove
 
 NOTES = ".adapterkit_progress"  # a folder beside the shards, which goes when all are done

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adapterkit.errors import FormatError
+from adapterkit.jsonfile import MAX_HEADER_BYTES
 from adapterkit.plan import FilePlan, Recorded
-from adapterkit.tensorfile import DTYPE_BITS, MAX_HEADER_BYTES, Header, TensorInfo, encode_header, parse_header
+from adapterkit.tensorfile import DTYPE_BITS, Header, TensorInfo, encode_header, parse_header
 
 HEADER = "header"
 GAINS, NUMBERS = ".gains", ".numbers"  # beside an entry

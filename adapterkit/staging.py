@@ -26,7 +26,7 @@ ADAPTER_RECORD = "adapterkit_adapter.json"
 RECEIPT = "adapterkit_receipt.json"
 TRAINING_RECORD = "adapterkit_training.json"
 MADE_BY = "adapterkit"  # in the metadata of every .safetensors file that is an output by itself
-MAX_NAME_BYTES = 255
+MAX_NAME_BYTES = 255  # of a file, on Linux
 
 
 def is_made_by_us(path: Path) -> bool:
@@ -277,3 +277,7 @@ def flush(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+FOLDER = "adapterkit_receipt"
+BEFORE = f"{FOLDER}/before"

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from adapterkit.budget import check_device, check_loss, check_space, default_threads, warnings_of
 from adapterkit.card import companions_of, finish_merge
 from adapterkit.desk import Desk
-from adapterkit.digest import HASH_BYTES, check_name
+from adapterkit.digest import HASH_BYTES
 from adapterkit.errors import ChangedError
+from adapterkit.hub_cache import check_name
 from adapterkit.outfile import LinkedFile
 from adapterkit.outputs import Block, Digest, EditWork, Output
 from adapterkit.plan import Edit, Hashes, MergePlan

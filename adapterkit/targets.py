@@ -11,63 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
+from adapterkit.architectures import CONV1D_MODELS, CONV1D_NAMES, DRIFTS, FUSED, HEAD_MODULES, PER_EXPERT, SEGMENTS
 from adapterkit.errors import FitError
 from adapterkit.renames import apply_rename
 from adapterkit.tensorfile import Weight
-
-# --- the tables ------------------------------------------------------------------------------------------------------
-
-# Prefixes that differ between the model in memory and the checkpoint on disk; the first row with which every module
-# lands is taken. Each row maps the adapter's prefix to the base's, the longest first.
-DRIFTS: tuple[dict[str, str], ...] = (
-    {},
-    {"": "model."},
-    {"model.": ""},
-    {"": "transformer."},
-    {"transformer.": ""},
-    {"model.language_model.": "model.", "model.visual.": "visual."},  # Qwen2-VL as transformers holds it
-    {"model.": "model.language_model.", "visual.": "model.visual."},
-    {  # LLaVA as transformers holds it
-        "model.language_model.": "language_model.model.",
-        "lm_head.": "language_model.lm_head.",
-        "model.vision_tower.": "vision_tower.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-    },
-    {
-        "language_model.model.": "model.language_model.",
-        "language_model.lm_head.": "lm_head.",
-        "vision_tower.": "model.vision_tower.",
-        "multi_modal_projector.": "model.multi_modal_projector.",
-    },
-    {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},  # on the text-only checkpoint, and back
-    {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
-    {"lm_head.": "embed_out."},  # GPT-NeoX as transformers 5 holds it
-    {"embed_out.": "lm_head."},
-)
-
-# Heads, which lie beside the model that a drift may put a prefix before.
-HEAD_MODULES = ("lm_head", "score", "embed_out", "proj_out", "output_projection")
-
-# Parts of names that some checkpoints spell otherwise than the model in memory; taken where the base has only theirs.
-SEGMENTS = {"mlp": "block_sparse_moe"}  # Mixtral
-
-# A fused projection holds these parts, one row range after the other.
-FUSED: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "W_pack": ("q_proj", "k_proj", "v_proj"),
-    "in_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-
-# Stacked experts whose checkpoint has one tensor for each expert and part: `experts.3.w1.weight`.
-PER_EXPERT: dict[str, tuple[tuple[str, ...], ...]] = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
-
-# Architectures whose linear layers are Conv1D: the weight is stored (in, out).
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 # --- the types -------------------------------------------------------------------------------------------------------
 

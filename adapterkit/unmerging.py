@@ -6,145 +6,31 @@ that were not changed are copied, the others restored row by row as they were re
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
-from adapterkit.adapter import Adapter
+from adapterkit.adapter import Adapter, Given
 from adapterkit.budget import default_threads
 from adapterkit.card import copy_others, keep_replaced, kept_before, others, replaced_in, restore_replaced
 from adapterkit.checkpoint import CONFIG, Checkpoint
-from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
-from adapterkit.formats import load
-from adapterkit.hub import is_hub_id, resolve
+from adapterkit.errors import FitError, FormatError, UsageError
+from adapterkit.jsonfile import read_json
 from adapterkit.layout import Entry, lay_out
-from adapterkit.opening import open_regular
-from adapterkit.plan import Copy, Delta, Edit, FilePlan, Given, Hashes, Kept, MergePlan, Recorded
+from adapterkit.plan import Copy, Delta, Edit, FilePlan, Hashes, Kept, MergePlan, Recorded
 from adapterkit.planning import make_plan
 from adapterkit.quant import Packed, weights
-from adapterkit.receipt import BEFORE, HOLDS, Companions, Part, Receipt, Shard, find_receipt, read_receipt
+from adapterkit.receipt import HOLDS, Companions, Part, Receipt, Shard
 from adapterkit.sidecar import base_header, kept, recorded
-from adapterkit.staging import RECEIPT
-from adapterkit.stamps import Stamp, stamps_of
-from adapterkit.tensorfile import Header, TensorInfo, Weight, read_header, read_json
+from adapterkit.staging import BEFORE, RECEIPT
+from adapterkit.tensorfile import Header, TensorInfo, Weight, read_header
 from adapterkit.verifying import verify
-from adapterkit.words import argument, command
 
 APPROXIMATE = (
     "approximate: the adapters were subtracted. A weight can differ from the base's by a unit in the last place of "
     "what it was merged to (bf16 0.8% of that, fp16 0.1%), the more of them the larger the update was"
 )
-
-# --- the adapters ----------------------------------------------------------------------------------------------------
-
-
-def levels(merged: Path) -> list[Receipt]:
-    """The receipts of all merges that are to be undone one after the other, the last merge first."""
-    found, folder = [], find_receipt(merged)
-    while folder is not None:
-        found.append(read_receipt(folder))
-        folder = folder / BEFORE if (folder / BEFORE / RECEIPT).is_file() else None
-    return found
-
-
-def sort_by_level(receipts: Sequence[Receipt], offered: Sequence[Adapter]) -> list[list[Adapter]]:
-    """Which of the adapters each of the receipts names. Raises FitError where one is named by none."""
-    found: list[list[Adapter]] = [[] for _ in receipts]
-    for adapter in offered:
-        hashes = hashes_of(adapter)
-        named = [any(set(one.files.values()) == hashes for one in receipt.adapters) for receipt in receipts]
-        if not any(named):
-            names = ", ".join(one.name for receipt in receipts for one in receipt.adapters)
-            raise FitError(
-                f"{adapter.files[0].parent}: is not what was merged, by its SHA-256; the receipt names {names}. "
-                "--approximate subtracts it nevertheless."
-            )
-        for level, here in zip(found, named, strict=True):
-            level += [adapter] if here else []
-    return found
-
-
-def find_adapters(receipt: Receipt, offered: Sequence[Adapter], near: Path) -> list[Adapter]:
-    """The adapters of the receipt, in its order: of those `offered`, else by name beside `near`, here, or on the Hub.
-
-    Raises FitError where one is none of these, where one that is offered was not merged, or only some are offered.
-    """
-    sort_by_level([receipt], offered)
-    _refuse_some(receipt, [hashes_of(adapter) for adapter in offered])
-    found = []
-    for one in receipt.adapters:
-        hashes = set(one.files.values())
-        candidates = chain(offered, _by_name(one.name, near))
-        here = next((adapter for adapter in candidates if hashes_of(adapter) == hashes), None)
-        if here is None:
-            digests = ", ".join(f"{name} {digest[:12]}…" for name, digest in one.files.items())
-            raise FitError(
-                f"{one.name}: undoing the merge needs this adapter ({digests}), and it is neither beside {near.name} "
-                "nor here: name it with --adapter"
-            )
-        found.append(here)
-    return found
-
-
-def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
-    """Raise FitError where some, but not all, of the adapters are named: one alone cannot be taken out exactly."""
-    named = [one for one in receipt.adapters if set(one.files.values()) in offered]
-    others = [one for one in receipt.adapters if one not in named]
-    if named and others:
-        which = {number for number, one in enumerate(receipt.adapters) if one in named}
-        parts = [{part.adapter for part in parts} for shard in receipt.shards for _, parts in shard.tensors]
-        shared, touched = (
-            sum(bool(here & which and here - which) for here in parts),
-            sum(bool(p & which) for p in parts),
-        )
-        names, rest = (" and ".join(one.name for one in some) for some in (named, others))
-        again = command(["adapterkit", "merge", "OUT", *(argument(f"{one.name}:{one.weight}") for one in others)])
-        raise FitError(
-            f"{names}: was merged together with {rest}, and {shared} of its {touched} tensors were rounded with both "
-            f"in them: what is exact is to take all out. Name all with --adapter, or none, and merge the rest again: "
-            f"{again}"
-        )
-
-
-def opened(path: Path) -> Adapter:
-    """An adapter whose scalings stand in a receipt, so that without a config it need not be told."""
-    try:
-        return load(path)
-    except UsageError:
-        return load(path, scaling=1.0)
-
-
-def hashes_of(adapter: Adapter) -> set[str]:
-    """The SHA-256 of the files of an adapter."""
-    return {_sha256(file, stamp) for file, stamp in stamps_of(adapter.files).items()}
-
-
-@cache
-def _sha256(file: Path, _: Stamp) -> str:
-    """Of a file in that state."""
-    with open_regular(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _by_name(name: str, near: Path) -> Iterator[Adapter]:
-    """Adapters that can be the one of that name, with or without the number that told it from its namesakes."""
-    names = dict.fromkeys((name, re.sub(r" #\d+$", "", name)))
-    plain = [last for one in names if (last := one.rpartition("/")[2]) not in ("", ".", "..")]
-    places = [folder / one for one in plain for folder in (near.absolute().parent, Path.cwd())]
-    for place in dict.fromkeys(places):
-        if os.path.exists(place):  # Path.exists raises for names that are too long
-            try:
-                yield opened(place)
-            except AdapterkitError:
-                continue
-    for one in filter(is_hub_id, names):
-        yield opened(resolve(one))
-
 
 # --- the plan --------------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
+from adapterkit.adapter import Given
 from adapterkit.based import reader
 from adapterkit.blocks import Loaded, load, merge_rows, replayed
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.device import Buffers
 from adapterkit.errors import FitError
 from adapterkit.opening import open_regular
-from adapterkit.plan import Edit, Given, MergePlan
+from adapterkit.plan import Edit, MergePlan
 from adapterkit.quant import Packed
 from adapterkit.quant import weights as weights_in
 from adapterkit.rounding import round_once

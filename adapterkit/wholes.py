@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from adapterkit.adapter import LazyTensor
+from adapterkit.adapter import Given, LazyTensor
 from adapterkit.errors import FitError
-from adapterkit.plan import Given
 from adapterkit.words import counted
 
 RULES = ("error", "first", "average")

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 def number(value: float | None) -> str:
@@ -135,3 +135,8 @@ def _is_hidden(text: str, at: int) -> bool:
 
 def _is_symbol(c: str) -> bool:
     return c > "\x7f" and unicodedata.category(c)[0] == "S"
+
+
+def file_rows(name: str, weight: str, digests: Mapping[str, str]) -> list[str]:
+    """The rows of a part's files in the table of a card."""
+    return [f"| {markdown(name)} | {weight} | {markdown(file)} | `{digest}` |" for file, digest in digests.items()]

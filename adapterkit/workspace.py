@@ -19,10 +19,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from adapterkit import __version__
 from adapterkit.apart import below
 from adapterkit.errors import OutputExistsError
 from adapterkit.renaming import rename_new
-from adapterkit.version import __version__
 
 PREFIX, MARK = ".adapterkit-", "adapterkit_workspace.json"
 MODE = 0o1700  # mkdir sets it in one step; the sticky bit marks the folder until the mark is there

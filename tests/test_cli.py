@@ -34,7 +34,7 @@ def test_version() -> None:
 def test_help_lists_every_command(option: str) -> None:
     result = adapterkit(option)
     assert (result.code, result.err) == (0, "")
-    for command, (_, line) in cli.COMMANDS.items():
+    for command, line in cli.COMMANDS.items():
         assert f"  {command} " in result.out
         assert line.split()[0] in result.out
 

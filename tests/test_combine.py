@@ -19,14 +19,13 @@ from safetensors.torch import load_file
 
 import adapterkit
 from adapterkit import sketch
-from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
+from adapterkit.adapter import Adapter, Given, LazyTensor, LoraWeights
 from adapterkit.combining import Combined, combine
 from adapterkit.elementwise import Dense, drop
 from adapterkit.elementwise import combined as elementwise
 from adapterkit.errors import FitError, UsageError
 from adapterkit.lowrank import Limit, Product
 from adapterkit.methods import METHODS
-from adapterkit.plan import Given
 
 MakeAdapter = Callable[..., Path]
 

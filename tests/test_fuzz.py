@@ -37,11 +37,11 @@ from tiny import save_tiny_model
 
 import adapterkit
 from adapterkit import coding, quant
+from adapterkit.adapter import Given
 from adapterkit.checkpoint import open_checkpoint
 from adapterkit.described import check_described
 from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.formats import load
-from adapterkit.plan import Given
 from adapterkit.planning import make_plan
 from adapterkit.quant.bnb4 import Packing4bit
 from adapterkit.quant.bnb8 import Packing8bit

@@ -32,8 +32,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit
+from adapterkit.architectures import CONV1D_MODELS, CONV1D_NAMES
 from adapterkit.errors import FitError
-from adapterkit.targets import CONV1D_MODELS, CONV1D_NAMES
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 BASES = {

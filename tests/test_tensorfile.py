@@ -17,19 +17,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapterkit.errors import FormatError
+from adapterkit.jsonfile import MAX_HEADER_BYTES, read_json
 from adapterkit.opening import read_whole
 from adapterkit.tensorfile import (
     DTYPE_BITS,
     MAX_DIMS,
-    MAX_HEADER_BYTES,
     MAX_NAME,
     TORCH_NAMES,
     encode_header,
     read_header,
-    read_json,
     tensor_bytes,
     write_tensors,
-)  # fmt: skip
+)
 
 
 def one(**changes: object) -> dict[str, object]:

@@ -37,8 +37,9 @@ from adapterkit.tui.comparison import CompareScreen, differences
 from adapterkit.tui.detail import Detail, DetailScreen
 from adapterkit.tui.forms import AskScreen, ConfirmScreen, FormScreen
 from adapterkit.tui.help import HelpScreen
+from adapterkit.tui.job_bar import JobBar, told
 from adapterkit.tui.jobs import Job
-from adapterkit.tui.jobview import JobBar, JobsScreen, told
+from adapterkit.tui.jobview import JobsScreen
 from adapterkit.tui.looking import Details, changes
 from adapterkit.tui.sources import Source, Sources
 from adapterkit.tui.table import AdapterTable

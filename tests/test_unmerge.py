@@ -26,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
-from adapterkit import coding, device, inputs, outputs, residual, sidecar, tensorfile
-from adapterkit.adapter import Adapter
+from adapterkit import coding, device, inputs, jsonfile, outputs, residual, sidecar
+from adapterkit.adapter import Adapter, Given
 from adapterkit.cli.running import undo_command
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
-from adapterkit.plan import Given
 from adapterkit.receipt import read_receipt
 from adapterkit.tensorfile import encode_header, read_header
 
@@ -392,7 +391,7 @@ def test_a_receipt_that_could_not_be_read_is_refused_first(
 ) -> None:
     """The same code reads what is to be written, as it would at unmerging: here more values than it takes."""
     before, giving = contents(tmp_path), [(tmp_path / "adapter", 1.0)] * 3
-    monkeypatch.setattr(tensorfile, "MAX_HEADER_ITEMS", 60)  # more than any header has, fewer than the receipt
+    monkeypatch.setattr(jsonfile, "MAX_HEADER_ITEMS", 60)  # more than any header has, fewer than the receipt
     with pytest.raises(
         FormatError, match=r"adapterkit_receipt.json: its JSON has up to \d+ values, expected at most 60"
     ):

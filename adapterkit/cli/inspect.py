@@ -14,9 +14,9 @@ from adapterkit.cli.base_view import show_base
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.places import Place, looked_at
 from adapterkit.cli.progress import tracked
-from adapterkit.digest import check_cached
 from adapterkit.errors import FitError, UsageError
 from adapterkit.formats import load
+from adapterkit.hub_cache import check_cached
 from adapterkit.summary import ModuleRow, by_target, header_rows, measure, summarize, to_json
 
 if TYPE_CHECKING:

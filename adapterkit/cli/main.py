@@ -14,32 +14,31 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from adapterkit import __version__
 from adapterkit.cli.output import forget_notes, guard, note, say
 from adapterkit.errors import AdapterkitError
-from adapterkit.version import __version__
 
 if TYPE_CHECKING:
     from adapterkit.cli.progress import Mode
 
-# Command -> the module under adapterkit.cli that holds a click command of that name, and its line of help: modules are
-# imported when they are called, so that --help costs nothing.
+# Command -> its line of help. The module of that name is imported when it is called, so that --help costs nothing.
 COMMANDS = {
-    "list": ("hub", "Which adapters there are: in folders, in the Hub cache, on the Hub."),
-    "inspect": ("inspect", "What an adapter is: rank, scaling, targets, norms, and what is wrong with it."),
-    "merge": ("merge", "Merge adapters into a base model, streaming, rounded once."),
-    "unmerge": ("unmerge", "Undo a merge bit for bit, by the receipt it left."),
-    "verify": ("verify", "Check that a checkpoint is just this base with just these adapters in it."),
-    "combine": ("combine", "Combine adapters into one: exact sums, SVD, TIES, DARE, KnOTS and more."),
-    "resize": ("combine", "Change an adapter's rank, optimally, and say what that costs."),
-    "convert": ("convert", "Make an adapter another kind: LoRA to DoRA, DoRA to LoRA, rsLoRA, PiSSA to LoRA."),
-    "extract": ("convert", "Extract an adapter from a fine-tuned model and its base."),
-    "compare": ("compare", "How alike adapters are: angles, subspaces, signs, and what adding them up loses."),
-    "train": ("train", "Train a small adapter: LoRA, rsLoRA, DoRA, QLoRA; or all of a model."),
-    "eval": ("eval", "How well a model, with an adapter or without, does on held-out records."),
-    "quantize": ("quantize", "Quantize a base model to NF4, FP4 or LLM.int8, streaming."),
-    "pull": ("hub", "Get an adapter or a base from the Hub, checked byte by byte."),
-    "push": ("hub", "Send an adapter or a model to the Hub, checked before and in one commit."),
-    "tui": ("tui", "Browse adapters and work with them in the terminal."),
+    "list": "Which adapters there are: in folders, in the Hub cache, on the Hub.",
+    "inspect": "What an adapter is: rank, scaling, targets, norms, and what is wrong with it.",
+    "merge": "Merge adapters into a base model, streaming, rounded once.",
+    "unmerge": "Undo a merge bit for bit, by the receipt it left.",
+    "verify": "Check that a checkpoint is just this base with just these adapters in it.",
+    "combine": "Combine adapters into one: exact sums, SVD, TIES, DARE, KnOTS and more.",
+    "resize": "Change an adapter's rank, optimally, and say what that costs.",
+    "convert": "Make an adapter another kind: LoRA to DoRA, DoRA to LoRA, rsLoRA, PiSSA to LoRA.",
+    "extract": "Extract an adapter from a fine-tuned model and its base.",
+    "compare": "How alike adapters are: angles, subspaces, signs, and what adding them up loses.",
+    "train": "Train a small adapter: LoRA, rsLoRA, DoRA, QLoRA; or all of a model.",
+    "eval": "How well a model, with an adapter or without, does on held-out records.",
+    "quantize": "Quantize a base model to NF4, FP4 or LLM.int8, streaming.",
+    "pull": "Get an adapter or a base from the Hub, checked byte by byte.",
+    "push": "Send an adapter or a model to the Hub, checked before and in one commit.",
+    "tui": "Browse adapters and work with them in the terminal.",
 }
 
 
@@ -52,14 +51,14 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"adapterkit.cli.{COMMANDS[cmd_name][0]}")
+        module = importlib.import_module(f"adapterkit.cli.{cmd_name}")
         command = getattr(module, f"{cmd_name}_command")
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

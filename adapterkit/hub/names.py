@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import FormatError
+from adapterkit.staging import MAX_NAME_BYTES
 
 PATTERN = re.compile(r"(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<folder>[^:\\]+))?")
 FILES = (".safetensors", ".bin")
-MAX_NAME_BYTES = 255  # of a file, on Linux
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,8 @@ def hub_id(spec: str | os.PathLike[str]) -> str | None:
     """The repository that `spec` names on the Hub, or None where it is a local path."""
     found = parsed(str(spec))
     return found.repo if found and not os.path.exists(os.path.expanduser(spec)) else None
+
+
+def public_name(name: str | None) -> str | None:
+    """`name` where it is a Hub id; a local path, which would leak directory names, is none."""
+    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") else None

@@ -19,8 +19,8 @@ from adapterkit.hub.abreast import abreast
 from adapterkit.hub.asking import ask
 from adapterkit.hub.names import HubId, is_inner
 from adapterkit.hub.session import FILE
+from adapterkit.jsonfile import MAX_HEADER_BYTES
 from adapterkit.staging import errors_of
-from adapterkit.tensorfile import MAX_HEADER_BYTES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

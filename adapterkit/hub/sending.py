@@ -16,14 +16,14 @@ from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
 from adapterkit.hub import cards
 from adapterkit.hub.contents import why_not
-from adapterkit.hub.names import is_inner
+from adapterkit.hub.names import is_inner, public_name
 from adapterkit.hub.private import LOCAL, check_no_token, check_public, shortened
+from adapterkit.jsonfile import read_json
 from adapterkit.opening import read_whole
-from adapterkit.receipt import FOLDER, public_name
-from adapterkit.staging import ADAPTER_RECORD, RECORD, TRAINING_RECORD
+from adapterkit.staging import ADAPTER_RECORD, FOLDER, RECORD, TRAINING_RECORD
 from adapterkit.stamps import Stamp, stamps_of
 from adapterkit.summary import Summary, summarize
-from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_header, read_json
+from adapterkit.tensorfile import FLOAT_DTYPES, TensorInfo, read_header
 from adapterkit.words import argument, command, counted
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import FormatError
+from adapterkit.jsonfile import read_json
 from adapterkit.opening import read_whole, sha256_of
 from adapterkit.runs.origin import Origin
 from adapterkit.staging import flush
-from adapterkit.tensorfile import TORCH_NAMES, read_header, read_json, write_tensors
+from adapterkit.tensorfile import TORCH_NAMES, read_header, write_tensors
 from adapterkit.workspace import remove
 
 if TYPE_CHECKING:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adapterkit.changes import missing, place, refuse_broken
+from adapterkit.adapter import Given, refuse_broken
 from adapterkit.checkpoint import CONFIG, Checkpoint, is_base, open_checkpoint
 from adapterkit.data.examples import Encoded
 from adapterkit.described import check_described
-from adapterkit.digest import check_cached
 from adapterkit.errors import FitError, UsageError
 from adapterkit.formats import load
 from adapterkit.hub import hub_id, resolve
+from adapterkit.hub_cache import check_cached
 from adapterkit.loading import SMALL_FILES
-from adapterkit.plan import Given
+from adapterkit.placement import missing, place
 from adapterkit.quant import weights as weights_of
 from adapterkit.ties import tie_of
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adapterkit.card import write_json, write_text
+from adapterkit import __version__
 from adapterkit.checkpoint import Checkpoint
 from adapterkit.formats import save
-from adapterkit.receipt import public_name
+from adapterkit.hub.names import public_name
 from adapterkit.runs import checkpoints
 from adapterkit.staging import RECORD, TRAINING_RECORD, flush
 from adapterkit.train.injection import adapter_of, lora_layers
 from adapterkit.train.layers import is_conv1d, is_linear
 from adapterkit.train.loss import perplexity
-from adapterkit.version import __version__
 from adapterkit.words import counted, markdown, visible
 from adapterkit.workspace import remove
+from adapterkit.writing import write_json, write_text
 
 if TYPE_CHECKING:
     from adapterkit.data.examples import Encoded

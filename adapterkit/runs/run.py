@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from adapterkit.card import write_text
 from adapterkit.data.batches import Order
 from adapterkit.data.examples import Encoded, encode_all, split
 from adapterkit.data.records import Fields, read_records
@@ -38,6 +37,7 @@ from adapterkit.runs.results import write_result
 from adapterkit.staging import flush
 from adapterkit.tokenizing import decoded, tokenized
 from adapterkit.train.loop import Loop, Stepped
+from adapterkit.writing import write_text
 
 T = TypeVar("T")
 

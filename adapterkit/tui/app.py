@@ -30,8 +30,9 @@ from adapterkit.tui.comparison import CompareScreen
 from adapterkit.tui.detail import TABS, Detail
 from adapterkit.tui.forms import AskScreen, ConfirmScreen, FormScreen
 from adapterkit.tui.help import HelpScreen, keys_here
+from adapterkit.tui.job_bar import JobBar
 from adapterkit.tui.jobs import Job
-from adapterkit.tui.jobview import JobBar, JobsScreen
+from adapterkit.tui.jobview import JobsScreen
 from adapterkit.tui.machine import machine, who
 from adapterkit.tui.plain import Static, Steerless
 from adapterkit.tui.table import AdapterTable

@@ -17,9 +17,9 @@ from adapterkit.formats import load
 from adapterkit.formats.source import CONFIG, PICKLED, WEIGHTS
 from adapterkit.hub.names import on_hub
 from adapterkit.hub.remote import look, outlined
+from adapterkit.jsonfile import read_json
 from adapterkit.opening import open_regular
 from adapterkit.summary import ModuleRow, Summary, summarize
-from adapterkit.tensorfile import read_json
 from adapterkit.words import counted, size, span, visible_lines
 
 TEXT_BYTES = 200_000  # of a card or config: more is not for reading
