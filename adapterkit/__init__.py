@@ -10,23 +10,26 @@ TYPE_CHECKING = (
 if TYPE_CHECKING:
     from typing import Any
 
-    from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
-    from adapterkit.adapters import combine, compare, convert, extract, resize
-    from adapterkit.api import merge, plan_merge, plan_quantize, quantize, verify
+    from adapterkit.adapter.formats import load, save
+    from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
+    from adapterkit.api.adapters import combine, compare, convert, extract, resize
+    from adapterkit.api.merge import merge, plan_merge, plan_quantize, quantize, verify
+    from adapterkit.api.unmerge import plan_unmerge, unmerge
     from adapterkit.errors import AdapterkitError
-    from adapterkit.formats import load, save
-    from adapterkit.live import apply, remove
-    from adapterkit.plan import MergePlan
-    from adapterkit.restoring import plan_unmerge, unmerge
-    from adapterkit.stream import Merged, TensorMerged, run
+    from adapterkit.merging.live import apply, remove
+    from adapterkit.merging.plan.types import MergePlan
+    from adapterkit.merging.run.scheduler import Merged, TensorMerged, run
 
 # Name -> module; imported on first use, so that `adapterkit --help` stays fast.
 _EXPORTS = {
-    "Adapter": "adapter", "LazyTensor": "adapter", "LoraWeights": "adapter", "AdapterkitError": "errors",
-    "load": "formats", "save": "formats", "merge": "api", "plan_merge": "api", "plan_quantize": "api",
-    "quantize": "api", "run": "stream", "Merged": "stream", "TensorMerged": "stream", "MergePlan": "plan",
-    "apply": "live", "remove": "live", "verify": "api", "plan_unmerge": "restoring", "unmerge": "restoring",
-    **dict.fromkeys(("combine", "compare", "convert", "extract", "resize"), "adapters"),
+    "Adapter": "adapter.weights", "LazyTensor": "adapter.weights", "LoraWeights": "adapter.weights",
+    "AdapterkitError": "errors", "MergePlan": "merging.plan.types",
+    **dict.fromkeys(("load", "save"), "adapter.formats"),
+    **dict.fromkeys(("run", "Merged", "TensorMerged"), "merging.run.scheduler"),
+    **dict.fromkeys(("merge", "plan_merge", "plan_quantize", "quantize", "verify"), "api.merge"),
+    **dict.fromkeys(("plan_unmerge", "unmerge"), "api.unmerge"),
+    **dict.fromkeys(("combine", "compare", "convert", "extract", "resize"), "api.adapters"),
+    **dict.fromkeys(("apply", "remove"), "merging.live"),
 }  # fmt: skip
 
 __all__ = [

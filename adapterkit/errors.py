@@ -15,7 +15,7 @@
 Every message says where, what was found, what was expected, and what to do next. Ctrl-C ends with 130.
 """
 
-from adapterkit.words import visible
+from adapterkit.text import visible
 
 
 class AdapterkitError(Exception):

@@ -2,7 +2,8 @@
 
 SmolLM2-135M learns to write queries for questions: each text of WikiSQL is a prompt, up to its last `A:`, and a
 completion, which alone the loss is for. Every configuration is trained in a process of its own, by
-`adapterkit.runs.train`, and scored by `adapterkit eval`; three seeds each in the table, one where a setting is varied.
+`adapterkit.train.runs.train`, and scored by `adapterkit eval`; three seeds each in the table, one where a setting is
+varied.
 The table is of the test records, what settings do of the validation records. What is done is kept as JSON under
 .cache/bench, so that an interrupted run goes on; what is to be measured anew is removed there by hand.
 
@@ -250,9 +251,9 @@ def save(file: Path, facts: Facts) -> None:
 
 def train_one(recipe: Facts, out: Path) -> None:
     """Train by `recipe`, and print what it took as JSON."""
-    from adapterkit.recipe import Recipe
-    from adapterkit.runs import train
-    from adapterkit.runs.run import Started, Trained
+    from adapterkit.train.recipe import Recipe
+    from adapterkit.train.runs import train
+    from adapterkit.train.runs.run import Started, Trained
 
     facts: Facts = {}
     for event in train(Recipe(**recipe), out, overwrite=True):

@@ -24,12 +24,12 @@ from report import Target, report, targets_table
 from torch import nn
 
 import adapterkit
-from adapterkit import live
-from adapterkit.adapter import Adapter, LazyTensor, LoraWeights
-from adapterkit.delta import Update
-from adapterkit.device import exact_products
-from adapterkit.quant import bnb4
-from adapterkit.rounding import round_once
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
+from adapterkit.algebra.rounding import round_once
+from adapterkit.algebra.updates import Update
+from adapterkit.base.quant import bnb4
+from adapterkit.merging import live
+from adapterkit.merging.blocks.device import exact_products
 
 SHAPES = {"8b": LLAMA3_8B, "1b": TINYLLAMA, "tiny": Llama(hidden=64, intermediate=160, heads=4, kv_heads=2, vocab=96)}
 RANK = 16

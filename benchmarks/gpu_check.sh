@@ -71,7 +71,7 @@ if [ "$device" = cpu ]; then
     step train 120 "$python" benchmarks/train.py --rounds 1 --steps 1 gpu --device cpu --shape tiny --layers 2 --batch 2 --length 64
 else
     # Only the files with such tests: others import what need not be installed here.
-    mapfile -t tests < <(grep -l 'pytest\.mark\.gpu' tests/test_*.py)
+    mapfile -t tests < <(grep -l 'pytest\.mark\.gpu' -r --include='test_*.py' tests)
     step tests 150 "$python" -m pytest -m gpu -p no:cacheprovider "${tests[@]}"
     step resident 90 "$python" benchmarks/gpu.py --parts exactness resident four-bits
     step files 150 "$python" benchmarks/gpu.py --shape 1b --layers 22 --rounds 2 --parts files

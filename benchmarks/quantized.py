@@ -16,7 +16,7 @@ from report import report
 from safetensors.torch import save_file
 
 import adapterkit
-from adapterkit.quant import ROUNDINGS
+from adapterkit.base.quant import ROUNDINGS
 
 BASE = CACHE.parent / "SmolLM2-135M-Instruct"
 ADAPTER = ROOT / "fixtures" / "smollm2-wikisql"

@@ -36,9 +36,9 @@ from report import Target, report, targets_table
 if TYPE_CHECKING:
     import torch
 
-    from adapterkit.data.batches import Order
-    from adapterkit.data.examples import Example
-    from adapterkit.recipe import Recipe
+    from adapterkit.train.data.order import Order
+    from adapterkit.train.data.tokenize import Example
+    from adapterkit.train.recipe import Recipe
 
 BASE = CACHE.parent / "SmolLM2-135M-Instruct"
 TEXT = ROOT.parent / "shared" / "material" / "text" / "gsm8k_train.jsonl"
@@ -356,7 +356,7 @@ def work_on(job: Job) -> Outcome:
 
 def recipe_of(job: Job) -> Recipe:
     """The run that `adapterkit train` would do."""
-    from adapterkit.recipe import Recipe
+    from adapterkit.train.recipe import Recipe
 
     packed = job.packing == "packed"
     return Recipe(
@@ -368,7 +368,7 @@ def recipe_of(job: Job) -> Recipe:
 
 def order_of(job: Job) -> Order:
     """The batches: one to warm up, then those that are timed; packed, the rows that their text makes."""
-    from adapterkit.data.batches import Order
+    from adapterkit.train.data.order import Order
 
     return Order.of(list(examples_of(job, job.batch * (job.steps + 1))), recipe_of(job))
 
@@ -377,10 +377,10 @@ def examples_of(job: Job, count: int) -> Iterator[Example]:
     """The first `count` records as tokens, or so many pieces of all of them laid end to end."""
     import numpy as np
 
-    from adapterkit.checkpoint import open_checkpoint
-    from adapterkit.data.examples import Example, encode
-    from adapterkit.data.records import Record
-    from adapterkit.loading import load_tokenizer
+    from adapterkit.base.checkpoint import open_checkpoint
+    from adapterkit.base.models.loading import load_tokenizer
+    from adapterkit.train.data.records import Record
+    from adapterkit.train.data.tokenize import Example, encode
 
     def piece(ids: Any, number: int) -> Example:
         return Example(np.asarray(ids, np.int32), np.arange(len(ids)) > 0, f"piece {number}")
@@ -409,11 +409,11 @@ def examples_of(job: Job, count: int) -> Iterator[Example]:
 
 def by_adapterkit(job: Job, order: Order, meter: Meter) -> None:
     """The steps of `adapterkit train`."""
-    from adapterkit.checkpoint import open_checkpoint
-    from adapterkit.runs.models import TORCH_DTYPES, choose_device, load_model
-    from adapterkit.runs.preparing import prepare
+    from adapterkit.base.checkpoint import open_checkpoint
     from adapterkit.train.causal import CausalModel
     from adapterkit.train.loop import Loop
+    from adapterkit.train.runs.models import TORCH_DTYPES, choose_device, load_model
+    from adapterkit.train.runs.prepare import prepare
 
     recipe = recipe_of(job)
     if job.shape:
@@ -454,7 +454,7 @@ def peer_model(job: Job) -> Any:
     """The model as the peers load it."""
     from peers.peft_train import load
 
-    from adapterkit.runs.models import TORCH_DTYPES
+    from adapterkit.train.runs.models import TORCH_DTYPES
 
     return random_model(job) if job.shape else load(BASE, TORCH_DTYPES[job.dtype], job.device, job.method == "qlora")
 
@@ -464,7 +464,7 @@ def random_model(job: Job) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from adapterkit.runs.models import TORCH_DTYPES
+    from adapterkit.train.runs.models import TORCH_DTYPES
 
     shape, attention = SHAPES[job.shape], cast(Any, {"attn_implementation": "sdpa"})
     config = LlamaConfig(

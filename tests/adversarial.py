@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 import adapterkit
-from adapterkit import quant, residual, undo
-from adapterkit.checkpoint import open_checkpoint
-from adapterkit.delta import Update
+from adapterkit.algebra import residual
+from adapterkit.algebra.updates import Update
+from adapterkit.base import quant
+from adapterkit.base.checkpoint import open_checkpoint
+from adapterkit.merging.blocks import undo
 
 COMPUTED_IN = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapterkit.cli.main import main
-from adapterkit.staging import work_left
+from adapterkit.files.staging import work_left
 
 ROWS, COLUMNS, RANK, LAYERS = 48, 32, 4, 2
 MODULES = [f"model.layers.{layer}.self_attn.{leaf}" for layer in range(LAYERS) for leaf in ("q_proj", "o_proj")]

@@ -10,7 +10,7 @@ from typing import Any
 from handmade import CONFIG, MODULES, factors, write_adapter, write_base
 from safetensors.torch import load_file, save_file
 
-from adapterkit.words import BLANK
+from adapterkit.text import BLANK
 
 STEERS = "a\x1b[38;5;201m\x1b]0;t\x07\x9b2J\u202e\u2066\u200b\0\x7f\r\nFORGED\t"
 MARKUP = "[bold]b[/] a[/] [link=x]:warning: $x$ | `y` <img src=x> --- {z}"

@@ -20,9 +20,9 @@ from typing import Any
 
 from handmade import adapterkit, contents
 
-from adapterkit import renaming
 from adapterkit.__main__ import main
-from adapterkit.workspace import PREFIX
+from adapterkit.files import renaming
+from adapterkit.files.workspace import PREFIX
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir")
 State = tuple[Any, Any]

@@ -36,23 +36,24 @@ from safetensors.torch import save_file
 from tiny import save_tiny_model
 
 import adapterkit
-from adapterkit import coding, quant
-from adapterkit.adapter import Given
-from adapterkit.checkpoint import open_checkpoint
-from adapterkit.described import check_described
+from adapterkit.adapter.formats import load
+from adapterkit.adapter.weights import Given
+from adapterkit.algebra.residual import Residual
+from adapterkit.base import quant
+from adapterkit.base.checkpoint import open_checkpoint
+from adapterkit.base.models.described import check_described
+from adapterkit.base.quant.bnb4 import Packing4bit
+from adapterkit.base.quant.bnb8 import Packing8bit
 from adapterkit.errors import AdapterkitError, FormatError
-from adapterkit.formats import load
-from adapterkit.planning import make_plan
-from adapterkit.quant.bnb4 import Packing4bit
-from adapterkit.quant.bnb8 import Packing8bit
-from adapterkit.receipt import find_receipt
-from adapterkit.recipe import Recipe, read_recipe
-from adapterkit.residual import Residual
-from adapterkit.runs import checkpoints
-from adapterkit.runs.checkpoints import Log, Progress, State
-from adapterkit.runs.origin import Origin
-from adapterkit.staging import RECEIPT
-from adapterkit.tensorfile import TORCH_NAMES, read_header, tensor_bytes
+from adapterkit.files.safetensors import TORCH_NAMES, read_header, tensor_bytes
+from adapterkit.files.staging import RECEIPT
+from adapterkit.merging.blocks import residual_codec
+from adapterkit.merging.plan.planner import make_plan
+from adapterkit.merging.receipts.receipt import find_receipt
+from adapterkit.train.recipe import Recipe, read_recipe
+from adapterkit.train.runs import checkpoints
+from adapterkit.train.runs.checkpoints import Log, Progress, State
+from adapterkit.train.runs.origin import Origin
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -391,11 +392,15 @@ def codes() -> list[tuple[Callable[..., None], bytes, list[torch.Tensor], torch.
         before, after = torch.randn(2, 90, dtype=torch.float64).to(dtype)
         near = before.clone()
         near.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])[at] += 1
-        found.append((coding.correct, coding.encode(Residual(at, before[at], reach.short())), [near], before))
-        found.append((coding.restore_difference, coding.encode_difference(before, after), [after, near], before))
+        found.append(
+            (residual_codec.correct, residual_codec.encode(Residual(at, before[at], reach.short())), [near], before)
+        )
+        found.append(
+            (residual_codec.restore_difference, residual_codec.encode_difference(before, after), [after, near], before)
+        )
     wanted = torch.randint(0, 256, (90,), dtype=torch.uint8)
     near = wanted.index_fill(0, at, 7)
-    return [*found, (coding.correct_bytes, coding.encode_bytes(wanted, near), [near], wanted)]
+    return [*found, (residual_codec.correct_bytes, residual_codec.encode_bytes(wanted, near), [near], wanted)]
 
 
 class Made(NamedTuple):

@@ -10,80 +10,53 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "adapterkit"
+import adapterkit
 
-# A module may import what stands on a lower line, and its own package.
-LEVELS = (
-    ("words",),
-    ("errors", "chance", "methods"),
-    ("opening", "bounded", "tokenizer_program", "stamps", "yamlfile", "patterns", "interrupts", "renaming", "apart"),
-    ("jsonfile", "writing", "hub_cache", "workspace", "outfile", "recipe"),
-    ("tensorfile",),
-    ("staging",),
-    ("adapter", "renames"),
-    ("lowrank", "dora", "rounding"),
-    ("delta", "sketch"),
-    ("residual", "summary", "elementwise"),
-    ("fused", "factored", "coding"),
-    ("checkpoint", "targets", "formats", "quant", "architectures"),
-    ("tokenizing",),
-    ("plan", "loading"),
-    ("described",),
-    ("changes", "layout"),
-    ("ties",),
-    ("planning", "device", "sidecar", "digest", "receipt"),
-    ("wholes", "based", "undo", "limits"),
-    ("blocks", "calibration", "card", "against", "inventory", "live", "combining", "resuming"),
-    ("hub",),
-    ("inputs",),
-    (
-        "finding",
-        "measured",
-        "desk",
-        "budget",
-        "newadapter",
-        "comparing",
-        "converting",
-        "extracting",
-        "verifying",
-        "data",
-    ),
-    ("train", "removing"),
-    ("outputs", "runs"),
-    ("stream",),
-    ("unmerging",),
-    ("api",),
-    ("adapters", "restoring"),
-    ("plot",),
-    ("tui",),
-    ("cli",),
-    ("__init__", "__main__"),
-)
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-FILES = LEVEL["formats"]  # files and algebra do not know each other: they meet where merges are planned and run
-ALGEBRA = (LEVEL["lowrank"], LEVEL["summary"])
+PACKAGE = Path(adapterkit.__file__).parent
 
-CORE = {"torch", "numpy", "safetensors"}
-ALLOWED = {
-    "hub": {"huggingface_hub"},
-    "finding": {"huggingface_hub"},
-    "removing": {"huggingface_hub"},
-    "cli": {"click", "rich"},
-    "tui": {"textual", "rich"},
-    "plot": {"matplotlib", "numpy"},
+# What stands to the left knows nothing of what stands to the right; braces hold what do not know each other.
+ORDER = """
+text < errors < files < adapter < algebra < base < inspection < hub < kernels < {merging combining train} < api < tui
+< cli < __main__
+"""
+INNER = {
+    "base": "{architectures checkpoint quant renames} < {models targets ties} < {placement rows}",
+    "hub": "{client names} < {remote upload} < download < listing < removal",
+    "merging": "plan < {blocks calibration receipts} < {card live verify} < run < unmerge",
+    "combining": "{methods whole_tensors} < combine < {compare convert extract write}",
+    "train": "{products recipe} < {data initial loss} < {causal layers} < {injection loop} < runs",
+    "cli": "{data_notes output signals} < {lookup progress} < {adapter_result run_plan views main} < commands",
 }
-TORCH_AT_TOP = {  # themselves imported only where weights are read
-    "against", "based", "blocks", "calibration", "combining", "comparing", "converting", "device", "extracting",
-    "limits", "live", "quant.carry", "undo", "verifying", "wholes",
-    *(f"train.{name}" for name in ("causal", "initial", "injection", "layers", "loop", "loss", "products")),
-    *(f"runs.{name}" for name in ("memory", "models", "place", "preparing", "results", "run", "scoring")),
-}  # fmt: skip
-LAZY = {"torch", "rich", "textual", "matplotlib", "huggingface_hub"}  # at levels that must start fast
+
+# Only the packages named may import these, and only the modules named with a slash do so as they are imported.
+LIBRARIES = {
+    "click": {"cli"},
+    "huggingface_hub": {"hub"},
+    "matplotlib": {"cli"},
+    "rich": {"cli", "tui"},
+    "textual": {"tui"},
+    "transformers": {"base", "train"},
+}
+EAGER = {
+    "click": r"cli\.(main|commands\..*)",
+    "rich": r"tui\..*",
+    "textual": r"tui\..*",
+    # Imported where weights are read, and nowhere on the way there.
+    "torch": r"""(?x) algebra\..* | kernels\..* | base\.(quant\.compensated | rows) | inspection\.match
+        | combining\.(combine | compare | convert | extract | whole_tensors | methods\.(elementwise | factored))
+        | merging\.(blocks\..* | calibration | live | verify)
+        | train\.(causal | initial | injection | layers | loop | loss | products)
+        | train\.runs\.(evaluate | memory | models | prepare | processes | result | run)""",
+}
 
 
-def part(module: str) -> str:
-    """The row of the table that a dotted name inside the package belongs to."""
-    return module.split(".")[0]
+def ranks(order: str) -> dict[str, int]:
+    """The place of every name in an order."""
+    return {name: rank for rank, names in enumerate(order.split("<")) for name in names.strip(" {}\n").split()}
+
+
+RANKS = ranks(ORDER)
+INNER_RANKS = {package: ranks(order) for package, order in INNER.items()}
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
@@ -95,29 +68,27 @@ def imports(source: str) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = inside if node.module == "adapterkit" else [node.module]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         yield from ((name, id(node) not in lazy) for name in names)
 
 
 def violations(name: str, source: str) -> list[str]:
     """What module `name` imports and may not."""
-    found, own = [], part(name)
+    found, (own, _, inner) = [], name.partition(".")
     for module, eager in imports(source):
-        top, _, inner = module.partition(".")
-        if top == "adapterkit" and inner:
-            other = part(inner)
-            level, theirs = LEVEL[own], LEVEL.get(other, LEVEL["errors"])
-            crossed = level == FILES and theirs in ALGEBRA
-            if other != own and (theirs >= level or crossed):
-                found.append(f"{name} imports {inner}")
-        elif top in CORE | LAZY | {"click"} and top not in CORE | ALLOWED.get(own, set()):
+        top, *path = module.split(".")
+        if top == "adapterkit" and path and path[0] in RANKS:
+            order = INNER_RANKS.get(own, {})
+            here, there = order.get(inner.split(".")[0]), order.get(path[1]) if len(path) > 1 else None
+            within = path[0] == own
+            inside = within and here is not None and there is not None
+            if (not within and RANKS[path[0]] >= RANKS[own]) or (
+                inside and inner.split(".")[0] != path[1] and there >= here
+            ):
+                found.append(f"{name} imports {'.'.join(path)}")
+        elif top in LIBRARIES and own not in LIBRARIES[top]:
             found.append(f"{name} imports {top}")
-        if (
-            top in LAZY - ALLOWED.get(own if own == "tui" else "", set())
-            and eager
-            and (LEVEL[own] >= LEVEL["plan"] or own in ("formats", "quant", "tensorfile", "adapter"))
-        ):
+        elif eager and top in EAGER.keys() | LIBRARIES.keys() and not re.fullmatch(EAGER.get(top, ""), name):
             found.append(f"{name} imports {top} at its top")
     return found
 
@@ -125,16 +96,19 @@ def violations(name: str, source: str) -> list[str]:
 MODULES = {
     str(file.relative_to(PACKAGE).with_suffix("")).replace("/", "."): file for file in sorted(PACKAGE.rglob("*.py"))
 }
+MODULES.pop("__init__")
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_go_down_only(name: str) -> None:
-    assert part(name) in LEVEL, f"{name} is new: give it its place in LEVELS"
-    allowed = {f"{module} imports torch at its top" for module in TORCH_AT_TOP}
-    assert set(violations(name, MODULES[name].read_text())) - allowed == set()
+    own, _, inner = name.partition(".")
+    assert own in RANKS, f"{own} is new: give it its place in ORDER"
+    if own in INNER and inner != "__init__":
+        assert inner.split(".")[0] in INNER_RANKS[own], f"{name} is new: give it its place in INNER"
+    assert violations(name, MODULES[name].read_text()) == []
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if LEVEL[part(name)] < LEVEL["plot"]])
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(("tui.", "cli."))])
 def test_only_the_top_prints(name: str) -> None:
     tree = ast.parse(MODULES[name].read_text())
     calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
@@ -145,16 +119,25 @@ def test_only_the_top_prints(name: str) -> None:
     ("name", "source"),
     [
         ("errors", "from adapterkit.adapter import Adapter"),
-        ("targets", "import adapterkit.lowrank"),
-        ("targets", "from adapterkit.checkpoint import Checkpoint"),
-        ("delta", "from adapterkit import stream"),
-        ("plan", "def f():\n    from adapterkit.cli import main"),
-        ("stream", "import rich"),
-        ("cli.inspect", "import torch"),
+        ("adapter.weights", "import adapterkit.algebra.lowrank"),
+        ("algebra.lowrank", "from adapterkit import base"),
+        ("base.targets", "from adapterkit.base.placement import place"),
+        ("base.targets", "from adapterkit.base import placement"),
+        ("merging.run.budget", "from adapterkit.combining import combine"),
+        ("merging.plan.types", "def f():\n    from adapterkit.cli import main"),
+        ("merging.plan.types", "from adapterkit.merging.run.budget import check_loss"),
+        ("merging.run.scheduler", "import rich"),
+        ("cli.commands.inspect", "import torch"),
+        ("hub.remote", "import huggingface_hub"),
     ],
 )
 def test_the_check_sees_violations(name: str, source: str) -> None:
     assert violations(name, source)
+
+
+def test_no_package_is_named_like_a_public_function() -> None:
+    """`import adapterkit.merge` would replace the function."""
+    assert not set(adapterkit.__all__) & {name.partition(".")[0] for name in MODULES}
 
 
 def test_the_gpu_check_names_every_wheel_that_it_needs() -> None:

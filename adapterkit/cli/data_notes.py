@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.words import counted
+from adapterkit.text import counted
 
 if TYPE_CHECKING:
-    from adapterkit.data.examples import Encoded
+    from adapterkit.train.data.tokenize import Encoded
 
 SHOWN = 10
 

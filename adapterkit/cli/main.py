@@ -51,7 +51,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"adapterkit.cli.{cmd_name}")
+        module = importlib.import_module(f"adapterkit.cli.commands.{cmd_name}")
         command = getattr(module, f"{cmd_name}_command")
         assert isinstance(command, click.Command)
         return command
@@ -68,11 +68,11 @@ class LazyGroup(click.Group):
 def group(progress: Mode) -> None:
     """Train, inspect, combine and merge LoRA adapters, exactly, and share them."""
     from adapterkit.cli import progress as bars
-    from adapterkit.hub import fetching
+    from adapterkit.hub import download
 
     forget_notes()
     bars.mode = progress
-    fetching.shown = partial(bars.progress, in_bytes=True)
+    download.shown = partial(bars.progress, in_bytes=True)
 
 
 def main() -> NoReturn:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from adapterkit.words import visible, visible_lines
+from adapterkit.text import visible, visible_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,7 +54,7 @@ def say_result(facts: Mapping[str, Any]) -> None:
 
 def say_json(value: Any, *, indent: int | None = 2, err: bool = False) -> None:
     """Print a value as JSON, in ASCII: every string whole, none of it a control character; NaN and Inf as null."""
-    from adapterkit.summary import finite
+    from adapterkit.inspection.summary import finite
 
     text = json.dumps(finite(value), indent=indent, allow_nan=False).replace("\x7f", r"\u007f")
     print(text, file=sys.stderr if err else sys.stdout, flush=err)

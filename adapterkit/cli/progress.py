@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeVar
 
 from adapterkit.cli.output import console, say_json
-from adapterkit.words import visible
+from adapterkit.text import visible
 
 T = TypeVar("T")
 Mode = Literal["auto", "json", "none"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import FormatError
-from adapterkit.staging import MAX_NAME_BYTES
+from adapterkit.files.staging import MAX_NAME_BYTES
 
 PATTERN = re.compile(r"(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<folder>[^:\\]+))?")
 FILES = (".safetensors", ".bin")

@@ -11,16 +11,16 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS
+from adapterkit.adapter.formats.source import CONFIG as ADAPTER_CONFIG
+from adapterkit.adapter.formats.source import PICKLED, WEIGHTS
+from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS
 from adapterkit.errors import AdapterkitError, FormatError, OfflineError, UnsafeFileError
-from adapterkit.formats.source import CONFIG as ADAPTER_CONFIG
-from adapterkit.formats.source import PICKLED, WEIGHTS
-from adapterkit.hub.abreast import abreast
-from adapterkit.hub.asking import ask
+from adapterkit.files.jsonfile import MAX_HEADER_BYTES
+from adapterkit.files.staging import errors_of
+from adapterkit.hub.client.ask import ask
+from adapterkit.hub.client.parallel import abreast
+from adapterkit.hub.client.session import FILE
 from adapterkit.hub.names import HubId, is_inner
-from adapterkit.hub.session import FILE
-from adapterkit.jsonfile import MAX_HEADER_BYTES
-from adapterkit.staging import errors_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

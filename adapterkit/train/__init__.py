@@ -8,7 +8,7 @@ On any model of torch:
 >>> adapterkit.save(train.adapter_of(model), "adapter")
 
 `products` has the arithmetic, `layers` what is put into a model by `injection`, `initial` how it starts, `loss` cross
-entropy in chunks, `causal` batches without padding, `loop` the steps. Whole runs, with their files: `adapterkit.runs`.
+entropy in chunks, `causal` batches without padding, `loop` the steps; `runs/` whole runs, with their files.
 """
 
 from adapterkit.train.injection import Lora, adapter_of, disabled, inject, inject_from, lora_layers, quicken

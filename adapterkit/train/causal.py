@@ -22,7 +22,7 @@ from adapterkit.train.loss import IGNORED, chunked_cross_entropy, rows_at_a_time
 from adapterkit.train.products import times_transposed
 
 if TYPE_CHECKING:
-    from adapterkit.data.examples import Example
+    from adapterkit.train.data.tokenize import Example
 
 ATTENTION = "adapterkit"  # the name under which transformers finds `attend`
 FILL = 16  # rows are filled up to a multiple: CPU kernels are compiled, and kept, for every number of tokens

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from adapterkit.algebra.lowrank import Limit
+from adapterkit.algebra.sketch import Matrix, sketch
 from adapterkit.errors import UsageError
-from adapterkit.lowrank import Limit
-from adapterkit.recipe import INITS
-from adapterkit.sketch import Matrix, sketch
+from adapterkit.train.recipe import INITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from adapterkit.adapter import Adapter
+from adapterkit.adapter.patterns import Patterns, compile_pattern
+from adapterkit.adapter.weights import Adapter
+from adapterkit.base.quant.modules import is_quantized
 from adapterkit.errors import FitError, FormatError, UsageError
-from adapterkit.patterns import Patterns, compile_pattern
-from adapterkit.quant.modules import is_quantized
-from adapterkit.recipe import FACTORED
 from adapterkit.train.initial import Factors, loftq, start
 from adapterkit.train.layers import LoraEmbedding, LoraLayer, LoraLinear, dense_of, is_linear, plain_layer
+from adapterkit.train.recipe import FACTORED
 
 T = TypeVar("T")
 

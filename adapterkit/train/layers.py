@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapterkit.adapter import LazyTensor, LoraWeights
-from adapterkit.quant.modules import dequantized, is_quantized
+from adapterkit.adapter.weights import LazyTensor, LoraWeights
+from adapterkit.base.quant.modules import dequantized, is_quantized
 from adapterkit.train.initial import Factors
 from adapterkit.train.products import directed, gain, low_rank, plain, times_transposed
 

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adapterkit.chance import seed_for
-from adapterkit.data.batches import Order, Row
-from adapterkit.data.examples import Example
+from adapterkit.algebra.counter_rng import seed_for
 from adapterkit.errors import AdapterkitError, FormatError
-from adapterkit.recipe import Recipe
 from adapterkit.train.causal import Batch, CausalModel
+from adapterkit.train.data.order import Order, Row
+from adapterkit.train.data.tokenize import Example
+from adapterkit.train.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 LEAST_SCALE = 1.0  # of an fp16 loss: gradients that overflow with less are no gradients

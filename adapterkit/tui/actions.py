@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from adapterkit.words import command
+from adapterkit.text import command
 
 Kind = Literal["text", "words", "choice", "flag"]
 Values = Mapping[str, str | bool]

@@ -22,22 +22,22 @@ from textual.widgets import Footer, Input
 from textual.worker import Worker, WorkerState
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.finding import Found
-from adapterkit.removing import Removal, plan_removal, remove
+from adapterkit.hub.listing import Found
+from adapterkit.hub.removal import Removal, plan_removal, remove
+from adapterkit.text import counted, size, visible, visible_lines
 from adapterkit.tui.actions import ACTIONS, Action, Values, line
 from adapterkit.tui.browser import Browser
-from adapterkit.tui.comparison import CompareScreen
-from adapterkit.tui.detail import TABS, Detail
-from adapterkit.tui.forms import AskScreen, ConfirmScreen, FormScreen
-from adapterkit.tui.help import HelpScreen, keys_here
-from adapterkit.tui.job_bar import JobBar
 from adapterkit.tui.jobs import Job
-from adapterkit.tui.jobview import JobsScreen
-from adapterkit.tui.machine import machine, who
-from adapterkit.tui.plain import Static, Steerless
-from adapterkit.tui.table import AdapterTable
+from adapterkit.tui.screens.compare import CompareScreen
+from adapterkit.tui.screens.detail import TABS, Detail
+from adapterkit.tui.screens.forms import AskScreen, ConfirmScreen, FormScreen
+from adapterkit.tui.screens.help import HelpScreen, keys_here
+from adapterkit.tui.screens.jobs import JobsScreen
+from adapterkit.tui.status import machine, who
 from adapterkit.tui.threads import hand_over
-from adapterkit.words import counted, size, visible, visible_lines
+from adapterkit.tui.widgets.adapter_table import AdapterTable
+from adapterkit.tui.widgets.job_bar import JobBar
+from adapterkit.tui.widgets.plain import Static, Steerless
 
 DRAWN_EVERY = 0.1  # seconds between the steps of a job that are shown
 THREADS = 64  # that may wait for a slow Hub at once; asyncio has 6 on a small machine, and then all else waits, too

@@ -14,12 +14,12 @@ from textual.containers import Horizontal
 from textual.worker import WorkerState, get_current_worker
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.finding import HUB_SORTS, PAGE, SORTS, Found, in_cache, in_folders, on_the_hub
-from adapterkit.tui.detail import Detail, DetailScreen
-from adapterkit.tui.looking import Details, changes, details_of, row_of
-from adapterkit.tui.sources import Source, Sources
-from adapterkit.tui.table import AdapterTable
+from adapterkit.hub.listing import HUB_SORTS, PAGE, SORTS, Found, in_cache, in_folders, on_the_hub
+from adapterkit.tui.details import Details, changes, details_of, row_of
+from adapterkit.tui.screens.detail import Detail, DetailScreen
 from adapterkit.tui.threads import hand_over
+from adapterkit.tui.widgets.adapter_table import AdapterTable
+from adapterkit.tui.widgets.sources import Source, Sources
 
 ROWS_AFTER = 0.1  # seconds to the first rows of a folder; for the next it is twice that: drawing takes time, too
 CHANGES_EVERY = 5.0  # seconds between looks at a folder

@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from adapterkit.text import visible
 from adapterkit.tui.actions import line
-from adapterkit.words import visible
 
 State = Literal["running", "done", "failed", "cancelled"]
 PATIENCE = 60.0  # seconds that a cancelled command has for its end: training finishes its step and saves

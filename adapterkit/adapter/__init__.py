@@ -1,0 +1,1 @@
+"""An adapter in memory, and the files it comes in."""

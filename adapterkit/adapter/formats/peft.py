@@ -1,0 +1,358 @@
+"""PEFT: `adapter_config.json` beside `adapter_model.safetensors` (or a legacy `.bin`).
+
+Keys are `base_model.model.<module>.lora_A.weight` and so on; the config's patterns, rsLoRA and DoRA flags change the
+numbers. Source: the saving and loading code of huggingface/peft, 0.3 to 0.21.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapter.formats.peft_config import PeftConfig, Strength
+from adapterkit.adapter.formats.source import CONFIG, WEIGHTS, Source
+from adapterkit.adapter.weights import Adapter, Kind, LazyTensor, LoraWeights, Problem
+from adapterkit.errors import FitError, OutputExistsError
+from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "peft"
+NAMES = 1 << 15  # of tensors that are remembered: the adapters of one base have the same
+PREFIX = "base_model.model."
+
+# What wrappers leave in a name: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# The tensors of one module by their role; a raw training state still carries the adapter's name before the leaf.
+ROLES = {
+    "A": r"\.lora_A(?:\.(?P<name>[^.]+))?\.weight",
+    "B": r"\.lora_B(?:\.(?P<name>[^.]+))?\.weight",
+    "bias": r"\.lora_B(?:\.(?P<name>[^.]+))?\.bias",
+    "embedding_A": r"\.lora_embedding_A(?:\.(?P<name>[^.]+))?",
+    "embedding_B": r"\.lora_embedding_B(?:\.(?P<name>[^.]+))?",
+    "magnitude": r"\.lora_magnitude_vector(?:\.(?P<name>(?!weight$)[^.]+))?(?:\.weight)?",
+    "tokens": r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.(?P<name>[^.]+))?",
+}
+ROLE_PATTERNS = {role: re.compile(r"(?P<module>.+?)" + pattern) for role, pattern in ROLES.items()}
+SAVED = re.compile(r"(?P<module>.+)\.(?:modules_to_save\.[^.]+|base_layer)\.(?P<leaf>[^.]+)")
+
+
+def detect(source: Source) -> bool:
+    """Any tensor with a PEFT role, or a config that says so."""
+    if source.config and "peft_type" in source.config:
+        return True
+    return any(".lora_A" in name or ".lora_embedding_A" in name for name in source.tensors)
+
+
+def read(source: Source, alpha: float | None = None, scaling: float | None = None) -> Adapter:
+    """Read the headers of a PEFT adapter.
+
+    Raises FormatError for configs with wrong types or another PEFT method, UsageError where no config says the alpha.
+    """
+    config = PeftConfig.parse(source)
+    scale = Strength(config, source, alpha, scaling)
+    found = _sort_tensors(source.tensors, config)
+    config.check_patterns(found.modules)
+    problems = [*config.problems(), *found.problems]
+    modules = {}
+    for name, roles in sorted(found.modules.items(), key=lambda item: _natural(item[0])):
+        weights = _weights(name, roles, config, scale)
+        if isinstance(weights, Problem):
+            problems.append(weights)
+        else:
+            modules[name] = weights
+    tokens = {name: (config.token_indices(name), delta) for name, delta in found.tokens.items()}
+    problems += _token_problems(tokens)
+    problems += _disagreements(config, modules, found)
+    return Adapter(
+        format=NAME,
+        modules=modules,
+        replaced=found.replaced,
+        tokens=tokens,
+        new_modules=frozenset(config.modules_to_save),
+        keeps_tie=config.keeps_tie,
+        base_model=config.raw.get("base_model_name_or_path") or None,
+        config=config.raw,
+        files=source.files,
+        problems=tuple(problems),
+        unread=tuple(found.unread),
+    )
+
+
+def write(adapter: Adapter, directory: Path) -> None:
+    """Write `adapter` to the new `directory` so that PEFT loads it and gets the same Δ.
+
+    Raises OutputExistsError where the directory is there already and not empty.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise OutputExistsError(f"{directory}: is not empty; choose another directory for the adapter")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weights in adapter.modules.items():
+        a, b = (".lora_embedding_A", ".lora_embedding_B") if weights.kind == "embedding" else (
+            ".lora_A.weight", ".lora_B.weight")  # fmt: skip
+        tensors[PREFIX + name + a] = weights.A.read()
+        tensors[PREFIX + name + b] = weights.B.read()
+        if weights.magnitude is not None:
+            magnitude = weights.magnitude.read()
+            if weights.kind == "conv":
+                magnitude = magnitude.reshape(1, -1, *(1,) * (len(weights.A.shape) - 2))
+            tensors[PREFIX + name + ".lora_magnitude_vector"] = magnitude
+        if weights.bias is not None:
+            tensors[PREFIX + name + ".lora_B.bias"] = weights.bias.read()
+    for name, tensor in adapter.replaced.items():
+        tensors[PREFIX + _saved_name(name, adapter)] = tensor.read()
+    for name, (_, delta) in adapter.tokens.items():
+        tensors[PREFIX + name + ".token_adapter.trainable_tokens_delta"] = delta.read()
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / WEIGHTS[0], tensors, {"format": "pt"})
+    text = json.dumps(_config_for(adapter), indent=2, sort_keys=True)
+    (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+# --- the tensors -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Found:
+    """The tensors of a file, sorted by what they are for."""
+
+    modules: dict[str, dict[str, LazyTensor]] = field(default_factory=lambda: defaultdict(dict))
+    replaced: dict[str, LazyTensor] = field(default_factory=dict)
+    tokens: dict[str, LazyTensor] = field(default_factory=dict)
+    unread: list[TensorInfo] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def _sort_tensors(tensors: Mapping[str, TensorInfo | torch.Tensor], config: PeftConfig) -> _Found:
+    """Give every tensor its module and role; what fits nowhere is kept in `unread`."""
+    found, adapter_names = _Found(), set()
+    for key, stored in tensors.items():
+        tensor = LazyTensor.of(stored)
+        name, role, module, adapter_name = _understood(key)
+        if role is not None:
+            adapter_names.add(adapter_name)
+            if role == "tokens":
+                found.tokens[module] = tensor
+            elif role in found.modules[module]:
+                found.problems.append(Problem(key, "a second adapter for the same module in one file"))
+            else:
+                found.modules[module][role] = tensor
+        elif (target := _replaces(name, config)) is not None and target not in found.replaced:
+            found.replaced[target] = tensor
+        else:
+            found.unread.append(stored if isinstance(stored, TensorInfo) else _described(key, tensor))
+    if len(adapter_names) > 1:
+        shown = ", ".join(sorted(str(name) for name in adapter_names)[:4])
+        found.problems.append(Problem("tensor names", f"the file holds several adapters ({shown}): split it first"))
+    return found
+
+
+@lru_cache(NAMES)
+def _understood(key: str) -> tuple[str, str | None, str, str | None]:
+    """The name of a tensor without wrappers; its role, its module and the adapter's name, where it has a role."""
+    name = WRAPPERS.sub("", key)
+    name = name.removeprefix("module.") if PREFIX in name else name
+    name = name.removeprefix(PREFIX)
+    for role, pattern in ROLE_PATTERNS.items():
+        if match := pattern.fullmatch(name):
+            return name, role, match["module"], match["name"]
+    return name, None, "", None
+
+
+def _replaces(name: str, config: PeftConfig) -> str | None:
+    """The base tensor that takes this one's place, or None where nothing in the config explains it."""
+    if match := SAVED.fullmatch(name):
+        return f"{match['module']}.{match['leaf']}"
+    module, _, leaf = name.rpartition(".")
+    parts = module.split(".")
+    saved = any(f".{module}.".find(f".{entry}.") >= 0 for entry in config.modules_to_save)
+    bias = leaf == "bias" and config.raw.get("bias", "none") != "none"
+    embedding = leaf == "weight" and parts[-1] in EMBEDDINGS  # saved along when the vocabulary grew
+    return name if saved or bias or embedding else None
+
+
+# The embeddings that PEFT saves whole when they are targeted or resized.
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
+
+
+def _weights(
+    name: str, roles: dict[str, LazyTensor], config: PeftConfig, scale: Strength
+) -> LoraWeights[LazyTensor] | Problem:
+    """Bring the tensors of one module into adapterkit's form, or say why they do not make one."""
+    embedding = "embedding_A" in roles or "embedding_B" in roles
+    a, b = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+    missing = [f"lora_{role}" for role in (a, b) if role not in roles]
+    if missing:
+        return Problem(name, f"{' and '.join(missing)} missing, found {', '.join(sorted(roles))}")
+    A, B = roles[a], roles[b]
+    for role, tensor in roles.items():
+        if tensor.dtype not in FLOAT_DTYPES or not tensor.shape:
+            return Problem(name, f"{role} is {tensor.dtype} {tensor.shape}, expected floating point weights")
+    if len(A.shape) < 2 or len(B.shape) < 2:
+        return Problem(name, f"A is {A.shape} and B is {B.shape}: expected (rank, in) and (out, rank)")
+    parameters = _parameters(name, config)
+    experts = _experts(A, config.rank(name)) if parameters != ("weight",) else 1
+    kind: Kind = "embedding" if embedding else "experts" if experts > 1 else "conv" if len(A.shape) > 2 else "linear"
+    enabled = config.raw.get("enable_lora")
+    if isinstance(enabled, list) and len(A.shape) == 2 and len(B.shape) == 3:
+        groups = sum(map(bool, enabled))
+        if groups == 0 or B.shape[0] % groups or B.shape[1] * groups != A.shape[0]:
+            return Problem(name, f"A {A.shape} and B {B.shape} do not split into enable_lora {enabled}")
+        B, rank = _merged_linear(B, tuple(map(bool, enabled))), B.shape[1]
+    else:
+        rank = A.shape[0] // experts
+    magnitude = roles.get("magnitude")
+    if magnitude is not None and len(magnitude.shape) > 1:
+        magnitude = LazyTensor(magnitude.source, (prod(magnitude.shape),), magnitude.dtype, _flatten)
+    if rank < 1:
+        return Problem(name, f"A is {A.shape}: a rank of 0")
+    scaling, alpha = scale.of(name, rank)
+    weights = LoraWeights(
+        A, B, scaling, alpha, magnitude, roles.get("bias"), kind, experts,
+        bool(config.raw.get("fan_in_fan_out")), parameters,
+    )  # fmt: skip
+    if problem := weights.problem():
+        return Problem(name, problem)
+    configured = config.rank(name)
+    if configured is not None and configured != rank and scale.scaling is None:
+        return Problem(name, f"the tensors have rank {rank}, {CONFIG} says {configured:g}: the scaling is unclear")
+    return weights
+
+
+def _parameters(name: str, config: PeftConfig) -> tuple[str, ...]:
+    """The parameters a module's factors may be meant for: `weight`, or those that target_parameters names."""
+    if not config.target_parameters:
+        return ("weight",)
+    bare = name.replace(".base_layer", "")
+    named = [path.rpartition(".") for path in config.target_parameters]
+    hits = tuple(leaf for module, _, leaf in named if bare == module or bare.endswith("." + module) or not module)
+    return hits or ("weight",)
+
+
+def _experts(A: LazyTensor, rank: float | None) -> int:
+    """How many experts are stacked in `A (experts·rank, in)`, given the configured rank."""
+    return max(1, A.shape[0] // int(rank)) if rank and A.shape[0] % int(rank) == 0 else 1
+
+
+def _merged_linear(B: LazyTensor, enabled: tuple[bool, ...]) -> LazyTensor:
+    """loralib's MergedLinear: one group of factors for each enabled part of a fused projection, as one block B."""
+    groups = sum(enabled)
+    shape = (B.shape[0] // groups * len(enabled), groups * B.shape[1])
+    return LazyTensor(B.source, shape, B.dtype, partial(_block_rows, enabled))
+
+
+def _block_rows(enabled: tuple[bool, ...], B: torch.Tensor) -> torch.Tensor:
+    """Spread grouped `B (groups·part, r, 1)` to `(parts·part, groups·r)`: zero where a part is not enabled."""
+    groups = sum(enabled)
+    part, rank = B.shape[0] // groups, B.shape[1]
+    full = B.new_zeros(len(enabled), part, groups, rank)
+    for group, index in enumerate(i for i, on in enumerate(enabled) if on):
+        full[index, :, group] = B[group * part : (group + 1) * part, :, 0]
+    return full.reshape(len(enabled) * part, groups * rank)
+
+
+def _flatten(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1)
+
+
+def _described(key: str, tensor: LazyTensor) -> TensorInfo:
+    return TensorInfo(key, tensor.dtype, tensor.shape, Path(), 0, tensor.nbytes)
+
+
+def _token_problems(tokens: Mapping[str, tuple[tuple[int, ...], LazyTensor]]) -> Iterable[Problem]:
+    """Where the trained rows are not what the config says of them."""
+    for name, (rows, delta) in tokens.items():
+        if delta.dtype not in FLOAT_DTYPES or len(delta.shape) != 2:
+            yield Problem(name, f"the trained tokens are {delta.dtype} {delta.shape}, expected (tokens, dim)")
+        elif len(rows) != delta.shape[0]:
+            yield Problem(name, f"{delta.shape[0]} trained tokens, trainable_token_indices names {len(rows)}")
+
+
+def _disagreements(
+    config: PeftConfig, modules: Mapping[str, LoraWeights[LazyTensor]], found: _Found
+) -> Iterable[Problem]:
+    """Where the config and the tensors tell different stories."""
+    targets = config.raw.get("target_modules")
+    names = [*modules, *found.tokens]
+    if isinstance(targets, list):
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                yield Problem(f"{CONFIG}: target_modules", f"{target!r} has no tensors", fatal=False)
+    for entry in config.modules_to_save:
+        if not any(f".{name}.".find(f".{entry}.") >= 0 for name in found.replaced):
+            yield Problem(f"{CONFIG}: modules_to_save", f"{entry!r} has no tensors", fatal=False)
+    with_magnitude = sum(weights.magnitude is not None for weights in modules.values())
+    if config.present and config.dora and with_magnitude < len(modules):
+        yield Problem(
+            f"{CONFIG}: use_dora", f"{len(modules) - with_magnitude} of {len(modules)} modules have no magnitude"
+        )
+    if config.present and not config.dora and with_magnitude:
+        yield Problem(f"{CONFIG}: use_dora", f"is false, but {with_magnitude} modules have a magnitude")
+
+
+@lru_cache(NAMES)
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Sort layer 2 before layer 10."""
+    return tuple((int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split("."))
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _config_for(adapter: Adapter) -> dict[str, Any]:
+    """The config with which PEFT computes each module's own scaling."""
+    if adapter.format == NAME and "lora_alpha" in adapter.config:
+        return adapter.config
+    rslora = bool(adapter.config.get("use_rslora"))
+    ranks = {name: weights.rank for name, weights in adapter.modules.items()}
+    alphas = {
+        name: weights.scaling * (weights.rank**0.5 if rslora else weights.rank)
+        for name, weights in adapter.modules.items()
+    }
+    parameters = adapter.config.get("target_parameters")
+    if not parameters and any(weights.kind == "experts" for weights in adapter.modules.values()):
+        raise FitError("writing stacked experts needs the target_parameters of the original config")
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": adapter.base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(name): a for name, a in alphas.items() if a != alpha},
+        "use_rslora": rslora,
+        "use_dora": any(weights.magnitude is not None for weights in adapter.modules.values()),
+        "lora_bias": any(weights.bias is not None for weights in adapter.modules.values()),
+        "target_modules": sorted(name for name, weights in adapter.modules.items() if weights.kind != "experts"),
+        "target_parameters": parameters,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.replaced} - set(adapter.modules))
+        or None,
+        "trainable_token_indices": {name: list(rows) for name, (rows, _) in adapter.tokens.items()} or None,
+        **({"ensure_weight_tying": True} if adapter.keeps_tie else {}),
+        "fan_in_fan_out": any(weights.fan_in_fan_out for weights in adapter.modules.values()),
+        "inference_mode": True,
+    }
+
+
+def _saved_name(tensor: str, adapter: Adapter) -> str:
+    """PEFT's name for a replaced tensor: one of a module that also has factors is that module's base layer."""
+    module, _, leaf = tensor.rpartition(".")
+    return f"{module}.base_layer.{leaf}" if module in adapter.modules else tensor
+
+
+def _commonest(values: Iterable[float]) -> float:
+    values = list(values)
+    return max(set(values), key=values.count) if values else 1
+
+
+def _exactly(name: str) -> str:
+    return "^" + re.escape(name)

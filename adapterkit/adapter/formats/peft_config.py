@@ -1,0 +1,212 @@
+"""PEFT's `adapter_config.json`: the fields that change numbers, checked, and the scaling that follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from adapterkit.adapter.formats.source import CONFIG, Source
+from adapterkit.adapter.patterns import Patterns, compile_pattern
+from adapterkit.adapter.weights import Problem
+from adapterkit.errors import FormatError, UsageError
+
+# Fields that change what the factors mean in ways that no merged weight can express.
+UNMERGEABLE = {
+    "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens, so no merged weight equals it",
+    "layer_replication": "the adapter belongs to a model with repeated layers, which the base does not have",
+    "megatron_config": "its factors are split over Megatron ranks",
+    "use_qalora": "QA-LoRA pools its input by groups",
+    "arrow_config": "Arrow routes between adapters at run time",
+    "use_bdlora": "BD-LoRA's factors are block diagonal",
+    "velora_config": "VeLoRA is not LoRA at inference",
+    "kasa_config": "KaSA brings singular values of its own",
+    "monteclora_config": "MonteCLoRA samples its factors",
+}
+# Initializations that also change the base weights, unless PEFT converted the adapter when saving it.
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
+
+
+EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT knows an embedding or a head
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The fields of adapter_config.json that change numbers, with their types checked."""
+
+    raw: dict[str, Any]
+    r: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: Patterns[float | None] = field(default_factory=Patterns)
+    alpha_pattern: Patterns[float | None] = field(default_factory=Patterns)
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    tokens: Any = None
+    present: bool = False
+
+    @classmethod
+    def parse(cls, source: Source) -> PeftConfig:
+        """Read what matters from the config beside the weights; raises FormatError for wrong types or other methods."""
+        if source.config is None:
+            return cls({})
+        given = _Fields(source.config, source.config_file)
+        kind = given.value("peft_type", str, "LORA")
+        if kind.upper() != "LORA":
+            raise FormatError(f"{given.file}: peft_type is {kind[:40]!r}; adapterkit reads LORA (with rsLoRA and DoRA)")
+        for name in ("base_model_name_or_path", "bias"):
+            given.value(name, str, None)
+        for name in ("fan_in_fan_out", "ensure_weight_tying"):
+            given.value(name, bool, None)
+        if not isinstance(given.raw.get("target_modules"), str):
+            given.names("target_modules")
+        return cls(
+            given.raw,
+            r=given.number("r", int, above=0),
+            alpha=given.number("lora_alpha", (int, float), above=-1e9),
+            rslora=given.value("use_rslora", bool, False),
+            dora=given.value("use_dora", bool, False),
+            rank_pattern=given.pattern("rank_pattern", int),
+            alpha_pattern=given.pattern("alpha_pattern", (int, float)),
+            modules_to_save=given.names("modules_to_save"),
+            target_parameters=given.names("target_parameters"),
+            tokens=given.value("trainable_token_indices", (list, dict), None),
+            present=True,
+        )
+
+    @property
+    def keeps_tie(self) -> bool:
+        """Whether PEFT trains tied embeddings as one: it looks for them by these names only."""
+        if not self.raw.get("ensure_weight_tying"):
+            return False
+        targets = self.raw.get("target_modules") or []
+        if isinstance(targets, str):
+            with _errors_in(CONFIG):
+                targets = [name for name in EMBEDDINGS if compile_pattern(targets).matches(name)]
+        return any(name.split(".")[-1] in EMBEDDINGS for name in (*targets, *self.modules_to_save))
+
+    def check_patterns(self, modules: Collection[str]) -> None:
+        """Raise FormatError where matching them against the names of all modules could take minutes."""
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            with _errors_in(CONFIG):
+                patterns.check(modules)
+
+    def rank(self, module: str) -> float | None:
+        return self.rank_pattern.first(module, self.r)
+
+    def alpha_of(self, module: str) -> float | None:
+        return self.alpha_pattern.first(module, self.alpha)
+
+    def token_indices(self, module: str) -> tuple[int, ...]:
+        """The rows of `module` that were trained; a bare list in the config means the input embedding."""
+        rows = self.tokens
+        if isinstance(rows, dict):
+            rows = next((rows[key] for key in rows if module == key or module.endswith("." + key)), ())
+        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+            return ()
+        return tuple(dict.fromkeys(rows))  # a row named twice is one row: the counts then disagree
+
+    def problems(self) -> Iterable[Problem]:
+        for name, reason in UNMERGEABLE.items():
+            if self.raw.get(name):
+                yield Problem(f"{CONFIG}: {name}", reason)
+        init = self.raw.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+            yield Problem(
+                f"{CONFIG}: init_lora_weights",
+                f"{init[:40]!r} changes the base when training starts; unless the adapter was converted on saving "
+                "(PEFT's path_initial_model_for_weight_conversion), merging it into the original base is wrong",
+                fatal=False,
+            )
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How strong each module is: from the config, or from the caller where there is none; never guessed."""
+
+    config: PeftConfig
+    source: Source
+    alpha: float | None
+    scaling: float | None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--alpha", self.alpha), ("--scaling", self.scaling)):
+            if value is not None and not isfinite(value):
+                raise UsageError(f"{option} {value}: expected a finite number")
+        given = self.alpha is not None or self.scaling is not None
+        if self.config.present and self.config.alpha is not None and given:
+            raise UsageError(
+                f"{self.source.config_file} already gives the alpha: leave --alpha and --scaling away, "
+                "or change the strength with --scale"
+            )
+        if not given and self.config.alpha is None:
+            where = self.source.config_file
+            missing = "has no lora_alpha" if self.config.present else "is missing"
+            raise UsageError(f"{where} {missing}, so the strength of {self.source.weights.name} is unknown: "
+                             "give --alpha (scaling = alpha / rank) or --scaling")  # fmt: skip
+
+    def of(self, module: str, rank: int) -> tuple[float, float | None]:
+        """(scaling, alpha) of `module`: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732)."""
+        if self.scaling is not None:
+            return self.scaling, None
+        alpha = self.alpha if self.alpha is not None else self.config.alpha_of(module)
+        assert alpha is not None
+        return alpha / (rank**0.5 if self.config.rslora else rank), alpha
+
+
+Kinds = type | tuple[type, ...]
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The raw config, read with its types checked; every method raises FormatError naming the field."""
+
+    raw: dict[str, Any]
+    file: Path
+
+    def value(self, name: str, kinds: Kinds, default: Any) -> Any:
+        value = self.raw.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            expected = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            found = f"{str(value)[:60]!r}, a {type(value).__name__}"
+            raise FormatError(f"{self.file}: {name} is {found}; expected {expected}")
+        return value
+
+    def number(self, name: str, kinds: Kinds, above: float) -> Any:
+        value = self.value(name, kinds, None)
+        if value is not None and not above < value < 1e9:  # NaN is refused too
+            raise FormatError(
+                f"{self.file}: {name} is {str(value)[:60]}; expected a number above {above:g} and below 1e9"
+            )
+        return value
+
+    def pattern(self, name: str, kinds: Kinds) -> Patterns[Any]:
+        value: dict[str, float] = self.value(name, dict, {})
+        for key, number in value.items():
+            if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number < 1e9:
+                raise FormatError(
+                    f"{self.file}: {name}[{key[:60]!r}] is {str(number)[:60]!r}, expected a positive number"
+                )
+        with _errors_in(f"{self.file}: {name}"):
+            return Patterns.of(value)
+
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.value(name, list, [])
+        if not all(isinstance(entry, str) for entry in value):
+            raise FormatError(f"{self.file}: {name} is {str(value)[:60]}; expected a list of names")
+        return tuple(value)
+
+
+@contextmanager
+def _errors_in(where: object) -> Iterator[None]:
+    """Say where a pattern stands that is wrong."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from error

@@ -1,0 +1,201 @@
+"""The one in-memory form of an adapter, whatever file it came from.
+
+An adapter is opened from its headers: names, shapes and scalings are known at once, weights are read when asked for.
+So `LoraWeights` is generic: over `LazyTensor` as found in a file, over `torch.Tensor` once `load()`ed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+
+from adapterkit.errors import FitError
+from adapterkit.files.safetensors import TensorInfo, tensor_bytes
+from adapterkit.files.stamps import Stamp
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["linear", "embedding", "conv", "experts"]
+
+
+class Shaped(Protocol):
+    """Anything with a shape: a tensor, or one still on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+T = TypeVar("T", bound=Shaped)
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is read when asked for; `view` turns what is stored into the form adapterkit uses."""
+
+    source: TensorInfo | torch.Tensor
+    shape: tuple[int, ...]
+    dtype: str
+    view: Callable[[torch.Tensor], torch.Tensor] | None = None  # a module-level function or a partial: plans pickle
+
+    @classmethod
+    def of(cls, source: TensorInfo | torch.Tensor) -> LazyTensor:
+        """Wrap a tensor as it is stored, on disk or in memory."""
+        if isinstance(source, TensorInfo):
+            return cls(source, source.shape, source.dtype)
+        from adapterkit.files.safetensors import TORCH_NAMES
+
+        names = {name: key for key, name in TORCH_NAMES.items()}
+        return cls(source, tuple(source.shape), names[str(source.dtype).removeprefix("torch.")])
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.dtype, self.shape)
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in its stored dtype."""
+        stored = self.source.read() if isinstance(self.source, TensorInfo) else self.source
+        return self.view(stored) if self.view else stored
+
+    def read_rows(self, first: int, last: int) -> torch.Tensor:
+        """Rows `first:last`, without reading the others where they lie as stored."""
+        if self.view is not None or not isinstance(self.source, TensorInfo):
+            return self.read()[first:last]
+        info, row = self.source, tensor_bytes(self.dtype, self.shape[1:])
+        start, shape = info.start + first * row, (last - first, *self.shape[1:])
+        return replace(info, start=start, stop=start + (last - first) * row, shape=shape).read()
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights(Generic[T]):
+    """The low-rank update of one module: `Δ = scaling · B · A`, and with a magnitude (DoRA) its direction.
+
+    `A (rank, in)` and `B (out, rank)`; for a convolution `A (rank, in, k…)` and `B (out, rank, 1…)`; for an embedding
+    `in` is the vocabulary and `Δ` is added transposed; for stacked experts `A (experts·rank, in)` and
+    `B (out, rank·experts)`, the expert running fastest in B. `magnitude (out,)`, `bias (out,)`.
+    """
+
+    A: T
+    B: T
+    scaling: float
+    alpha: float | None = None
+    magnitude: T | None = None
+    bias: T | None = None
+    kind: Kind = "linear"
+    experts: int = 1
+    fan_in_fan_out: bool = False  # what the file claims about a transposed base weight; shapes decide where they can
+    parameters: tuple[str, ...] = ("weight",)  # the parameters of the module that Δ may be meant for
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0] // self.experts
+
+    @property
+    def in_features(self) -> int:
+        return prod(self.A.shape[1:])
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    def tensors(self) -> Iterator[T]:
+        """Every tensor there is, factors first."""
+        yield self.A
+        yield self.B
+        if self.magnitude is not None:
+            yield self.magnitude
+        if self.bias is not None:
+            yield self.bias
+
+    def problem(self) -> str | None:
+        """What is wrong with the shapes, or None."""
+        a, b = self.A.shape, self.B.shape
+        if len(a) < 2 or len(b) < 2 or 0 in a or 0 in b:
+            return f"A is {a} and B is {b}: expected (rank, in) and (out, rank). Was a sharded model saved ungathered?"
+        if self.kind != "conv" and (len(a) != 2 or len(b) != 2):
+            return f"A is {a} and B is {b}: expected (rank, in) and (out, rank)"
+        if self.kind == "conv" and (len(a) != len(b) or any(size != 1 for size in b[2:])):
+            return f"A is {a} and B is {b}: expected (rank, in, k…) and (out, rank, 1…)"
+        if a[0] != b[1]:
+            return f"A is {a} and B is {b}: their ranks differ, {a[0]} and {b[1]}"
+        for name, vector in (("magnitude", self.magnitude), ("bias", self.bias)):
+            if vector is not None and vector.shape != (self.out_features,):
+                return f"the {name} is {vector.shape}, B has {self.out_features} rows"
+        return None
+
+
+def load_weights(weights: LoraWeights[LazyTensor]) -> LoraWeights[torch.Tensor]:
+    """Read the tensors of one module into memory."""
+    return LoraWeights(
+        weights.A.read(), weights.B.read(), weights.scaling, weights.alpha,
+        None if weights.magnitude is None else weights.magnitude.read(),
+        None if weights.bias is None else weights.bias.read(),
+        weights.kind, weights.experts, weights.fan_in_fan_out, weights.parameters,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something about an adapter that a person should know, and whether merging must refuse it."""
+
+    where: str
+    what: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: its modules by the name of the module they act on, and what it replaces outright."""
+
+    format: str
+    modules: dict[str, LoraWeights[LazyTensor]]
+    replaced: dict[str, LazyTensor] = field(default_factory=dict)  # tensors that take the place of the base's
+    tokens: dict[str, tuple[tuple[int, ...], LazyTensor]] = field(default_factory=dict)  # rows of an embedding
+    new_modules: frozenset[str] = frozenset()  # modules_to_save: the only ones a base may lack
+    keeps_tie: bool = False  # trained with input and output embedding held equal
+    base_model: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)  # as the file said it, for round trips
+    files: tuple[Path, ...] = ()
+    stamps: dict[Path, Stamp] = field(default_factory=dict)  # of the files, before they were read
+    problems: tuple[Problem, ...] = ()
+    unread: tuple[TensorInfo, ...] = ()  # tensors that no reader knows what to do with
+
+    def __getitem__(self, module: str) -> LoraWeights[torch.Tensor]:
+        """The weights of `module`, read into memory."""
+        return load_weights(self.modules[module])
+
+    def tensors(self) -> Iterator[LazyTensor]:
+        """Every tensor the adapter brings, header facts only."""
+        for weights in self.modules.values():
+            yield from weights.tensors()
+        yield from self.replaced.values()
+        for _, delta in self.tokens.values():
+            yield delta
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One adapter of a merge: opened, how much of it, and what to call it in messages and in the card."""
+
+    adapter: Adapter
+    weight: float = 1.0
+    label: str = "the adapter"
+    path: Path | None = None  # the file or directory that it was opened from
+
+
+def refuse_broken(one: Given) -> None:
+    fatal = [problem for problem in one.adapter.problems if problem.fatal]
+    if fatal:
+        more = f" (and {len(fatal) - 1} more: see adapterkit inspect)" if len(fatal) > 1 else ""
+        raise FitError(f"{one.label}: {fatal[0]}{more}")
+    if one.adapter.unread:
+        names = ", ".join(info.name for info in one.adapter.unread[:3])
+        raise FitError(f"{one.label}: {len(one.adapter.unread)} tensors that no reader knows what to do with: {names}")
+    if not (one.adapter.modules or one.adapter.replaced or one.adapter.tokens):
+        raise FitError(f"{one.label}: holds no weights at all")

@@ -1,0 +1,1 @@
+"""Exact numbers on low-rank factors and rows; knows no files."""

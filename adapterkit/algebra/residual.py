@@ -1,0 +1,222 @@
+"""What it takes to undo a rounded sum bit for bit, whatever arithmetic undoes it.
+
+`W' = round(W + Δ)` forgets: `round(W' − Δ)` is not always W. Recorded is W itself, wherever `W' − Δ` rounds to
+something else, or lies so close to a boundary between two values that another order of summation could round it so.
+Everything else is restored by any arithmetic.
+
+What is rounded k times is off by a share of `γ_k = k·u / (1 − k·u)` at most, u the unit roundoff of what Δ is computed
+in. The terms of `s·B·A` are rounded r times in their sum, whatever its order, and twice for s and the product with it.
+So it is off by `γ_{r+2}·|s|·‖B_i‖·‖A_:j‖` at most (Cauchy and Schwarz). The bounds below count once more where they
+say `+ 3`, which takes care of the few roundings in the bound itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from math import inf
+
+import numpy as np
+import torch
+
+from adapterkit.algebra.updates import Update
+
+SPARSEST = {torch.bfloat16: 9, torch.float16: 12}  # a weight is at most 2^that times its nearest boundary's distance
+FAR = 2**14  # steps: no need to know how many more
+FLUSHED = 1e-15  # whose square is far above the least float32
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The recorded elements, by flat position in order, what they were, and how many steps off subtraction may land."""
+
+    at: torch.Tensor
+    values: torch.Tensor
+    reach: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def moved(self, by: int) -> Residual:
+        """The same of elements that lie so much further on."""
+        return Residual(self.at + by, self.values, self.reach)
+
+    def to(self, device: torch.device) -> Residual:
+        """The same on another device."""
+        return Residual(self.at.to(device), self.values.to(device), self.reach.to(device))
+
+
+def record(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    first: int,
+    updates: Sequence[Update],
+    gain: torch.Tensor | None = None,
+) -> Residual:
+    """What restores `before` from `after`, rows `first …` of a matrix, when `updates` are known again.
+
+    With a `gain`, of the shape of the rows, `after` was rounded from `gain · W + Δ`.
+    """
+    back = subtracted(after, first, updates, gain)
+    wanted, broken = ordered(before).view(-1), ~back.isfinite().view(-1)
+    ends = [ordered(end.to(before.dtype)).view(-1) for end in _reach(back, after, first, updates, gain)]
+    at = (broken | (ends[0] != wanted) | (ends[1] != wanted)).nonzero()[:, 0]
+    low, high = ((end[at].long() - wanted[at].long()).abs() for end in ends)
+    reach = torch.maximum(low, high).masked_fill_(broken[at], FAR).clamp_(max=FAR)
+    return Residual(at.int(), before.reshape(-1)[at], reach.short())
+
+
+def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update], at: torch.Tensor) -> Residual:
+    """The elements `at` of weights of 16 bits, all that plain updates do not surely leave by themselves.
+
+    W' is rounded by half of its own last place at most, which has 2^k times the value of that of W, k the difference of
+    their exponents. To that comes how much Δ can be off; and below a power of two the values lie twice as dense.
+    """
+    values, others = (one.reshape(-1).index_select(0, at).cpu() for one in (before, after))
+    mantissa = 7 if before.dtype is torch.bfloat16 else 10
+    most = 0x7FFF >> mantissa
+    old, new = values.view(torch.int16).numpy(), others.view(torch.int16).numpy()
+    exponent, other = (np.maximum(bits >> mantissa & most, 1) for bits in (old, new))
+    k = np.clip(other - exponent, 1, 10)
+    reach = (np.int16(1) << k - 1) + _steps_off(updates, before.dtype)[exponent]
+    reach += ((old & (1 << mantissa) - 1) <= reach) * (reach + 1)  # half a step is one there, and −0 one more
+    reach[exponent == most] = FAR
+    return Residual(at.cpu(), values, torch.from_numpy(reach))
+
+
+def _steps_off(updates: Sequence[Update], dtype: torch.dtype) -> np.ndarray:
+    """By exponent of a 16-bit weight, how many of its steps the sums can be off by, rounded, at most FAR."""
+    sizes = [float(by_row.max()) * float(by_column.max()) for by_row, by_column in map(norms, updates)]
+    finfo = torch.finfo(dtype)
+    exponents = np.arange(256 if dtype is torch.bfloat16 else 32)
+    of_boundary, of_delta = spread(updates, dtype)
+    steps = of_delta * sum(sizes) / (finfo.tiny * finfo.eps) * np.exp2(1.0 - exponents) + of_boundary / 2 + 0.5
+    least: np.ndarray = np.fmin(steps, FAR / 4).astype(np.int16)
+    return least
+
+
+def nothing(before: torch.Tensor) -> Residual:
+    """No elements of `before`."""
+    none = before.new_empty(0)
+    return Residual(none.long(), none, none.short())
+
+
+def joined(parts: Sequence[Residual]) -> Residual:
+    """One residual of several, in the order of their elements."""
+    return Residual(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Residual)))
+
+
+def gamma(count: int, dtype: torch.dtype) -> float:
+    """By what share a value can be off that is rounded `count` times to `dtype`."""
+    off = count * torch.finfo(dtype).eps / 2
+    return off / (1 - off) if off < 1 else inf
+
+
+def norms(update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+    """`|s|·‖B_i‖` and `‖A_:j‖`, whose product bounds an element of Δ.
+
+    What is not zero is so large that nothing flushed to zero matters beside it. Squared in float32, it might be zero.
+    """
+    by_row, by_column = (
+        torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64)
+        for factor, dim in ((update.left, 1), (update.right, 0))
+    )
+    strength, dtype = abs(update.strength), update.left.dtype
+    least = FLUSHED * max(1.0, strength)
+    rows, columns = (by_row * strength).clamp_(min=least) * (by_row > 0), by_column.clamp(min=FLUSHED) * (by_column > 0)
+    return rows.to(dtype), columns.to(dtype)
+
+
+def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]:
+    """How far merging to `dtype` and subtracting can be off together, as shares of two things (see `kernels/cpu.py`).
+
+    Of the distance from W to its nearest boundary, and of `N = Σ |s|·‖B_i‖·‖A_:j‖`. With n updates in a row, merging
+    rounds W and every term `T = Σ (r + 3)` times at most, in whatever order it adds them up. Subtracting rounds the
+    terms of one update `r + 2` times, and what is left of W' by all updates but the last, n − 1 times. That makes
+    `γ_{T+n−1}·|W| + 2·γ_T·N`, the latter with room for the roundings of N. Three roundings of W more are for the
+    comparison: its own, and where it or the subtraction lands on a boundary that it is only close to.
+    """
+    kind = updates[0].left.dtype
+    met = [[len(u.right) + 3 for u in updates if u.start <= one.start < u.stop] for one in updates]
+    terms, count = max(map(sum, met)), max(map(len, met))
+    share = gamma(terms + count + 2, kind) * 2 ** SPARSEST[dtype]
+    return share / (1 - share) if share < 1 else inf, 2 * gamma(terms, kind)
+
+
+def restore(after: torch.Tensor, first: int, updates: Sequence[Update], residual: Residual) -> torch.Tensor:
+    """The rows that `record` was given as `before`, of the dtype of `after` and without a gain."""
+    rows = subtracted(after, first, updates).to(after.dtype)
+    integers(rows).view(-1)[residual.at.long()] = integers(residual.values)
+    return rows
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left · right`, in any order, but on its own: summed onto W', every term would be rounded at the size of that."""
+    return left @ right
+
+
+def subtracted(
+    after: torch.Tensor, first: int, updates: Sequence[Update], gain: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(W' − Δ) / gain`, in the dtype of the factors."""
+    back = after.to(updates[0].left.dtype if updates else torch.float64, copy=True)
+    for update, rows, left in _inside(back, first, updates):
+        rows.sub_(product(left, update.right), alpha=update.strength)
+    return back if gain is None else back.div_(gain)
+
+
+def _reach(
+    back: torch.Tensor, after: torch.Tensor, first: int, updates: Sequence[Update], gain: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """The least and the greatest that `W' − Δ` can be, however its terms are added up.
+
+    Rounding never crosses a number of its own precision, so the last subtraction can only land on a boundary between
+    two values of the output that the exact difference is beside: one number to either side takes care of that.
+    """
+    unit = torch.finfo(back.dtype).eps / 2
+    off = torch.zeros_like(back)
+    sizes = torch.zeros_like(back)  # Σ |s|·‖B_i‖·‖A_:j‖, which bounds |Δ|
+    roundings = -1 if gain is None else 0  # of what is left of W', but for the last, which is monotonic
+    for update, part, _ in _inside(off, first, updates):
+        by_row, by_column = norms(update)
+        start = max(update.start, first)
+        rows = slice(start - update.start, start - update.start + len(part))
+        size = by_row[rows, None] * by_column
+        part += size * (2 * gamma(len(update.right) + 3, back.dtype))  # once for each of two ways to add up
+        sizes[start - first : start - first + len(part)] += size
+        roundings += 1
+    if roundings > 0:
+        off += (after.to(back.dtype).abs() + sizes) * ((2 * roundings + 1) * unit)
+    if gain is not None:
+        off = off / gain.abs()
+    off = off.nan_to_num_(nan=torch.inf)
+    infinity = back.new_tensor(torch.inf)
+    return [torch.nextafter(back - off, -infinity), torch.nextafter(back + off, infinity)]
+
+
+def _inside(
+    matrix: torch.Tensor, first: int, updates: Sequence[Update]
+) -> Iterator[tuple[Update, torch.Tensor, torch.Tensor]]:
+    """Each update with its rows of `matrix`, which begins with row `first`, and its left factor there."""
+    for update in updates:
+        start, stop = max(update.start, first), min(update.stop, first + len(matrix))
+        if start < stop:
+            left = update.left[start - update.start : stop - update.start]
+            yield update, matrix[start - first : stop - first], left
+
+
+def integers(values: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers: copied as floating point numbers, NaN would not keep its bits."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
+def ordered(values: torch.Tensor) -> torch.Tensor:
+    """Floating point bits as integers in the order of the values, so that neighbours differ by one."""
+    bits = integers(values)
+    return bits ^ (bits >> (8 * values.element_size() - 1) & torch.iinfo(bits.dtype).max)
+
+
+def from_ordered(steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values again; the mapping is its own inverse."""
+    bits = steps ^ (steps >> (8 * steps.element_size() - 1) & torch.iinfo(steps.dtype).max)
+    return bits.view(dtype)

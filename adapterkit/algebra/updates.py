@@ -1,0 +1,224 @@
+"""Adding low-rank updates to rows of a weight matrix, in float32 or better, so that the caller rounds once.
+
+A matrix here is a weight as it is stored, seen as `(rows, columns)`. Every update covers a range of its rows and is
+`left · right`, whichever way round the module's own Δ lies in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import nan
+
+import torch
+
+from adapterkit.adapter.weights import LoraWeights
+from adapterkit.algebra.dora import column_gain, row_gain
+from adapterkit.errors import FitError
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """`strength · left · right` on rows `start:stop`; with a magnitude, DoRA's renormalized direction instead.
+
+    `left (stop − start, rank)`, `right (rank, columns)`, in the dtype of the computation. `gain` is m/n by column, for
+    weights stored transposed: it needs the whole matrix, so it is measured beforehand; by row each chunk gives it.
+    """
+
+    start: int
+    stop: int
+    left: torch.Tensor
+    right: torch.Tensor
+    strength: float
+    magnitude: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+    weight: float = 1.0
+
+    @property
+    def renormalizes(self) -> bool:
+        return self.magnitude is not None
+
+    def to(self, device: torch.device) -> Update:
+        """The same on another device."""
+        left, right = self.left.to(device), self.right.to(device)
+        magnitude, gain = (None if one is None else one.to(device) for one in (self.magnitude, self.gain))
+        return replace(self, left=left, right=right, magnitude=magnitude, gain=gain)
+
+
+def update_for(
+    weights: LoraWeights[torch.Tensor],
+    weight: float,
+    rows: tuple[int, int],
+    of: tuple[int, int] | None,
+    expert: int | None,
+    transposed: bool,
+    dtype: torch.dtype = torch.float32,
+    where: str = "a module",
+) -> Update:
+    """The update that `weights`, times `weight`, make to the stored `rows` of a matrix, computed in `dtype`.
+
+    `of` picks rows of Δ, `expert` one expert's factors; raises FitError naming `where` if a factor is not finite.
+    """
+    A, B = weights.A.to(dtype), weights.B.to(dtype)
+    magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype)
+    strength = weights.scaling * (weight if magnitude is None else 1.0)
+    if not bool(torch.tensor(strength, dtype=dtype).isfinite()):
+        raise FitError(f"{where}: its scaling × weight is {strength:g}, beyond {dtype}: give a smaller weight or scale")
+    for name, tensor in (("A", A), ("B", B), ("the magnitude", magnitude)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise FitError(
+                f"{where}: {name} is NaN or Inf in {dtype}: the adapter is broken; did its training diverge?"
+            )
+    if expert is not None:
+        A = A.reshape(weights.experts, weights.rank, -1)[expert]
+        B = B.reshape(B.shape[0], weights.rank, weights.experts)[:, :, expert]
+    A, B = A.flatten(1), B.flatten(1)
+    if of is not None:
+        B = B[of[0] : of[1]]
+        magnitude = None if magnitude is None else magnitude[of[0] : of[1]]
+    left, right = (A.T, B.T) if transposed else (B, A)
+    share = 1.0 if magnitude is None else weight
+    return Update(*rows, left.contiguous(), right.contiguous(), strength, magnitude, None, share)
+
+
+def add_updates(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> None:
+    """Add every update to `matrix` (float32), which holds rows `first …` of the weight, in place.
+
+    Plain updates add `s·w·B·A`; a DoRA update adds `w·(diag(m/n)·(W + s·B·A) − W)`, so that several adapters add up to
+    the weighted sum of their effective Δ in any order.
+    """
+    before = matrix.clone() if len(updates) > 1 and any(update.renormalizes for update in updates) else matrix
+    for update in updates:
+        start, stop = max(update.start, first), min(update.stop, first + matrix.shape[0])
+        if start >= stop:
+            continue
+        rows, left = matrix[start - first : stop - first], update.left[start - update.start : stop - update.start]
+        if not update.renormalizes:
+            torch.addmm(rows, left, update.right, alpha=update.strength, out=rows)
+            continue
+        original = before[start - first : stop - first]
+        direction = torch.addmm(original, left, update.right, alpha=update.strength)
+        assert update.magnitude is not None
+        if update.gain is not None:
+            gain = update.gain
+        else:
+            gain = row_gain(direction, update.magnitude[start - update.start : stop - update.start])
+        direction.mul_(gain)
+        if before is matrix and update.weight == 1.0:
+            rows.copy_(direction)
+        else:
+            rows.add_(direction.sub_(original), alpha=update.weight)
+
+
+def gains(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> torch.Tensor:
+    """m/n of every DoRA update, for rows `first …` of the weight, `matrix`: of each row, or else of each column."""
+    found = []
+    for update in (update for update in updates if update.renormalizes):
+        if update.gain is not None:
+            found.append(update.gain[0])
+            continue
+        gain = matrix.new_ones(len(matrix))
+        start, stop = max(update.start, first), min(update.stop, first + len(matrix))
+        if start < stop:
+            inside = slice(start - update.start, stop - update.start)
+            rows = matrix[start - first : stop - first]
+            direction = torch.addmm(rows, update.left[inside], update.right, alpha=update.strength)
+            assert update.magnitude is not None
+            gain[start - first : stop - first] = row_gain(direction, update.magnitude[inside])[:, 0]
+        found.append(gain)
+    return torch.stack(found) if found else matrix.new_empty(0, 0)
+
+
+def linear(
+    shape: tuple[int, int], first: int, updates: Sequence[Update], found: torch.Tensor
+) -> tuple[list[Update], torch.Tensor | None]:
+    """Plain updates, and a factor, with which `W' = factor · W + Σ Δ`: what DoRA does to rows of W, its `gains` known.
+
+    A DoRA update adds `w·(g·(W + s·B·A) − W)`.
+    """
+    if not any(update.renormalizes for update in updates):
+        return list(updates), None
+    factor, plain, by = found.new_ones(shape), [], iter(found)
+    for update in updates:
+        if not update.renormalizes:
+            plain.append(update)
+            continue
+        gain = next(by)
+        start, stop = max(update.start, first), min(update.stop, first + shape[0])
+        if start >= stop:
+            continue
+        left, right, share = update.left[start - update.start : stop - update.start], update.right, update.weight
+        if update.gain is not None:
+            factor[start - first : stop - first] += share * (gain - 1)
+            right = right * gain
+        else:
+            gain = gain[start - first : stop - first, None]
+            factor[start - first : stop - first] += share * (gain - 1)
+            left = left * gain
+        plain.append(Update(start, stop, left, right, share * update.strength))
+    return plain, factor
+
+
+def exact_sum(
+    base: torch.Tensor, first: int, updates: Sequence[Update], i: torch.Tensor, j: torch.Tensor
+) -> torch.Tensor:
+    """Elements of `W + Σ Δ` in float64, for plain updates; `base` holds rows `first …` of W.
+
+    The elements are rows `i (hits, depth)` of `base` in columns `j (hits, 1)`.
+    """
+    total = base[i, j].double()
+    for update in updates:
+        at = i + (first - update.start)
+        inside = (at >= 0) & (at < update.stop - update.start)
+        left, right = update.left[at.where(inside, 0)].double(), update.right[:, j].permute(1, 0, 2).double()
+        total += torch.where(inside, (left @ right).squeeze(2) * update.strength, 0.0)
+    return total
+
+
+def measure_columns(update: Update, chunks: Callable[[], Iterator[tuple[int, torch.Tensor]]]) -> Update:
+    """`update` with its gain by column, from one pass over the `(first row, float32 rows)` chunks of the weight."""
+
+    def directions() -> Iterator[torch.Tensor]:
+        for first, rows in chunks():
+            start, stop = max(update.start, first), min(update.stop, first + rows.shape[0])
+            if start < stop:
+                left = update.left[start - update.start : stop - update.start]
+                yield torch.addmm(rows[start - first : stop - first], left, update.right, alpha=update.strength)
+
+    assert update.magnitude is not None
+    gain = column_gain(directions(), update.magnitude)
+    return Update(
+        update.start, update.stop, update.left, update.right, update.strength, update.magnitude, gain, update.weight
+    )
+
+
+@dataclass
+class Retention:
+    """How much of an update survives rounding: sums over elements of `W' − W` against `Δ`, in float64.
+
+    `kept` is `⟨W'−W, Δ⟩ / ‖Δ‖²` (1 is perfect), `error` is `‖W'−W−Δ‖ / ‖Δ‖`; of no update both are NaN.
+    """
+
+    dot: float = 0.0
+    delta: float = 0.0
+    residual: float = 0.0
+
+    @property
+    def kept(self) -> float:
+        return self.dot / self.delta if self.delta else nan
+
+    @property
+    def error(self) -> float:
+        return (self.residual / self.delta) ** 0.5 if self.delta else nan
+
+    def __add__(self, other: Retention) -> Retention:
+        return Retention(self.dot + other.dot, self.delta + other.delta, self.residual + other.residual)
+
+
+def retention(before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> Retention:
+    """Compare what was written with what was meant; `before` and `exact` float32, `rounded` in the output dtype."""
+    delta = exact.double() - before.double()
+    applied = rounded.double() - before.double()
+    return Retention(
+        float((applied * delta).sum()), float(delta.square().sum()), float((applied - delta).square().sum())
+    )

@@ -1,0 +1,1 @@
+"""The Python calls behind `import adapterkit`: paths and options in, plans and results out."""

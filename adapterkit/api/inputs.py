@@ -1,0 +1,140 @@
+"""Bases and adapters as they are given to a Python call, checked and opened."""
+
+from __future__ import annotations
+
+import math
+import os
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import replace
+from itertools import count
+from numbers import Real
+from pathlib import Path
+from typing import TypeAlias
+
+from adapterkit.adapter.formats import holds_adapter, load
+from adapterkit.adapter.weights import Adapter, Given
+from adapterkit.base.checkpoint import Checkpoint, is_base, open_checkpoint
+from adapterkit.base.renames import parse_rename
+from adapterkit.errors import UsageError
+from adapterkit.hub import hub_id, resolve
+
+AnyPath: TypeAlias = str | os.PathLike[str]
+AnyAdapter: TypeAlias = AnyPath | Adapter
+WeightedAdapter: TypeAlias = AnyAdapter | tuple[AnyAdapter, float]
+AnyAdapters: TypeAlias = (
+    WeightedAdapter | Iterable[WeightedAdapter] | Mapping[AnyPath, float]
+)  # as `weighted` takes them
+
+
+def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve) -> Checkpoint:
+    """The model that `base` names, opened `where` it lies. Raises UsageError where it is an adapter."""
+    if not isinstance(base, str | os.PathLike) or not os.fspath(base):
+        raise UsageError(f"base {base!r}: expected a path or a Hub id")
+    path = where(base)
+    checkpoint = open_checkpoint(path, hub_id(base))
+    if holds_adapter(path, checkpoint.tensors):
+        raise UsageError(f"{base}: is an adapter, expected a model. The base comes first, its adapters follow.")
+    return checkpoint
+
+
+def open_adapters(
+    adapters: AnyAdapters,
+    scale: float = 1.0,
+    alpha: float | None = None,
+    scaling: float | None = None,
+    where: Callable[[AnyPath], Path] = resolve,
+) -> list[Given]:
+    """Adapters as they are given to a call, opened `where` they lie, with names that tell them apart."""
+    scale = number(scale, "scale")
+    return _name_apart([_open(what, weight * scale, alpha, scaling, where) for what, weight in weighted(adapters)])
+
+
+def open_one(adapter: WeightedAdapter) -> list[Given]:
+    """The only adapter of a call that takes one. Raises UsageError where it is several, or none."""
+    named = weighted(adapter)
+    if len(named) != 1:
+        raise UsageError(f"{len(named)} adapters: expected one")
+    return open_adapters(named)
+
+
+def weighted(adapters: AnyAdapters) -> list[tuple[AnyAdapter, float]]:
+    """One adapter, one with its weight, several of these, or weights by path, as pairs of adapter and weight.
+
+    Raises UsageError for anything else.
+    """
+    if isinstance(adapters, Mapping):
+        return [_pair(entry) for entry in adapters.items()]
+    if isinstance(adapters, str | os.PathLike | Adapter) or _is_pair(adapters):
+        return [_pair(adapters)]
+    if not isinstance(adapters, Iterable) or isinstance(adapters, bytes | Set):  # a set has no order
+        raise _no_adapter(adapters)
+    return [_pair(entry) for entry in adapters]
+
+
+def number(value: object, what: str) -> float:
+    """`value` as a float. Raises UsageError where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UsageError(f"{what} {value!r}: expected a finite number")
+    return float(value)
+
+
+def _is_pair(entry: object) -> bool:
+    """Whether a tuple is an adapter and its weight, and not two adapters."""
+    return (
+        isinstance(entry, tuple) and len(entry) == 2 and not isinstance(entry[1], str | os.PathLike | Adapter | tuple)
+    )
+
+
+def _pair(entry: object) -> tuple[AnyAdapter, float]:
+    what, weight = entry if isinstance(entry, tuple | list) and len(entry) == 2 else (entry, 1.0)
+    if not isinstance(what, str | os.PathLike | Adapter) or (not isinstance(what, Adapter) and not os.fspath(what)):
+        raise _no_adapter(entry)
+    return what, number(weight, f"weight of {what if not isinstance(what, Adapter) else 'an adapter'}:")
+
+
+def _no_adapter(found: object) -> UsageError:
+    return UsageError(
+        f"adapters: found {reprlib.repr(found)}; expected a path, a Hub id or an Adapter, alone or as (adapter, "
+        "weight), a sequence of these, or a mapping of paths to weights"
+    )
+
+
+def _open(
+    what: AnyAdapter, weight: float, alpha: float | None, scaling: float | None, where: Callable[[AnyPath], Path]
+) -> Given:
+    if not math.isfinite(weight):
+        raise UsageError(f"weight × scale is {weight}: expected a finite number")
+    if isinstance(what, Adapter):
+        return Given(what, weight, what.files[0].parent.name if what.files else "adapter")
+    path = where(what)
+    if is_base(path):
+        raise UsageError(f"{what}: is a model, expected an adapter")
+    adapter = load(path, alpha=alpha, scaling=scaling)
+    generic = path.is_file() and path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
+    name = hub_id(what) or (path.resolve().parent.name if generic else path.resolve().name)
+    return Given(adapter, weight, name, path)
+
+
+def _name_apart(given: list[Given]) -> list[Given]:
+    """Give adapters of one name numbers, so that no two labels are equal, whatever the others are called."""
+    times = Counter(one.label for one in given)
+    taken, apart = {label for label, number in times.items() if number == 1}, []
+    for one in given:
+        label = one.label
+        if times[label] > 1:
+            label = next(name for number in count(1) if (name := f"{one.label} #{number}") not in taken)
+            taken.add(label)
+        apart.append(replace(one, label=label))
+    return apart
+
+
+def renaming(rename: object) -> tuple[str, str] | None:
+    """A rename as --map takes it, or as its two parts."""
+    if rename is None:
+        return None
+    text = "=".join(map(str, rename)) if isinstance(rename, tuple | list) else rename
+    if not isinstance(text, str):
+        raise UsageError(f"rename {reprlib.repr(rename)}: expected (old, new)")
+    return parse_rename(text)

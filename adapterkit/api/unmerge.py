@@ -1,0 +1,240 @@
+"""What `import adapterkit` offers to undo merges.
+
+>>> adapterkit.unmerge("merged", "base-again", adapters=["adapter"])  # every file's SHA-256 as it was
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.adapter.formats import load
+from adapterkit.adapter.weights import Adapter, Given
+from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
+from adapterkit.base.checkpoint import Checkpoint, open_checkpoint
+from adapterkit.errors import AdapterkitError, FitError, UsageError
+from adapterkit.files.opening import open_regular
+from adapterkit.files.staging import BEFORE, RECEIPT, Destination, staged
+from adapterkit.files.stamps import Stamp, stamps_of
+from adapterkit.hub import is_hub_id, resolve
+from adapterkit.merging.plan.types import MergePlan, inputs_of
+from adapterkit.merging.receipts.receipt import Receipt, find_receipt, read_receipt
+from adapterkit.merging.run.scheduler import Merged, run
+from adapterkit.merging.unmerge import check_fits, plan_copy, plan_subtraction, plan_undo
+from adapterkit.text import argument, command
+
+if TYPE_CHECKING:
+    import torch
+
+
+def unmerge(
+    merged: AnyPath,
+    out: AnyPath,
+    *,
+    adapters: AnyAdapters = (),
+    base: AnyPath | None = None,
+    approximate: bool = False,
+    every: bool = False,
+    threads: int | None = None,
+    device: str | torch.device = "auto",
+    run_plan: Callable[[MergePlan], Merged] | None = None,
+) -> Merged:
+    """Undo the last merge of `merged`, or `every` one, bit for bit, and write the base to `out`.
+
+    The receipt says which adapters that needs: they are among `adapters`, or found by name and SHA-256. With the `base`
+    none is needed where there is a receipt; where there is none, the base is checked to be in `merged` with just these
+    adapters, and copied. `approximate` subtracts the adapters from whatever `merged` is. `run_plan` runs each plan, by
+    default on `threads` and `device`. Raises FitError where anything is not what was merged, by its SHA-256.
+    """
+    run_plan = run_plan or partial(_run, threads=threads, device=device)
+    if not every:
+        return run_plan(plan_unmerge(merged, out, adapters=adapters, base=base, approximate=approximate))
+    checkpoint, target, given = _checked(merged, out, adapters, approximate)
+    source = checkpoint.path
+    receipts = levels(source)
+    if base is not None or approximate or not receipts:
+        raise UsageError("every merge is undone by receipts alone, one after the other: there must be some")
+    offers = sort_by_level(receipts, [one.adapter for one in given])
+    with staged(Destination(target, inputs_of(checkpoint, *given), checkpoint.is_directory, beside=True)) as last:
+        between = [last.with_name(f"before-{number}") for number in range(1, len(receipts))]
+        for offer, step in zip(offers, [*between, last], strict=True):
+            receipt = read_receipt(find_receipt(checkpoint.path) or checkpoint.path)
+            found = find_adapters(receipt, offer, source)
+            result = run_plan(plan_undo(checkpoint, receipt, found, step))
+            checkpoint = open_checkpoint(step)
+    return replace(result, out=target)
+
+
+def plan_unmerge(
+    merged: AnyPath, out: AnyPath, *, adapters: AnyAdapters = (), base: AnyPath | None = None, approximate: bool = False
+) -> MergePlan:
+    """Plan to undo the last merge of `merged`, as `unmerge` does; nothing is written."""
+    checkpoint, target, given = _checked(merged, out, adapters, approximate)
+    return _plan(checkpoint, target, given, base, approximate)
+
+
+def _checked(
+    merged: AnyPath, out: AnyPath, adapters: AnyAdapters, approximate: bool
+) -> tuple[Checkpoint, Path, list[Given]]:
+    """What is to be undone, where that goes, and the adapters that are given, opened and checked to lie apart."""
+    source, target = resolve(merged), Path(out).expanduser()
+    checkpoint = open_base(merged)
+    told = find_receipt(source) is not None and not approximate
+    given = open_adapters([(_opened(what), weight) for what, weight in weighted(adapters)] if told else adapters)
+    named = [Path(what) for what, _ in weighted(adapters) if not isinstance(what, Adapter)]
+    Destination(target, (*inputs_of(checkpoint, *given), *named), checkpoint.is_directory).check()
+    return checkpoint, target, given
+
+
+def _plan(merged: Checkpoint, out: Path, given: Sequence[Given], base: AnyPath | None, approximate: bool) -> MergePlan:
+    """What undoes the last merge, from headers only but where a base is to be checked."""
+    original = None if base is None else open_base(base)
+    if original is not None:
+        Destination(out, inputs_of(merged, original, *given), original.is_directory).check()
+    folder = find_receipt(merged.path)
+    receipt = None if folder is None else read_receipt(folder)
+    weighted = any(one.weight != 1.0 for one in given)
+    if approximate:
+        if original is not None:
+            raise UsageError("with the base nothing needs to be approximate: give one of them")
+        if receipt is not None and not given:
+            found = find_adapters(receipt, [], merged.path)
+            given = [Given(a, one.weight, one.name) for a, one in zip(found, receipt.adapters, strict=True)]
+        if not given:
+            raise UsageError(f"{merged.path}: has no receipt that says which adapters to subtract: name them")
+        return plan_subtraction(merged, given, out)
+    if receipt is not None and weighted:
+        raise UsageError("the weights are those of the receipt: name the adapters without")
+    if original is not None:
+        if receipt is None:
+            check_fits(merged, original, given)
+        elif given:
+            raise UsageError("a receipt and the base are enough: leave the adapters away")
+        return plan_copy(original, receipt, out)
+    if receipt is None:
+        raise FitError(
+            f"{merged.path}: has no receipt, without which no merge is undone exactly. --base BASE --adapter A checks "
+            "and restores the base, --approximate --adapter A subtracts."
+        )
+    return plan_undo(merged, receipt, find_adapters(receipt, [one.adapter for one in given], merged.path), out)
+
+
+def _opened(adapter: AnyAdapter) -> Adapter:
+    """An adapter that a receipt tells the scalings of."""
+    return adapter if isinstance(adapter, Adapter) else opened(resolve(adapter))
+
+
+def _run(plan: MergePlan, threads: int | None, device: str | torch.device) -> Merged:
+    *_, result = run(plan, threads=threads, device=device)
+    assert isinstance(result, Merged)
+    return result
+
+
+def levels(merged: Path) -> list[Receipt]:
+    """The receipts of all merges that are to be undone one after the other, the last merge first."""
+    found, folder = [], find_receipt(merged)
+    while folder is not None:
+        found.append(read_receipt(folder))
+        folder = folder / BEFORE if (folder / BEFORE / RECEIPT).is_file() else None
+    return found
+
+
+def sort_by_level(receipts: Sequence[Receipt], offered: Sequence[Adapter]) -> list[list[Adapter]]:
+    """Which of the adapters each of the receipts names. Raises FitError where one is named by none."""
+    found: list[list[Adapter]] = [[] for _ in receipts]
+    for adapter in offered:
+        hashes = hashes_of(adapter)
+        named = [any(set(one.files.values()) == hashes for one in receipt.adapters) for receipt in receipts]
+        if not any(named):
+            names = ", ".join(one.name for receipt in receipts for one in receipt.adapters)
+            raise FitError(
+                f"{adapter.files[0].parent}: is not what was merged, by its SHA-256; the receipt names {names}. "
+                "--approximate subtracts it nevertheless."
+            )
+        for level, here in zip(found, named, strict=True):
+            level += [adapter] if here else []
+    return found
+
+
+def find_adapters(receipt: Receipt, offered: Sequence[Adapter], near: Path) -> list[Adapter]:
+    """The adapters of the receipt, in its order: of those `offered`, else by name beside `near`, here, or on the Hub.
+
+    Raises FitError where one is none of these, where one that is offered was not merged, or only some are offered.
+    """
+    sort_by_level([receipt], offered)
+    _refuse_some(receipt, [hashes_of(adapter) for adapter in offered])
+    found = []
+    for one in receipt.adapters:
+        hashes = set(one.files.values())
+        candidates = chain(offered, _by_name(one.name, near))
+        here = next((adapter for adapter in candidates if hashes_of(adapter) == hashes), None)
+        if here is None:
+            digests = ", ".join(f"{name} {digest[:12]}…" for name, digest in one.files.items())
+            raise FitError(
+                f"{one.name}: undoing the merge needs this adapter ({digests}), and it is neither beside {near.name} "
+                "nor here: name it with --adapter"
+            )
+        found.append(here)
+    return found
+
+
+def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
+    """Raise FitError where some, but not all, of the adapters are named: one alone cannot be taken out exactly."""
+    named = [one for one in receipt.adapters if set(one.files.values()) in offered]
+    others = [one for one in receipt.adapters if one not in named]
+    if named and others:
+        which = {number for number, one in enumerate(receipt.adapters) if one in named}
+        parts = [{part.adapter for part in parts} for shard in receipt.shards for _, parts in shard.tensors]
+        shared, touched = (
+            sum(bool(here & which and here - which) for here in parts),
+            sum(bool(p & which) for p in parts),
+        )
+        names, rest = (" and ".join(one.name for one in some) for some in (named, others))
+        again = command(["adapterkit", "merge", "OUT", *(argument(f"{one.name}:{one.weight}") for one in others)])
+        raise FitError(
+            f"{names}: was merged together with {rest}, and {shared} of its {touched} tensors were rounded with both "
+            f"in them: what is exact is to take all out. Name all with --adapter, or none, and merge the rest again: "
+            f"{again}"
+        )
+
+
+def opened(path: Path) -> Adapter:
+    """An adapter whose scalings stand in a receipt, so that without a config it need not be told."""
+    try:
+        return load(path)
+    except UsageError:
+        return load(path, scaling=1.0)
+
+
+def hashes_of(adapter: Adapter) -> set[str]:
+    """The SHA-256 of the files of an adapter."""
+    return {_sha256(file, stamp) for file, stamp in stamps_of(adapter.files).items()}
+
+
+@cache
+def _sha256(file: Path, _: Stamp) -> str:
+    """Of a file in that state."""
+    with open_regular(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _by_name(name: str, near: Path) -> Iterator[Adapter]:
+    """Adapters that can be the one of that name, with or without the number that told it from its namesakes."""
+    names = dict.fromkeys((name, re.sub(r" #\d+$", "", name)))
+    plain = [last for one in names if (last := one.rpartition("/")[2]) not in ("", ".", "..")]
+    places = [folder / one for one in plain for folder in (near.absolute().parent, Path.cwd())]
+    for place in dict.fromkeys(places):
+        if os.path.exists(place):  # Path.exists raises for names that are too long
+            try:
+                yield opened(place)
+            except AdapterkitError:
+                continue
+    for one in filter(is_hub_id, names):
+        yield opened(resolve(one))

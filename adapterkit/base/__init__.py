@@ -1,0 +1,1 @@
+"""A checkpoint: its tensors, where modules land in it, and how its weights are stored."""

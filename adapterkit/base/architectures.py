@@ -1,0 +1,178 @@
+"""Facts about architectures: the names of their modules, how their weights are stored, whether their heads are tied.
+
+Whatever is known by `model_type` or by name stands here and nowhere else. tests/base/test_ties.py holds the tables of
+ties against transformers.
+"""
+
+from __future__ import annotations
+
+from adapterkit.files.safetensors import FLOAT_DTYPES, Weight
+
+# --- names and layouts -----------------------------------------------------------------------------------------------
+
+# Prefixes that differ between the model in memory and the checkpoint on disk; the first row with which every module
+# lands is taken. Each row maps the adapter's prefix to the base's, the longest first.
+DRIFTS: tuple[dict[str, str], ...] = (
+    {},
+    {"": "model."},
+    {"model.": ""},
+    {"": "transformer."},
+    {"transformer.": ""},
+    {"model.language_model.": "model.", "model.visual.": "visual."},  # Qwen2-VL as transformers holds it
+    {"model.": "model.language_model.", "visual.": "model.visual."},
+    {  # LLaVA as transformers holds it
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    },
+    {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+    {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},  # on the text-only checkpoint, and back
+    {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+    {"lm_head.": "embed_out."},  # GPT-NeoX as transformers 5 holds it
+    {"embed_out.": "lm_head."},
+)
+
+# Heads, which lie beside the model that a drift may put a prefix before.
+HEAD_MODULES = ("lm_head", "score", "embed_out", "proj_out", "output_projection")
+
+# Parts of names that some checkpoints spell otherwise than the model in memory; taken where the base has only theirs.
+SEGMENTS = {"mlp": "block_sparse_moe"}  # Mixtral
+
+# A fused projection holds these parts, one row range after the other.
+FUSED: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "W_pack": ("q_proj", "k_proj", "v_proj"),
+    "in_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+# Stacked experts whose checkpoint has one tensor for each expert and part: `experts.3.w1.weight`.
+PER_EXPERT: dict[str, tuple[tuple[str, ...], ...]] = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+
+# Architectures whose linear layers are Conv1D: the weight is stored (in, out).
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+# --- ties, by model_type: the defaults of `tie_word_embeddings` ------------------------------------------------------
+
+
+def _types(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+TIED = _types(
+    """
+    albert aya_vision bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blip bloom
+    camembert canary cohere cohere2 cohere2_moe cohere2_vision cohere_compass_text convbert ctrl data2vec-text deberta
+    deberta-v2 deepseek_vl deepseek_vl_hybrid diffusion_gemma distilbert electra ernie ernie4_5 ernie4_5_moe
+    ernie4_5_vl_moe esm falcon falcon_mamba flaubert florence2 fnet fun_asr_nano funnel gemma gemma2 gemma3 gemma3_text
+    gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text glmasr got_ocr2
+    gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese granite_docling granite_speech granite_speech_plus granite_swa
+    gte hunyuan_vl hyperclovax_vision_v2 ibert internvl janus jetmoe jina_embeddings_v3 kimi_k25 kosmos-2 layoutlm led
+    lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr longformer longt5 luke m2m_100 mamba marian mbart megatron-bert
+    minicpm3 minicpm_ocr mistral3 mobilebert modernbert modernbert-decoder moonshine moss_transcribe_diarize mpnet mpt
+    mra mt5 mvp nllb-moe nomic_bert nystromformer openai-gpt opt ovis2 paddleocr_vl paddleocr_vl_text paligemma pegasus
+    pegasus_x plbart pop2piano pp_chart2table prophetnet qwen3_asr recurrent_gemma roberta roberta-prelayernorm
+    roc_bert roformer seamless_m4t seamless_m4t_v2 smollm3 speech_to_text speecht5 squeezebert starcoder2
+    switch_transformers t5 t5gemma t5gemma2 tapas trocr udop umt5 vaultgemma voxtral_realtime whisper xglm xlm
+    xlm-roberta xlm-roberta-xl xlnet xmod yoso youtu zamba zamba2 zaya
+    """
+)
+UNTIED = _types(
+    """
+    afmoe apertus arcee aria aria_text axk1 axk2 bailing_hybrid bamba beam bitnet blt chameleon codegen cohere_asr
+    cohere_compass cosmos3_edge cosmos3_omni cwm dbrx deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
+    diffllama doge dots1 dots3_note dots3_note_text emu3 esmc eurobert evolla exaone4 exaone4_5 exaone_moe falcon_h1
+    fast_vlm flex_olmo flint fsmt fuyu git glm glm4 glm46v glm4_moe glm4_moe_lite glm4v glm4v_moe glm5_next glm_moe_dsa
+    glm_ocr glmga gpt_neox gpt_oss gptj granite granite4_vision granitemoe granitemoe_swa granitemoehybrid
+    granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax idefics idefics2 idefics3
+    internlm3 iquestcoder jais2 jamba kimi_linear kolibri1 kyutai_speech_to_text laguna llama llama4 llama4_text llava
+    llava_next llava_next_video llava_onevision longcat_flash mamba2 mellum mimo_v2_flash minicpmv4_6 minicpmv4_7
+    minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral4 mistral_large4 mixtral
+    mllama_text_model modernvbert molmo2 moonshine_streaming moshi muse_glimmer_text muse_spark_text nanochat nemotron
+    nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phi3 phi4_multimodal phimoe pix2struct
+    pp_formulanet_text qianfan_ocr qwen2 qwen2_5_omni_thinker qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen4_exp
+    qwen4_exp_text reformer rembert rwkv seed_oss shieldgemma2 smolvlm solar_open stablelm ultrabert ultravbert
+    unlimited_ocr video_llama_3 video_llava vipllava xlstm
+    """
+)
+# Tied whatever the key says; of T5's family it says something else (whether the output is scaled).
+ALWAYS = _types("longt5 mt5 pop2piano t5 udop umt5")
+# Tied also where only the text model's config says so.
+OR_TEXT = _types(
+    """
+    fast_vlm glm4v glm4v_moe glm_ocr hunyuan_vl llava llava_next_video llava_onevision minimax_m3_vl paddleocr_vl
+    qwen2_5_vl qwen2_vl shieldgemma2 video_llama_3
+    """
+)
+# A whole language model lies inside, head and all: its own config decides.
+TEXT = _types(
+    """
+    audioflamingo3 blip-2 inkling2 inkling_mm_model instructblip instructblipvideo mllama muse_glimmer muse_spark
+    musicflamingo nemo_speechlm nemotron_h_omni pp_formulanet qwen2_audio vibevoice vibevoice_asr voxtral
+    """
+)
+LFM2 = _types("lfm2 lfm2_moe lfm2_vl")  # which call the key tie_embedding
+
+# The head's tensor where that is not lm_head.weight.
+HEADS = {
+    model: head
+    for head, models in {
+        "cls.predictions.decoder.weight": "bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert "
+        "mobilebert mra nomic_bert nystromformer roc_bert roformer squeezebert tapas yoso",
+        "decoder.weight": "modernbert modernbert-decoder",
+        "embed_out.weight": "gpt_neox gpt_neox_japanese",
+        "entity_predictions.decoder.weight": "luke",
+        "generator_lm_head.weight": "convbert electra",
+        "head.decoder.weight": "ultrabert",
+        "head.weight": "rwkv",
+        "lm_head.decoder.weight": "bert-generation camembert data2vec-text esm gte ibert jina_embeddings_v3 longformer "
+        "mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod",
+        "lm_head.out_proj.weight": "t5gemma t5gemma2",
+        "lm_loss.weight": "xlnet",
+        "output.weight": "git",
+        "output_projection.weight": "biogpt trocr",
+        "pred_layer.proj.weight": "flaubert xlm",
+        "predictions.decoder.weight": "albert",
+        "proj_out.weight": "canary cohere_asr moonshine moonshine_streaming whisper",
+        "text_decoder.cls.predictions.decoder.weight": "blip",
+        "text_decoder_postnet.lm_head.weight": "speecht5",
+        "text_model.lm_head.weight": "kosmos-2",
+        "vocab_projector.weight": "distilbert",
+    }.items()
+    for model in models.split()
+}  # fmt: skip
+
+# What input embeddings are called: the end of their tensors' names. The first is one of several models at once.
+INPUT_EMBEDDINGS = (
+    "shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
+    "tokens_embed.weight", "tok_embeddings.weight", "word_embedding.weight", "backbone.embeddings.weight",
+    "transformer.embeddings.weight", "transformer.w.weight",
+)  # fmt: skip
+
+
+# --- linear layers ---------------------------------------------------------------------------------------------------
+
+# Not linear layers, though their weights are matrices; and heads, which transformers leaves as they are.
+NOT_LINEAR = (
+    *INPUT_EMBEDDINGS, "wpe.weight", "position_embeddings.weight", "token_type_embeddings.weight",
+    "embed_positions.weight", "relative_attention_bias.weight", "lm_head.weight", "embed_out.weight", "score.weight",
+    "classifier.weight",
+)  # fmt: skip
+
+
+def is_linear(name: str, weight: Weight) -> bool:
+    """Whether a tensor is the weight of a linear layer that transformers would quantize."""
+    matrix = weight.dtype in FLOAT_DTYPES and len(weight.shape) == 2 and 0 not in weight.shape
+    return matrix and name.endswith(".weight") and not name.endswith(NOT_LINEAR)

@@ -1,0 +1,187 @@
+"""A base model on disk: its shards, its index, its config, and every tensor by name. Only headers are read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.files.jsonfile import read_json
+from adapterkit.files.opening import blob_of, files_below
+from adapterkit.files.safetensors import Header, TensorInfo, read_header
+from adapterkit.files.staging import MAX_NAME_BYTES, RECEIPT
+from adapterkit.files.stamps import Stamp, stamps_of
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+# Weights in other formats: never copied along, since they would still hold the unmerged model.
+OTHER_WEIGHTS = (
+    ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".ot", ".npz", ".tflite",
+    ".safetensors",
+)  # fmt: skip
+# Their names, and those of indexes, of which variants have another word in the middle.
+OTHER_WEIGHTS_NAME = re.compile(
+    rf"({'|'.join(map(re.escape, OTHER_WEIGHTS))}|\.index(\.[\w-]+)?\.json)$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A safetensors checkpoint: a Hugging Face directory, or a single file."""
+
+    path: Path
+    name: str  # what to call it: a Hub id, or the last part of its path
+    shards: tuple[Header, ...]
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any] = field(default_factory=dict)
+    index: Path | None = None
+    stamps: dict[Path, Stamp] = field(default_factory=dict)  # of these files, before they were read
+
+    @property
+    def is_directory(self) -> bool:
+        return all(shard.file != self.path for shard in self.shards)
+
+    @property
+    def quantization(self) -> str | None:
+        """The name of the scheme its config declares, if any, and which of its kinds."""
+        declared = self.config.get("quantization_config")
+        if not isinstance(declared, dict):
+            return None
+        kind = declared.get("quant_algo") or declared.get("format")
+        method = str(declared.get("quant_method", "an unnamed scheme"))
+        return f"{method} {kind}" if isinstance(kind, str) else method
+
+    def other_files(self) -> tuple[list[Path], dict[Path, str]]:
+        """The files beside the weights, relative to the directory: those to copy, and why the rest is not copied."""
+        copied: list[Path] = []
+        left_out: dict[Path, str] = {}
+        read = {CONFIG, *(shard.file.name for shard in self.shards), *([self.index.name] if self.index else [])}
+        for file, kind in files_below(self.path) if self.is_directory else ():
+            first, *inner = file.parts
+            if str(file) in read or (first == Path(RECEIPT).stem and inner):  # a receipt's folder has its own rules
+                continue
+            # Beside a model, transformers would load the adapter that an adapter_config.json speaks of.
+            if OTHER_WEIGHTS_NAME.search(file.name) or file.name == "adapter_config.json":
+                left_out[file] = "it belongs to the unmerged model"
+            elif first == Path(RECEIPT).stem:
+                left_out[file] = "a receipt's folder has that name"
+            elif kind is not None:
+                left_out[file] = f"it is {kind}"
+            else:
+                copied.append(file)
+        return copied, left_out
+
+    def notes(self) -> list[str]:
+        """What the user is to know of its files: those that are not copied, and weights that are elsewhere."""
+        linked = [shard.file for shard in self.shards if shard.file.is_symlink() and blob_of(shard.file) is None]
+        return [
+            *(f"{file.name}: is a link; the weights were read from where it leads" for file in linked),
+            *(f"{file}: not copied, since {why}" for file, why in self.other_files()[1].items()),
+        ]
+
+
+def is_base(path: Path) -> bool:
+    """Whether the directory at `path` holds a model, and not an adapter."""
+    return (path / CONFIG).is_file() and not (path / "adapter_config.json").is_file()
+
+
+def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
+    """Open the base model at `path` by reading its headers.
+
+    Raises FormatError where a shard is missing or broken, two shards hold one tensor, or the index disagrees with
+    them; UnsafeFileError where the index names files outside the directory.
+    """
+    try:
+        path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for symlink loops
+        reason = "there is no such file or directory" if isinstance(error, FileNotFoundError) else str(error)
+        raise FormatError(f"{path}: {reason}") from error
+    if path.is_file():
+        if path.suffix == ".json":
+            raise FormatError(f"{path}: is not a file of weights; give the directory that it lies in")
+        stamps = stamps_of([path])
+        header = read_header(path)
+        return Checkpoint(path, name or path.name, (header,), header.tensors, stamps=stamps)
+    if not path.is_dir():
+        raise FormatError(f"{path}: is neither a file nor a directory")
+    stamps = stamps_of(file for file in (path / CONFIG, *path.glob(f"*{INDEX_SUFFIX}")) if os.path.exists(file))
+    config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
+    if not isinstance(config.get("model_type", ""), str | None):
+        raise FormatError(f"{path / CONFIG}: model_type is {str(config['model_type'])[:60]!r}, expected a name")
+    index, weight_map, names = _weight_files(path)
+    _check_named(path, config, index or path / names[0])
+    for file in names:
+        if not os.path.exists(path / file):
+            named = f"the shard that {index.name} names" if index else "the file of the weights"
+            raise FormatError(f"{path / file}: {named} is missing. Download it again.")
+    stamps |= stamps_of(path / file for file in names)
+    shards = [read_header(path / file) for file in names]
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for tensor, info in shard.tensors.items():
+            if tensor in tensors:
+                raise FormatError(f"{info.file}: {tensor} is also in {tensors[tensor].file.name}")
+            tensors[tensor] = info
+    for tensor, file in weight_map.items():
+        if tensor not in tensors or tensors[tensor].file.name != file:
+            raise FormatError(f"{index}: {tensor} should be in {file}, but is not")
+    return Checkpoint(path, name or path.resolve().name, tuple(shards), tensors, config, index, stamps)
+
+
+def _weight_files(path: Path) -> tuple[Path | None, dict[str, str], list[str]]:
+    """The index, its weight map and the files of the weights: those that transformers reads, or FormatError."""
+    indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) > 1:
+        raise FormatError(f"{path}: two indexes, {indexes[0].name} and {indexes[1].name}: keep the one that is right")
+    if not indexes:
+        return None, {}, [_only_file(path).name]
+    weight_map = _read_index(indexes[0])
+    names = sorted(set(weight_map.values()))
+    if names != [SINGLE] and os.path.lexists(path / SINGLE):
+        raise FormatError(
+            f"{path}: has {SINGLE}, which transformers reads, and {indexes[0].name}, which names other files: remove "
+            "the one that is wrong"
+        )
+    return indexes[0], weight_map, names
+
+
+def _check_named(path: Path, config: Mapping[str, Any], entry: Path) -> None:
+    """Raise FormatError where the config has transformers read other weights than those of `entry`."""
+    named = config.get("transformers_weights")
+    if named is not None and named != entry.name:
+        raise FormatError(
+            f"{path / CONFIG}: names {str(named)[:80]!r} as the weights (transformers_weights), but {entry.name} is "
+            "beside it: remove the one that is wrong"
+        )
+
+
+def _only_file(path: Path) -> Path:
+    """The weights of a directory without an index."""
+    files = sorted(path.glob("*.safetensors"))
+    named = [file for file in files if file.name == SINGLE]
+    if len(files) == 1 or named:
+        return (named or files)[0]
+    if files:
+        shown = ", ".join(file.name for file in files[:3])
+        raise FormatError(f"{path}: several safetensors files ({shown} …) and no index that says which belong together")
+    others = [file.name for file in sorted(path.iterdir()) if file.name.endswith(OTHER_WEIGHTS)]
+    hint = f" It holds {others[0]}: convert it to safetensors first." if others else ""
+    raise FormatError(f"{path}: no safetensors weights in this directory.{hint}")
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """The weight map, with every file name checked to be a plain name inside the directory."""
+    weight_map = read_json(file, large=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FormatError(f"{file}: weight_map must map tensor names to file names")
+    for name in set(weight_map.values()):
+        if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
+            raise UnsafeFileError(f"{file}: names the shard {name[:80]!r}, which is not a plain file name beside it")
+        if not name.endswith(".safetensors") or len(name.encode()) > MAX_NAME_BYTES:
+            raise FormatError(f"{file}: names the shard {name[:80]!r}, which is not a safetensors file")
+    return weight_map

@@ -1,0 +1,1 @@
+"""A checkpoint as a model and a tokenizer of transformers, from checked files alone and without code of theirs."""

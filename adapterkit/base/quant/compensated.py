@@ -1,0 +1,68 @@
+"""The loops of compensated rounding, compiled: a call a column is thousands of calls a weight."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+
+def _carried(columns: torch.Tensor, units: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """The index of a code for `columns (columns, rows)`, each with the error of the one before, in `units` of its own.
+
+    At most half of the greatest step is carried on, so that what is beyond the codes does not pile up.
+    """
+    most = float((code[1:] - code[:-1]).max()) / 2
+    index = torch.empty_like(columns, dtype=torch.int32)
+    error = torch.zeros_like(columns[0])
+    for j in range(columns.shape[0]):
+        value = columns[j] + torch.where(units[j] > 0, error / units[j], torch.zeros_like(error))
+        torch.bucketize(value, bounds, out_int32=True, out=index[j])
+        error = (value - code.index_select(0, index[j])).clamp_(-most, most) * units[j]
+    return index
+
+
+def _spread(
+    columns: torch.Tensor, units: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """The same, each with its share of the errors of all before it (GPTQ, arXiv 2210.17323, algorithm 1).
+
+    `shares (columns, width)`: row j holds by what the error of column j is multiplied for each column of its span of
+    `width`. A batch of columns is settled before its errors reach those behind it in one product.
+    """
+    batch, width, count = 64, shares.shape[1], columns.shape[0]
+    values = columns * units
+    index = torch.empty_like(columns, dtype=torch.int32)
+    errors = torch.empty_like(columns[:batch])
+    for start in range(0, count, width):
+        stop = min(count, start + width)
+        for low in range(start, stop, batch):
+            high = min(stop, low + batch)
+            for j in range(low, high):
+                scaled = torch.where(units[j] > 0, values[j] / units[j], torch.zeros_like(values[j]))
+                torch.bucketize(scaled, bounds, out_int32=True, out=index[j])
+                errors[j - low] = values[j] - code.index_select(0, index[j]) * units[j]
+                if j + 1 < high:
+                    values[j + 1 : high].addr_(shares[j, j + 1 - start : high - start], errors[j - low], alpha=-1)
+            if high < stop:
+                part = shares[low:high, high - start : stop - start]
+                values[high:stop].addmm_(part.t(), errors[: high - low], alpha=-1)
+    return index
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    _carry, _share = torch.jit.script(_carried), torch.jit.script(_spread)
+
+
+def carry_errors(
+    scaled: torch.Tensor, unit: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor, shares: torch.Tensor | None
+) -> torch.Tensor:
+    """`choose` for compensated rounding: `scaled` and `unit` are `(rows, columns)`."""
+    columns, units = scaled.T.contiguous(), unit.T.contiguous()
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+        if shares is None:
+            index: torch.Tensor = _carry(columns, units, code, bounds)
+        else:
+            index = _share(columns, units, code, bounds, shares.to(columns.device))
+    return index.T

@@ -1,0 +1,87 @@
+"""`adapterkit compare ADAPTER ADAPTER…`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapterkit.cli.output import say, say_json
+from adapterkit.cli.run_plan import weighted
+from adapterkit.cli.views.tables import common_prefix, print_table, table
+from adapterkit.inspection.summary import to_json
+from adapterkit.text import counted, number
+
+if TYPE_CHECKING:
+    from adapterkit.combining.compare import Alike, Pair
+
+
+FIGURES = ("cosine", "distance", "norm_ratio", "overlap_in", "overlap_out", "sign_conflict", "lost")
+
+
+@click.command("compare")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.option("--by", type=click.Choice(["target", "layer", "module"]), default="target", show_default=True,
+              help="What has a row of its own; by module, JSON has φ(i, j) too.")  # fmt: skip
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the cosines by layer to a .png or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def compare_command(adapters: tuple[str, ...], by: str, plot: str | None, as_json: bool) -> None:
+    """Compare what adapters do to a base, two by two, module by module, by their factors alone.
+
+    cosine and distance are those of the updates as vectors; overlap is the share of the subspaces of inputs (φ of the
+    LoRA paper) and outputs that both use; signs is how many of the elements pull against each other; lost is what
+    adding the two up at the greater of their ranks would lose.
+    """
+    from adapterkit.api.adapters import compare
+    from adapterkit.cli.views.plot import check_plot, draw_likeness
+
+    if plot:
+        check_plot(Path(plot))
+    pairs = compare([weighted(text) for text in adapters])
+    if plot:
+        draw_likeness(pairs, Path(plot))
+        say(f"drawn to {plot}", err=True)
+    if as_json:
+        shown = [
+            replace(pair, modules=tuple(row if by == "module" else replace(row, phi=()) for row in pair.modules))
+            for pair in pairs
+        ]
+        say_json([to_json(pair) for pair in shown])
+        return
+    for index, pair in enumerate(pairs):
+        _show(pair, by, first=index == 0)
+
+
+def _show(pair: Pair, by: str, first: bool) -> None:
+    alone = f", {pair.alone[0]} and {pair.alone[1]} in one only" if any(pair.alone) else ""
+    say(*[""] * (not first), f"{pair.first} and {pair.second}: {counted(len(pair.modules), 'module')} in both{alone}")
+    prefix = common_prefix([str(row.name) for row in pair.modules])
+    groups: dict[str, list[Alike]] = {}
+    for row in pair.modules:
+        name = {"target": row.target, "layer": "–" if row.layer is None else row.layer, "module": row.name}[by]
+        groups.setdefault(str(name), []).append(row)
+    rows = [_mean(name.removeprefix(prefix) if by == "module" else name, group) for name, group in groups.items()]
+    print_table(table(_columns(by), [*rows, replace(pair.total, name="in all")]))
+
+
+def _columns(first: str) -> dict[str, Callable[[Alike], str]]:
+    return {
+        first: lambda row: str(row.name),
+        "cosine": lambda row: f"{row.cosine:+.3f}",
+        "‖Δ₁−Δ₂‖\n/ ‖Δ₁‖": lambda row: number(row.distance),
+        "‖Δ₂‖\n/ ‖Δ₁‖": lambda row: number(row.norm_ratio),
+        "overlap\nof inputs": lambda row: f"{row.overlap_in:.3f}",
+        "\nof outputs": lambda row: f"{row.overlap_out:.3f}",
+        "signs\nagainst": lambda row: f"{row.sign_conflict:.1%}",
+        "sum\nlost": lambda row: f"{row.lost:.1%}",
+    }
+
+
+def _mean(name: str, rows: list[Alike]) -> Alike:
+    """The mean of each figure over some modules."""
+    shares: Any = {name: fmean(getattr(row, name) for row in rows) for name in FIGURES}
+    return replace(rows[0], name=name, **shares)

@@ -1,0 +1,118 @@
+"""`adapterkit list [DIR]…`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+
+import click
+
+from adapterkit.cli.output import say, say_json
+from adapterkit.cli.views.tables import padded, width
+from adapterkit.errors import AdapterkitError, FormatError, UsageError
+from adapterkit.hub.listing import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered, with_details
+from adapterkit.text import short, size, span, visible
+
+LIMIT = 30  # rows of the Hub
+NAME = "adapter"
+CUT, LEAST = ("base", "targets"), 8  # the columns that give way on a narrow terminal, and what is left of them
+ON_THE_LEFT = (NAME, "kind", "targets", "base")
+
+
+@click.command("list")
+@click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path())
+@click.option("--hub", is_flag=True, help="What is on the Hub, too.")
+@click.option("--base", help="Only adapters of this base: its Hub id, or the last part of its path.")
+@click.option("--search", default="", metavar="WORDS", help="Only what has all these words in names or targets.")
+@click.option("--sort", type=click.Choice([*SORTS, "trending"]), help="Default: by name, on the Hub what is trending.")
+@click.option("--limit", type=click.IntRange(1), default=LIMIT, show_default=True, help="Rows of the Hub.")
+@click.option("--details", is_flag=True, help="Read the headers of those on the Hub too: ranks, targets, sizes. Some "
+              "requests each, which the Hub counts as downloads.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def list_command(
+    folders: tuple[str, ...], hub: bool, base: str | None, search: str, sort: str | None, limit: int, details: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Show the adapters in the folders DIR and below and in the Hub cache, and with --hub those on the Hub.
+
+    Without DIR, of the current folder. What is read are headers and configs.
+    """
+    if sort == "trending" and not hub:
+        raise UsageError("--sort trending is of the Hub: say --hub")
+    if details and not hub:
+        raise UsageError("--details is of what is on the Hub: say --hub")
+    if hub and sort is not None and sort not in HUB_SORTS:
+        raise UsageError(f"the Hub does not sort by {sort}: expected one of {', '.join(HUB_SORTS)}")
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise FormatError(f"{folder}: there is no such folder")
+    here = [one for one in itertools.chain(in_folders(folders or ["."]), in_cache()) if one.matches(base, search)]
+    rows, failed = ordered(here, sort or "name"), None
+    if hub:
+        try:
+            there = list(itertools.islice(on_the_hub(base, search, sort or "trending"), limit))
+            rows += with_details(there) if details else there
+        except AdapterkitError as error:  # told once what is on this disk was shown
+            failed = error
+    if as_json:
+        say_json([asdict(row) | {"path": str(row.path) if row.path else None} for row in rows])
+    elif rows:
+        _print_rows(_columns(rows), rows)
+        for row in rows:
+            if row.problem:
+                say(f"⚠ {row.name}: {row.problem}")
+    elif failed is None:
+        say("no adapters found" + ("" if hub else "; --hub looks on the Hub"))
+    if failed is not None:
+        raise failed
+
+
+def _print_rows(columns: dict[str, Callable[[Found], str]], rows: list[Found]) -> None:
+    """A line for every row: into a pipe as wide as it is, on a terminal with less of what is least asked for.
+
+    Names are whole in any case, to be copied from there; long ones have a line of their own on a terminal.
+    """
+    from rich.cells import cell_len
+
+    lines = [{name: name for name in columns}]
+    lines += [{name: visible(cell(row)) for name, cell in columns.items()} for row in rows]
+    widths = {name: max(cell_len(line[name]) for line in lines) for name in columns}
+    if sys.stdout.isatty():
+        short = (cell_len(line[NAME]) for line in lines if cell_len(line[NAME]) <= width() // 2)
+        widths = _fitted(widths | {NAME: max(short)}, width())
+    for line in lines:
+        if cell_len(line[NAME]) > widths[NAME]:
+            say(line[NAME])
+            line[NAME] = ""
+        texts = (padded(line[name], wide, right=name not in ON_THE_LEFT) for name, wide in widths.items())
+        say("  ".join(texts).rstrip())
+
+
+def _fitted(widths: dict[str, int], room: int) -> dict[str, int]:
+    """The widths of columns two spaces apart in `room`: some are cut for that, and left out where it is not enough."""
+    for leave_out in (False, True):
+        for name in CUT:
+            over = sum(widths.values()) + 2 * len(widths) - 2 - room
+            if over > 0 and name in widths:
+                less = widths[name] - min(over, max(0, widths[name] - LEAST))
+                widths = {key: less if key == name else wide for key, wide in widths.items()}
+                if leave_out:
+                    del widths[name]
+    return widths
+
+
+def _columns(rows: list[Found]) -> dict[str, Callable[[Found], str]]:
+    columns: dict[str, Callable[[Found], str]] = {
+        NAME: lambda row: f"{'●◐○'[('here', 'partial', 'remote').index(row.state)]} {row.name}",
+        "kind": lambda row: "" if row.kind in (None, "LoRA") else str(row.kind),
+        "rank": lambda row: span(row.ranks),
+        "alpha": lambda row: span(row.alphas),
+        "targets": lambda row: short(row.targets),
+        "size": lambda row: "" if row.size is None else size(row.size),
+        "downloads": lambda row: "" if row.downloads is None else f"{row.downloads:,}",
+        "base": lambda row: (row.base_model or "").rpartition("/")[2],
+    }
+    return {name: cell for name, cell in columns.items() if name == NAME or any(cell(row) for row in rows)}

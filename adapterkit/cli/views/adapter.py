@@ -1,0 +1,176 @@
+"""How an adapter is printed: header lines, warnings, a table by target, bars by layer, a table of modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from adapterkit.cli.output import say
+from adapterkit.cli.views.tables import common_prefix, padded, print_table, print_wrapped, table, width
+from adapterkit.inspection.summary import ModuleRow, Summary, TargetRow, by_target, grid
+from adapterkit.text import between, counted, given, number, size, span, visible
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from adapterkit.inspection.match import Match
+
+BARS = "▁▂▃▄▅▆▇█"
+FLAT = 1.005  # a row that varies less than this is drawn flat
+BESIDE_BARS = 18  # columns of spaces and the range at the end
+LABEL = 12  # columns of the names on the left of the header
+
+
+def show_header(path: str, summary: Summary, match: Match | None, *, has_config: bool, fetched: str = "") -> None:
+    """Print the facts that headers tell, then what is wrong; rich is not needed for it."""
+    unknown = f"unknown: no {'lora_alpha in ' if has_config else ''}adapter_config.json; give --alpha"
+    lines = {
+        "adapter": path,
+        "format": f"{summary.format}, {summary.kind}",
+        "base": summary.base_model or "not named",
+        "rank": span(summary.ranks),
+        "alpha": span(summary.alphas) or ("not given" if summary.scalings else unknown) if summary.modules else "",
+        "scaling": span(summary.scalings) or unknown if summary.modules else "",
+        "targets": ", ".join(summary.targets),
+        "layers": f"{_runs(summary.layers)} ({len(summary.layers)})" if summary.layers else "",
+        "modules": str(summary.modules),
+        "parameters": f"{summary.parameters:,}",
+        "size": f"{size(summary.bytes)}, {', '.join(summary.dtypes)}",
+        "replaced": ", ".join(f"{name} {list(shape)}" for name, shape in summary.replaced.items()),
+        "tokens": ", ".join(f"{counted(rows, 'row')} of {name}" for name, rows in summary.tokens.items()),
+        "unread": ", ".join(summary.unread),
+        "against": f"{match.base}: {match.found} of {counted(match.total, 'module')} found" if match else "",
+        "fetched": fetched,
+    }
+    for label, text in lines.items():
+        if text:
+            print_wrapped(f"{label:{LABEL}}", text)
+    for problem in summary.problems:
+        refused = "; merge refuses it" if problem["fatal"] else ""
+        print_wrapped("⚠ ", f"{problem['where']}: {problem['what']}{refused}")
+    if summary.unread:
+        print_wrapped("⚠ ", f"{counted(len(summary.unread), 'tensor')} of no known kind; merge refuses them")
+    if match and match.missing:
+        print_wrapped("⚠ ", match.hint)
+
+
+def show_rows(rows: Sequence[ModuleRow], summary: Summary, *, measured: bool, modules: bool) -> None:
+    """Print the table by target and the bars by layer where rows are `measured`, and with `modules` every row."""
+    delta = "ΔW" if summary.scalings else "BA"
+    if measured:
+        for warning in _warnings(rows):
+            print_wrapped("⚠ ", warning)
+        if rows and not summary.scalings:
+            print_wrapped("⚠ ", "the norms are those of B·A: the scaling is unknown")
+        if "DoRA" in summary.kind:
+            print_wrapped("", "Norms of a DoRA are those of its low-rank part scaling·B·A, before the magnitude.")
+        if rows:
+            say("")
+            print_table(_target_table(by_target(rows), delta))
+            _print_bars(rows, delta)
+    if modules and rows:
+        prefix = common_prefix([row.name for row in rows])
+        say("", *[f"modules of {prefix}"] * bool(prefix))
+        print_table(_module_table(rows, len(prefix), delta, measured))
+
+
+def _warnings(rows: Sequence[ModuleRow]) -> Iterable[str]:
+    broken = [row.name for row in rows if row.non_finite]
+    if broken:
+        yield f"{len(broken)} of {len(rows)} modules hold NaN or Inf, {broken[0]} first; merge refuses them"
+    untrained = [row.name for row in rows if row.zero_B]
+    if untrained:
+        yield f"{len(untrained)} of {len(rows)} modules have B = 0 and change nothing, {untrained[0]} first"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _target_table(targets: Sequence[TargetRow], delta: str) -> Table:
+    columns: dict[str, Callable[[TargetRow], str]] = {
+        "target": lambda row: row.target,
+        "n": lambda row: str(row.modules),
+        "rank": lambda row: span(row.ranks),
+        "scaling": lambda row: span(row.scalings) or "?",
+        f"‖{delta}‖_F\nmin–max": lambda row: between(row.frobenius_min, row.frobenius_max),
+        "\nmean": lambda row: number(row.frobenius_mean),
+        f"‖{delta}‖₂\nmax": lambda row: number(row.spectral_max),
+        "stable\nrank": lambda row: number(row.stable_rank_mean),
+        "99%\nrank": lambda row: number(row.rank_99_mean),
+    }
+    if any(row.relative_mean is not None for row in targets):
+        columns[f"‖{delta}‖_F\n/ ‖W‖_F"] = lambda row: number(row.relative_mean)
+    return table(columns, targets)
+
+
+def _module_table(rows: Sequence[ModuleRow], prefix: int, delta: str, measured: bool) -> Table:
+    columns: dict[str, Callable[[ModuleRow], str]] = {
+        "module": lambda row: row.name[prefix:],
+        "out×in": lambda row: "×".join(map(str, (row.shape_B[0], *row.shape_A[1:]))),
+        "rank": lambda row: str(row.rank),
+        "scaling": lambda row: given(row.scaling),
+    }
+    if not measured:
+        return table(columns | {"alpha": lambda row: given(row.alpha), "dtype": lambda row: row.dtype}, rows)
+    columns |= {
+        f"‖{delta}‖_F": lambda row: number(row.frobenius),
+        f"‖{delta}‖₂": lambda row: number(row.spectral),
+        "stable\nrank": lambda row: number(row.stable_rank),
+        "99%\nrank": lambda row: number(row.rank_99),
+    }
+    if any(row.relative is not None for row in rows):
+        columns["/ ‖W‖_F"] = lambda row: number(row.relative)
+    return table(columns, rows)
+
+
+# --- bars ------------------------------------------------------------------------------------------------------------
+
+
+def _print_bars(rows: Sequence[ModuleRow], delta: str) -> None:
+    """A row of bars for each target, one bar for a layer or, where the width asks for it, for a few."""
+    cells_of = grid(rows)
+    if len(cells_of.layers) < 2:
+        return
+    from rich.cells import cell_len
+
+    name = min(max(map(cell_len, map(visible, cells_of.targets))), width() // 2)
+    each = math.ceil(len(cells_of.layers) / max(1, width() - name - BESIDE_BARS))
+    every = f", {each} layers a bar" if each > 1 else ""
+    say("", f"‖{delta}‖_F over layers {_runs(cells_of.layers)}{every}; ▁ is the row's least, █ its most")
+    for target, cells in zip(cells_of.targets, cells_of.cells, strict=True):
+        means = [_mean(cells[at : at + each]) for at in range(0, len(cells), each)]
+        known = [value for value in means if value is not None and math.isfinite(value)]
+        low, high = (min(known), max(known)) if known else (math.nan, math.nan)
+        bars = "".join(_bar(value, low, high) for value in means)
+        say(f"{padded(visible(target), name)}  {bars}  {between(low, high)}")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _bar(value: float | None, low: float, high: float) -> str:
+    """Eight heights between `low` and `high`; a dot where there is no module, an x where it is broken."""
+    if value is None:
+        return "·"
+    if not math.isfinite(value):
+        return "x"
+    share = (value - low) / (high - low) if high > FLAT * low else 0.5
+    return BARS[min(int(share * len(BARS)), len(BARS) - 1)]
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """`0–3, 8, 10–11`."""
+    runs: list[list[int]] = []
+    for at in numbers:
+        if runs and at == runs[-1][1] + 1:
+            runs[-1][1] = at
+        else:
+            runs.append([at, at])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)

@@ -1,0 +1,1 @@
+"""Adapters from adapters: combine, compare, convert, extract."""

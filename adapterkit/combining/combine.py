@@ -1,0 +1,372 @@
+"""Adapters combined into one, module by module: their shares gathered and checked, and the result with its error."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from numbers import Integral, Real
+
+import torch
+
+from adapterkit.adapter.weights import Adapter, Given, LazyTensor, LoraWeights, load_weights, refuse_broken
+from adapterkit.algebra.lowrank import Decomposition, Limit, Product, decompose, inner, stacked, tails
+from adapterkit.algebra.sketch import sketch
+from adapterkit.combining.methods import INNERS, METHODS, Options
+from adapterkit.combining.methods.elementwise import Dense, combined
+from adapterkit.combining.methods.factored import METHODS as FACTORED
+from adapterkit.combining.methods.factored import Part
+from adapterkit.combining.whole_tensors import RULES, combine_wholes
+from adapterkit.errors import FitError, UsageError
+
+WINDOW_BYTES = 64 << 20  # of factors in float64, combined at a time
+
+CANCELLED = 1e-24  # of the parts' ‖Δ‖_F²: less is what float64 leaves of a sum that is zero
+
+Weights = LoraWeights[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Everything fits, as far as headers tell: so many modules are to be done."""
+
+    modules: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleDone:
+    """One module of the result: its rank, `‖Δ‖_F²` as it was meant, and how much of that was left out."""
+
+    name: str
+    rank: int
+    energy: float
+    discarded: float
+    done: int
+    total: int
+
+    @property
+    def error(self) -> float:
+        """`‖Δ' − Δ‖_F / ‖Δ‖_F`."""
+        return relative_error(self.discarded, self.energy)
+
+
+def relative_error(discarded: float, energy: float) -> float:
+    """`√(discarded / energy)`, but zero where that is the rounding of float64."""
+    return math.sqrt(discarded / energy) if discarded > 1e-28 * energy else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """The last event: the result, and what a person should know of it."""
+
+    adapter: Adapter
+    modules: tuple[ModuleDone, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """`‖Δ' − Δ‖_F / ‖Δ‖_F` over all modules."""
+        return relative_error(*(math.fsum(getattr(row, of) for row in self.modules) for of in ("discarded", "energy")))
+
+
+def combine(
+    given: Sequence[Given],
+    method: str = "linear",
+    *,
+    limit: Limit | None = None,
+    options: Mapping[str, float | str] | None = None,
+    seed: int | None = None,
+    saved: str = "error",
+    pad: bool = False,
+) -> Iterator[Planned | ModuleDone | Combined]:
+    """Combine the modules of all adapters by `method`: the plan, an event for each of them, the result.
+
+    Without a `limit` the result is exact, except for methods that look at elements, which have the greatest rank among
+    the adapters. With `pad` a rank above a module's own is made up by zeros. Raises UsageError for what a method does
+    not take, FitError where adapters do not fit each other.
+    """
+    settings = _settings(method, options or {}, limit, seed, saved)
+    for one in given:
+        refuse_broken(one)
+    modules = {name: None for one in given for name in one.adapter.modules}
+    notes = _check(given, modules, method)
+    if limit is not None and limit.rank is not None:
+        _check_rank(given, modules, limit.rank, pad)
+    replaced, tokens, more = combine_wholes(given, saved)
+    yield Planned(len(modules))
+    done: dict[str, tuple[Weights, ModuleDone]] = {}
+    for batch in batches(given, modules, most=None if method in FACTORED else 1):  # each of those takes seconds
+        for name, weights, energy, discarded in _combine_batch(given, batch, method, limit, settings, seed or 0):
+            if pad and limit is not None and limit.rank is not None and weights.rank < limit.rank:
+                weights = replace(weights_of(Product.of(weights).padded(limit.rank), weights), bias=weights.bias)
+            row = ModuleDone(name, weights.rank, energy, discarded, len(done) + 1, len(modules))
+            done[name] = weights, row
+            yield row
+    found = {name: _lazy(done[name][0]) for name in modules}
+    base = next((one.adapter.base_model for one in given if one.adapter.base_model), None)
+    experts = [name for one in given for name in one.adapter.config.get("target_parameters") or ()]
+    adapter = Adapter(
+        "", found, replaced, tokens, frozenset().union(*(one.adapter.new_modules for one in given)),
+        any(one.adapter.keeps_tie for one in given), base,
+        {"target_parameters": list(dict.fromkeys(experts))} if experts else {},
+    )  # fmt: skip
+    rows = tuple(done[name][1] for name in modules)
+    yield Combined(adapter, rows, (*notes, *more, *_nothing_left(rows)))
+
+
+def _nothing_left(rows: Sequence[ModuleDone]) -> list[str]:
+    """What to say of modules whose result is zero."""
+    gone = [row.name for row in rows if row.energy == 0]
+    if not gone:
+        return []
+    which = "any module" if len(gone) == len(rows) else f"{len(gone)} of {len(rows)} modules (first: {gone[0]})"
+    return [f"nothing is left of {which}: the adapters cancel out, or are zero"]
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _settings(
+    method: str, options: Mapping[str, float | str], limit: Limit | None, seed: int | None, saved: str
+) -> dict[str, float | str]:
+    """The options of `method` with its defaults. Raises UsageError for what it does not take."""
+    known = METHODS.get(method)
+    if known is None:
+        near = get_close_matches(method, METHODS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(METHODS)}"
+        raise UsageError(f"method {method!r}: {meant}")
+    for name in options:
+        if name not in known.options:
+            takes = f"it takes {', '.join(known.options)}" if known.options else "it takes none"
+            raise UsageError(f"{method} has no option {name!r}: {takes}")
+    settings = {**known.options, **options}
+    density = settings.get("density", 1.0)
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
+        raise UsageError(f"density {density!r}: expected a share above 0 and up to 1")
+    if settings.get("inner", "ties") not in INNERS:
+        raise UsageError(f"inner {settings['inner']!r}: expected one of {', '.join(INNERS)}")
+    if seed is not None and not known.chance:
+        raise UsageError(f"{method} leaves nothing to chance: it takes no seed")
+    if method == "cat" and limit is not None:
+        raise UsageError("cat keeps every rank: to truncate take linear or svd")
+    if saved not in RULES:
+        raise UsageError(f"saved {saved!r}: expected one of {', '.join(RULES)}")
+    check_limit(limit)
+    return settings
+
+
+def check_limit(limit: Limit | None) -> None:
+    """Raise UsageError where a limit makes no sense."""
+    if limit is None:
+        return
+    for name, kind in (("rank", Integral), ("energy", Real), ("error", Real)):
+        value = getattr(limit, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise UsageError(f"{name} {value!r}: expected a {'whole ' if kind is Integral else ''}number")
+    if limit.rank is not None and limit.rank < 1:
+        raise UsageError(f"rank {limit.rank}: expected at least 1")
+    if limit.energy is not None and not 0 < limit.energy <= 1:
+        raise UsageError(f"energy {limit.energy}: expected a share above 0 and up to 1")
+    if limit.error is not None and not 0 <= limit.error < 1:
+        raise UsageError(f"error {limit.error}: expected a share from 0 to below 1")
+    if [limit.rank, limit.energy, limit.error].count(None) < 2:
+        raise UsageError("rank, energy and error each say how much to keep: give one of them")
+
+
+def _check(given: Sequence[Given], modules: Mapping[str, None], method: str) -> list[str]:
+    """Refuse adapters that do not go together; what a person should know where they do."""
+    for one in given:
+        mine = one.adapter.modules
+        dora = [name for name, weights in mine.items() if weights.magnitude is not None]
+        if dora:
+            raise FitError(
+                f"{one.label}: {dora[0]} is DoRA, so its Δ depends on the base: adapterkit convert --to lora it first"
+            )
+        if not METHODS[method].biases and any(weights.bias is not None for weights in mine.values()):
+            raise FitError(
+                f"{one.label}: has trained biases (lora_bias), which {method} has no rule for; linear adds them"
+            )
+    check_fit(given, modules)
+    notes = []
+    alone = [name for name in modules if sum(name in one.adapter.modules for one in given) < len(given)]
+    if alone:
+        notes.append(
+            f"{len(alone)} of {len(modules)} modules are not in every adapter, as {alone[0]}: their share counts"
+        )
+    bases = {one.adapter.base_model: one.label for one in given if one.adapter.base_model}
+    if len(bases) > 1:
+        notes.append("made for different bases by name: " + ", ".join(f"{who}: {base}" for base, who in bases.items()))
+    return notes
+
+
+def check_fit(given: Sequence[Given], modules: Mapping[str, None]) -> None:
+    """Raise FitError where an adapter shares no module with the others, or one has another shape in them."""
+    for one in given:
+        mine, others = one.adapter.modules, [other.adapter.modules for other in given if other is not one]
+        if others and mine and not any(name in other for other in others for name in mine):
+            here, there = next(iter(mine)), next((name for other in others for name in other), "none")
+            raise FitError(f"{one.label}: shares no module with the others ({here} here, {there} there)")
+    for name in modules:
+        having = [(one, one.adapter.modules[name]) for one in given if name in one.adapter.modules]
+        (first, like), *rest = having
+        for other, weights in rest:
+            if _shape(weights) != _shape(like):
+                raise FitError(
+                    f"{name}: Δ is {_shape(like)[0]} in {first.label} and {_shape(weights)[0]} in {other.label}. "
+                    "Were they trained on the same base?"
+                )
+
+
+def _shape(weights: LoraWeights[LazyTensor]) -> tuple[object, ...]:
+    """What has to be equal in adapters that are combined: the shape of Δ and how it lies in the base."""
+    return (weights.out_features, *weights.A.shape[1:]), weights.kind, weights.experts, weights.parameters
+
+
+def _check_rank(given: Sequence[Given], modules: Mapping[str, None], rank: int, pad: bool) -> None:
+    """Refuse a rank that no module can have."""
+    if pad:
+        for name in modules:
+            weights = next(one.adapter.modules[name] for one in given if name in one.adapter.modules)
+            most = min(weights.in_features, weights.out_features)
+            if rank > most:
+                raise FitError(
+                    f"{name}: Δ is {weights.out_features} × {weights.in_features}: rank {rank} is above {most}"
+                )
+        return
+    ranks = (sum(o.adapter.modules[name].rank for o in given if name in o.adapter.modules) for name in modules)
+    most = max(ranks, default=0)
+    if rank > most:
+        raise UsageError(f"rank {rank}: the adapters have {most} together; adapterkit resize pads a rank upwards")
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def batches(given: Sequence[Given], modules: Mapping[str, None], most: int | None = None) -> Iterator[list[str]]:
+    """Modules of equal shapes and ranks, in the same adapters, as many as fit a window, or at `most`."""
+    groups: defaultdict[object, list[str]] = defaultdict(list)
+    for name in modules:
+        held = {one.label: one.adapter.modules[name] for one in given if name in one.adapter.modules}
+        groups[tuple((label, w.B.shape, _shape(w), w.bias is None) for label, w in held.items())].append(name)
+    for names in groups.values():
+        held = {one.label: one.adapter.modules[names[0]] for one in given if names[0] in one.adapter.modules}
+        size = sum(8 * math.prod(tensor.shape) for weights in held.values() for tensor in (weights.A, weights.B))
+        step = most or max(1, WINDOW_BYTES // size)
+        yield from (names[first : first + step] for first in range(0, len(names), step))
+
+
+def _combine_batch(
+    given: Sequence[Given], names: list[str], method: str, limit: Limit | None, options: Options, seed: int
+) -> Iterator[tuple[str, Weights, float, float]]:
+    """Each module's new weights, its energy as meant, and the energy left out."""
+    held = [one for one in given if names[0] in one.adapter.modules]
+    loaded = [[_finite(one, name) for name in names] for one in held]
+    parts = [_part(one.weight, weights) for one, weights in zip(held, loaded, strict=True)]
+    experts, known = loaded[0][0].experts, METHODS[method]
+    least = CANCELLED * torch.stack([part.weight**2 * inner(part.delta, part.delta) for part in parts]).sum(0)
+    if known.truncated and limit is None:
+        limit = Limit(rank=max(part.factors.rank for part in parts))
+    if method not in FACTORED:
+        assert limit is not None
+        matrices = [f"{name}.{expert}" for name in names for expert in range(experts)]
+        found, beyond = _sketches(parts, matrices, method, limit, float(options["density"]), seed)
+    else:
+        product = FACTORED[method](parts, options)
+        if limit is None and product.rank <= product.most:
+            for index, name in enumerate(names):
+                span = slice(index * experts, (index + 1) * experts)
+                mine = Product(product.left[span], product.right[span])
+                energy = _energy(mine)
+                yield name, _new(mine, held, loaded, index), energy if energy > least[span].sum() else 0.0, 0.0
+            return
+        found, beyond = decompose(product), torch.zeros(len(product.left), dtype=torch.float64)
+    for index, name in enumerate(names):
+        span = slice(index * experts, (index + 1) * experts)
+        best, energy, discarded = best_of(found[span], beyond[span], limit)
+        if energy <= least[span].sum():
+            energy = discarded = 0.0
+        yield name, _new(best, held, loaded, index), energy, discarded
+
+
+def best_of(found: Decomposition, beyond: torch.Tensor, limit: Limit | None) -> tuple[Product, float, float]:
+    """The best approximation of each of a batch within `limit`, of one rank; its energy as meant, and that left out.
+
+    `beyond (batch,)` is the energy that the decomposition does not have.
+    """
+    limit = limit or Limit(rank=found.sigma.shape[-1])
+    rests = torch.stack([tails(sigma) + more for sigma, more in zip(found.sigma, beyond, strict=True)])
+    ranks = [limit.rank_for(sigma, float(more)) for sigma, more in zip(found.sigma, beyond, strict=True)]
+    return found.first(max(ranks)), float(rests[:, 0].sum()), float(rests[:, max(ranks)].sum())
+
+
+def _new(product: Product, held: Sequence[Given], loaded: Sequence[Sequence[Weights]], index: int) -> Weights:
+    """The new weights of a module, with `Σ weight · scaling · bias` as its bias, since its own scaling is 1."""
+    biases = [
+        one.weight * weights[index].scaling * bias.double()
+        for one, weights in zip(held, loaded, strict=True)
+        if (bias := weights[index].bias) is not None
+    ]
+    new = weights_of(product, loaded[0][index])
+    return replace(new, bias=torch.stack(biases).sum(0).float()) if biases else new
+
+
+def parts_of(given: Sequence[Given], names: Sequence[str]) -> list[Part]:
+    """Each adapter's share in a batch of modules. Raises FitError where a factor is not finite."""
+    return [_part(one.weight, [_finite(one, name) for name in names]) for one in given]
+
+
+def _finite(one: Given, name: str) -> Weights:
+    weights = load_weights(one.adapter.modules[name])
+    for what, tensor in (("A", weights.A), ("B", weights.B), ("the bias", weights.bias)):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise FitError(f"{one.label}: {name}: {what} holds NaN or Inf: the adapter is broken")
+    return weights
+
+
+def _part(weight: float, weights: Sequence[Weights]) -> Part:
+    """One adapter's share in a batch of modules, experts one after the other."""
+    products = [Product.of(one) for one in weights]
+    factors = Product(torch.cat([one.left for one in products]), torch.cat([one.right for one in products]))
+    scaling = torch.tensor([one.scaling for one in weights for _ in range(one.experts)], dtype=torch.float64)
+    return Part(factors, scaling, weight)
+
+
+def _sketches(
+    parts: Sequence[Part], names: Sequence[str], method: str, limit: Limit, density: float, seed: int
+) -> tuple[Decomposition, torch.Tensor]:
+    """The leading parts of Δs that are combined element by element, and the energies beyond them."""
+    leading, beyond = [], []
+    for index, name in enumerate(names):
+        dense = [
+            Dense(Product(part.delta.left[index], part.delta.right[index]), part.weight, f"{number}:{name}")
+            for number, part in enumerate(parts)
+        ]
+        found = sketch(combined(dense, method, density, seed), limit, seed, name)
+        leading.append(found.leading)
+        beyond.append(found.beyond)
+    return stacked(leading), torch.tensor(beyond, dtype=torch.float64)
+
+
+def _energy(product: Product) -> float:
+    """`‖Δ‖_F²` of all of the batch."""
+    left, right = torch.linalg.qr(product.left, mode="r").R, torch.linalg.qr(product.right.mT, mode="r").R
+    return float((left @ right.mT).square().sum())
+
+
+def weights_of(product: Product, like: Weights) -> Weights:
+    """A module's float32 weights with the Δ of `product`, one for each expert, in the layout of `like`; scaling 1."""
+    left, right = product.left.float(), product.right.float()
+    rank = product.rank
+    A = right.reshape(like.experts * rank, *like.A.shape[1:])
+    B = left.permute(1, 2, 0).reshape(like.out_features, rank * like.experts, *like.B.shape[2:])
+    return replace(like, A=A.contiguous(), B=B.contiguous(), scaling=1.0, alpha=float(rank), magnitude=None, bias=None)
+
+
+def _lazy(weights: Weights) -> LoraWeights[LazyTensor]:
+    bias = None if weights.bias is None else LazyTensor.of(weights.bias)
+    return LoraWeights(
+        LazyTensor.of(weights.A), LazyTensor.of(weights.B), weights.scaling, weights.alpha, None, bias, weights.kind,
+        weights.experts, weights.fan_in_fan_out, weights.parameters,
+    )  # fmt: skip

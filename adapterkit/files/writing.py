@@ -1,0 +1,47 @@
+"""Small files written and flushed to the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapterkit.files.opening import PIECE, open_inside
+
+
+def copy_file(source: Path, name: str, target: Path) -> str:
+    """Copy the regular file `name` of the folder `source` to `target` and flush it to the disk; returns its SHA-256.
+
+    No link below `source` is followed, not of a folder either, except those of the Hub cache to its own blobs.
+    """
+    digest = hashlib.sha256()
+    with open_inside(source, name) as stream:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "wb") as copy:
+            while piece := stream.read(PIECE):
+                digest.update(piece)
+                copy.write(piece)
+            copy.flush()
+            os.fsync(copy.fileno())
+    return digest.hexdigest()
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object and flush it to the disk."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write `text` and flush it to the disk."""
+    write_bytes(file, text.encode("utf-8", "backslashreplace"))  # paths need not be UTF-8
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write `data` and flush it to the disk."""
+    with open(file, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())

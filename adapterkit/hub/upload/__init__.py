@@ -1,0 +1,1 @@
+"""What is sent to the Hub: checked, described, and committed at once."""

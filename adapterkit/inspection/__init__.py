@@ -1,0 +1,1 @@
+"""What adapters and bases can be asked: ranks, norms, fit, storage."""

@@ -1,0 +1,69 @@
+"""Measured rows of an adapter, kept by the SHA-256 of its files, so that it is measured once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from adapterkit import __version__
+from adapterkit.adapter.weights import Adapter
+from adapterkit.errors import FormatError
+from adapterkit.files.hub_cache import check_cached
+from adapterkit.files.opening import open_regular
+from adapterkit.inspection.summary import ModuleRow, measure
+
+KEPT = 500  # adapters; the oldest go
+
+
+def folder() -> Path:
+    """Where rows are kept."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("adapterkit") / "measured"
+
+
+def measured(adapter: Adapter, stop: Callable[[], bool] = lambda: False) -> list[ModuleRow]:
+    """The measured rows of `adapter`, as `summary.measure` has them; fewer of them where `stop` says so."""
+    file = folder() / f"{_key(adapter)}.json"
+    check_cached(adapter.files)
+    with suppress(FormatError, ValueError, TypeError, KeyError), open_regular(file) as stream:
+        return [_row(facts) for facts in json.load(stream)]
+    rows: list[ModuleRow] = []
+    for row in measure(adapter):
+        if stop():
+            return rows
+        rows.append(row)
+    with suppress(OSError):  # a cache that cannot be written is none
+        _keep(file, rows)
+    return rows
+
+
+def _key(adapter: Adapter) -> str:
+    hashed = hashlib.sha256(__version__.encode())
+    for path in adapter.files:
+        with open_regular(path) as stream:
+            hashed.update(hashlib.file_digest(stream, "sha256").digest())
+    return hashed.hexdigest()
+
+
+def _keep(file: Path, rows: list[ModuleRow]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")  # NaN as Python reads it again
+    partial.replace(file)
+    for old in sorted(file.parent.glob("*.json"), key=lambda one: one.stat().st_mtime)[:-KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def _row(facts: dict[str, Any]) -> ModuleRow:
+    known = {one.name for one in fields(ModuleRow)}
+    if facts.keys() != known:
+        raise KeyError("written by another version")
+    plain: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    return ModuleRow(**plain)

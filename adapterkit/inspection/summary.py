@@ -1,0 +1,304 @@
+"""An adapter as the rows that inspect, the terminal app and JSON show.
+
+`summarize` and `header_rows` need headers only; `measure` reads the weights, some megabytes at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from math import prod
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, load_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.algebra.lowrank import Spectrum
+
+WINDOW_BYTES = 64 << 20  # the factors in memory at once, as float32
+NAMES = 1 << 15  # that are remembered: the adapters of one base have the same
+
+V = TypeVar("V", int, float, str)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What the headers say about an adapter; `scalings` and `alphas` are the different values, in order."""
+
+    format: str
+    kind: str
+    base_model: str | None
+    modules: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    scalings: tuple[float, ...]  # empty where no config gives the alpha
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    parameters: int  # trained ones: whole tensors that replace the base's are counted apart
+    bytes: int
+    dtypes: tuple[str, ...]
+    replaced: dict[str, tuple[int, ...]]  # tensor -> shape
+    tokens: dict[str, int]  # embedding -> rows trained
+    problems: tuple[dict[str, Any], ...]  # where, what, fatal
+    unread: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRow:
+    """One module. What only weights tell is None until measured, and NaN where the factors hold NaN or Inf.
+
+    The norms are those of `ΔW = scaling · B · A`; of a DoRA module, those of this low-rank part.
+    """
+
+    name: str
+    layer: int | None
+    target: str
+    kind: str
+    rank: int
+    alpha: float | None
+    scaling: float | None
+    shape_A: tuple[int, ...]
+    shape_B: tuple[int, ...]
+    dtype: str
+    frobenius: float | None = None
+    spectral: float | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    rank_90: int | None = None  # the least that keeps 90% of ‖ΔW‖_F²
+    rank_99: int | None = None
+    base_norm: float | None = None  # ‖W‖_F
+    relative: float | None = None  # ‖ΔW‖_F / ‖W‖_F
+    non_finite: int | None = None  # elements that are NaN or Inf
+    zero_B: bool | None = None
+    sigma: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRow:
+    """The modules of one target together; norms and ranks are over those that are finite."""
+
+    target: str
+    modules: int
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    frobenius_min: float
+    frobenius_max: float
+    frobenius_mean: float
+    spectral_max: float
+    stable_rank_mean: float
+    rank_99_mean: float
+    relative_mean: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A number for each layer of each target: `cells[target][layer]`, None where there is no such module."""
+
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    cells: tuple[tuple[float | None, ...], ...]
+
+
+def summarize(adapter: Adapter, *, strength_known: bool = True) -> Summary:
+    """The header-only facts of `adapter`; with `strength_known` false its scalings and alphas are left out."""
+    weights, names = adapter.modules.values(), list(adapter.modules)
+    trained = [tensor for one in weights for tensor in one.tensors()] + [delta for _, delta in adapter.tokens.values()]
+    stored = [*(tensor.source for tensor in adapter.tensors()), *adapter.unread]
+    return Summary(
+        format=adapter.format,
+        kind=_kind(adapter),
+        base_model=adapter.base_model,
+        modules=len(names),
+        ranks=_distinct(one.rank for one in weights),
+        alphas=_distinct(one.alpha for one in weights if one.alpha is not None and strength_known),
+        scalings=_distinct(one.scaling for one in weights if strength_known),
+        targets=_distinct(map(target_of, names)),
+        layers=_distinct(layer for name in names if (layer := layer_of(name)) is not None),
+        parameters=sum(prod(tensor.source.shape) for tensor in trained),
+        bytes=sum(tensor.nbytes for tensor in stored),
+        dtypes=_distinct(tensor.dtype for tensor in adapter.tensors()),
+        replaced={name: tensor.shape for name, tensor in adapter.replaced.items()},
+        tokens={name: delta.shape[0] for name, (_, delta) in adapter.tokens.items()},
+        problems=tuple(asdict(problem) for problem in adapter.problems),
+        unread=tuple(info.name for info in adapter.unread),
+    )
+
+
+def header_rows(adapter: Adapter, *, strength_known: bool = True) -> list[ModuleRow]:
+    """One row a module, in the adapter's order, with nothing measured."""
+    return [
+        ModuleRow(
+            name=name,
+            layer=layer_of(name),
+            target=target_of(name),
+            kind=weights.kind,
+            rank=weights.rank,
+            alpha=weights.alpha if strength_known else None,
+            scaling=weights.scaling if strength_known else None,
+            shape_A=weights.A.shape,
+            shape_B=weights.B.shape,
+            dtype=weights.A.dtype,
+        )
+        for name, weights in adapter.modules.items()
+    ]
+
+
+def measure(
+    adapter: Adapter, *, strength_known: bool = True, base_norms: Mapping[str, float] | None = None
+) -> Iterator[ModuleRow]:
+    """Read the weights and yield the measured rows in the adapter's order, with bounded memory.
+
+    `base_norms` is ‖W‖_F by module, where a base is known. Where the strength is not known, `adapter` has been opened
+    with a scaling of 1 and the norms are those of `B · A`.
+    """
+    from adapterkit.algebra.lowrank import Spectrum, singular_values_of
+
+    rows = iter(header_rows(adapter, strength_known=strength_known))
+    for window in _windows(adapter.modules.values()):
+        loaded = [load_weights(weights) for weights in window]
+        for weights, sigma in zip(loaded, singular_values_of(loaded), strict=True):
+            row = next(rows)
+            base_norm = (base_norms or {}).get(row.name)
+            yield _measured(row, weights, Spectrum(tuple(sigma.tolist())), base_norm)
+
+
+def by_target(rows: Iterable[ModuleRow]) -> list[TargetRow]:
+    """Measured rows gathered by target, in the order in which targets first appear."""
+    groups: defaultdict[str, list[ModuleRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.target].append(row)
+    return [_target_row(target, group) for target, group in groups.items()]
+
+
+def grid(rows: Sequence[ModuleRow], *, relative: bool = False) -> Grid:
+    """`‖ΔW‖_F` by target and layer, or with `relative` `‖ΔW‖_F / ‖W‖_F`; a module without a layer has no place here.
+
+    Several modules in one place (experts, or two towers that number their layers alike) count as one matrix with these
+    blocks: their squares add up.
+    """
+    rows = [row for row in rows if row.layer is not None and (row.base_norm is not None or not relative)]
+    squares: defaultdict[tuple[str, int | None], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for row in rows:
+        cell = squares[row.target, row.layer]
+        cell[0] += (math.nan if row.frobenius is None else row.frobenius) ** 2
+        cell[1] += (row.base_norm or 0.0) ** 2
+
+    def value(target: str, layer: int) -> float | None:
+        if (target, layer) not in squares:
+            return None
+        delta, base = squares[target, layer]
+        return math.sqrt(delta) if not relative else math.sqrt(delta / base) if base else math.nan
+
+    targets = tuple(dict.fromkeys(row.target for row in rows))
+    layers = _distinct(row.layer for row in rows if row.layer is not None)
+    return Grid(targets, layers, tuple(tuple(value(target, layer) for layer in layers) for target in targets))
+
+
+def to_json(record: Any) -> Any:
+    """A record of this module as `json.dumps` takes it strictly."""
+    return finite(asdict(record))
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and Inf: they become None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _kind(adapter: Adapter) -> str:
+    rslora = bool(adapter.config.get("use_rslora"))
+    dora = any(weights.magnitude is not None for weights in adapter.modules.values())
+    names = ["rsLoRA"] * rslora + ["DoRA"] * dora
+    return " + ".join(names) or "LoRA"
+
+
+@lru_cache(NAMES)
+def layer_of(name: str) -> int | None:
+    """The first number in a dotted path."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+@lru_cache(NAMES)
+def target_of(name: str) -> str:
+    """The last part of a path that is no number; what PEFT nests under base_layer stays apart from its wrapper."""
+    parts = [part for part in name.split(".") if not part.isdecimal()] or [name]
+    last = max((at for at, part in enumerate(parts) if part != "base_layer"), default=0)
+    return ".".join(parts[last:])
+
+
+def _distinct(values: Iterable[V]) -> tuple[V, ...]:
+    """The different values; numbers in order, names in order of appearance."""
+    seen = list(dict.fromkeys(values))
+    return tuple(seen if seen and isinstance(seen[0], str) else sorted(seen))
+
+
+def _windows(modules: Iterable[LoraWeights[LazyTensor]]) -> Iterator[list[LoraWeights[LazyTensor]]]:
+    """Successive modules whose factors take `WINDOW_BYTES` together; one that takes more comes alone."""
+    window: list[LoraWeights[LazyTensor]] = []
+    size = 0
+    for weights in modules:
+        needed = 4 * (prod(weights.A.shape) + prod(weights.B.shape))
+        if window and size + needed > WINDOW_BYTES:
+            yield window
+            window, size = [], 0
+        window.append(weights)
+        size += needed
+    if window:
+        yield window
+
+
+def _measured(
+    row: ModuleRow, weights: LoraWeights[torch.Tensor], spectrum: Spectrum, base_norm: float | None
+) -> ModuleRow:
+    return replace(
+        row,
+        frobenius=spectrum.frobenius,
+        spectral=spectrum.spectral,
+        stable_rank=spectrum.stable_rank,
+        effective_rank=spectrum.effective_rank,
+        rank_90=spectrum.energy_rank(0.90),
+        rank_99=spectrum.energy_rank(0.99),
+        base_norm=base_norm,
+        relative=spectrum.frobenius / base_norm if base_norm else None,
+        non_finite=sum(_non_finite(tensor) for tensor in weights.tensors()),
+        zero_B=not bool(weights.B.any()),
+        sigma=spectrum.sigma,
+    )
+
+
+def _non_finite(tensor: torch.Tensor) -> int:
+    """How many elements are NaN or Inf; a finite norm says at once that none is."""
+    return 0 if bool(tensor.norm().isfinite()) else int((~tensor.isfinite()).sum())
+
+
+def _target_row(target: str, rows: Sequence[ModuleRow]) -> TargetRow:
+    def finite(name: str) -> list[float]:
+        values = [getattr(row, name) for row in rows]
+        return [value for value in values if value is not None and math.isfinite(value)] or [math.nan]
+
+    frobenius, relative = finite("frobenius"), finite("relative")
+    return TargetRow(
+        target=target,
+        modules=len(rows),
+        ranks=_distinct(row.rank for row in rows),
+        scalings=_distinct(row.scaling for row in rows if row.scaling is not None),
+        frobenius_min=min(frobenius),
+        frobenius_max=max(frobenius),
+        frobenius_mean=fmean(frobenius),
+        spectral_max=max(finite("spectral")),
+        stable_rank_mean=fmean(finite("stable_rank")),
+        rank_99_mean=fmean(finite("rank_99")),
+        relative_mean=None if all(row.relative is None for row in rows) else fmean(relative),
+    )

@@ -1,0 +1,1 @@
+"""Adapters into a base: plan, blocks, receipts, run; verified, undone, or in a live model."""

@@ -1,0 +1,1 @@
+"""A block of rows: read, changed, rounded once, and what undoes it."""

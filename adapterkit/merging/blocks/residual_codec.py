@@ -1,0 +1,206 @@
+"""Residuals as bytes: gaps between positions, and what tells each value from its neighbours, in compressed planes.
+
+Subtraction lands within a few steps of the value that was, so its lowest bits say which it is, whatever arithmetic
+subtracts: two bits for most. Only what lands further off is stored whole. What is read may be a stranger's: every count
+is checked against the bytes that are there, and nothing is inflated beyond it.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from adapterkit.algebra.residual import Residual, from_ordered, integers, ordered
+from adapterkit.errors import AdapterkitError, FormatError
+
+RESIDUAL, DIFFERENCE, BYTES = 1, 2, 3
+LEVEL = 1  # of zstd: what can be told is in the planes' frequencies, so that looking for more finds nothing
+_COUNTS = struct.Struct("<BII")  # kind, elements, those of them that are stored whole
+_PLANE = struct.Struct("<II")  # bytes, and bytes once inflated
+_BITS = range(2, 8)  # how many of the lowest bits a symbol has
+_WHOLE = 255  # the symbol of what is stored whole, with no bits
+_FIRST = np.array([_WHOLE, 0, *(2**bits - 4 for bits in _BITS)], np.uint8)  # the symbol of that many bits, all zero
+_ENOUGH = np.array([next((b for b in _BITS if reach < 2 ** (b - 1)), 0) for reach in range(65)], np.uint8)  # bits
+_MASKS = np.array([2**bits - 1 for bits in range(_BITS.stop)], np.uint8)
+_SYMBOL_BITS = np.repeat(np.array([*_BITS, 0], np.uint8), [*(2**bits for bits in _BITS), 4])
+
+
+def encode(residual: Residual) -> bytes:
+    """A residual of up to 2³² elements."""
+    residual = residual.to(torch.device("cpu"))
+    bits = _ENOUGH[np.minimum(residual.reach.numpy(), len(_ENOUGH) - 1)]
+    lowest = _bits(ordered(residual.values)).astype(np.uint8)
+    symbols = _FIRST[bits] + (lowest & _MASKS[bits])
+    gaps = np.diff(residual.at.numpy(), prepend=-1).astype(np.uint32)
+    values = _bits(residual.values)[bits == 0]
+    planes = [*_planes(gaps), symbols, *_planes(values)]
+    return _COUNTS.pack(RESIDUAL, len(gaps), len(values)) + b"".join(map(_deflate, planes))
+
+
+def encode_difference(before: torch.Tensor, after: torch.Tensor) -> bytes:
+    """Every element of `before` by its steps from `after`'s, for what no residual restores."""
+    steps = ordered(before.reshape(-1)) - ordered(after.to(before.dtype).reshape(-1))  # wraps, and back again
+    planes = _planes(_zigzag(steps.cpu()))
+    return _COUNTS.pack(DIFFERENCE, before.numel(), 0) + b"".join(map(_deflate, planes))
+
+
+def is_difference(data: bytes) -> bool:
+    """Whether it restores every element, and not only what subtraction does not."""
+    return data[:1] == bytes([DIFFERENCE])
+
+
+def restore_difference(data: bytes, after: torch.Tensor, out: torch.Tensor, where: str) -> None:
+    """Restore `out` from what `encode_difference` made for rows that became `after`.
+
+    Raises FormatError, naming `where`, for anything that it does not make.
+    """
+    width, count = out.dtype.itemsize, out.numel()
+    with _errors(where, out):
+        reader = _Reader(data, DIFFERENCE, count)
+        steps = _unzigzag(_joined([reader.plane(count) for _ in range(width)]))
+        reader.end(len(steps) == reader.many == count)
+    back = ordered(after.to(out.dtype).reshape(-1)) + torch.from_numpy(steps).to(out.device)
+    integers(out.view(-1)).copy_(integers(from_ordered(back, out.dtype)))
+
+
+def correct(data: bytes, out: torch.Tensor, where: str) -> None:
+    """Correct the elements that `encode` was given in `out`, which the updates are subtracted from and is rounded.
+
+    Raises FormatError, naming `where`, for anything that `encode` does not make.
+    """
+    width, count = out.dtype.itemsize, out.numel()
+    with _errors(where, out):
+        reader = _Reader(data, RESIDUAL, count)
+        positions = reader.positions()
+        symbols = reader.plane(reader.many)
+        values = _joined([reader.plane(reader.whole) for _ in range(width)])
+        whole, bits = symbols == _WHOLE, _SYMBOL_BITS[symbols]
+        fits = len(symbols) == reader.many and whole.sum() == len(values) == reader.whole
+        reader.end(bool(fits) and bool((bits[~whole] > 0).all()))
+    flat, at = out.view(-1), torch.from_numpy(positions).to(out.device)
+    found = _bits(ordered(flat[at]).cpu())
+    half, step = (_MASKS[bits] + 1) >> 1, symbols - _FIRST[bits] - found.astype(np.uint8)
+    near = ((step + half) & _MASKS[bits]).astype(found.dtype) - half  # the nearest value with those lowest bits
+    restored = integers(from_ordered(torch.from_numpy((found + near).view(f"<i{width}")), out.dtype))
+    restored[torch.from_numpy(whole)] = torch.from_numpy(values.view(f"<i{width}"))
+    integers(flat)[at] = restored.to(out.device)
+
+
+def encode_bytes(wanted: torch.Tensor, found: torch.Tensor) -> bytes:
+    """The bytes of `wanted` that are not as `found`; nothing where all are."""
+    at = (wanted != found).nonzero()[:, 0].cpu().numpy()
+    if not len(at):
+        return b""
+    planes = [*_planes(np.diff(at, prepend=-1).astype(np.uint32)), wanted.cpu().numpy()[at]]
+    return _COUNTS.pack(BYTES, len(at), 0) + b"".join(map(_deflate, planes))
+
+
+def correct_bytes(data: bytes, out: torch.Tensor, where: str) -> None:
+    """Correct the bytes of `out` that `encode_bytes` found to be others. Raises FormatError as `correct` does."""
+    with _errors(where, out):
+        reader = _Reader(data, BYTES, out.numel())
+        positions = reader.positions()
+        values = reader.plane(reader.many)
+        reader.end(len(values) == reader.many)
+    out[torch.from_numpy(positions).to(out.device)] = torch.from_numpy(values).to(out.device)
+
+
+@contextmanager
+def _errors(where: str, out: torch.Tensor) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, struct.error, _zstd().ZstdError) as error:
+        raise FormatError(f"{where}: does not restore {out.numel()} elements of {out.dtype}: {error}") from error
+
+
+@cache
+def _zstd() -> Any:
+    """Where Python has zstd, or the package that has it before: imported here, since merging can do without."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError as error:
+        raise AdapterkitError("receipts need zstd: pip install backports.zstd, or merge with --no-receipt") from error
+    return zstd
+
+
+# --- planes ----------------------------------------------------------------------------------------------------------
+
+
+def _deflate(plane: np.ndarray) -> bytes:
+    packed = _zstd().compress(plane.tobytes(), LEVEL) if plane.any() else b""  # then it is all zero
+    return _PLANE.pack(len(packed), len(plane)) + packed
+
+
+class _Reader:
+    """What was encoded for `count` elements, plane by plane; ValueError for anything else."""
+
+    def __init__(self, data: bytes, kind: int, count: int) -> None:
+        self.data, self.at = memoryview(data), _COUNTS.size
+        self.count = count
+        found, self.many, self.whole = _COUNTS.unpack_from(self.data)
+        if found != kind or not self.whole <= self.many <= count:
+            raise ValueError(f"kind {found}, {self.many} and {self.whole} of {count} elements")
+
+    def plane(self, most: int) -> np.ndarray:
+        """The next plane, which has `most` bytes at most."""
+        packed, size = _PLANE.unpack_from(self.data, self.at)
+        self.at += _PLANE.size
+        if size > most or packed > len(self.data) - self.at:
+            raise ValueError(f"a plane of {size} bytes in {packed}")
+        if not packed:
+            return np.zeros(size, np.uint8)
+        inflater = _zstd().ZstdDecompressor()
+        plane = inflater.decompress(self.data[self.at : self.at + packed], size)
+        if len(plane) != size or not inflater.eof or inflater.unused_data:
+            raise ValueError(f"a plane that does not have its {size} bytes")
+        self.at += packed
+        return np.frombuffer(bytearray(plane), np.uint8)
+
+    def positions(self) -> np.ndarray:
+        """As many as there are elements, rising, and below the count."""
+        gaps = _joined([self.plane(self.many) for _ in range(4)])
+        found: np.ndarray = np.cumsum(gaps, dtype=np.int64) - 1
+        if len(gaps) != self.many or not bool((gaps > 0).all()) or (self.many and int(found[-1]) >= self.count):
+            raise ValueError(f"positions that do not lie in {self.count} elements")
+        return found
+
+    def end(self, fits: bool) -> None:
+        """Everything is read, and `fits` together."""
+        if not fits or self.at != len(self.data):
+            raise ValueError(f"planes that do not fit, or {len(self.data) - self.at} bytes too many")
+
+
+def _bits(values: torch.Tensor) -> np.ndarray:
+    return integers(values.contiguous()).numpy().view(f"<u{values.element_size()}")
+
+
+def _zigzag(steps: torch.Tensor) -> np.ndarray:
+    """Signed integers as unsigned, small ones small: 0, −1, 1, −2 …"""
+    return _bits((steps << 1) ^ (steps >> 8 * steps.element_size() - 1))
+
+
+def _unzigzag(values: np.ndarray) -> np.ndarray:
+    one = values.dtype.type(1)
+    signed: np.ndarray = ((values >> one) ^ -(values & one)).view(f"<i{values.itemsize}")
+    return signed
+
+
+def _planes(values: np.ndarray) -> list[np.ndarray]:
+    """The lowest byte of every value, then the next …"""
+    return list(np.ascontiguousarray(values.view(np.uint8).reshape(-1, values.itemsize).T))
+
+
+def _joined(planes: list[np.ndarray]) -> np.ndarray:
+    if len({len(plane) for plane in planes}) > 1:
+        raise ValueError("planes of different lengths")
+    return np.ascontiguousarray(np.stack(planes, axis=1)).view(f"<u{len(planes)}").reshape(-1)

@@ -1,0 +1,1 @@
+"""A merge as data, complete and checked before a byte is written."""

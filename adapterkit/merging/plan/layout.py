@@ -1,0 +1,86 @@
+"""The layout of an output file: what is copied from the base's, what is computed, and where each tensor lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from adapterkit.base.quant import Packed, Packing
+from adapterkit.files.opening import open_regular
+from adapterkit.files.safetensors import DTYPE_BITS, Header, TensorInfo, encode_header
+from adapterkit.merging.plan.types import Addition, Copy, Delta, Edit, FilePlan, Replacement
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the output, as the model has it: stored as `dtype`, or by `packing` as several tensors."""
+
+    name: str
+    source: TensorInfo | Packed | None
+    dtype: str
+    shape: tuple[int, ...]
+    deltas: tuple[Delta, ...] = ()
+    replaced: tuple[Replacement, ...] = ()
+    added: tuple[Addition, ...] = ()
+    packing: Packing | None = None
+    twin: Packed | None = None
+
+    @property
+    def copied(self) -> TensorInfo | None:
+        """The input's tensor, where the output takes it over byte for byte."""
+        changed = self.deltas or self.replaced or self.added or self.packing or self.twin
+        if changed or not isinstance(self.source, TensorInfo):
+            return None
+        return self.source if self.source.dtype == self.dtype else None
+
+    def stored(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """Name, dtype and shape of every tensor it is stored in, the weight itself first."""
+        return self.packing.layout(self.name) if self.packing else ((self.name, self.dtype, self.shape),)
+
+
+def lay_out(header: Header, entries: Sequence[Entry], metadata: Mapping[str, str] = MappingProxyType({})) -> FilePlan:
+    """Plan an output file that holds `entries` in place of what `header` describes, with more `metadata`."""
+    stored = [part for entry in entries for part in entry.stored()]
+    same = [(info.name, info.dtype, info.shape) for info in _in_order(header)] == stored
+    if same and not metadata:
+        spans = {info.name: (info.start, info.stop) for info in header.tensors.values()}
+        with open_regular(header.file) as stream:
+            raw = stream.read(header.nbytes)
+    else:
+        if any(entry.packing for entry in entries):  # bytes of any length: last, so that the others stay aligned
+            stored.sort(key=lambda part: -DTYPE_BITS[part[1]])
+        raw, found = encode_header(stored, {**header.metadata, **metadata}, header.nbytes if same else 0)
+        spans = {name: span for (name, *_), span in zip(stored, found, strict=True)}
+    copies: list[Copy] = []
+    edits: list[Edit] = []
+    for entry in entries:
+        (start, stop), *parts = (spans[name] for name, *_ in entry.stored())
+        if (source := entry.copied) is not None:
+            _append_copy(copies, Copy(source.start, source.stop, start))
+            continue
+        if start == stop:  # nothing to compute, in as many rows as its shape may claim
+            continue
+        edits.append(
+            Edit(
+                entry.name, entry.source, entry.dtype, entry.shape, start, stop, entry.deltas, entry.replaced,
+                entry.added, entry.packing, entry.twin, tuple(parts),
+            )
+        )  # fmt: skip
+    size = max((stop for _, stop in spans.values()), default=len(raw))
+    return FilePlan(header.file.name, header.file, raw, size, tuple(spans), tuple(copies), tuple(edits))
+
+
+def _in_order(header: Header) -> list[TensorInfo]:
+    return sorted(header.tensors.values(), key=lambda info: (info.start, info.stop))
+
+
+def _append_copy(copies: list[Copy], copy: Copy) -> None:
+    """Join spans that are neighbours in input and output."""
+    if copy.start == copy.stop:
+        return
+    last = copies[-1] if copies else None
+    if last and last.stop == copy.start and last.at + last.stop - last.start == copy.at:
+        copies[-1] = Copy(last.start, copy.stop, last.at)
+    else:
+        copies.append(copy)

@@ -1,0 +1,1 @@
+"""What a merge leaves to be undone and resumed by."""

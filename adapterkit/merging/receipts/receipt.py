@@ -1,0 +1,314 @@
+"""The receipt of a merge: what was merged into what, by hash, and where that is kept which undoes it.
+
+`adapterkit_receipt.json` names files, adapters, scalings and targets; in the folder beside it lie a sidecar for each
+shard, and in `before/` those files of the base that the merge replaced, an earlier receipt among them. A single file
+has all this in `NAME.receipt/`. Names are stored as they are, whatever characters they have; printing escapes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from sys import float_info
+from typing import Any
+
+from adapterkit import __version__
+from adapterkit.base.targets import Target
+from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.files.jsonfile import parse_json, read_json
+from adapterkit.files.opening import sha256_of
+from adapterkit.files.safetensors import FLOAT_DTYPES
+from adapterkit.files.staging import FOLDER, MAX_NAME_BYTES, RECEIPT, receipts_aside
+from adapterkit.files.workspace import receipt_of
+from adapterkit.hub.names import public_name
+from adapterkit.merging.plan.types import Delta, Edit, Hashes, MergePlan
+
+FORMAT = 2
+# What a dtype can hold of others, bit for bit.
+HOLDS = {"BF16": ("BF16",), "F16": ("F16",), "F32": ("F32", "BF16", "F16"), "F64": FLOAT_DTYPES}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One module's share in a merged tensor."""
+
+    adapter: int
+    module: str
+    scaling: float
+    weight: float
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file: its sizes and hashes before and after, and the tensors that were changed, in the sidecar's order."""
+
+    name: str
+    size: int
+    before: str
+    after: str
+    tensors: tuple[tuple[str, tuple[Part, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """One adapter, as the merge was given it."""
+
+    name: str
+    weight: float
+    base_model: str | None
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The SHA-256 of the base's files beside its weights, by their path in its folder."""
+
+    copied: dict[str, str]  # the output has them too
+    replaced: dict[str, str]  # the output has its own; these are kept in `before/`
+    left_out: tuple[str, ...] = ()  # the output has none of these, nor is their hash known
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A receipt as it was read, and the folder that it lies in."""
+
+    folder: Path
+    base: str
+    adapters: tuple[Merged, ...]
+    shards: tuple[Shard, ...]
+    companions: Companions | None  # None: format 1 does not hash them
+    irreversible: str | None  # why it cannot be undone
+
+    def sidecar(self, shard: Shard) -> Path:
+        return self.folder / sidecar_name(shard.name)
+
+
+def folder_of(out: Path, directory: bool) -> Path:
+    """Where the receipt of an output lies."""
+    return out if directory else receipt_of(out)
+
+
+def sidecar_name(shard: str) -> str:
+    """Where the sidecar of a shard lies in the receipt's folder."""
+    return f"{FOLDER}/{with_ending(shard, '.residuals')}"
+
+
+def with_ending(shard: str, ending: str) -> str:
+    """The name of a file that belongs to a shard, whose own name gives way to its hash where that would be too long."""
+    raw = os.fsencode(shard)
+    fits = len(raw) + len(ending) <= MAX_NAME_BYTES
+    return (shard if fits else hashlib.sha256(raw).hexdigest()) + ending
+
+
+def undoable(edit: Edit) -> bool:
+    """Whether a tensor of the output has one in the base's file that is to be restored."""
+    return edit.source is not None and edit.source.name == edit.name
+
+
+def irreversible(plan: MergePlan) -> str | None:
+    """Why what `plan` makes cannot be turned back into the base, if so."""
+    for edit in (edit for file in plan.files for edit in file.edits):
+        if edit.packing is not None:
+            return f"the output is quantized to {edit.packing.scheme}"
+        if edit.source is not None and edit.source.dtype not in HOLDS[edit.dtype]:
+            return f"{edit.source.dtype} weights were converted to {edit.dtype}"
+    return None
+
+
+# --- written ---------------------------------------------------------------------------------------------------------
+
+
+def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str, Any]:
+    """The receipt of a merge."""
+    return {
+        "adapterkit_receipt": FORMAT,
+        "adapterkit": __version__,
+        "method": "W' = W + sum of weight * scaling * B @ A, rounded once to nearest even",
+        "base": plan.base.name,
+        "adapters": [
+            {
+                "name": one.label,
+                "weight": one.weight,
+                "base_model": public_name(one.adapter.base_model),
+                "files": files,
+            }
+            for one, files in zip(plan.given, hashes.adapters, strict=True)
+        ],
+        "irreversible": irreversible(plan),
+        "copied": companions.copied,
+        "replaced": companions.replaced,
+        "left_out": list(companions.left_out),
+        "shards": [
+            {
+                "name": file.name,
+                "size": header.size,
+                "sha256_before": hashes.base[header.file.name],
+                "sha256_after": hashes.outputs[file.name],
+                "tensors": [
+                    {"name": edit.name, "parts": [_part(delta) for delta in edit.deltas]}
+                    for edit in file.edits
+                    if undoable(edit)
+                ],
+            }
+            for header, file in zip(plan.base.shards, plan.files, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def encode(facts: Mapping[str, Any]) -> bytes:
+    """A receipt as it is stored: in ASCII, so that names that are not UTF-8 survive."""
+    return json.dumps(facts).encode() + b"\n"
+
+
+def check_receipt(plan: MergePlan) -> None:
+    """Raise FormatError where the receipt of `plan` could not be read back, before anything is written."""
+    unknown = "0" * 64
+    adapters = tuple({file.name: unknown for file in one.adapter.files} for one in plan.given)
+    base = {shard.file.name: unknown for shard in plan.base.shards}
+    hashes = Hashes(base, adapters, {file.name: unknown for file in plan.files})
+    folder = folder_of(plan.out, plan.base.is_directory)
+    raw = encode(as_json(plan, hashes, Companions({}, {})))
+    _parse(folder, parse_json(folder / RECEIPT, raw, large=True, any_name=True))
+
+
+def _part(delta: Delta) -> dict[str, Any]:
+    """What is at its default is left out."""
+    target = delta.target
+    place = {"rows": target.rows, "of": target.of, "expert": target.expert, "transposed": target.transposed or None}
+    return {
+        "adapter": delta.adapter, "module": delta.module, "scaling": delta.weights.scaling, "weight": delta.weight,
+        **{name: value for name, value in place.items() if value is not None},
+    }  # fmt: skip
+
+
+# --- read ------------------------------------------------------------------------------------------------------------
+
+
+def find_receipt(out: Path) -> Path | None:
+    """The folder with the receipt of a merged checkpoint, if there is one.
+
+    Where an overwrite ended halfway it is that which has the hash of the file.
+    """
+    folder = folder_of(out, out.is_dir())
+    folders = [folder] if os.path.isfile(folder / RECEIPT) else []  # Path.is_file raises for names that are too long
+    if not out.is_dir() and (aside := receipts_aside(out)):
+        found = sha256_of(out)
+        fitting = [one for one in [*folders, *aside] if read_receipt(one).shards[0].after == found]
+        folders = fitting or folders
+    return folders[0] if folders else None
+
+
+def read_receipt(folder: Path) -> Receipt:
+    """The receipt in `folder`, every field checked. Raises FormatError, UnsafeFileError for other places."""
+    return _parse(folder, read_json(folder / RECEIPT, large=True, any_name=True))
+
+
+def _parse(folder: Path, facts: dict[str, Any]) -> Receipt:
+    read, version = _Reader(folder / RECEIPT), facts.get("adapterkit_receipt")
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        found = str(version)[:20]
+        raise FormatError(f"{read.file}: format {found}, this version reads up to {FORMAT}: use a newer adapterkit")
+    adapters = tuple(read.adapter(one) for one in read.objects(facts, "adapters"))
+    shards = tuple(read.shard(one, len(adapters)) for one in read.objects(facts, "shards"))
+    if not shards or len({shard.name for shard in shards}) < len(shards):
+        raise read.wrong("shards", "one or several, each named once", facts.get("shards"))
+    companions = None if version == 1 else read.companions(facts)
+    return Receipt(folder, read.text(facts, "base"), adapters, shards, companions, read.optional(facts, "irreversible"))
+
+
+class _Reader:
+    """Fields of a JSON object, or a FormatError that says which is wrong."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def wrong(self, field: str, expected: str, found: Any) -> FormatError:
+        return FormatError(f"{self.file}: {field}: expected {expected}, found {str(found)[:60]!r}")
+
+    def text(self, of: dict[str, Any], field: str) -> str:
+        value = of.get(field)
+        if not isinstance(value, str):
+            raise self.wrong(field, "a text", value)
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError as error:
+            raise self.wrong(field, "a name that a file can have", ascii(value)) from error
+        return value
+
+    def optional(self, of: dict[str, Any], field: str) -> str | None:
+        return None if of.get(field) is None else self.text(of, field)
+
+    def number(self, of: dict[str, Any], field: str) -> float:
+        value = of.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= float_info.max:
+            raise self.wrong(field, "a finite number", value)
+        return float(value)
+
+    def index(self, of: dict[str, Any], field: str, below: int = 2**63) -> int:
+        value = of.get(field)
+        if type(value) is not int or not 0 <= value < below:
+            raise self.wrong(field, f"a whole number below {below}", value)
+        return value
+
+    def span(self, of: dict[str, Any], field: str) -> tuple[int, int] | None:
+        value = of.get(field)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and 0 <= n < 2**63 for n in value):
+            raise self.wrong(field, "first and last row", value)
+        return value[0], value[1]
+
+    def hash(self, of: dict[str, Any], field: str) -> str:
+        value = self.text(of, field)
+        if not re.fullmatch("[0-9a-f]{64}", value):
+            raise self.wrong(field, "a SHA-256", value)
+        return value
+
+    def hashes(self, of: dict[str, Any], field: str) -> dict[str, str]:
+        value = of.get(field)
+        if not isinstance(value, dict):
+            raise self.wrong(field, "file names and SHA-256", value)
+        return {name: self.hash(value, name) for name in value}
+
+    def companions(self, of: dict[str, Any]) -> Companions:
+        left_out = of.get("left_out")
+        if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
+            raise self.wrong("left_out", "file names", left_out)
+        return Companions(self.hashes(of, "copied"), self.hashes(of, "replaced"), tuple(left_out))
+
+    def objects(self, of: dict[str, Any], field: str) -> list[dict[str, Any]]:
+        value = of.get(field)
+        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            raise self.wrong(field, "a list of objects", value)
+        return value
+
+    def adapter(self, of: dict[str, Any]) -> Merged:
+        files = self.hashes(of, "files")
+        return Merged(self.text(of, "name"), self.number(of, "weight"), self.optional(of, "base_model"), files)
+
+    def shard(self, of: dict[str, Any], adapters: int) -> Shard:
+        name = self.text(of, "name")
+        if "/" in name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+            raise UnsafeFileError(f"{self.file}: names the shard {name[:80]!r}, which is not a plain file name")
+        tensors = tuple(
+            (self.text(one, "name"), tuple(self.part(part, adapters) for part in self.objects(one, "parts")))
+            for one in self.objects(of, "tensors")
+        )
+        size = self.index(of, "size")
+        return Shard(name, size, self.hash(of, "sha256_before"), self.hash(of, "sha256_after"), tensors)
+
+    def part(self, of: dict[str, Any], adapters: int) -> Part:
+        if not isinstance(transposed := of.get("transposed", False), bool):
+            raise self.wrong("transposed", "true or false", transposed)
+        expert = None if of.get("expert") is None else self.index(of, "expert")
+        target = Target("", self.span(of, "rows"), self.span(of, "of"), expert, transposed)
+        return Part(
+            self.index(of, "adapter", adapters), self.text(of, "module"), self.number(of, "scaling"),
+            self.number(of, "weight"), target,
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""A plan run on threads, file by file."""

@@ -1,5 +1,0 @@
-"""Training runs from a recipe to what is left on disk: models, memory, checkpoints, results."""
-
-from adapterkit.runs.run import train
-
-__all__ = ["train"]

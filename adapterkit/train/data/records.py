@@ -1,0 +1,318 @@
+"""Training records out of files, one at a time: whole texts, prompts with completions, or chats.
+
+What cannot be used comes as a `Bad` that says where it stands and why; whether that ends the run is the caller's call.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass
+from importlib import import_module
+from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
+from typing import IO, Any, TypeAlias
+
+from adapterkit.errors import FormatError, OfflineError, UsageError
+from adapterkit.files.opening import open_regular
+from adapterkit.hub.names import parsed
+from adapterkit.train.data import unpacking
+
+FORMS = (("text",), ("prompt", "completion"), ("messages",))
+LINE = 16_000_000  # characters of one record in a file, whatever of it is read
+TOO_LONG = f"has more than {LINE:,} characters"
+WHOLE = 1_000_000_000  # bytes of JSON that is no JSON lines
+MEMORY = 4 << 30  # bytes that unpacking a Parquet file may take
+UNPACKED, RATIO = 16_000_000, 100  # characters out of a Parquet file: so many, and so many for each of its bytes
+ROW = 200  # characters that each of its rows counts for at least
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What the fields of a record are called in a file; an empty name turns the form off."""
+
+    text: str = "text"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record in one of the three forms; the fields of the others are None."""
+
+    where: str  # train.jsonl:17
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A record that cannot be used."""
+
+    where: str
+    why: str
+
+
+Rows: TypeAlias = Iterator[tuple[str, Any] | Bad]  # where something stands, and what
+DEFAULT = Fields()
+
+
+def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> Iterator[Record | Bad]:
+    """The records of a file, by its suffix, or of a dataset on the Hub (`org/name[@revision][:split]`), in order.
+
+    A record has the form whose fields it has; of several, the one whose fields were renamed. All but JSON arrays are
+    streamed, and no record can take all memory. Raises FormatError where the source is no regular file or cannot be
+    read, is empty, or has none of the fields in any record;
+    UsageError where its kind is unknown or a package is missing; OfflineError where the Hub is out of reach.
+    """
+    names = [name for name in astuple(fields) if name]
+    empty, known, first = True, False, None
+    try:
+        for row in _rows(source, fields):
+            empty = False
+            if isinstance(row, Bad):
+                yield row
+                continue
+            where, value = row
+            if isinstance(value, Mapping) and value:
+                first = first or (where, list(value))
+                known = known or any(name in value for name in names)
+            yield _record(where, value, fields)
+    except OSError as error:
+        raise FormatError(f"{source}: cannot be read: {error.strerror or error}") from error
+    if empty:
+        raise FormatError(f"{source}: holds no records, expected one or more")
+    if first and not known:
+        raise FormatError(
+            f"{first[0]}: has the fields {_listed(first[1])}, and no record has any of {_listed(names)}; name them "
+            "with --text-field, with --prompt-field and --completion-field, or with --messages-field"
+        )
+
+
+def _record(where: str, row: Any, fields: Fields) -> Record | Bad:
+    """`row` as a record, with all that training reads checked."""
+    if not isinstance(row, Mapping):
+        return Bad(where, f"is {type(row).__name__}, expected an object with fields")
+    names = asdict(fields)
+    values = {part: row[name] for part, name in names.items() if name and row.get(name) is not None}
+    forms = [form for form in FORMS if values.keys() >= set(form)]
+    renamed = [form for form in forms if any(names[part] != part for part in form)]
+    if len(forms := renamed if len(forms) > 1 and renamed else forms) != 1:
+        found = "has " + (_listed(names[part] for part in values) or f"none of {_listed(filter(None, names.values()))}")
+        choice = "more than one form; turn one off by an empty name: --text-field ''" if forms else "no whole form"
+        return Bad(where, f"{found}: {choice}, expected one: a text, a prompt and its completion, or messages")
+    for part in forms[0]:
+        if why := _problem(part, values[part]):
+            return Bad(where, f"{names[part]!r} {why}")
+    try:  # a tokenizer takes neither, and fails with less to say
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError):
+        return Bad(where, "holds bytes that are not UTF-8, or half of a surrogate pair")
+    form = {part: values[part] for part in forms[0]}
+    return Record(where, messages=tuple(form["messages"])) if "messages" in form else Record(where, **form)
+
+
+def _problem(part: str, value: Any) -> str | None:
+    """What keeps `value` from being a `part` of a record to learn from."""
+    if part != "messages":
+        if not isinstance(value, str):
+            return f"is {type(value).__name__}, expected a string"
+        return "is empty" if part != "prompt" and not value.strip() else None
+    if not isinstance(value, list):
+        return f"is {type(value).__name__}, expected a list of {{role, content}}"
+    for number, turn in enumerate(value, 1):
+        shaped = isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
+        if not shaped or not (isinstance(turn.get("content"), str) or turn.get("tool_calls")):
+            return f"has no turn of {{role, content}}, both strings, in place {number}"
+    if not any(turn["role"] == "assistant" and str(turn.get("content") or "").strip() for turn in value):
+        return "has no turn in which the assistant says something"
+    return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _rows(source: str | os.PathLike[str], fields: Fields) -> Rows:
+    path = Path(source).expanduser()
+    reader = READERS.get(path.suffix.lower())
+    if os.path.lexists(path):
+        if reader is None:
+            raise UsageError(f"{path}: is of no kind that records are read from, expected {', '.join(READERS)}")
+        return reader(path, fields)
+    if reader or parsed(str(source)) is None or (path.parent.is_dir() and path.parent != Path()):
+        raise FormatError(f"{source}: there is no such file, expected one, or a dataset on the Hub: org/name[:split]")
+    return _hub_rows(str(source))
+
+
+def _lines(file: Path, newline: str | None = None) -> Iterator[str]:
+    """The lines of `file`; bytes that are not UTF-8 come as lone surrogates, which `_record` finds."""
+    with io.TextIOWrapper(open_regular(file), "utf-8-sig", "surrogateescape", newline) as stream:
+        yield from _bounded(stream)
+
+
+def _bounded(stream: IO[str]) -> Iterator[str]:
+    """The lines of `stream`; of one that is longer than `LINE` the beginning, which is too long itself."""
+    while line := stream.readline(LINE + 1):
+        yield line
+        while len(line) > LINE and not line.endswith("\n"):
+            line = stream.readline(LINE + 1)
+
+
+def _text_rows(file: Path, fields: Fields) -> Rows:
+    """A text a line; blank lines hold nothing that could be lost, here and in JSON lines."""
+    for number, line in enumerate(_lines(file), 1):
+        where = f"{file.name}:{number}"
+        if len(line) > LINE:
+            yield Bad(where, TOO_LONG)
+        elif line.strip():
+            yield where, {fields.text: line.rstrip("\n")}
+
+
+def _json_line_rows(file: Path, fields: Fields) -> Rows:
+    for number, line in enumerate(_lines(file), 1):
+        where = f"{file.name}:{number}"
+        if len(line) > LINE:
+            yield Bad(where, TOO_LONG)
+        elif line.strip():
+            try:
+                yield where, _parse(line.rstrip("\n"))
+            except (ValueError, RecursionError) as error:
+                yield Bad(where, f"is not valid JSON: {str(error).replace('line 1 column', 'column')}")
+
+
+def _json_rows(file: Path, fields: Fields) -> Rows:
+    """An array of records, an object with one array in it, one record, or JSON lines under another name."""
+    with open_regular(file) as stream:
+        raw = stream.read(WHOLE + 1)
+    if len(raw) > WHOLE:
+        raise FormatError(f"{file}: is larger than {WHOLE:,} bytes; as JSON lines (.jsonl) it would be streamed")
+    try:
+        value = _parse(raw.decode("utf-8-sig", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        if "Extra data" not in str(error):  # a first value ends and more follows: lines
+            raise FormatError(f"{file}: is not valid JSON: {error}") from error
+        yield from _json_line_rows(file, fields)
+        return
+    if isinstance(value, dict) and not any(name in value for name in astuple(fields)):
+        arrays = [inner for inner in value.values() if isinstance(inner, list)]
+        value = arrays[0] if len(arrays) == 1 else value
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+        yield f"{file.name}: record {number}", row
+
+
+def _parse(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(pairs)) < len(pairs):  # Python would keep the last and say nothing
+            raise ValueError(f"one object has a name twice: {_listed(name for name, _ in pairs)[:200]}")
+        return result
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+class _TableLines:
+    """The lines of a table, as long as a row does not take too many: after an open quote, all that follow."""
+
+    def __init__(self, file: Path) -> None:
+        self.lines, self.number, self.taken = _lines(file, newline=""), 0, 0
+
+    def __iter__(self) -> _TableLines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        self.number, self.taken = self.number + 1, self.taken + len(line)
+        if self.taken > LINE:
+            raise csv.Error(TOO_LONG)
+        return line
+
+
+def _table_rows(file: Path, fields: Fields) -> Rows:
+    csv.field_size_limit(LINE)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    lines = _TableLines(file)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        where, lines.taken = f"{file.name}:{lines.number + 1}", 0
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Bad(where, f"is not valid CSV: {error}")
+            continue
+        if not header:
+            header = cells
+            if twice := [name for name in astuple(fields) if name and header.count(name) > 1]:
+                raise FormatError(f"{where}: the header names {twice[0]!r} twice")
+        elif cells and len(cells) != len(header):
+            yield Bad(where, f"has {len(cells)} cells, the header has {len(header)}")
+        elif cells:
+            yield where, dict(zip(header, cells, strict=True))
+
+
+def _parquet_rows(file: Path, fields: Fields) -> Rows:
+    """The rows of a Parquet file, unpacked by a process of its own and only up to what such a file should hold."""
+    _needed("pyarrow", f"{file}: Parquet")
+    names = json.dumps([name for name in astuple(fields) if name])
+    command = [sys.executable, "-P", unpacking.__file__, names, str(MEMORY)]
+    with (
+        open_regular(file) as stream,
+        Popen(command, stdin=stream, stdout=PIPE, stderr=DEVNULL, encoding="utf-8") as process,
+    ):
+        room = UNPACKED + RATIO * os.fstat(stream.fileno()).st_size
+        assert process.stdout is not None
+        try:
+            for number, line in enumerate(_bounded(process.stdout), 1):
+                room -= max(len(line), ROW)
+                if room < 0:
+                    raise FormatError(f"{file}: unpacks to more than {RATIO} times its size; convert it to JSON lines")
+                made = json.loads(line) if len(line) <= LINE else {"bad": TOO_LONG}
+                if "error" in made:
+                    raise FormatError(f"{file}: {made['error']}")
+                where = f"{file.name}: record {number}"
+                yield (where, made["row"]) if "row" in made else Bad(where, made["bad"])
+            if process.wait():
+                raise FormatError(f"{file}: takes too much memory to read, or crashes pyarrow")
+        finally:
+            process.kill()
+
+
+def _hub_rows(source: str) -> Rows:
+    load = _needed("datasets", f"{source}: there is no such file, and a dataset on the Hub").load_dataset
+    id = parsed(source)
+    assert id is not None
+    try:
+        rows = load(id.repo, revision=id.revision, split=id.folder or "train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{source}: record {number}", row
+    except ConnectionError as error:
+        raise OfflineError(f"{source}: there is no such file, and the Hub cannot be reached: {error}") from error
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{source}: neither a file nor a dataset that the Hub can give: {error}") from error
+
+
+def _needed(module: str, what: str) -> Any:
+    """An optional package, or UsageError that says how to get it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UsageError(f"{what} needs {package}: pip install {package}") from error
+
+
+READERS: dict[str, Callable[[Path, Fields], Rows]] = {
+    ".jsonl": _json_line_rows, ".ndjson": _json_line_rows, ".json": _json_rows, ".csv": _table_rows,
+    ".tsv": _table_rows, ".parquet": _parquet_rows, ".txt": _text_rows, ".md": _text_rows,
+}  # fmt: skip

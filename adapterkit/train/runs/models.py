@@ -1,0 +1,74 @@
+"""Models from transformers, and what they compute in and on."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from adapterkit.base.checkpoint import Checkpoint
+from adapterkit.base.models.loading import load_causal, quiet
+from adapterkit.errors import UsageError
+from adapterkit.train.causal import CausalModel
+from adapterkit.train.injection import quicken
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `name` means; `auto` is a GPU where there is one, of several processes each its own."""
+    if name == "auto":
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected cpu, cuda, cuda:N or auto") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+    return device
+
+
+def choose_dtype(name: str, base: Checkpoint, device: torch.device, full: bool) -> torch.dtype:
+    """What to compute in: as `name` says, or as most of the base is stored.
+
+    Updates would be lost in 16-bit weights, so what is trained whole is in float32; so is fp16 on a CPU.
+    """
+    if name != "auto":
+        return TORCH_DTYPES[name]
+    sizes = dict.fromkeys(STORED, 0)
+    for info in base.tensors.values():
+        if info.dtype in sizes:
+            sizes[info.dtype] += info.nbytes
+    stored = STORED[max(sizes, key=lambda dtype: sizes[dtype])]
+    return torch.float32 if full or (stored == "fp16" and device.type == "cpu") else TORCH_DTYPES[stored]
+
+
+def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> CausalModel:
+    """The causal language model of `base`, its linear layers in 4 bits on request; raises FormatError where none is."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    if quantize != "none":
+        with quiet():
+            from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+        )  # type: ignore[no-untyped-call]  # fmt: skip
+    model = load_causal(base, **options)
+    quicken(model)  # before anything is computed: bitsandbytes rearranges its weights when they are first used
+    return CausalModel(model)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: to give it back, and fault it in again, takes a tenth of every step."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -1,0 +1,165 @@
+"""What a run leaves: the adapter as PEFT reads it, or the model, with a card that says how it came about."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adapterkit import __version__
+from adapterkit.adapter.formats import save
+from adapterkit.base.checkpoint import Checkpoint
+from adapterkit.files.staging import RECORD, TRAINING_RECORD, flush
+from adapterkit.files.workspace import remove
+from adapterkit.files.writing import write_json, write_text
+from adapterkit.hub.names import public_name
+from adapterkit.text import counted, markdown, visible
+from adapterkit.train.injection import adapter_of, lora_layers
+from adapterkit.train.layers import is_conv1d, is_linear
+from adapterkit.train.loss import perplexity
+from adapterkit.train.runs import checkpoints
+
+if TYPE_CHECKING:
+    from adapterkit.train.data.tokenize import Encoded
+    from adapterkit.train.loop import Loop
+    from adapterkit.train.recipe import Recipe
+    from adapterkit.train.runs.checkpoints import Progress
+    from adapterkit.train.runs.origin import Origin
+
+
+def write_result(
+    folder: Path, recipe: Recipe, base: Checkpoint, loop: Loop, tokenizer: Any, data: Encoded,
+    held_back: Encoded | None, progress: Progress, origin: Origin, command: str,
+) -> None:  # fmt: skip
+    """Turn the folder of a run into its result: checkpoints go, weights, record and card come."""
+    public = base_id(base)
+    name = public or recipe.base  # the path as it was given is what PEFT writes; `push` never sends it
+    made = folder / "made"
+    if recipe.method == "full":
+        loop.model.model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+    else:
+        save(adapter_of(loop.model.model, name, adapter_config(loop.model.model, recipe, name)), made)
+    for file in made.iterdir():
+        flush(file)
+        file.rename(folder / file.name)
+    made.rmdir()
+    facts = _facts(recipe, loop, data, held_back, progress, origin)
+    write_json(
+        folder / TRAINING_RECORD, {"adapterkit": __version__, "command": command, **facts, "recipe": asdict(recipe)}
+    )
+    write_text(folder / "README.md", card(recipe, public, facts, command))
+    remove(folder / checkpoints.FOLDER)
+
+
+def base_id(base: Checkpoint) -> str | None:
+    """The Hub id of the base: as it was given, as the Hub's cache has it, or as a folder of that name says.
+
+    A config also has the id of the model that its own was made from, which is then not the base.
+    """
+    if given := public_name(base.name):
+        return given
+    path, found = base.path.resolve(), base.config.get("_name_or_path")
+    said = public_name(found) if isinstance(found, str) else None
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
+        return public_name(path.parents[1].name.removeprefix("models--").replace("--", "/", 1))
+    return said if said and said.rpartition("/")[2] == path.name and not (path / RECORD).exists() else None
+
+
+def adapter_config(model: nn.Module, recipe: Recipe, base: str | None) -> dict[str, Any]:
+    """The adapter_config.json with short names, where they mean just what was trained; else the writer's own does."""
+    layers, rslora = lora_layers(model), recipe.method == "rslora"
+    strengths = {(layer.scaling, layer.factors()[0].shape[0]) for layer in layers.values()}
+    leaves = {name.rpartition(".")[2] for name in layers}
+    others = (name for name, layer in model.named_modules() if is_linear(layer) or isinstance(layer, nn.Embedding))
+    if len(strengths) > 1 or any(name.rpartition(".")[2] in leaves for name in others):
+        return {"use_rslora": rslora}
+    [(scaling, rank)] = strengths
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "lora_alpha": scaling * (rank**0.5 if rslora else rank), "lora_dropout": recipe.dropout,
+        "target_modules": sorted(leaves), "use_rslora": rslora, "bias": "none",
+        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
+        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
+        "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "inference_mode": True,
+    }  # fmt: skip
+
+
+def _facts(
+    recipe: Recipe, loop: Loop, data: Encoded, held_back: Encoded | None, progress: Progress, origin: Origin
+) -> dict[str, Any]:
+    trained = sum(parameter.numel() for parameter in loop.trained.values())
+    return {
+        "data": {
+            "name": Path(recipe.data).name, "records": len(data.examples), "tokens": data.tokens,
+            "counted": data.counted,
+            "sha256": origin.data, "truncated": len(data.truncated), "left_out": len(data.bad),
+            "held_back": len(held_back.examples) if held_back else 0,
+        },
+        "base": {"files": origin.base}, "trained_parameters": trained,
+        "steps": progress.step, "kept_step": loop.step, "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1), "loss": progress.loss,
+        "eval_loss_before": progress.first_eval_loss, "eval_loss": progress.best_loss,
+        "never_moved": loop.unmoved(), "hardware": _hardware(loop.device),
+        "processes": loop.world, "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }  # fmt: skip
+
+
+def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) -> str:
+    """The card: YAML that the Hub reads, then how it was trained."""
+    full, data = recipe.method == "full", facts["data"]
+    lines = ["---", *([f"base_model: {base}"] if base else [])]
+    lines += ["library_name: transformers" if full else "library_name: peft", "pipeline_tag: text-generation", "tags:"]
+    lines += ["- adapterkit", *([] if full else ["- lora"]), "---", ""]
+    lines += [f"# {markdown(base or 'A model')} fine-tuned on {markdown(data['name'])}", ""]
+    kind = "All weights" if full else {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[recipe.method]
+    detail = "" if full or recipe.init_from else f", rank {recipe.rank}, on {markdown(recipe.targets)}"
+    trained = counted(facts["trained_parameters"], "parameter")
+    unit = "row" if recipe.packing else "record"
+    lines += [f"{kind}{detail}; {trained}, trained with adapterkit {__version__}.", ""]
+    rows = {
+        "data": f"{data['name']}: {counted(data['records'], 'record')}, {counted(data['tokens'], 'token')} "
+        f"({data['truncated']} cut to {recipe.max_length}, {data['left_out']} left out)",
+        "training": f"{counted(facts['steps'], 'step')} of {counted(recipe.rows_per_step, unit)}",
+        "AdamW": f"lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup:g}, "
+        f"weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}",
+        "seed": str(recipe.seed),
+        "last training loss": f"{facts['loss']:.4f}",
+    }
+    if facts["eval_loss"] is not None:
+        before, after = facts["eval_loss_before"], facts["eval_loss"]
+        rows["validation loss"] = (
+            f"{before:.4f} before, {after:.4f} after (perplexity {perplexity(before):.2f}, {perplexity(after):.2f})"
+        )
+        rows["kept"] = f"the state of step {facts['kept_step']}, whose validation loss was lowest"
+    rows |= {
+        "took": f"{facts['seconds']:,.0f} s, {counted(facts['tokens'], 'token')}, on {facts['hardware']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+    }
+    lines += ["| | |", "| --- | --- |", *(f"| {name} | {markdown(value)} |" for name, value in rows.items())]
+    if command:
+        lines += ["", "```", visible(command), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return f"{cpu}, {counted(torch.get_num_threads(), 'thread')}"
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,322 @@
+"""A whole run: data, model, loop, checkpoints, and what is left on disk. All or nothing, and never from the beginning.
+
+Until it is done a run lives beside its output, in a workspace; a resumed one ends with the bits of one that was
+never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from adapterkit.base.models.loading import load_tokenizer
+from adapterkit.base.models.tokenizing import decoded, tokenized
+from adapterkit.errors import FormatError
+from adapterkit.files.opening import open_regular
+from adapterkit.files.staging import flush
+from adapterkit.files.writing import write_text
+from adapterkit.train.data.order import Order
+from adapterkit.train.data.records import Fields, read_records
+from adapterkit.train.data.tokenize import Encoded, encode_all, split
+from adapterkit.train.loop import Loop, Stepped
+from adapterkit.train.recipe import Recipe, as_yaml
+from adapterkit.train.runs import checkpoints
+from adapterkit.train.runs.checkpoints import Log, Progress, State
+from adapterkit.train.runs.checks import check_sequences, open_base, open_fitting, refuse_twice_quantized
+from adapterkit.train.runs.memory import Estimate, available, check, estimate, helps
+from adapterkit.train.runs.models import choose_device, choose_dtype, load_model
+from adapterkit.train.runs.origin import Origin
+from adapterkit.train.runs.prepare import prepare
+from adapterkit.train.runs.processes import StoppedError, check_run, folder_for, peak_memory, processes
+from adapterkit.train.runs.result import write_result
+
+T = TypeVar("T")
+
+RECIPE, METRICS = "adapterkit_recipe.yaml", "metrics.jsonl"
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What is about to be trained, on what, and what that is expected to take."""
+
+    trained: int
+    parameters: int
+    steps: int
+    first_step: int
+    data: Encoded
+    held_back: Encoded | None
+    memory: Estimate
+    device: str
+    dtype: str
+    unpadded: bool
+    first_process: bool  # of several, the one that writes, and speaks
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The mean loss over the validation tokens after `step` steps, and whether none was lower."""
+
+    step: int
+    loss: float
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint, from which a run can go on."""
+
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the model makes of a prompt before training, or after."""
+
+    when: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The run was asked to stop, and what it was is kept."""
+
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The end of a run: what is in `out` is the state of step `kept`."""
+
+    out: Path
+    progress: Progress
+    kept: int
+    stopped_early: bool
+    peak_memory: int
+    unmoved: tuple[str, ...]  # what never had a gradient
+
+
+Event = Started | Stepped | Evaluated | Saved | Sampled | Stopped | Trained
+
+
+def train(
+    recipe: Recipe, out: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False,
+    command: str = "", stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:  # fmt: skip
+    """Train by `recipe` and write the adapter, or with `full` the model, to the new directory `out`.
+
+    `stop` is asked after every step; what was reached is then kept, for `resume`. Raises UsageError, FormatError and
+    FitError before anything is loaded, AdapterkitError where the loss is no longer a number.
+    """
+    target = Path(out).expanduser()
+    with processes() as (rank, world, local_rank):
+        device = choose_device(recipe.device, local_rank)
+        place = check_run(recipe, target, rank, resume, overwrite)
+        base = open_base(recipe.base)
+        dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
+        tokenizer = load_tokenizer(base)
+        data, held_back = read_data(recipe, tokenizer)
+        refuse_twice_quantized(recipe.quantize, base)
+        check_sequences(data, base)
+        first = open_fitting(recipe.init_from, base).adapter if recipe.init_from else None
+        memory = check(base, recipe, data.examples, dtype, device)
+        origin = Origin.of(recipe, data, held_back, base, first)
+        with folder_for(place, rank, resume) as folder:
+            model = load_model(base, dtype, device, recipe.quantize)
+            prepare(model, recipe, base, first)
+            loop = Loop(model, Order.of(data.examples, recipe), recipe, rank, world)
+            run = _Run(recipe, folder, loop, tokenizer, held_back, origin)
+            run.take_up(resume)
+            parameters = sum(parameter.numel() for parameter in model.model.parameters())
+            trained = sum(parameter.numel() for parameter in loop.trained.values())
+            yield Started(
+                trained, parameters, loop.order.steps, loop.step, data, held_back, memory, str(device),
+                str(dtype).removeprefix("torch."), model.unpadded, rank == 0,
+            )  # fmt: skip
+            yield from run.steps(stop)
+            if run.stopped:
+                yield Stopped(loop.step, folder)
+                raise StoppedError
+            run.keep_best()
+            yield from run.samples("after")
+            if rank == 0:
+                write_result(folder, recipe, base, loop, tokenizer, data, held_back, run.progress, origin, command)
+        if not run.stopped:
+            early = run.progress.step < loop.order.steps
+            yield Trained(target, run.progress, loop.step, early, peak_memory(device), tuple(loop.unmoved()))
+
+
+def estimated(recipe: Recipe) -> tuple[Estimate, int, str | None]:
+    """What a run would take, how much memory is free, and where that is less, what would fit."""
+    device = choose_device(recipe.device)
+    base = open_base(recipe.base)
+    dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
+    examples = read_data(recipe, load_tokenizer(base))[0].examples
+    found, room = estimate(base, recipe, examples, dtype, device), available(device)
+    return found, room, None if found.total <= room else helps(base, recipe, examples, dtype, device, room)
+
+
+def read_data(recipe: Recipe, tokenizer: Any) -> tuple[Encoded, Encoded | None]:
+    """What to train on, and what to measure the loss on, as tokens."""
+    fields = Fields(recipe.text_field, recipe.prompt_field, recipe.completion_field, recipe.messages_field)
+
+    def read(source: str) -> Encoded:
+        records = read_records(source, fields)
+        return encode_all(records, tokenizer, recipe.max_length, recipe.skip_bad)
+
+    data = read(recipe.data)
+    if recipe.eval_data:
+        return data, read(recipe.eval_data)
+    return split(data, recipe.eval_share, recipe.seed) if recipe.eval_share else (data, None)
+
+
+class _Run:
+    """What a run keeps on disk while it goes on: rank 0 writes, the others know the same."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, loop: Loop, tokenizer: Any, held_back: Encoded | None, origin: Origin
+    ) -> None:
+        self.recipe, self.folder, self.loop, self.tokenizer = recipe, folder, loop, tokenizer
+        self.held_back, self.origin, self.progress = held_back, origin, Progress()
+        self.stopped, self.began = False, 0.0
+
+    def take_up(self, resume: bool) -> None:
+        """Begin, or go on where the last checkpoint left off; raises FitError where that was another run."""
+        if not resume:
+            self._write(RECIPE, as_yaml(self.recipe))
+            return
+        newest = self._shared(lambda: checkpoints.steps(self.folder)[-1])
+        try:
+            state = self._checked(newest)
+            if (best := state.progress.best_step) not in (None, state.progress.step):
+                self._checked(checkpoints.at(self.folder, best))  # which the run may end with
+            self._restore(newest)
+            if self.loop.rank == 0:
+                self._cut_log(state.log)
+        except FormatError as error:
+            raise FormatError(f"{error}. To resume from an older checkpoint, remove {newest}.") from error
+        self.progress = state.progress
+
+    def _checked(self, folder: Path) -> State:
+        """What a checkpoint says of itself; raises where it is damaged, or of another run."""
+        state = self._shared(lambda: checkpoints.read(folder))
+        self.origin.check_same(state.origin)  # of each process: it has data and a base of its own
+        self._shared(lambda: checkpoints.check(folder, state, self.loop.order.steps, self.loop.layout()))
+        return state
+
+    def _restore(self, folder: Path) -> None:
+        self.loop.restore(checkpoints.number(folder), self._shared(lambda: checkpoints.load(folder)))
+
+    def _shared(self, made: Callable[[], T]) -> T:
+        """What `made` returns in the first process, which alone need have the checkpoints on its disk."""
+        found: list[Any] = [made() if self.loop.rank == 0 else None]
+        if self.loop.world > 1:
+            dist.broadcast_object_list(found)
+        shared: T = found[0]
+        return shared
+
+    def _cut_log(self, then: Log) -> None:
+        """Take off what was logged after a checkpoint; raises FormatError where the rest is not what was logged."""
+        with open_regular(self.folder / METRICS) as stream:
+            data = stream.read()[: then.size]
+        if Log.of(data) != then:
+            raise FormatError(f"{self.folder / METRICS}: is not what the run has written")
+        os.truncate(self.folder / METRICS, then.size)
+
+    def steps(self, stop: Callable[[], bool]) -> Iterator[Event]:
+        """Every step that is left, with measurements and checkpoints between; `stopped` tells if that was all."""
+        every = self.recipe.eval_every or self.loop.order.steps_per_epoch
+        self.began = time.monotonic() - self.progress.seconds
+        if self.progress.step == 0:
+            yield from self.samples("before")
+            yield from self._measure()
+        while self.loop.step < self.loop.order.steps and not self._is_hopeless():
+            event = self.loop.advance(stop())
+            self.progress = replace(
+                self.progress, step=event.step, tokens=self.progress.tokens + event.tokens,
+                seconds=time.monotonic() - self.began, loss=event.loss,
+            )  # fmt: skip
+            self._note({**_numbers_of(event), "seconds": round(self.progress.seconds, 3)})
+            yield event
+            last = event.step == self.loop.order.steps
+            if event.step % every == 0 or last:
+                yield from self._measure()
+            best = self.progress.best_step == event.step
+            if event.stop or best or last or event.step % self.recipe.save_every == 0:
+                yield self._save()
+            if event.stop and not last:
+                self.stopped = True
+                return
+
+    def keep_best(self) -> None:
+        """Bring back the best state that was measured."""
+        best = self.progress.best_step
+        if best is not None and best != self.loop.step:
+            folder = checkpoints.at(self.folder, best)
+            self._checked(folder)
+            self._restore(folder)
+
+    def samples(self, when: str) -> Iterator[Sampled]:
+        """What the model makes of the prompts that the recipe asks for."""
+        for prompt in self.recipe.sample:
+            ids = torch.tensor(tokenized(self.tokenizer, prompt)["input_ids"])
+            [made] = self.loop.model.complete([ids], SAMPLE_TOKENS, self.tokenizer.eos_token_id)
+            yield Sampled(when, prompt, decoded(self.tokenizer, made))
+
+    def _measure(self) -> Iterator[Evaluated]:
+        if self.held_back is None:
+            return
+        loss, then = self.loop.evaluate(self.held_back.examples), self.progress
+        self._note({"step": self.loop.step, "eval_loss": loss})
+        best = self.loop.step > 0 and (then.best_loss is None or loss < then.best_loss)
+        if self.loop.step == 0:
+            self.progress = replace(then, first_eval_loss=loss)
+        elif best:
+            self.progress = replace(then, best_step=self.loop.step, best_loss=loss, no_better=0)
+        else:
+            self.progress = replace(then, no_better=then.no_better + 1)
+        yield Evaluated(self.loop.step, loss, best)
+
+    def _is_hopeless(self) -> bool:
+        return self.recipe.patience is not None and self.progress.no_better >= self.recipe.patience
+
+    def _save(self) -> Saved:
+        folder = checkpoints.at(self.folder, self.loop.step)
+        if self.loop.rank == 0:
+            flush(self.folder / METRICS)
+            with open_regular(self.folder / METRICS) as stream:
+                log = Log.of(stream.read())
+            checkpoints.save(self.folder, State(self.progress, self.origin, log), self.loop.state())
+        return Saved(self.loop.step, folder)
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        if self.loop.rank == 0:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(facts) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if self.loop.rank == 0:
+            write_text(self.folder / name, text)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The losses of a run, step by step."""
+    with open_regular(folder / METRICS) as stream:
+        return [json.loads(line) for line in stream]
+
+
+def _numbers_of(event: Stepped) -> dict[str, Any]:
+    norm = event.norm if math.isfinite(event.norm) else None  # in fp16 a step may be left out for it
+    return {"step": event.step, "loss": event.loss, "lr": event.lr, "norm": norm, "tokens": event.tokens}

@@ -1,0 +1,163 @@
+"""What is shown of one adapter, gathered without a word about widgets; these functions run in threads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from adapterkit.adapter.formats import load
+from adapterkit.adapter.formats.source import CONFIG, PICKLED, WEIGHTS
+from adapterkit.errors import AdapterkitError
+from adapterkit.files.jsonfile import read_json
+from adapterkit.files.opening import open_regular
+from adapterkit.hub.listing import Found, describe, folders_below
+from adapterkit.hub.names import on_hub
+from adapterkit.hub.remote import look, outlined
+from adapterkit.inspection.summary import ModuleRow, Summary, summarize
+from adapterkit.text import counted, size, span, visible_lines
+
+TEXT_BYTES = 200_000  # of a card or config: more is not for reading
+
+
+@dataclass(frozen=True)
+class Details:
+    """An adapter as its headers and texts tell it; `problem` instead where it cannot be read."""
+
+    row: Found
+    summary: Summary | None = None
+    fit: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    card: str = ""
+    fetched: str = ""
+    problem: str = ""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The lines of the overview."""
+        row, summary = self.row, self.summary
+        facts = {"adapter": row.name}
+        if summary is not None:
+            layers = summary.layers
+            facts |= {
+                "kind": f"{summary.format}, {summary.kind}", "base": summary.base_model or "not named",
+                "fits": self.fit, "rank": span(summary.ranks), "alpha": span(summary.alphas),
+                "scaling": span(summary.scalings) or "unknown: no config gives the alpha",
+                "targets": ", ".join(summary.targets),
+                "layers": f"{layers[0]}–{layers[-1]} ({len(layers)})" if layers else "",
+                "modules": str(summary.modules), "parameters": f"{summary.parameters:,}",
+                "size": f"{size(summary.bytes)}, {', '.join(summary.dtypes)}",
+                "replaced": ", ".join(summary.replaced),
+            }  # fmt: skip
+        else:
+            facts |= {"base": row.base_model or ""}
+        facts |= {
+            "downloads": "" if row.downloads is None else f"{row.downloads:,}",
+            "likes": "" if row.likes is None else str(row.likes), "fetched": self.fetched,
+        }  # fmt: skip
+        return {name: text for name, text in facts.items() if text}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is wrong with it."""
+        told = [self.problem] if self.problem else []
+        if self.summary is not None:
+            told += [f"{one['where']}: {one['what']}" for one in self.summary.problems]
+        return told
+
+
+def details_of(row: Found, base: str) -> Details:
+    """Look at an adapter, on this disk or by its headers on the Hub, and at how it fits `base` where that is given."""
+    if row.path is not None and not row.path.is_dir():
+        return Details(row, problem=row.problem or "it is not there any more; r reads the folder anew")
+    try:
+        if row.path is not None:
+            return _read(row, row.path, base, "")
+        id = on_hub(row.name)
+        assert id is not None
+        remote = look(id)
+        with outlined(remote) as outline:
+            return _read(row, outline.path, base, f"{size(outline.fetched)} of {size(remote.size)}: headers and config")
+    except (AdapterkitError, OSError) as error:
+        return Details(row, problem=str(error))
+
+
+def row_of(details: Details) -> Found:
+    """The row of the table, with what was found out."""
+    row, summary = details.row, details.summary
+    if summary is None:
+        return row
+    return replace(
+        row, kind=summary.kind, ranks=summary.ranks, alphas=summary.alphas, targets=summary.targets,
+        size=row.size or summary.bytes, base_model=row.base_model or summary.base_model,
+    )  # fmt: skip
+
+
+def rows_of(row: Found, stop: Callable[[], bool]) -> list[ModuleRow] | str:
+    """The measured modules of an adapter on this disk, or why there are none."""
+    from adapterkit.inspection.cache import measured
+
+    if row.path is None:
+        return "The weights are on the Hub: download it (d) to see them."
+    try:
+        return measured(load(row.path), stop)
+    except (AdapterkitError, OSError) as error:
+        return str(error)
+
+
+def _read(row: Found, path: Path, base: str, fetched: str) -> Details:
+    card = _text(path / "README.md") if row.path is not None else ""
+    config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
+    if row.state == "partial":
+        return Details(row, config=config, card=card, problem=row.problem or "its weights are not all there")
+    adapter = load(path)
+    return Details(row, summarize(adapter), _fit(adapter, base), config, card, fetched)
+
+
+def _fit(adapter: Any, base: str) -> str:
+    """How many of the modules have their place in the base that was chosen."""
+    if not base:
+        return ""
+    from adapterkit.base.checkpoint import open_checkpoint
+    from adapterkit.inspection.match import match
+
+    try:
+        id = on_hub(base)
+        with outlined(look(id)) if id else nullcontext() as outline:
+            path = outline.path if outline else Path(base).expanduser()
+            found, _ = match(adapter, open_checkpoint(path), base)
+    except (AdapterkitError, OSError) as error:
+        return f"{base} cannot be looked at: {error}"
+    hint = f"; {found.hint}" if found.missing else ""
+    return f"{found.found} of {counted(found.total, 'target')} found in {base}{hint}"
+
+
+def _text(file: Path) -> str:
+    try:
+        with TextIOWrapper(open_regular(file), "utf-8", "replace") as stream:
+            return stream.read(TEXT_BYTES)
+    except (AdapterkitError, OSError):
+        return ""
+
+
+def config_text(config: dict[str, Any]) -> str:
+    """A config as it is read best; empty where there is none."""
+    return "" if not config else visible_lines(json.dumps(config, indent=2, ensure_ascii=False)[:TEXT_BYTES])
+
+
+def changes(folder: Path, known: dict[str, float | None]) -> tuple[list[Found], list[str]]:
+    """The adapters below `folder` that are new or whose weights changed since `known`, and the names that are gone."""
+    there: dict[str, float | None] = {}
+    for one in folders_below(folder):
+        if isinstance(one, Found):  # what cannot be read
+            there[one.name] = one.modified
+        else:
+            weights = next((file for name in (*WEIGHTS, *PICKLED) if (file := one / name).is_file()), None)
+            there[str(one)] = weights.stat().st_mtime if weights else None
+    new = [describe(Path(name)) for name, modified in there.items() if known.get(name, -1.0) != modified]
+    return new, [name for name in known if name not in there]

@@ -1,0 +1,162 @@
+"""One adapter: overview, layers, spectrum, config, card."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rich.console import Group
+from rich.highlighter import JSONHighlighter
+from rich.table import Table
+from rich.text import Text
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical, VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Footer, Markdown, TabbedContent, TabPane
+from textual.worker import get_current_worker
+
+from adapterkit.hub.listing import Found
+from adapterkit.inspection.summary import ModuleRow
+from adapterkit.text import visible, visible_lines
+from adapterkit.tui.details import Details, config_text, rows_of
+from adapterkit.tui.threads import hand_over
+from adapterkit.tui.widgets.charts import Layers, Spectrum
+from adapterkit.tui.widgets.plain import Static, plain
+
+TABS = ("overview", "layers", "spectrum", "config", "card")
+
+
+class Detail(Vertical):
+    """The tabs; weights are read only while a tab shows what they tell."""
+
+    DEFAULT_CSS = """
+    Detail { width: 42%; border: round $foreground 30%; }
+    Detail:focus-within { border: round $accent; }
+    Detail TabPane { padding: 0 1; }
+    Detail .wait { padding: 1; color: $text-muted; height: auto; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding(key, f"tick('{group}')", group, show=False)
+        for key, group in (("Q", "q"), ("K", "k"), ("V", "v"), ("O", "o"), ("L", "mlp"))
+    ]
+
+    def __init__(self, id: str = "detail") -> None:
+        super().__init__(id=id)
+        self.details: Details | None = None
+        self._measured: str | None = None  # the adapter that is drawn, or is being measured
+
+    def compose(self) -> ComposeResult:
+        with TabbedContent(id="tabs"):
+            with TabPane("1 overview", id="overview"), VerticalScroll():
+                yield Static("", id="facts")
+            with TabPane("2 layers", id="layers"):
+                yield Static("", classes="wait")
+                yield Layers()
+            with TabPane("3 spectrum", id="spectrum"):
+                yield Static("", classes="wait")
+                yield Spectrum()
+            with TabPane("4 config", id="config"), VerticalScroll():
+                yield Static("", id="config-text")
+            with TabPane("5 card", id="card"), VerticalScroll():
+                yield Markdown("", id="card-text", open_links=False)
+
+    def on_mount(self) -> None:
+        self._wait("")
+
+    def wait(self, row: Found | None) -> None:
+        """Another adapter is looked at; what is known of it comes."""
+        self.border_title = plain(row.name if row else "")
+        if row is None:
+            self.details = None
+            self.query_one("#facts", Static).update("")
+
+    def show(self, details: Details) -> None:
+        """Show what was found out about an adapter."""
+        anew = self.details is None or self.details.row.name != details.row.name
+        self.details = details
+        self.border_title = plain(details.row.name)
+        facts = Table.grid(padding=(0, 2, 0, 0))
+        for name, value in details.facts.items():
+            facts.add_row(Text(name, "bold"), Text(visible(value), overflow="fold"))
+        style = "red" if details.problem else "yellow"
+        warnings = [Text(f"\n⚠ {visible(warning)}", style) for warning in details.warnings]
+        self.query_one("#facts", Static).update(Group(facts, *warnings))
+        config = Text(config_text(details.config) or "There is no adapter_config.json.", no_wrap=True)
+        JSONHighlighter().highlight(config)
+        self.query_one("#config-text", Static).update(config)
+        self.query_one("#card-text", Markdown).update(visible_lines(details.card) or "*There is no card.*")
+        if anew:
+            self._measured = None
+        self._measure_if_shown()
+
+    def action_tick(self, group: str) -> None:
+        """Count a group of modules in, or leave it out, where layers are shown."""
+        if self.tab == "layers":
+            self.query_one(Layers).tick(group)
+
+    @property
+    def tab(self) -> str:
+        """The tab that is shown."""
+        return self.query_one("#tabs", TabbedContent).active
+
+    def turn_to(self, name: str) -> None:
+        """Show a tab."""
+        self.query_one("#tabs", TabbedContent).active = name
+
+    def on_tabbed_content_tab_activated(self) -> None:
+        """What weights tell is found out when it is asked for."""
+        self._measure_if_shown()
+
+    def _measure_if_shown(self) -> None:
+        if self.details is None or self.tab not in ("layers", "spectrum"):
+            return
+        if self._measured != self.details.row.name:
+            self._measured = self.details.row.name
+            self._wait("measuring …")
+            self._measure(self.details.row)
+
+    @work(thread=True, exclusive=True, group="measure", exit_on_error=False)
+    def _measure(self, row: Found) -> None:
+        worker = get_current_worker()
+        hand_over(self.app, self._drawn, row, rows_of(row, lambda: worker.is_cancelled))
+
+    def _drawn(self, row: Found, found: list[ModuleRow] | str) -> None:
+        if self.details is None or self.details.row.name != row.name:
+            return
+        if isinstance(found, str) or not found:
+            self._wait(found if isinstance(found, str) else "There are no modules in it.")
+            return
+        self._wait("")
+        self.query_one(Layers).show(found)
+        self.query_one(Spectrum).show(found)
+
+    def _wait(self, text: str) -> None:
+        """Words instead of the pictures, or the pictures."""
+        for one in self.query(".wait").results(Static):
+            one.update(text)
+            one.display = bool(text)
+        shown = not text and self._measured is not None
+        self.query_one(Layers).display = shown
+        self.query_one(Spectrum).display = shown
+
+
+class DetailScreen(Screen[None]):
+    """The same on a screen of its own, where the terminal is narrow."""
+
+    DEFAULT_CSS = "DetailScreen Detail { width: 1fr; }"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,backspace", "dismiss", "back")]
+
+    def __init__(self, details: Details, tab: str) -> None:
+        super().__init__()
+        self._details, self._tab = details, tab
+
+    def compose(self) -> ComposeResult:
+        yield Detail(id="detail-alone")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        detail = self.query_one(Detail)
+        detail.turn_to(self._tab)
+        detail.show(self._details)
+        detail.query_one("#tabs Tabs").focus()

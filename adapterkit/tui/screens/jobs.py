@@ -1,0 +1,112 @@
+"""The jobs as they are seen: a line at the bottom, and a screen with all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Footer
+from textual_plot import HiResMode
+
+from adapterkit.tui.jobs import Job
+from adapterkit.tui.widgets.charts import Plot
+from adapterkit.tui.widgets.job_bar import SIGNS, STYLES, told
+from adapterkit.tui.widgets.plain import Static, Table
+
+if TYPE_CHECKING:
+    from adapterkit.tui.app import AdapterkitApp
+
+
+class JobsScreen(Screen[None]):
+    """All jobs, what the chosen one said, and the losses where it trains."""
+
+    DEFAULT_CSS = """
+    JobsScreen > DataTable { height: auto; min-height: 4; max-height: 30%; border: round $foreground 30%; }
+    JobsScreen > VerticalScroll { height: 1fr; border: round $foreground 30%; padding: 0 1; }
+    JobsScreen > Plot { height: 2fr; display: none; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,J", "dismiss", "back"),
+        Binding("x", "cancel", "cancel"),
+        Binding("y", "copy", "copy the command"),
+        Binding("j", "down", show=False),
+        Binding("k", "up", show=False),
+    ]
+    app: AdapterkitApp
+
+    def compose(self) -> ComposeResult:
+        yield Table(cursor_type="row")
+        yield Plot()
+        with VerticalScroll():
+            yield Static("", id="said")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        table = self.query_one(Table)
+        table.border_title = "jobs"
+        table.add_column("", key="sign")
+        table.add_column("how far", key="told")
+        table.add_column("command", key="command")
+        self.refresh_jobs()
+        table.move_cursor(row=len(self.app.jobs) - 1, animate=False)
+        self.set_interval(0.5, self.refresh_jobs)
+
+    @property
+    def current(self) -> Job | None:
+        """The highlighted job."""
+        at = self.query_one(Table).cursor_row
+        return self.app.jobs[at] if 0 <= at < len(self.app.jobs) else None
+
+    def refresh_jobs(self) -> None:
+        """Draw the jobs as they are now."""
+        table = self.query_one(Table)
+        for number, job in enumerate(self.app.jobs):
+            cells = {"sign": Text(SIGNS[job.state], STYLES[job.state]), "told": told(job), "command": job.command}
+            if number >= table.row_count:
+                table.add_row(*cells.values(), key=str(number))
+            else:
+                for column, cell in cells.items():
+                    table.update_cell(str(number), column, cell, update_width=True)
+        self._say()
+
+    def on_data_table_row_highlighted(self) -> None:
+        """Another one is looked at."""
+        self._say()
+
+    def _say(self) -> None:
+        job = self.current
+        if job is None:
+            self.query_one("#said", Static).update("No jobs yet: m merges, o combines, d downloads.")
+            return
+        said = "\n".join([job.command, "", *job.said, *job.out.splitlines()])
+        self.query_one("#said", Static).update(said)
+        plot = self.query_one(Plot)
+        plot.display = len(job.losses) > 1
+        if plot.display:
+            plot.clear()
+            plot.plot(list(range(1, len(job.losses) + 1)), job.losses, "cyan", HiResMode.BRAILLE)
+            plot.set_xlabel("step")
+            plot.set_ylabel("loss")
+
+    def action_cancel(self) -> None:
+        """Cancel the highlighted job."""
+        if self.current is not None:
+            self.app.cancel(self.current)
+
+    def action_copy(self) -> None:
+        """Copy its command."""
+        if self.current is not None:
+            self.app.copy_to_clipboard(self.current.command)
+            self.notify("The command is copied.")
+
+    def action_down(self) -> None:
+        """The next one."""
+        self.query_one(Table).action_cursor_down()
+
+    def action_up(self) -> None:
+        """The one before."""
+        self.query_one(Table).action_cursor_up()

@@ -1,0 +1,120 @@
+"""One block of rows: how it is cut into chunks, and what comes of it wherever it is cut."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES
+from oracle import check, merged
+from safetensors.torch import load_file, save_file
+from test_merge import TINY
+
+import adapterkit
+from adapterkit.adapter.weights import LazyTensor
+from adapterkit.algebra.updates import Retention
+from adapterkit.files.safetensors import read_header
+from adapterkit.merging.blocks.block import GROUP_ROWS, _chunk_rows, _same, _step, load, merge_rows
+from adapterkit.merging.blocks.device import Buffers, Place
+from adapterkit.merging.plan.types import Addition, Edit, Replacement
+
+
+@pytest.mark.parametrize("chunk", [1, 31, 32, 96, 1000, 2**17])
+@pytest.mark.parametrize("columns", [0, 1, 3, 31, 32, 33, 4096, 2**20])
+def test_chunks_are_as_large_as_they_may_be(columns: int, chunk: int) -> None:
+    """Whole groups of rows, or a power of two where they are fewer, so that a group of midpoints is never cut."""
+    rows = _chunk_rows(columns, chunk)
+    allowed = [2**k for k in range(6)] + list(range(2 * GROUP_ROWS, chunk + GROUP_ROWS, GROUP_ROWS))
+    assert rows == max(one for one in allowed if one == 1 or one * max(1, columns) <= chunk)
+
+
+@pytest.mark.parametrize("together", [1, 3, 8, 64])
+@pytest.mark.parametrize("chunk", [1, 31, 96, 1000, 2**17])
+def test_no_block_of_a_quantized_output_is_cut(together: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as fit, of which `together` always lie side by side; that many where fewer would fit."""
+    monkeypatch.setattr(Edit, "rows_together", together)
+    for columns in (1, 3, 33, 4096):
+        rows = _chunk_rows(columns, chunk)
+        step = _step(Edit("m.weight", None, "F32", (20, columns), 0, 80 * columns, ()), chunk)
+        assert step == max([together, *range(together, rows + 1, together)])
+
+
+@pytest.mark.parametrize("rows", [13, 1000])
+@pytest.mark.parametrize(
+    ("name", "weight"), [*[(name, 0.5) for name in TINY], ("tiny-dora", 1.0), ("tiny-embed-save", 1.0)]
+)
+def test_blocks_are_rows_of_the_whole(name: str, weight: float, rows: int, tmp_path: Path) -> None:
+    """Rounded as the oracle says, with what is kept of the update, and whether anything is another than in the base."""
+    adapter, folder = FIXTURES / name, FIXTURES / "bases" / TINY[name]
+    base = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    expected = merged(base, adapter, weight, conv1d=name == "tiny-conv1d")
+    buffers, seen = Buffers(), set()
+    buffers.place = Place(torch.device("cpu"), 500)
+    for file in adapterkit.plan_merge(folder, [(adapter, weight)], tmp_path / "out").files:
+        for edit in (one for one in file.edits if one.name in expected and one.source is not None):
+            fd = os.open(file.source, os.O_RDONLY)
+            (depth, columns), before = edit.matrix, base[edit.name]
+            loaded, kept, found = load(edit, fd), Retention(), []
+            for first in range(0, depth, rows):
+                last = min(depth, first + rows)
+                into = bytearray((last - first) * columns * before.itemsize)
+                some, undone, changed = merge_rows(
+                    edit, loaded, fd, first, last, buffers, memoryview(into), last - first, first % 2 == 0
+                )
+                found.append(torch.frombuffer(into, dtype=before.dtype).view(-1, columns))
+                source = before.view(depth, columns)[first:last]
+                assert changed is not torch.equal(found[-1], source) and (undone is None) is (first % 2 == 1)
+                assert some is not None
+                kept += some
+            os.close(fd)
+            after, want = torch.cat(found).view(before.shape), expected[edit.name]
+            assert check(after, want) == 0
+            if not edit.replaced:
+                delta, applied = want.exact - before.double(), after.double() - before.double()
+                assert kept.kept == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-3)
+            seen.add(edit.name)
+    assert seen
+
+
+def test_rows_are_the_same_or_not() -> None:
+    rows = torch.randn(5, 3).bfloat16()
+    for other in (rows, rows.float()):
+        assert _same(rows, other)
+    for row in (0, 4):
+        changed = rows.clone()
+        changed[row, 2] += 1
+        assert not _same(rows, changed)
+    assert not _same(None, rows)
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["in the base", "new"])
+@pytest.mark.parametrize("weight", [1.0, 0.25, -1.0])
+def test_values_replace_the_base_wherever_it_is_cut(weight: float, new: bool, tmp_path: Path) -> None:
+    """All of them, then single rows, first, last and beside each other; a weight is how far they go there."""
+    W, whole, tokens = torch.randn(20, 3), torch.randn(20, 3), torch.randn(4, 3).half()
+    rows, vector = (19, 0, 6, 7), torch.randn(20)
+    save_file({"m.weight": W}, tmp_path / "m.safetensors")
+    source = None if new else read_header(tmp_path / "m.safetensors").tensors["m.weight"]
+    replaced = (
+        Replacement(LazyTensor.of(whole), weight),
+        Replacement(LazyTensor.of(tokens), weight, rows),
+    )
+    edit = Edit("m.weight", source, "F32", (20, 3), 0, 240, (), replaced, (Addition(LazyTensor.of(vector), 0.5),))
+    exact = torch.zeros(20, 3).double() if new else W.double()
+    share = 1.0 if new else weight
+    exact += share * (whole.double() - exact)
+    exact[list(rows)] += share * (tokens.double() - exact[list(rows)])
+    exact += 0.5 * vector[:, None].double()
+    fd = os.open(tmp_path / "m.safetensors", os.O_RDONLY)
+    loaded, buffers = load(edit, fd), Buffers()
+    for chunk in (1, 6, 12, 1000):
+        buffers.place = Place(torch.device("cpu"), chunk)
+        for size in (1, 7, 20):
+            for first in range(0, 20, size):
+                last = min(20, first + size)
+                into = bytearray((last - first) * 12)
+                merge_rows(edit, loaded, fd, first, last, buffers, memoryview(into), 0, False)
+                assert torch.equal(torch.frombuffer(into, dtype=torch.float32).view(-1, 3), exact[first:last].float())
+    os.close(fd)
