@@ -267,7 +267,7 @@ def write_quantized(
         write_base(folder, W.to(torch.float8_e4m3fn), config, **others)
     checkpoint = open_checkpoint(folder / "base")
     packed = quant.weights(checkpoint.tensors, checkpoint.config)[f"{MODULE}.weight"]
-    assert isinstance(packed, quant.Packed)
+    assert isinstance(packed, quant.QuantizedWeight)
     return folder / "base", packed.open(COLUMNS)(0, rows)
 
 

@@ -37,7 +37,7 @@ from tiny import save_tiny_model
 
 import adapterkit
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.weights import Given
+from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.algebra.residual import Residual
 from adapterkit.base import quant
 from adapterkit.base.checkpoint import open_checkpoint
@@ -588,7 +588,7 @@ def test_checkpoints(folder: Path, which: int, changes: list[Edit], bytes_change
         base = open_checkpoint(path)
         assert all(info.file.parent == path for info in base.tensors.values())
         for weight in quant.weights(base.tensors, base.config).values():
-            if isinstance(weight, quant.Packed):
+            if isinstance(weight, quant.QuantizedWeight):
                 weight.open(prod(weight.shape[1:]))(0, weight.shape[0])
 
 
@@ -624,7 +624,7 @@ def test_plans(
     write(folder / "base", {name: files[name] for name in base}, [])
     write(folder / "adapter", {name: files[name] for name in adapter}, [])
     with refusing(changes or form or how):
-        one = Given(load(folder / "adapter"))
+        one = WeightedAdapter(load(folder / "adapter"))
         plan = make_plan(open_checkpoint(folder / "base"), [one], folder / "out", **form, **how)
         for file in plan.files:  # what would be written can be read
             with open(folder / "out.safetensors", "wb") as stream:

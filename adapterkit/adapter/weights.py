@@ -180,7 +180,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class WeightedAdapter:
     """One adapter of a merge: opened, how much of it, and what to call it in messages and in the card."""
 
     adapter: Adapter
@@ -189,7 +189,7 @@ class Given:
     path: Path | None = None  # the file or directory that it was opened from
 
 
-def refuse_broken(one: Given) -> None:
+def refuse_broken(one: WeightedAdapter) -> None:
     fatal = [problem for problem in one.adapter.problems if problem.fatal]
     if fatal:
         more = f" (and {len(fatal) - 1} more: see adapterkit inspect)" if len(fatal) > 1 else ""

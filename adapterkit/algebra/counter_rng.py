@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def chance(count: int, seed: int, at: int, device: torch.device | None = None) -> torch.Tensor:
+def uniform_at(count: int, seed: int, at: int, device: torch.device | None = None) -> torch.Tensor:
     """`count` float32 numbers in [0, 1), each a hash of its place `at …` and `seed` (SplitMix64's mixing)."""
     import torch
 

@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from adapterkit.algebra.counter_rng import chance, seed_for
+from adapterkit.algebra.counter_rng import seed_for, uniform_at
 from adapterkit.algebra.lowrank import Decomposition, Limit, signs_of
 
 CHUNK_ELEMENTS = 1 << 20
@@ -115,6 +115,6 @@ def _leading(matrix: Matrix, width: int, seed: int) -> tuple[Decomposition, floa
 
 def _normal(rows: int, columns: int, seed: int) -> torch.Tensor:
     """Normally distributed numbers (Box and Muller, 1958)."""
-    even = chance(rows * columns, seed, 0).double()
-    odd = chance(rows * columns, seed, rows * columns).double()
+    even = uniform_at(rows * columns, seed, 0).double()
+    odd = uniform_at(rows * columns, seed, rows * columns).double()
     return ((-2 * (1 - even).log()).sqrt() * (2 * torch.pi * odd).cos()).view(rows, columns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from adapterkit.adapter.weights import Given
+from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.algebra.lowrank import Limit
 from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, open_one
 from adapterkit.base.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ from adapterkit.files.hub_cache import check_cached
 from adapterkit.files.staging import Destination
 from adapterkit.merging.plan.types import inputs_of
 
-KINDS = ("dora", "lora", "rslora")
+ADAPTER_KINDS = ("dora", "lora", "rslora")
 OnModule = Callable[[Planned | ModuleDone], None]  # first the plan: what raises then keeps anything from being done
 
 
@@ -119,8 +119,8 @@ def convert(
     an adapter whose `initial` state changed the base (PiSSA, OLoRA): `s·(B·A − B₀·A₀)`, exactly, or truncated. Else
     `lora` and `rslora` describe the same factors by another scaling. Raises UsageError for what does not go together.
     """
-    if to not in KINDS:
-        raise UsageError(f"to {to!r}: expected one of {', '.join(KINDS)}")
+    if to not in ADAPTER_KINDS:
+        raise UsageError(f"to {to!r}: expected one of {', '.join(ADAPTER_KINDS)}")
     [one] = open_one(adapter)
     dora = any(weights.magnitude is not None for weights in one.adapter.modules.values())
     back = dora and to == "lora"
@@ -147,7 +147,7 @@ def convert(
 
 
 def _conversion(
-    given: Sequence[Given], to: str, base: Checkpoint | None, limit: Limit | None, seed: int
+    given: Sequence[WeightedAdapter], to: str, base: Checkpoint | None, limit: Limit | None, seed: int
 ) -> Iterator[Planned | ModuleDone | Combined]:
     """The steps of a conversion that makes sense: with a base to or from DoRA, of two adapters their difference."""
     if base is None:
@@ -192,7 +192,7 @@ def _finished(steps: Iterator[Planned | ModuleDone | Combined], on_module: OnMod
     raise AssertionError("a combination ends with its result")
 
 
-def _checked(out: AnyPath, overwrite: bool, *inputs: Checkpoint | Given) -> Destination:
+def _checked(out: AnyPath, overwrite: bool, *inputs: Checkpoint | WeightedAdapter) -> Destination:
     """Where the new adapter goes, once it may be written."""
     target = Destination(Path(out).expanduser(), inputs_of(*inputs), overwrite=overwrite)
     target.check()
@@ -208,7 +208,7 @@ def _of(limit: Limit | None) -> str:
 
 
 def _write(
-    result: Combined, out: Destination, made: str, given: Sequence[Given], models: Sequence[Checkpoint] = ()
+    result: Combined, out: Destination, made: str, given: Sequence[WeightedAdapter], models: Sequence[Checkpoint] = ()
 ) -> None:
     rows = {row.name: {"rank": row.rank, "error": row.error} for row in result.modules}
     facts = {"relative_error": result.error, "modules": rows}

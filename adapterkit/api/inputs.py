@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from adapterkit.adapter.formats import holds_adapter, load
-from adapterkit.adapter.weights import Adapter, Given
+from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint, is_base, open_checkpoint
 from adapterkit.base.renames import parse_rename
 from adapterkit.errors import UsageError
@@ -22,10 +22,8 @@ from adapterkit.hub import hub_id, resolve
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 AnyAdapter: TypeAlias = AnyPath | Adapter
-WeightedAdapter: TypeAlias = AnyAdapter | tuple[AnyAdapter, float]
-AnyAdapters: TypeAlias = (
-    WeightedAdapter | Iterable[WeightedAdapter] | Mapping[AnyPath, float]
-)  # as `weighted` takes them
+AnyWeighted: TypeAlias = AnyAdapter | tuple[AnyAdapter, float]
+AnyAdapters: TypeAlias = AnyWeighted | Iterable[AnyWeighted] | Mapping[AnyPath, float]  # as `weighted` takes them
 
 
 def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve) -> Checkpoint:
@@ -45,13 +43,13 @@ def open_adapters(
     alpha: float | None = None,
     scaling: float | None = None,
     where: Callable[[AnyPath], Path] = resolve,
-) -> list[Given]:
+) -> list[WeightedAdapter]:
     """Adapters as they are given to a call, opened `where` they lie, with names that tell them apart."""
     scale = number(scale, "scale")
     return _name_apart([_open(what, weight * scale, alpha, scaling, where) for what, weight in weighted(adapters)])
 
 
-def open_one(adapter: WeightedAdapter) -> list[Given]:
+def open_one(adapter: AnyWeighted) -> list[WeightedAdapter]:
     """The only adapter of a call that takes one. Raises UsageError where it is several, or none."""
     named = weighted(adapter)
     if len(named) != 1:
@@ -103,21 +101,21 @@ def _no_adapter(found: object) -> UsageError:
 
 def _open(
     what: AnyAdapter, weight: float, alpha: float | None, scaling: float | None, where: Callable[[AnyPath], Path]
-) -> Given:
+) -> WeightedAdapter:
     if not math.isfinite(weight):
         raise UsageError(f"weight × scale is {weight}: expected a finite number")
     if isinstance(what, Adapter):
-        return Given(what, weight, what.files[0].parent.name if what.files else "adapter")
+        return WeightedAdapter(what, weight, what.files[0].parent.name if what.files else "adapter")
     path = where(what)
     if is_base(path):
         raise UsageError(f"{what}: is a model, expected an adapter")
     adapter = load(path, alpha=alpha, scaling=scaling)
     generic = path.is_file() and path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
     name = hub_id(what) or (path.resolve().parent.name if generic else path.resolve().name)
-    return Given(adapter, weight, name, path)
+    return WeightedAdapter(adapter, weight, name, path)
 
 
-def _name_apart(given: list[Given]) -> list[Given]:
+def _name_apart(given: list[WeightedAdapter]) -> list[WeightedAdapter]:
     """Give adapters of one name numbers, so that no two labels are equal, whatever the others are called."""
     times = Counter(one.label for one in given)
     taken, apart = {label for label, number in times.items() if number == 1}, []

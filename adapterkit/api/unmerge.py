@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.weights import Adapter, Given
+from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
 from adapterkit.base.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, FitError, UsageError
@@ -82,7 +82,7 @@ def plan_unmerge(
 
 def _checked(
     merged: AnyPath, out: AnyPath, adapters: AnyAdapters, approximate: bool
-) -> tuple[Checkpoint, Path, list[Given]]:
+) -> tuple[Checkpoint, Path, list[WeightedAdapter]]:
     """What is to be undone, where that goes, and the adapters that are given, opened and checked to lie apart."""
     source, target = resolve(merged), Path(out).expanduser()
     checkpoint = open_base(merged)
@@ -93,7 +93,9 @@ def _checked(
     return checkpoint, target, given
 
 
-def _plan(merged: Checkpoint, out: Path, given: Sequence[Given], base: AnyPath | None, approximate: bool) -> MergePlan:
+def _plan(
+    merged: Checkpoint, out: Path, given: Sequence[WeightedAdapter], base: AnyPath | None, approximate: bool
+) -> MergePlan:
     """What undoes the last merge, from headers only but where a base is to be checked."""
     original = None if base is None else open_base(base)
     if original is not None:
@@ -106,7 +108,7 @@ def _plan(merged: Checkpoint, out: Path, given: Sequence[Given], base: AnyPath |
             raise UsageError("with the base nothing needs to be approximate: give one of them")
         if receipt is not None and not given:
             found = find_adapters(receipt, [], merged.path)
-            given = [Given(a, one.weight, one.name) for a, one in zip(found, receipt.adapters, strict=True)]
+            given = [WeightedAdapter(a, one.weight, one.name) for a, one in zip(found, receipt.adapters, strict=True)]
         if not given:
             raise UsageError(f"{merged.path}: has no receipt that says which adapters to subtract: name them")
         return plan_subtraction(merged, given, out)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from adapterkit.adapter.weights import Adapter, Given
+from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import SUPPORTED
 from adapterkit.base.quant.unread import unread_scheme
@@ -33,7 +33,9 @@ def place(
         raise
 
 
-def missing(one: Given, found: Fit, base: Checkpoint, tensors: Mapping[str, Weight], allow_partial: bool) -> list[str]:
+def missing(
+    one: WeightedAdapter, found: Fit, base: Checkpoint, tensors: Mapping[str, Weight], allow_partial: bool
+) -> list[str]:
     """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
     landed = found.targets or found.replaced or found.tokens
     if found.missing and (scheme := unread_scheme(tensors, base.quantization)):

@@ -10,12 +10,12 @@ import torch
 
 from adapterkit.adapter.weights import LazyTensor, LoraWeights
 from adapterkit.algebra.updates import Update, update_for
-from adapterkit.base.quant import SUPPORTED, Packed
+from adapterkit.base.quant import SUPPORTED, QuantizedWeight
 from adapterkit.base.targets import Target
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, Weight
 
-Rows = Callable[[int, int], torch.Tensor]
+RowReader = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Piece:
     `of` are the rows of Δ itself that lie there, or its columns where it is stored `transposed`.
     """
 
-    read: Rows
+    read: RowReader
     update: Update
     of: tuple[int, int]
     transposed: bool
@@ -73,9 +73,9 @@ def pieces(
     return sorted(found, key=lambda piece: piece.of)
 
 
-def reader(info: Weight, columns: int) -> Rows:
+def reader(info: Weight, columns: int) -> RowReader:
     """What reads rows of `columns` elements of a weight, dequantized where it is quantized."""
-    if isinstance(info, Packed):
+    if isinstance(info, QuantizedWeight):
         return info.open(columns)
     if not isinstance(info, TensorInfo) or info.dtype not in FLOAT_DTYPES:
         raise FitError(

@@ -12,12 +12,12 @@ from adapterkit.cli.output import note
 from adapterkit.errors import OfflineError
 from adapterkit.hub.download import cached, missing_of, resolve
 from adapterkit.hub.names import on_hub
-from adapterkit.hub.remote import look, outlined
+from adapterkit.hub.remote import outlined, remote_of
 from adapterkit.text import size
 
 
 @dataclass(frozen=True)
-class Place:
+class Lookup:
     """A path, and of what was not downloaded how many bytes of it were fetched, and how many it has."""
 
     path: Path
@@ -38,25 +38,25 @@ class Place:
 
 
 @contextmanager
-def looked_at(spec: str, full: bool) -> Iterator[Place]:
+def looked_at(spec: str, full: bool) -> Iterator[Lookup]:
     """Where `spec` can be looked at; with `full` it is downloaded where that is needed."""
     id = on_hub(spec)
     if id is None:
-        yield Place(Path(os.path.expanduser(spec)))
+        yield Lookup(Path(os.path.expanduser(spec)))
         return
     if full:
-        yield Place(resolve(spec))
+        yield Lookup(resolve(spec))
         return
     try:
-        remote = look(id)
+        remote = remote_of(id)
     except OfflineError as error:
         if (kept := cached(id)) is None:
             raise
         note(f"{error}; this is what the cache has")
-        yield Place(kept)
+        yield Lookup(kept)
         return
     if not missing_of(remote) and (kept := cached(id)) is not None:
-        yield Place(kept)
+        yield Lookup(kept)
         return
     with outlined(remote) as outline:
-        yield Place(outline.path, outline.fetched, remote.size)
+        yield Lookup(outline.path, outline.fetched, remote.size)

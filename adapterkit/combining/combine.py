@@ -11,7 +11,7 @@ from numbers import Integral, Real
 
 import torch
 
-from adapterkit.adapter.weights import Adapter, Given, LazyTensor, LoraWeights, load_weights, refuse_broken
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, load_weights, refuse_broken
 from adapterkit.algebra.lowrank import Decomposition, Limit, Product, decompose, inner, stacked, tails
 from adapterkit.algebra.sketch import sketch
 from adapterkit.combining.methods import INNERS, METHODS, Options
@@ -72,7 +72,7 @@ class Combined:
 
 
 def combine(
-    given: Sequence[Given],
+    given: Sequence[WeightedAdapter],
     method: str = "linear",
     *,
     limit: Limit | None = None,
@@ -175,7 +175,7 @@ def check_limit(limit: Limit | None) -> None:
         raise UsageError("rank, energy and error each say how much to keep: give one of them")
 
 
-def _check(given: Sequence[Given], modules: Mapping[str, None], method: str) -> list[str]:
+def _check(given: Sequence[WeightedAdapter], modules: Mapping[str, None], method: str) -> list[str]:
     """Refuse adapters that do not go together; what a person should know where they do."""
     for one in given:
         mine = one.adapter.modules
@@ -201,7 +201,7 @@ def _check(given: Sequence[Given], modules: Mapping[str, None], method: str) -> 
     return notes
 
 
-def check_fit(given: Sequence[Given], modules: Mapping[str, None]) -> None:
+def check_fit(given: Sequence[WeightedAdapter], modules: Mapping[str, None]) -> None:
     """Raise FitError where an adapter shares no module with the others, or one has another shape in them."""
     for one in given:
         mine, others = one.adapter.modules, [other.adapter.modules for other in given if other is not one]
@@ -224,7 +224,7 @@ def _shape(weights: LoraWeights[LazyTensor]) -> tuple[object, ...]:
     return (weights.out_features, *weights.A.shape[1:]), weights.kind, weights.experts, weights.parameters
 
 
-def _check_rank(given: Sequence[Given], modules: Mapping[str, None], rank: int, pad: bool) -> None:
+def _check_rank(given: Sequence[WeightedAdapter], modules: Mapping[str, None], rank: int, pad: bool) -> None:
     """Refuse a rank that no module can have."""
     if pad:
         for name in modules:
@@ -244,7 +244,9 @@ def _check_rank(given: Sequence[Given], modules: Mapping[str, None], rank: int, 
 # --- modules ---------------------------------------------------------------------------------------------------------
 
 
-def batches(given: Sequence[Given], modules: Mapping[str, None], most: int | None = None) -> Iterator[list[str]]:
+def batches(
+    given: Sequence[WeightedAdapter], modules: Mapping[str, None], most: int | None = None
+) -> Iterator[list[str]]:
     """Modules of equal shapes and ranks, in the same adapters, as many as fit a window, or at `most`."""
     groups: defaultdict[object, list[str]] = defaultdict(list)
     for name in modules:
@@ -258,7 +260,7 @@ def batches(given: Sequence[Given], modules: Mapping[str, None], most: int | Non
 
 
 def _combine_batch(
-    given: Sequence[Given], names: list[str], method: str, limit: Limit | None, options: Options, seed: int
+    given: Sequence[WeightedAdapter], names: list[str], method: str, limit: Limit | None, options: Options, seed: int
 ) -> Iterator[tuple[str, Weights, float, float]]:
     """Each module's new weights, its energy as meant, and the energy left out."""
     held = [one for one in given if names[0] in one.adapter.modules]
@@ -301,7 +303,7 @@ def best_of(found: Decomposition, beyond: torch.Tensor, limit: Limit | None) -> 
     return found.first(max(ranks)), float(rests[:, 0].sum()), float(rests[:, max(ranks)].sum())
 
 
-def _new(product: Product, held: Sequence[Given], loaded: Sequence[Sequence[Weights]], index: int) -> Weights:
+def _new(product: Product, held: Sequence[WeightedAdapter], loaded: Sequence[Sequence[Weights]], index: int) -> Weights:
     """The new weights of a module, with `Σ weight · scaling · bias` as its bias, since its own scaling is 1."""
     biases = [
         one.weight * weights[index].scaling * bias.double()
@@ -312,12 +314,12 @@ def _new(product: Product, held: Sequence[Given], loaded: Sequence[Sequence[Weig
     return replace(new, bias=torch.stack(biases).sum(0).float()) if biases else new
 
 
-def parts_of(given: Sequence[Given], names: Sequence[str]) -> list[Part]:
+def parts_of(given: Sequence[WeightedAdapter], names: Sequence[str]) -> list[Part]:
     """Each adapter's share in a batch of modules. Raises FitError where a factor is not finite."""
     return [_part(one.weight, [_finite(one, name) for name in names]) for one in given]
 
 
-def _finite(one: Given, name: str) -> Weights:
+def _finite(one: WeightedAdapter, name: str) -> Weights:
     weights = load_weights(one.adapter.modules[name])
     for what, tensor in (("A", weights.A), ("B", weights.B), ("the bias", weights.bias)):
         if tensor is not None and not bool(tensor.isfinite().all()):

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import torch
 
-from adapterkit.adapter.weights import Given, refuse_broken
+from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
 from adapterkit.algebra.lowrank import Product, added, decompose, inner, overlaps
 from adapterkit.combining.combine import batches, check_fit, parts_of, relative_error
 from adapterkit.combining.methods.factored import Part
@@ -47,7 +47,7 @@ class Pair:
     alone: tuple[int, int]
 
 
-def compare(given: Sequence[Given]) -> Iterator[Pair]:
+def compare(given: Sequence[WeightedAdapter]) -> Iterator[Pair]:
     """Compare every two of the adapters by their weighted Δs.
 
     Of DoRA modules it is the low-rank part that is compared. Raises FitError where shapes differ or no module is

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from adapterkit.adapter.weights import Adapter, Given, LazyTensor, LoraWeights, load_weights, refuse_broken
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, load_weights, refuse_broken
 from adapterkit.algebra.lowrank import Limit, Product, decompose
 from adapterkit.algebra.sketch import Matrix, sketch
 from adapterkit.base.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from adapterkit.files.safetensors import Weight
 Weights = LoraWeights[torch.Tensor]
 
 
-def to_dora(one: Given, base: Checkpoint) -> Iterator[Planned | ModuleDone | Combined]:
+def to_dora(one: WeightedAdapter, base: Checkpoint) -> Iterator[Planned | ModuleDone | Combined]:
     """Give every module the magnitude `m = ‖W + s·B·A‖` of each output, by which DoRA's `m/n` is 1.
 
     The norms are of `W + s·B·A` as merging forms it, in float64: as many operations as through `W·Aᵀ` and the Gram
@@ -42,7 +42,9 @@ def to_dora(one: Given, base: Checkpoint) -> Iterator[Planned | ModuleDone | Com
     yield Combined(_like(one.adapter, done), tuple(rows), ())
 
 
-def to_lora(one: Given, base: Checkpoint, limit: Limit, seed: int = 0) -> Iterator[Planned | ModuleDone | Combined]:
+def to_lora(
+    one: WeightedAdapter, base: Checkpoint, limit: Limit, seed: int = 0
+) -> Iterator[Planned | ModuleDone | Combined]:
     """The best approximation of each DoRA module's effective `Δ = diag(g)·(W + s·B·A) − W`, `g = m/n`, as LoRA.
 
     That Δ is of full rank: products with it are computed from rows of W and the factors (see `sketch`). Raises
@@ -70,7 +72,7 @@ def to_lora(one: Given, base: Checkpoint, limit: Limit, seed: int = 0) -> Iterat
     yield Combined(_like(one.adapter, done), tuple(rows), ())
 
 
-def rescale(one: Given, rslora: bool) -> Combined:
+def rescale(one: WeightedAdapter, rslora: bool) -> Combined:
     """The same factors and the same Δ, described by `alpha / √rank` with rsLoRA, or by `alpha / rank`."""
     refuse_broken(one)
     adapter, many = _like(one.adapter, one.adapter.modules), len(one.adapter.modules)
@@ -81,7 +83,9 @@ def rescale(one: Given, rslora: bool) -> Combined:
     return Combined(replace(adapter, config=adapter.config | {"use_rslora": rslora}), rows, ())
 
 
-def _placed(one: Given, base: Checkpoint, dora: bool) -> Iterator[tuple[str, LoraWeights[LazyTensor], Sequence[Piece]]]:
+def _placed(
+    one: WeightedAdapter, base: Checkpoint, dora: bool
+) -> Iterator[tuple[str, LoraWeights[LazyTensor], Sequence[Piece]]]:
     """Every module with where it lies in the base, all of them checked before the first."""
     refuse_broken(one)
     adapter = one.adapter

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adapterkit.adapter.weights import Given, LazyTensor
+from adapterkit.adapter.weights import LazyTensor, WeightedAdapter
 from adapterkit.errors import FitError
 from adapterkit.text import counted
 
@@ -15,7 +15,7 @@ RULES = ("error", "first", "average")
 Tokens = dict[str, tuple[tuple[int, ...], LazyTensor]]
 
 
-def combine_wholes(given: Sequence[Given], rule: str) -> tuple[dict[str, LazyTensor], Tokens, list[str]]:
+def combine_wholes(given: Sequence[WeightedAdapter], rule: str) -> tuple[dict[str, LazyTensor], Tokens, list[str]]:
     """Tensors that replace the base's, and trained tokens, by the rule for those that several adapters hold."""
     replaced: dict[str, LazyTensor] = {}
     tokens: Tokens = {}
@@ -35,7 +35,7 @@ def combine_wholes(given: Sequence[Given], rule: str) -> tuple[dict[str, LazyTen
     return replaced, tokens, notes
 
 
-def _pick(name: str, values: Sequence[tuple[Given, LazyTensor]], rule: str) -> LazyTensor:
+def _pick(name: str, values: Sequence[tuple[WeightedAdapter, LazyTensor]], rule: str) -> LazyTensor:
     if len(values) == 1 or rule == "first":
         return values[0][1]
     if rule == "error":

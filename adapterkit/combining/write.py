@@ -9,7 +9,7 @@ from typing import Any
 
 from adapterkit import __version__
 from adapterkit.adapter.formats import save
-from adapterkit.adapter.weights import Adapter, Given
+from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.files.hub_cache import check_cached, check_name
 from adapterkit.files.opening import open_regular
@@ -24,7 +24,7 @@ def write_adapter(
     adapter: Adapter,
     out: Destination,
     made: str,
-    given: Sequence[Given],
+    given: Sequence[WeightedAdapter],
     facts: Mapping[str, Any],
     notes: Sequence[str] = (),
     models: Sequence[Checkpoint] = (),
@@ -49,7 +49,11 @@ def write_adapter(
 
 
 def _card(
-    adapter: Adapter, made: str, given: Sequence[Given], hashes: Sequence[Mapping[str, str]], notes: Sequence[str]
+    adapter: Adapter,
+    made: str,
+    given: Sequence[WeightedAdapter],
+    hashes: Sequence[Mapping[str, str]],
+    notes: Sequence[str],
 ) -> str:
     """The adapter's card: YAML that the Hub reads, then what it was made from."""
     base = public_name(adapter.base_model)

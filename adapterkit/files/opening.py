@@ -20,7 +20,7 @@ READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 PIECE = 1 << 20  # bytes read at a time
 MOST_NESTED = 100  # folders
 FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-KINDS = {
+FILE_KINDS = {
     stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link",
 }  # fmt: skip
@@ -148,7 +148,7 @@ def _check(mode: int) -> None:
 
 
 def _kind(mode: int) -> str:
-    return KINDS.get(stat.S_IFMT(mode), "no regular file")
+    return FILE_KINDS.get(stat.S_IFMT(mode), "no regular file")
 
 
 @contextmanager

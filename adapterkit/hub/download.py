@@ -16,7 +16,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter.formats.source import CONFIG as ADAPTER_CONFIG
+from adapterkit.adapter.formats.source import ADAPTER_CONFIG as ADAPTER_CONFIG
 from adapterkit.adapter.formats.source import PICKLED, WEIGHTS
 from adapterkit.base.checkpoint import CONFIG
 from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError, UnsafeFileError
@@ -24,10 +24,10 @@ from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import read_header
 from adapterkit.files.staging import errors_of
 from adapterkit.hub.client.ask import ask, asking
-from adapterkit.hub.client.parallel import abreast
+from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.client.session import MOST_BYTES
 from adapterkit.hub.names import HubId, cache_folder, on_hub
-from adapterkit.hub.remote import Remote, RemoteFile, look, opened, outlined
+from adapterkit.hub.remote import Remote, RemoteFile, opened, outlined, remote_of
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def resolve(spec: str | os.PathLike[str]) -> Path:
     if id is None:
         return Path(os.path.expanduser(spec))
     try:
-        download = download_of(look(id))
+        download = download_of(remote_of(id))
         with shown(f"getting {id.repo}") if download.missing else _unseen("") as on_bytes:
             return fetch(download, on_bytes)
     except OfflineError as error:
@@ -95,7 +95,7 @@ def outlines(specs: Sequence[str | os.PathLike[str]]) -> Iterator[Callable[[str 
         places: dict[str, Path] = {}
         for spec, id in ids.items():
             try:
-                remote = look(id)
+                remote = remote_of(id)
             except OfflineError:
                 continue  # the cache may have it
             if missing_of(remote):
@@ -178,7 +178,7 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
 
     try:
         with errors_of(download.cache):
-            abreast(get, download.missing, FILES_AT_ONCE)
+            parallel_map(get, download.missing, FILES_AT_ONCE)
     except KeyboardInterrupt as error:
         count.stopped = True
         raise KeyboardInterrupt(f"what came of {id} is kept, and getting it again goes on from there") from error

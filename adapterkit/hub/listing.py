@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.formats.source import CONFIG, PICKLED, WEIGHTS
+from adapterkit.adapter.formats.source import ADAPTER_CONFIG, PICKLED, WEIGHTS
 from adapterkit.errors import AdapterkitError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import read_whole
 from adapterkit.hub.client.ask import WAITS, ask
-from adapterkit.hub.client.parallel import abreast
+from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.download import cached
 from adapterkit.hub.names import HubId, parsed
-from adapterkit.hub.remote import look, outlined
+from adapterkit.hub.remote import outlined, remote_of
 from adapterkit.inspection.summary import summarize
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def with_details(rows: Sequence[Found]) -> list[Found]:
         if row.path is not None or id is None:
             return row
         try:
-            with outlined(look(id)) as outline:
+            with outlined(remote_of(id)) as outline:
                 found = describe(outline.path)
         except AdapterkitError as error:
             return replace(row, problem=str(error).removeprefix(f"{row.name}: "))
@@ -162,7 +162,7 @@ def with_details(rows: Sequence[Found]) -> list[Found]:
             problem=found.problem,
         )  # fmt: skip
 
-    return abreast(detailed, rows, REQUESTS)
+    return parallel_map(detailed, rows, REQUESTS)
 
 
 def ordered(rows: Iterable[Found], sort: str) -> list[Found]:
@@ -184,7 +184,7 @@ def folders_below(folder: Path) -> Iterator[Path | Found]:
         while unread:
             error = unread.pop()
             yield Found(str(error.filename), Path(error.filename), "here", problem=f"cannot be read: {error.strerror}")
-        if CONFIG in names or any(name in names for name in (*WEIGHTS, *PICKLED)):
+        if ADAPTER_CONFIG in names or any(name in names for name in (*WEIGHTS, *PICKLED)):
             yield Path(at)
     for error in unread:
         yield Found(str(error.filename), Path(error.filename), "here", problem=f"cannot be read: {error.strerror}")
@@ -208,7 +208,7 @@ def _waited(one: Found | Future[Found]) -> Found:
 
 def _by_config(row: Found, path: Path, weights: Path | None) -> Found:
     """What the config alone tells, where the weights are not there or are not opened."""
-    config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
+    config = read_json(path / ADAPTER_CONFIG) if os.path.lexists(path / ADAPTER_CONFIG) else {}
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     enabled = config.get("enable_lora")  # parts of a fused layer, each with a rank of its own
     if isinstance(rank, int) and isinstance(enabled, list):

@@ -11,14 +11,14 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapter.formats.source import CONFIG as ADAPTER_CONFIG
+from adapterkit.adapter.formats.source import ADAPTER_CONFIG as ADAPTER_CONFIG
 from adapterkit.adapter.formats.source import PICKLED, WEIGHTS
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS
 from adapterkit.errors import AdapterkitError, FormatError, OfflineError, UnsafeFileError
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES
 from adapterkit.files.staging import errors_of
 from adapterkit.hub.client.ask import ask
-from adapterkit.hub.client.parallel import abreast
+from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.client.session import FILE
 from adapterkit.hub.names import HubId, is_inner
 
@@ -66,7 +66,7 @@ class Outline:
     fetched: int  # bytes
 
 
-def look(id: HubId) -> Remote:
+def remote_of(id: HubId) -> Remote:
     """Ask what `id` has, and choose what belongs to its adapter or base.
 
     Raises FormatError where there is neither, or several adapters in folders and none was named, and UnsafeFileError
@@ -165,7 +165,7 @@ def outlined(remote: Remote) -> Iterator[Outline]:
         path = Path(folder) / id.repo.rpartition("/")[2]  # what it is called in messages
         path.mkdir()
         try:
-            fetched = sum(abreast(lambda file: _outline(remote, file, path), remote.files, AT_ONCE))
+            fetched = sum(parallel_map(lambda file: _outline(remote, file, path), remote.files, AT_ONCE))
             yield Outline(path, fetched)
         except AdapterkitError as error:
             raise type(error)(str(error).replace(f"{path}/", f"{id}/").replace(str(path), str(id))) from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapter.formats.source import CONFIG, PICKLED, WEIGHTS
+from adapterkit.adapter.formats.source import ADAPTER_CONFIG, PICKLED, WEIGHTS
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.files.staging import ADAPTER_RECORD, TRAINING_RECORD
 from adapterkit.hub.listing import Found, folders_below
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # The files of an adapter: its weights first, without which it is none, then what tools write beside them.
 OWN = (
-    *WEIGHTS, *PICKLED, CONFIG, ADAPTER_RECORD, TRAINING_RECORD, "adapterkit_recipe.yaml", "metrics.jsonl", "README.md",
+    *WEIGHTS, *PICKLED, ADAPTER_CONFIG, ADAPTER_RECORD, TRAINING_RECORD, "adapterkit_recipe.yaml", "metrics.jsonl",
+    "README.md",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth",
@@ -68,7 +69,7 @@ def plan_removal(row: Found) -> Removal:
     a git repository in the same folder, other adapters below it or in the same revision.
     """
     path = row.path
-    if path is None or not any((path / name).is_file() for name in (*WEIGHTS, *PICKLED, CONFIG)):
+    if path is None or not any((path / name).is_file() for name in (*WEIGHTS, *PICKLED, ADAPTER_CONFIG)):
         raise UsageError(f"{row.name}: is no adapter on this disk; nothing was removed")
     if (cached := _in_cache(path)) is not None:
         return _of_revision(row.name, path, *cached)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import SUPPORTED, Packed, weights
+from adapterkit.base.quant import SUPPORTED, QuantizedWeight, weights
 from adapterkit.base.quant.unread import unread_scheme
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo
 
@@ -28,9 +28,9 @@ def inventory(checkpoint: Checkpoint) -> list[StoredAs]:
 
     Raises FormatError where a quantized weight is broken.
     """
-    groups: dict[tuple[str, str], list[TensorInfo | Packed]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[TensorInfo | QuantizedWeight]] = defaultdict(list)
     for weight in weights(checkpoint.tensors, checkpoint.config).values():
-        if isinstance(weight, Packed):
+        if isinstance(weight, QuantizedWeight):
             groups[weight.scheme, f"dequantized to {weight.dtype}"].append(weight)
         else:
             # What is no number of its own, such as a packed weight of an unknown scheme, can only be copied.
@@ -56,5 +56,5 @@ def unsupported(checkpoint: Checkpoint, rows: list[StoredAs]) -> str | None:
     return f"quantized ({scheme}): merge reaches only what is not; it can dequantize {SUPPORTED}"
 
 
-def _bytes(weight: TensorInfo | Packed) -> int:
-    return sum(part.nbytes for part in weight.parts) if isinstance(weight, Packed) else weight.nbytes
+def _bytes(weight: TensorInfo | QuantizedWeight) -> int:
+    return sum(part.nbytes for part in weight.parts) if isinstance(weight, QuantizedWeight) else weight.nbytes

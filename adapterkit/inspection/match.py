@@ -12,7 +12,7 @@ import torch
 from adapterkit.adapter.weights import Adapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.placement import explain, place
-from adapterkit.base.quant import Packed, weights
+from adapterkit.base.quant import QuantizedWeight, weights
 from adapterkit.base.rows import reader
 from adapterkit.base.targets import Fit, Target
 from adapterkit.files.safetensors import TensorInfo
@@ -53,7 +53,7 @@ def base_norms(places: Fit, checkpoint: Checkpoint) -> Iterator[tuple[str, float
         yield module, math.sqrt(sum(_square(tensors[target.tensor], target) for target in targets))
 
 
-def _square(info: TensorInfo | Packed, target: Target) -> float:
+def _square(info: TensorInfo | QuantizedWeight, target: Target) -> float:
     """‖W[rows]‖_F², with W seen as a matrix of rows of its last dimension."""
     width = max(1, info.shape[-1])
     depth = prod(info.shape) // width

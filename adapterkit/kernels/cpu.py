@@ -19,7 +19,7 @@ from adapterkit.algebra.updates import Update
 
 
 @dataclass(frozen=True)
-class Doubts:
+class DoubtMask:
     """Where to note which elements of `base` may not come back when the updates are subtracted again.
 
     `marks` is of the base's shape and dtype, and not zero there.
@@ -54,7 +54,7 @@ def add_rounded(
     sums: torch.Tensor,
     products: torch.Tensor,
     depth: int,
-    doubts: Doubts | None = None,
+    doubts: DoubtMask | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out = round(base + Σ strength·left·right)` for plain updates, summed in float32, rounded to a 16-bit dtype.
 
@@ -158,7 +158,7 @@ def _mark(
     monotonic, so W comes back; what lands on a boundary only rounds there if W is even, as here.
 
     Zeros: `W + …` is 0 only where Δ is, and where −0 became +0 their bits differ. Subnormals have boundaries at equal
-    distances. NaN and Inf: see `Doubts.found`.
+    distances. NaN and Inf: see `DoubtMask.found`.
     """
     inflation, spread = spreads
     scratch.zero_()

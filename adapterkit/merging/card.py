@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import __version__
-from adapterkit.adapter.weights import Given
+from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, Checkpoint
 from adapterkit.errors import UnsafeFileError
 from adapterkit.files.opening import files_below, kind_of
@@ -161,5 +161,5 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _weighted(one: Given) -> str:
+def _weighted(one: WeightedAdapter) -> str:
     return one.label if one.weight == 1 else f"{one.weight:g} · {one.label}"

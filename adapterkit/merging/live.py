@@ -46,7 +46,7 @@ class _Seen:
 
 
 @dataclass
-class Receipt:
+class AppliedAdapter:
     """One adapter in a model: which, what takes it out again, to be run backwards, and what must not have changed."""
 
     adapter: Adapter
@@ -78,7 +78,7 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
         raise UsageError(f"apply: expected a torch.nn.Module and an Adapter (see adapterkit.load), found {found}")
     if isinstance(weight, bool) or not isinstance(weight, Real) or not isfinite(weight):
         raise UsageError(f"weight {weight!r}: expected a finite number")
-    receipts: list[Receipt] = getattr(model, RECEIPTS, [])
+    receipts: list[AppliedAdapter] = getattr(model, RECEIPTS, [])
     if any(receipt.adapter is adapter for receipt in receipts):
         raise UsageError("this adapter is in the model already: remove it before applying it again")
     found = {name: _described(name, model) for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -90,7 +90,7 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
     tokens = [(tensor, *adapter.tokens[module]) for module, tensor in places.tokens.items()]
     tokens += [(head, *rest) for tensor, *rest in tokens if (head := _head_of(model, config, tensor, places))]
     others = (*places.replaced.values(), *(tensor for tensor, *_ in tokens), *places.biases.values())
-    receipt = Receipt(adapter)
+    receipt = AppliedAdapter(adapter)
     try:
         _untie(model, adapter, places, receipt.undo)
         for name, tensor in places.replaced.items():
@@ -117,7 +117,7 @@ def remove(model: nn.Module, adapter: Adapter) -> None:
 
     Raises UsageError where it is not in the model, another was applied after it, or the weights have changed since.
     """
-    receipts: list[Receipt] = getattr(model, RECEIPTS, [])
+    receipts: list[AppliedAdapter] = getattr(model, RECEIPTS, [])
     if not any(receipt.adapter is adapter for receipt in receipts):
         raise UsageError("this adapter is not in the model")
     if receipts[-1].adapter is not adapter:
@@ -127,7 +127,7 @@ def remove(model: nn.Module, adapter: Adapter) -> None:
     _run_backwards(receipts.pop())
 
 
-def _run_backwards(receipt: Receipt) -> None:
+def _run_backwards(receipt: AppliedAdapter) -> None:
     while receipt.undo:
         receipt.undo.pop()()
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from adapterkit.adapter.weights import Adapter, Given
+from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import CONFIG, Checkpoint
-from adapterkit.base.quant import Packed, weights
+from adapterkit.base.quant import QuantizedWeight, weights
 from adapterkit.errors import FitError, FormatError, UsageError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.safetensors import Header, TensorInfo, Weight, read_header
@@ -21,8 +21,17 @@ from adapterkit.files.staging import BEFORE, RECEIPT
 from adapterkit.merging.card import copy_others, keep_replaced, kept_before, others, replaced_in, restore_replaced
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.planner import make_plan
-from adapterkit.merging.plan.types import Copy, Delta, Edit, FilePlan, Hashes, Kept, MergePlan, Recorded
-from adapterkit.merging.receipts.receipt import HOLDS, Companions, Part, Receipt, Shard
+from adapterkit.merging.plan.types import (
+    BytesFromSidecar,
+    Copy,
+    Edit,
+    FilePlan,
+    Hashes,
+    MergePlan,
+    ModuleUpdate,
+    Recorded,
+)
+from adapterkit.merging.receipts.receipt import HOLDS, Companions, ModuleShare, Receipt, Shard
 from adapterkit.merging.receipts.sidecar import base_header, kept, recorded
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.merging.verify import verify
@@ -40,12 +49,14 @@ def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter],
     if receipt.irreversible is not None:
         raise FitError(f"{merged.path}: cannot be undone, since {receipt.irreversible}. --base BASE restores it.")
     merged = _with_shards(merged, receipt)
-    given = tuple(Given(adapter, one.weight, one.name) for adapter, one in zip(adapters, receipt.adapters, strict=True))
+    given = tuple(
+        WeightedAdapter(adapter, one.weight, one.name) for adapter, one in zip(adapters, receipt.adapters, strict=True)
+    )
     parts = [_open_shard(shard, header, receipt) for shard, header in zip(receipt.shards, merged.shards, strict=True)]
     found = {name: info for part in parts for name, info in part.tensors.items()}
     config = receipt.folder / BEFORE / CONFIG
     as_before = weights(found, read_json(config) if config.is_file() else {})
-    quantized = {name: weight for name, weight in as_before.items() if isinstance(weight, Packed)}
+    quantized = {name: weight for name, weight in as_before.items() if isinstance(weight, QuantizedWeight)}
     files = [_file(part, quantized, given) for part in parts]
     weight_map = {name: file.name for file in files for name in file.tensors}
     beside = not merged.is_directory and (receipt.folder / BEFORE / RECEIPT).is_file()
@@ -84,7 +95,7 @@ def plan_copy(base: Checkpoint, receipt: Receipt | None, out: Path) -> MergePlan
     )
 
 
-def plan_subtraction(merged: Checkpoint, given: Sequence[Given], out: Path) -> MergePlan:
+def plan_subtraction(merged: Checkpoint, given: Sequence[WeightedAdapter], out: Path) -> MergePlan:
     """Plan to subtract adapters from whatever `merged` is. Raises FitError for what can only be undone by a receipt."""
     for one in given:
         dora = any(weights.magnitude is not None for weights in one.adapter.modules.values())
@@ -133,7 +144,7 @@ def _open_shard(told: Shard, after: Header, receipt: Receipt) -> _Shard:
     return _Shard(told, raw, before, after, sidecar, tensors)
 
 
-def _file(shard: _Shard, quantized: Mapping[str, Packed], given: Sequence[Given]) -> FilePlan:
+def _file(shard: _Shard, quantized: Mapping[str, QuantizedWeight], given: Sequence[WeightedAdapter]) -> FilePlan:
     """One file of the base, from the merged one."""
     told, after, before = shard.told, shard.after, shard.before
     changed = {name: (number, parts) for number, (name, parts) in enumerate(told.tensors)}
@@ -144,7 +155,7 @@ def _file(shard: _Shard, quantized: Mapping[str, Packed], given: Sequence[Given]
         if not info.nbytes:
             continue
         if there.file == shard.sidecar.file:
-            others.append(Kept(there, info.start))
+            others.append(BytesFromSidecar(there, info.start))
             continue
         weight: Weight = quantized.get(info.name, info)
         if info.name in changed:
@@ -167,7 +178,9 @@ def _file(shard: _Shard, quantized: Mapping[str, Packed], given: Sequence[Given]
     )
 
 
-def _deltas(info: TensorInfo, parts: Sequence[Part], given: Sequence[Given]) -> tuple[Delta, ...]:
+def _deltas(
+    info: TensorInfo, parts: Sequence[ModuleShare], given: Sequence[WeightedAdapter]
+) -> tuple[ModuleUpdate, ...]:
     deltas = []
     for part in parts:
         one = given[part.adapter]
@@ -175,7 +188,9 @@ def _deltas(info: TensorInfo, parts: Sequence[Part], given: Sequence[Given]) -> 
         if weights is None:
             raise FitError(f"{info.name}: the receipt tells of {part.module}, which {one.label} does not have")
         weights = replace(weights, scaling=part.scaling)
-        deltas.append(Delta(part.adapter, part.module, weights, part.weight, replace(part.target, tensor=info.name)))
+        deltas.append(
+            ModuleUpdate(part.adapter, part.module, weights, part.weight, replace(part.target, tensor=info.name))
+        )
     return tuple(deltas)
 
 
@@ -209,7 +224,7 @@ def _recorded(edit: Edit, blocks: Sequence[Recorded], sidecar: Header) -> tuple[
     return tuple(blocks)
 
 
-def check_fits(merged: Checkpoint, base: Checkpoint, given: Sequence[Given]) -> None:
+def check_fits(merged: Checkpoint, base: Checkpoint, given: Sequence[WeightedAdapter]) -> None:
     """Raise FitError unless `merged` is just `base` with just these adapters in it, as `verify` finds it."""
     if not given:
         raise UsageError(f"{merged.path}: has no receipt that says which adapters are in it: name them")

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from adapterkit.adapter.weights import Given
+from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.algebra.rounding import round_once
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import Packed
+from adapterkit.base.quant import QuantizedWeight
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.rows import reader
 from adapterkit.base.ties import tie_of
@@ -26,7 +26,7 @@ from adapterkit.errors import FitError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo, Weight
 from adapterkit.files.stamps import check_unchanged
-from adapterkit.merging.blocks.block import Loaded, load, merge_rows, replayed
+from adapterkit.merging.blocks.block import LoadedEdit, load, merge_rows, replayed
 from adapterkit.merging.blocks.device import Buffers
 from adapterkit.merging.plan.types import Edit, MergePlan
 
@@ -204,7 +204,7 @@ def _touched(plan: MergePlan, edit: Edit, source: Path, after: Weight, share: fl
     return _judge(edit.name, sums, held, after, plan.given)
 
 
-def _merged(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor:
+def _merged(edit: Edit, loaded: LoadedEdit, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor:
     """Rows as merging writes them; what is beyond the dtype is left to be compared."""
     dtype, columns = getattr(torch, TORCH_NAMES[edit.dtype]), edit.matrix[1]
     into = bytearray((last - first) * columns * dtype.itemsize)
@@ -213,7 +213,7 @@ def _merged(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers:
     return torch.frombuffer(into, dtype=dtype).view(-1, columns)
 
 
-def _only(edit: Edit, number: int, one: Given) -> Edit | None:
+def _only(edit: Edit, number: int, one: WeightedAdapter) -> Edit | None:
     """The part of an edit that comes from one adapter, or None where it has none."""
     own = tuple(delta for delta in edit.deltas if delta.adapter == number)
     replaced = tuple(
@@ -227,7 +227,7 @@ def _only(edit: Edit, number: int, one: Given) -> Edit | None:
     return replace(edit, deltas=own, replaced=(*replaced, *tokens), added=added)
 
 
-def _judge(name: str, sums: _Sums, labels: list[str], after: Weight, given: tuple[Given, ...]) -> Verdict:
+def _judge(name: str, sums: _Sums, labels: list[str], after: Weight, given: tuple[WeightedAdapter, ...]) -> Verdict:
     solved = torch.linalg.lstsq(sums.gram, sums.toward[:, None]).solution[:, 0]
     scales = tuple(zip(labels, solved.tolist(), strict=True))
     left = max(0.0, sums.change - float(solved @ sums.toward))
@@ -237,7 +237,7 @@ def _judge(name: str, sums: _Sums, labels: list[str], after: Weight, given: tupl
         kind = EXACT
     elif not sums.off:
         kind = ROUNDED
-    elif isinstance(after, Packed):
+    elif isinstance(after, QuantizedWeight):
         kind, explanation = QUANTIZED, f"{after.scheme}: keeps {_percent(solved)} of the update"
     elif not sums.change or (explained and float(solved.abs().max()) < NEAR):
         kind, explanation = MISSING, "is as in the base"
@@ -255,7 +255,7 @@ def _percent(solved: torch.Tensor) -> str:
     return " and ".join(f"{scale:.1%}" for scale in solved.tolist())
 
 
-def _named(scale: float, label: str, given: tuple[Given, ...]) -> str:
+def _named(scale: float, label: str, given: tuple[WeightedAdapter, ...]) -> str:
     """What a factor on the adapter's strength is known to come from."""
     adapter = next(one.adapter for one in given if one.label == label)
     weights = next(iter(adapter.modules.values()), None)
@@ -294,7 +294,7 @@ def _untouched(name: str, before: Weight, after: Weight, share: float) -> Verdic
         off += int(differ.sum())
         checked += found.numel()
     kind = EXACT if not off else DAMAGED if off <= FEW * checked else DIFFERENT
-    if off and isinstance(after, Packed) and not isinstance(before, Packed):
+    if off and isinstance(after, QuantizedWeight) and not isinstance(before, QuantizedWeight):
         kind = QUANTIZED
     return Verdict(name, kind, False, checked, off, (), first_off, first_off)
 

@@ -15,7 +15,7 @@ from adapterkit.files.opening import read_whole
 from adapterkit.files.yamlfile import MAX_YAML, parse_yaml
 
 FACTORED = ("lora", "rslora", "dora")
-METHODS = (*FACTORED, "full")
+TRAIN_METHODS = (*FACTORED, "full")
 QUANTIZE = ("none", "nf4", "fp4")
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -34,7 +34,7 @@ class Recipe:
 
     base: str = option("", "The base model: a directory of transformers, or a Hub id.")
     data: str = option("", "What to train on: JSONL, JSON, CSV, Parquet or text, or a dataset's Hub id.")
-    method: str = option("lora", "What to train.", METHODS)
+    method: str = option("lora", "What to train.", TRAIN_METHODS)
     quantize: str = option("none", "Hold the base's linear layers in 4 bits (QLoRA).", QUANTIZE)
     rank: int = option(8, "The rank of the factors.")
     alpha: float | None = option(None, "Their strength: the scaling is alpha / rank. [default: twice the rank]")

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.formats.source import CONFIG, PICKLED, WEIGHTS
+from adapterkit.adapter.formats.source import ADAPTER_CONFIG, PICKLED, WEIGHTS
 from adapterkit.errors import AdapterkitError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import open_regular
 from adapterkit.hub.listing import Found, describe, folders_below
 from adapterkit.hub.names import on_hub
-from adapterkit.hub.remote import look, outlined
+from adapterkit.hub.remote import outlined, remote_of
 from adapterkit.inspection.summary import ModuleRow, Summary, summarize
 from adapterkit.text import counted, size, span, visible_lines
 
@@ -80,7 +80,7 @@ def details_of(row: Found, base: str) -> Details:
             return _read(row, row.path, base, "")
         id = on_hub(row.name)
         assert id is not None
-        remote = look(id)
+        remote = remote_of(id)
         with outlined(remote) as outline:
             return _read(row, outline.path, base, f"{size(outline.fetched)} of {size(remote.size)}: headers and config")
     except (AdapterkitError, OSError) as error:
@@ -112,7 +112,7 @@ def rows_of(row: Found, stop: Callable[[], bool]) -> list[ModuleRow] | str:
 
 def _read(row: Found, path: Path, base: str, fetched: str) -> Details:
     card = _text(path / "README.md") if row.path is not None else ""
-    config = read_json(path / CONFIG) if os.path.lexists(path / CONFIG) else {}
+    config = read_json(path / ADAPTER_CONFIG) if os.path.lexists(path / ADAPTER_CONFIG) else {}
     if row.state == "partial":
         return Details(row, config=config, card=card, problem=row.problem or "its weights are not all there")
     adapter = load(path)
@@ -128,7 +128,7 @@ def _fit(adapter: Any, base: str) -> str:
 
     try:
         id = on_hub(base)
-        with outlined(look(id)) if id else nullcontext() as outline:
+        with outlined(remote_of(id)) if id else nullcontext() as outline:
             path = outline.path if outline else Path(base).expanduser()
             found, _ = match(adapter, open_checkpoint(path), base)
     except (AdapterkitError, OSError) as error:

@@ -17,7 +17,7 @@ from handmade import adapterkit as run_adapterkit
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.algebra.counter_rng import chance
+from adapterkit.algebra.counter_rng import uniform_at
 from adapterkit.base import quant
 from adapterkit.base.checkpoint import open_checkpoint
 from adapterkit.base.quant import bnb4, bnb8
@@ -65,7 +65,7 @@ def read(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] 
     """`m.weight` as adapterkit dequantizes it from a file, in two parts."""
     save_file(tensors, folder / "packed.safetensors")
     weight = quant.weights(read_header(folder / "packed.safetensors").tensors, config or {})["m.weight"]
-    assert isinstance(weight, quant.Packed)
+    assert isinstance(weight, quant.QuantizedWeight)
     depth, columns = weight.shape
     rows = weight.open(columns)
     return torch.cat([rows(0, depth // 2), rows(depth // 2, depth)])
@@ -183,7 +183,7 @@ def test_a_4bit_base_is_dequantized_and_merged_with_one_more_rounding(
     base, dense = four_bits
     adapter = make_adapter(factors("layers.0.q", 24, 40) | factors("head", 24, 40))
     monkeypatch.setattr(outputs, "BLOCK_BYTES", 400)  # five rows: blocks of 64 elements straddle them
-    monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), 96))
+    monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), 96))
     plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
     assert any("NF4, blocks of 64, nested" in note for note in plan.notes)
     *_, result = adapterkit.run(plan)
@@ -486,7 +486,9 @@ def test_what_int8_cannot_be_quantized_from_is_refused(
     assert not (tmp_path / "out").exists()
     if np.isfinite(most):
         adapterkit.quantize(base, tmp_path / "out", to="nf4")
-        [packed] = [w for w in quant.weights(*opened(tmp_path / "out")).values() if isinstance(w, quant.Packed)]
+        [packed] = [
+            w for w in quant.weights(*opened(tmp_path / "out")).values() if isinstance(w, quant.QuantizedWeight)
+        ]
         assert float(packed.open(40)(0, 24)[7, 3]) == pytest.approx(most)
 
 
@@ -580,9 +582,9 @@ def test_quantizing_a_base_takes_its_linear_layers_and_nothing_else(
     assert set(found) == set(before)
     for name, weight in found.items():
         if not name.startswith("layers."):
-            assert not isinstance(weight, quant.Packed) and torch.equal(weight.read(), before[name])
+            assert not isinstance(weight, quant.QuantizedWeight) and torch.equal(weight.read(), before[name])
             continue
-        assert isinstance(weight, quant.Packed) and (weight.kind, weight.dtype) == (to, "BF16")
+        assert isinstance(weight, quant.QuantizedWeight) and (weight.kind, weight.dtype) == (to, "BF16")
         if to == "int8":
             q, scale, _ = functional.int8_vectorwise_quant(before[name].half())
             expected = functional.int8_vectorwise_dequant(q, scale).bfloat16()
@@ -610,7 +612,7 @@ def test_requantizing_keeps_the_scheme_and_what_is_untouched(
         if not name.startswith("layers.0.q"):
             assert out.tensors[name].read_bytes() == info.read_bytes()
     weight = quant.weights(out.tensors, out.config)["layers.0.q.weight"]
-    assert isinstance(weight, quant.Packed) and weight.scheme == "bitsandbytes NF4, blocks of 64, nested"
+    assert isinstance(weight, quant.QuantizedWeight) and weight.scheme == "bitsandbytes NF4, blocks of 64, nested"
     after = weight.open(40)(0, 24).double()
     W, exact = dense["layers.0.q.weight"].double(), oracle.merged(dense, adapter)["layers.0.q.weight"].exact
     expected, _ = packed_4bit(exact.float().bfloat16(), nested=True)
@@ -804,7 +806,7 @@ def test_an_original_is_refused_where_rounding_does_not_explain_it_and_nowhere_e
 
     checkpoint = open_checkpoint(small)
     packed = quant.weights(checkpoint.tensors, checkpoint.config)["m.weight"]
-    assert isinstance(packed, quant.Packed)
+    assert isinstance(packed, quant.QuantizedWeight)
     there = packed.open(64)(0, 1024)[7, 9].double()
     off = (half[7] + 2 * there.abs() * 2**-8 + 2**-24) * 1.01
     weight[7, 9] = there + off.copysign(weight[7, 9] - there)
@@ -837,12 +839,12 @@ def test_originals_that_are_none(
 
 
 def test_chance_is_uniform_and_does_not_depend_on_how_it_is_divided() -> None:
-    whole = chance(100_000, seed=7, at=0)
-    assert torch.equal(torch.cat([chance(777, 7, 0), chance(99_223, 7, 777)]), whole)
+    whole = uniform_at(100_000, seed=7, at=0)
+    assert torch.equal(torch.cat([uniform_at(777, 7, 0), uniform_at(99_223, 7, 777)]), whole)
     assert float(whole.min()) >= 0 and float(whole.max()) < 1 and float(whole.mean()) == pytest.approx(0.5, abs=5e-3)
     assert float(torch.histc(whole, 50, 0, 1).std()) < 80  # of 2000 each
     assert abs(float(torch.corrcoef(torch.stack([whole[:-1], whole[1:]]))[0, 1])) < 0.02
-    assert abs(float(torch.corrcoef(torch.stack([whole, chance(100_000, 8, 0)]))[0, 1])) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([whole, uniform_at(100_000, 8, 0)]))[0, 1])) < 0.02
 
 
 def test_stochastic_rounding_is_right_on_average_and_takes_a_neighbour() -> None:
@@ -924,7 +926,7 @@ def test_requantizing_a_float32_base_measures_the_update(
     result = adapterkit.merge(base, [adapter], tmp_path / "out", quantize="nf4")
     out = open_checkpoint(tmp_path / "out")
     weight = quant.weights(out.tensors, out.config)["m.weight"]
-    assert isinstance(weight, quant.Packed) and weight.dtype == "F32"
+    assert isinstance(weight, quant.QuantizedWeight) and weight.dtype == "F32"
     after, exact = weight.open(64)(0, 64).double(), oracle.merged({"m.weight": W}, adapter)["m.weight"].exact
     delta = exact - W.double()
     kept = float(((after - W.double()) * delta).sum() / delta.square().sum())

@@ -71,7 +71,7 @@ def test_a_merge_is_what_dequantizing_and_adding_in_float64_gives(nf4: Path, mer
     dense = {}
     for name, weight in quant.weights(checkpoint.tensors, checkpoint.config).items():
         dense[name] = stored[name]
-        if isinstance(weight, quant.Packed):
+        if isinstance(weight, quant.QuantizedWeight):
             parts = {k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")}
             dense[name] = dequantized_4bit(
                 stored[name], bitsandbytes.functional.QuantState.from_dict(parts, torch.device("cpu"))
@@ -105,7 +105,7 @@ def test_peft_requantizing_erases_what_we_keep(nf4: Path, merged: Path) -> None:
     name = "model.layers.20.mlp.up_proj"
     checkpoint = open_checkpoint(nf4)
     weight = quant.weights(checkpoint.tensors, checkpoint.config)[f"{name}.weight"]
-    assert isinstance(weight, quant.Packed)
+    assert isinstance(weight, quant.QuantizedWeight)
     W = weight.open(weight.shape[1])(0, weight.shape[0]).double()
     adapter = adapterkit.load(ADAPTER)[name]
     delta = adapter.scaling * adapter.B.double() @ adapter.A.double()

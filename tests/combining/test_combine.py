@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.adapter.weights import Adapter, Given, LazyTensor, LoraWeights
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter
 from adapterkit.algebra import sketch
 from adapterkit.algebra.lowrank import Limit, Product
 from adapterkit.combining.combine import Combined, combine
@@ -178,7 +178,7 @@ def test_sums_are_linear_and_their_order_does_not_matter(seed: int, x: float, y:
         a, b = torch.randn(rank, 9, generator=rng), torch.randn(7, rank, generator=rng)
         return Adapter("memory", {"m": LoraWeights(LazyTensor.of(a), LazyTensor.of(b), 0.5)})
 
-    pair = [Given(one(2), x, "a"), Given(one(3), y, "b")]
+    pair = [WeightedAdapter(one(2), x, "a"), WeightedAdapter(one(3), y, "b")]
     expected = x * delta(pair[0].adapter, "m") + y * delta(pair[1].adapter, "m")
     for order in (pair, pair[::-1]):
         for limit in (None, Limit(rank=5)):

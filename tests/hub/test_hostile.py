@@ -28,7 +28,7 @@ from huggingface_hub.utils import get_session
 from adapterkit.errors import AdapterkitError, UnsafeFileError
 from adapterkit.hub import remote, resolve
 from adapterkit.hub.client import session
-from adapterkit.hub.client.parallel import abreast
+from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.listing import on_the_hub
 from adapterkit.hub.names import is_inner
 
@@ -745,10 +745,10 @@ def test_the_first_failure_ends_what_is_side_by_side() -> None:
         return number * number
 
     with pytest.raises(ValueError, match="two"):
-        abreast(work, range(100), 1)
+        parallel_map(work, range(100), 1)
     assert seen == [0, 1, 2]
-    assert abreast(work, [3, 4, 5], 8) == [9, 16, 25]
-    assert abreast(work, [], 8) == []
+    assert parallel_map(work, [3, 4, 5], 8) == [9, 16, 25]
+    assert parallel_map(work, [], 8) == []
 
 
 @pytest.mark.parametrize("kind", ["a link", "a hard link", "a named pipe"])

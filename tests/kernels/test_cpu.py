@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapterkit.algebra.updates import Update
-from adapterkit.kernels.cpu import Doubts, add_rounded, subtract_rounded
+from adapterkit.kernels.cpu import DoubtMask, add_rounded, subtract_rounded
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # as where torch has to make an output fit
 FIRST, ROWS, COLUMNS = 100, 23, 5
@@ -49,14 +49,14 @@ def test_every_update_reaches_its_own_rows(dtype: torch.dtype, at_once: int) -> 
     W, exact = W.to(dtype), W.double() + added(updates)
     out = torch.full_like(W, torch.nan)
     sums, products = torch.full((2, at_once, COLUMNS), torch.nan)
-    doubts = Doubts(torch.full_like(W, torch.nan))
+    doubts = DoubtMask(torch.full_like(W, torch.nan))
     squares, _ = add_rounded(W, FIRST, updates, out, sums, products, 1, doubts)
     assert torch.equal(out.double(), exact.to(dtype).double())
     assert torch.equal(squares.double(), torch.stack([chunk.square().sum() for chunk in exact.split(at_once)]))
     # Nothing was rounded off, so that only zeros come back as something else: as small a value of either sign.
     marked = (W == 0).view(-1).nonzero()[:, 0]
     assert exact.abs().max() <= 256 and torch.equal(doubts.found(W, squares), marked)
-    assert torch.equal(Doubts(doubts.marks.as_subclass(OnGpu)).found(W, squares), marked)
+    assert torch.equal(DoubtMask(doubts.marks.as_subclass(OnGpu)).found(W, squares), marked)
 
     back = torch.full_like(W, torch.nan)
     subtract_rounded(out, FIRST, updates, back, *torch.full((2, at_once, COLUMNS), torch.nan))
@@ -78,7 +78,7 @@ def test_terms_are_added_up_before_they_meet_the_weight(shape: tuple[int, int]) 
 @pytest.mark.parametrize("finite", [True, False])
 def test_what_is_not_finite_is_marked(finite: bool) -> None:
     W = torch.tensor([[1.0, -0.0, 2.0]] if finite else [[torch.inf, 1.0, torch.nan]]).bfloat16()
-    doubts = Doubts(torch.zeros_like(W))
+    doubts = DoubtMask(torch.zeros_like(W))
     squares = torch.tensor([3.0, 5.0 if finite else torch.nan])
     assert doubts.found(W, squares).tolist() == ([] if finite else [0, 2])
     doubts.changed(torch.tensor([[0], [0]]), torch.tensor([[0], [1]]), W[:, :2].T, torch.ones(2, 1).bfloat16())

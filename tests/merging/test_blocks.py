@@ -17,7 +17,7 @@ from adapterkit.adapter.weights import LazyTensor
 from adapterkit.algebra.updates import Retention
 from adapterkit.files.safetensors import read_header
 from adapterkit.merging.blocks.block import GROUP_ROWS, _chunk_rows, _same, _step, load, merge_rows
-from adapterkit.merging.blocks.device import Buffers, Place
+from adapterkit.merging.blocks.device import Buffers, ComputeDevice
 from adapterkit.merging.plan.types import Addition, Edit, Replacement
 
 
@@ -51,7 +51,7 @@ def test_blocks_are_rows_of_the_whole(name: str, weight: float, rows: int, tmp_p
     base = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
     expected = merged(base, adapter, weight, conv1d=name == "tiny-conv1d")
     buffers, seen = Buffers(), set()
-    buffers.place = Place(torch.device("cpu"), 500)
+    buffers.place = ComputeDevice(torch.device("cpu"), 500)
     for file in adapterkit.plan_merge(folder, [(adapter, weight)], tmp_path / "out").files:
         for edit in (one for one in file.edits if one.name in expected and one.source is not None):
             fd = os.open(file.source, os.O_RDONLY)
@@ -110,7 +110,7 @@ def test_values_replace_the_base_wherever_it_is_cut(weight: float, new: bool, tm
     fd = os.open(tmp_path / "m.safetensors", os.O_RDONLY)
     loaded, buffers = load(edit, fd), Buffers()
     for chunk in (1, 6, 12, 1000):
-        buffers.place = Place(torch.device("cpu"), chunk)
+        buffers.place = ComputeDevice(torch.device("cpu"), chunk)
         for size in (1, 7, 20):
             for first in range(0, 20, size):
                 last = min(20, first + size)

@@ -144,7 +144,7 @@ def test_a_model_is_quantized_by_what_its_layers_see(model: Path, tmp_path: Path
     better = 0
     for name in ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"):
         packed, nearest, x = found[f"{name}.weight"], other[f"{name}.weight"], layer_inputs(model, text, name)
-        assert isinstance(packed, quant.Packed) and isinstance(nearest, quant.Packed)
+        assert isinstance(packed, quant.QuantizedWeight) and isinstance(nearest, quant.QuantizedWeight)
         W, columns = before.tensors[f"{name}.weight"].read().float(), packed.shape[1]
         Q, N = packed.open(columns)(0, len(W)).float(), nearest.open(columns)(0, len(W)).float()
         better += float(((Q - W) @ x.T).norm()) < 0.9 * float(((N - W) @ x.T).norm())

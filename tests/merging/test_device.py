@@ -26,7 +26,7 @@ from adapterkit.base.quant import bnb4
 from adapterkit.base.quant.rounding import ROUNDINGS
 from adapterkit.errors import UsageError
 from adapterkit.merging.blocks import device
-from adapterkit.merging.blocks.device import CPU, Place
+from adapterkit.merging.blocks.device import CPU, ComputeDevice
 from adapterkit.merging.plan.types import MergePlan
 
 gpu = pytest.mark.gpu
@@ -80,7 +80,7 @@ class StandIn:
         return 0
 
 
-class StandInPlace(Place):
+class StandInPlace(ComputeDevice):
     def buffers(self) -> device.Buffers:
         return device.GpuBuffers(self)
 
@@ -296,7 +296,7 @@ def test_auto_takes_a_gpu_only_where_the_cpu_would_keep_the_disk_waiting(
     [file] = plan.files
     [edit] = file.edits
     large = replace(plan, files=(replace(file, edits=(replace(edit, shape=(16384, 16384)),) * 8),))
-    assert device.choose("auto", large, threads=2) == Place(torch.device("cuda", 0), device.GPU_CHUNK)
+    assert device.choose("auto", large, threads=2) == ComputeDevice(torch.device("cuda", 0), device.GPU_CHUNK)
     assert device.choose("cpu", large, threads=2) == CPU
     assert device.choose("cuda:0", plan, threads=2).device == torch.device("cuda", 0)
 
@@ -393,7 +393,7 @@ def test_dequantizing_has_the_same_bits_on_a_gpu(to: str, nf4: Callable[..., Pat
 
     checkpoint = open_checkpoint(nf4(to, **({"nested": True} if to != "int8" else {})))
     for weight in quant.weights(checkpoint.tensors, checkpoint.config).values():
-        if isinstance(weight, quant.Packed):
+        if isinstance(weight, quant.QuantizedWeight):
             rows = weight.open(weight.shape[1])
             there = rows(3, 24, lambda info: info.read().cuda())
             assert there.is_cuda and torch.equal(there.cpu(), rows(3, 24))

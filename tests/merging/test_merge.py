@@ -163,7 +163,7 @@ def test_threads_blocks_and_reports_do_not_change_a_bit(tmp_path: Path, monkeypa
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-patterns"
     adapterkit.merge(base, [adapter], tmp_path / "one", threads=1)
     monkeypatch.setattr(outputs, "BLOCK_BYTES", 640)
-    monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), 96))
+    monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), 96))
     adapterkit.merge(base, [adapter], tmp_path / "many", threads=5, report=True)
     one, many = (tmp_path / name / "model.safetensors" for name in ("one", "many"))
     assert one.read_bytes() == many.read_bytes()
@@ -177,7 +177,7 @@ def test_dora_by_column_takes_the_norms_of_all_rows(
     """Each row weighs much in them, wherever the weight is cut to measure them."""
     from adapterkit import device
 
-    monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), elements))
+    monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), elements))
     parts = factors("h.0.attn.c_attn", 24, 8) | {"h.0.attn.c_attn.lora_magnitude_vector": torch.rand(24) + 0.5}
     base = make_base({"h.0.attn.c_attn.weight": torch.randn(8, 24).bfloat16()}, {"model_type": "gpt2"})
     adapter = make_adapter(parts, use_dora=True)
@@ -190,7 +190,7 @@ def test_dora_by_column_survives_small_blocks(tmp_path: Path, monkeypatch: pytes
     from adapterkit.merging.run import outputs
 
     monkeypatch.setattr(outputs, "BLOCK_BYTES", 640)
-    monkeypatch.setattr(device, "CPU", device.Place(torch.device("cpu"), 96))
+    monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), 96))
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-dora"
     adapterkit.merge(base, [adapter], tmp_path / "out", threads=3)
     assert misrounded(base, adapter, tmp_path / "out")[0] == 0

@@ -18,7 +18,7 @@ from adapterkit.algebra import residual
 from adapterkit.algebra.residual import marked, norms, ordered, record, spread
 from adapterkit.algebra.rounding import round_once
 from adapterkit.algebra.updates import Update, add_updates, gains, linear
-from adapterkit.kernels.cpu import Doubts, _mark
+from adapterkit.kernels.cpu import DoubtMask, _mark
 from adapterkit.merging.blocks.residual_codec import correct, encode
 
 KINDS = [torch.bfloat16, torch.float16]
@@ -41,7 +41,7 @@ def update_of(size: torch.Tensor, rank: int) -> Update:
 
 def marked_by(W: torch.Tensor, S: torch.Tensor, updates: list[Update]) -> torch.Tensor:
     """The flat positions that are marked where `W` and `updates` were summed to `S`."""
-    doubts, error = Doubts(torch.empty_like(W)), S.to(W.dtype).float() - S
+    doubts, error = DoubtMask(torch.empty_like(W)), S.to(W.dtype).float() - S
     _mark(
         0, torch.empty_like(S), error, W, doubts.marks, doubts.marks.view(torch.int16), W.view(torch.int16),
         [(0, len(W))] * len(updates), [norms(update) for update in updates], spread(updates, W.dtype),

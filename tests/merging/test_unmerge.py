@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
-from adapterkit.adapter.weights import Adapter, Given
+from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.algebra import residual
 from adapterkit.api import inputs
 from adapterkit.cli.run_plan import undo_command
@@ -215,7 +215,7 @@ def test_blocks_threads_and_arithmetic_are_free(threads: int, tmp_path: Path, mo
     for name in names:
         with monkeypatch.context() as patched:
             patched.setattr(outputs, "BLOCK_BYTES", 4096)
-            patched.setattr(device, "CPU", device.Place(torch.device("cpu"), 700))
+            patched.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), 700))
             adapterkit.merge(base, [FIXTURES / name], tmp_path / name, threads=threads)
         monkeypatch.setattr(residual, "product", lambda left, right: left.flip(1) @ right.flip(0))
         adapterkit.unmerge(tmp_path / name, tmp_path / f"{name}-again", adapters=[FIXTURES / name], threads=4 - threads)
@@ -272,7 +272,7 @@ def test_no_two_adapters_have_one_label() -> None:
     """Whatever they are called, and in any order: names that look like the numbers that tell namesakes apart."""
     names = ["a", "a #1", "a #2", "a #1 #1", "b"]
     for wanted in product(names, repeat=4):
-        given = [Given(Adapter("peft", {}), 1.0, name) for name in wanted]
+        given = [WeightedAdapter(Adapter("peft", {}), 1.0, name) for name in wanted]
         labels = [one.label for one in inputs._name_apart(given)]
         assert len(set(labels)) == len(labels)
         assert all(label.startswith(name) for label, name in zip(labels, wanted, strict=True))

@@ -14,23 +14,23 @@ import pytest
 
 from adapterkit.errors import FormatError, OfflineError, UsageError
 from adapterkit.train.data import records
-from adapterkit.train.data.records import Bad, Fields, Record, read_records
+from adapterkit.train.data.records import BadRecord, Fields, Record, read_records
 
 CHAT = [{"role": "user", "content": "Où ?"}, {"role": "assistant", "content": "Là."}]
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Callable[..., list[Record | Bad]]:
+def read(tmp_path: Path) -> Callable[..., list[Record | BadRecord]]:
     """What is read from a file of these bytes."""
 
-    def read(name: str, content: str | bytes, **fields: str) -> list[Record | Bad]:
+    def read(name: str, content: str | bytes, **fields: str) -> list[Record | BadRecord]:
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
         return list(read_records(tmp_path / name, Fields(**fields)))
 
     return read
 
 
-Read = Callable[..., list[Record | Bad]]
+Read = Callable[..., list[Record | BadRecord]]
 
 
 def test_json_lines_in_all_three_forms(read: Read) -> None:
@@ -95,7 +95,7 @@ def test_a_line_ends_only_where_a_line_ends(read: Read) -> None:
 def test_bad_lines_are_named_and_the_others_read(read: Read, line: bytes, why: str) -> None:
     first, bad, last = read("t.jsonl", b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     assert (first, last) == (Record("t.jsonl:1", text="a"), Record("t.jsonl:3", text="b"))
-    assert isinstance(bad, Bad) and bad.where == "t.jsonl:2" and why in bad.why
+    assert isinstance(bad, BadRecord) and bad.where == "t.jsonl:2" and why in bad.why
     bad.why.encode()  # can be printed
 
 
@@ -117,7 +117,7 @@ def test_renamed_fields(read: Read) -> None:
 def test_an_empty_name_turns_a_form_off(read: Read) -> None:
     line = json.dumps({"text": "t", "messages": CHAT, "": "nameless"})
     [bad] = read("t.jsonl", line)
-    assert isinstance(bad, Bad) and "turn one off by an empty name: --text-field ''" in bad.why
+    assert isinstance(bad, BadRecord) and "turn one off by an empty name: --text-field ''" in bad.why
     assert read("t.jsonl", line, text="") == [Record("t.jsonl:1", messages=tuple(CHAT))]
     assert read("t.jsonl", line, messages="") == [Record("t.jsonl:1", text="t")]
 
@@ -128,7 +128,7 @@ def test_a_file_with_other_fields_says_which_it_has(read: Read) -> None:
         FormatError, match=r"^t.jsonl:3: has the fields 'question', 'answer', .*--prompt-field and --comp"
     ):
         read("t.jsonl", lines)
-    assert isinstance(read("t.jsonl", lines + '\n{"text": 1}')[-1], Bad)  # one is known: the others are bad
+    assert isinstance(read("t.jsonl", lines + '\n{"text": 1}')[-1], BadRecord)  # one is known: the others are bad
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.tsv", "t.txt"])
@@ -148,7 +148,7 @@ def test_an_empty_file(read: Read, name: str, content: bytes) -> None:
 def test_json_arrays(read: Read, content: str) -> None:
     first, bad, last = read("t.json", content)
     assert (first, last) == (Record("t.json: record 1", text="a"), Record("t.json: record 3", text="b"))
-    assert bad == Bad("t.json: record 2", "is int, expected an object with fields")
+    assert bad == BadRecord("t.json: record 2", "is int, expected an object with fields")
 
 
 def test_one_chat_is_a_record_and_no_list_of_them(read: Read) -> None:
@@ -158,7 +158,7 @@ def test_one_chat_is_a_record_and_no_list_of_them(read: Read) -> None:
 def test_json_lines_that_call_themselves_json(read: Read) -> None:
     first, bad, last = read("t.json", '{"text": "a"}\n{"text": \n{"text": "b"}\n')
     assert (first, last) == (Record("t.json:1", text="a"), Record("t.json:3", text="b"))
-    assert isinstance(bad, Bad) and bad.where == "t.json:2"
+    assert isinstance(bad, BadRecord) and bad.where == "t.json:2"
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2", '{"data": [', "[" * 100_000])
@@ -181,17 +181,17 @@ def test_tables(read: Read, name: str, between: str) -> None:
         Record(f"{name}:2", prompt="a", completion='b\r\nsaid "c"'),
         Record(f"{name}:5", prompt="d", completion="é"),
     ]
-    assert short == Bad(f"{name}:6", "has 2 cells, the header has 3")
-    assert empty == Bad(f"{name}:7", "'completion' is empty")
-    assert broken == Bad(f"{name}:8", "holds bytes that are not UTF-8, or half of a surrogate pair")
+    assert short == BadRecord(f"{name}:6", "has 2 cells, the header has 3")
+    assert empty == BadRecord(f"{name}:7", "'completion' is empty")
+    assert broken == BadRecord(f"{name}:8", "holds bytes that are not UTF-8, or half of a surrogate pair")
 
 
 def test_a_table_with_a_broken_quote_reads_on(read: Read) -> None:
     first, bad, last = read("t.csv", 'text\na\n"b"c\nd\n')
     assert (first, last) == (Record("t.csv:2", text="a"), Record("t.csv:4", text="d"))
-    assert isinstance(bad, Bad) and bad.where == "t.csv:3" and "is not valid CSV" in bad.why
+    assert isinstance(bad, BadRecord) and bad.where == "t.csv:3" and "is not valid CSV" in bad.why
     [bad] = read("t.csv", 'text\n"b\nc\n')
-    assert isinstance(bad, Bad) and bad.where == "t.csv:2"
+    assert isinstance(bad, BadRecord) and bad.where == "t.csv:2"
 
 
 def test_a_long_cell_and_a_header_that_names_a_field_twice(read: Read) -> None:
@@ -205,7 +205,7 @@ def test_a_long_cell_and_a_header_that_names_a_field_twice(read: Read) -> None:
 def test_a_text_a_line(read: Read, name: str) -> None:
     first, second, bad = read(name, b"\xef\xbb\xbf# One \r\n\n   \n  two\n\xff\n", text="body")
     assert (first, second) == (Record(f"{name}:1", text="# One "), Record(f"{name}:4", text="  two"))
-    assert isinstance(bad, Bad) and bad.where == f"{name}:5" and "UTF-8" in bad.why
+    assert isinstance(bad, BadRecord) and bad.where == f"{name}:5" and "UTF-8" in bad.why
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_line_without_end_is_not_held(read: Read, name: str, content: str, mon
     monkeypatch.setattr(records, "LINE", 1000)
     first, bad, last = read(name, content % ("x" * 5000))
     assert (first, last) == (Record(first.where, text="a"), Record(last.where, text="b"))
-    assert isinstance(bad, Bad) and bad.why.endswith(records.TOO_LONG)
+    assert isinstance(bad, BadRecord) and bad.why.endswith(records.TOO_LONG)
     assert [int(one.where.split(":")[1]) - int(first.where.split(":")[1]) for one in (bad, last)] == [1, 2]
 
 
@@ -230,7 +230,7 @@ def test_a_row_without_end_is_not_held(read: Read, monkeypatch: pytest.MonkeyPat
     for content in ('text\na\n"' + "x\n" * 5000, "text\na\n" + '"x\n",' * 5000):
         first, *bad = read("t.csv", content)
         assert first == Record("t.csv:2", text="a")
-        assert isinstance(bad[0], Bad) and bad[0].why.endswith(records.TOO_LONG)
+        assert isinstance(bad[0], BadRecord) and bad[0].why.endswith(records.TOO_LONG)
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_lines_are_streamed(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' * 100_000 + "{")
     records = read_records(tmp_path / "t.jsonl")
     assert next(records) == Record("t.jsonl:1", text="a")
-    assert isinstance(list(records)[-1], Bad)
+    assert isinstance(list(records)[-1], BadRecord)
 
 
 def test_parquet(tmp_path: Path, read: Read) -> None:
@@ -262,7 +262,7 @@ def test_parquet(tmp_path: Path, read: Read) -> None:
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     records = list(read_records(tmp_path / "t.parquet"))
     assert len(records) == 2000 and records[1999] == Record("t.parquet: record 2000", messages=tuple(CHAT))
-    assert [record.where for record in records if isinstance(record, Bad)] == [
+    assert [record.where for record in records if isinstance(record, BadRecord)] == [
         "t.parquet: record 8",  # a text as well
         "t.parquet: record 1501",
     ]
@@ -280,12 +280,12 @@ def test_a_parquet_file_unpacks_to_no_more_than_it_should_hold(tmp_path: Path, m
     file, text = tmp_path / "t.parquet", "x" * 4_000_000
     zeros = arrow.repeat(arrow.scalar(0, arrow.int8()), 1_500_000)
 
-    def read(columns: dict[str, Any]) -> list[Record | Bad]:
+    def read(columns: dict[str, Any]) -> list[Record | BadRecord]:
         parquet.write_table(arrow.table(columns), file, compression="zstd", store_schema=False)
         assert file.stat().st_size < 2000
         return list(read_records(file))
 
-    too_long = Bad("t.parquet: record 1", records.TOO_LONG)
+    too_long = BadRecord("t.parquet: record 1", records.TOO_LONG)
     assert (
         read({"text": [text]}) == read({"messages": arrow.ListArray.from_arrays([0, len(zeros)], zeros)}) == [too_long]
     )
@@ -305,7 +305,7 @@ def test_parquet_of_what_is_no_text(tmp_path: Path) -> None:
     for column, why in ((arrow.array([b"a"]), "bytes is not JSON"), (broken, "can't decode byte 0xff")):
         parquet.write_table(arrow.table({"text": column}), tmp_path / "t.parquet")
         [bad] = read_records(tmp_path / "t.parquet")
-        assert isinstance(bad, Bad) and why in bad.why
+        assert isinstance(bad, BadRecord) and why in bad.why
 
 
 def test_parquet_without_pyarrow(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     first, second = read_records("org/name@v1:test")
     assert first == Record("org/name@v1:test: record 1", text="a")
-    assert isinstance(second, Bad) and second.where == "org/name@v1:test: record 2"
+    assert isinstance(second, BadRecord) and second.where == "org/name@v1:test: record 2"
     assert next(read_records("org/name")) == Record("org/name: record 1", text="a")
     assert calls == [
         ("org/name", {"revision": "v1", "split": "test", "streaming": True}),

@@ -15,7 +15,7 @@ from adapterkit.errors import FormatError, UsageError
 from adapterkit.train.data import chats
 from adapterkit.train.data import tokenize as examples
 from adapterkit.train.data.chats import Chats
-from adapterkit.train.data.records import Bad, Fields, Record, read_records
+from adapterkit.train.data.records import BadRecord, Fields, Record, read_records
 from adapterkit.train.data.tokenize import Encoded, Example, encode, encode_all, split
 
 EOS = 2  # <|im_end|>
@@ -46,7 +46,7 @@ def rendering() -> Iterator[None]:
         yield
 
 
-def encoded(record: Record, tokenizer: Any, max_length: int = 512) -> Example | Bad:
+def encoded(record: Record, tokenizer: Any, max_length: int = 512) -> Example | BadRecord:
     CHATS.tokenizer = tokenizer
     return encode(record, tokenizer, max_length, CHATS)
 
@@ -61,7 +61,7 @@ def made(record: Record, tokenizer: Any, max_length: int = 512) -> Example:
 
 def refused(record: Record, tokenizer: Any, max_length: int = 512) -> str:
     bad = encoded(record, tokenizer, max_length)
-    assert isinstance(bad, Bad) and bad.where == record.where
+    assert isinstance(bad, BadRecord) and bad.where == record.where
     return bad.why
 
 
@@ -354,7 +354,7 @@ def test_all_of_them(tokenizer: Any) -> None:
     records = [
         Record("t:1", text="one two"),  # 3 tokens, 2 counted
         Record("t:2", text="one two three four five"),  # 6 tokens, cut to 4, 3 counted
-        Bad("t:3", "'text' is empty"),
+        BadRecord("t:3", "'text' is empty"),
         Record("t:4", prompt="one two three four", completion=" five"),
         Record("t:5", prompt="one", completion=" two"),  # 3 tokens, 2 counted
     ]
@@ -362,7 +362,7 @@ def test_all_of_them(tokenizer: Any) -> None:
     assert [example.where for example in encoded.examples] == ["t:1", "t:2", "t:5"]
     assert encoded.records == (records[0], records[1], records[4])
     assert encoded.truncated == ("t:2",)
-    assert encoded.bad == (records[2], Bad("t:4", "the prompt alone has 4 tokens, --max-length is 4"))
+    assert encoded.bad == (records[2], BadRecord("t:4", "the prompt alone has 4 tokens, --max-length is 4"))
     assert (encoded.tokens, encoded.counted) == (3 + 4 + 3, 2 + 3 + 2)
     with pytest.raises(FormatError) as caught:
         encode_all(records, tokenizer, 4, skip_bad=False)
@@ -375,7 +375,7 @@ def test_all_of_them(tokenizer: Any) -> None:
 
 
 def test_many_bad_ones_are_counted_and_ten_listed(tokenizer: Any) -> None:
-    bad = [Bad(f"t:{number}", "is empty") for number in range(1, 14)]
+    bad = [BadRecord(f"t:{number}", "is empty") for number in range(1, 14)]
     with pytest.raises(FormatError) as caught:
         encode_all([*bad, Record("t:14", text="one two")], tokenizer, 8, skip_bad=False)
     lines = str(caught.value).splitlines()
@@ -397,7 +397,9 @@ def numbered(count: int) -> Encoded:
     """Examples whose only token is their number, every third cut."""
     yes = np.ones(1, np.bool_)
     examples = [Example(np.array([n], np.int32), yes, f"t:{n}", cut=int(n % 3 == 0)) for n in range(count)]
-    return Encoded(tuple(examples), tuple(Record(f"t:{n}", text="x") for n in range(count)), (Bad("t:99", "is empty"),))
+    return Encoded(
+        tuple(examples), tuple(Record(f"t:{n}", text="x") for n in range(count)), (BadRecord("t:99", "is empty"),)
+    )
 
 
 def places(encoded: Encoded) -> list[int]:

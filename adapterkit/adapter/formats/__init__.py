@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from adapterkit.adapter.formats import peft
-from adapterkit.adapter.formats.source import CONFIG, Source, open_source
+from adapterkit.adapter.formats.source import ADAPTER_CONFIG, Source, open_source
 from adapterkit.adapter.weights import Adapter
 from adapterkit.errors import FormatError, UsageError
 
@@ -55,7 +55,7 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
 
 def holds_adapter(path: Path, tensors: Iterable[str]) -> bool:
     """Whether a folder, or a file that holds `tensors`, is an adapter and not a model."""
-    alone = (path / CONFIG).is_file() and not (path / "config.json").exists()
+    alone = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
     return alone or any(".lora_A." in name or ".lora_embedding_A" in name for name in tensors)
 
 

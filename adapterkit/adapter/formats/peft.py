@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter.formats.peft_config import PeftConfig, Strength
-from adapterkit.adapter.formats.source import CONFIG, WEIGHTS, Source
+from adapterkit.adapter.formats.source import ADAPTER_CONFIG, WEIGHTS, Source
 from adapterkit.adapter.weights import Adapter, Kind, LazyTensor, LoraWeights, Problem
 from adapterkit.errors import FitError, OutputExistsError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, write_tensors
@@ -115,7 +115,7 @@ def write(adapter: Adapter, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / WEIGHTS[0], tensors, {"format": "pt"})
     text = json.dumps(_config_for(adapter), indent=2, sort_keys=True)
-    (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (directory / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 # --- the tensors -----------------------------------------------------------------------------------------------------
@@ -224,7 +224,9 @@ def _weights(
         return Problem(name, problem)
     configured = config.rank(name)
     if configured is not None and configured != rank and scale.scaling is None:
-        return Problem(name, f"the tensors have rank {rank}, {CONFIG} says {configured:g}: the scaling is unclear")
+        return Problem(
+            name, f"the tensors have rank {rank}, {ADAPTER_CONFIG} says {configured:g}: the scaling is unclear"
+        )
     return weights
 
 
@@ -286,17 +288,18 @@ def _disagreements(
     if isinstance(targets, list):
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in names):
-                yield Problem(f"{CONFIG}: target_modules", f"{target!r} has no tensors", fatal=False)
+                yield Problem(f"{ADAPTER_CONFIG}: target_modules", f"{target!r} has no tensors", fatal=False)
     for entry in config.modules_to_save:
         if not any(f".{name}.".find(f".{entry}.") >= 0 for name in found.replaced):
-            yield Problem(f"{CONFIG}: modules_to_save", f"{entry!r} has no tensors", fatal=False)
+            yield Problem(f"{ADAPTER_CONFIG}: modules_to_save", f"{entry!r} has no tensors", fatal=False)
     with_magnitude = sum(weights.magnitude is not None for weights in modules.values())
     if config.present and config.dora and with_magnitude < len(modules):
         yield Problem(
-            f"{CONFIG}: use_dora", f"{len(modules) - with_magnitude} of {len(modules)} modules have no magnitude"
+            f"{ADAPTER_CONFIG}: use_dora",
+            f"{len(modules) - with_magnitude} of {len(modules)} modules have no magnitude",
         )
     if config.present and not config.dora and with_magnitude:
-        yield Problem(f"{CONFIG}: use_dora", f"is false, but {with_magnitude} modules have a magnitude")
+        yield Problem(f"{ADAPTER_CONFIG}: use_dora", f"is false, but {with_magnitude} modules have a magnitude")
 
 
 @lru_cache(NAMES)

@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter.formats.source import CONFIG, Source
+from adapterkit.adapter.formats.source import ADAPTER_CONFIG, Source
 from adapterkit.adapter.patterns import Patterns, compile_pattern
 from adapterkit.adapter.weights import Problem
 from adapterkit.errors import FormatError, UsageError
@@ -85,14 +85,14 @@ class PeftConfig:
             return False
         targets = self.raw.get("target_modules") or []
         if isinstance(targets, str):
-            with _errors_in(CONFIG):
+            with _errors_in(ADAPTER_CONFIG):
                 targets = [name for name in EMBEDDINGS if compile_pattern(targets).matches(name)]
         return any(name.split(".")[-1] in EMBEDDINGS for name in (*targets, *self.modules_to_save))
 
     def check_patterns(self, modules: Collection[str]) -> None:
         """Raise FormatError where matching them against the names of all modules could take minutes."""
         for patterns in (self.rank_pattern, self.alpha_pattern):
-            with _errors_in(CONFIG):
+            with _errors_in(ADAPTER_CONFIG):
                 patterns.check(modules)
 
     def rank(self, module: str) -> float | None:
@@ -113,11 +113,11 @@ class PeftConfig:
     def problems(self) -> Iterable[Problem]:
         for name, reason in UNMERGEABLE.items():
             if self.raw.get(name):
-                yield Problem(f"{CONFIG}: {name}", reason)
+                yield Problem(f"{ADAPTER_CONFIG}: {name}", reason)
         init = self.raw.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
             yield Problem(
-                f"{CONFIG}: init_lora_weights",
+                f"{ADAPTER_CONFIG}: init_lora_weights",
                 f"{init[:40]!r} changes the base when training starts; unless the adapter was converted on saving "
                 "(PEFT's path_initial_model_for_weight_conversion), merging it into the original base is wrong",
                 fatal=False,

@@ -17,7 +17,7 @@ from adapterkit.files.stamps import Stamp, stamps_of
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 # The names that training tools give the weights file, best first.
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
 PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
@@ -42,7 +42,7 @@ class Source:
 def open_source(path: Path) -> Source:
     """Find the weights and the config at `path` and read their headers."""
     weights = _find_weights(path)
-    config_file = weights.parent / CONFIG
+    config_file = weights.parent / ADAPTER_CONFIG
     stamps = stamps_of(file for file in (weights, config_file) if os.path.exists(file))
     config = read_json(config_file) if os.path.lexists(config_file) else None
     if weights.suffix == ".safetensors":
@@ -67,6 +67,6 @@ def _find_weights(path: Path) -> Path:
     if found:
         names = ", ".join(file.name for file in found[:4])
         raise FormatError(f"{path}: several files could be the adapter ({names}): name one of them")
-    nested = sorted(path.glob(f"*/{CONFIG}"))
+    nested = sorted(path.glob(f"*/{ADAPTER_CONFIG}"))
     hint = f" Did you mean {nested[0].parent}?" if nested else f" Expected {WEIGHTS[0]}."
     raise FormatError(f"{path}: no adapter weights in this directory.{hint}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adapterkit.base.quant import bnb4, bnb8, fp8
-from adapterkit.base.quant.packed import Packed, Packing
+from adapterkit.base.quant.packed import QuantizationSpec, QuantizedWeight
 from adapterkit.base.quant.rounding import NEAREST, ROUNDINGS, Rounding
 from adapterkit.errors import FormatError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
@@ -18,9 +18,9 @@ __all__ = [
     "ROUNDINGS",
     "SCHEMES",
     "SUPPORTED",
-    "Packed",
-    "Packing",
+    "QuantizationSpec",
     "Quantize",
+    "QuantizedWeight",
     "Rounding",
     "weights",
 ]
@@ -29,7 +29,7 @@ SCHEMES = (bnb4, bnb8, fp8)
 SUPPORTED = "bitsandbytes NF4 and FP4, LLM.int8, block-scaled FP8"
 
 
-def weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo | Packed]:
+def weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo | QuantizedWeight]:
     """The weights as the model has them: those stored quantized by their real shape, and without their parts.
 
     Raises FormatError where one is broken, or where only some can be read.
@@ -59,9 +59,9 @@ class Quantize:
     nested: bool = False
     rounding: Rounding = NEAREST
 
-    def packing(self, weight: TensorInfo | Packed) -> Packing:
+    def packing(self, weight: TensorInfo | QuantizedWeight) -> QuantizationSpec:
         """How to quantize `weight`; one that is stored by the same kind keeps its block size and nesting."""
-        if isinstance(weight, Packed) and weight.kind == self.kind and (own := weight.packing()):
+        if isinstance(weight, QuantizedWeight) and weight.kind == self.kind and (own := weight.packing()):
             return replace(own, rounding=self.rounding.of(weight.name))  # type: ignore[type-var]
         rounding = self.rounding.of(weight.name)
         if self.kind == "int8":

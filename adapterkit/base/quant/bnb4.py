@@ -15,7 +15,7 @@ from math import gcd, prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from adapterkit.base.quant.codebooks import CODES, dynamic_code
-from adapterkit.base.quant.packed import Numbers, Packed, Packer, Packing, Read, Rows
+from adapterkit.base.quant.packed import Numbers, QuantizationSpec, QuantizedWeight, Quantizer, Read, Rows
 from adapterkit.base.quant.rounding import NEAREST, Rounding, choose, search
 from adapterkit.errors import FormatError
 from adapterkit.files.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo
@@ -42,7 +42,7 @@ class Nested:
 
 
 @dataclass(frozen=True)
-class Packed4bit(Packed):
+class Packed4bit(QuantizedWeight):
     """A weight in 4 bits: 16 values of `code`, times one `absmax` for each `blocksize` elements."""
 
     blocksize: int
@@ -298,7 +298,7 @@ def scale(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @dataclass(frozen=True)
-class Packing4bit(Packing):
+class Packing4bit(QuantizationSpec):
     """To NF4 or FP4 as bitsandbytes stores it, packed into elements of `storage`."""
 
     bits = 4
@@ -342,7 +342,7 @@ class Packing4bit(Packing):
         return Packer4bit(self, columns)
 
 
-class Packer4bit(Packer):
+class Packer4bit(Quantizer):
     """One weight on its way to 4 bits."""
 
     def __init__(self, packing: Packing4bit, columns: int) -> None:

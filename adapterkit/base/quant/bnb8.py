@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.base.quant.packed import Numbers, Packed, Packer, Packing, Read, Rows, float_dtype
+from adapterkit.base.quant.packed import Numbers, QuantizationSpec, QuantizedWeight, Quantizer, Read, Rows, float_dtype
 from adapterkit.base.quant.rounding import NEAREST, Rounding, choose
 from adapterkit.errors import FormatError
 from adapterkit.files.safetensors import TORCH_NAMES, TensorInfo
@@ -22,7 +22,7 @@ SCALE, LAYOUT = "SCB", "weight_format"
 
 
 @dataclass(frozen=True)
-class Packed8bit(Packed):
+class Packed8bit(QuantizedWeight):
     """A weight in signed bytes `(out, in)`, and its rows' greatest magnitudes `(out,)`."""
 
     scale: TensorInfo
@@ -91,7 +91,7 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterat
 
 
 @dataclass(frozen=True)
-class Packing8bit(Packing):
+class Packing8bit(QuantizationSpec):
     """To LLM.int8. bitsandbytes takes the weight in float16, so that is what is quantized here too."""
 
     bits = 8
@@ -118,7 +118,7 @@ class Packing8bit(Packing):
         return Packer8bit(self)
 
 
-class Packer8bit(Packer):
+class Packer8bit(Quantizer):
     """One weight on its way to 8 bits."""
 
     def __init__(self, packing: Packing8bit) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.base.quant.packed import Numbers, Packed, Read, Rows, float_dtype
+from adapterkit.base.quant.packed import Numbers, QuantizedWeight, Read, Rows, float_dtype
 from adapterkit.errors import FormatError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
 
@@ -21,7 +21,7 @@ SCALE = "_scale_inv"
 
 
 @dataclass(frozen=True)
-class PackedFP8(Packed):
+class PackedFP8(QuantizedWeight):
     """A weight in e4m3, and one scale for each `block` of rows and columns."""
 
     scale: TensorInfo

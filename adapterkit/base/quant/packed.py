@@ -34,7 +34,7 @@ class Numbers(Protocol):
 
 
 @dataclass(frozen=True)
-class Packed(ABC):
+class QuantizedWeight(ABC):
     """One quantized weight, by its logical `shape` and the `dtype` that its scheme dequantizes to.
 
     Plain data, so that plans pickle; `stored` holds the numbers, `parts` are all the tensors it is made from.
@@ -68,7 +68,7 @@ class Packed(ABC):
         """How far weights of rows `first:last` can be, in float32, from what they dequantize to: half a step."""
 
     @abstractmethod
-    def packing(self) -> Packing | None:
+    def packing(self) -> QuantizationSpec | None:
         """How to quantize another weight to just this, or None where that is not supported."""
 
     @property
@@ -105,7 +105,7 @@ def float_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     return most if sizes[most] else "BF16"
 
 
-class Packing(ABC):
+class QuantizationSpec(ABC):
     """How one weight is to be quantized: which tensors that makes, known before any number is."""
 
     bits: ClassVar[int]  # that an element of the weight itself takes
@@ -116,7 +116,7 @@ class Packing(ABC):
     @property
     @abstractmethod
     def scheme(self) -> str:
-        """What to call the scheme, as `Packed.scheme` does."""
+        """What to call the scheme, as `QuantizedWeight.scheme` does."""
 
     @abstractmethod
     def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
@@ -127,10 +127,10 @@ class Packing(ABC):
         """How many rows of `columns` elements, or a multiple, are packed at a time, so that no block is cut."""
 
     @abstractmethod
-    def start(self, columns: int) -> Packer: ...
+    def start(self, columns: int) -> Quantizer: ...
 
 
-class Packer(ABC):
+class Quantizer(ABC):
     """Quantizes one weight, some rows at a time, in any order and from any thread."""
 
     @abstractmethod

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from adapterkit.algebra.counter_rng import chance, seed_for
+from adapterkit.algebra.counter_rng import seed_for, uniform_at
 from adapterkit.files.safetensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def choose(
         return carry_errors(scaled, unit, code, bounds, shares)
     below = (search(scaled, code, right=True) - 1).clamp_(0, len(code) - 2)
     gap = code[below + 1] - code[below]
-    up = (scaled - code[below]) > gap * chance(scaled.numel(), rounding.seed, at, scaled.device).view_as(scaled)
+    up = (scaled - code[below]) > gap * uniform_at(scaled.numel(), rounding.seed, at, scaled.device).view_as(scaled)
     return below + up
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapterkit.base.quant.packed import Packed
+from adapterkit.base.quant.packed import QuantizedWeight
 
 # The last part of a tensor's name in each, or its end; the first that a base has decides.
 LAYOUTS = {
@@ -22,7 +22,7 @@ LAYOUTS = {
 
 def unread_scheme(tensors: Mapping[str, Any], declared: str | None) -> str | None:
     """The scheme of a quantized base of which no weight is read; `declared` is what its config calls it."""
-    if any(isinstance(weight, Packed) for weight in tensors.values()):
+    if any(isinstance(weight, QuantizedWeight) for weight in tensors.values()):
         return None
     leaves = {name.rpartition(".")[2] for name in tensors}
     found = (scheme for end, scheme in LAYOUTS.items() if any(_ends(leaf, end) for leaf in leaves))

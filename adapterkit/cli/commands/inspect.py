@@ -11,7 +11,7 @@ import click
 
 from adapterkit.adapter.formats import load
 from adapterkit.base.checkpoint import is_base
-from adapterkit.cli.lookup import Place, looked_at
+from adapterkit.cli.lookup import Lookup, looked_at
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.progress import tracked
 from adapterkit.cli.views.base import show_base
@@ -65,7 +65,7 @@ def inspect_command(
 
 
 def _show(
-    path: str, there: Place, adapter: Adapter, strength_known: bool, match: Match | None,
+    path: str, there: Lookup, adapter: Adapter, strength_known: bool, match: Match | None,
     norms_of_base: Callable[[], dict[str, float]] | None, as_json: bool, modules: bool, header_only: bool,
     plot: str | None,
 ) -> None:  # fmt: skip

@@ -29,7 +29,7 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
     from adapterkit.files.staging import Destination
     from adapterkit.hub.download import download_of, fetch
     from adapterkit.hub.names import cache_folder, parsed
-    from adapterkit.hub.remote import look
+    from adapterkit.hub.remote import remote_of
 
     if output is not None and len(ids) != 1:
         raise UsageError("--output is one folder: pull one ID at a time")
@@ -40,7 +40,7 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
     place = None if output is None else Destination(Path(output), (cache_folder(names[0]),))
     if place is not None:
         place.check()
-    downloads = [download_of(look(id), every_byte=True) for id in names]
+    downloads = [download_of(remote_of(id), every_byte=True) for id in names]
     facts: list[dict[str, Any]] = []
     for download in downloads:
         remote, count = download.remote, len(download.missing)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from adapterkit.base.checkpoint import open_checkpoint
-from adapterkit.cli.lookup import Place
+from adapterkit.cli.lookup import Lookup
 from adapterkit.cli.output import say, say_result
 from adapterkit.errors import FormatError
 from adapterkit.inspection.inventory import inventory, unsupported
 from adapterkit.text import counted, size
 
 
-def show_base(there: Place, given: str, as_json: bool) -> None:
+def show_base(there: Lookup, given: str, as_json: bool) -> None:
     """Print the base that is `there`, which the user calls `given`."""
     checkpoint = open_checkpoint(there.path)
     if there.headers_only and any(".quant_state." in name for name in checkpoint.tensors):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapterkit.algebra.counter_rng import chance, seed_for
+from adapterkit.algebra.counter_rng import seed_for, uniform_at
 from adapterkit.algebra.lowrank import Product
 from adapterkit.algebra.sketch import Matrix
 
@@ -74,7 +74,7 @@ def kept_of(count: int, density: float) -> int:
 
 def drop(x: torch.Tensor, density: float, seed: int, at: int) -> torch.Tensor:
     """Each element kept with probability `density` and divided by it; `at` elements of the matrix came before."""
-    return torch.where(chance(x.numel(), seed, at).view_as(x) < density, x / density, 0.0)
+    return torch.where(uniform_at(x.numel(), seed, at).view_as(x) < density, x / density, 0.0)
 
 
 def ties(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -12,7 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def abreast(work: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
+def parallel_map(work: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
     """What `work` makes of each of `items`, in their order.
 
     The first failure is raised once the others that had begun are done; ctrl-C at once.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.formats.source import CONFIG as ADAPTER_CONFIG
+from adapterkit.adapter.formats.source import ADAPTER_CONFIG as ADAPTER_CONFIG
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, is_base, open_checkpoint
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UnsafeFileError, UsageError
 from adapterkit.files.jsonfile import read_json

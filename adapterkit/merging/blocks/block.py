@@ -15,11 +15,11 @@ import torch
 from adapterkit.adapter.weights import load_weights
 from adapterkit.algebra.rounding import on_midpoints, round_once
 from adapterkit.algebra.updates import Retention, Update, add_updates, exact_sum, measure_columns, retention, update_for
-from adapterkit.base.quant.packed import Numbers, Packed, Packer, Rows
+from adapterkit.base.quant.packed import Numbers, QuantizedWeight, Quantizer, Rows
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TORCH_NAMES, TensorInfo, read_span, tensor_bytes
 from adapterkit.kernels.cpu import add_rounded
-from adapterkit.merging.blocks.device import CPU, Buffers, Place
+from adapterkit.merging.blocks.device import CPU, Buffers, ComputeDevice
 from adapterkit.merging.blocks.limits import check_finite, check_packable, check_range, check_scales
 from adapterkit.merging.blocks.residual_codec import correct_bytes, encode_bytes
 from adapterkit.merging.blocks.undo import Undo, difference, restore, undo, undo_marked, undo_nothing
@@ -29,21 +29,21 @@ GROUP_ROWS = 32  # how many rows the search for midpoints takes together
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedEdit:
     """What an edit needs in memory, at the place where it is computed.
 
     Its factors, the vectors added to a bias, and what quantized weights need, which goes where their rows are.
     """
 
-    place: Place
+    place: ComputeDevice
     updates: list[Update]
     added: list[torch.Tensor]
     packed: Rows | None
     numbers: Numbers | None
-    packer: Packer | None
+    packer: Quantizer | None
     twin: Twin | None
 
-    def at(self, place: Place) -> Loaded:
+    def at(self, place: ComputeDevice) -> LoadedEdit:
         """The same at another place."""
         updates = [update.to(place.device) for update in self.updates]
         return replace(self, place=place, updates=updates, added=[vector.to(place.device) for vector in self.added])
@@ -57,11 +57,11 @@ class Twin:
     slack: Callable[[int, int], torch.Tensor]
 
 
-def load(edit: Edit, fd: int) -> Loaded:
+def load(edit: Edit, fd: int) -> LoadedEdit:
     """Read the factors of `edit`; raises FitError where one is not finite."""
     depth, columns = edit.matrix
     dtype = _compute_dtype(edit)
-    packed = edit.source.open(columns) if isinstance(edit.source, Packed) else None
+    packed = edit.source.open(columns) if isinstance(edit.source, QuantizedWeight) else None
     updates: list[Update] = []
     for delta in edit.deltas:
         target = delta.target
@@ -83,14 +83,14 @@ def load(edit: Edit, fd: int) -> Loaded:
         added.append(vector[:, None])
     packer = edit.packing.start(columns) if edit.packing else None
     twin = Twin(edit.twin.open(columns), edit.twin.slack(columns)) if edit.twin else None
-    quantized = edit.quantized or (edit.source if isinstance(edit.source, Packed) else None)
+    quantized = edit.quantized or (edit.source if isinstance(edit.source, QuantizedWeight) else None)
     numbers = quantized.numbers(columns) if quantized and not edit.packing else None
-    return Loaded(CPU, updates, added, packed, numbers, packer, twin)
+    return LoadedEdit(CPU, updates, added, packed, numbers, packer, twin)
 
 
 def merge_rows(
     edit: Edit,
-    loaded: Loaded,
+    loaded: LoadedEdit,
     fd: int,
     first: int,
     last: int,
@@ -149,7 +149,9 @@ def _same(source: torch.Tensor | None, out: torch.Tensor) -> bool:
     return all(torch.equal(source[:rows].to(out.dtype), out[:rows]) for rows in (1, len(out)))
 
 
-def restore_rows(edit: Edit, loaded: Loaded, fd: int, recorded: Recorded, buffers: Buffers, into: memoryview) -> None:
+def restore_rows(
+    edit: Edit, loaded: LoadedEdit, fd: int, recorded: Recorded, buffers: Buffers, into: memoryview
+) -> None:
     """Restore the base's rows of `edit` that a receipt has `recorded`, as bytes `into`.
 
     Raises FormatError where what it holds cannot belong to them.
@@ -170,7 +172,9 @@ def restore_rows(edit: Edit, loaded: Loaded, fd: int, recorded: Recorded, buffer
     into[:] = stored.cpu().numpy().data
 
 
-def pack_rows(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers, into: memoryview) -> None:
+def pack_rows(
+    edit: Edit, loaded: LoadedEdit, fd: int, first: int, last: int, buffers: Buffers, into: memoryview
+) -> None:
     """Compute rows `first:last` of `edit` and quantize them into `into`. Raises FitError where they are not finite."""
     packing, packer = edit.packing, loaded.packer
     assert packing is not None and packer is not None
@@ -183,7 +187,7 @@ def pack_rows(edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffer
         into[at : at + len(packed)] = packed.cpu().numpy().data
 
 
-def finish_packing(edit: Edit, loaded: Loaded, fd: int, buffers: Buffers) -> tuple[list[bytes], Retention | None]:
+def finish_packing(edit: Edit, loaded: LoadedEdit, fd: int, buffers: Buffers) -> tuple[list[bytes], Retention | None]:
     """The other tensors of a quantized weight of which all rows are packed, and what is kept of its update."""
     packer, depth = loaded.packer, edit.matrix[0]
     assert packer is not None and edit.packing is not None
@@ -202,7 +206,7 @@ def finish_packing(edit: Edit, loaded: Loaded, fd: int, buffers: Buffers) -> tup
 
 
 def replayed(
-    edit: Edit, loaded: Loaded, fd: int, first: int, last: int, buffers: Buffers
+    edit: Edit, loaded: LoadedEdit, fd: int, first: int, last: int, buffers: Buffers
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows `first:last` of the base, zero where the tensor is new, and with everything added but not rounded."""
     source = _read_rows(edit, loaded.packed, fd, first, last, buffers)
@@ -237,7 +241,7 @@ def _merge_plain(
 
 
 def _sums(
-    edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: int, last: int, buffers: Buffers
+    edit: Edit, loaded: LoadedEdit, source: torch.Tensor | None, first: int, last: int, buffers: Buffers
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Rows `first:last` with everything added but not rounded yet, as `(first row, rows)`, a chunk at a time."""
     step = _step(edit, buffers.place.chunk)
@@ -290,7 +294,7 @@ def _read_rows(
 def _stored_rows(edit: Edit, fd: int, first: int, last: int) -> torch.Tensor:
     """The bytes that rows `first:last` of a quantized weight are stored in; the last ones with what fills them up."""
     packed, (depth, columns) = edit.source, edit.matrix
-    assert isinstance(packed, Packed)
+    assert isinstance(packed, QuantizedWeight)
     info = packed.stored
     start = info.start + first * columns * packed.bits // 8
     stop = info.stop if last == depth else info.start + last * columns * packed.bits // 8
@@ -343,7 +347,7 @@ def _base_chunks(edit: Edit, packed: Rows | None, fd: int) -> Iterator[tuple[int
         yield start, _base_rows(edit, _read_rows(edit, packed, fd, start, stop, buffers), start, start, stop, buffers)
 
 
-def _check_twin(edit: Edit, loaded: Loaded, source: torch.Tensor | None, first: int, last: int) -> None:
+def _check_twin(edit: Edit, loaded: LoadedEdit, source: torch.Tensor | None, first: int, last: int) -> None:
     """Refuse an original that its quantized twin cannot have been made from.
 
     Both may have been rounded to 16 bits: the original before it was quantized, the twin when it was dequantized.

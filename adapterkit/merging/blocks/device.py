@@ -17,7 +17,7 @@ import torch
 from adapterkit.errors import UsageError
 from adapterkit.files.outfile import PAGE, PageBuffer
 from adapterkit.files.safetensors import TORCH_NAMES, TensorInfo, read_span
-from adapterkit.kernels.cpu import Doubts
+from adapterkit.kernels.cpu import DoubtMask
 from adapterkit.merging.plan.types import Edit, MergePlan
 
 CUDA: Any = torch.cuda  # untyped in parts
@@ -35,13 +35,13 @@ GPU_START = 2.0  # seconds that a process takes to set a GPU up
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ComputeDevice:
     """A device, and how many elements at a time are computed on it."""
 
     device: torch.device
     chunk: int
 
-    def smaller(self) -> Place:
+    def smaller(self) -> ComputeDevice:
         """Half as many at a time; below the least the CPU."""
         return replace(self, chunk=self.chunk // 2) if self.chunk // 2 >= LEAST_CHUNK else CPU
 
@@ -53,10 +53,10 @@ class Place:
         return "the CPU" if self == CPU else f"{self.device}, {self.chunk:,} elements at a time"
 
 
-CPU = Place(torch.device("cpu"), CPU_CHUNK)
+CPU = ComputeDevice(torch.device("cpu"), CPU_CHUNK)
 
 
-def choose(wanted: str, plan: MergePlan, threads: int) -> Place:
+def choose(wanted: str, plan: MergePlan, threads: int) -> ComputeDevice:
     """The place for `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError where there is no such GPU."""
     if wanted == "cpu" or (wanted == "auto" and not (_gains(plan, threads) and torch.cuda.is_available())):
         return CPU
@@ -66,7 +66,7 @@ def choose(wanted: str, plan: MergePlan, threads: int) -> Place:
         built = torch.version.cuda or torch.version.hip
         why = "see nvidia-smi" if built else "it was built without CUDA"
         raise UsageError(f"device {wanted}: torch finds {found} GPUs here ({why}); use cpu or auto")
-    return Place(torch.device("cuda", number), GPU_CHUNK)
+    return ComputeDevice(torch.device("cuda", number), GPU_CHUNK)
 
 
 def _gains(plan: MergePlan, threads: int) -> bool:
@@ -151,11 +151,11 @@ class Buffers:
             self._products = self._sums.new_empty(rows * columns)
         return self._products[: rows * columns].view(rows, columns)
 
-    def doubts(self, base: torch.Tensor) -> Doubts:
+    def doubts(self, base: torch.Tensor) -> DoubtMask:
         """Room to mark elements of `base`; valid until the next."""
         if self._marks.numel() < base.numel() or self._marks.dtype != base.dtype:
             self._marks = torch.empty_like(base).view(-1)
-        return Doubts(self._marks[: base.numel()].view_as(base))
+        return DoubtMask(self._marks[: base.numel()].view_as(base))
 
     def output(self, into: memoryview, dtype: torch.dtype) -> torch.Tensor:
         """Where to compute what `deliver` puts into `into`."""
@@ -180,7 +180,7 @@ class Buffers:
 class GpuBuffers(Buffers):
     """The same for a GPU: what is read goes there, what is computed comes back."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: ComputeDevice) -> None:
         super().__init__()
         self.place = place
         self._stream: Any = CUDA.Stream(device=place.device)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from adapterkit.base.quant import Packed, Packing
+from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TORCH_NAMES
 from adapterkit.merging.plan.types import Edit
@@ -48,7 +48,7 @@ def check_overflow(before: torch.Tensor, after: torch.Tensor, name: str) -> None
 
 def _check_dequantized(edit: Edit, base: torch.Tensor, first: int) -> None:
     """Refuse weights that are finite as they are stored, but not in the dtype that they dequantize to."""
-    if not isinstance(edit.source, Packed):
+    if not isinstance(edit.source, QuantizedWeight):
         return
     exact = replace(edit.source, dtype="F32").open(base.shape[1])(first, first + len(base)).to(base.device)
     beyond = exact.isfinite() & ~base.isfinite()
@@ -59,7 +59,7 @@ def _check_dequantized(edit: Edit, base: torch.Tensor, first: int) -> None:
         )
 
 
-def check_packable(name: str, values: torch.Tensor, packing: Packing) -> None:
+def check_packable(name: str, values: torch.Tensor, packing: QuantizationSpec) -> None:
     """Refuse values that quantizing would take, or give back, as NaN or Inf."""
     most = values.abs().amax() if values.numel() else values.new_zeros(())
     if not bool(most.isfinite()):
@@ -73,7 +73,7 @@ def check_packable(name: str, values: torch.Tensor, packing: Packing) -> None:
             raise FitError(f"{name}: holds {float(most):.5g}, beyond {_end(dtype)}, {why}: {instead}")
 
 
-def check_scales(name: str, most: float, packing: Packing) -> None:
+def check_scales(name: str, most: float, packing: QuantizationSpec) -> None:
     """Refuse scales that were quantized to such that the greatest weight, `most`, is not finite in the dtype of all."""
     dtype = getattr(torch, TORCH_NAMES[packing.dtype])
     if not bool(torch.tensor(most).to(dtype).isfinite()):

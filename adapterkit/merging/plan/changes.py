@@ -6,21 +6,21 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adapterkit.adapter.weights import Given
+from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.placement import DEQUANTIZED, refuse_overlaps
 from adapterkit.base.quant.unread import unread_scheme
 from adapterkit.base.targets import Fit
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, Weight
-from adapterkit.merging.plan.types import Addition, Delta, Replacement
+from adapterkit.merging.plan.types import Addition, ModuleUpdate, Replacement
 
 
 @dataclass
 class Changes:
     """What happens to each base tensor, gathered over all adapters."""
 
-    deltas: dict[str, list[Delta]] = field(default_factory=lambda: defaultdict(list))
+    deltas: dict[str, list[ModuleUpdate]] = field(default_factory=lambda: defaultdict(list))
     replaced: dict[str, list[Replacement]] = field(default_factory=lambda: defaultdict(list))
     added: dict[str, list[Addition]] = field(default_factory=lambda: defaultdict(list))
 
@@ -63,13 +63,13 @@ def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, cha
             raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
 
 
-def drift_note(one: Given, found: Fit) -> list[str]:
+def drift_note(one: WeightedAdapter, found: Fit) -> list[str]:
     renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.drift.items())
     prefix = f"{one.label}: names its modules by another prefix than the base; matched by "
     return [prefix + renames] if renames else []
 
 
-def idle_note(one: Given) -> list[str]:
+def idle_note(one: WeightedAdapter) -> list[str]:
     """What of an adapter changes nothing, as far as headers tell."""
     modules = one.adapter.modules
     idle = [name for name, weights in modules.items() if weights.scaling == 0 and weights.magnitude is None]
@@ -81,14 +81,14 @@ def idle_note(one: Given) -> list[str]:
 # --- gathering -------------------------------------------------------------------------------------------------------
 
 
-def gather(number: int, one: Given, found: Fit) -> Changes:
+def gather(number: int, one: WeightedAdapter, found: Fit) -> Changes:
     """What the adapter of that `number` changes; two of its modules in the same rows are refused."""
     changes = Changes()
     refuse_overlaps(one.label, found)
     for module, targets in found.targets.items():
         weights = one.adapter.modules[module]
         for target in targets:
-            changes.deltas[target.tensor].append(Delta(number, module, weights, one.weight, target))
+            changes.deltas[target.tensor].append(ModuleUpdate(number, module, weights, one.weight, target))
         if module in found.biases:
             bias = weights.bias
             assert bias is not None

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from adapterkit.base.quant import Packed, Packing
+from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import DTYPE_BITS, Header, TensorInfo, encode_header
-from adapterkit.merging.plan.types import Addition, Copy, Delta, Edit, FilePlan, Replacement
+from adapterkit.merging.plan.types import Addition, Copy, Edit, FilePlan, ModuleUpdate, Replacement
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +17,14 @@ class Entry:
     """One tensor of the output, as the model has it: stored as `dtype`, or by `packing` as several tensors."""
 
     name: str
-    source: TensorInfo | Packed | None
+    source: TensorInfo | QuantizedWeight | None
     dtype: str
     shape: tuple[int, ...]
-    deltas: tuple[Delta, ...] = ()
+    deltas: tuple[ModuleUpdate, ...] = ()
     replaced: tuple[Replacement, ...] = ()
     added: tuple[Addition, ...] = ()
-    packing: Packing | None = None
-    twin: Packed | None = None
+    packing: QuantizationSpec | None = None
+    twin: QuantizedWeight | None = None
 
     @property
     def copied(self) -> TensorInfo | None:

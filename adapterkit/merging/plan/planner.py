@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from adapterkit import __version__
-from adapterkit.adapter.weights import Given, refuse_broken
+from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
 from adapterkit.base.architectures import CONV1D_MODELS, HEAD_MODULES, is_linear
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.placement import DEQUANTIZED, missing, place
-from adapterkit.base.quant import KINDS, Packed, Packing, Quantize, Rounding, weights
+from adapterkit.base.quant import KINDS, QuantizationSpec, Quantize, QuantizedWeight, Rounding, weights
 from adapterkit.base.quant.packed import float_dtype
 from adapterkit.base.quant.rounding import NEAREST
 from adapterkit.base.targets import Fit
@@ -34,15 +34,15 @@ class _Draft:
     """A plan in the making: what the output holds, one decision after the other."""
 
     base: Checkpoint
-    tensors: dict[str, TensorInfo | Packed]  # by the names that the model has for them
+    tensors: dict[str, TensorInfo | QuantizedWeight]  # by the names that the model has for them
     config: dict[str, Any]
     changes: Changes = field(default_factory=Changes)
     ledger: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     untied: tuple[str, str] | None = None  # the embedding, and the head that parts from it
-    packings: dict[str, Packing | None] = field(default_factory=dict)  # None: stays quantized as it is
-    twins: dict[str, Packed] = field(default_factory=dict)
+    packings: dict[str, QuantizationSpec | None] = field(default_factory=dict)  # None: stays quantized as it is
+    twins: dict[str, QuantizedWeight] = field(default_factory=dict)
     dtype: str | None = None
 
     @classmethod
@@ -52,9 +52,9 @@ class _Draft:
     @property
     def schemes(self) -> list[str]:
         """What the base's weights are quantized by."""
-        return list(dict.fromkeys(one.scheme for one in self.tensors.values() if isinstance(one, Packed)))
+        return list(dict.fromkeys(one.scheme for one in self.tensors.values() if isinstance(one, QuantizedWeight)))
 
-    def fit(self, given: Sequence[Given], rename: tuple[str, str] | None, allow_partial: bool) -> None:
+    def fit(self, given: Sequence[WeightedAdapter], rename: tuple[str, str] | None, allow_partial: bool) -> None:
         """Find a place for everything that the adapters bring."""
         tie, parted = tie_of(self.base), False
         if tie is not None and tie.implied:
@@ -85,7 +85,7 @@ class _Draft:
             if not tie.stored:
                 self.untied = (tie.embedding, tie.head)
 
-    def _refuse_unknown_head(self, one: Given, found: Fit, tie: Tie) -> None:
+    def _refuse_unknown_head(self, one: WeightedAdapter, found: Fit, tie: Tie) -> None:
         head = next((name for name in found.missing if name.split(".")[0] in HEAD_MODULES), None)
         if head is not None:
             raise FitError(f"{one.label}: changes {head}, which has no tensor in the base, and {undecided(tie)}")
@@ -93,7 +93,7 @@ class _Draft:
     def compare(self, quantized: Checkpoint) -> None:
         """Have every weight checked to be what `quantized` was made from."""
         found = weights(quantized.tensors, quantized.config)
-        self.twins = {name: weight for name, weight in found.items() if isinstance(weight, Packed)}
+        self.twins = {name: weight for name, weight in found.items() if isinstance(weight, QuantizedWeight)}
         if not self.twins or self.schemes:
             which = self.base if self.schemes else quantized
             what = "is quantized itself" if self.schemes else "is not quantized"
@@ -123,17 +123,17 @@ class _Draft:
         """Quantize what the base has quantized, or where that is nothing its linear layers."""
         if self.base.config.get("model_type") in CONV1D_MODELS:
             raise FitError(f"{self.base.path}: its linear layers are stored transposed (Conv1D): not supported")
-        packed = self.twins or {name: one for name, one in self.tensors.items() if isinstance(one, Packed)}
+        packed = self.twins or {name: one for name, one in self.tensors.items() if isinstance(one, QuantizedWeight)}
         linear = {name: weight for name, weight in self.base.tensors.items() if is_linear(name, weight)}
         for name, weight in (packed or linear).items():
-            same = isinstance(weight, Packed) and weight.kind == how.kind
+            same = isinstance(weight, QuantizedWeight) and weight.kind == how.kind
             stays = same and not self.twins and not self.changes.touch(name)
             self.packings[name] = None if stays else how.packing(weight)
         if {weight.kind for weight in packed.values()} != {how.kind}:
             dtype = float_dtype(self.base.config, self.base.tensors)
             self.config["quantization_config"] = how.declaration(dtype)
 
-    def plan(self, out: Path, given: Sequence[Given]) -> MergePlan:
+    def plan(self, out: Path, given: Sequence[WeightedAdapter]) -> MergePlan:
         """Lay out every file."""
         base = self.base
         self.notes += base.notes()
@@ -155,7 +155,7 @@ class _Draft:
 
 def make_plan(
     base: Checkpoint,
-    given: Sequence[Given],
+    given: Sequence[WeightedAdapter],
     out: Path,
     *,
     dtype: str | None = None,
@@ -229,7 +229,7 @@ def _with_nested(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]
 
 def _same(base: Checkpoint, tensors: Mapping[str, Weight]) -> str:
     """What the base is quantized to, where that can be written."""
-    packed = [weight for weight in tensors.values() if isinstance(weight, Packed)]
+    packed = [weight for weight in tensors.values() if isinstance(weight, QuantizedWeight)]
     if not packed:
         raise UsageError(f"{base.path}: is not quantized; here --quantize takes one of {', '.join(KINDS)}")
     stuck = next((weight for weight in packed if weight.packing() is None), None)
@@ -238,9 +238,11 @@ def _same(base: Checkpoint, tensors: Mapping[str, Weight]) -> str:
     return packed[0].kind
 
 
-def _stays(weight: TensorInfo | Packed, packings: Mapping[str, Packing | None]) -> TypeGuard[Packed]:
+def _stays(
+    weight: TensorInfo | QuantizedWeight, packings: Mapping[str, QuantizationSpec | None]
+) -> TypeGuard[QuantizedWeight]:
     """Whether a quantized weight goes to the output as it is stored."""
-    return isinstance(weight, Packed) and weight.name in packings and packings[weight.name] is None
+    return isinstance(weight, QuantizedWeight) and weight.name in packings and packings[weight.name] is None
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def _entries(header: Header, draft: _Draft, new: Sequence[str]) -> Iterator[Entr
     """The tensors of one output file, in the order of the base's."""
     tensors, changes, packings = draft.tensors, draft.changes, draft.packings
 
-    def entry(name: str, source: TensorInfo | Packed | None, stored: str, shape: tuple[int, ...]) -> Entry:
+    def entry(name: str, source: TensorInfo | QuantizedWeight | None, stored: str, shape: tuple[int, ...]) -> Entry:
         kind = draft.dtype if draft.dtype is not None and stored in FLOAT_DTYPES else stored
         return Entry(
             name, source, kind, shape, tuple(changes.deltas.get(name, ())), tuple(changes.replaced.get(name, ())),

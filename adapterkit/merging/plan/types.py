@@ -11,9 +11,9 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter.weights import Given, LazyTensor, LoraWeights
+from adapterkit.adapter.weights import LazyTensor, LoraWeights, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import Packed, Packing
+from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
 from adapterkit.base.targets import Target
 from adapterkit.files.safetensors import DTYPE_BITS, TensorInfo
 from adapterkit.files.staging import Destination
@@ -22,7 +22,7 @@ from adapterkit.files.workspace import receipt_of
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
+class ModuleUpdate:
     """One module's update where it lands."""
 
     adapter: int  # which of those given
@@ -72,19 +72,19 @@ class Edit:
     """
 
     name: str
-    source: TensorInfo | Packed | None
+    source: TensorInfo | QuantizedWeight | None
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
-    deltas: tuple[Delta, ...] = ()
+    deltas: tuple[ModuleUpdate, ...] = ()
     replaced: tuple[Replacement, ...] = ()
     added: tuple[Addition, ...] = ()
-    packing: Packing | None = None
-    twin: Packed | None = None  # what was made from the source by quantizing, if that is to be checked
+    packing: QuantizationSpec | None = None
+    twin: QuantizedWeight | None = None  # what was made from the source by quantizing, if that is to be checked
     parts: tuple[tuple[int, int], ...] = ()
     recorded: tuple[Recorded, ...] = ()  # then the deltas are not added but taken out of the source
-    quantized: Packed | None = None  # what is then restored, and stored at `start:stop` by its numbers
+    quantized: QuantizedWeight | None = None  # what is then restored, and stored at `start:stop` by its numbers
 
     def offset(self, row: int) -> int:
         """Where in the output file `row` begins."""
@@ -99,7 +99,7 @@ class Edit:
     def rows_together(self) -> int:
         """Of how many rows a block is to have a multiple."""
         columns = self.matrix[1]
-        own = 2 if isinstance(self.source, Packed) and columns * self.source.bits % 8 else 1  # whole bytes
+        own = 2 if isinstance(self.source, QuantizedWeight) and columns * self.source.bits % 8 else 1  # whole bytes
         return lcm(own, self.packing.rows_together(columns)) if self.packing else own
 
     @property
@@ -125,7 +125,7 @@ class Edit:
     @property
     def is_quantized(self) -> bool:
         """Whether the base has the tensor quantized."""
-        return isinstance(self.source, Packed)
+        return isinstance(self.source, QuantizedWeight)
 
     @property
     def by_expert(self) -> bool:
@@ -142,7 +142,7 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class BytesFromSidecar:
     """A tensor that lies in another file, written at `at`."""
 
     tensor: TensorInfo
@@ -160,7 +160,7 @@ class FilePlan:
     tensors: tuple[str, ...]
     copies: tuple[Copy, ...]
     edits: tuple[Edit, ...]
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[BytesFromSidecar, ...] = ()
 
     @property
     def copies_all(self) -> bool:
@@ -187,7 +187,7 @@ class MergePlan:
 
     base: Checkpoint
     out: Path
-    given: tuple[Given, ...]
+    given: tuple[WeightedAdapter, ...]
     files: tuple[FilePlan, ...]
     config: dict[str, Any]  # as the output gets it
     weight_map: dict[str, str]
@@ -233,15 +233,15 @@ class MergePlan:
     def stored_as(self) -> str:
         """The dtype that was asked for, or that of dequantized weights; else that of the base stays."""
         edits = (edit for file in self.files for edit in file.edits if not edit.packing)
-        dequantized = dict.fromkeys(edit.dtype for edit in edits if isinstance(edit.source, Packed))
+        dequantized = dict.fromkeys(edit.dtype for edit in edits if isinstance(edit.source, QuantizedWeight))
         return self.dtype or ", ".join(dequantized) or "as the base"
 
 
-def inputs_of(*inputs: Checkpoint | Given) -> tuple[Path, ...]:
+def inputs_of(*inputs: Checkpoint | WeightedAdapter) -> tuple[Path, ...]:
     """The files and directories that bases, with the receipts beside them, and adapters are read from."""
     paths: list[Path] = []
     for one in inputs:
-        if isinstance(one, Given):
+        if isinstance(one, WeightedAdapter):
             paths += [*([one.path] if one.path else []), *one.adapter.files]
         else:
             paths += [one.path] if one.is_directory else [one.path, receipt_of(one.path)]

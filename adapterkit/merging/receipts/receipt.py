@@ -26,7 +26,7 @@ from adapterkit.files.safetensors import FLOAT_DTYPES
 from adapterkit.files.staging import FOLDER, MAX_NAME_BYTES, RECEIPT, receipts_aside
 from adapterkit.files.workspace import receipt_of
 from adapterkit.hub.names import public_name
-from adapterkit.merging.plan.types import Delta, Edit, Hashes, MergePlan
+from adapterkit.merging.plan.types import Edit, Hashes, MergePlan, ModuleUpdate
 
 FORMAT = 2
 # What a dtype can hold of others, bit for bit.
@@ -34,7 +34,7 @@ HOLDS = {"BF16": ("BF16",), "F16": ("F16",), "F32": ("F32", "BF16", "F16"), "F64
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModuleShare:
     """One module's share in a merged tensor."""
 
     adapter: int
@@ -52,11 +52,11 @@ class Shard:
     size: int
     before: str
     after: str
-    tensors: tuple[tuple[str, tuple[Part, ...]], ...]
+    tensors: tuple[tuple[str, tuple[ModuleShare, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class MergedAdapter:
     """One adapter, as the merge was given it."""
 
     name: str
@@ -80,7 +80,7 @@ class Receipt:
 
     folder: Path
     base: str
-    adapters: tuple[Merged, ...]
+    adapters: tuple[MergedAdapter, ...]
     shards: tuple[Shard, ...]
     companions: Companions | None  # None: format 1 does not hash them
     irreversible: str | None  # why it cannot be undone
@@ -177,7 +177,7 @@ def check_receipt(plan: MergePlan) -> None:
     _parse(folder, parse_json(folder / RECEIPT, raw, large=True, any_name=True))
 
 
-def _part(delta: Delta) -> dict[str, Any]:
+def _part(delta: ModuleUpdate) -> dict[str, Any]:
     """What is at its default is left out."""
     target = delta.target
     place = {"rows": target.rows, "of": target.of, "expert": target.expert, "transposed": target.transposed or None}
@@ -288,9 +288,9 @@ class _Reader:
             raise self.wrong(field, "a list of objects", value)
         return value
 
-    def adapter(self, of: dict[str, Any]) -> Merged:
+    def adapter(self, of: dict[str, Any]) -> MergedAdapter:
         files = self.hashes(of, "files")
-        return Merged(self.text(of, "name"), self.number(of, "weight"), self.optional(of, "base_model"), files)
+        return MergedAdapter(self.text(of, "name"), self.number(of, "weight"), self.optional(of, "base_model"), files)
 
     def shard(self, of: dict[str, Any], adapters: int) -> Shard:
         name = self.text(of, "name")
@@ -303,12 +303,12 @@ class _Reader:
         size = self.index(of, "size")
         return Shard(name, size, self.hash(of, "sha256_before"), self.hash(of, "sha256_after"), tensors)
 
-    def part(self, of: dict[str, Any], adapters: int) -> Part:
+    def part(self, of: dict[str, Any], adapters: int) -> ModuleShare:
         if not isinstance(transposed := of.get("transposed", False), bool):
             raise self.wrong("transposed", "true or false", transposed)
         expert = None if of.get("expert") is None else self.index(of, "expert")
         target = Target("", self.span(of, "rows"), self.span(of, "of"), expert, transposed)
-        return Part(
+        return ModuleShare(
             self.index(of, "adapter", adapters), self.text(of, "module"), self.number(of, "scaling"),
             self.number(of, "weight"), target,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adapterkit.base.quant import Packed
+from adapterkit.base.quant import QuantizedWeight
 from adapterkit.errors import LossError, NoSpaceError, UsageError
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.run.hashing import is_copy
@@ -37,7 +37,7 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
     )
     edits = [edit for file in plan.files for edit in file.edits]
     blocks = 3  # the input, and two outputs
-    if any(isinstance(edit.source, Packed) or edit.twin for edit in edits):
+    if any(isinstance(edit.source, QuantizedWeight) or edit.twin for edit in edits):
         blocks += 4  # its numbers as indices, as float32, and rounded
     if any(edit.packing and edit.packing.rounding.kind == "compensated" for edit in edits):
         blocks += 5

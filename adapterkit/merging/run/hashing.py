@@ -30,7 +30,7 @@ def is_copy(plan: FilePlan) -> bool:
         return stream.read(len(plan.header)) == plan.header
 
 
-class OutputDigest:
+class OutputHash:
     """The SHA-256 of an output: of its header, what is fed, and what it takes over from the open file `source`.
 
     What is fed before its turn is waited for: its future ends when the bytes are not needed any more. An output that is

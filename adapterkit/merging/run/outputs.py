@@ -20,18 +20,18 @@ from adapterkit.merging.receipts.receipt import sidecar_name, undoable
 from adapterkit.merging.receipts.resume import Done
 from adapterkit.merging.receipts.sidecar import GAINS, LARGEST, NUMBERS, SidecarWriter, entry, kept, not_in_output
 from adapterkit.merging.run.budget import BLOCK_BYTES
-from adapterkit.merging.run.hashing import OutputDigest, is_copy
+from adapterkit.merging.run.hashing import OutputHash, is_copy
 
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
-    from adapterkit.merging.blocks.block import Loaded
+    from adapterkit.merging.blocks.block import LoadedEdit
     from adapterkit.merging.blocks.undo import Undo
 
 BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
 
 
 @dataclass
-class Digest:
+class InputHash:
     """The SHA-256 of an input, taken step by step; one worker at a time is `busy` with it.
 
     Bytes that `output` takes over untouched are written on the way.
@@ -87,12 +87,12 @@ class Output:
         """
         self.plan, self.shard, self.begin, self._folder, self._when_done = plan, shard, begin, folder, when_done
         self.note: str | None = None  # what was done otherwise than asked for
-        self.input = Digest(shard.file, shard.size, self)  # as planned: if it shrank since, reading it fails
+        self.input = InputHash(shard.file, shard.size, self)  # as planned: if it shrank since, reading it fails
         self.file = self._create(merge, path)
         self.records = records
         self.hashed = merge.receipt or merge.restores
         self.blocks = tuple(_blocks_of(self))
-        self.digest: OutputDigest | None = None
+        self.digest: OutputHash | None = None
         self.sidecar: SidecarWriter | None = None
         self._parts, self._lock = len(plan.edits) + 1, threading.Lock()
         self._opened, self._opening = False, threading.Lock()
@@ -105,7 +105,7 @@ class Output:
             self.input.open()
             self.file.open()
             if self.hashed:
-                self.digest = OutputDigest(self.plan, self.input.fd, self.part_done)
+                self.digest = OutputHash(self.plan, self.input.fd, self.part_done)
                 self._parts += self.digest.by_and_by
             if self.records:
                 self.sidecar = self._begin_sidecar()
@@ -210,7 +210,7 @@ class EditWork:
     written: int = 0
     changed: bool = False  # whether any row is not the base's
     lock: threading.Lock = field(default_factory=threading.Lock)
-    loaded: Loaded | None = None
+    loaded: LoadedEdit | None = None
     retention: Retention | None = None
 
 

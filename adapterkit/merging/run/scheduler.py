@@ -29,15 +29,15 @@ from adapterkit.merging.receipts.receipt import irreversible
 from adapterkit.merging.receipts.resume import Done, clear_notes, in_words, job_of, note_finished, take_over
 from adapterkit.merging.run.budget import check_device, check_loss, check_space, default_threads, warnings_of
 from adapterkit.merging.run.hashing import HASH_BYTES
-from adapterkit.merging.run.outputs import Block, Digest, EditWork, Output
-from adapterkit.merging.run.worker import Desk
+from adapterkit.merging.run.outputs import Block, EditWork, InputHash, Output
+from adapterkit.merging.run.worker import Worker
 
 if TYPE_CHECKING:
     import torch
 
     from adapterkit.algebra.updates import Retention
-    from adapterkit.merging.blocks.block import Loaded
-    from adapterkit.merging.blocks.device import Buffers, Place
+    from adapterkit.merging.blocks.block import LoadedEdit
+    from adapterkit.merging.blocks.device import Buffers, ComputeDevice
 
 HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
 MOST_OPEN = 24  # outputs at a time, with four descriptors each: a process may have 1024, on some systems 256
@@ -116,7 +116,7 @@ def run(
     yield result
 
 
-_Task = Callable[[Desk], None]
+_Task = Callable[[Worker], None]
 
 
 class _Run:
@@ -137,7 +137,7 @@ class _Run:
         self.stamps, self.device = stamps, device
         self.done = done  # by name the outputs, those that are taken over first
         self.noting = threading.Lock()
-        self.place: Place | None = None  # not known before torch is there
+        self.place: ComputeDevice | None = None  # not known before torch is there
         self.notes: list[str] = []
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)  # of what there is to do
@@ -145,7 +145,7 @@ class _Run:
         self.finished: SimpleQueue[str | None] = SimpleQueue()
         self.retention: dict[str, Retention] = {}
         self.unchanged: list[str] = []  # tensors that adapters change, and that came out as the base has them
-        self.digests: dict[Path, Digest] = {}  # adapters first, then the base's files in the order of the blocks
+        self.digests: dict[Path, InputHash] = {}  # adapters first, then the base's files in the order of the blocks
         self.outputs: list[Output] = []
         self.begun: set[Output] = set()  # and not done
         self.blocks: deque[Block] = deque()
@@ -157,7 +157,7 @@ class _Run:
         done = False
         try:
             self._create_outputs()
-            workers = [pool.submit(self._work, Desk(writers)) for _ in range(self.threads)]
+            workers = [pool.submit(self._work, Worker(writers)) for _ in range(self.threads)]
             for worker in workers:
                 worker.add_done_callback(lambda _: self.finished.put(None))
             import torch
@@ -218,7 +218,7 @@ class _Run:
         """Create every output that is not taken over, so that what the disk has no room for shows itself now."""
         plan = self.plan
         for file in (file for one in plan.given for file in one.adapter.files):
-            self.digests.setdefault(file, Digest(file, file.stat().st_size))
+            self.digests.setdefault(file, InputHash(file, file.stat().st_size))
         begin, records = 0, plan.receipt and irreversible(plan) is None
         for shard, file_plan in zip(plan.base.shards, plan.files, strict=True):
             if file_plan.name not in self.done:
@@ -246,7 +246,7 @@ class _Run:
 
     # --- the workers
 
-    def _work(self, desk: Desk) -> None:
+    def _work(self, desk: Worker) -> None:
         try:
             while (task := self._next_task()) is not None:
                 task(desk)
@@ -278,7 +278,7 @@ class _Run:
                 self.changed.wait()
         return None
 
-    def _due_digest(self, block: Block | None) -> Digest | None:
+    def _due_digest(self, block: Block | None) -> InputHash | None:
         """The first digest to go on with; only as far ahead of the next block as its input stays in the page cache."""
         limit = block.place + HASH_AHEAD if block else None
         for digest in self.digests.values():
@@ -292,7 +292,7 @@ class _Run:
         """Whether an output is open, or may be opened now."""
         return output is None or output in self.begun or len(self.begun) < MOST_OPEN
 
-    def _hash(self, digest: Digest, desk: Desk) -> None:
+    def _hash(self, digest: InputHash, desk: Worker) -> None:
         """Hash the next bytes of an input, and copy what of them is untouched."""
         page, start, output = desk.free_page(), digest.at, digest.output
         (output or digest).open()
@@ -319,7 +319,7 @@ class _Run:
             output.file.write(data, at)
         output.part_done()
 
-    def _merge_block(self, block: Block, desk: Desk) -> None:
+    def _merge_block(self, block: Block, desk: Worker) -> None:
         """Compute a block, and leave the writing to another thread."""
         work, first, last = block.work, block.first, block.last
         at = work.edit.offset(first)
@@ -341,7 +341,7 @@ class _Run:
                 desk.send(page, partial(self._write, work, kept, data, at))
                 return
 
-    def _retreat(self, place: Place, error: RuntimeError) -> None:
+    def _retreat(self, place: ComputeDevice, error: RuntimeError) -> None:
         """Go on with less memory where a GPU had too little for `error`, which else is raised again."""
         from adapterkit.merging.blocks.device import CPU, out_of_memory
 
@@ -377,7 +377,7 @@ class _Run:
         pack_rows(edit, loaded, source, first, last, buffers, data)
         return self._finish_packing(work, loaded, source, buffers)
 
-    def _finish_packing(self, work: EditWork, loaded: Loaded, source: int, buffers: Buffers) -> Retention | None:
+    def _finish_packing(self, work: EditWork, loaded: LoadedEdit, source: int, buffers: Buffers) -> Retention | None:
         """Count a packed block; after the last one of an edit write what belongs to all of them."""
         from adapterkit.merging.blocks.block import finish_packing
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from adapterkit.files.outfile import PageBuffer
 
 if TYPE_CHECKING:
-    from adapterkit.merging.blocks.device import Buffers, Place
+    from adapterkit.merging.blocks.device import Buffers, ComputeDevice
 
 
 Written = Future[Future[None] | None]
 
 
-class Desk:
+class Worker:
     """What one worker works with: of what may be written two buffers, since one can be on its way to the disk."""
 
     def __init__(self, writers: ThreadPoolExecutor) -> None:
@@ -24,7 +24,7 @@ class Desk:
         self.writers = writers
         self.outgoing: deque[tuple[PageBuffer, Written | None]] = deque([(PageBuffer(), None) for _ in range(4)])
 
-    def move_to(self, place: Place) -> Buffers:
+    def move_to(self, place: ComputeDevice) -> Buffers:
         """Buffers for that place."""
         if self.buffers is None or self.buffers.place != place:
             import torch

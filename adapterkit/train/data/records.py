@@ -1,6 +1,7 @@
 """Training records out of files, one at a time: whole texts, prompts with completions, or chats.
 
-What cannot be used comes as a `Bad` that says where it stands and why; whether that ends the run is the caller's call.
+What cannot be used comes as a `BadRecord` that says where it stands and why; the caller decides whether that ends the
+run.
 """
 
 from __future__ import annotations
@@ -53,18 +54,18 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Bad:
+class BadRecord:
     """A record that cannot be used."""
 
     where: str
     why: str
 
 
-Rows: TypeAlias = Iterator[tuple[str, Any] | Bad]  # where something stands, and what
+RawRecords: TypeAlias = Iterator[tuple[str, Any] | BadRecord]  # where something stands, and what
 DEFAULT = Fields()
 
 
-def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> Iterator[Record | Bad]:
+def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> Iterator[Record | BadRecord]:
     """The records of a file, by its suffix, or of a dataset on the Hub (`org/name[@revision][:split]`), in order.
 
     A record has the form whose fields it has; of several, the one whose fields were renamed. All but JSON arrays are
@@ -77,7 +78,7 @@ def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> It
     try:
         for row in _rows(source, fields):
             empty = False
-            if isinstance(row, Bad):
+            if isinstance(row, BadRecord):
                 yield row
                 continue
             where, value = row
@@ -96,10 +97,10 @@ def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> It
         )
 
 
-def _record(where: str, row: Any, fields: Fields) -> Record | Bad:
+def _record(where: str, row: Any, fields: Fields) -> Record | BadRecord:
     """`row` as a record, with all that training reads checked."""
     if not isinstance(row, Mapping):
-        return Bad(where, f"is {type(row).__name__}, expected an object with fields")
+        return BadRecord(where, f"is {type(row).__name__}, expected an object with fields")
     names = asdict(fields)
     values = {part: row[name] for part, name in names.items() if name and row.get(name) is not None}
     forms = [form for form in FORMS if values.keys() >= set(form)]
@@ -107,14 +108,14 @@ def _record(where: str, row: Any, fields: Fields) -> Record | Bad:
     if len(forms := renamed if len(forms) > 1 and renamed else forms) != 1:
         found = "has " + (_listed(names[part] for part in values) or f"none of {_listed(filter(None, names.values()))}")
         choice = "more than one form; turn one off by an empty name: --text-field ''" if forms else "no whole form"
-        return Bad(where, f"{found}: {choice}, expected one: a text, a prompt and its completion, or messages")
+        return BadRecord(where, f"{found}: {choice}, expected one: a text, a prompt and its completion, or messages")
     for part in forms[0]:
         if why := _problem(part, values[part]):
-            return Bad(where, f"{names[part]!r} {why}")
+            return BadRecord(where, f"{names[part]!r} {why}")
     try:  # a tokenizer takes neither, and fails with less to say
         json.dumps(row, ensure_ascii=False, default=str).encode()
     except (ValueError, RecursionError):
-        return Bad(where, "holds bytes that are not UTF-8, or half of a surrogate pair")
+        return BadRecord(where, "holds bytes that are not UTF-8, or half of a surrogate pair")
     form = {part: values[part] for part in forms[0]}
     return Record(where, messages=tuple(form["messages"])) if "messages" in form else Record(where, **form)
 
@@ -143,7 +144,7 @@ def _listed(names: Iterable[str]) -> str:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(source: str | os.PathLike[str], fields: Fields) -> Rows:
+def _rows(source: str | os.PathLike[str], fields: Fields) -> RawRecords:
     path = Path(source).expanduser()
     reader = READERS.get(path.suffix.lower())
     if os.path.lexists(path):
@@ -169,29 +170,29 @@ def _bounded(stream: IO[str]) -> Iterator[str]:
             line = stream.readline(LINE + 1)
 
 
-def _text_rows(file: Path, fields: Fields) -> Rows:
+def _text_rows(file: Path, fields: Fields) -> RawRecords:
     """A text a line; blank lines hold nothing that could be lost, here and in JSON lines."""
     for number, line in enumerate(_lines(file), 1):
         where = f"{file.name}:{number}"
         if len(line) > LINE:
-            yield Bad(where, TOO_LONG)
+            yield BadRecord(where, TOO_LONG)
         elif line.strip():
             yield where, {fields.text: line.rstrip("\n")}
 
 
-def _json_line_rows(file: Path, fields: Fields) -> Rows:
+def _json_line_rows(file: Path, fields: Fields) -> RawRecords:
     for number, line in enumerate(_lines(file), 1):
         where = f"{file.name}:{number}"
         if len(line) > LINE:
-            yield Bad(where, TOO_LONG)
+            yield BadRecord(where, TOO_LONG)
         elif line.strip():
             try:
                 yield where, _parse(line.rstrip("\n"))
             except (ValueError, RecursionError) as error:
-                yield Bad(where, f"is not valid JSON: {str(error).replace('line 1 column', 'column')}")
+                yield BadRecord(where, f"is not valid JSON: {str(error).replace('line 1 column', 'column')}")
 
 
-def _json_rows(file: Path, fields: Fields) -> Rows:
+def _json_rows(file: Path, fields: Fields) -> RawRecords:
     """An array of records, an object with one array in it, one record, or JSON lines under another name."""
     with open_regular(file) as stream:
         raw = stream.read(WHOLE + 1)
@@ -237,7 +238,7 @@ class _TableLines:
         return line
 
 
-def _table_rows(file: Path, fields: Fields) -> Rows:
+def _table_rows(file: Path, fields: Fields) -> RawRecords:
     csv.field_size_limit(LINE)
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     lines = _TableLines(file)
@@ -250,19 +251,19 @@ def _table_rows(file: Path, fields: Fields) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Bad(where, f"is not valid CSV: {error}")
+            yield BadRecord(where, f"is not valid CSV: {error}")
             continue
         if not header:
             header = cells
             if twice := [name for name in astuple(fields) if name and header.count(name) > 1]:
                 raise FormatError(f"{where}: the header names {twice[0]!r} twice")
         elif cells and len(cells) != len(header):
-            yield Bad(where, f"has {len(cells)} cells, the header has {len(header)}")
+            yield BadRecord(where, f"has {len(cells)} cells, the header has {len(header)}")
         elif cells:
             yield where, dict(zip(header, cells, strict=True))
 
 
-def _parquet_rows(file: Path, fields: Fields) -> Rows:
+def _parquet_rows(file: Path, fields: Fields) -> RawRecords:
     """The rows of a Parquet file, unpacked by a process of its own and only up to what such a file should hold."""
     _needed("pyarrow", f"{file}: Parquet")
     names = json.dumps([name for name in astuple(fields) if name])
@@ -282,14 +283,14 @@ def _parquet_rows(file: Path, fields: Fields) -> Rows:
                 if "error" in made:
                     raise FormatError(f"{file}: {made['error']}")
                 where = f"{file.name}: record {number}"
-                yield (where, made["row"]) if "row" in made else Bad(where, made["bad"])
+                yield (where, made["row"]) if "row" in made else BadRecord(where, made["bad"])
             if process.wait():
                 raise FormatError(f"{file}: takes too much memory to read, or crashes pyarrow")
         finally:
             process.kill()
 
 
-def _hub_rows(source: str) -> Rows:
+def _hub_rows(source: str) -> RawRecords:
     load = _needed("datasets", f"{source}: there is no such file, and a dataset on the Hub").load_dataset
     id = parsed(source)
     assert id is not None
@@ -312,7 +313,7 @@ def _needed(module: str, what: str) -> Any:
         raise UsageError(f"{what} needs {package}: pip install {package}") from error
 
 
-READERS: dict[str, Callable[[Path, Fields], Rows]] = {
+READERS: dict[str, Callable[[Path, Fields], RawRecords]] = {
     ".jsonl": _json_line_rows, ".ndjson": _json_line_rows, ".json": _json_rows, ".csv": _table_rows,
     ".tsv": _table_rows, ".parquet": _parquet_rows, ".txt": _text_rows, ".md": _text_rows,
 }  # fmt: skip

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from adapterkit.base.models.tokenizing import tokenized
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.train.data.chats import Chats, RefusedError, Templated
-from adapterkit.train.data.records import Bad, Record
+from adapterkit.train.data.records import BadRecord, Record
 
 SHOWN = 10  # bad records that an error lists
 CHARACTERS = 1_000_000  # of a record: a tokenizer takes up to 6 s and 0.8 GB for so many
@@ -48,7 +48,7 @@ class Encoded:
 
     examples: tuple[Example, ...]
     records: tuple[Record, ...]
-    bad: tuple[Bad, ...] = ()
+    bad: tuple[BadRecord, ...] = ()
 
     @property
     def truncated(self) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class Encoded:
         return sum(int(example.counted.sum()) for example in self.examples)
 
 
-def encode(record: Record, tokenizer: Tokenizer, max_length: int, chats: Chats) -> Example | Bad:
+def encode(record: Record, tokenizer: Tokenizer, max_length: int, chats: Chats) -> Example | BadRecord:
     """`record` as at most `max_length` tokens, cut at the end; Bad where no token is left that the loss is for.
 
     A text counts whole; of a prompt and its completion, the completion; of a chat, what the assistant says, with the
@@ -79,31 +79,31 @@ def encode(record: Record, tokenizer: Tokenizer, max_length: int, chats: Chats) 
             _chat(record.messages, tokenizer, chats, most) if record.messages else _plain(record, tokenizer, most)
         )
     except RefusedError as error:
-        return Bad(record.where, str(error))
+        return BadRecord(record.where, str(error))
     except FormatError as error:
         raise FormatError(f"{record.where}: {error}") from error
     counted[:1] = False
     if not counted.any():
-        return Bad(record.where, f"has {len(ids)} tokens, and none that could be learned")
+        return BadRecord(record.where, f"has {len(ids)} tokens, and none that could be learned")
     if not counted[:max_length].any():
-        return Bad(record.where, f"the prompt alone has {counted.argmax()} tokens, --max-length is {max_length}")
+        return BadRecord(record.where, f"the prompt alone has {counted.argmax()} tokens, --max-length is {max_length}")
     return Example(ids[:max_length].copy(), counted[:max_length].copy(), record.where, max(0, len(ids) - max_length))
 
 
 def encode_all(
-    records: Iterable[Record | Bad], tokenizer: Tokenizer, max_length: int, skip_bad: bool = False
+    records: Iterable[Record | BadRecord], tokenizer: Tokenizer, max_length: int, skip_bad: bool = False
 ) -> Encoded:
     """All of `records` as tokens. Raises FormatError where some are bad, or with `skip_bad` where none is good."""
     if max_length < 2:
         raise UsageError(f"--max-length is {max_length}, expected 2 or more: nothing predicts a first token")
     good: list[tuple[Example, Record]] = []
-    bad: list[Bad] = []
+    bad: list[BadRecord] = []
     with Chats(tokenizer) as chats:
         for record in records:
-            made = record if isinstance(record, Bad) else encode(record, tokenizer, max_length, chats)
+            made = record if isinstance(record, BadRecord) else encode(record, tokenizer, max_length, chats)
             if isinstance(record, Record) and isinstance(made, Example):
                 good.append((made, record))
-            elif isinstance(made, Bad):
+            elif isinstance(made, BadRecord):
                 bad.append(made)
     if bad and not (skip_bad and good):
         lines = [f"{len(bad)} of {len(bad) + len(good)} records cannot be used"]
@@ -127,7 +127,7 @@ def split(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded]:
         raise UsageError(f"a share of {share} of {count} records: expected one or more to train on and to validate on")
     chosen = set(np.random.default_rng(seed).permutation(count)[:held].tolist())
 
-    def part(validated: bool, bad: tuple[Bad, ...]) -> Encoded:
+    def part(validated: bool, bad: tuple[BadRecord, ...]) -> Encoded:
         places = [at for at in range(count) if (at in chosen) is validated]
         return Encoded(tuple(encoded.examples[at] for at in places), tuple(encoded.records[at] for at in places), bad)
 

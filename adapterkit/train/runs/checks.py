@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.weights import Given, refuse_broken
+from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
 from adapterkit.base.checkpoint import CONFIG, Checkpoint, is_base, open_checkpoint
 from adapterkit.base.models.described import check_described
 from adapterkit.base.models.loading import SMALL_FILES
@@ -34,10 +34,10 @@ def open_base(spec: str) -> Checkpoint:
     return base
 
 
-def open_fitting(spec: str, base: Checkpoint) -> Given:
+def open_fitting(spec: str, base: Checkpoint) -> WeightedAdapter:
     """The adapter, checked to be whole and to fit `base`."""
     path = resolve(spec)
-    given = Given(load(path), label=hub_id(spec) or path.resolve().name)
+    given = WeightedAdapter(load(path), label=hub_id(spec) or path.resolve().name)
     check_cached(given.adapter.files)
     refuse_broken(given)
     adapter, tensors = given.adapter, weights_of(base.tensors, base.config)

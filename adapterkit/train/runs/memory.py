@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import Packed
+from adapterkit.base.quant import QuantizedWeight
 from adapterkit.base.quant import weights as weights_of
 from adapterkit.errors import UsageError
 from adapterkit.inspection.summary import layer_of
@@ -50,7 +50,7 @@ def estimate(
     stored = weights_of(base.tensors, base.config)
     shapes = {name: tuple(info.shape) for name, info in stored.items()}
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and layer_of(name) is not None}
-    in_4_bits = {name for name, info in stored.items() if isinstance(info, Packed) and info.bits == 4}
+    in_4_bits = {name for name, info in stored.items() if isinstance(info, QuantizedWeight) and info.bits == 4}
     in_4_bits |= set(matrices) if recipe.quantize != "none" else set()
     weights = sum(int(prod(shape) * (IN_4_BITS if name in in_4_bits else size)) for name, shape in shapes.items())
     if recipe.method == "full":
