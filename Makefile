@@ -44,7 +44,7 @@ suite: base
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 stress: base
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/stress.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/merging/stress.py
 	OMP_NUM_THREADS=1 STRESS_KILLS=100 $(BIN)/python -m pytest -n $(JOBS) tests/merging/test_faults.py -k killed_at_random
 
 bench: setup

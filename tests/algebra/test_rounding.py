@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from test_fused import OnGpu
+from standins import OnGpu
 
 from adapterkit.algebra.rounding import DROPPED_BITS, as_bfloat16, on_midpoints, round_once
 from adapterkit.kernels.cpu import add_rounded

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from handmade import adapterkit, contents, factors, write_adapter, write_base
 from safetensors.torch import load_file
-from test_faults import failing
+from standins import failing
 
 import adapterkit as package
 from adapterkit.errors import OutputExistsError

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from handmade import contents
-from test_faults import failing, nth_call
+from standins import failing, nth_call
 
 from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
 from adapterkit.files import renaming, staging

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from standins import OnGpu
 
 from adapterkit.algebra.updates import Update
 from adapterkit.kernels.cpu import DoubtMask, add_rounded, subtract_rounded
@@ -11,12 +12,6 @@ from adapterkit.kernels.cpu import DoubtMask, add_rounded, subtract_rounded
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # as where torch has to make an output fit
 FIRST, ROWS, COLUMNS = 100, 23, 5
 SPANS = [(80, 100), (100, 123), (95, 107), (110, 140), (104, 106), (123, 130), (90, 150)]
-
-
-class OnGpu(torch.Tensor):
-    """A tensor that says that it lies on a GPU."""
-
-    is_cuda = True
 
 
 def integers(low: int, high: int, *shape: int) -> torch.Tensor:

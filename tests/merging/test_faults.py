@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
 
 import conftest
 import pytest
@@ -24,6 +23,7 @@ import torch
 from handmade import COLUMNS, Outcome, Terminal, adapterkit, contents, factors, write_adapter, write_base
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from standins import failing, nth_call
 
 import adapterkit as package
 from adapterkit.combining import write
@@ -68,27 +68,6 @@ def nothing_left(folder: Path) -> bool:
     return names(folder) == ["adapter", "base"]
 
 
-def nth_call(function: Callable[..., Any], n: int, act: Callable[[], None]) -> Callable[..., Any]:
-    """`function`, but its n-th call does `act` first."""
-    calls = 0
-
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == n:
-            act()
-        return function(*args, **kwargs)
-
-    return hooked
-
-
-def failing(error: BaseException) -> Callable[..., None]:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    return fail
-
-
 # --- kills and ctrl-C ------------------------------------------------------------------------------------------------
 
 # Run the real command line in forks of a process that has imported torch; the n-th call of one function ends each.
@@ -97,7 +76,7 @@ import gc, json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch  # now: parts of its import swallow a KeyboardInterrupt
 import adapterkit.merging.blocks.block, adapterkit.cli.main
-from adapterkit.files import staging
+from adapterkit.files import staging, writing
 from adapterkit.merging import card
 from adapterkit.merging.run import outputs, scheduler
 from adapterkit.__main__ import main
@@ -133,7 +112,7 @@ POINTS = [
     ("outputs.Output.part_done", 6),
     ("scheduler.finish_merge", 1),
     ("card.copy_file", 1),
-    ("card.write_text", 3),
+    ("writing.write_text", 2),
     ("staging._commit", 1),
 ]
 

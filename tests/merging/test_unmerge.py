@@ -110,7 +110,7 @@ def test_every_size_comes_out_again(
 
 @pytest.mark.parametrize("name", adversarial.CASES)
 def test_the_hardest_sums_come_out_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On midpoints of powers of two; `pytest tests/stress.py` does many more of them."""
+    """On midpoints of powers of two; `pytest tests/merging/stress.py` does many more of them."""
     case = adversarial.write(name, tmp_path, 3_000, 1)
     adapterkit.merge(case.base, case.adapters, tmp_path / "merged", **case.how)
     adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=case.adapters)

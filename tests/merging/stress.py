@@ -1,4 +1,4 @@
-"""200 merges of the hardest inputs, and of a real model, undone through files: `pytest -s tests/stress.py`.
+"""200 merges of the hardest inputs, and of a real model, undone through files: `pytest -s tests/merging/stress.py`.
 
 It takes minutes, so that pytest finds it only by this name. STRESS_RUNS and STRESS_ROWS make it shorter.
 """

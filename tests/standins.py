@@ -1,0 +1,35 @@
+"""Stand-ins for what no test can ask for: a full disk, a kill at the right moment, a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def nth_call(function: Callable[..., Any], n: int, act: Callable[[], None]) -> Callable[..., Any]:
+    """`function`, but its n-th call does `act` first."""
+    calls = 0
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            act()
+        return function(*args, **kwargs)
+
+    return hooked
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it lies on a GPU."""
+
+    is_cuda = True
