@@ -35,6 +35,14 @@ settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes long, unless `-m slow` or a name asks for it."""
+    asked = config.getoption("markexpr") or config.getoption("keyword") or any("::" in arg for arg in config.args)
+    for item in items if not asked else ():
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="takes long: `make slow` runs it"))
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays, and is not looked at again."""
     gc.freeze()

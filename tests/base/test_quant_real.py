@@ -21,7 +21,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 
-pytestmark = [pytest.mark.base, pytest.mark.slow]
+pytestmark = pytest.mark.base
 
 ADAPTER = FIXTURES / "smollm2-wikisql"
 
@@ -49,6 +49,7 @@ def merged(nf4: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_we_quantize_to_the_same_bytes(smollm2: Path, nf4: Path, tmp_path: Path) -> None:
     adapterkit.quantize(smollm2, tmp_path / "ours", to="nf4", nested=True)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "ours", nf4))
@@ -119,6 +120,7 @@ def test_peft_requantizing_erases_what_we_keep(nf4: Path, merged: Path) -> None:
     assert kept(load_file(merged / "model.safetensors")[f"{name}.weight"]) > 0.97
 
 
+@pytest.mark.slow
 def test_verify_names_pefts_merge_into_four_bits(nf4: Path, tmp_path: Path) -> None:
     """As it is saved: transformers 5 cannot write it itself."""
     base = AutoModelForCausalLM.from_pretrained(nf4, dtype=torch.bfloat16, device_map="cpu")

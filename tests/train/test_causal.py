@@ -326,7 +326,6 @@ def peft_losses(base: Any, order: Order, method: str, ours: nn.Module) -> list[f
 
 
 @pytest.mark.base
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_the_first_losses_on_a_real_model_are_pefts(
     smollm2: Path, material: Callable[[str], Path], method: str

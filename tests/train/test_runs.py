@@ -428,6 +428,7 @@ def test_two_processes_are_as_one(recipe: Callable[..., Recipe], base: Path, dat
         torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_what_one_began(
     recipe: Callable[..., Recipe], base: Path, data: Path, tmp_path: Path
 ) -> None:
