@@ -3,7 +3,7 @@
 # make check   format, lint, types
 # make slow    the tests that `make test` leaves out, since they take long
 # make stress  merge and unmerge the hardest inputs 200 times, and a real model; kill 200 runs; minutes
-# make bench   side by side with cp and PEFT; records nothing unless asked: see benchmarks/
+# make bench   time merges and inspect, beside cp and PEFT; python -m benchmarks.NAME has the others
 
 PYTHON ?= python3
 VENV := .venv
@@ -52,8 +52,8 @@ stress: base
 	OMP_NUM_THREADS=1 STRESS_KILLS=100 $(BIN)/python -m pytest -n $(JOBS) tests/merging/test_faults.py -k killed_at_random
 
 bench: setup
-	$(BIN)/python benchmarks/merge.py
-	$(BIN)/python benchmarks/inspection.py
+	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.inspection
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -23,9 +23,10 @@ import time
 from pathlib import Path
 from statistics import median
 
-from measure import ROOT, child_environment
-from models import CACHE, LLAMA2_7B, cached_adapter
-from report import Target, report, targets_table
+from benchmarks.common.measure import child_environment, python
+from benchmarks.common.models import LLAMA2_7B, cached_adapter
+from benchmarks.common.paths import CACHE, ROOT
+from benchmarks.common.report import Target, report, targets_table
 
 COUNT = 1000
 SIZE = (40, 130)  # lines, columns
@@ -103,7 +104,7 @@ def one_round(many: Path, large: Path) -> dict[str, float]:
     figures["import textual"] = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as cache:
         env = child_environment() | {"XDG_CACHE_HOME": cache, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
-        command = [sys.executable, "-m", "adapterkit", "tui"]
+        command = python("adapterkit", "tui")
         app = Screen([*command, str(many)], env)
         figures["first paint"] = app.until("sources")
         figures["all listed"] = app.until(f" {COUNT} ") - figures["first paint"]

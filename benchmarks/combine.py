@@ -10,13 +10,11 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from measure import Command, Result, alternate, child_environment, table
-from merge import clean
-from models import CACHE, LLAMA2_7B, SMOLLM2, cached_adapter, cached_llama
-from report import Target, report, targets_table
+from benchmarks.common.measure import Command, Result, alternate, child_environment, clean, python, table
+from benchmarks.common.models import LLAMA2_7B, SMOLLM2, cached_adapter, cached_llama
+from benchmarks.common.paths import BASE, CACHE
+from benchmarks.common.report import Target, report, targets_table
 
-BASE = CACHE.parent / "SmolLM2-135M-Instruct"
-PEERS = Path(__file__).resolve().parent / "peers"
 RANK = 16
 
 
@@ -45,14 +43,14 @@ def main() -> None:
 def pairs(layers: int, work: Path) -> tuple[Path, Path]:
     """A base of 1.1B's shapes, and the same with an adapter merged into it."""
     base, tuned = cached_llama(layers, shards=min(5, layers)), work / f"{layers}.tuned"
-    argv = [sys.executable, "-m", "adapterkit", "merge", str(base), str(cached_adapter(layers, RANK)), "-o", str(tuned)]
+    argv = python("adapterkit", "merge", base, cached_adapter(layers, RANK), "-o", tuned)
     subprocess.run(argv, check=True, capture_output=True)  # by a process of its own: see `measure` on peaks
     return base, tuned
 
 
 def adapterkit_of(name: str, work: Path, *words: object) -> Command:
     """A command of adapterkit's own; those that write an adapter write it to the same place."""
-    argv = [sys.executable, "-m", "adapterkit", *map(str, words)]
+    argv = python("adapterkit", *words)
     return Command(name, argv, before=partial(forget, work))
 
 
@@ -74,7 +72,7 @@ def combining(small: list[Path], large: list[Path], work: Path, rounds: int) -> 
         return f"{paths[0]}:0.7", f"{paths[1]}:0.3", "-o", out
 
     to_dora = ("--to", "dora", "--base", BASE)
-    peft = [sys.executable, str(PEERS / "peft_combine.py"), str(BASE), *map(str, small), str(work / "peft"), str(RANK)]
+    peft = python("benchmarks.peers.peft_combine", BASE, *small, work / "peft", RANK)
     torch, ours, seven, resized, compared, *_ = results = alternate(
         [
             Command("import torch", [sys.executable, "-c", "import torch"]),
@@ -123,7 +121,7 @@ def extracting(
 ) -> tuple[list[Result], list[Target]]:
     """Extract what was merged into a model of 1.1B's shapes; full SVDs of a model of few layers only, once."""
     out = work / "out"
-    svd = [sys.executable, str(PEERS / "full_svd.py"), *map(str, few), str(work / "svd.safetensors"), str(RANK)]
+    svd = python("benchmarks.peers.full_svd", *few, work / "svd.safetensors", RANK)
     results = alternate(
         [
             adapterkit_of("extract, 1.1B", work, "extract", *whole, "-o", out, "--rank", RANK),

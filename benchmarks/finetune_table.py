@@ -26,13 +26,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import ROOT, child_environment
-from models import CACHE
-from report import report
+from benchmarks.common.measure import child_environment, python
+from benchmarks.common.paths import BASE, CACHE, ROOT, TEXTS
+from benchmarks.common.report import report
 
-HERE = Path(__file__).resolve().parent
-BASE = CACHE.parent / "SmolLM2-135M-Instruct"
-TEXTS = ROOT.parent / "shared" / "material" / "text"
 ANSWER = "\nA:"
 BATCH, ROOM, EVAL_BATCH = 8, 512, 50
 Facts = dict[str, Any]
@@ -135,7 +132,7 @@ def main() -> None:
     }
     for left in work.glob("full-*/"):
         shutil.rmtree(left)
-    picture = (HERE if args.record else work) / (
+    picture = (ROOT / "benchmarks" if args.record else work) / (
         "finetune.svg" if args.scale == "reduced" else f"finetune-{args.scale}.svg"
     )
     draw(varied, picture)
@@ -196,7 +193,7 @@ class Bench:
         if facts.get("recipe") != recipe or (data not in facts and not out.is_dir()):
             lines = (self.work / "train.jsonl").read_text().splitlines(keepends=True)
             records.write_text("".join(lines[: setting.records]))
-            worker = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(recipe), str(out)]
+            worker = python("benchmarks.finetune_table", "--worker", json.dumps(recipe), out)
             facts = {"recipe": recipe, **run(worker, setting.name)}
             save(kept, facts)
         if data not in facts:
@@ -210,10 +207,10 @@ class Bench:
         if not names and kept.is_file():
             found: Facts = json.loads(kept.read_text())
             return found
-        models = [str(self.work / name) for name in names]
+        models = [self.work / name for name in names]
         if not names or not names[0].startswith("full-"):
-            models.insert(0, str(BASE))
-        argv = [sys.executable, "-m", "adapterkit", "eval", *models, str(self.work / f"{data}.jsonl"), "--json"]
+            models.insert(0, BASE)
+        argv = python("adapterkit", "eval", *models, self.work / f"{data}.jsonl", "--json")
         argv += ["--dtype", self.scale.dtype, "--quantize", quantize, "--batch-size", str(EVAL_BATCH)]
         argv += ["--max-length", str(ROOM), "--generate" if data == "test" else "--no-generate"]
         found = run(argv, f"{' '.join(names) or 'base'} on {data}")

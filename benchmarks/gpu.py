@@ -17,10 +17,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measure import Command, alternate, child_environment, table
-from merge import PEFT_MERGE, and_sync, clean
-from models import CACHE, DELTA_RATIO, LLAMA3_8B, TINYLLAMA, WEIGHT_STD, Llama, cached_adapter, cached_llama
-from report import Target, report, targets_table
 from torch import nn
 
 import adapterkit
@@ -30,6 +26,11 @@ from adapterkit.algebra.updates import Update
 from adapterkit.base.quant import bnb4
 from adapterkit.merging import live
 from adapterkit.merging.blocks.device import exact_products
+from benchmarks.common.measure import Command, alternate, and_sync, child_environment, clean, python, table
+from benchmarks.common.models import DELTA_RATIO, LLAMA3_8B, TINYLLAMA, WEIGHT_STD, Llama, cached_adapter, cached_llama
+from benchmarks.common.paths import CACHE
+from benchmarks.common.report import Target, report, targets_table
+from benchmarks.merge import PEFT_MERGE
 
 SHAPES = {"8b": LLAMA3_8B, "1b": TINYLLAMA, "tiny": Llama(hidden=64, intermediate=160, heads=4, kv_heads=2, vocab=96)}
 RANK = 16
@@ -275,8 +276,8 @@ def files(args: argparse.Namespace, shape: Llama, work: Path) -> Part:
     copy = ["cp", "-r", str(base), str(output)]
 
     def ours(device: str) -> Command:
-        argv = [sys.executable, "-m", "adapterkit", "merge", base, adapter, "-o", output, "--device", device]
-        return Command(f"adapterkit, --device {device}", [str(word) for word in argv], before=lambda: clean(work))
+        argv = python("adapterkit", "merge", base, adapter, "-o", output, "--device", device)
+        return Command(f"adapterkit, --device {device}", argv, before=lambda: clean(work))
 
     commands = [
         Command("import torch", [sys.executable, "-c", "import torch"]),
@@ -285,7 +286,7 @@ def files(args: argparse.Namespace, shape: Llama, work: Path) -> Part:
     ]
     notes = []
     if find_spec("peft") and find_spec("transformers"):
-        peft = [sys.executable, str(PEFT_MERGE), str(base), str(adapter), str(output), "5GB", args.device]
+        peft = python(PEFT_MERGE, base, adapter, output, "5GB", args.device)
         commands.append(Command("PEFT + sync", and_sync(peft, output), before=lambda: clean(work), rounds=1))
     else:
         notes.append("PEFT is not installed: not compared.")

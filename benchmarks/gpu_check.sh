@@ -66,15 +66,15 @@ step() { # NAME LIMIT COMMAND…: run a command for at most LIMIT seconds, its o
 }
 
 if [ "$device" = cpu ]; then
-    step resident 120 "$python" benchmarks/gpu.py --device cpu --shape tiny --layers 2 --parts exactness resident four-bits
-    step files 120 "$python" benchmarks/gpu.py --device cpu --shape tiny --layers 2 --rounds 1 --parts files
-    step train 120 "$python" benchmarks/train.py --rounds 1 --steps 1 gpu --device cpu --shape tiny --layers 2 --batch 2 --length 64
+    step resident 120 "$python" -m benchmarks.gpu --device cpu --shape tiny --layers 2 --parts exactness resident four-bits
+    step files 120 "$python" -m benchmarks.gpu --device cpu --shape tiny --layers 2 --rounds 1 --parts files
+    step train 120 "$python" -m benchmarks.train --rounds 1 --steps 1 gpu --device cpu --shape tiny --layers 2 --batch 2 --length 64
 else
     # Only the files with such tests: others import what need not be installed here.
     mapfile -t tests < <(grep -l 'pytest\.mark\.gpu' -r --include='test_*.py' tests)
     step tests 150 "$python" -m pytest -m gpu -p no:cacheprovider "${tests[@]}"
-    step resident 90 "$python" benchmarks/gpu.py --parts exactness resident four-bits
-    step files 150 "$python" benchmarks/gpu.py --shape 1b --layers 22 --rounds 2 --parts files
-    step train 80 "$python" benchmarks/train.py --rounds 1 --steps 5 gpu
+    step resident 90 "$python" -m benchmarks.gpu --parts exactness resident four-bits
+    step files 150 "$python" -m benchmarks.gpu --shape 1b --layers 22 --rounds 2 --parts files
+    step train 80 "$python" -m benchmarks.train --rounds 1 --steps 5 gpu
 fi
 exit $failed

@@ -7,9 +7,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from measure import Command, alternate, child_environment, table
-from models import CACHE, LLAMA2_7B, cached_adapter
-from report import Target, report, targets_table
+from benchmarks.common.measure import Command, alternate, child_environment, python, table
+from benchmarks.common.models import LLAMA2_7B, cached_adapter
+from benchmarks.common.paths import CACHE
+from benchmarks.common.report import Target, report, targets_table
 
 
 def main() -> None:
@@ -24,11 +25,10 @@ def main() -> None:
         parser.error("--rounds must be at least 1")
 
     adapter = cached_adapter(args.layers, args.rank, LLAMA2_7B)
-    adapterkit = [sys.executable, "-m", "adapterkit"]
     commands = [
         Command("import torch", [sys.executable, "-c", "import torch"]),
-        Command("adapterkit --help", [*adapterkit, "--help"]),
-        Command("adapterkit inspect", [*adapterkit, "inspect", str(adapter)]),
+        Command("adapterkit --help", python("adapterkit", "--help")),
+        Command("adapterkit inspect", python("adapterkit", "inspect", adapter)),
     ]
     torch, usage, inspect = results = alternate(commands, args.rounds, child_environment())
     beyond = inspect.wall - torch.wall

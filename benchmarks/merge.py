@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from measure import Command, alternate, child_environment, table
-from models import CACHE, cached_adapter, cached_llama, cached_nf4
-from report import Target, report, targets_table
+from benchmarks.common.measure import Command, alternate, and_sync, child_environment, clean, python, table
+from benchmarks.common.models import cached_adapter, cached_llama, cached_nf4
+from benchmarks.common.paths import CACHE
+from benchmarks.common.report import Target, report, targets_table
 
-PEFT_MERGE = Path(__file__).resolve().parent / "peers" / "peft_merge.py"
+PEFT_MERGE = "benchmarks.peers.peft_merge"
 SHARD_MB = 500  # about what the five shards of the base have, so that every tool writes files alike
 
 
@@ -77,7 +76,7 @@ def quantized(args: argparse.Namespace) -> None:
     base, adapter = cached_nf4(args.layers), cached_adapter(args.layers, args.rank)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="out-") as directory:
         work = Path(directory)
-        peft = [sys.executable, str(PEFT_MERGE), str(base), str(adapter), str(work / "merged"), f"{SHARD_MB}MB"]
+        peft = python(PEFT_MERGE, base, adapter, work / "merged", f"{SHARD_MB}MB")
         peers = {"PEFT, requantizing + sync": "requantize", "PEFT, dequantize() first + sync": "dequantize"}
         commands = [
             Command("import torch", [sys.executable, "-c", "import torch"]),
@@ -102,7 +101,7 @@ def merge_commands(base: Path, adapter: Path, work: Path, peer_rounds: int) -> l
     """Return the commands of the comparison: five that always run, then mergekit where it is installed."""
     output = work / "merged"
     copy = ["cp", "-r", str(base), str(output)]
-    peft = [sys.executable, str(PEFT_MERGE), str(base), str(adapter), str(output), f"{SHARD_MB}MB"]
+    peft = python(PEFT_MERGE, base, adapter, output, f"{SHARD_MB}MB")
     commands = [
         Command("import torch", [sys.executable, "-c", "import torch"]),
         Command("cp", copy, before=partial(clean, work)),
@@ -116,7 +115,7 @@ def merge_commands(base: Path, adapter: Path, work: Path, peer_rounds: int) -> l
     config = work / "mergekit.yaml"
     model = f"{base}+{adapter}"  # mergekit's notation for a base with a LoRA adapter merged into it
     config.write_text(f"merge_method: passthrough\nmodels:\n  - model: {model}\ndtype: bfloat16\n")
-    mergekit = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(config), str(output)]
+    mergekit = python("mergekit.scripts.run_yaml", config, output)
     # It first merges by PEFT into this cache, which has to start empty to be part of what is timed.
     mergekit += ["--lora-merge-cache", str(work / "cache"), "--lora-merge-dtype", "bfloat16"]
     mergekit += ["--out-shard-size", f"{SHARD_MB}M", "--no-copy-tokenizer"]  # the base has no tokenizer
@@ -126,20 +125,8 @@ def merge_commands(base: Path, adapter: Path, work: Path, peer_rounds: int) -> l
 
 def adapterkit(name: str, base: Path, adapter: Path, work: Path) -> Command:
     """Return the merge by adapterkit, which syncs what it writes by itself."""
-    argv = [sys.executable, "-m", "adapterkit", "merge", str(base), str(adapter), "-o", str(work / "merged")]
+    argv = python("adapterkit", "merge", base, adapter, "-o", work / "merged")
     return Command(name, argv, before=partial(clean, work))
-
-
-def and_sync(argv: Sequence[str], output: Path) -> list[str]:
-    """Return a command that runs another and then has its output on disk, not just in the page cache."""
-    return ["sh", "-c", 'output=$1; shift; "$@" && sync -f "$output"', "sh", str(output), *argv]
-
-
-def clean(work: Path) -> None:
-    """Delete every directory that a command made in the work directory."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
 
 
 if __name__ == "__main__":

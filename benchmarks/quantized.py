@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import CACHE, ROOT
-from report import report
 from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit.base.quant import ROUNDINGS
+from benchmarks.common.paths import BASE, CACHE, ROOT, TEXTS
+from benchmarks.common.report import report
 
-BASE = CACHE.parent / "SmolLM2-135M-Instruct"
 ADAPTER = ROOT / "fixtures" / "smollm2-wikisql"
-TEXTS = ROOT.parent / "shared" / "material" / "text"
 RATIOS = (0.003, 0.01, 0.03, 0.1)  # ‖Δ‖/‖W‖
 SIZE, RANK = 1024, 16
 

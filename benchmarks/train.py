@@ -29,9 +29,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
-from measure import ROOT, child_environment
-from models import CACHE, LLAMA3_8B, TINYLLAMA, Llama
-from report import Target, report, targets_table
+from benchmarks.common.measure import child_environment, python
+from benchmarks.common.models import LLAMA3_8B, TINYLLAMA, Llama
+from benchmarks.common.paths import BASE, CACHE, ROOT, TEXTS
+from benchmarks.common.report import Target, report, targets_table
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +41,10 @@ if TYPE_CHECKING:
     from adapterkit.train.data.tokenize import Example
     from adapterkit.train.recipe import Recipe
 
-BASE = CACHE.parent / "SmolLM2-135M-Instruct"
-TEXT = ROOT.parent / "shared" / "material" / "text" / "gsm8k_train.jsonl"
+TEXT = TEXTS / "gsm8k_train.jsonl"
 # dill, in TRL, takes the modules of a folder of another name for the user's own, and copies them.
 TRL = CACHE.parent / "trl" / "site-packages"
-TRL_NEEDS = Path(__file__).resolve().parent / "peers" / "trl.txt"
+TRL_NEEDS = ROOT / "benchmarks" / "peers" / "trl.txt"
 SHAPES = {"8b": LLAMA3_8B, "1b": TINYLLAMA, "tiny": Llama(hidden=64, intermediate=160, heads=4, kv_heads=2, vocab=96)}
 TOOLS = {"adapterkit": "adapterkit", "peft": "PEFT", "trl": "TRL"}
 WORDS = {
@@ -75,9 +75,9 @@ class Job:
 
     def argv(self) -> list[str]:
         """The command that does it."""
-        words = [str(getattr(self, name)) for name in WORDS]
+        words = [getattr(self, name) for name in WORDS]
         options = [f"--{name}={value}" for name, value in asdict(self).items() if name not in WORDS and value != ""]
-        return [sys.executable, str(Path(__file__).resolve()), "worker", *words, *options]
+        return python("benchmarks.train", "worker", *words, *options)
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,8 @@ def in_rounds(jobs: Sequence[Job], rounds: int) -> Outcomes:
 def install_trl() -> None:
     """Have TRL, and what it needs that .venv does not have, in a folder beside, so that torch is the same."""
     if not (TRL / "trl").is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(TRL)]
-        subprocess.run([*pip, "-r", str(TRL_NEEDS)], check=True)
+        pip = python("pip", "install", "--quiet", "--no-deps", "--target", TRL, "-r", TRL_NEEDS)
+        subprocess.run(pip, check=True)
 
 
 def speed(outcomes: Sequence[Outcome]) -> float:
@@ -432,7 +432,7 @@ def by_adapterkit(job: Job, order: Order, meter: Meter) -> None:
 
 def by_peft(job: Job, order: Order, meter: Meter) -> None:
     """The loop that one writes with PEFT."""
-    from peers.peft_train import lora, train
+    from benchmarks.peers.peft_train import lora, train
 
     batches = [[row[0].ids.tolist() for row in order.step(number)] for number in range(order.steps)]
     train(peer_model(job), lora(RANK, ALPHA, job.method == "dora"), batches, LR, meter.begin, meter.step)
@@ -441,8 +441,8 @@ def by_peft(job: Job, order: Order, meter: Meter) -> None:
 def by_trl(job: Job, order: Order, meter: Meter) -> None:
     """SFTTrainer, from the folder beside; it packs by itself."""
     sys.path.append(str(TRL))
-    from peers.peft_train import lora
-    from peers.trl_sft import train
+    from benchmarks.peers.peft_train import lora
+    from benchmarks.peers.trl_sft import train
 
     records = [one.ids.tolist() for number in range(order.steps) for row in order.step(number) for one in row]
     batch, room = (1, job.length) if job.packing == "packed" else (job.batch, None)
@@ -452,9 +452,8 @@ def by_trl(job: Job, order: Order, meter: Meter) -> None:
 
 def peer_model(job: Job) -> Any:
     """The model as the peers load it."""
-    from peers.peft_train import load
-
     from adapterkit.train.runs.models import TORCH_DTYPES
+    from benchmarks.peers.peft_train import load
 
     return random_model(job) if job.shape else load(BASE, TORCH_DTYPES[job.dtype], job.device, job.method == "qlora")
 

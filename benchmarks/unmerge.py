@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -14,14 +13,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from measure import Command, alternate, child_environment, table
-from models import CACHE, cached_adapter, cached_llama
-from report import Target, report, targets_table
+from benchmarks.common.measure import Command, alternate, child_environment, python, table
+from benchmarks.common.models import cached_adapter, cached_llama
+from benchmarks.common.paths import BASE, CACHE
+from benchmarks.common.report import Target, report, targets_table
 
 if TYPE_CHECKING:
     import torch
 
-BASE = CACHE.parent / "SmolLM2-135M-Instruct"
 # ‖Δ‖/‖W‖, and the most that a receipt is to take of the bytes.
 RATIOS = {1e-4: None, 1e-3: 0.0025, 1e-2: 0.015, 1e-1: 0.07}
 RANK = 16
@@ -56,9 +55,8 @@ def main() -> None:
 
 def commands(base: Path, adapter: Path, work: Path) -> list[Command]:
     """A merge without a receipt, one with it, and its undoing, each from warm inputs into a place that is empty."""
-    run = [sys.executable, "-m", "adapterkit"]
-    merge = [*run, "merge", str(base), str(adapter), "-o"]
-    undo = [*run, "unmerge", str(work / "merged"), "--adapter", str(adapter), "-o", str(work / "again")]
+    merge = python("adapterkit", "merge", base, adapter, "-o")
+    undo = python("adapterkit", "unmerge", work / "merged", "--adapter", adapter, "-o", work / "again")
     return [
         Command(
             "merge --no-receipt", [*merge, str(work / "bare"), "--no-receipt"], partial(ready, base, work / "bare")

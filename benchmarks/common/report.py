@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from measure import ROOT
+from benchmarks.common.paths import ROOT
 
-RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 PACKAGES = ("torch", "safetensors", "transformers", "peft", "mergekit")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("ADAPTERKIT_CACHE", ROOT / ".cache")).resolve() / "bench"
+from benchmarks.common.paths import CACHE
 
 SEED = 0
 WEIGHT_STD = 0.02

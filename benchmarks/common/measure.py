@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.common.paths import ROOT
+
 KEPT_OUT = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}  # would tune the BLAS in a way users' machines do not
 
 
@@ -72,6 +74,23 @@ class Result:
 def child_environment() -> dict[str, str]:
     """Return the environment that every measured command gets."""
     return {key: value for key, value in os.environ.items() if key not in KEPT_OUT} | {"HF_HUB_OFFLINE": "1"}
+
+
+def python(module: str, *words: object) -> list[str]:
+    """Return the command that runs a module, as `measure` finds it from the repository root."""
+    return [sys.executable, "-m", module, *map(str, words)]
+
+
+def and_sync(argv: Sequence[str], output: Path) -> list[str]:
+    """Return a command that runs another and then has its output on disk, not just in the page cache."""
+    return ["sh", "-c", 'output=$1; shift; "$@" && sync -f "$output"', "sh", str(output), *argv]
+
+
+def clean(work: Path) -> None:
+    """Delete every directory that a command made in the work directory."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def measure(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run:

@@ -1,0 +1,11 @@
+"""Where the benchmarks find things: the checkout, its cache, the model and the texts that they measure with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("ADAPTERKIT_CACHE", ROOT / ".cache")).resolve() / "bench"
+BASE = CACHE.parent / "SmolLM2-135M-Instruct"  # from `make base`
+TEXTS = ROOT.parent / "shared" / "material" / "text"

@@ -1,0 +1,1 @@
+"""The same jobs done by other tools, as their documentation does them."""
