@@ -181,6 +181,10 @@ class AdapterkitApp(App[None]):
         for bar in self.screen_stack[0].query(JobBar):  # none is left while the app ends
             bar.show(self.jobs)
 
+    def on_jobs_screen_cancel(self, event: JobsScreen.Cancel) -> None:
+        """Cancel a job that was chosen on the screen with all of them."""
+        self.cancel(event.job)
+
     def cancel(self, job: Job) -> None:
         """Cancel a job that runs."""
         if job.state == "running":
@@ -193,7 +197,7 @@ class AdapterkitApp(App[None]):
 
     def action_jobs(self) -> None:
         """All jobs."""
-        self.push_screen(JobsScreen())
+        self.push_screen(JobsScreen(self.jobs))
 
     def action_compare(self) -> None:
         """Compare the two that are marked."""

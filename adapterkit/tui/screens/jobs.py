@@ -1,13 +1,16 @@
-"""The jobs as they are seen: a line at the bottom, and a screen with all of them."""
+"""All jobs on a screen: how far they are, and their output."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
+from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Footer
 from textual_plot import HiResMode
@@ -16,9 +19,6 @@ from adapterkit.tui.jobs import Job
 from adapterkit.tui.widgets.charts import Plot
 from adapterkit.tui.widgets.job_bar import SIGNS, STYLES, told
 from adapterkit.tui.widgets.plain import Static, Table
-
-if TYPE_CHECKING:
-    from adapterkit.tui.app import AdapterkitApp
 
 
 class JobsScreen(Screen[None]):
@@ -36,7 +36,16 @@ class JobsScreen(Screen[None]):
         Binding("j", "down", show=False),
         Binding("k", "up", show=False),
     ]
-    app: AdapterkitApp
+
+    @dataclass
+    class Cancel(Message):
+        """A job is to be cancelled."""
+
+        job: Job
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        super().__init__()
+        self.jobs = jobs  # of the app, which adds to them
 
     def compose(self) -> ComposeResult:
         yield Table(cursor_type="row")
@@ -52,19 +61,19 @@ class JobsScreen(Screen[None]):
         table.add_column("how far", key="told")
         table.add_column("command", key="command")
         self.refresh_jobs()
-        table.move_cursor(row=len(self.app.jobs) - 1, animate=False)
+        table.move_cursor(row=len(self.jobs) - 1, animate=False)
         self.set_interval(0.5, self.refresh_jobs)
 
     @property
     def current(self) -> Job | None:
         """The highlighted job."""
         at = self.query_one(Table).cursor_row
-        return self.app.jobs[at] if 0 <= at < len(self.app.jobs) else None
+        return self.jobs[at] if 0 <= at < len(self.jobs) else None
 
     def refresh_jobs(self) -> None:
         """Draw the jobs as they are now."""
         table = self.query_one(Table)
-        for number, job in enumerate(self.app.jobs):
+        for number, job in enumerate(self.jobs):
             cells = {"sign": Text(SIGNS[job.state], STYLES[job.state]), "told": told(job), "command": job.command}
             if number >= table.row_count:
                 table.add_row(*cells.values(), key=str(number))
@@ -95,7 +104,7 @@ class JobsScreen(Screen[None]):
     def action_cancel(self) -> None:
         """Cancel the highlighted job."""
         if self.current is not None:
-            self.app.cancel(self.current)
+            self.post_message(self.Cancel(self.current))
 
     def action_copy(self) -> None:
         """Copy its command."""
