@@ -1,4 +1,4 @@
-"""Everything that decides what a training run does, in one table: the command's options, and a file's keys."""
+"""Every setting of a training run in one table: the options of `train`, and the keys of a recipe file."""
 
 from __future__ import annotations
 
@@ -19,68 +19,68 @@ TRAIN_METHODS = (*FACTORED, "full")
 QUANTIZE = ("none", "nf4", "fp4")
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
-MOST = 2**31 - 1  # of what is counted, and of a seed
+MAX_INT = 2**31 - 1  # for counts and seeds
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
 def option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its line of help, and what it may be."""
+    """A field with its help text and choices."""
     return field(default=default, metadata={"help": about, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run; a step is `batch_size · grad_accum` records, however many processes share them."""
+    """A training run; a step is `batch_size · grad_accum` records, divided among all processes."""
 
-    base: str = option("", "The base model: a directory of transformers, or a Hub id.")
-    data: str = option("", "What to train on: JSONL, JSON, CSV, Parquet or text, or a dataset's Hub id.")
-    method: str = option("lora", "What to train.", TRAIN_METHODS)
-    quantize: str = option("none", "Hold the base's linear layers in 4 bits (QLoRA).", QUANTIZE)
-    rank: int = option(8, "The rank of the factors.")
-    alpha: float | None = option(None, "Their strength: the scaling is alpha / rank. [default: twice the rank]")
-    targets: str = option("q_proj,v_proj", "Which layers: names, all-linear, or a regular expression.")
-    layers: str | None = option(None, "Only these layers, as in 0-5,10.")
-    rank_pattern: dict[str, int] | None = option(None, "Other ranks, by the end of a module's name.")  # noqa: RUF009
-    alpha_pattern: dict[str, float] | None = option(None, "Other alphas, by the end of a module's name.")  # noqa: RUF009
-    init: str = option("kaiming", "What the factors are at first.", INITS)
-    init_from: str | None = option(None, "Go on training this adapter.")
-    dropout: float = option(0.0, "The share of its inputs that the factors do not see.")
-    epochs: float = option(1.0, "How often to go through the data.")
-    max_steps: int | None = option(None, "Stop after so many steps.")
-    batch_size: int = option(8, "Records in memory at a time.")
-    grad_accum: int = option(1, "How many such batches make a step.")
-    max_length: int = option(1024, "Longer records are cut to so many tokens.")
-    packing: bool = option(False, "Fill rows of --max-length tokens with several records; a batch counts rows.")
-    lr: float = option(1e-4, "The learning rate of AdamW.")
-    lora_plus: float = option(1.0, "How many times that B learns with (LoRA+).")
-    schedule: str = option("cosine", "How the learning rate falls.", SCHEDULES)
-    warmup: float = option(0.03, "Steps over which it rises first, or below 1 the share of all.")
-    weight_decay: float = option(0.0, "AdamW's.")
-    clip: float = option(1.0, "The greatest norm of the gradient; 0 for any.")
-    dtype: str = option("auto", "What to compute in. [auto: as the base is stored; fp32 to train all of it]", DTYPES)
-    device: str = option("auto", "cpu, cuda, cuda:N, or auto.")
-    gradient_checkpointing: bool = option(False, "Compute activations twice rather than keep them.")
-    compile: bool = option(False, "Compile the model (torch.compile).")
-    seed: int = option(0, "Of the factors, the order of the records, and dropout.")
-    eval_data: str | None = option(None, "What to measure the loss on.")
-    eval_share: float = option(0.0, "Hold back this share of the data to measure the loss on.")
-    eval_every: int | None = option(None, "Steps between measurements. [default: each epoch]")
-    patience: int | None = option(None, "Stop when so many measurements in a row were no better.")
-    save_every: int = option(100, "Steps between checkpoints, from which --resume goes on.")
-    skip_bad: bool = option(False, "Leave out records that are empty or malformed, rather than stop.")
-    text_field: str = option("text", "What the data calls a text.")
-    prompt_field: str = option("prompt", "What it calls a prompt.")
-    completion_field: str = option("completion", "What it calls a completion.")
-    messages_field: str = option("messages", "What it calls a conversation.")
-    sample: tuple[str, ...] = option((), "Complete this prompt before and after.")
+    base: str = option("", "Base model: a transformers directory or a Hub id")
+    data: str = option("", "Training data: JSONL, JSON, CSV, Parquet or text, or the Hub id of a dataset")
+    method: str = option("lora", "Training method", TRAIN_METHODS)
+    quantize: str = option("none", "Load the base's linear layers in 4 bits (QLoRA)", QUANTIZE)
+    rank: int = option(8, "Rank of the factors")
+    alpha: float | None = option(None, "LoRA alpha; the scaling is alpha / rank [default: twice the rank]")
+    targets: str = option("q_proj,v_proj", "Target modules: names, all-linear, or a regular expression")
+    layers: str | None = option(None, "Train only these layers, such as 0-5,10")
+    rank_pattern: dict[str, int] | None = option(None, "Rank for modules whose name ends with NAME")  # noqa: RUF009
+    alpha_pattern: dict[str, float] | None = option(None, "Alpha for modules whose name ends with NAME")  # noqa: RUF009
+    init: str = option("kaiming", "Initialization of the factors", INITS)
+    init_from: str | None = option(None, "Continue training this adapter")
+    dropout: float = option(0.0, "Dropout on the inputs of the factors")
+    epochs: float = option(1.0, "Passes over the data")
+    max_steps: int | None = option(None, "Maximum number of steps")
+    batch_size: int = option(8, "Records per batch")
+    grad_accum: int = option(1, "Batches per step (gradient accumulation)")
+    max_length: int = option(1024, "Truncate records to this many tokens")
+    packing: bool = option(False, "Pack several records into each row of --max-length tokens; a batch counts rows")
+    lr: float = option(1e-4, "Learning rate (AdamW)")
+    lora_plus: float = option(1.0, "Learning-rate multiplier for B (LoRA+)")
+    schedule: str = option("cosine", "Learning-rate schedule", SCHEDULES)
+    warmup: float = option(0.03, "Warmup steps, or below 1 a share of all steps")
+    weight_decay: float = option(0.0, "Weight decay (AdamW)")
+    clip: float = option(1.0, "Maximum gradient norm; 0 disables clipping")
+    dtype: str = option("auto", "Compute dtype [auto: the base's stored dtype; fp32 for --method full]", DTYPES)
+    device: str = option("auto", "Compute device: cpu, cuda, cuda:N or auto")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory")
+    compile: bool = option(False, "Compile the model (torch.compile)")
+    seed: int = option(0, "Random seed for the factors, the order of records and dropout")
+    eval_data: str | None = option(None, "Validation data")
+    eval_share: float = option(0.0, "Share of the data to hold out for validation")
+    eval_every: int | None = option(None, "Steps between validations [default: one epoch]")
+    patience: int | None = option(None, "Stop after this many validations in a row without improvement")
+    save_every: int = option(100, "Steps between checkpoints for --resume")
+    skip_bad: bool = option(False, "Skip empty or malformed records instead of failing")
+    text_field: str = option("text", "Field that holds the text")
+    prompt_field: str = option("prompt", "Field that holds the prompt")
+    completion_field: str = option("completion", "Field that holds the completion")
+    messages_field: str = option("messages", "Field that holds the messages of a chat")
+    sample: tuple[str, ...] = option((), "Complete this prompt before and after training")
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value, choices = getattr(self, one.name), one.metadata["choices"]
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
-                raise UsageError(f"{_dashed(one.name)} {value}: expected one of {', '.join(choices)}")
+                raise UsageError(f"{_dashed(item.name)} {value}: expected one of {', '.join(choices)}")
         for name in (
             "rank",
             "batch_size",
@@ -102,14 +102,14 @@ class Recipe:
                     raise UsageError(f"{name}: {key} {value}: expected {'1 or more' if least else 'more than 0'}")
         for name in ("dropout", "eval_share"):
             if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected 0 up to 1")
+                raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected at least 0 and less than 1")
         for name in ("warmup", "weight_decay", "clip", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected 0 or more")
-        counts = {_dashed(one.name): getattr(self, one.name) for one in fields(self) if "int" in str(one.type)}
+        counts = {_dashed(item.name): getattr(self, item.name) for item in fields(self) if "int" in str(item.type)}
         for name, value in {**counts, "--epochs": self.epochs, **(self.rank_pattern or {})}.items():
-            if isinstance(value, int | float) and value > MOST:
-                raise UsageError(f"{name} {value}: expected {MOST:,} or less")
+            if isinstance(value, int | float) and value > MAX_INT:
+                raise UsageError(f"{name} {value}: expected {MAX_INT:,} or less")
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -117,59 +117,65 @@ class Recipe:
         lora_only = ("alpha", "layers", "rank_pattern", "alpha_pattern", "init_from")
         changed = [name for name in lora_only if getattr(self, name)]
         changed += [
-            one.name for one in fields(self) if one.name in _OF_FACTORS and getattr(self, one.name) != one.default
+            item.name
+            for item in fields(self)
+            if item.name in _FACTOR_OPTIONS and getattr(self, item.name) != item.default
         ]
         if full and changed:
-            raise UsageError(f"{_dashed(changed[0])} is for factors, and --method full trains the base itself")
+            raise UsageError(f"{_dashed(changed[0])} applies to factors, but --method full trains the base itself")
         if full and self.quantize != "none":
-            raise UsageError("--method full trains the base itself, which cannot be held in 4 bits")
-        taken = set(changed) - {"init_from", "dropout", "lora_plus"}  # what an adapter does not say
-        if self.init_from and (taken or self.method != "lora"):
-            raise UsageError("--init-from takes rank, targets, kind and scaling from the adapter: leave those out")
+            raise UsageError("--method full trains the base itself, and 4-bit weights cannot be trained")
+        conflicting = set(changed) - {"init_from", "dropout", "lora_plus"}  # dropout and LoRA+ are the run's own
+        if self.init_from and (conflicting or self.method != "lora"):
+            raise UsageError("--init-from takes rank, targets, method and scaling from the adapter: omit those options")
         if self.init == "loftq" and self.quantize == "none":
-            raise UsageError("--init loftq makes up for quantizing: it goes with --quantize nf4 or fp4")
+            raise UsageError("--init loftq compensates for quantization: it needs --quantize nf4 or fp4")
         if self.init in ("pissa", "olora") and self.quantize != "none":
-            raise UsageError(f"--init {self.init} takes factors out of the base, which --quantize would round again")
+            raise UsageError(
+                f"--init {self.init} subtracts the factors from the base, and --quantize would round the rest again"
+            )
         if self.eval_data and self.eval_share:
-            raise UsageError("--eval-data and --eval-share both say what to measure on: give one of them")
+            raise UsageError("--eval-data and --eval-share both select validation data: give one of them")
         if self.patience and not (self.eval_data or self.eval_share):
-            raise UsageError("--patience needs something to measure: --eval-data or --eval-share")
+            raise UsageError("--patience needs validation data: --eval-data or --eval-share")
 
     @property
     def rows_per_step(self) -> int:
         return self.batch_size * self.grad_accum
 
 
-_OF_FACTORS = ("rank", "targets", "init", "dropout", "lora_plus")
+_FACTOR_OPTIONS = ("rank", "targets", "init", "dropout", "lora_plus")
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe in a YAML file, with what the command line says instead.
+    """Read a recipe from a YAML file; `overrides`, from the command line, replace its values.
 
-    Raises FormatError where it is not YAML, UsageError for unknown keys, with the nearest there is, and wrong types.
+    Raises:
+        FormatError: The file is not valid YAML.
+        UsageError: A key is unknown (the nearest one is suggested), or a value has the wrong type.
     """
     try:
-        given = parse_yaml(read_whole(path, 4 * MAX_YAML).decode("utf-8"), str(path))
+        values = parse_yaml(read_whole(path, 4 * MAX_YAML).decode("utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: is not valid YAML: {error}") from error
-    if not isinstance(given, dict):
-        raise FormatError(f"{path}: expected keys and values, as in `rank: 8`")
-    return checked(given, str(path), overrides)
+    if not isinstance(values, dict):
+        raise FormatError(f"{path}: expected keys and values, such as `rank: 8`")
+    return checked(values, str(path), overrides)
 
 
-def checked(given: Mapping[Any, Any], where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of these keys and values, `overrides` over them; a number may be text, as YAML reads `1e-4`."""
+def checked(values: Mapping[Any, Any], where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Make a recipe of `values`, replaced by `overrides`; numbers may be strings, as YAML reads `1e-4`."""
     from pydantic import TypeAdapter, ValidationError
 
-    names = [one.name for one in fields(Recipe)]
+    names = [item.name for item in fields(Recipe)]
     plain: dict[str, Any] = {}
-    for key, value in given.items():
+    for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in names:
             near = get_close_matches(name[:60], names, 1)
             raise UsageError(f"{where}: unknown key {name[:60]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if name in plain:
-            raise UsageError(f"{where}: has both {name} and {name.replace('_', '-')}, which are one key")
+            raise UsageError(f"{where}: {name} and {name.replace('_', '-')} are the same key")
         plain[name] = value
     try:
         return TypeAdapter(Recipe).validate_python(plain | dict(overrides or {}))
@@ -180,7 +186,7 @@ def checked(given: Mapping[Any, Any], where: str, overrides: Mapping[str, Any] |
 
 
 def as_yaml(recipe: Recipe) -> str:
-    """Every option of `recipe`, in the order of the table."""
+    """All options of `recipe` as YAML, in the order of the table."""
     import yaml
 
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}

@@ -126,7 +126,7 @@ def test_what_is_no_recipe(file: Path, text: str, message: str) -> None:
 
 
 def test_a_key_in_both_spellings(file: Path) -> None:
-    with pytest.raises(UsageError, match="has both max_length and max-length, which are one key"):
+    with pytest.raises(UsageError, match="max_length and max-length are the same key"):
         read(file, "max_length: 4\nmax-length: 5")
 
 
@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, file: Path) -> None:
             for value in (0.0, -1.0, float("nan"), float("inf"))
         ],
         *[
-            ({name: value}, f"--{name.replace('_', '-')} {value}: expected 0 up to 1")
+            ({name: value}, f"--{name.replace('_', '-')} {value}: expected at least 0 and less than 1")
             for name in ("dropout", "eval_share")
             for value in (1.0, -0.5, float("nan"))
         ],
@@ -185,22 +185,22 @@ def test_numbers_and_choices_that_mean_nothing(given: dict[str, Any], message: s
     ("given", "message"),
     [
         *[
-            ({"method": "full", name: value}, f"--{name.replace('_', '-')} is for factors, and --method full trains the base itself")
+            ({"method": "full", name: value}, f"--{name.replace('_', '-')} applies to factors, but --method full trains the base itself")
             for name, value in {
                 "alpha": 4.0, "layers": "0-3", "rank_pattern": {"q": 2}, "alpha_pattern": {"q": 2.0}, "init_from": "a",
                 "rank": 4, "targets": "all-linear", "init": "pissa", "dropout": 0.1, "lora_plus": 2.0,
             }.items()
         ],
-        ({"method": "full", "quantize": "nf4"}, "trains the base itself, which cannot be held in 4 bits"),
+        ({"method": "full", "quantize": "nf4"}, "trains the base itself, and 4-bit weights cannot be trained"),
         *[
-            ({"init_from": "a", **more}, "--init-from takes rank, targets, kind and scaling from the adapter: leave those out")
+            ({"init_from": "a", **more}, "--init-from takes rank, targets, method and scaling from the adapter: omit those options")
             for more in ({"rank": 4}, {"alpha": 4.0}, {"targets": "x"}, {"method": "dora"}, {"init": "pissa"}, {"layers": "0"}, {"rank_pattern": {"q": 2}})
         ],
-        ({"init": "loftq"}, "--init loftq makes up for quantizing: it goes with --quantize nf4 or fp4"),
-        ({"init": "pissa", "quantize": "nf4"}, "--init pissa takes factors out of the base, which --quantize would round again"),
-        ({"init": "olora", "quantize": "fp4"}, "--init olora takes factors out of the base"),
-        ({"eval_data": "e", "eval_share": 0.1}, "--eval-data and --eval-share both say what to measure on"),
-        ({"patience": 2}, "--patience needs something to measure: --eval-data or --eval-share"),
+        ({"init": "loftq"}, "--init loftq compensates for quantization: it needs --quantize nf4 or fp4"),
+        ({"init": "pissa", "quantize": "nf4"}, "--init pissa subtracts the factors from the base, and --quantize would round the rest again"),
+        ({"init": "olora", "quantize": "fp4"}, "--init olora subtracts the factors from the base"),
+        ({"eval_data": "e", "eval_share": 0.1}, "--eval-data and --eval-share both select validation data"),
+        ({"patience": 2}, "--patience needs validation data: --eval-data or --eval-share"),
     ],
 )  # fmt: skip
 def test_contradictions(given: dict[str, Any], message: str) -> None:
@@ -227,5 +227,6 @@ def test_a_step_is_its_batches() -> None:
 
 def test_every_option_has_its_line_of_help_and_names_what_the_trainer_has() -> None:
     choices = {one.name: one.metadata["choices"] for one in fields(Recipe)}
-    assert all(one.metadata["help"].endswith((".", ")", "]")) for one in fields(Recipe))
+    abouts = [one.metadata["help"] for one in fields(Recipe)]
+    assert all(about[:1].isupper() and not about.endswith(".") for about in abouts)
     assert choices["init"] == INITS

@@ -505,11 +505,11 @@ def test_memory_is_told_before(base: Path, data: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("words", "error", "said"),
     [
-        (["--method", "full", "--rank", "4"], UsageError, "--rank is for factors"),
+        (["--method", "full", "--rank", "4"], UsageError, "--rank applies to factors"),
         (["--targets", "q_porj"], UsageError, "no module is called 'q_porj'; there are .*q_proj"),
         (["--layers", "x"], UsageError, "expected numbers and ranges"),
-        (["--init", "loftq"], UsageError, "goes with --quantize"),
-        (["--eval-share", "2"], UsageError, "--eval-share 2.0: expected 0 up to 1"),
+        (["--init", "loftq"], UsageError, "it needs --quantize nf4"),
+        (["--eval-share", "2"], UsageError, "--eval-share 2.0: expected at least 0 and less than 1"),
         (["--device", "tpu9"], UsageError, "--device tpu9"),
         (["--rank-pattern", "q_proj"], UsageError, "NAME=VALUE"),
         (["--plot", "p.gif"], UsageError, "a plot is a"),
