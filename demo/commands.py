@@ -1,4 +1,4 @@
-"""Write a small data set: what people ask an assistant to do, and the call that does it. The same every time."""
+"""Write a small, reproducible dataset of requests to an assistant and the calls that carry them out."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def play(rng: random.Random) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Write train.jsonl and test.jsonl, none of whose questions is in both, to the folder named."""
+    """Write train.jsonl and test.jsonl, which share no question, to the given folder."""
     folder, rng = Path(sys.argv[1]), random.Random(7)
     folder.mkdir(parents=True, exist_ok=True)
     made: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What is to be said of the data that a command reads: which records were left out, and which were cut."""
+"""Notes on the data of a command: skipped and truncated records."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SHOWN = 10
 
 
 def notes_of(data: Encoded) -> list[str]:
-    """A line for each of the first records that were left out, one for the others, one for those that were cut."""
-    notes = [f"left out {bad.where}: {bad.why}" for bad in data.bad[:SHOWN]]
-    notes += [f"left out {len(data.bad) - SHOWN:,} more"] * (len(data.bad) > SHOWN)
-    if cut := data.truncated:
-        first = f", the first of them {cut[0]}" if len(cut) > 1 else f": {cut[0]}"
-        notes.append(f"{counted(len(cut), 'record')} {'were' if len(cut) > 1 else 'was'} cut{first}")
+    """A line for each of the first skipped records, one for the rest, and one for the truncated records."""
+    notes = [f"skipped {bad.where}: {bad.why}" for bad in data.bad[:SHOWN]]
+    notes += [f"skipped {counted(len(data.bad) - SHOWN, 'more record')}"] * (len(data.bad) > SHOWN)
+    if truncated := data.truncated:
+        first = f", the first at {truncated[0]}" if len(truncated) > 1 else f" at {truncated[0]}"
+        notes.append(f"truncated {counted(len(truncated), 'record')}{first}")
     return notes

@@ -393,19 +393,19 @@ def test_what_is_printed(tiny: Path, prompted: Path, tmp_path: Path) -> None:
     data = encode_all(list(read_records(prompted))[:7], AutoTokenizer.from_pretrained(tiny), 6)
     cut = len(data.truncated)
     assert (done.code, cut) == (0, 3)
-    assert done.err == f"note: {cut} records were cut, the first of them held_out.jsonl:3\n"
+    assert done.err == f"note: truncated {cut} records, the first at held_out.jsonl:3\n"
     assert lines[:6] == [
-        f"records    7 ({data.tokens} tokens, {data.counted} counted, {cut} cut to 6)",
-        f"perplexity {found.likelihood.by_token:#.4g} by token, {found.likelihood.by_sequence:#.4g} by sequence",
-        f"next token {found.likelihood.next_token:.1%} right",
-        "completed  7 prompts, with up to 12 tokens",
+        f"records    7 ({data.tokens} tokens, {data.counted} counted, {cut} truncated to 6 tokens)",
+        f"perplexity (per token) {found.likelihood.by_token:#.4g}, (per sequence) {found.likelihood.by_sequence:#.4g}",
+        f"next-token accuracy {found.likelihood.next_token:.1%}",
+        "completed  7 prompts, up to 12 tokens each",
         f"exact      {found.exact:.1%}",
         f"F1         {found.f1:.1%}",
     ]
-    assert lines[6] == f"answer     {found.accuracy:.1%} right"
+    assert lines[6] == f"answer     accuracy {found.accuracy:.1%}"
     assert lines[7].startswith("took ") and lines[7].endswith(" on cpu in float32") and len(lines) == 8
     plain = evaluated(tiny, prompted, "--no-generate").out
-    assert "cut" not in plain and "completed" not in plain and "F1" not in plain
+    assert "truncated" not in plain and "completed" not in plain and "F1" not in plain
 
 
 def test_json_has_the_same_facts(tiny: Path, prompted: Path) -> None:
@@ -421,7 +421,7 @@ def test_json_has_the_same_facts(tiny: Path, prompted: Path) -> None:
     assert (facts["base"], facts["adapter"], facts["data"]) == (str(tiny), None, str(prompted))
     assert facts["records"] == 12 and facts["counted"] == sum(found.likelihood.counts)
     [left] = facts["left_out"]
-    assert left["where"] == "held_out.jsonl:13" and f"note: left out held_out.jsonl:13: {left['why']}" in done.err
+    assert left["where"] == "held_out.jsonl:13" and f"note: skipped held_out.jsonl:13: {left['why']}" in done.err
 
 
 def test_predictions_are_written_and_not_over_others(tiny: Path, prompted: Path, tmp_path: Path) -> None:
@@ -468,8 +468,8 @@ def test_a_bar_where_there_is_a_terminal(tiny: Path, prompted: Path, monkeypatch
         (["BASE", "DATA", "--answer", "#### (.*)"], 2, "finds no answer in the completions of 12 records, the first of them held_out.jsonl:1"),
         (["BASE", "DATA", "--answer", "x", "--no-generate"], 2, "--answer is about what the model writes"),
         (["BASE", "DATA", "--max-new-tokens", "3", "--no-generate"], 2, "--max-new-tokens is about"),
-        (["BASE", "DATA", "--predictions", "x", "--no-generate"], 2, "--predictions is about"),
-        (["BASE", "DATA", "--overwrite"], 2, "--overwrite is about"),
+        (["BASE", "DATA", "--predictions", "x", "--no-generate"], 2, "--predictions and --no-generate cannot be combined"),
+        (["BASE", "DATA", "--overwrite"], 2, "--overwrite needs --predictions FILE"),
         (["BASE", "DATA", "--predictions", "DATA", "--overwrite"], 2, "held_out.jsonl: is or lies in the input"),
         (["BASE", "TEXTS", "--generate"], 2, "no record has a prompt with a completion"),
         (["BASE", "TEXTS", "--answer", "x"], 2, "no record has a prompt with a completion"),

@@ -218,7 +218,7 @@ def test_one_is_one(base: Path, tmp_path: Path) -> None:
     data.write_text(json.dumps({"text": " ".join(WORDS)}) + "\n")
     result = invoke("train", base, data, "-o", tmp_path / "out", "--max-length", "8", "--batch-size", "1")
     assert "data      1 record, 8 tokens" in result.stderr and "note: 1 record was cut: one.jsonl:1" in result.stderr
-    assert "in 1 step, " in result.stderr and "trained   1 step, 8 tokens" in result.stdout
+    assert ", 1 step, " in result.stderr and "trained    1 step, 8 tokens" in result.stdout
     assert "1 step of 1 record |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -454,10 +454,14 @@ def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = invoke("train", base, data, "-o", out, "--lr", "1e-2", "--eval-share", "0.2", "--plot", tmp_path / "p.svg")
     assert result.exit_code == 0, result.output
-    assert "trained   4 steps" in result.stdout and "held out" in result.stdout and f"wrote     {out}" in result.stdout
-    assert "32 records" in result.stderr and "8 held back" in result.stderr
+    assert (
+        "trained    4 steps" in result.stdout
+        and "validation loss" in result.stdout
+        and f"wrote      {out}" in result.stdout
+    )
+    assert "32 records" in result.stderr and "8 records held out" in result.stderr
     assert "<svg" in (tmp_path / "p.svg").read_text()
-    assert f"plot      {tmp_path / 'p.svg'}: training loss, validation loss, learning rate" in result.stdout
+    assert f"plot       {tmp_path / 'p.svg'}: training loss, validation loss, learning rate" in result.stdout
     again = invoke("train", "--recipe", out / "adapterkit_recipe.yaml", "-o", tmp_path / "again", "--json")
     assert json.loads(again.stdout)["step"] == 4
     assert same(out, tmp_path / "again")
@@ -473,7 +477,7 @@ def test_ctrl_c_tells_how_to_go_on(base: Path, data: Path, tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     said = process.stderr.read()
     assert process.wait() == 130
-    assert "interrupted; kept what was reached after step" in said and f"-o {out} --resume" in said
+    assert "interrupted; saved step" in said and f"-o {out} --resume" in said
     assert not out.exists() and checkpoints.steps(run_left(out))
 
 
@@ -484,10 +488,10 @@ def test_the_command_to_go_on_works_as_printed(
     """As bash reads it, whatever characters the output's name has."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("adapterkit.cli.commands.train._asked_to_stop", lambda: nullcontext(lambda: True))
+        patched.setattr("adapterkit.cli.commands.train._stop_requested", lambda: nullcontext(lambda: True))
         said = cli("train", base, data, "-o", f"{name}/out", "--max-steps", "2").err.splitlines()[-1]
     assert said.isprintable()
-    script = f"adapterkit() {{ printf '%s\\0' \"$@\"; }}; {said.partition('go on with: ')[2]}"
+    script = f"adapterkit() {{ printf '%s\\0' \"$@\"; }}; {said.partition('resume with: ')[2]}"
     words = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, check=True).stdout.decode().split("\0")
     assert cli(*words[:-1]).code == 0
     assert (tmp_path / name / "out" / "adapter_model.safetensors").is_file()
@@ -579,4 +583,4 @@ def test_bad_records_stop_a_run_or_are_left_out(base: Path, data: Path, tmp_path
     result = invoke("train", base, broken, "-o", tmp_path / "out")
     assert isinstance(result.exception, FormatError) and "broken.jsonl:41" in str(result.exception)
     result = invoke("train", base, broken, "-o", tmp_path / "out", "--skip-bad")
-    assert result.exit_code == 0 and "left out broken.jsonl:42" in result.stderr
+    assert result.exit_code == 0 and "skipped broken.jsonl:42" in result.stderr

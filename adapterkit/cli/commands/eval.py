@@ -28,53 +28,54 @@ if TYPE_CHECKING:
     from adapterkit.train.runs.metrics import Prediction
 
 USAGE = "adapterkit eval BASE [ADAPTER] DATA"
-COLUMNS = ["where", "prompt", "expected", "completion", "exact", "f1"]  # of every prediction, in this order
+COLUMNS = ["where", "prompt", "expected", "completion", "exact", "f1"]  # of a prediction, in the order written
 MAX_ROW_BYTES = 100_000_000
 
 
 def _field_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What the data calls its fields, as `train` has it."""
-    table = {one.name: one for one in fields(Recipe)}
+    """Add the `--…-field` options of `train`."""
+    recipe = {field.name: field for field in fields(Recipe)}
     for field in reversed(fields(Fields)):
-        one = table[f"{field.name}_field"]
-        flag, about = f"--{field.name}-field", one.metadata["help"]
-        command = click.option(flag, default=one.default, show_default=True, help=about)(command)
+        key = recipe[f"{field.name}_field"]
+        flag, about = f"--{field.name}-field", key.metadata["help"]
+        command = click.option(flag, default=key.default, show_default=True, help=about)(command)
     return command
 
 
 @click.command("eval")
 @click.argument("paths", nargs=-1, metavar="BASE [ADAPTER] DATA")
 @click.option("--max-length", type=int, default=1024, show_default=True,
-              help="Longer records are cut to so many tokens.")  # fmt: skip
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Records in memory at a time.")
-@click.option("--limit", type=int, help="Only the first so many records.")
+              help="Truncate records to this many tokens")  # fmt: skip
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Records per batch")
+@click.option("--limit", type=int, help="Evaluate only the first N records", metavar="N")
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", help="Compute in this; auto: as the base is stored."
+    "--dtype", type=click.Choice(DTYPES), default="auto", help="Compute dtype [auto: the base's stored dtype]"
 )
-@click.option("--device", default="auto", metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:N, or auto.")
-@click.option("--quantize", type=click.Choice(QUANTIZE), default="none", help="Hold the base's layers in 4 bits.")
+@click.option("--device", default="auto", metavar="DEVICE", help="Compute device: cpu, cuda, cuda:N or auto")
+@click.option("--quantize", type=click.Choice(QUANTIZE), default="none",
+              help="Load the base's linear layers in 4 bits")  # fmt: skip
 @_field_options
-@click.option("--skip-bad", is_flag=True, help="Leave out records that are empty or malformed, rather than stop.")
+@click.option("--skip-bad", is_flag=True, help="Skip empty or malformed records instead of failing")
 @click.option("--generate/--no-generate", default=None,
-              help="Have prompts completed. Default: where there are prompts with completions.")  # fmt: skip
+              help="Complete the prompts [default: if records have prompts and completions]")  # fmt: skip
 @click.option("--max-new-tokens", type=int,
-              help="How long completions may be. Default: as the longest in DATA, and a few tokens more.")  # fmt: skip
+              help="Maximum length of a completion [default: the longest in DATA, plus a few tokens]")  # fmt: skip
 @click.option("--answer", metavar="REGEX",
-              help="The part of a completion that has to be right, by the first group of the last match.")  # fmt: skip
+              help="Score the answer in a completion: the first group of the last match")  # fmt: skip
 @click.option("--predictions", type=click.Path(dir_okay=False), metavar="FILE",
-              help="Write what was completed, as JSON lines.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace FILE.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+              help="Write the completions to FILE as JSON lines")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace FILE")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
 def eval_command(
     paths: tuple[str, ...], max_length: int, batch_size: int, limit: int | None, dtype: str, device: str,
     quantize: str, skip_bad: bool, generate: bool | None, max_new_tokens: int | None, answer: str | None,
     predictions: str | None, overwrite: bool, as_json: bool, **names: str,
 ) -> None:  # fmt: skip
-    """Measure how well BASE, with ADAPTER or without, does on the records of DATA.
+    """Evaluate BASE, with or without ADAPTER, on the records of DATA.
 
-    DATA is as for `train`: texts, prompts with completions, or conversations. Of what counts there, the perplexity is
-    printed and how often the next token was the likeliest; of prompts, whether the model completes them as expected:
-    exactly, by the answer (`--answer '####\\s*(\\S+)'`), and by the words of both (F1 as SQuAD has it).
+    DATA has the same formats as for `train`: texts, prompts with completions, or chats. Prints the perplexity and the
+    next-token accuracy over the tokens that `train` would count. Completes prompts and compares with the expected
+    completion: exact match, answer (`--answer '####\\s*(\\S+)'`), and word overlap (F1 as in SQuAD).
     """
     if not 2 <= len(paths) <= 3:
         raise UsageError(f"expected two or three arguments, found {len(paths)}: {USAGE}")
@@ -82,10 +83,10 @@ def eval_command(
     if os.path.isdir(data):
         raise UsageError(f"{data}: is a directory, expected the records to evaluate on: {USAGE}")
     if predictions is None and overwrite:
-        raise UsageError("--overwrite is about the file of --predictions, which is not given")
+        raise UsageError("--overwrite needs --predictions FILE")
     if predictions is not None:
         if generate is False:
-            raise UsageError("--predictions is about what the model writes, which --no-generate leaves out")
+            raise UsageError("--predictions and --no-generate cannot be combined")
         generate = True
     file = None if predictions is None else _destination(Path(predictions), paths, overwrite)
     from adapterkit.train.runs.evaluate import Request
@@ -99,7 +100,7 @@ def eval_command(
     with staged(file) if file else nullcontext() as new:
         started, scored = _run(request)
         if new is not None:
-            lines = [json.dumps(_row(one), ensure_ascii=False) + "\n" for one in scored.predictions]
+            lines = [json.dumps(_row(prediction), ensure_ascii=False) + "\n" for prediction in scored.predictions]
             new.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     facts = _facts(request, started, scored, time.perf_counter() - began) | {"output": predictions}
     if as_json:
@@ -109,7 +110,7 @@ def eval_command(
 
 
 def _destination(out: Path, paths: Sequence[str], overwrite: bool) -> Destination:
-    """Where predictions go, once they may be written."""
+    """The checked destination of the predictions."""
     from adapterkit.hub import place_of
 
     *models, data = paths
@@ -120,7 +121,7 @@ def _destination(out: Path, paths: Sequence[str], overwrite: bool) -> Destinatio
 
 
 def _are_predictions(file: Path) -> bool:
-    """Whether a file begins with a row as `--predictions` writes them."""
+    """Whether `file` begins with a row of predictions, so that it may be replaced."""
     try:
         with open_regular(file) as stream:
             line = stream.readline(MAX_ROW_BYTES)
@@ -130,7 +131,7 @@ def _are_predictions(file: Path) -> bool:
 
 
 def _run(request: Request) -> tuple[Started, Scored]:
-    """Evaluate, show how far it is, and note what is otherwise than expected."""
+    """Evaluate with a progress bar, and print notes."""
     from adapterkit.train.runs.evaluate import Completed, Read, Scored, Started, evaluate
 
     started: Started | None = None
@@ -147,19 +148,16 @@ def _run(request: Request) -> tuple[Started, Scored]:
     raise AssertionError("an evaluation ends with its result")
 
 
-# --- what is printed -------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def _note(event: Started) -> None:
     note(*event.notes, *notes_of(event.data))
 
 
-def _row(one: Prediction) -> dict[str, Any]:
-    row = {
-        "where": one.where, "prompt": one.prompt, "expected": one.expected, "completion": one.completion,
-        "exact": one.exact, "f1": one.f1,
-    }  # fmt: skip
-    return row if one.right is None else row | {"right": one.right}
+def _row(prediction: Prediction) -> dict[str, Any]:
+    row = {name: getattr(prediction, name) for name in COLUMNS}
+    return row if prediction.right is None else row | {"right": prediction.right}
 
 
 def _facts(request: Request, started: Started, scored: Scored, seconds: float) -> dict[str, Any]:
@@ -177,7 +175,7 @@ def _facts(request: Request, started: Started, scored: Scored, seconds: float) -
         "counted": data.counted,
         "max_length": request.max_length,
         "truncated": list(data.truncated),
-        "left_out": [{"where": one.where, "why": one.why} for one in data.bad],
+        "left_out": [{"where": bad.where, "why": bad.why} for bad in data.bad],
         "loss": likelihood.loss,
         "perplexity": {"by_token": likelihood.by_token, "by_sequence": likelihood.by_sequence},
         "next_token": likelihood.next_token,
@@ -190,27 +188,29 @@ def _facts(request: Request, started: Started, scored: Scored, seconds: float) -
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
-    cut, out, perplexity = len(facts["truncated"]), len(facts["left_out"]), facts["perplexity"]
+    truncated, skipped, perplexity = len(facts["truncated"]), len(facts["left_out"]), facts["perplexity"]
     details = [counted(facts["tokens"], "token"), f"{facts['counted']:,} counted"]
-    details += [f"{cut:,} cut to {facts['max_length']:,}"] * bool(cut) + [f"{out:,} left out"] * bool(out)
+    details += [f"{truncated:,} truncated to {counted(facts['max_length'], 'token')}"] * bool(truncated)
+    details += [f"{skipped:,} skipped"] * bool(skipped)
+    per_token, per_sequence = _digits(perplexity["by_token"]), _digits(perplexity["by_sequence"])
     lines = [
         f"records    {facts['records']:,} ({', '.join(details)})",
-        f"perplexity {_digits(perplexity['by_token'])} by token, {_digits(perplexity['by_sequence'])} by sequence",
-        f"next token {facts['next_token']:.1%} right",
+        f"perplexity (per token) {per_token}, (per sequence) {per_sequence}",
+        f"next-token accuracy {facts['next_token']:.1%}",
     ]
     if completed := facts["completed"]:
         lines += [
             f"completed  {counted(completed['prompts'], 'prompt')}, "
-            f"with up to {counted(completed['max_new_tokens'], 'token')}",
+            f"up to {counted(completed['max_new_tokens'], 'token')} each",
             f"exact      {completed['exact']:.1%}",
             f"F1         {completed['f1']:.1%}",
         ]
         if completed["accuracy"] is not None:
-            lines.append(f"answer     {completed['accuracy']:.1%} right")
+            lines.append(f"answer     accuracy {completed['accuracy']:.1%}")
     lines.append(f"took       {facts['seconds']:.1f} s on {facts['device']} in {facts['dtype']}")
     return lines + ([f"wrote      {facts['output']}"] if facts["output"] else [])
 
 
 def _digits(value: float) -> str:
-    """Four of them."""
+    """`value` with four significant digits."""
     return f"{value:#.4g}".rstrip(".")

@@ -31,12 +31,13 @@ CURVE = (60, 8)
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """An option for every key of a recipe; what is not given is left to the recipe."""
-    for one in reversed(fields(Recipe)):
-        if one.name in ARGUMENTS:
+    """Add an option for every key of a recipe; an option not given leaves the recipe's value."""
+    for field in reversed(fields(Recipe)):
+        if field.name in ARGUMENTS:
             continue
-        kind, flag, about = str(one.type).partition(" |")[0], "--" + one.name.replace("_", "-"), one.metadata["help"]
-        shown = "" if one.default in (None, (), False) or "[" in about else f"  [default: {one.default}]"
+        kind, flag = str(field.type).partition(" |")[0], "--" + field.name.replace("_", "-")
+        about = field.metadata["help"]
+        shown = "" if field.default in (None, (), False) or "[" in about else f"  [default: {field.default}]"
         settings: dict[str, Any] = {"help": about + shown, "default": None}
         if kind == "bool":
             flag += f"/--no-{flag.removeprefix('--')}"
@@ -44,8 +45,8 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             settings |= {"multiple": True, "metavar": "PROMPT"}
         elif kind.startswith("dict"):
             settings |= {"multiple": True, "metavar": "NAME=VALUE"}
-        elif one.metadata["choices"]:
-            settings |= {"type": click.Choice(one.metadata["choices"])}
+        elif field.metadata["choices"]:
+            settings |= {"type": click.Choice(field.metadata["choices"])}
         else:
             settings |= {"type": TYPES[kind]}
         command = click.option(flag, **settings)(command)
@@ -55,31 +56,36 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command("train")
 @click.argument("base", required=False)
 @click.argument("data", required=False)
-@click.option("-o", "--output", type=click.Path(), help="The directory to write.")
-@click.option("--recipe", "recipe_file", type=click.Path(), help="Take what is not given here from this YAML file.")
-@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
-@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit made before.")
-@click.option("--memory", is_flag=True, help="Print what the run would take, and do nothing.")
-@click.option("--plot", type=click.Path(), help="Draw the losses to this PNG or SVG file at the end.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-o", "--output", type=click.Path(), help="Output directory")
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(),
+    help="Read options from this YAML file; options given here override it",
+)
+@click.option("--resume", is_flag=True, help="Continue an interrupted run")
+@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit wrote")
+@click.option("--memory", is_flag=True, help="Print the memory that the run needs, and exit")
+@click.option("--plot", type=click.Path(), help="Plot the losses to this PNG or SVG file")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
 @_options
 def train_command(
     base: str | None, data: str | None, output: str | None, recipe_file: str | None, resume: bool, overwrite: bool,
     memory: bool, plot: str | None, as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
-    """Train a LoRA adapter for BASE on DATA: texts, prompts with completions, or conversations.
+    """Train a LoRA adapter for BASE on DATA.
 
-    DATA is JSONL, JSON, CSV, Parquet or text; its records have `text`, or `prompt` and `completion` (the loss is on the
-    completion), or `messages` (on the assistant's turns). Ctrl-C keeps what was reached, for --resume. Under torchrun
-    the same command shares every step among all processes.
+    DATA is JSONL, JSON, CSV, Parquet or text; its records have `text`, or `prompt` and `completion` (the loss counts
+    the completion), or `messages` (the loss counts the assistant's turns). Ctrl-C saves a checkpoint for --resume.
+    Under torchrun the same command divides every step among all processes.
     """
     recipe = _recipe({"base": base, "data": data} | given, recipe_file)
     if memory:
         _print_memory(recipe, as_json)
         return
     if output is None:
-        raise UsageError("say where the result is to go: -o OUT")
-    if recipe_file is not None and not resume:  # a run that is resumed has its own recipe in it
+        raise UsageError("no output given: -o OUT")
+    if recipe_file is not None and not resume:  # a resumed run has its own recipe in its folder
         Destination(Path(output), (Path(recipe_file),)).check_apart()
     if plot is not None:
         from adapterkit.cli.views.plot import check_plot
@@ -88,9 +94,9 @@ def train_command(
     from adapterkit.train.runs.run import RECIPE, Started, Stopped, Trained, read_metrics, train
 
     events: list[Event] = []
-    with _asked_to_stop() as stop, _shown() as show:
-        given_as = command(["adapterkit", *sys.argv[1:]])
-        for event in train(recipe, output, resume=resume, overwrite=overwrite, command=given_as, stop=stop):
+    with _stop_requested() as stop, _display() as show:
+        argv = command(["adapterkit", *sys.argv[1:]])
+        for event in train(recipe, output, resume=resume, overwrite=overwrite, command=argv, stop=stop):
             show(event)
             if isinstance(event, Started | Stopped | Trained):
                 events.append(event)
@@ -104,21 +110,21 @@ def train_command(
 
                     draw_losses(metrics, Path(plot), trained.out.name)
                     if not as_json:
-                        held = ", validation loss" * bool(started.held_back)
-                        say(f"plot      {plot}: training loss{held}, learning rate")
+                        validation = ", validation loss" * bool(started.held_back)
+                        say(f"plot       {plot}: training loss{validation}, learning rate")
         case [*_, Stopped(step=step, folder=folder)]:
             again = command(["adapterkit", "train", "--recipe", str(folder / RECIPE), "-o", output, "--resume"])
-            raise KeyboardInterrupt(f"kept what was reached after step {step}; go on with: {again}")
+            raise KeyboardInterrupt(f"saved step {step}; resume with: {again}")
 
 
 def _recipe(given: dict[str, Any], file: str | None) -> Recipe:
-    """The recipe of the command line, over that of a file."""
+    """The recipe of a file, overridden by the command line."""
     plain = {name: value for name, value in given.items() if value not in (None, ())}
     for name in ("rank_pattern", "alpha_pattern"):
         if name in plain:
             pairs = [text.partition("=") for text in plain[name]]
             if any(not value for _, _, value in pairs):
-                raise UsageError(f"--{name.replace('_', '-')}: expected NAME=VALUE, as in down_proj=16")
+                raise UsageError(f"--{name.replace('_', '-')}: expected NAME=VALUE, such as down_proj=16")
             plain[name] = {key: value for key, _, value in pairs}
     recipe = checked(plain, "options") if file is None else read_recipe(Path(file), plain)
     for name in ARGUMENTS:
@@ -128,30 +134,30 @@ def _recipe(given: dict[str, Any], file: str | None) -> Recipe:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether ctrl-C or a SIGTERM came; a second one ends at once."""
-    asked: list[int] = []
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """A function that tells whether Ctrl-C or SIGTERM arrived; a second one stops at once."""
+    signals: list[int] = []
 
-    def heed(number: int, _: object) -> None:
-        if asked:
+    def handle(number: int, _: object) -> None:
+        if signals:
             raise KeyboardInterrupt
-        asked.append(number)
-        say("", "finishing this step; once more to stop at once", err=True)
+        signals.append(number)
+        say("", "finishing this step; press Ctrl-C again to stop now", err=True)
 
-    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(signals)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _shown() -> Iterator[Callable[[Event], None]]:
-    """What shows events on stderr: as progress, and where nothing shows that, by a line now and then."""
+def _display() -> Iterator[Callable[[Event], None]]:
+    """A function that shows events on stderr: in a progress bar, or where none is shown, in occasional lines."""
     from adapterkit.train.loop import Stepped
     from adapterkit.train.runs.run import Evaluated, Sampled, Started
 
@@ -173,17 +179,17 @@ def _shown() -> Iterator[Callable[[Event], None]]:
             if not is_shown() and event.step % max(1, event.steps // 10) == 0:
                 say(f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s", err=True)
         elif isinstance(event, Evaluated):
-            better = "" if event.step == 0 or event.best else "  (was lower)"
-            say(f"step {event.step}: validation loss {event.loss:.4f}{better}", err=True)
+            worse = "" if event.step == 0 or event.best else " (not the best)"
+            say(f"step {event.step}: validation loss {event.loss:.4f}{worse}", err=True)
         elif isinstance(event, Sampled):
-            say(f"{event.when}: {event.prompt!r} goes on with {event.completion!r}", err=True)
+            say(f"sample {event.when} training: {event.prompt!r} → {event.completion!r}", err=True)
 
-    with progress("training", note=_beside) as show_step:
+    with progress("training", note=_bar_note) as show_step:
         yield show
 
 
-def _beside(facts: dict[str, Any]) -> str:
-    """What stands beside the bar."""
+def _bar_note(facts: dict[str, Any]) -> str:
+    """The text beside the progress bar."""
     if not facts:
         return ""
     return f"loss {facts['loss']:.3f}  {facts['tokens_per_second']:,.0f} tokens/s  {size(facts['memory'])}"
@@ -194,14 +200,14 @@ def _print_start(event: Started) -> None:
     for part in filter(None, (data, held_back)):
         note(*notes_of(part))
     if not event.unpadded:
-        note("this model cannot read sequences end to end; they are padded")
-    held = f", {len(held_back.examples):,} held back" if held_back else ""
+        note("this model does not support packed sequences; batches are padded")
+    held = f", {counted(len(held_back.examples), 'record')} held out" if held_back else ""
     say(
-        f"data      {counted(len(data.examples), 'record')}, {counted(data.tokens, 'token')}, "
-        f"{data.counted:,} to learn{held}",
-        f"training  {counted(event.trained, 'parameter')} ({event.trained / event.parameters:.2%}) "
-        f"in {counted(event.steps, 'step')}, {event.dtype} on {event.device}",
-        f"memory    about {size(event.memory.total)}",
+        f"data       {counted(len(data.examples), 'record')}, {counted(data.tokens, 'token')} "
+        f"({data.counted:,} in the loss){held}",
+        f"training   {counted(event.trained, 'parameter')} ({event.trained / event.parameters:.2%}), "
+        f"{counted(event.steps, 'step')}, {event.dtype} on {event.device}",
+        f"memory     about {size(event.memory.total)}",
         err=True,
     )
 
@@ -211,7 +217,7 @@ def _print_result(started: Started, trained: Trained, metrics: list[dict[str, An
 
     if trained.unmoved:
         more = f" and {len(trained.unmoved) - 3} more" if len(trained.unmoved) > 3 else ""
-        note(f"never had a gradient: {', '.join(trained.unmoved[:3])}{more}")
+        note(f"no gradient in any step: {', '.join(trained.unmoved[:3])}{more}")
     progress, losses = trained.progress, [line["loss"] for line in metrics if "loss" in line]
     if as_json:
         facts = {"output": str(trained.out), "trained_parameters": started.trained, "kept_step": trained.kept}
@@ -221,34 +227,35 @@ def _print_result(started: Started, trained: Trained, metrics: list[dict[str, An
     if sys.stdout.isatty() and len(losses) > 1:
         say(*curve(losses, *CURVE))
     early = ", stopped early" if trained.stopped_early else ""
+    seconds = progress.seconds
     say(
-        f"trained   {counted(progress.step, 'step')}, {counted(progress.tokens, 'token')} in {progress.seconds:,.1f} s "
-        f"({progress.tokens / max(1e-9, progress.seconds):,.0f} tokens/s), {size(trained.peak_memory)}{early}"
+        f"trained    {counted(progress.step, 'step')}, {counted(progress.tokens, 'token')} in {seconds:,.1f} s "
+        f"({progress.tokens / max(1e-9, seconds):,.0f} tokens/s), peak memory {size(trained.peak_memory)}{early}",
+        f"loss       {losses[0]:.4f} → {losses[-1]:.4f} (first → last step)",
     )
-    say(f"loss      {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
-    if progress.best_loss is not None and progress.first_eval_loss is not None:
+    first, best = progress.first_eval_loss, progress.best_loss
+    if first is not None and best is not None:
         say(
-            f"held out  {progress.first_eval_loss:.4f} before, {progress.best_loss:.4f} at step {trained.kept}, "
-            f"which is kept; perplexity {perplexity(progress.first_eval_loss):.2f}, "
-            f"{perplexity(progress.best_loss):.2f}"
+            f"validation loss {first:.4f} → {best:.4f} (best at step {trained.kept}, kept), "
+            f"perplexity {perplexity(first):.2f} → {perplexity(best):.2f}"
         )
-    say(f"wrote     {trained.out}")
+    say(f"wrote      {trained.out}")
 
 
 def _print_memory(recipe: Recipe, as_json: bool) -> None:
     from adapterkit.train.runs.run import estimated
 
-    found, room, fits = estimated(recipe)
+    estimate, free, fits = estimated(recipe)
     if as_json:
-        say_result({**asdict(found), "total": found.total, "free": room, "would_fit": fits})
+        say_result({**asdict(estimate), "total": estimate.total, "free": free, "would_fit": fits})
         return
-    for name, value in asdict(found).items():
+    for name, value in asdict(estimate).items():
         say(f"{name:13}{size(value):>10}")
-    say(f"{'in all':13}{size(found.total):>10}, {size(room)} free" + ("" if fits is None else f": {fits}"))
+    say(f"{'total':13}{size(estimate.total):>10}, {size(free)} free" + ("" if fits is None else f": {fits}"))
 
 
 def _memory() -> int:
-    """Bytes in use: the most of the GPU, or those of this process now."""
+    """Bytes in use: the GPU's peak, or the current size of this process."""
     import torch
 
     if used := torch.cuda.max_memory_allocated():
