@@ -160,7 +160,14 @@ class Adapter:
     new_modules: frozenset[str] = frozenset()  # modules_to_save: the only ones a base may lack
     keeps_tie: bool = False  # trained with input and output embedding held equal
     base_model: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)  # as the file said it, for round trips
+    rslora: bool = False  # described by alpha / √rank
+    target_parameters: tuple[str, ...] = ()  # paths of the parameters that factors of stacked experts are for
+    task: str | None = None  # as PEFT names it: CAUSAL_LM, SEQ_CLS …
+    dropout: float | None = None  # that it was trained with
+    target_suffixes: tuple[str, ...] = ()  # ends of names that mean just these modules, where all of the model is known
+    config: dict[str, Any] = field(
+        default_factory=dict
+    )  # as the file said it: for round trips, nothing computes from it
     files: tuple[Path, ...] = ()
     stamps: dict[Path, Stamp] = field(default_factory=dict)  # of the files, before they were read
     problems: tuple[Problem, ...] = ()

@@ -106,11 +106,10 @@ def combine(
             yield row
     found = {name: _lazy(done[name][0]) for name in modules}
     base = next((one.adapter.base_model for one in given if one.adapter.base_model), None)
-    experts = [name for one in given for name in one.adapter.config.get("target_parameters") or ()]
     adapter = Adapter(
         "", found, replaced, tokens, frozenset().union(*(one.adapter.new_modules for one in given)),
         any(one.adapter.keeps_tie for one in given), base,
-        {"target_parameters": list(dict.fromkeys(experts))} if experts else {},
+        target_parameters=tuple(dict.fromkeys(name for one in given for name in one.adapter.target_parameters)),
     )  # fmt: skip
     rows = tuple(done[name][1] for name in modules)
     yield Combined(adapter, rows, (*notes, *more, *_nothing_left(rows)))

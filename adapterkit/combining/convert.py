@@ -80,7 +80,7 @@ def rescale(one: WeightedAdapter, rslora: bool) -> Combined:
         ModuleDone(name, weights.rank, math.nan, 0.0, done, many)
         for done, (name, weights) in enumerate(adapter.modules.items(), 1)
     )
-    return Combined(replace(adapter, config=adapter.config | {"use_rslora": rslora}), rows, ())
+    return Combined(replace(adapter, rslora=rslora), rows, ())
 
 
 def _placed(
@@ -134,8 +134,5 @@ def _effective(weights: Weights, found: Sequence[Piece]) -> Matrix:
 
 def _like(adapter: Adapter, modules: dict[str, LoraWeights[LazyTensor]]) -> Adapter:
     """`adapter` with other modules, whose config is to be written anew."""
-    parameters = adapter.config.get("target_parameters")
-    return replace(
-        adapter, format="", modules={name: modules[name] for name in adapter.modules},
-        config={"target_parameters": parameters} if parameters else {},
-    )  # fmt: skip
+    ordered = {name: modules[name] for name in adapter.modules}
+    return replace(adapter, format="", modules=ordered, rslora=False, config={})

@@ -218,9 +218,8 @@ def finite(value: Any) -> Any:
 
 
 def _kind(adapter: Adapter) -> str:
-    rslora = bool(adapter.config.get("use_rslora"))
     dora = any(weights.magnitude is not None for weights in adapter.modules.values())
-    names = ["rsLoRA"] * rslora + ["DoRA"] * dora
+    names = ["rsLoRA"] * adapter.rslora + ["DoRA"] * dora
     return " + ".join(names) or "LoRA"
 
 

@@ -261,8 +261,10 @@ def _named(scale: float, label: str, given: tuple[WeightedAdapter, ...]) -> str:
     weights = next(iter(adapter.modules.values()), None)
     known = {2.0: "applied twice", -1.0: "subtracted", 3.0: "applied three times", 0.5: "halved"}
     if weights is not None:
-        root, rslora = weights.rank**0.5, bool(adapter.config.get("use_rslora"))
-        known |= {1 / root: "α/r where the config has α/√r"} if rslora else {root: "α/√r where the config has α/r"}
+        root = weights.rank**0.5
+        known |= (
+            {1 / root: "α/r where the config has α/√r"} if adapter.rslora else {root: "α/√r where the config has α/r"}
+        )
         if weights.scaling:
             known.setdefault(1 / weights.scaling, "without its scaling")
             known.setdefault(weights.scaling, "scaled twice over")

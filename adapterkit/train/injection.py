@@ -174,10 +174,10 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
-def adapter_of(model: nn.Module, base_model: str | None = None, config: Mapping[str, Any] | None = None) -> Adapter:
+def adapter_of(model: nn.Module, base_model: str | None = None) -> Adapter:
     """The factors in `model` as an adapter, which `adapterkit.save` writes."""
     modules = {name: layer.weights() for name, layer in lora_layers(model).items()}
-    return Adapter("peft", modules, base_model=base_model, config=dict(config or {}))
+    return Adapter("", modules, base_model=base_model)
 
 
 class disabled:

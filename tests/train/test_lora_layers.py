@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -571,7 +572,7 @@ def test_what_is_saved_loads_in_peft_and_is_gone_on_with(tmp_path: Path, case: s
     moved(model)
     wanted = model(ids).logits.detach()
     assert not torch.allclose(wanted, before, rtol=0.01, atol=0.05)
-    adapter = adapter_of(model, "some/base", {"use_rslora": lora.method == "rslora"})
+    adapter = replace(adapter_of(model, "some/base"), rslora=lora.method == "rslora")
     adapterkit.save(adapter, tmp_path / "adapter")
     there = adapterkit.load(tmp_path / "adapter")
     assert set(there.modules) == set(names) and there.base_model == "some/base" and not there.problems

@@ -81,6 +81,9 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         new_modules=frozenset(config.modules_to_save),
         keeps_tie=config.keeps_tie,
         base_model=config.raw.get("base_model_name_or_path") or None,
+        rslora=config.rslora,
+        target_parameters=config.target_parameters,
+        task=config.task,
         config=config.raw,
         files=source.files,
         problems=tuple(problems),
@@ -315,34 +318,41 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
     """The config with which PEFT computes each module's own scaling."""
     if adapter.format == NAME and "lora_alpha" in adapter.config:
         return adapter.config
-    rslora = bool(adapter.config.get("use_rslora"))
     ranks = {name: weights.rank for name, weights in adapter.modules.items()}
     alphas = {
-        name: weights.scaling * (weights.rank**0.5 if rslora else weights.rank)
+        name: weights.scaling * (weights.rank**0.5 if adapter.rslora else weights.rank)
         for name, weights in adapter.modules.items()
     }
-    parameters = adapter.config.get("target_parameters")
-    if not parameters and any(weights.kind == "experts" for weights in adapter.modules.values()):
+    if not adapter.target_parameters and any(weights.kind == "experts" for weights in adapter.modules.values()):
         raise FitError("writing stacked experts needs the target_parameters of the original config")
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    return {
+    config = {
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.base_model,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {_exactly(name): a for name, a in alphas.items() if a != alpha},
-        "use_rslora": rslora,
+        "use_rslora": adapter.rslora,
         "use_dora": any(weights.magnitude is not None for weights in adapter.modules.values()),
-        "lora_bias": any(weights.bias is not None for weights in adapter.modules.values()),
-        "target_modules": sorted(name for name, weights in adapter.modules.items() if weights.kind != "experts"),
-        "target_parameters": parameters,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.replaced} - set(adapter.modules))
         or None,
-        "trainable_token_indices": {name: list(rows) for name, (rows, _) in adapter.tokens.items()} or None,
-        **({"ensure_weight_tying": True} if adapter.keeps_tie else {}),
         "fan_in_fan_out": any(weights.fan_in_fan_out for weights in adapter.modules.values()),
         "inference_mode": True,
+    }
+    if adapter.target_suffixes and not config["rank_pattern"] and not config["alpha_pattern"]:
+        return config | {
+            "target_modules": list(adapter.target_suffixes),
+            "task_type": adapter.task,
+            "lora_dropout": adapter.dropout,
+            "bias": "none",
+        }
+    return config | {
+        "target_modules": sorted(name for name, weights in adapter.modules.items() if weights.kind != "experts"),
+        "target_parameters": list(adapter.target_parameters) or None,
+        "trainable_token_indices": {name: list(rows) for name, (rows, _) in adapter.tokens.items()} or None,
+        "lora_bias": any(weights.bias is not None for weights in adapter.modules.values()),
+        **({"ensure_weight_tying": True} if adapter.keeps_tie else {}),
     }
 
 

@@ -79,6 +79,11 @@ class PeftConfig:
         )
 
     @property
+    def task(self) -> str | None:
+        task = self.raw.get("task_type")
+        return None if task is None else str(task)
+
+    @property
     def keeps_tie(self) -> bool:
         """Whether PEFT trains tied embeddings as one: it looks for them by these names only."""
         if not self.raw.get("ensure_weight_tying"):

@@ -144,7 +144,7 @@ def _of_adapter(
     summary = summarize(adapter)
     kind = "dora" if "DoRA" in summary.kind else "lora"
     tags = ("adapterkit", "lora", *(("dora",) if kind == "dora" else ()))
-    causal = adapter.config.get("task_type") in (None, "CAUSAL_LM")
+    causal = adapter.task in (None, "CAUSAL_LM")
     rows = {
         "base": base or "", "kind": summary.kind, "rank": _span(summary.ranks), "alpha": _span(summary.alphas),
         "targets": ", ".join(summary.targets), "parameters": f"{summary.parameters:,}", **_provenance(path),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,12 @@ from adapterkit.files.writing import write_json, write_text
 from adapterkit.hub.names import public_name
 from adapterkit.text import counted, markdown, visible
 from adapterkit.train.injection import adapter_of, lora_layers
-from adapterkit.train.layers import is_conv1d, is_linear
+from adapterkit.train.layers import is_linear
 from adapterkit.train.loss import perplexity
 from adapterkit.train.runs import checkpoints
 
 if TYPE_CHECKING:
+    from adapterkit.adapter.weights import Adapter
     from adapterkit.train.data.tokenize import Encoded
     from adapterkit.train.loop import Loop
     from adapterkit.train.recipe import Recipe
@@ -43,7 +44,7 @@ def write_result(
         loop.model.model.save_pretrained(made)
         tokenizer.save_pretrained(made)
     else:
-        save(adapter_of(loop.model.model, name, adapter_config(loop.model.model, recipe, name)), made)
+        save(trained_adapter(loop.model.model, recipe, name), made)
     for file in made.iterdir():
         flush(file)
         file.rename(folder / file.name)
@@ -70,23 +71,16 @@ def base_id(base: Checkpoint) -> str | None:
     return said if said and said.rpartition("/")[2] == path.name and not (path / RECORD).exists() else None
 
 
-def adapter_config(model: nn.Module, recipe: Recipe, base: str | None) -> dict[str, Any]:
-    """The adapter_config.json with short names, where they mean just what was trained; else the writer's own does."""
-    layers, rslora = lora_layers(model), recipe.method == "rslora"
-    strengths = {(layer.scaling, layer.factors()[0].shape[0]) for layer in layers.values()}
+def trained_adapter(model: nn.Module, recipe: Recipe, base: str | None) -> Adapter:
+    """The factors in `model`, with the short names of their layers where no other layer ends in one of them."""
+    layers = lora_layers(model)
     leaves = {name.rpartition(".")[2] for name in layers}
     others = (name for name, layer in model.named_modules() if is_linear(layer) or isinstance(layer, nn.Embedding))
-    if len(strengths) > 1 or any(name.rpartition(".")[2] in leaves for name in others):
-        return {"use_rslora": rslora}
-    [(scaling, rank)] = strengths
-    return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-        "lora_alpha": scaling * (rank**0.5 if rslora else rank), "lora_dropout": recipe.dropout,
-        "target_modules": sorted(leaves), "use_rslora": rslora, "bias": "none",
-        "use_dora": any(layer.magnitude is not None for layer in layers.values()),
-        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
-        "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "inference_mode": True,
-    }  # fmt: skip
+    short = not any(name.rpartition(".")[2] in leaves for name in others)
+    return replace(
+        adapter_of(model, base), rslora=recipe.method == "rslora", task="CAUSAL_LM", dropout=recipe.dropout,
+        target_suffixes=tuple(sorted(leaves)) if short else (),
+    )  # fmt: skip
 
 
 def _facts(
