@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 
+from adapterkit.files import system
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
 
 IMPORTING = "<frozen importlib._bootstrap>"
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN = 0.002  # seconds until a signal that came in an import is tried again
 
 
@@ -30,19 +31,22 @@ def end_at_once() -> None:
 def end_cleanly() -> None:
     """Have signals raise an exception, though not in an import: that swallows it, or is left half done."""
     _handle(_interrupt)
-    signal.signal(signal.SIGALRM, _interrupt_again)
-    signal.siginterrupt(signal.SIGALRM, False)
+    if system.HAS_TIMER:
+        signal.signal(signal.SIGALRM, _interrupt_again)
+        signal.siginterrupt(signal.SIGALRM, False)
 
 
 def ignore() -> None:
     """Let nothing disturb the end."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for number in (*NUMBERS, signal.SIGALRM):
+    for number in system.ENDING:
         signal.signal(number, signal.SIG_IGN)
+    if system.HAS_TIMER:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 def _handle(handler: signal._HANDLER) -> None:
-    for number in NUMBERS:
+    for number in system.ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as in the background, or under nohup
             signal.signal(number, handler)
 
@@ -53,7 +57,7 @@ _waiting: list[int] = []
 def _interrupt(number: int, frame: FrameType | None) -> None:
     while frame is not None and frame.f_code.co_filename != IMPORTING:
         frame = frame.f_back
-    if frame is None:
+    if frame is None or not system.HAS_TIMER:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
     _waiting.append(number)
     signal.setitimer(signal.ITIMER_REAL, AGAIN)

@@ -6,20 +6,20 @@ that were never meant to be copied, such as the environment of this process.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path, PurePath
 
 from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.files import system
 
-READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 PIECE = 1 << 20  # bytes read at a time
 MOST_NESTED = 100  # folders
-FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 FILE_KINDS = {
     stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link",
@@ -44,22 +44,13 @@ def open_inside(folder: Path, name: str | PurePath) -> BufferedReader:
     """
     *inner, last = PurePath(name).parts
     with _errors_of(folder / name):
-        at = os.open(folder, FOLDER)
-        try:
-            for part in inner:
-                above, at = at, os.open(part, FOLDER | os.O_NOFOLLOW, dir_fd=at)
-                os.close(above)
-            if not stat.S_ISLNK(os.stat(last, dir_fd=at, follow_symlinks=False).st_mode):
-                return os.fdopen(_open(last, at), "rb")
-        finally:
-            os.close(at)
+        with _folder(folder, inner) as (path, at):
+            if not stat.S_ISLNK(os.stat(path / last, dir_fd=at, follow_symlinks=False).st_mode):
+                return os.fdopen(_open(path / last, at, links=False), "rb")
         if (blob := blob_of(folder / name)) is None:
             raise UnsafeFileError(f"{folder / name}: is a link, which could lead to any file; replace it with the file")
-        blobs = os.open(blob.parent, FOLDER | os.O_NOFOLLOW)
-        try:
-            return os.fdopen(_open(blob.name, blobs), "rb")
-        finally:
-            os.close(blobs)
+        with _folder(blob.parent.parent, [blob.parent.name]) as (path, at):
+            return os.fdopen(_open(path / blob.name, at, links=False), "rb")
 
 
 def read_whole(file: Path, limit: int) -> bytes:
@@ -127,13 +118,37 @@ def blob_of(file: Path) -> Path | None:
     return target if repo.name.startswith("models--") and target.parent == repo / "blobs" else None
 
 
-def _open(name: str | os.PathLike[str], at: int | None = None) -> int:
+@contextmanager
+def _folder(folder: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int | None]]:
+    """Go down from `folder` through `inner`, where no link is followed; yields what paths in it begin with, and the
+    open folder that they are relative to.
+
+    Where nothing can be opened relative to a folder, links are refused only if they are there beforehand.
+    """
+    if not system.HAS_DIR_FD:
+        for part in inner:
+            folder /= part
+            if not stat.S_ISDIR(os.lstat(folder).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        yield folder, None
+        return
+    at = os.open(folder, system.FOLDER)
+    try:
+        for part in inner:
+            above, at = at, os.open(part, system.FOLDER | system.NO_LINK, dir_fd=at)
+            os.close(above)
+        yield Path(), at
+    finally:
+        os.close(at)
+
+
+def _open(name: str | os.PathLike[str], at: int | None = None, links: bool = True) -> int:
     """Open a regular file, checked both before, since opening a device can do things, and after.
 
-    With the folder `at`, `name` may be no link.
+    `name` may be of the open folder `at`, and a link only with `links`.
     """
-    _check(os.stat(name, dir_fd=at, follow_symlinks=at is None).st_mode)
-    fd = os.open(name, READ | (0 if at is None else os.O_NOFOLLOW), dir_fd=at)  # without waiting for a pipe's writer
+    _check(os.stat(name, dir_fd=at, follow_symlinks=links).st_mode)
+    fd = os.open(name, system.READ | (0 if links else system.NO_LINK), dir_fd=at)  # waits for no pipe's writer
     try:
         _check(os.fstat(fd).st_mode)
     except BaseException:

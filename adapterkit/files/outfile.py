@@ -1,22 +1,23 @@
 """One output file while it is written: its space reserved, large spans straight to the disk, the header last.
 
-Writing past the page cache (O_DIRECT) spares a copy of every byte and the kernel's work on its pages, and starts the
-disk at once instead of at the final flush. It wants offset, length and memory address in whole pages; the ends of a
-span, which share a page with their neighbours, go through the page cache.
+Writing past the page cache spares a copy of every byte and the kernel's work on its pages, and starts the
+disk at once instead of at the final flush. Linux wants offset, length and memory address in whole pages for that; the
+ends of a span, which share a page with their neighbours, go through the page cache.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from adapterkit.files import system
 from adapterkit.files.opening import open_regular
+from adapterkit.files.safetensors import PAGE
 
-PAGE = mmap.PAGESIZE
-FICLONE = 0x40049409  # Linux's ioctl that makes a file share another's blocks
+if TYPE_CHECKING:
+    from mmap import mmap
 
 
 class PageBuffer:
@@ -32,8 +33,8 @@ class PageBuffer:
             self._memory = self._map(begin + size + PAGE)
         return memoryview(self._memory)[begin : begin + size]
 
-    def _map(self, size: int) -> mmap.mmap:
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    def _map(self, size: int) -> mmap:
+        return system.private_memory(size)
 
 
 class OutputFile:
@@ -42,26 +43,26 @@ class OutputFile:
     def __init__(self, path: Path, size: int) -> None:
         """Create `path` and reserve `size` bytes, so that a full disk shows itself now. Raises OSError."""
         self.path, self._fd, self._direct = path, -1, -1
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, system.NEW, 0o666)
         try:
             if size:
-                os.posix_fallocate(fd, 0, size)
+                system.reserve(fd, size)
         finally:
             os.close(fd)
 
     def open(self) -> None:
         """Open the file to be written, until `close`. Raises OSError."""
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-        self._direct = _open_direct(self.path)
+        self._fd = os.open(self.path, system.WRITE)
+        self._direct = system.open_direct(self.path)
 
     def write(self, data: memoryview, at: int) -> None:
         """Write `data` at `at`; its whole pages past the page cache where file system and buffer allow it."""
         first, last = -at % PAGE, (at + len(data)) // PAGE * PAGE - at
         if self._direct < 0 or last <= first:
-            _write_all(self._fd, data, at)
-            self._start_disk(len(data), at)
+            system.write_at(self._fd, data, at)
+            system.start_disk(self._fd, len(data), at)
             return
-        _write_all(self._fd, data[:first], at)
+        system.write_at(self._fd, data[:first], at)
         done = first
         while done < last:
             try:
@@ -70,12 +71,12 @@ class OutputFile:
                 if error.errno != errno.EINVAL:
                     raise
                 break  # not aligned as this file system wants it, as after a short write
-        _write_all(self._fd, data[done:], at + done)
+        system.write_at(self._fd, data[done:], at + done)
 
     def finish(self, header: bytes) -> None:
         """Write the header, and return when everything is on the disk."""
-        _write_all(self._fd, memoryview(header), 0)
-        os.fsync(self._fd)
+        system.write_at(self._fd, memoryview(header), 0)
+        system.flush(self._fd)
 
     def fileno(self) -> int:
         """The open file, to read what was written."""
@@ -88,10 +89,6 @@ class OutputFile:
                 os.close(fd)
         self._fd = self._direct = -1
 
-    def _start_disk(self, count: int, at: int) -> None:
-        """The page cache need not keep these bytes; saying so makes the disk start on them now."""
-        os.posix_fadvise(self._fd, at, count, os.POSIX_FADV_DONTNEED)
-
 
 class LinkedFile(OutputFile):
     """A file that shares the bytes of another: by a reflink, or where the file system has none by a hard link."""
@@ -99,16 +96,9 @@ class LinkedFile(OutputFile):
     def __init__(self, path: Path, source: Path) -> None:
         """Make `path` the same file as `source`. Raises OSError where it can be neither."""
         self.path, self._fd, self._direct = path, -1, -1
-        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with open_regular(source) as stream:
-                fcntl.ioctl(target, FICLONE, stream.fileno())
-            os.fsync(target)
-        except OSError:
-            path.unlink()
-            os.link(source.resolve(), path)
-        finally:
-            os.close(target)
+        with open_regular(source) as stream:
+            if not system.clone(stream.fileno(), path):
+                os.link(source.resolve(), path)
 
     def open(self) -> None:
         """Nothing: it is there."""
@@ -118,18 +108,3 @@ class LinkedFile(OutputFile):
 
     def finish(self, header: bytes) -> None:
         """Nothing: it is there."""
-
-
-def _open_direct(path: Path) -> int:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems say that have no such thing
-            raise
-        return -1
-
-
-def _write_all(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, at)
-        data, at = data[done:], at + done

@@ -7,7 +7,6 @@ A file is an 8-byte little-endian header length, a JSON header, then the tensors
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.errors import FormatError
+from adapterkit.files import system
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES, MAX_HEADER_ITEMS, parse_object
 from adapterkit.files.opening import open_regular
 
@@ -40,6 +40,7 @@ TORCH_NAMES = {
 # The dtypes that weights are merged in and written in.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
+PAGE = 4096  # bytes; not this machine's page, so that the same tensors are the same file on every machine
 MAX_NAME = 1000  # characters; real names have at most some 200
 MAX_DIMS = 64  # as in numpy; the product of many more dimensions is a number too large to work with
 
@@ -106,7 +107,7 @@ def read_span(fd: int, into: memoryview, offset: int, file: Path) -> None:
     done = 0
     while done < len(into):
         try:
-            got = os.preadv(fd, [into[done:]], offset + done)
+            got = system.read_at(fd, into[done:], offset + done)
         except OSError as error:
             raise FormatError(f"{file}: reading at byte {offset + done} failed: {error.strerror}") from error
         if got == 0:
@@ -168,7 +169,7 @@ def encode_header(
         at = stop
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # readers may map the data, so it starts on a multiple of 8
-    text += b" " * ((like - 8 - len(text)) % mmap.PAGESIZE if like else 0)
+    text += b" " * ((like - 8 - len(text)) % PAGE if like else 0)
     base = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, [(base + start, base + stop) for start, stop in spans]
 
@@ -187,7 +188,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             if flat.numel():
                 stream.write(flat.view(torch.uint8).numpy().data)
         stream.flush()
-        os.fsync(stream.fileno())
+        system.flush(stream.fileno())
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import AdapterkitError, FormatError, NoSpaceError, OutputExistsError, UsageError
-from adapterkit.files.interrupts import uninterrupted
+from adapterkit.files import system
 from adapterkit.files.overlap import Inode, check_apart
-from adapterkit.files.renaming import exchange, rename_new
 from adapterkit.files.safetensors import read_header
 from adapterkit.files.workspace import PREFIX, Mark, Workspace, left_by_others, receipt_of, remove_unmarked, seen
 
@@ -24,6 +25,8 @@ from adapterkit.files.workspace import PREFIX, Mark, Workspace, left_by_others, 
 RECORD = "adapterkit_merge.json"
 ADAPTER_RECORD = "adapterkit_adapter.json"
 RECEIPT = "adapterkit_receipt.json"
+FOLDER = "adapterkit_receipt"  # of what a receipt needs
+BEFORE = f"{FOLDER}/before"
 TRAINING_RECORD = "adapterkit_training.json"
 MADE_BY = "adapterkit"  # in the metadata of every .safetensors file that is an output by itself
 MAX_NAME_BYTES = 255  # of a file, on Linux
@@ -163,6 +166,25 @@ def errors_of(out: Path) -> Iterator[None]:
 
 
 @contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let the handlers of signals that arrive meanwhile run at the end, in the main thread, where Python runs them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: handler for number in system.ENDING if callable(handler := signal.getsignal(number))}
+    arrived: list[int] = []
+    try:
+        for number in handlers:
+            signal.signal(number, lambda which, _: arrived.append(which))
+        yield
+    finally:
+        for number, handler in handlers.items():  # SIGINT last: until then it is still noted
+            signal.signal(number, handler)
+        for which in arrived:
+            signal.raise_signal(which)
+
+
+@contextmanager
 def _parents(out: Path) -> Iterator[None]:
     """Make the directories above `out`; on failure those that were made go again."""
     missing = [folder for folder in out.absolute().parents if not folder.exists()]
@@ -212,14 +234,14 @@ def _commit(work: Workspace, place: Destination, before: list[Inode | None]) -> 
     for beside in place.places[:-1]:
         _put_receipt(work, beside)
     if before[-1] is None:
-        rename_new(work.new, out)
+        system.rename_new(work.new, out)
     elif not place.directory:
         work.new.replace(out)
-    elif not exchange(work.new, out):
+    elif not system.exchange(work.new, out):
         out.rename(work.old)
-        rename_new(work.new, out)
+        system.rename_new(work.new, out)
     work.done = True
-    flush(out.parent)
+    system.flush_path(out.parent)
 
 
 def _put_receipt(work: Workspace, beside: Path) -> None:
@@ -230,10 +252,10 @@ def _put_receipt(work: Workspace, beside: Path) -> None:
     elif new:
         work.old_receipt.mkdir()
     if new:
-        rename_new(work.receipt, beside)
+        system.rename_new(work.receipt, beside)
     if there or new:
-        flush(work.path)
-        flush(beside.parent)
+        system.flush_path(work.path)
+        system.flush_path(beside.parent)
 
 
 def _given_up(work: Workspace | None, place: Destination, kept: Callable[[Path], str]) -> str:
@@ -266,18 +288,5 @@ def _identity(path: Path) -> Inode | None:
 def _flush_all(path: Path) -> None:
     for folder, _, names in os.walk(path):
         for name in names:
-            flush(Path(folder) / name)
-        flush(Path(folder))
-
-
-def flush(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a directory."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-FOLDER = "adapterkit_receipt"
-BEFORE = f"{FOLDER}/before"
+            system.flush_path(Path(folder) / name)
+        system.flush_path(Path(folder))

@@ -6,8 +6,6 @@ file; while names are swapped also `old` and `old-receipt`. What has no mark, or
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -21,13 +19,13 @@ from pathlib import Path
 
 from adapterkit import __version__
 from adapterkit.errors import OutputExistsError
+from adapterkit.files import system
 from adapterkit.files.overlap import below
-from adapterkit.files.renaming import rename_new
 
 PREFIX, MARK = ".adapterkit-", "adapterkit_workspace.json"
-MODE = 0o1700  # mkdir sets it in one step; the sticky bit marks the folder until the mark is there
+MODE = 0o1700  # Linux's mkdir sets it in one step; the sticky bit marks the folder until the mark is there
 MAX_MARK_BYTES = 10_000
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # what file systems say that have none
+OPEN = system.WRITE | system.NO_LINK | system.READ  # a mark to read, and to lock
 
 
 def receipt_of(out: Path) -> Path:
@@ -68,7 +66,7 @@ class Workspace:
         while True:
             path = parent / f"{PREFIX}{secrets.token_hex(4)}"
             with suppress(FileExistsError):
-                path.mkdir(MODE)
+                system.make_folder(path, MODE)
                 fd = _create_mark(path, mark)
                 if fd is not None:
                     return cls(path, mark, fd)
@@ -79,12 +77,12 @@ class Workspace:
         try:
             if not _is_ours(path):
                 return None
-            fd = os.open(path / MARK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(path / MARK, OPEN)
         except OSError:
             return None
         mark, alive = _read_mark(fd), False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(fd, wait=False)
         except BlockingIOError:
             alive = True
         except OSError:
@@ -100,13 +98,13 @@ class Workspace:
                 raise OutputExistsError(
                     f"{out}: was put aside as {self.old} by a run that ended there; move that or this away"
                 )
-            rename_new(self.old, out)
+            system.rename_new(self.old, out)
         if os.path.lexists(self.old_receipt) and os.path.lexists(self.new):
             beside = receipt_of(out)
             if self.misplaced_receipt and os.path.lexists(beside):
-                rename_new(beside, self.receipt)
+                system.rename_new(beside, self.receipt)
             if os.listdir(self.old_receipt):  # else there was none
-                rename_new(self.old_receipt, beside)
+                system.rename_new(self.old_receipt, beside)
 
     @property
     def can_go_on(self) -> bool:
@@ -177,9 +175,9 @@ def remove_unmarked(parent: Path) -> None:
             if not _is_ours(path) or os.listdir(path) not in ([], [MARK]):
                 continue
             if (path / MARK).exists():
-                fd = os.open(path / MARK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                fd = os.open(path / MARK, OPEN)
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    system.lock(fd, wait=False)
                     if _read_mark(fd) is None:
                         (path / MARK).unlink()
                 finally:
@@ -209,13 +207,13 @@ def _candidates(parent: Path) -> list[Path]:
 def _is_ours(path: Path) -> bool:
     """Whether this user made the folder, and as a workspace is made."""
     stats = path.lstat()
-    return stat.S_ISDIR(stats.st_mode) and stats.st_uid == os.geteuid() and stats.st_mode & 0o1777 == MODE
+    return stat.S_ISDIR(stats.st_mode) and stats.st_uid == system.user() and stats.st_mode & 0o1777 == MODE
 
 
 def _create_mark(path: Path, mark: Mark) -> int | None:
     """Write the mark and return it open and locked; None where another process removed the folder as a dead one's."""
     try:
-        fd = os.open(path / MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path / MARK, system.NEW, 0o600)
     except FileNotFoundError:
         return None
     except OSError:
@@ -223,15 +221,15 @@ def _create_mark(path: Path, mark: Mark) -> int | None:
         raise
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            system.lock(fd)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in system.NO_LOCKS:
                 raise
         if not os.fstat(fd).st_nlink:
             os.close(fd)
             return None
         os.write(fd, json.dumps({"adapterkit": __version__, **asdict(mark)}).encode())
-        os.fsync(fd)
+        system.flush(fd)
     except BaseException:
         os.close(fd)
         (path / MARK).unlink(missing_ok=True)
@@ -243,10 +241,11 @@ def _create_mark(path: Path, mark: Mark) -> int | None:
 def _read_mark(fd: int) -> Mark | None:
     """What an open mark says, if it is a whole one."""
     stats = os.fstat(fd)
-    if not stat.S_ISREG(stats.st_mode) or stats.st_uid != os.geteuid():
+    if not stat.S_ISREG(stats.st_mode) or stats.st_uid != system.user():
         return None
     try:
-        facts = json.loads(os.pread(fd, MAX_MARK_BYTES, 0))
+        found = bytearray(MAX_MARK_BYTES)
+        facts = json.loads(found[: system.read_at(fd, memoryview(found), 0)])
         facts.pop("adapterkit")
         mark = Mark(**facts)
     except (ValueError, TypeError, AttributeError, KeyError):

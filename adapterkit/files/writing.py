@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapterkit.files import system
 from adapterkit.files.opening import PIECE, open_inside
 
 
@@ -25,7 +25,7 @@ def copy_file(source: Path, name: str, target: Path) -> str:
                 digest.update(piece)
                 copy.write(piece)
             copy.flush()
-            os.fsync(copy.fileno())
+            system.flush(copy.fileno())
     return digest.hexdigest()
 
 
@@ -44,4 +44,4 @@ def write_bytes(file: Path, data: bytes) -> None:
     with open(file, "wb") as stream:
         stream.write(data)
         stream.flush()
-        os.fsync(stream.fileno())
+        system.flush(stream.fileno())

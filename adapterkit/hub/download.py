@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -20,6 +19,7 @@ from adapterkit.adapter.formats.source import ADAPTER_CONFIG as ADAPTER_CONFIG
 from adapterkit.adapter.formats.source import PICKLED, WEIGHTS
 from adapterkit.base.checkpoint import CONFIG
 from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError, UnsafeFileError
+from adapterkit.files import system
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import read_header
 from adapterkit.files.staging import errors_of
@@ -257,7 +257,7 @@ def _get_blob(remote: Remote, file: RemoteFile, count: _Count) -> None:
         if hashed.hexdigest() != name:
             partial.unlink()
             raise AdapterkitError(f"{remote.id}: {file.name} came with other bytes than the Hub says; get it again")
-        os.fsync(stream.fileno())
+        system.flush(stream.fileno())
         partial.rename(blob)
 
 
@@ -271,7 +271,11 @@ def _held(partial: Path) -> Iterator[BufferedRandom]:
     """Open what is there of a file, at its beginning, for this process alone: another that is getting it is awaited."""
     while True:
         with open(partial, "a+b", opener=_open_here) as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                system.lock(stream.fileno())
+            except OSError as error:
+                if error.errno not in system.NO_LOCKS:
+                    raise  # without locks the hash shows what two that write at once have made
             # Meanwhile the other may have moved it to its place, or removed it.
             if not partial.exists() or not os.path.samestat(os.fstat(stream.fileno()), partial.stat()):
                 continue
@@ -282,7 +286,7 @@ def _held(partial: Path) -> Iterator[BufferedRandom]:
 
 def _open_here(path: str, flags: int) -> int:
     """Open or make the file at `path`; raises UnsafeFileError where that is also another's, or no regular file."""
-    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    fd = os.open(path, flags | system.NO_LINK | system.READ, 0o666)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(fd)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from adapterkit.files import system
 from adapterkit.text import visible
 from adapterkit.tui.actions import line
 
@@ -109,15 +110,15 @@ class Job:
         if process is None or process.returncode is not None:
             return
         if self.cancelling:
-            os.killpg(process.pid, signal.SIGKILL)
+            system.signal_group(process.pid, system.KILL)
             return
         self.cancelling = True
-        os.killpg(process.pid, signal.SIGINT)
+        system.signal_group(process.pid, signal.SIGINT)
         try:
             await asyncio.wait_for(process.wait(), PATIENCE)
         except TimeoutError:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                system.signal_group(process.pid, system.KILL)
 
     async def _read_out(self) -> str:
         assert self.process is not None and self.process.stdout is not None
@@ -143,7 +144,7 @@ async def output_of(argv: Sequence[str]) -> tuple[int, str]:
         await job.run(lambda: None)
     finally:
         if job.process is not None and job.process.returncode is None:
-            os.killpg(job.process.pid, signal.SIGINT)
+            system.signal_group(job.process.pid, signal.SIGINT)
     assert job.code is not None
     return job.code, "\n".join([*job.said, *job.out.splitlines()]).strip()
 

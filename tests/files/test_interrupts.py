@@ -8,14 +8,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from adapterkit.files.interrupts import NUMBERS, uninterrupted
+from adapterkit.files.staging import uninterrupted
+from adapterkit.files.system import ENDING
 
 
 @pytest.fixture
 def came() -> Iterator[list[int]]:
     """Which signals were handled so far, by handlers that were there before."""
     came: list[int] = []
-    before = {number: signal.signal(number, lambda which, _: came.append(which)) for number in NUMBERS}
+    before = {number: signal.signal(number, lambda which, _: came.append(which)) for number in ENDING}
     yield came
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -23,14 +24,14 @@ def came() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_comes_at_the_end_to_whom_it_is_for(number: int, came: list[int]) -> None:
-    handlers = [signal.getsignal(one) for one in NUMBERS]
+    handlers = [signal.getsignal(one) for one in ENDING]
     with uninterrupted():
         with uninterrupted():
             signal.raise_signal(number)
             signal.raise_signal(number)
         assert came == []
     assert came == [number, number]
-    assert [signal.getsignal(one) for one in NUMBERS] == handlers
+    assert [signal.getsignal(one) for one in ENDING] == handlers
     signal.raise_signal(number)
     assert came == [number] * 3
 
@@ -64,11 +65,11 @@ def test_what_is_ignored_stays_ignored(came: list[int]) -> None:
 
 def test_a_thread_changes_no_handlers(came: list[int]) -> None:
     """Python handles signals in the main thread alone, and lets no other change how."""
-    handlers, done = [signal.getsignal(one) for one in NUMBERS], []
+    handlers, done = [signal.getsignal(one) for one in ENDING], []
 
     def work() -> None:
         with uninterrupted():
-            done.append([signal.getsignal(one) for one in NUMBERS])
+            done.append([signal.getsignal(one) for one in ENDING])
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -361,7 +361,7 @@ def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n")
     script = """
 from adapterkit.cli import signals
-from adapterkit.files.interrupts import uninterrupted
+from adapterkit.files.staging import uninterrupted
 signals.end_cleanly()
 try:
     import slow

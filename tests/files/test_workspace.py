@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -19,7 +20,7 @@ from handmade import contents
 from standins import failing, nth_call
 
 from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
-from adapterkit.files import renaming, staging
+from adapterkit.files import system
 from adapterkit.files.staging import RECEIPT, Destination, receipts_aside, staged, work_left
 from adapterkit.files.workspace import MARK, Mark, Workspace, receipt_of, remove, remove_unmarked, seen
 
@@ -269,7 +270,7 @@ def test_ctrl_c_while_names_are_changed_comes_after_it(
     if old:
         made(tmp_path / "out", "old")
     name = "exchange" if old else "rename_new"
-    monkeypatch.setattr(staging, name, nth_call(getattr(staging, name), 1, lambda: signal.raise_signal(signal.SIGINT)))
+    monkeypatch.setattr(system, name, nth_call(getattr(system, name), 1, lambda: signal.raise_signal(signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt) as raised:
         made(tmp_path / "out", "new")
     assert raised.value.__notes__ == [f"{tmp_path}/out is complete"]
@@ -372,7 +373,7 @@ def failing_at(nth: int, error: BaseException, swaps: bool = True) -> Iterator[C
     with pytest.MonkeyPatch.context() as patched:
         for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
             patched.setattr(os, name, counted(getattr(os, name)))
-        patched.setattr(renaming, "_renameat2", counted(renaming._renameat2) if swaps else lambda *_: False)
+        patched.setattr(system, "_rename", counted(system._rename) if swaps else lambda *_: False)
         yield lambda: count
 
 
@@ -542,7 +543,7 @@ def test_what_has_its_name_has_all_its_bytes_on_the_disk(
             make(new)
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), happened.append(os.fstat(fd).st_ino)))
-    for owner, name in ((staging, "rename_new"), (staging, "exchange"), (Path, "replace")):
+    for owner, name in ((system, "rename_new"), (system, "exchange"), (Path, "replace")):
         monkeypatch.setattr(owner, name, noted(getattr(owner, name)))
     with staged(place) as new:
         make(new)
@@ -575,8 +576,8 @@ def test_receipts_are_found_aside_while_a_file_is_swapped(
     if old:
         make("old")
     found = []
-    replace = Path.replace if old else staging.rename_new
-    owner, name = (Path, "replace") if old else (staging, "rename_new")
+    replace = Path.replace if old else system.rename_new
+    owner, name = (Path, "replace") if old else (system, "rename_new")
 
     def replacing(source: Path, target: Path) -> Any:
         if target == out:
@@ -594,9 +595,9 @@ def test_receipts_are_found_aside_while_a_file_is_swapped(
 
 def without(number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have renameat2 fail with `number`, or not be there at all."""
-    library = SimpleNamespace(get_errno=lambda: number)
-    found = (None if number is None else lambda *_: -1, library)
-    monkeypatch.setattr(renaming, "_function", lambda: found)
+    library = SimpleNamespace() if number is None else SimpleNamespace(renameat2=lambda *_: -1)
+    monkeypatch.setattr(system, "_libc", lambda: library)
+    monkeypatch.setattr(ctypes, "get_errno", lambda: number)
 
 
 @pytest.mark.parametrize("number", [0, None, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM])
@@ -616,15 +617,15 @@ def test_a_rename_replaces_nothing(
     elif there == "a dangling link":
         other.symlink_to("gone")
     if there == "nothing":
-        renaming.rename_new(one, other)
+        system.rename_new(one, other)
         assert contents(tmp_path) == {"other": b"one"}
         return
     before = contents(tmp_path)
     with pytest.raises(FileExistsError) as raised:
-        renaming.rename_new(one, other)
+        system.rename_new(one, other)
     assert str(other) in (raised.value.filename, raised.value.filename2)
     assert contents(tmp_path) == before
-    swapped = renaming.exchange(one, other)
+    swapped = system.exchange(one, other)
     assert swapped is (number == 0)
     if not swapped:
         assert contents(tmp_path) == before
@@ -636,18 +637,18 @@ def test_a_rename_replaces_nothing(
 
 
 def test_a_rename_that_fails_says_of_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for call in (renaming.exchange, renaming.rename_new):
+    for call in (system.exchange, system.rename_new):
         with pytest.raises(FileNotFoundError) as raised:
             call(tmp_path / "one", tmp_path / "other")
         assert (raised.value.filename, raised.value.filename2) == (f"{tmp_path}/one", f"{tmp_path}/other")
     without(errno.EIO, monkeypatch)
     with pytest.raises(OSError, match="Input/output error"):
-        renaming.exchange(tmp_path / "one", tmp_path / "other")
+        system.exchange(tmp_path / "one", tmp_path / "other")
 
 
 def test_names_without_a_folder_are_of_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("one").write_text("one"), Path("other").write_text("other")
-    assert renaming.exchange(Path("one"), Path("other"))
-    renaming.rename_new(Path("one"), Path("new"))
+    assert system.exchange(Path("one"), Path("other"))
+    system.rename_new(Path("one"), Path("new"))
     assert contents(tmp_path) == {"new": b"other", "other": b"one"}

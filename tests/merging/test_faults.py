@@ -28,7 +28,7 @@ from standins import failing, nth_call
 import adapterkit as package
 from adapterkit.combining import write
 from adapterkit.errors import ChangedError, OutputExistsError
-from adapterkit.files import staging, stamps
+from adapterkit.files import stamps, system
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.workspace import PREFIX
 from adapterkit.merging import card, verify
@@ -201,8 +201,8 @@ def test_a_failing_rename_puts_the_old_output_back(inputs: Path, monkeypatch: py
     """Where the kernel cannot swap two directories, the second of two renames may fail."""
     assert merge(inputs).code == 0
     old = contents(inputs / "out")
-    monkeypatch.setattr(staging, "exchange", lambda *_: False)
-    monkeypatch.setattr(staging, "rename_new", nth_call(staging.rename_new, 1, failing(OSError(errno.EIO, "gone"))))
+    monkeypatch.setattr(system, "exchange", lambda *_: False)
+    monkeypatch.setattr(system, "rename_new", nth_call(system.rename_new, 1, failing(OSError(errno.EIO, "gone"))))
     assert merge(inputs, "--overwrite").message(1) == f"{inputs}/out: gone"
     assert contents(inputs / "out") == old
     assert names(inputs) == ["adapter", "base", "out"]

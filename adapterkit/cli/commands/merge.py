@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +104,6 @@ def _print(facts: dict[str, Any], lines: list[str], as_json: bool) -> None:
 
 
 def _plan_facts(plan: MergePlan, threads: int, device: str) -> dict[str, Any]:
-    stats = os.statvfs(_existing(plan.out.absolute().parent))
     return {
         "base": plan.base.name,
         "adapters": [
@@ -120,7 +119,7 @@ def _plan_facts(plan: MergePlan, threads: int, device: str) -> dict[str, Any]:
             dict.fromkeys(edit.packing.scheme for file in plan.files for edit in file.edits if edit.packing)
         ),
         "bytes_to_write": plan.bytes_to_write,
-        "bytes_free": stats.f_bavail * stats.f_frsize,
+        "bytes_free": shutil.disk_usage(_existing(plan.out.absolute().parent)).free,
         "peak_memory": estimate_memory(plan, threads),
         "threads": threads,
         "device": device,

@@ -260,5 +260,6 @@ def _memory() -> int:
 
     if used := torch.cuda.max_memory_allocated():
         return used
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from adapterkit.errors import UsageError
-from adapterkit.files.outfile import PAGE, PageBuffer
-from adapterkit.files.safetensors import TORCH_NAMES, TensorInfo, read_span
+from adapterkit.files.outfile import PageBuffer
+from adapterkit.files.safetensors import PAGE, TORCH_NAMES, TensorInfo, read_span
 from adapterkit.kernels.cpu import DoubtMask
 from adapterkit.merging.plan.types import Edit, MergePlan
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit import __version__
 from adapterkit.errors import AdapterkitError
+from adapterkit.files import system
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import open_regular
-from adapterkit.files.staging import FOLDER, flush
+from adapterkit.files.staging import FOLDER
 from adapterkit.files.workspace import remove
 from adapterkit.merging.plan.types import FilePlan, MergePlan
 from adapterkit.merging.receipts.receipt import sidecar_name, with_ending
@@ -47,12 +47,12 @@ def note_finished(plan: MergePlan, file: FilePlan, building: Path, done: Done) -
     """Note that a shard of `plan`, and its sidecar, are complete and on the disk."""
     note = _note_of(building, file)
     note.parent.mkdir(exist_ok=True)
-    flush(building)
+    system.flush_path(building)
     facts = {"made_by": _fingerprint(plan, file), "before": done.before, "after": done.after}
     with open(note, "w", encoding="utf-8") as stream:
         json.dump(facts, stream)
         stream.flush()
-        os.fsync(stream.fileno())
+        system.flush(stream.fileno())
 
 
 def take_over(plan: MergePlan, building: Path) -> dict[str, Done]:

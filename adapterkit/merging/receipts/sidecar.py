@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adapterkit.errors import FormatError
+from adapterkit.files import system
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES
 from adapterkit.files.safetensors import DTYPE_BITS, Header, TensorInfo, encode_header, parse_header
 from adapterkit.merging.plan.types import FilePlan, Recorded
@@ -56,7 +57,7 @@ class SidecarWriter:
                 f"{file.name}: {len(expected):,} entries are too many for one file of a receipt; merge with "
                 "--no-receipt, or into a base in more files"
             )
-        self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._fd = os.open(file, system.NEW, 0o666)
         self._entries: list[_Entry] = []
         self._size = self.room
         self._lock = threading.Lock()
@@ -67,17 +68,14 @@ class SidecarWriter:
         with self._lock:
             at, self._size = self._size, self._size + len(data)
             self._entries.append((name, dtype, (len(data),) if shape is None else shape))
-        left = memoryview(data)
-        while left:
-            done = os.pwrite(self._fd, left, at)
-            left, at = left[done:], at + done
+        system.write_at(self._fd, data, at)
 
     def finish(self) -> int:
         """Write the header, wait for the disk, and return the size of the file."""
         raw, _ = encode_header(self._entries, {})
         text = raw[8:].ljust(self.room - 8)
-        os.pwrite(self._fd, len(text).to_bytes(8, "little") + text, 0)
-        os.fsync(self._fd)
+        system.write_at(self._fd, len(text).to_bytes(8, "little") + text, 0)
+        system.flush(self._fd)
         return self._size
 
     def close(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adapterkit.base.quant import QuantizedWeight
 from adapterkit.errors import LossError, NoSpaceError, UsageError
+from adapterkit.files import system
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.run.hashing import is_copy
 
@@ -25,7 +26,7 @@ TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
 
 def default_threads() -> int:
     """As many as this process may use, up to 8: beyond that the disk is the limit."""
-    return min(8, len(os.sched_getaffinity(0)))
+    return min(8, system.usable_cpus())
 
 
 def estimate_memory(plan: MergePlan, threads: int) -> int:
@@ -61,11 +62,11 @@ def check_space(plan: MergePlan) -> None:
     folder = plan.out.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    stats, device = os.statvfs(folder), folder.stat().st_dev
+    disk, device = shutil.disk_usage(folder), folder.stat().st_dev
     linked = [file for file in plan.files if plan.link and is_copy(file) and file.source.stat().st_dev == device]
-    needed, free = plan.bytes_to_write - sum(file.size for file in linked), stats.f_bavail * stats.f_frsize
-    if stats.f_blocks and needed > free:  # some file systems do not say
-        raise NoSpaceError(f"{plan.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+    needed = plan.bytes_to_write - sum(file.size for file in linked)
+    if disk.total and needed > disk.free:  # some file systems do not say
+        raise NoSpaceError(f"{plan.out}: needs {needed / 1e9:.2f} GB, the disk has {disk.free / 1e9:.2f} GB free")
 
 
 def check_loss(plan: MergePlan, retention: dict[str, Retention]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.files.opening import descriptor_of
 from adapterkit.files.outfile import LinkedFile, OutputFile
-from adapterkit.files.safetensors import Header, tensor_bytes
+from adapterkit.files.safetensors import Header, read_span, tensor_bytes
 from adapterkit.files.staging import FOLDER
 from adapterkit.merging.plan.types import Edit, FilePlan, MergePlan, Recorded
 from adapterkit.merging.receipts.receipt import sidecar_name, undoable
@@ -119,8 +119,9 @@ class Output:
         expected = {name: shape for block in self.blocks for name, shape in block.entries()}
         expected |= {kept(index): info.shape for index, info in gone.items()}
         (self._folder / FOLDER).mkdir(exist_ok=True)
-        header = os.pread(self.input.fd, self.shard.nbytes, 0)
-        sidecar = SidecarWriter(self._folder / sidecar_name(self.plan.name), header, expected)
+        header = bytearray(self.shard.nbytes)
+        read_span(self.input.fd, memoryview(header), 0, self.shard.file)
+        sidecar = SidecarWriter(self._folder / sidecar_name(self.plan.name), bytes(header), expected)
         for index, info in gone.items():
             sidecar.add(kept(index), bytes(info.read_bytes()), info.dtype, info.shape)
         return sidecar

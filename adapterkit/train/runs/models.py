@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -10,11 +9,11 @@ import torch
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.models.loading import load_causal, quiet
 from adapterkit.errors import UsageError
+from adapterkit.files import system
 from adapterkit.train.causal import CausalModel
 from adapterkit.train.injection import quicken
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
@@ -49,7 +48,7 @@ def choose_dtype(name: str, base: Checkpoint, device: torch.device, full: bool) 
 def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> CausalModel:
     """The causal language model of `base`, its linear layers in 4 bits on request; raises FormatError where none is."""
     if device.type == "cpu":
-        keep_freed_memory()
+        system.keep_freed_memory()
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantize != "none":
         with quiet():
@@ -62,13 +61,3 @@ def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quant
     model = load_causal(base, **options)
     quicken(model)  # before anything is computed: bitsandbytes rearranges its weights when they are first used
     return CausalModel(model)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: to give it back, and fault it in again, takes a tenth of every step."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mallopt(M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from adapterkit.errors import OutputExistsError, UsageError
+from adapterkit.files import system
 from adapterkit.files.staging import Destination, staged, work_left
 from adapterkit.hub import place_of
 from adapterkit.train.recipe import Recipe
@@ -82,4 +82,4 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that were held: of a GPU's memory, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return system.peak_memory()

@@ -13,7 +13,8 @@ from torch import nn
 from adapterkit import __version__
 from adapterkit.adapter.formats import save
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.files.staging import RECORD, TRAINING_RECORD, flush
+from adapterkit.files import system
+from adapterkit.files.staging import RECORD, TRAINING_RECORD
 from adapterkit.files.workspace import remove
 from adapterkit.files.writing import write_json, write_text
 from adapterkit.hub.names import public_name
@@ -46,7 +47,7 @@ def write_result(
     else:
         save(trained_adapter(loop.model.model, recipe, name), made)
     for file in made.iterdir():
-        flush(file)
+        system.flush_path(file)
         file.rename(folder / file.name)
     made.rmdir()
     facts = _facts(recipe, loop, data, held_back, progress, origin)
@@ -144,13 +145,7 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    except OSError:
-        pass
-    return f"{cpu}, {counted(torch.get_num_threads(), 'thread')}"
+    return f"{system.processor()}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _versions() -> dict[str, str]:

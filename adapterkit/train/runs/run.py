@@ -21,8 +21,8 @@ import torch.distributed as dist
 from adapterkit.base.models.loading import load_tokenizer
 from adapterkit.base.models.tokenizing import decoded, tokenized
 from adapterkit.errors import FormatError
+from adapterkit.files import system
 from adapterkit.files.opening import open_regular
-from adapterkit.files.staging import flush
 from adapterkit.files.writing import write_text
 from adapterkit.train.data.order import Order
 from adapterkit.train.data.records import Fields, read_records
@@ -295,7 +295,7 @@ class _Run:
     def _save(self) -> Saved:
         folder = checkpoints.at(self.folder, self.loop.step)
         if self.loop.rank == 0:
-            flush(self.folder / METRICS)
+            system.flush_path(self.folder / METRICS)
             with open_regular(self.folder / METRICS) as stream:
                 log = Log.of(stream.read())
             checkpoints.save(self.folder, State(self.progress, self.origin, log), self.loop.state())

@@ -1,0 +1,201 @@
+"""What operating systems do not all have: the same bytes where it is taken away, and nothing of it used elsewhere."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import importlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from handmade import adapterkit, contents, factors, write_adapter, write_base
+from standins import failing, nth_call
+
+from adapterkit.errors import FormatError
+from adapterkit.files import system
+from adapterkit.files.opening import open_inside
+from adapterkit.files.outfile import OutputFile
+from adapterkit.files.staging import Destination, staged
+from adapterkit.files.workspace import Mark, Workspace
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(system.__file__).parents[1]
+# What macOS has not, beside what it may have not; and what Windows has not either.
+MACOS = """posix_fallocate posix_fadvise POSIX_FADV_DONTNEED sched_getaffinity O_DIRECT O_PATH preadv pwritev"""
+WINDOWS = f"""{MACOS} pread pwrite geteuid getuid killpg fork O_NOFOLLOW O_NONBLOCK O_NOCTTY O_DIRECTORY
+O_CLOEXEC getpgid setsid sysconf fchmod"""
+SIGNALS = "SIGHUP SIGKILL SIGALRM SIGXCPU setitimer siginterrupt ITIMER_REAL"
+MODULES = ("fcntl", "resource", "termios", "tty", "pty", "grp", "pwd")
+
+
+class MacLibrary:
+    """macOS's calls by Linux's, so that they really happen; the numbers are those of Apple's headers."""
+
+    def __init__(self) -> None:
+        self.real: Any = ctypes.CDLL(None, use_errno=True)
+
+    def renamex_np(self, old: bytes, new: bytes, flags: Any) -> int:
+        return int(self.real.renameat2(-100, old, -100, new, ctypes.c_uint({2: 2, 4: 1}[flags.value])))
+
+    def fclonefileat(self, source: int, at: int, target: bytes, flags: int) -> int:
+        assert (at, flags) == (-2, 0)
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, os.fstat(source).st_mode & 0o777)
+        os.write(fd, os.pread(source, os.fstat(source).st_size, 0)) if hasattr(os, "pread") else os.sendfile(
+            fd, source, 0, os.fstat(source).st_size
+        )
+        os.close(fd)
+        return 0
+
+
+@pytest.fixture(params=["macos", "macos without", "windows"])
+def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """This machine as another system: names are gone, calls are others, or file systems refuse those too."""
+    mkdir = os.mkdir
+
+    def controlled(fd: int, number: int, *_: Any) -> int:
+        if request.param == "macos without":
+            raise OSError(errno.ENOTTY if number == 51 else errno.ENOTSUP, "no")
+        assert number in (system.F_PREALLOCATE, system.F_NOCACHE, system.F_FULLFSYNC)
+        return 0
+
+    for name in (WINDOWS if request.param == "windows" else MACOS).split():
+        monkeypatch.delattr(os, name, raising=False)
+    if request.param == "windows":
+        for name in SIGNALS.split():
+            monkeypatch.delattr(signal, name)
+        for name in MODULES:
+            monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setattr(os, "supports_dir_fd", set())
+        monkeypatch.setattr(sys, "platform", "win32")
+    else:
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777, **how: mkdir(path, mode & 0o777, **how))
+        monkeypatch.setattr(fcntl, "fcntl", controlled)
+    importlib.reload(system)
+    library = MacLibrary() if request.param == "macos" else None
+    monkeypatch.setattr(system, "_libc", lambda: library)
+    yield request.param
+    monkeypatch.undo()
+    importlib.reload(system)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, adapters for all and for half of it, and what each command makes here."""
+    tmp_path = tmp_path_factory.mktemp("made")
+    write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    half = {"r": 4, "lora_alpha": 6, "target_modules": r".*layers\.0\..*q_proj"}
+    names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "AB"]
+    write_adapter(tmp_path / "half", {name: factors()[name] for name in names}, half)
+    assert run_all(tmp_path, tmp_path / "here") == [0] * 5
+    return tmp_path
+
+
+def run_all(inputs: Path, out: Path) -> list[int]:
+    """The exit codes of merges into a new place, over it, with links, of an unmerge, and of inspect."""
+    base, common = inputs / "base", ("-o", out / "merged", "--threads", "2")
+    commands: list[tuple[str | Path, ...]] = [
+        ("merge", base, inputs / "half", *common),
+        ("merge", base, inputs / "adapter", *common, "--overwrite"),
+        ("merge", base, inputs / "half", "-o", out / "linked", "--link"),
+        ("unmerge", out / "merged", "-o", out / "base", "--adapter", inputs / "adapter"),
+        ("inspect", inputs / "adapter", "--against", base),
+    ]
+    return [adapterkit(*command).code for command in commands]
+
+
+def test_the_same_bytes_come_of_every_system(made: Path, elsewhere: str) -> None:
+    """Sidecars, and with them receipts, have their entries in the order that threads come in."""
+    inputs = contents(made / "base")
+    out = made / elsewhere
+    assert run_all(made, out) == [0] * 5
+    assert contents(out / "base") == inputs == contents(made / "base")
+    here, there = contents(made / "here"), contents(out)
+    skip = re.compile(r"residuals$|receipt\.json$")
+    assert {name: data for name, data in there.items() if not skip.search(name)} == {
+        name: data for name, data in here.items() if not skip.search(name)
+    }
+    assert not list(out.rglob(".adapterkit-*"))
+
+
+def test_what_a_killed_run_left_is_found(made: Path, tmp_path: Path, elsewhere: str) -> None:
+    """By its mode, which needs a second step on macOS; where nobody can tell whether it lives, it stays."""
+    work = Workspace.create(tmp_path, Mark("out"))
+    work.new.mkdir()
+    work.close()
+    assert adapterkit("merge", made / "base", made / "adapter", "-o", tmp_path / "out").code == 0
+    assert work.path.exists() is (elsewhere == "windows")
+
+
+@pytest.mark.parametrize("call", ["rename", "replace", "unlink", "rmdir", "mkdir"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_ctrl_c_at_any_step_leaves_the_old_output_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: str, call: str, nth: int
+) -> None:
+    out = tmp_path / "out"
+
+    def make(text: str) -> None:
+        with staged(Destination(out, overwrite=True, ours=lambda _: True)) as new:
+            (new / "file").write_text(text)
+
+    make("old")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, nth_call(getattr(os, call), nth, failing(KeyboardInterrupt())))
+        try:
+            make("new")
+        except KeyboardInterrupt:
+            assert (out / "file").read_text() in ("old", "new")
+    make("newer")
+    assert (out / "file").read_text() == "newer"
+    assert elsewhere == "windows" or os.listdir(tmp_path) == ["out"]
+
+
+def test_a_full_disk_shows_itself_before_it_is_written_to(
+    tmp_path: Path, elsewhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By F_PREALLOCATE, which takes the bytes, then truncates; without it the file is sparse."""
+    asked: list[Any] = []
+    if elsewhere == "macos":
+        monkeypatch.setattr(fcntl, "fcntl", lambda fd, number, how: asked.append((number, how)))
+    OutputFile(tmp_path / "file", 12345)
+    assert (tmp_path / "file").stat().st_size == 12345
+    assert asked == [(42, b"\4\0\0\0\3\0\0\0" + bytes(8) + (12345).to_bytes(16, "little") )] * (elsewhere == "macos")  # fmt: skip
+    if elsewhere == "macos":
+        monkeypatch.setattr(fcntl, "fcntl", failing(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            OutputFile(tmp_path / "full", 12345)
+        monkeypatch.undo()
+
+
+def test_a_link_in_a_folder_is_refused(tmp_path: Path, elsewhere: str) -> None:
+    (tmp_path / "secret").mkdir(), (tmp_path / "secret" / "file").write_text("secret"), (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "folder").symlink_to(tmp_path / "secret"), (tmp_path / "in" / "link").symlink_to("../secret/file")  # fmt: skip
+    for name in ("folder/file", "link"):
+        with pytest.raises(FormatError):
+            open_inside(tmp_path / "in", name)
+    with open_inside(tmp_path, "secret/file") as stream:
+        assert stream.read() == b"secret"
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch, platform: str, unit: int) -> None:
+    monkeypatch.setattr(system, "MACOS", platform == "darwin")
+    usage = SimpleNamespace(ru_maxrss=1000)
+    monkeypatch.setattr("resource.getrusage", lambda _: usage)
+    assert system.peak_memory() == 1000 * unit
+
+
+def test_processors_are_counted_where_the_system_does_not_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert system.usable_cpus() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert system.usable_cpus() == 6
