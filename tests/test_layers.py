@@ -23,7 +23,7 @@ INNER = {
     "base": "{architectures checkpoint quant renames} < {models targets ties} < {placement rows}",
     "hub": "{client names} < {remote upload} < download < listing < removal",
     "merging": "plan < {blocks calibration receipts} < {card live verify} < run < unmerge",
-    "combining": "{methods whole_tensors} < combine < {compare convert extract write}",
+    "combining": "method < {elementwise whole_tensors} < methods < combine < {compare convert extract write}",
     "train": "{products recipe} < {data initial loss} < {causal layers} < {injection loop} < runs",
     "cli": "{data_notes output signals} < {lookup progress} < {adapter_result run_plan views main} < commands",
 }
@@ -43,7 +43,7 @@ EAGER = {
     "textual": r"tui\..*",
     # Imported where weights are read, and nowhere on the way there.
     "torch": r"""(?x) algebra\..* | kernels\..* | base\.(quant\.compensated | rows) | inspection\.match
-        | combining\.(combine | compare | convert | extract | whole_tensors | methods\.(elementwise | factored))
+        | combining\.(combine | compare | convert | elementwise | extract | whole_tensors)
         | merging\.(blocks\..* | calibration | live | verify)
         | train\.(causal | initial | injection | layers | loop | loss | products)
         | train\.runs\.(evaluate | memory | models | prepare | processes | result | run)""",

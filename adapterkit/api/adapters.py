@@ -44,7 +44,7 @@ def combine(
 ) -> Combined:
     """Combine adapters, each alone or with its weight, into one that is written to `out`.
 
-    `method` is one of `methods.METHODS`, `options` are its own; `rank` or the least one that keeps `energy` of
+    `method` is one of `combining.METHODS`, `options` are its own; `rank` or the least one that keeps `energy` of
     `‖Δ‖_F²` truncates the result optimally; `seed` is that of dropped elements. `saved` says what to do with tensors
     that several adapters hold whole: error, first or average. Raises UsageError and FitError before anything is
     written.

@@ -6,18 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, load_weights, refuse_broken
 from adapterkit.algebra.lowrank import Decomposition, Limit, Product, decompose, inner, stacked, tails
 from adapterkit.algebra.sketch import sketch
-from adapterkit.combining.methods import INNERS, METHODS, Options
-from adapterkit.combining.methods.elementwise import Dense, combined
-from adapterkit.combining.methods.factored import METHODS as FACTORED
-from adapterkit.combining.methods.factored import Part
+from adapterkit.combining.method import Method, Part, Value
+from adapterkit.combining.methods import DEFAULT, method_named
 from adapterkit.combining.whole_tensors import RULES, combine_wholes
 from adapterkit.errors import FitError, UsageError
 
@@ -73,32 +71,36 @@ class Combined:
 
 def combine(
     given: Sequence[WeightedAdapter],
-    method: str = "linear",
+    method: str = DEFAULT,
     *,
     limit: Limit | None = None,
-    options: Mapping[str, float | str] | None = None,
+    options: Mapping[str, Value] | None = None,
     seed: int | None = None,
     saved: str = "error",
     pad: bool = False,
 ) -> Iterator[Planned | ModuleDone | Combined]:
     """Combine the modules of all adapters by `method`: the plan, an event for each of them, the result.
 
-    Without a `limit` the result is exact, except for methods that look at elements, which have the greatest rank among
-    the adapters. With `pad` a rank above a module's own is made up by zeros. Raises UsageError for what a method does
+    Without a `limit` the result is exact, except for methods that always truncate, to the greatest rank among the
+    adapters. With `pad` a rank above a module's own is made up by zeros. Raises UsageError for what a method does
     not take, FitError where adapters do not fit each other.
     """
-    settings = _settings(method, options or {}, limit, seed, saved)
+    how = method_named(method)
+    settings = how.settings(options or {}, seed)
+    _check_truncation(how, limit)
+    if saved not in RULES:
+        raise UsageError(f"saved {saved!r}: expected one of {', '.join(RULES)}")
     for one in given:
         refuse_broken(one)
     modules = {name: None for one in given for name in one.adapter.modules}
-    notes = _check(given, modules, method)
+    notes = _check(given, modules, how)
     if limit is not None and limit.rank is not None:
         _check_rank(given, modules, limit.rank, pad)
     replaced, tokens, more = combine_wholes(given, saved)
     yield Planned(len(modules))
     done: dict[str, tuple[Weights, ModuleDone]] = {}
-    for batch in batches(given, modules, most=None if method in FACTORED else 1):  # each of those takes seconds
-        for name, weights, energy, discarded in _combine_batch(given, batch, method, limit, settings, seed or 0):
+    for batch in batches(given, modules, most=1 if how.elementwise else None):  # each of those takes seconds
+        for name, weights, energy, discarded in _combine_batch(given, batch, how, limit, settings):
             if pad and limit is not None and limit.rank is not None and weights.rank < limit.rank:
                 weights = replace(weights_of(Product.of(weights).padded(limit.rank), weights), bias=weights.bias)
             row = ModuleDone(name, weights.rank, energy, discarded, len(done) + 1, len(modules))
@@ -127,33 +129,11 @@ def _nothing_left(rows: Sequence[ModuleDone]) -> list[str]:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _settings(
-    method: str, options: Mapping[str, float | str], limit: Limit | None, seed: int | None, saved: str
-) -> dict[str, float | str]:
-    """The options of `method` with its defaults. Raises UsageError for what it does not take."""
-    known = METHODS.get(method)
-    if known is None:
-        near = get_close_matches(method, METHODS, 1)
-        meant = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(METHODS)}"
-        raise UsageError(f"method {method!r}: {meant}")
-    for name in options:
-        if name not in known.options:
-            takes = f"it takes {', '.join(known.options)}" if known.options else "it takes none"
-            raise UsageError(f"{method} has no option {name!r}: {takes}")
-    settings = {**known.options, **options}
-    density = settings.get("density", 1.0)
-    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
-        raise UsageError(f"density {density!r}: expected a share above 0 and up to 1")
-    if settings.get("inner", "ties") not in INNERS:
-        raise UsageError(f"inner {settings['inner']!r}: expected one of {', '.join(INNERS)}")
-    if seed is not None and not known.chance:
-        raise UsageError(f"{method} leaves nothing to chance: it takes no seed")
-    if method == "cat" and limit is not None:
-        raise UsageError("cat keeps every rank: to truncate take linear or svd")
-    if saved not in RULES:
-        raise UsageError(f"saved {saved!r}: expected one of {', '.join(RULES)}")
+def _check_truncation(method: Method[..., Any], limit: Limit | None) -> None:
+    """Raise UsageError where a limit makes no sense, or the method keeps every rank."""
+    if limit is not None and method.truncate == "never":
+        raise UsageError(f"{method.name} keeps every rank: to truncate take {DEFAULT}")
     check_limit(limit)
-    return settings
 
 
 def check_limit(limit: Limit | None) -> None:
@@ -174,7 +154,7 @@ def check_limit(limit: Limit | None) -> None:
         raise UsageError("rank, energy and error each say how much to keep: give one of them")
 
 
-def _check(given: Sequence[WeightedAdapter], modules: Mapping[str, None], method: str) -> list[str]:
+def _check(given: Sequence[WeightedAdapter], modules: Mapping[str, None], method: Method[..., Any]) -> list[str]:
     """Refuse adapters that do not go together; what a person should know where they do."""
     for one in given:
         mine = one.adapter.modules
@@ -183,9 +163,9 @@ def _check(given: Sequence[WeightedAdapter], modules: Mapping[str, None], method
             raise FitError(
                 f"{one.label}: {dora[0]} is DoRA, so its Δ depends on the base: adapterkit convert --to lora it first"
             )
-        if not METHODS[method].biases and any(weights.bias is not None for weights in mine.values()):
+        if not method.biases and any(weights.bias is not None for weights in mine.values()):
             raise FitError(
-                f"{one.label}: has trained biases (lora_bias), which {method} has no rule for; linear adds them"
+                f"{one.label}: has trained biases (lora_bias), which {method.name} has no rule for; {DEFAULT} adds them"
             )
     check_fit(given, modules)
     notes = []
@@ -259,22 +239,26 @@ def batches(
 
 
 def _combine_batch(
-    given: Sequence[WeightedAdapter], names: list[str], method: str, limit: Limit | None, options: Options, seed: int
+    given: Sequence[WeightedAdapter],
+    names: list[str],
+    method: Method[..., Any],
+    limit: Limit | None,
+    settings: Mapping[str, Value],
 ) -> Iterator[tuple[str, Weights, float, float]]:
     """Each module's new weights, its energy as meant, and the energy left out."""
     held = [one for one in given if names[0] in one.adapter.modules]
     loaded = [[_finite(one, name) for name in names] for one in held]
     parts = [_part(one.weight, weights) for one, weights in zip(held, loaded, strict=True)]
-    experts, known = loaded[0][0].experts, METHODS[method]
+    experts = loaded[0][0].experts
     least = CANCELLED * torch.stack([part.weight**2 * inner(part.delta, part.delta) for part in parts]).sum(0)
-    if known.truncated and limit is None:
+    if method.truncate == "always" and limit is None:
         limit = Limit(rank=max(part.factors.rank for part in parts))
-    if method not in FACTORED:
+    if method.elementwise:
         assert limit is not None
         matrices = [f"{name}.{expert}" for name in names for expert in range(experts)]
-        found, beyond = _sketches(parts, matrices, method, limit, float(options["density"]), seed)
+        found, beyond = _sketches(parts, matrices, method, limit, settings)
     else:
-        product = FACTORED[method](parts, options)
+        product = method(parts, **settings)
         if limit is None and product.rank <= product.most:
             for index, name in enumerate(names):
                 span = slice(index * experts, (index + 1) * experts)
@@ -335,16 +319,13 @@ def _part(weight: float, weights: Sequence[Weights]) -> Part:
 
 
 def _sketches(
-    parts: Sequence[Part], names: Sequence[str], method: str, limit: Limit, density: float, seed: int
+    parts: Sequence[Part], names: Sequence[str], method: Method[..., Any], limit: Limit, settings: Mapping[str, Value]
 ) -> tuple[Decomposition, torch.Tensor]:
     """The leading parts of Δs that are combined element by element, and the energies beyond them."""
     leading, beyond = [], []
     for index, name in enumerate(names):
-        dense = [
-            Dense(Product(part.delta.left[index], part.delta.right[index]), part.weight, f"{number}:{name}")
-            for number, part in enumerate(parts)
-        ]
-        found = sketch(combined(dense, method, density, seed), limit, seed, name)
+        matrices = [part.matrix(index, f"{number}:{name}") for number, part in enumerate(parts)]
+        found = sketch(method(matrices, **settings), limit, int(settings.get("seed", 0)), name)
         leading.append(found.leading)
         beyond.append(found.beyond)
     return stacked(leading), torch.tensor(beyond, dtype=torch.float64)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from adapterkit.combining.methods import DEFAULT, METHODS, all_options
 from adapterkit.text import command
 
 Kind = Literal["text", "words", "choice", "flag"]
@@ -21,8 +22,9 @@ class Field:
     label: str
     kind: Kind = "text"
     default: str = ""
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     needed: bool = False
+    hint: Callable[[], str] = str  # shown where nothing is filled in
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,6 @@ BASE = Field("base", "base", needed=True)
 ADAPTER = Field("adapter", "adapter", needed=True)
 OUT = Field("-o", "write to", needed=True)
 OVERWRITE = Field("--overwrite", "replace what adapterkit made there before", "flag")
-METHODS = ("linear", "svd", "ties", "dare_linear", "dare_ties", "knots", "core", "tsv", "iso")
 
 ACTIONS = {
     action.command: action
@@ -88,7 +89,9 @@ ACTIONS = {
         Action(
             "combine", "o", "Combine the marked",
             (Field("adapters", "adapters", "words", needed=True), OUT,
-             Field("--method", "method", "choice", "linear", METHODS), Field("--rank", "rank"), OVERWRITE),
+             Field("--method", "method", "choice", DEFAULT, METHODS),
+             Field("--set", "its options", "words", hint=lambda: " ".join(map(str, all_options()))),
+             Field("--rank", "rank"), OVERWRITE),
             ("--dry-run",),
         ),
         Action(

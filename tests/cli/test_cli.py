@@ -141,6 +141,7 @@ def test_a_base_that_is_neither_here_nor_there(base: str, expected: str) -> None
         "from adapterkit.cli.main import group; group(['--help'], standalone_mode=False)",
         "from adapterkit.cli.main import group; group(['merge', '--help'], standalone_mode=False)",
         "from adapterkit.cli.main import group; group(['inspect', '--help'], standalone_mode=False)",
+        "from adapterkit.cli.main import group; group(['combine', '--help'], standalone_mode=False)",
     ],
 )
 def test_what_is_not_imported(code: str) -> None:

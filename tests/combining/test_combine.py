@@ -16,16 +16,18 @@ from handmade import contents, write_adapter, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from toy_method import powered
 
 import adapterkit
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter
 from adapterkit.algebra import sketch
 from adapterkit.algebra.lowrank import Limit, Product
 from adapterkit.combining.combine import Combined, combine
+from adapterkit.combining.elementwise import drop
+from adapterkit.combining.method import Part
 from adapterkit.combining.methods import METHODS
-from adapterkit.combining.methods.elementwise import Dense, drop
-from adapterkit.combining.methods.elementwise import combined as elementwise
 from adapterkit.errors import FitError, UsageError
+from adapterkit.tui.actions import ACTIONS
 
 MakeAdapter = Callable[..., Path]
 
@@ -245,7 +247,7 @@ def test_methods_are_those_of_their_papers(
 ) -> None:
     density = 0.3
     takes = {"options": {"density": density}} if "density" in METHODS[method].options else {}
-    limit = {"rank": 24} if METHODS[method].truncated else {}
+    limit = {"rank": 24} if METHODS[method].truncate == "always" else {}
     if limit:  # every rank, so that nothing is truncated
         limit = {"energy": 1.0}
     adapterkit.combine(list(zip(two, weights, strict=True)), tmp_path / "out", method=method, **takes, **limit)
@@ -310,12 +312,14 @@ def test_how_rows_are_divided_does_not_matter(
 
 
 def test_the_same_elements_survive_however_rows_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [Dense(Product(torch.randn(33, 5).double(), torch.randn(5, 21).double()), 1.0, name) for name in "ab"]
+    factors = [Product(torch.randn(33, 5).double(), torch.randn(5, 21).double()) for _ in "ab"]
+    parts = [Part(one, torch.tensor(1.5).double(), 1.0, name) for one, name in zip(factors, "ab", strict=True)]
     for method in ("ties", "dare_ties", "magnitude_prune", "dare_linear"):
         monkeypatch.setattr(sketch, "CHUNK_ELEMENTS", 1 << 20)
-        whole = elementwise(parts, method, 0.3, 7).rows(0, 33)
+        how = METHODS[method].settings({"density": 0.3}, 7 if METHODS[method].seeded else None)
+        whole = METHODS[method](parts, **how).rows(0, 33)
         monkeypatch.setattr(sketch, "CHUNK_ELEMENTS", 50)
-        matrix = elementwise(parts, method, 0.3, 7)
+        matrix = METHODS[method](parts, **how)
         assert torch.equal(torch.cat([rows for _, _, rows in matrix.chunks()]), whole)
 
 
@@ -328,12 +332,48 @@ def test_truncating_what_has_no_low_rank_is_near_the_optimum(two: tuple[Path, Pa
     assert math.sqrt(row.discarded) == pytest.approx(error, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.chance and name != "cat"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.seeded and name != "cat"])
 def test_the_order_of_adapters_does_not_matter(make_adapter: MakeAdapter, tmp_path: Path, method: str) -> None:
     given = [(make_adapter(factors("q", 24, 40, size=0.1 * n), f"a{n}"), 0.5 + 0.3 * n) for n in (1, 2, 3)]
     for name, order in (("x", (0, 1, 2)), ("y", (2, 0, 1))):
         adapterkit.combine([given[at] for at in order], tmp_path / name, method=method)
     assert relative(delta(tmp_path / "x", "q"), delta(tmp_path / "y", "q")) < 1e-5
+
+
+# --- a method of one file --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "powered", powered)
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_method_is_one_file(two: tuple[Path, Path], tmp_path: Path) -> None:
+    weighted = [f"{two[0]}:0.5", f"{two[1]}:3"]
+    adapterkit.combine([(two[0], 0.5), (two[1], 3)], tmp_path / "out", method="powered", options={"power": 3})
+    assert relative(delta(tmp_path / "out", "q"), 0.125 * delta(two[0], "q") + 27 * delta(two[1], "q")) < 1e-6
+    how = ["combine", *weighted, "-o", tmp_path / "cli", "--method", "powered"]
+    assert run_adapterkit(*how, "--set", "repeat=2", "--set", "sign=turned").code == 0
+    assert relative(delta(tmp_path / "cli", "q"), -0.5 * delta(two[0], "q") - 18 * delta(two[1], "q")) < 1e-6
+    for setting, said in {
+        "power=0": "power 0.0: expected a number above 0 and up to 9",
+        "power=inf": "power inf: expected a number above 0 and up to 9",
+        "repeat=1.5": "repeat 1.5: expected a whole number above 0 and up to 4",
+        "sign=lost": "sign 'lost': expected one of kept, turned",
+        "powre=1": "powered has no option 'powre': it takes power, repeat, sign",
+    }.items():
+        assert run_adapterkit(*how, "--set", setting, "--overwrite").message(2) == said
+    told = " ".join(run_adapterkit("combine", "--help").out.split())
+    for line in (
+        "powered Sum with powers of the weights",
+        "power=2.0 Power to take the weights to: a number above 0 and up to 9 (powered)",
+        "sign=kept Sign of the sum: one of kept, turned (powered)",
+    ):
+        assert line in told
+    assert "did you mean powered?" in run_adapterkit(*how[:-1], "poweerd", "--overwrite").message(2)
+    fields = {field.name: field for field in ACTIONS["combine"].fields}
+    assert [*fields["--method"].choices][-1] == "powered" and "power=2.0 repeat=1" in fields["--set"].hint()
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------

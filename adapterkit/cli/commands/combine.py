@@ -8,22 +8,33 @@ import click
 
 from adapterkit.cli.adapter_result import bar_of, show_result
 from adapterkit.cli.run_plan import weighted
-from adapterkit.combining.methods import METHODS
+from adapterkit.combining.methods import DEFAULT, METHODS, all_options
 from adapterkit.errors import UsageError
 from adapterkit.text import counted
 
-LIST = "\n".join(f"  {name:16}{method.help}" for name, method in METHODS.items())
+
+class CombineCommand(click.Command):
+    """A command whose help lists the methods."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Every method, and every option that one of them has."""
+        with formatter.section("Methods"):
+            formatter.write_dl([(name, method.help) for name, method in METHODS.items()])
+        with formatter.section("Options of methods, for --set"):
+            formatter.write_dl(
+                [(str(one), f"{one.help}: {one.expected} ({', '.join(names)})") for one, names in all_options().items()]
+            )
 
 
-@click.command("combine", epilog=f"\b\nMethods:\n{LIST}")
+@click.command("combine", cls=CombineCommand)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-o", "--output", type=click.Path(), required=True, help="The directory to write.")
-@click.option("--method", default="linear", show_default=True, help="How; see below.")
+@click.option("--method", default=DEFAULT, show_default=True, help="How; see below.")
 @click.option("--rank", type=int, help="Truncate the result to this rank, optimally.")
 @click.option("--energy", type=float, help="Truncate each module to the least rank that keeps this share of ‖Δ‖².")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An option of the method: density=0.5.")
-@click.option("--inner", help="How core and knots combine in their bases: ties or linear.")
-@click.option("--seed", type=int, help="Of what dare methods drop.")
+@click.option("--inner", help="Short for --set inner=VALUE.")
+@click.option("--seed", type=int, help="Random seed, for methods that leave something to chance.")
 @click.option("--saved", default="error", show_default=True,
               help="What to do with tensors that several hold whole: error, first or average.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check what headers tell, print the plan, and stop.")

@@ -80,10 +80,11 @@ class FormScreen(ModalScreen[list[str] | None]):
             return Tick(field.label, bool(value), id=id, compact=True)
         if field.kind == "choice":
             options = [(choice, choice) for choice in field.choices]
-            chosen = value if value in field.choices else Select.NULL
+            chosen = str(value) if value in field.choices else Select.NULL
             return Select(options, value=chosen, allow_blank=not field.needed, prompt="as it is", id=id, compact=True)
         text = str(value)
-        return Input(text if visible(text) == text else "", id=id, compact=True)  # what steers terminals is typed
+        safe = text if visible(text) == text else ""  # what steers terminals is typed
+        return Input(safe, placeholder=field.hint(), id=id, compact=True)
 
     @property
     def values(self) -> dict[str, str | bool]:

@@ -1,0 +1,26 @@
+"""A method of one file, to show that this is all it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from adapterkit.combining.method import Part, Range, method
+
+if TYPE_CHECKING:
+    from adapterkit.algebra.lowrank import Product
+
+
+@method(biases=True)
+def powered(
+    parts: Sequence[Part],
+    *,
+    power: Annotated[float, Range(0, 9), "Power to take the weights to"] = 2.0,
+    repeat: Annotated[int, Range(0, 4), "Times to add the sum"] = 1,
+    sign: Annotated[Literal["kept", "turned"], "Sign of the sum"] = "kept",
+) -> Product:
+    """Sum with powers of the weights."""
+    from adapterkit.algebra.lowrank import added
+
+    strength = repeat * (1 if sign == "kept" else -1)
+    return added([part.delta.times(strength * part.weight**power) for part in parts])
