@@ -20,7 +20,7 @@ def main() -> NoReturn:
         signals.end_cleanly()
         run()
     except KeyboardInterrupt as error:  # just before `run` looks out for it, or while it says how it ended
-        sys.stderr.write("adapterkit: interrupted\n")
+        sys.stderr.write("error: interrupted\n")
         sys.exit(getattr(error, "exit_code", 130))
     finally:
         signals.ignore()

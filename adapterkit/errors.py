@@ -12,20 +12,34 @@
     ├── NoSpaceError         6   the disk is too small
     └── OutputExistsError    7   there is something where the output should go
 
-Every message says where, what was found, what was expected, and what to do next. Ctrl-C ends with 130.
+Every message says where, what was found and what was expected; its hint says what to do next. Ctrl-C ends with 130.
 """
 
 from adapterkit.text import visible
 
 
 class AdapterkitError(Exception):
-    """The root of everything adapterkit raises on purpose; each of its arguments is a line of the message."""
+    """The root of everything adapterkit raises on purpose; each of its arguments is a line of the message.
+
+    `hint` says what to do next. Both name a parameter as Python does, in backticks: `overwrite=True`, `rank`;
+    the command line puts its own option there.
+    """
 
     exit_code = 1
 
+    def __init__(self, *lines: object, hint: str = "") -> None:
+        super().__init__(*lines)
+        self.hint = hint
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines of the message, in which nothing that strangers' files hold ends a line or steers a terminal."""
+        return [visible(str(line)) for line in self.args]
+
     def __str__(self) -> str:
-        """The message, in which nothing that strangers' files hold ends a line or steers a terminal."""
-        return "\n".join(visible(str(line)) for line in self.args)
+        """The message, and the hint after it."""
+        between = "; " if len(self.args) == 1 else "\n"
+        return between.join(filter(None, ["\n".join(self.lines), visible(self.hint)]))
 
 
 class UsageError(AdapterkitError):

@@ -7,6 +7,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 
 def number(value: float | None) -> str:
@@ -52,6 +53,12 @@ def clock(seconds: float) -> str:
 def counted(count: int, word: str) -> str:
     """`1 adapter`, `2,000 adapters`."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`did you mean merge?` of the name that is most like `name`, or nothing where none is."""
+    near = get_close_matches(name, list(names), 1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 # --- what strangers wrote --------------------------------------------------------------------------------------------

@@ -109,16 +109,17 @@ class Outcome:
     err: str
 
     def message(self, code: int) -> str:
-        """The one line of an error that ended with `code`."""
-        lines = self.err.strip().splitlines()
-        assert (self.code, len(lines)) == (code, 1), self
-        assert lines[0].startswith("adapterkit: "), self
-        assert lines[0].isprintable(), self
-        return lines[0].removeprefix("adapterkit: ")
+        """The one line of an error that ended with `code`, and its hint after a semicolon."""
+        error, *hints = lines = self.err.strip().splitlines()
+        assert (self.code, len(hints) <= 1) == (code, True), self
+        assert error.startswith("error: ") and all(hint.startswith("hint: ") for hint in hints), self
+        assert all(map(str.isprintable, lines)), self
+        return "; ".join(line.partition(": ")[2] for line in lines)
 
     def message_of_last(self, code: int) -> str:
         """The same, after notes."""
-        return replace(self, err=self.err.strip().splitlines()[-1]).message(code)
+        _, found, error = self.err.rpartition("error: ")
+        return replace(self, err=found + error).message(code)
 
 
 def adapterkit(*args: str | Path) -> Outcome:

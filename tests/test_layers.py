@@ -25,7 +25,7 @@ INNER = {
     "merging": "plan < {blocks calibration receipts} < {card live verify} < run < unmerge",
     "combining": "method < {elementwise whole_tensors} < methods < combine < {compare convert extract write}",
     "train": "{products recipe} < {data initial loss} < {causal layers} < {injection loop} < runs",
-    "cli": "{data_notes output signals} < {lookup progress} < {adapter_result run_plan views main} < commands",
+    "cli": "{data_notes output signals} < {failures lookup progress} < {adapter_result command run_plan views} < {main commands}",
 }
 
 # Only the packages named may import these, and only the modules named with a slash do so as they are imported.
@@ -38,7 +38,7 @@ LIBRARIES = {
     "transformers": {"base", "train"},
 }
 EAGER = {
-    "click": r"cli\.(main|commands\..*)",
+    "click": r"cli\.(main|command|failures|commands\..*)",
     "rich": r"tui\..*",
     "textual": r"tui\..*",
     # Imported where weights are read, and nowhere on the way there.

@@ -1,4 +1,4 @@
-"""`adapterkit`: the group of commands, and how their failures end."""
+"""`adapterkit`: the group of commands, and how a run of one begins and ends."""
 
 from __future__ import annotations
 
@@ -9,40 +9,58 @@ import io
 import logging
 import os
 import sys
+import traceback
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
 
-from adapterkit import __version__
-from adapterkit.cli.output import forget_notes, guard, note, say
-from adapterkit.errors import AdapterkitError
+from adapterkit.cli import output
+from adapterkit.cli import progress as bars
+from adapterkit.cli.command import Command
+from adapterkit.cli.failures import Failure, fail, failure_of
+from adapterkit.errors import AdapterkitError, UsageError
+from adapterkit.text import nearest
 
-if TYPE_CHECKING:
-    from adapterkit.cli.progress import Mode
-
-# Command -> its line of help. The module of that name is imported when it is called, so that --help costs nothing.
-COMMANDS = {
-    "list": "Which adapters there are: in folders, in the Hub cache, on the Hub.",
-    "inspect": "What an adapter is: rank, scaling, targets, norms, and what is wrong with it.",
-    "merge": "Merge adapters into a base model, streaming, rounded once.",
-    "unmerge": "Undo a merge bit for bit, by the receipt it left.",
-    "verify": "Check that a checkpoint is just this base with just these adapters in it.",
-    "combine": "Combine adapters into one: exact sums, SVD, TIES, DARE, KnOTS and more.",
-    "resize": "Change an adapter's rank, optimally, and say what that costs.",
-    "convert": "Make an adapter another kind: LoRA to DoRA, DoRA to LoRA, rsLoRA, PiSSA to LoRA.",
-    "extract": "Extract an adapter from a fine-tuned model and its base.",
-    "compare": "How alike adapters are: angles, subspaces, signs, and what adding them up loses.",
-    "train": "Train a small adapter: LoRA, rsLoRA, DoRA, QLoRA; or all of a model.",
-    "eval": "How well a model, with an adapter or without, does on held-out records.",
-    "quantize": "Quantize a base model to NF4, FP4 or LLM.int8, streaming.",
-    "pull": "Get an adapter or a base from the Hub, checked byte by byte.",
-    "push": "Send an adapter or a model to the Hub, checked before and in one commit.",
-    "tui": "Browse adapters and work with them in the terminal.",
+# Group -> command -> its line of help. The module of that name is imported when it is called: --help costs nothing.
+GROUPS = {
+    "Look": {
+        "list": "List adapters in folders, the Hub cache, or on the Hub",
+        "inspect": "Show an adapter's rank, scaling, targets, norms and problems",
+        "compare": "Compare adapters: cosine similarity, subspaces, sign conflicts",
+        "verify": "Check that a model is exactly this base plus these adapters",
+        "tui": "Browse adapters and work with them in the terminal",
+    },
+    "Change": {
+        "merge": "Merge adapters into a base model",
+        "unmerge": "Undo a merge exactly, using its receipt",
+        "quantize": "Quantize a model to NF4, FP4 or LLM.int8",
+        "combine": "Combine adapters into one: sum, SVD, TIES, DARE, KnOTS and more",
+        "resize": "Change an adapter's rank",
+        "convert": "Convert an adapter: LoRA, rsLoRA, DoRA, PiSSA",
+        "extract": "Extract an adapter from a fine-tuned model and its base",
+    },
+    "Train": {
+        "train": "Train a LoRA, rsLoRA, DoRA or QLoRA adapter, or a whole model",
+        "eval": "Evaluate a model, with or without an adapter, on a dataset",
+    },
+    "Hub": {
+        "pull": "Download an adapter or model from the Hub and verify every byte",
+        "push": "Upload an adapter or model to the Hub",
+    },
 }
+COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
+EXAMPLES = """\b
+Examples:
+  adapterkit list --hub --base HuggingFaceTB/SmolLM2-135M-Instruct
+  adapterkit pull HuggingFaceTB/SmolLM2-135M-Instruct -o base
+  adapterkit train base data.jsonl -o adapter
+  adapterkit merge base adapter -o merged
+  adapterkit unmerge merged -o restored --adapter adapter"""
+LOG = logging.getLogger("adapterkit")
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Command, click.Group):
     """A group that imports a command's module when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -53,63 +71,84 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"adapterkit.cli.commands.{cmd_name}")
         command = getattr(module, f"{cmd_name}_command")
-        assert isinstance(command, click.Command)
+        assert isinstance(command, Command)
+        command.short_help = COMMANDS[cmd_name]
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            hint = nearest(args[0], COMMANDS) or "adapterkit --help lists the commands"
+            raise UsageError(f"no such command {args[0]!r}", hint=hint)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        wide = max(map(len, COMMANDS))
+        for name, commands in GROUPS.items():
+            with formatter.section(name):
+                formatter.write_dl([(f"{command:{wide}}", line) for command, line in commands.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="adapterkit")
-@click.option("--progress", type=click.Choice(["auto", "json", "none"]), default="auto", show_default=True,
-              help="How progress is shown on stderr: a bar on a terminal, JSON lines, or not at all.")  # fmt: skip
-def group(progress: Mode) -> None:
+@click.group(
+    cls=LazyGroup, invoke_without_command=True, epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)  # fmt: skip
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """Train, inspect, combine and merge LoRA adapters, exactly, and share them."""
-    from adapterkit.cli import progress as bars
     from adapterkit.hub import download
 
-    forget_notes()
-    bars.mode = progress
+    if ctx.invoked_subcommand is None:
+        output.say(*ctx.get_help().split("\n"), err=True)
+        ctx.exit(UsageError.exit_code)
     download.shown = partial(bars.progress, in_bytes=True)
 
 
 def main() -> NoReturn:
-    """Run the command line; every failure is one line on stderr and its own exit code."""
+    """Run the command line; every failure is an error on stderr and its own exit code."""
     gc.set_threshold(200_000)  # importing torch makes 600 000 objects, none of them garbage: 0.08 s less
     atexit.register(gc.freeze)  # nor does it pay to look for garbage in them at the end: 0.15 s less
+    _begin()
+    as_json = "--json" in sys.argv[1:]
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        said = "the current directory does not exist any more"
+        fail(Failure([said], "change to another directory"), as_json=as_json)
+    try:
+        result = group.main(prog_name="adapterkit", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # at exit it would be too late for an error and an exit code
+    except (AdapterkitError, click.ClickException, KeyboardInterrupt, click.Abort, OSError) as error:
+        _end(error, as_json)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _begin() -> None:
+    """Make the streams safe to print to, and forget what a command before in this process said and set."""
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # paths need not be UTF-8, and terminals need not show it
             stream.reconfigure(errors="backslashreplace")
-    guard()
-    logging.getLogger("adapterkit").addHandler(NOTES)
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        _fail(1, "the current directory does not exist any more: change to another")
-    try:
-        result = group.main(prog_name="adapterkit", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # at exit it would be too late for one line and an exit code
-    except AdapterkitError as error:
-        _fail(error.exit_code, *"; ".join([str(error), *_notes(error)]).split("\n"))
-    except click.ClickException as error:
-        error.show(said := io.StringIO())
-        say(*said.getvalue().rstrip("\n").split("\n"), err=True)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as error:
-        why = error.__cause__ if isinstance(error, click.Abort) else error  # click wraps what it catches
-        _fail(getattr(why, "exit_code", 130), "; ".join(["interrupted", *filter(None, [str(why or "")]), *_notes(why)]))
-    except OSError as error:
-        if error.filename:
-            _fail(1, f"{error.filename}: {error.strerror}")
+    output.guard()
+    output.begin()
+    bars.mode = "auto"
+    LOG.setLevel(logging.NOTSET)
+    LOG.addHandler(NOTES)
+
+
+def _end(error: BaseException, as_json: bool) -> NoReturn:
+    """Say how the command failed, and end it."""
+    if isinstance(error, click.Abort):  # click wraps the interrupts that it catches
+        error = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else KeyboardInterrupt()
+    if LOG.level == logging.DEBUG:
+        output.say(*"".join(traceback.format_exception(error)).rstrip("\n").split("\n"), err=True)
+    if isinstance(error, OSError) and not error.filename:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit works
         if isinstance(error, BrokenPipeError):  # the reader of a pipe went away: nothing to tell anyone
             sys.exit(1)
-        _fail(1, f"standard output: {error.strerror or error}")
-    sys.exit(result if isinstance(result, int) else 0)
+    fail(failure_of(error), as_json=as_json)
 
 
 def _fill_closed_streams() -> None:
@@ -128,18 +167,10 @@ class _Notes(logging.Handler):
     """What the library has to say while it works, as a line on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
-
-
-def _notes(error: BaseException | None) -> list[str]:
-    """What became of an output that was not finished, as `staged` notes it."""
-    return getattr(error, "__notes__", [])
+        if record.levelno >= logging.WARNING:
+            output.note(record.getMessage())
+        else:
+            output.say(record.getMessage(), err=True)
 
 
 NOTES = _Notes()  # one, however often `main` is called
-
-
-def _fail(code: int, message: str, *more: str) -> NoReturn:
-    """End with an error of one line, or of more where it lists what is wrong."""
-    say(f"adapterkit: {message}", *more, err=True)
-    sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -13,43 +14,72 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+SCHEMA = 1  # of the JSON; it grows when a field goes, or comes to mean something else
+COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36", "note": "1"}
+
 _notes: list[str] = []  # of the command that runs, for its JSON
 _warnings: list[str] = []
+_printed: list[str] = []  # its result, once it is printed
+_quiet = False
+
+
+def begin() -> None:
+    """Forget what the command before printed, and that it was quiet."""
+    global _quiet
+    _quiet = False
+    for lines in (_notes, _warnings, _printed):
+        lines.clear()
+
+
+def be_quiet() -> None:
+    """Print results, warnings and errors only."""
+    global _quiet
+    _quiet = True
+
+
+def is_quiet() -> bool:
+    """Whether only results, warnings and errors are printed."""
+    return _quiet
 
 
 def say(*lines: str, err: bool = False) -> None:
-    """Print lines, on stderr with `err`."""
-    print("\n".join(map(visible, lines)), file=sys.stderr if err else sys.stdout, flush=err)
+    """Print lines of a result, or with `err` of what goes on, on stderr."""
+    if not (err and _quiet):
+        print("\n".join(map(visible, lines)), file=sys.stderr if err else sys.stdout, flush=err)
 
 
 def note(*lines: str) -> None:
     """Print notes on stderr, a line each."""
     _notes.extend(lines)
-    for line in lines:
-        say(f"note: {line}", err=True)
+    if not _quiet:
+        for line in lines:
+            say_labelled("note", line)
 
 
 def warn(*lines: str) -> None:
     """Print warnings on stderr, a line each."""
     _warnings.extend(lines)
     for line in lines:
-        say(f"warning: {line}", err=True)
+        say_labelled("warning", line)
 
 
-def forget_notes() -> None:
-    """Forget the notes and warnings of the command before."""
-    _notes.clear()
-    _warnings.clear()
-
-
-def notes_about(name: str) -> list[str]:
-    """The notes and warnings so far that are about `name`."""
-    return [line for line in (*_notes, *_warnings) if line.startswith(f"{name}: ")]
+def say_labelled(label: str, *lines: str) -> None:
+    """Print `label: ` and lines on stderr, the label in its colour on a terminal."""
+    stream = getattr(sys.stderr, "unguarded", sys.stderr)
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    shown = f"{label}:" if plain else f"\x1b[{COLOURS[label]}m{label}:\x1b[0m"
+    print(shown, "\n".join(map(visible, lines)), file=stream, flush=True)
 
 
 def say_result(facts: Mapping[str, Any]) -> None:
     """Print the result of a command as JSON, with every note and warning that was printed."""
-    say_json({**facts, "notes": _notes, "warnings": _warnings})
+    _printed.append("result")
+    say_json({"schema": SCHEMA, **facts, "notes": _notes, "warnings": _warnings})
+
+
+def is_result_printed() -> bool:
+    """Whether the command that runs has printed its JSON."""
+    return bool(_printed)
 
 
 def say_json(value: Any, *, indent: int | None = 2, err: bool = False) -> None:

@@ -69,5 +69,5 @@ def _interrupt_again(*_: object) -> None:
 
 
 def _exit(number: int) -> None:
-    os.write(2, b"adapterkit: interrupted\n")
+    os.write(2, b"error: interrupted\n")
     os._exit(128 + number)

@@ -66,7 +66,8 @@ class Job:
     def result(self) -> str:
         """The last thing it said: the error, or where the result lies."""
         if self.state != "done":
-            return self.said[-1].removeprefix("adapterkit: ") if self.said else ""
+            told = [text.partition(": ")[2] for text in self.said if text.startswith(("error: ", "hint: "))]
+            return "; ".join(told or self.said[-1:])
         lines = [text for text in self.out.splitlines() if text.strip()]
         return next((text for text in lines if text.startswith("wrote")), lines[-1] if lines else "")
 

@@ -212,7 +212,7 @@ def test_a_folder_of_hostile_adapters(base: Path, tmp_path: Path, name: str) -> 
         for args in (("merge", base, folder, "-o", tmp_path / "out"), ("inspect", folder)):
             assert adapterkit(*args).message(1).startswith(str(folder)), kind
     listed = adapterkit("list", adapters, "--json")
-    rows = {row["name"].rpartition("/")[2]: row for row in json.loads(listed.out)}
+    rows = {row["name"].rpartition("/")[2]: row for row in json.loads(listed.out)["adapters"]}
     assert listed.code == 0 and rows["good"]["problem"] is None
     assert "PATH" not in listed.out
 

@@ -27,7 +27,7 @@ def python(*args: str | Path, stdout: Any = subprocess.PIPE, **env: str) -> subp
 
 def test_version() -> None:
     result = adapterkit("--version")
-    assert (result.code, result.out, result.err) == (0, f"adapterkit, version {package.__version__}\n", "")
+    assert (result.code, result.out, result.err) == (0, f"adapterkit {package.__version__}\n", "")
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
@@ -49,13 +49,13 @@ def test_help_of_every_command(command: str) -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["mrege"], "No such command 'mrege'"),
-        (["--nope"], "No such option"),
-        (["merge"], "Missing argument 'BASE'"),
-        (["merge", "base"], "Missing argument"),
-        (["merge", "base", "adapter", "--dtype", "int3"], "Invalid value for '--dtype'"),
-        (["merge", "base", "adapter", "--threads", "0"], "Invalid value for '--threads'"),
-        (["merge", "base", "adapter", "--scale", "much"], "Invalid value for '--scale'"),
+        (["mrege"], "error: no such command 'mrege'\nhint: did you mean merge?"),
+        (["--nope"], "error: no such option '--nope'"),
+        (["merge"], "missing argument 'BASE'"),
+        (["merge", "base"], "missing argument"),
+        (["merge", "base", "adapter", "--dtype", "int3"], "--dtype int3: expected bf16, fp16 or fp32"),
+        (["merge", "base", "adapter", "--threads", "0"], "invalid value for '--threads'"),
+        (["merge", "base", "adapter", "--scale", "much"], "invalid value for '--scale'"),
         (["merge", "base", "adapter", "--dry-run", "--report"], "give one of them"),
         (["merge", "base", "adapter", "--map", "nothing"], "expected OLD=NEW"),
     ],
@@ -110,7 +110,7 @@ def test_a_list_of_what_is_wrong_has_a_line_each(monkeypatch: pytest.MonkeyPatch
         raise errors.FormatError("2 of 3 records cannot be used", "  a:1: x\ny", "  a:2: z")
 
     monkeypatch.setattr(cli, "group", fails)
-    assert adapterkit().err == "adapterkit: 2 of 3 records cannot be used\n  a:1: x\\ny\n  a:2: z\n"
+    assert adapterkit().err == "error: 2 of 3 records cannot be used\n  a:1: x\\ny\n  a:2: z\n"
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_an_output_device_that_is_full(tmp_path: Path, unbuffered: str) -> None:
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
         result = python(*dry_run(tmp_path), stdout=full, PYTHONUNBUFFERED=unbuffered)
-    assert (result.returncode, result.stderr) == (1, "adapterkit: standard output: No space left on device\n")
+    assert (result.returncode, result.stderr) == (1, "error: standard output: No space left on device\n")
 
 
 def test_no_standard_output_at_all(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_closed_streams_are_written_to_by_no_one(tmp_path: Path) -> None:
 def test_a_directory_that_is_gone(tmp_path: Path) -> None:
     result = started("mkdir gone; cd gone; rmdir ../gone; $ADAPTERKIT list", tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.endswith("the current directory does not exist any more: change to another\n")
+    assert result.stderr.endswith("the current directory does not exist any more\nhint: change to another directory\n")
 
 
 def test_a_file_beside_the_weights_is_told(tmp_path: Path) -> None:

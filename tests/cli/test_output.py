@@ -43,7 +43,7 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_list_and_inspect_agree(material: Callable[[str], Path]) -> None:
     checked = 0
     for path in sorted(file.parent for file in FIXTURES.glob("*/adapter_config.json")):
-        [row] = json.loads(adapterkit("list", path, "--json").out)
+        [row] = json.loads(adapterkit("list", path, "--json").out)["adapters"]
         summary = json.loads(adapterkit("inspect", path, "--json", "--header-only").out)["summary"]
         known = {
             "ranks": "ranks",
@@ -59,7 +59,7 @@ def test_list_and_inspect_agree(material: Callable[[str], Path]) -> None:
 
 def test_list_and_inspect_agree_on_parts_of_fused_layers(material: Callable[[str], Path]) -> None:
     path = material("bloom-lora-bin")
-    [row] = json.loads(adapterkit("list", path, "--json").out)
+    [row] = json.loads(adapterkit("list", path, "--json").out)["adapters"]
     summary = json.loads(adapterkit("inspect", path, "--json", "--header-only").out)["summary"]
     assert row["ranks"] == summary["ranks"] == [16]
 

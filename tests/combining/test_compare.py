@@ -116,9 +116,9 @@ def test_the_command_line(two: tuple[Path, Path], tmp_path: Path) -> None:
     assert done.code == 0 and "one and other: 2 modules in both, 0 and 1 in one only" in done.out
     assert "in all" in done.out and "cosine" in done.out
     done = run_adapterkit("compare", *two, "--json")
-    [pair] = json.loads(done.out)
+    [pair] = json.loads(done.out)["pairs"]
     assert len(pair["modules"]) == 2 and pair["modules"][0]["phi"] == []
-    [pair] = json.loads(run_adapterkit("compare", *two, "--json", "--by", "module").out)
+    [pair] = json.loads(run_adapterkit("compare", *two, "--json", "--by", "module").out)["pairs"]
     assert len(pair["modules"][0]["phi"]) == 3
     assert "layers.0.q" not in run_adapterkit("compare", *two).out
     assert "layer" in run_adapterkit("compare", *two, "--by", "layer").out

@@ -340,20 +340,20 @@ main()
 """
     for nth in ("1", "2", "40", "400"):
         ended = subprocess.run([sys.executable, "-c", script, nth], capture_output=True, text=True, cwd=ROOT)
-        assert (ended.returncode, ended.stderr.strip()) == (code, "adapterkit: interrupted"), (nth, ended)
+        assert (ended.returncode, ended.stderr.strip()) == (code, "error: interrupted"), (nth, ended)
 
 
-@pytest.mark.parametrize("step", ["_fill_closed_streams", "_fail"])
+@pytest.mark.parametrize("step", ["_fill_closed_streams", "fail"])
 def test_ctrl_c_just_before_a_command_begins_and_when_it_has_ended(step: str) -> None:
     script = f"""
 import os, signal
 from adapterkit.__main__ import main
 from adapterkit.cli import main as cli
-cli.{step} = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+cli.{step} = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
 main()
 """
     ended = subprocess.run([sys.executable, "-c", script, "inspect", "gone"], capture_output=True, text=True, cwd=ROOT)
-    assert (ended.returncode, ended.stderr) == (130, "adapterkit: interrupted\n")
+    assert (ended.returncode, ended.stderr) == (130, "error: interrupted\n")
 
 
 def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_huge_config_is_not_read(hub: Hub, adapter: Path, monkeypatch: pytest.
 def test_numbers_that_no_config_has_are_not_listed(hub: Hub, tmp_path: Path) -> None:
     config = b'{"r": 1%s, "lora_alpha": 1%s}' % (b"0" * 400, b"0" * 400)
     (write_adapter(tmp_path / "in" / "x", config=config) / WEIGHTS).rename(tmp_path / "in" / "x" / "adapter_model.bin")
-    [row] = json.loads(adapterkit("list", tmp_path / "in", "--json").out)
+    [row] = json.loads(adapterkit("list", tmp_path / "in", "--json").out)["adapters"]
     assert (row["ranks"], row["alphas"]) == ([], [])
 
 
@@ -631,7 +631,7 @@ def test_a_flipped_bit_in_the_cache_is_found_and_mended_by_a_pull(
     if not linked:  # as where the cache has no links
         os.replace((path / name).resolve(), path / name)
     flip(path / name)
-    [plan] = json.loads(adapterkit("pull", ADAPTER, "--dry-run", "--json").out)
+    [plan] = json.loads(adapterkit("pull", ADAPTER, "--dry-run", "--json").out)["downloads"]
     assert (plan["files"], plan["bytes"]) == (1, len(known[name]))
     assert files(path) != known  # a dry run changes nothing
     hub.fail("GET .*/resolve/.*", garble=True)
@@ -722,7 +722,7 @@ def test_ctrl_c_ends_a_pull_at_once_and_it_goes_on(hub: Hub, adapter: Path) -> N
     assert message == f"interrupted; what came of {ADAPTER} is kept, and getting it again goes on from there"
     assert left.read_bytes() == weights[:1000]
     hub.requests.clear()
-    [plan] = json.loads(adapterkit("pull", ADAPTER, "--dry-run", "--json").out)
+    [plan] = json.loads(adapterkit("pull", ADAPTER, "--dry-run", "--json").out)["downloads"]
     assert plan["bytes"] <= sum(len(blob.data) for blob in hub.repos[ADAPTER].files().values()) - 1000
     hub.ended.set()  # and with it the first request, which has the file until then
     assert files(resolve(ADAPTER))[WEIGHTS] == weights

@@ -270,7 +270,7 @@ def test_no_output_goes_where_the_cache_has_an_input(
 
 
 def test_pull_dry_run_gets_nothing(hub: Hub, adapter: Path) -> None:
-    [facts] = output("pull", ADAPTER, "--dry-run")
+    [facts] = output("pull", ADAPTER, "--dry-run")["downloads"]
     assert facts["bytes"] == sum(len(blob.data) for blob in hub.repos[ADAPTER].files().values())
     assert not hub.asked("GET .*/resolve/.*")
 
@@ -459,7 +459,7 @@ def test_the_token_is_never_shown(hub: Hub, adapter: Path) -> None:
 
 def rows(*args: str | Path) -> list[Any]:
     """What `adapterkit list` finds."""
-    found = output("list", *args)
+    found = output("list", *args)["adapters"]
     assert isinstance(found, list)
     return found
 
@@ -554,7 +554,8 @@ def test_what_is_here_is_listed_also_where_the_hub_is_away(
     assert "● " in result.out
     assert "cannot be reached" in result.message(5)
     assert sum(hub.slept) < 10  # the client by itself takes 23 s
-    assert len(json.loads(adapterkit("list", tmp_path / "adapter", "--hub", "--json").out)) == 1
+    facts = json.loads(adapterkit("list", tmp_path / "adapter", "--hub", "--json").out)
+    assert len(facts["adapters"]) == 1 and facts["exit_code"] == 5 and "cannot be reached" in facts["error"]
 
 
 @pytest.mark.parametrize(

@@ -170,10 +170,10 @@ def test_interrupted(inputs: Path, place: tuple[str, int]) -> None:
     result = ended_by(place, "SIGINT", inputs)
     assert (result.returncode, result.stdout) == (130, "")
     if place[0] == "staging._commit":  # by then it is not to be stopped
-        assert result.stderr.strip() == f"adapterkit: interrupted; {inputs}/out is complete"
+        assert result.stderr.strip() == f"error: interrupted; {inputs}/out is complete"
         assert loads(inputs / "out") and names(inputs) == ["adapter", "base", "out"]
     else:
-        assert result.stderr.strip() == "adapterkit: interrupted; nothing was kept"
+        assert result.stderr.strip() == "error: interrupted; nothing was kept"
         assert nothing_left(inputs)
 
 

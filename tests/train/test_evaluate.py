@@ -492,7 +492,7 @@ def test_what_cannot_be(
 def test_records_that_cannot_be_used_have_a_line_each(tiny: Path, prompted: Path) -> None:
     result = command("eval", tiny, prompted, "--prompt-field", "question")
     first, *lines, last = result.err.splitlines()
-    assert (result.code, first) == (1, "adapterkit: 12 of 12 records cannot be used")
+    assert (result.code, first) == (1, "error: 12 of 12 records cannot be used")
     assert all(re.match(r"  held_out.jsonl:\d+: .*no whole form", line) for line in lines)
     assert re.fullmatch(r"  and \d+ more", last)
 

@@ -7,13 +7,14 @@ import time
 import click
 
 from adapterkit.cli.adapter_result import bar_of, show_result
+from adapterkit.cli.command import Command
 from adapterkit.cli.run_plan import weighted
 from adapterkit.combining.methods import DEFAULT, METHODS, all_options
 from adapterkit.errors import UsageError
 from adapterkit.text import counted
 
 
-class CombineCommand(click.Command):
+class CombineCommand(Command):
     """A command whose help lists the methods."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

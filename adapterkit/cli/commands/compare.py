@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.output import say, say_json
+from adapterkit.cli.command import Command
+from adapterkit.cli.output import say, say_result
 from adapterkit.cli.run_plan import weighted
 from adapterkit.cli.views.tables import common_prefix, print_table, table
 from adapterkit.inspection.summary import to_json
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FIGURES = ("cosine", "distance", "norm_ratio", "overlap_in", "overlap_out", "sign_conflict", "lost")
 
 
-@click.command("compare")
+@click.command("compare", cls=Command)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("--by", type=click.Choice(["target", "layer", "module"]), default="target", show_default=True,
               help="What has a row of its own; by module, JSON has φ(i, j) too.")  # fmt: skip
@@ -50,7 +51,7 @@ def compare_command(adapters: tuple[str, ...], by: str, plot: str | None, as_jso
             replace(pair, modules=tuple(row if by == "module" else replace(row, phi=()) for row in pair.modules))
             for pair in pairs
         ]
-        say_json([to_json(pair) for pair in shown])
+        say_result({"pairs": [to_json(pair) for pair in shown]})
         return
     for index, pair in enumerate(pairs):
         _show(pair, by, first=index == 0)

@@ -7,9 +7,10 @@ import time
 import click
 
 from adapterkit.cli.adapter_result import bar_of, show_result
+from adapterkit.cli.command import Command
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("adapter")
 @click.option("-o", "--output", type=click.Path(), required=True, help="The directory to write.")
 @click.option("--to", type=click.Choice(["dora", "lora", "rslora"]), required=True, help="What to make of it.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.command import Command
 from adapterkit.cli.data_notes import notes_of
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import progress
@@ -42,7 +43,7 @@ def _field_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @click.argument("paths", nargs=-1, metavar="BASE [ADAPTER] DATA")
 @click.option("--max-length", type=int, default=1024, show_default=True,
               help="Truncate records to this many tokens")  # fmt: skip

@@ -7,9 +7,10 @@ import time
 import click
 
 from adapterkit.cli.adapter_result import bar_of, show_result
+from adapterkit.cli.command import Command
 
 
-@click.command("extract")
+@click.command("extract", cls=Command)
 @click.argument("base")
 @click.argument("finetuned")
 @click.option("-o", "--output", type=click.Path(), required=True, help="The directory to write.")

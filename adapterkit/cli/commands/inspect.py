@@ -11,6 +11,7 @@ import click
 
 from adapterkit.adapter.formats import load
 from adapterkit.base.checkpoint import is_base
+from adapterkit.cli.command import Command
 from adapterkit.cli.lookup import Lookup, looked_at
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.progress import tracked
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.inspection.match import Match
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("path", metavar="ADAPTER|BASE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--modules", is_flag=True, help="A row for every module; in JSON, its singular values too.")

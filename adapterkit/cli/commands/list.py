@@ -10,7 +10,9 @@ from dataclasses import asdict
 
 import click
 
-from adapterkit.cli.output import say, say_json
+from adapterkit.cli.command import Command
+from adapterkit.cli.failures import failure_of
+from adapterkit.cli.output import say, say_result
 from adapterkit.cli.views.tables import padded, width
 from adapterkit.errors import AdapterkitError, FormatError, UsageError
 from adapterkit.hub.listing import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered, with_details
@@ -22,7 +24,7 @@ CUT, LEAST = ("base", "targets"), 8  # the columns that give way on a narrow ter
 ON_THE_LEFT = (NAME, "kind", "targets", "base")
 
 
-@click.command("list")
+@click.command("list", cls=Command)
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path())
 @click.option("--hub", is_flag=True, help="What is on the Hub, too.")
 @click.option("--base", help="Only adapters of this base: its Hub id, or the last part of its path.")
@@ -31,7 +33,7 @@ ON_THE_LEFT = (NAME, "kind", "targets", "base")
 @click.option("--limit", type=click.IntRange(1), default=LIMIT, show_default=True, help="Rows of the Hub.")
 @click.option("--details", is_flag=True, help="Read the headers of those on the Hub too: ranks, targets, sizes. Some "
               "requests each, which the Hub counts as downloads.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_command(
     folders: tuple[str, ...], hub: bool, base: str | None, search: str, sort: str | None, limit: int, details: bool,
     as_json: bool,
@@ -58,7 +60,8 @@ def list_command(
         except AdapterkitError as error:  # told once what is on this disk was shown
             failed = error
     if as_json:
-        say_json([asdict(row) | {"path": str(row.path) if row.path else None} for row in rows])
+        facts = [asdict(row) | {"path": str(row.path) if row.path else None} for row in rows]
+        say_result({"adapters": facts} | (failure_of(failed).facts if failed else {}))
     elif rows:
         _print_rows(_columns(rows), rows)
         for row in rows:

@@ -13,6 +13,7 @@ import click
 from adapterkit.api import merge
 from adapterkit.base.quant import KINDS, ROUNDINGS
 from adapterkit.base.renames import parse_rename
+from adapterkit.cli.command import Command
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.run_plan import DEVICE_HELP, hashes_by_label, run_with_bar, undo_command, weighted
 from adapterkit.errors import UsageError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
 
 
-@click.command("merge")
+@click.command("merge", cls=Command)
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-o", "--output", type=click.Path(), help="Where to write. Default: BASE-merged beside the base.")

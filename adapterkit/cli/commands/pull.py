@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.output import notes_about, say, say_json
+from adapterkit.cli.command import Command
+from adapterkit.cli.output import say, say_result
 from adapterkit.cli.progress import progress
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.text import counted, size
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from adapterkit.files.staging import Destination
 
 
-@click.command("pull")
+@click.command("pull", cls=Command)
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @click.option("-o", "--output", type=click.Path(), help="Copy it to this new folder, besides keeping it in the cache.")
 @click.option("--dry-run", is_flag=True, help="Say what would be downloaded, and stop.")
@@ -61,7 +62,7 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
         if not as_json:
             say(str(path))
     if as_json:
-        say_json([one | {"notes": notes_about(str(one["id"]))} for one in facts])
+        say_result({"downloads": facts})
 
 
 def _copied(path: Path, names: list[str], prefix: str, place: Destination) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.command import Command
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.progress import progress
 from adapterkit.text import size, visible
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from adapterkit.hub.upload.push import Push
 
 
-@click.command("push")
+@click.command("push", cls=Command)
 @click.argument("path", type=click.Path())
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make the repository private, where it is new.")

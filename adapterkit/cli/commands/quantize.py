@@ -8,13 +8,14 @@ import click
 
 from adapterkit.api import merge
 from adapterkit.base.quant import BLOCKSIZES, KINDS, ROUNDINGS
+from adapterkit.cli.command import Command
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.run_plan import DEVICE_HELP, hashes_by_label, run_with_bar
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.text import counted, size
 
 
-@click.command("quantize")
+@click.command("quantize", cls=Command)
 @click.argument("base")
 @click.option("-o", "--output", type=click.Path(), help="Where to write. Default: BASE-KIND beside the base.")
 @click.option("--to", type=click.Choice(KINDS), required=True, help="What to quantize to.")

@@ -7,9 +7,10 @@ import time
 import click
 
 from adapterkit.cli.adapter_result import bar_of, show_result
+from adapterkit.cli.command import Command
 
 
-@click.command("resize")
+@click.command("resize", cls=Command)
 @click.argument("adapter")
 @click.option("-o", "--output", type=click.Path(), required=True, help="The directory to write.")
 @click.option("--rank", type=int, help="The rank of every module; what has less is padded.")

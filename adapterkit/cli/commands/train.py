@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.command import Command
 from adapterkit.cli.data_notes import notes_of
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import is_shown, progress
@@ -53,7 +54,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command("train")
+@click.command("train", cls=Command)
 @click.argument("base", required=False)
 @click.argument("data", required=False)
 @click.option("-o", "--output", type=click.Path(), help="Output directory")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
+from adapterkit.cli.command import Command
 from adapterkit.errors import UsageError
 
 
-@click.command("tui")
+@click.command("tui", cls=Command)
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
 @click.option("--base", default="", metavar="BASE", help="The base that adapters are held against.")
 def tui_command(folders: tuple[Path, ...], base: str) -> None:

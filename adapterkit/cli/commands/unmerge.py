@@ -7,6 +7,7 @@ import time
 import click
 
 from adapterkit.api.unmerge import plan_unmerge, unmerge
+from adapterkit.cli.command import Command
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.run_plan import DEVICE_HELP, run_with_bar, weighted
 from adapterkit.errors import UsageError
@@ -16,7 +17,7 @@ from adapterkit.merging.run.scheduler import Merged
 from adapterkit.text import counted, size
 
 
-@click.command("unmerge")
+@click.command("unmerge", cls=Command)
 @click.argument("merged")
 @click.option("-o", "--output", type=click.Path(), required=True, help="Where to write the base.")
 @click.option("--adapter", "adapters", multiple=True, metavar="ADAPTER[:WEIGHT]",

@@ -9,6 +9,7 @@ import click
 
 from adapterkit.api import merge
 from adapterkit.base.renames import parse_rename
+from adapterkit.cli.command import Command
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.run_plan import weighted
 from adapterkit.inspection.summary import to_json
@@ -30,7 +31,7 @@ SAYS = {
 }
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @click.argument("merged")
 @click.option("--base", required=True, help="The base that it should be made of.")
 @click.option("--adapter", "adapters", multiple=True, required=True, metavar="ADAPTER[:WEIGHT]",

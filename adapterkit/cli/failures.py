@@ -1,0 +1,102 @@
+"""How a command fails: `error: …` and `hint: …` on stderr, with `--json` an object on stdout, and an exit code."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+
+from adapterkit.cli.output import SCHEMA, is_result_printed, say_json, say_labelled
+from adapterkit.errors import AdapterkitError
+
+PARAMETER = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The lines of an error, what to do next, and the exit code."""
+
+    lines: Sequence[str]
+    hint: str = ""
+    code: int = 1
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The failure, for JSON."""
+        return {"error": "\n".join(self.lines), "hint": self.hint or None, "exit_code": self.code}
+
+
+def failure_of(error: BaseException) -> Failure:
+    """How `error` is shown."""
+    notes = getattr(error, "__notes__", [])  # what became of an output that was not finished, by `staged`
+    match error:
+        case AdapterkitError():
+            *lines, last = error.lines or [""]
+            return Failure([*lines, "; ".join([last, *notes])], error.hint, error.exit_code)
+        case click.ClickException():
+            return _click_failure(error)
+        case KeyboardInterrupt():
+            said = ["interrupted", *filter(None, [str(error)]), *notes]
+            return Failure(["; ".join(said)], code=getattr(error, "exit_code", 130))
+        case OSError(filename=None):
+            return Failure([f"standard output: {error.strerror or error}"])
+        case OSError():
+            return Failure([f"{error.filename}: {error.strerror}"])
+    raise error
+
+
+def fail(failure: Failure, *, as_json: bool = False) -> NoReturn:
+    """Say how the command failed, and end it."""
+    say_labelled("error", *failure.lines)
+    if failure.hint:
+        say_labelled("hint", failure.hint)
+    if as_json and not is_result_printed():
+        say_json({"schema": SCHEMA, **failure.facts})
+    sys.exit(failure.code)
+
+
+def speak_options(error: BaseException, command: click.Command) -> None:
+    """Have an error of the library name the options of `command`, where it names parameters of a Python call."""
+    error.args = tuple(in_options(part, command) if isinstance(part, str) else part for part in error.args)
+    if isinstance(error, AdapterkitError):
+        # A hint may speak of an output that the command has no option for: there a word is enough.
+        error.hint = re.sub("`([a-z_]+)`", r"\1", in_options(error.hint, command))
+    if notes := getattr(error, "__notes__", None):
+        notes[:] = [in_options(line, command) for line in notes]
+
+
+def in_options(text: str, command: click.Command) -> str:
+    """`text` with the options of `command` where it has their parameters: `overwrite=True` as --overwrite."""
+    parameters = {param.name: param for param in command.params}
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        param, unset = parameters.get(name), parameters.get(f"no_{name}")
+        if value == "False" and unset is not None:
+            return unset.opts[-1]
+        if isinstance(param, click.Argument):
+            return param.human_readable_name if value is None else match[0]
+        if not isinstance(param, click.Option):
+            return match[0]
+        if param.is_flag:
+            return (param.secondary_opts if value == "False" else param.opts)[-1]
+        flag = min(param.opts, key=len)
+        return flag if value is None else f"{flag} {value.strip(chr(34))}"
+
+    return PARAMETER.sub(option, text)
+
+
+def _click_failure(error: click.ClickException) -> Failure:
+    """An error of click's in our words: no capital, no full stop, the nearest name as the hint."""
+    text = error.message if isinstance(error, click.NoSuchOption) else error.format_message()
+    text = (text[:1].lower() + text[1:]).rstrip(".")
+    hint = ""
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        hint = f"did you mean {error.possibilities[0]}?"
+    elif isinstance(error, click.UsageError) and error.ctx is not None:
+        hint = f"{error.ctx.command_path} --help shows the arguments and options"
+    return Failure(text.split("\n"), hint, error.exit_code)

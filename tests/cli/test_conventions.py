@@ -1,0 +1,188 @@
+"""What holds for every command: its line of help, the options that all share, and one look of errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from handmade import Outcome, Terminal, adapterkit, write_adapter, write_base
+
+import adapterkit as package
+from adapterkit.cli import main as cli
+from adapterkit.cli.command import Command
+from adapterkit.cli.failures import in_options, speak_options
+from adapterkit.errors import OutputExistsError
+
+every_command = pytest.mark.parametrize("name", cli.COMMANDS)
+
+
+def command_of(name: str) -> Command:
+    command = cli.group.get_command(click.Context(cli.group), name)
+    assert isinstance(command, Command)
+    return command
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_has_a_line_for_every_command_in_its_group() -> None:
+    lines = adapterkit("--help").out.splitlines()
+    for group, commands in cli.GROUPS.items():
+        start = lines.index(f"{group}:") + 1
+        assert [line.split(maxsplit=1) for line in lines[start : start + len(commands)]] == [
+            [name, line] for name, line in commands.items()
+        ]
+    assert max(map(len, lines)) <= 80
+
+
+@every_command
+def test_help_begins_with_the_same_line(name: str) -> None:
+    usage, _, summary, *rest = adapterkit(name, "--help").out.splitlines()
+    assert usage.startswith(f"Usage: adapterkit {name} [OPTIONS]")
+    assert " ".join([summary, *rest[:1]]).strip().startswith(f"{cli.COMMANDS[name]}.")
+    for option in ("--progress", "-q, --quiet", "-v, --verbose", "-V, --version", "-h, --help"):
+        assert any(line.startswith(f"  {option}") for line in rest), option
+
+
+def test_the_examples_are_of_commands_that_take_them() -> None:
+    examples = [line.split()[1:] for line in cli.EXAMPLES.splitlines() if line.startswith("  adapterkit ")]
+    assert len(examples) >= 3
+    for name, *args in examples:
+        command_of(name).make_context(name, args)
+
+
+# --- the options that all share --------------------------------------------------------------------------------------
+
+
+@every_command
+def test_version_before_and_after(name: str) -> None:
+    for args in (["-V", name], [name, "-V"], ["--version", name], [name, "--version"]):
+        assert adapterkit(*args) == Outcome(0, f"adapterkit {package.__version__}\n", "")
+
+
+@every_command
+def test_progress_before_and_after(name: str) -> None:
+    for args in (["--progress", "json", name], [name, "--progress", "json"]):
+        adapterkit(*args, "--no-such-option")  # stops before anything is done
+        assert adapterkit(*args, "-V").code == 0
+    hint = "did you mean json?"
+    for args in (["--progress", "jsn", name], [name, "--progress", "jsn"]):
+        assert adapterkit(*args).message(2) == f"--progress jsn: expected auto, json or none; {hint}"
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_the_shared_options_do_the_same_before_and_after(tmp_path: Path, after: bool) -> None:
+    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    (base / "notes.dat").symlink_to("elsewhere")
+
+    def merge(out: str, *shared: str) -> Outcome:
+        words = ["merge", str(base), str(adapter), "-o", str(tmp_path / out)]
+        return adapterkit(*([*words, *shared] if after else [*shared, *words]))
+
+    usual = merge("usual")
+    assert usual.code == 0 and usual.err.startswith("note: ")
+    quiet = merge("quiet", "--quiet")
+    assert quiet.err == "" and quiet.out.splitlines()[0].startswith("merged ")
+    shown = merge("shown", "--progress", "json")
+    done = [json.loads(line) for line in shown.err.splitlines() if line.startswith("{")]
+    assert done and done[-1]["done"] == done[-1]["total"]
+    both = merge("both", "-q", "--progress", "json")
+    assert {line[0] for line in both.err.splitlines()} == {"{"}
+    assert "Traceback" in merge("usual", "-v").err and merge("usual").message(7)
+    assert "exclude each other" in merge("none", "-q", "-v").message(2)
+    assert merge("again").err == usual.err
+
+
+def test_quiet_before_and_verbose_after_are_seen_together() -> None:
+    assert "exclude each other" in adapterkit("-q", "list", "-v").message(2)
+
+
+def test_an_error_is_said_in_quiet() -> None:
+    assert adapterkit("-q", "list", "nope").message(1) == "nope: there is no such folder"
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@every_command
+def test_an_option_that_is_mistyped(name: str) -> None:
+    assert adapterkit(name, "--progres").message(2) == "no such option '--progres'; did you mean --progress?"
+    hint = f"adapterkit {name} --help shows the arguments and options"
+    assert adapterkit(name, "--zzz").message(2) == f"no such option '--zzz'; {hint}"
+
+
+@every_command
+def test_a_choice_that_is_mistyped(name: str) -> None:
+    for param in command_of(name).params:
+        if isinstance(param, click.Option) and isinstance(param.type, click.Choice):
+            choice = str(param.type.choices[0])
+            message = adapterkit(name, param.opts[-1], f"{choice}x").message(2)
+            assert message.startswith(f"{param.opts[-1]} {choice}x: expected ") and f"did you mean {choice}" in message
+
+
+@every_command
+def test_a_command_that_is_mistyped(name: str) -> None:
+    assert adapterkit(f"{name}x").message(2) == f"no such command '{name}x'; did you mean {name}?"
+
+
+@every_command
+def test_an_error_as_json(name: str) -> None:
+    result = adapterkit(name, "--progres", "--json")
+    facts = {"schema": 1, "error": "no such option '--progres'", "hint": "did you mean --progress?", "exit_code": 2}
+    assert json.loads(result.out) == facts
+    assert result.message(2) == "; ".join([facts["error"], facts["hint"]])
+
+
+def test_errors_of_all_kinds_as_json(tmp_path: Path) -> None:
+    for args, code in (
+        (["mrege", "--json"], 2),
+        (["list", tmp_path / "nope", "--json"], 1),
+        (["merge", write_base(tmp_path / "base"), write_adapter(tmp_path / "a"), "-o", tmp_path, "--json"], 2),
+    ):
+        facts: dict[str, Any] = json.loads(adapterkit(*args).out)
+        assert (list(facts), facts["exit_code"]) == (["schema", "error", "hint", "exit_code"], code)
+
+
+@pytest.mark.parametrize(("env", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_errors_are_red_on_a_terminal(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], coloured: bool) -> None:
+    monkeypatch.setattr(Terminal, "isatty", lambda self: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    red, cyan, plain = ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") if coloured else ("", "", "")
+    said = f"{red}error:{plain} no such command 'm\\x1b[31m'\n{cyan}hint:{plain} adapterkit --help lists the commands\n"
+    assert adapterkit("m\x1b[31m").err.replace("\\\\", "\\") == said
+
+
+# --- parameters of the Python calls, as options ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("merge", "choose another `output`, or say `overwrite=True`", "choose another -o, or say --overwrite"),
+        ("merge", 'use `dtype="fp32"` or `receipt=False`', "use --dtype fp32 or --no-receipt"),
+        ("merge", "name a `base`, then `rename`", "name a BASE, then --map"),
+        ("eval", "leave out `generate=True` and `max_new_tokens`", "leave out --generate and --max-new-tokens"),
+        ("eval", "say `generate=False`", "say --no-generate"),
+        ("list", "`rank=4` of `nothing` stays, as does `adapterkit pull`", "`rank=4` of `nothing` stays, as does `adapterkit pull`"),
+    ],
+)  # fmt: skip
+def test_parameters_as_options(name: str, text: str, expected: str) -> None:
+    assert in_options(text, command_of(name)) == expected
+
+
+def test_an_error_speaks_python_and_the_command_line_its_options() -> None:
+    error = OutputExistsError("a: exists", hint="choose another `output`, or say `overwrite=True`")
+    error.add_note("run it again with `resume=True`")
+    assert str(error) == "a: exists; choose another `output`, or say `overwrite=True`"
+    speak_options(error, command_of("merge"))
+    assert str(error) == "a: exists; choose another -o, or say --overwrite"
+    assert error.__notes__ == ["run it again with --resume"]
+    elsewhere = OutputExistsError("a: exists", hint="choose another `output`")
+    speak_options(elsewhere, command_of("eval"))
+    assert elsewhere.hint == "choose another output"
