@@ -1,14 +1,15 @@
-"""The trainer's core: layers with factors, the loss, the model as the loop sees it, and the loop.
+"""The trainer: LoRA layers, the loss, the model wrapper and the training loop.
 
-On any model of torch:
+Works on any torch model:
 
 >>> from adapterkit import train
 >>> train.inject(model, train.Lora(targets="all-linear", rank=16))
->>> ...  # any loop and optimizer over the parameters that require a gradient
+>>> ...  # train the parameters that require a gradient, in any loop
 >>> adapterkit.save(train.adapter_of(model), "adapter")
 
-`products` has the arithmetic, `layers` what is put into a model by `injection`, `initial` how it starts, `loss` cross
-entropy in chunks, `causal` batches without padding, `loop` the steps; `runs/` whole runs, with their files.
+`products` holds the arithmetic, `layers` the LoRA layers, `injection` puts them into a model, `initial` initializes
+them, `loss` is chunked cross entropy, `causal` handles batches without padding, `loop` the steps; `data/` reads
+records, `runs/` does complete runs and writes their files.
 """
 
 from adapterkit.train.injection import Lora, adapter_of, disabled, inject, inject_from, lora_layers, quicken

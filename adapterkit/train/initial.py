@@ -1,4 +1,4 @@
-"""What factors are before the first step; each is one function of the base's weight `W (out, in)`."""
+"""Initializations of the factors, each one function of the base weight `W (out, in)`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from adapterkit.train.recipe import INITS
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """`A (rank, in)` and `B (out, rank)`; `subtracted` where the base is to lose what they are at first."""
+    """`A (rank, in)` and `B (out, rank)`; if `subtracted`, the base is reduced by their initial product."""
 
     A: torch.Tensor
     B: torch.Tensor
     subtracted: bool = False
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
-        """The same elsewhere, in other numbers."""
+        """The same factors on another device, in another dtype."""
         return Factors(self.A.to(device, dtype), self.B.to(device, dtype), self.subtracted)
 
 
 def start(
     init: str, W: torch.Tensor, rank: int, scaling: float, generator: torch.Generator, embedding: bool, name: str
 ) -> Factors:
-    """The factors of module `name` by one of `INITS`, on the CPU; chance comes from `generator`, which is CPU's too."""
+    """The initial factors of module `name` on the CPU, by one of `INITS`; `generator` is a CPU generator."""
     if init not in INITS:
         raise UsageError(f"init {init!r}: expected one of {', '.join(INITS)}")
     out, inner = W.shape
@@ -37,7 +37,7 @@ def start(
         return pissa(W, rank, scaling, name)
     if init == "olora":
         return olora(W, rank)
-    if embedding:  # where A is zero: PEFT's choice, since a row of A is trained only where its token is seen
+    if embedding:  # A is zero, as in PEFT: a column of A is trained only if its token occurs
         return Factors(torch.zeros(rank, inner), torch.randn(out, rank, generator=generator))
     if init == "gaussian":
         return Factors(torch.randn(rank, inner, generator=generator) / rank, torch.zeros(out, rank))
@@ -46,25 +46,25 @@ def start(
 
 
 def pissa(W: torch.Tensor, rank: int, scaling: float, name: str) -> Factors:
-    """`s·B·A` is the best approximation of W of that rank, both factors of one norm (arXiv 2404.02948)."""
+    """PiSSA: `s·B·A` is the best rank-`rank` approximation of W, with factors of equal norm (arXiv 2404.02948)."""
     best = _best(W, rank, name)
     return Factors(best.A / math.sqrt(scaling), best.B / math.sqrt(scaling), subtracted=True)
 
 
 def olora(W: torch.Tensor, rank: int) -> Factors:
-    """The first columns of Q and rows of R of `W = Q·R` (arXiv 2406.01775)."""
+    """OLoRA: the first columns of Q and rows of R of `W = Q·R` (arXiv 2406.01775)."""
     Q, R = torch.linalg.qr(W.double().cpu())
     return Factors(R[:rank], Q[:, :rank], subtracted=True)
 
 
 def loftq(W: torch.Tensor, quantized: torch.Tensor, rank: int, scaling: float, name: str) -> Factors:
-    """`s·B·A` is the best approximation of what quantizing took from W (arXiv 2310.08659, one alternating step)."""
+    """LoftQ: `s·B·A` best approximates the quantization error of W (arXiv 2310.08659, one alternating step)."""
     best = _best(W.double() - quantized.to(W.device).double(), rank, name)
     return Factors(best.A / math.sqrt(scaling), best.B / math.sqrt(scaling))
 
 
 def _best(W: torch.Tensor, rank: int, name: str) -> Factors:
-    """The best approximation of W of that rank, `B·A`, both factors of one norm."""
+    """The best rank-`rank` approximation `B·A` of W, with factors of equal norm."""
     rows = W.detach().cpu().double()
     matrix = Matrix((rows.shape[0], rows.shape[1]), lambda first, last: rows[first:last])
     product = sketch(matrix, Limit(rank=rank), name=name).leading.first(rank)

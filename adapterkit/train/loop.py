@@ -1,7 +1,7 @@
-"""The loop: gradients of a step's records, summed over batches and processes, and AdamW.
+"""The training loop: gradients summed over the batches and processes of a step, then AdamW.
 
-Nothing is left to where a run came from: the rows of a step follow from the seed and its number, and so does the chance
-of its dropout. So parameters, the optimizer's two moments and the number of the step are all the state there is.
+A step's rows and dropout depend only on the seed, the step number and the process. So the full state is the
+parameters, the optimizer's two moments, the loss scale and the step number.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from adapterkit.train.data.tokenize import Example
 from adapterkit.train.recipe import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-LEAST_SCALE = 1.0  # of an fp16 loss: gradients that overflow with less are no gradients
+MIN_SCALE = 1.0  # fp16 loss scale: gradients that overflow at this scale are not finite themselves
 
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One step: the mean loss over its tokens, the learning rate, the gradient's norm, and how many tokens it read."""
+    """One step: mean loss over its counted tokens, learning rate, gradient norm, and number of tokens."""
 
     step: int
     steps: int
@@ -35,11 +35,11 @@ class Stepped:
     lr: float
     norm: float
     tokens: int
-    stop: bool = False  # some process was asked to
+    stop: bool = False  # requested in any process
 
 
 class Loop:
-    """A model, what of it is trained, and how far that is; `world` processes share each step, of which this is one."""
+    """A model in training; this is process `rank` of the `world` processes that divide each step."""
 
     def __init__(self, model: CausalModel, order: Order, recipe: Recipe, rank: int = 0, world: int = 1) -> None:
         self.model, self.order, self.recipe, self.rank, self.world = model, order, recipe, rank, world
@@ -55,7 +55,7 @@ class Loop:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
 
     def advance(self, stop: bool = False) -> Stepped:
-        """Do one step; raises AdapterkitError where the loss or the gradient is not a number."""
+        """Run one step; raises AdapterkitError where the loss or the gradient is not finite."""
         rows = self.order.step(self.step)
         counted = sum(int(example.counted.sum()) for row in rows for example in row)
         torch.manual_seed(seed_for(self.recipe.seed, f"step {self.step} of process {self.rank}"))
@@ -65,7 +65,7 @@ class Loop:
         lr = self._set_rate()
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip or math.inf))
-        if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() <= LEAST_SCALE):
+        if not math.isfinite(norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() <= MIN_SCALE):
             raise AdapterkitError(f"step {self.step + 1}: the gradient's norm is {norm}, {self._blame(rows)}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -75,7 +75,7 @@ class Loop:
         return Stepped(self.step, self.order.steps, loss, lr, norm, tokens, stop)
 
     def evaluate(self, examples: Iterable[Example]) -> float:
-        """The mean loss over the tokens of `examples` that count."""
+        """The mean loss over the counted tokens of `examples`."""
         self.model.model.eval()
         rows = sorted(examples, key=lambda example: len(example.ids))
         mine, size = rows[self.rank :: self.world], self.recipe.batch_size
@@ -90,46 +90,47 @@ class Loop:
         return float(total[0] / total[1])
 
     def unmoved(self) -> list[str]:
-        """The modules of which nothing ever had a gradient: the model does not use them as layers."""
+        """The modules that never had a gradient: the model does not call them."""
         moved: dict[str, bool] = {}
         for name, parameter in self.trained.items():
             module, moment = name.rpartition(".")[0], self.optimizer.state[parameter].get("exp_avg_sq")
             moved[module] = moved.get(module, False) or (moment is not None and bool(moment.any()))
-        return [module for module, did in moved.items() if not did]
+        return [module for module, has_moved in moved.items() if not has_moved]
 
     def layout(self) -> dict[str, torch.Tensor]:
-        """For every tensor of `state` one of its shape and dtype; none of them takes memory."""
+        """A tensor of the same shape and dtype for each tensor of `state`, without using memory."""
         scalar = torch.empty((), device="meta")
-        found: dict[str, torch.Tensor] = {"scale": torch.empty(2, device="meta")}
-        found |= {f"trained.{name}": parameter for name, parameter in self.trained.items()}
-        found |= {f"kept.{name}": buffer for name, buffer in self._buffers().items()}
+        tensors: dict[str, torch.Tensor] = {"scale": torch.empty(2, device="meta")}
+        tensors |= {f"trained.{name}": parameter for name, parameter in self.trained.items()}
+        tensors |= {f"kept.{name}": buffer for name, buffer in self._buffers().items()}
         for name, parameter in self.trained.items():
-            found |= {f"{moment}.{name}": scalar if moment == "step" else parameter for moment in MOMENTS}
-        return found
+            tensors |= {f"{moment}.{name}": scalar if moment == "step" else parameter for moment in MOMENTS}
+        return tensors
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor that a later run goes on from; what never had a gradient has moments of 0."""
-        found = {"scale": torch.tensor([self.scaler.get_scale(), self.scaler.state_dict().get("_growth_tracker", 0)])}
-        found |= {f"trained.{name}": parameter.detach() for name, parameter in self.trained.items()}
-        found |= {f"kept.{name}": buffer for name, buffer in self._buffers().items()}
+        """All tensors of a checkpoint; parameters that never had a gradient have zero moments."""
+        tensors = {"scale": torch.tensor([self.scaler.get_scale(), self.scaler.state_dict().get("_growth_tracker", 0)])}
+        tensors |= {f"trained.{name}": parameter.detach() for name, parameter in self.trained.items()}
+        tensors |= {f"kept.{name}": buffer for name, buffer in self._buffers().items()}
+        zero = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like, "step": lambda _: torch.zeros(())}
         for name, parameter in self.trained.items():
-            none = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like, "step": lambda _: torch.zeros(())}
-            moments = self.optimizer.state[parameter]
-            found |= {f"{moment}.{name}": moments[moment] if moments else none[moment](parameter) for moment in MOMENTS}
-        return found
+            for moment in MOMENTS:
+                value = self.optimizer.state[parameter].get(moment)
+                tensors[f"{moment}.{name}"] = zero[moment](parameter) if value is None else value
+        return tensors
 
     @torch.no_grad()
     def restore(self, step: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state` returned after `step` steps.
+        """Continue from the `state` after `step` steps.
 
-        Raises FormatError, before anything is changed, where the optimizer's steps or the loss scale cannot be that.
+        Raises FormatError, before anything changes, where the optimizer's steps or the loss scale are impossible.
         """
         scale, growth = state["scale"].tolist()
         for name, value in {name: state[f"step.{name}"].item() for name in self.trained}.items():
             if not (0 <= value <= step and value == int(value)):
-                raise FormatError(f"the optimizer did {value:g} steps on {name}, the run {step:,}")
+                raise FormatError(f"{name}: the optimizer has done {value:g} steps, the run {step:,}")
         if not (0 < scale < math.inf and 0 <= growth < math.inf) and self.scaler.is_enabled():
-            raise FormatError(f"the loss scale is {scale:g}, {growth:g} steps after it last changed")
+            raise FormatError(f"the loss scale is {scale:g}, changed {growth:g} steps ago: expected positive numbers")
         self.step = step
         for name, parameter in self.trained.items():
             parameter.copy_(state[f"trained.{name}"])
@@ -141,22 +142,22 @@ class Loop:
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(growth)})
 
     def _buffers(self) -> dict[str, torch.Tensor]:
-        """What factors began as, where that is subtracted."""
+        """The initial factors that are subtracted from the base."""
         names = (".first_A", ".first_B")
         return {name: buffer for name, buffer in self.model.model.named_buffers() if name.endswith(names)}
 
     def _gradients(self, rows: list[Row], counted: int) -> torch.Tensor:
-        """Add up the gradients of `rows`, a batch at a time; the share of the mean loss that is theirs."""
-        total = torch.zeros((), device=self.device)
-        for first in range(0, len(rows), self.recipe.batch_size):
-            batch = Batch.of([one for row in rows[first : first + self.recipe.batch_size] for one in row], self.device)
+        """Accumulate the gradients of `rows`, one batch at a time; returns their part of the mean loss."""
+        total, size = torch.zeros((), device=self.device), self.recipe.batch_size
+        for first in range(0, len(rows), size):
+            batch = Batch.of([example for row in rows[first : first + size] for example in row], self.device)
             loss = self.model.loss(batch) / counted
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
     def _share(self, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
-        """Sum the gradients and losses of all processes, in one message."""
+        """Sum the gradients, losses and stop requests of all processes in one message."""
         if self.world == 1:
             return loss.item(), stop
         for parameter in self.trained.values():
@@ -175,7 +176,7 @@ class Loop:
         return tensor
 
     def _set_rate(self) -> float:
-        """The learning rate of this step, which each group has its multiple of."""
+        """Set the learning rate of this step, times each group's multiplier."""
         rate = self.recipe.lr * scheduled(self.step, self.order.steps, self.recipe.warmup, self.recipe.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["times"]
@@ -185,12 +186,12 @@ class Loop:
         wheres = [example.where for row in rows for example in row]
         more = f" and {len(wheres) - 3} more" if len(wheres) > 3 else ""
         broken = [name for name, parameter in self.trained.items() if not parameter.isfinite().all()]
-        cause = f"since {broken[0]} has overflowed" if broken else f"on {', '.join(wheres[:3])}{more}"
-        return f"{cause}. Try a lower --lr, or --dtype fp32."
+        cause = f"because {broken[0]} overflowed" if broken else f"on {', '.join(wheres[:3])}{more}"
+        return f"{cause}; try a lower --lr, or --dtype fp32"
 
 
 def scheduled(step: int, steps: int, warmup: float, schedule: str) -> float:
-    """The share of the learning rate at `step`: risen over the warm-up, then falling to 0 at `steps`, or constant."""
+    """The learning-rate factor at `step`: rises during the warmup, then falls to 0 at `steps` or stays constant."""
     rise = warmup * steps if warmup < 1 else warmup
     if step < rise:
         return (step + 1) / (rise + 1)
@@ -201,9 +202,7 @@ def scheduled(step: int, steps: int, warmup: float, schedule: str) -> float:
 
 
 def _groups(trained: Mapping[str, nn.Parameter], recipe: Recipe) -> Iterator[dict[str, object]]:
-    """Parameters by how much faster than the others they learn: B with LoRA+ (arXiv 2402.12354)."""
-    faster = [parameter for name, parameter in trained.items() if name.endswith(".B")]
+    """Parameter groups with their learning-rate multipliers: B has a larger one with LoRA+ (arXiv 2402.12354)."""
+    B = [parameter for name, parameter in trained.items() if name.endswith(".B")]
     others = [parameter for name, parameter in trained.items() if not name.endswith(".B")]
-    yield from (
-        {"params": group, "times": times} for group, times in ((others, 1.0), (faster, recipe.lora_plus)) if group
-    )
+    yield from ({"params": group, "times": times} for group, times in ((others, 1.0), (B, recipe.lora_plus)) if group)

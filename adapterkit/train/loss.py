@@ -1,7 +1,7 @@
-"""Cross entropy over a large vocabulary, some rows at a time: all logits are never there at once.
+"""Cross entropy over a large vocabulary in chunks of rows, without ever holding all logits.
 
-A frozen output layer makes the gradient of the hidden states known in the forward pass, `∂L/∂z = softmax(z) − onehot`,
-so each chunk of logits is turned into its share of `∂L/∂h` and forgotten.
+The gradient of the logits is known in the forward pass, `∂L/∂z = softmax(z) − onehot`, so each chunk of logits becomes
+its part of `∂L/∂h` (and of `∂L/∂W` if the output layer is trained) and is freed.
 """
 
 from __future__ import annotations
@@ -14,29 +14,35 @@ import torch
 
 from adapterkit.train.products import times, times_transposed
 
-IGNORED = -100  # a label that does not count, as in torch and transformers
-CHUNK = 1 << 23  # logits at a time
+IGNORED = -100  # label without a loss, as in torch and transformers
+CHUNK = 1 << 23  # logits in memory at a time
 
 
 def rows_at_a_time(vocabulary: int) -> int:
-    """How many rows of logits there are at once."""
+    """The number of rows of logits in a chunk."""
     return max(1, CHUNK // vocabulary)
 
 
 def chunked_cross_entropy(h: torch.Tensor, W: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """`L = Σ −log softmax(h·Wᵀ)[label]`, a sum in float32, or float64 for such, over the labels that count.
+    """`L = Σ −log softmax(h·Wᵀ)[label]` over the labels that are not `IGNORED`.
 
-    `h (tokens, dim)`, `W (vocab, dim)`, `labels (tokens,)`.
+    Args:
+        h: Hidden states `(tokens, dim)`.
+        W: The weight of the output layer, `(vocab, dim)`.
+        labels: `(tokens,)`.
+
+    Returns:
+        The sum, float32, or float64 if `h` is.
     """
-    found: torch.Tensor = _ChunkedCrossEntropy.apply(h, W, labels)  # type: ignore[no-untyped-call]
-    return found
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(h, W, labels)  # type: ignore[no-untyped-call]
+    return loss
 
 
 @torch.no_grad()
 def token_losses(
     h: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, vocabulary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`−log p(label)` `(tokens,)`, zero where a label does not count, and whether the label is the likeliest token."""
+    """`−log p(label)` `(tokens,)`, zero for ignored labels, and whether the label is the likeliest token."""
     losses = h.new_zeros(len(h), dtype=_wide(h.dtype))
     right = torch.zeros_like(labels, dtype=torch.bool)
     for at in torch.split((labels != IGNORED).nonzero()[:, 0], rows_at_a_time(vocabulary)):
@@ -73,7 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dh, dW = ctx.saved_tensors
-        return (*(None if one is None else one * grad.to(one.dtype) for one in (dh, dW)), None)
+        return (*(None if d is None else d * grad.to(d.dtype) for d in (dh, dW)), None)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -81,5 +87,5 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def perplexity(loss: float) -> float:
-    """`exp(loss)` of a mean loss, infinite where that is no number that a float can be."""
+    """`exp(loss)` of a mean loss; infinite where it overflows."""
     return math.exp(loss) if loss < 709 else math.inf

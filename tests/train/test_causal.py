@@ -269,7 +269,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_what_is_no_causal_model() -> None:
     config = transformers.LlamaConfig(**SHAPE)
     for model in (transformers.LlamaModel(config), transformers.LlamaForSequenceClassification(config)):
-        with pytest.raises(FormatError, match="is no causal language model"):
+        with pytest.raises(FormatError, match="is not a causal language model"):
             CausalModel(model)
 
 

@@ -428,11 +428,14 @@ def test_targets_ranks_and_scalings_are_pefts(case: str) -> None:
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (Lora(("q_proj", "qkv")), "no module is called 'qkv'; there are down_proj, gate_proj, k_proj, lm_head, o_proj"),
-        (Lora("q_prj"), "nothing matches 'q_prj'; there are down_proj"),
+        (
+            Lora(("q_proj", "qkv")),
+            "no module is named 'qkv'; the model has down_proj, gate_proj, k_proj, lm_head, o_proj",
+        ),
+        (Lora("q_prj"), "no module matches 'q_prj'; the model has down_proj"),
         (Lora(("q_proj",), layers=(7,)), "the model has no layer 7"),
         (Lora(("q_proj",), rank_pattern={"k_proj": 3}), "pattern 'k_proj': matches none of the"),
-        (Lora(("norm",)), r"norm: is a LlamaRMSNorm, which takes no factors; .*q_proj"),
+        (Lora(("norm",)), r"norm: a LlamaRMSNorm cannot have factors; .*q_proj"),
         (Lora(("q_proj",), init="svd"), "init 'svd': expected one of kaiming, gaussian, pissa, olora, loftq"),
     ],
 )
@@ -602,7 +605,7 @@ def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
         inject_from(llama(hidden_size=24, intermediate_size=40), adapter)
     wrapped = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     wrapped.save_pretrained(tmp_path)
-    with pytest.raises(FitError, match=r"lm_head\.weight: is trained whole in this adapter"):
+    with pytest.raises(FitError, match=r"lm_head\.weight: the adapter trains this tensor in full"):
         inject_from(llama(), adapterkit.load(tmp_path))
 
 

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 from adapterkit.train import products
-from adapterkit.train.products import directed, low_rank, plain, times, times_transposed
+from adapterkit.train.products import dora, low_rank, plain, times, times_transposed
 
 S = 1.75  # alpha 7, rank 4
 TOKENS, INNER, OUT, RANK = 9, 7, 5, 4
@@ -44,7 +44,7 @@ def formula(t: Tensors, magnitude: bool) -> torch.Tensor:
 
 def ours(t: Tensors, magnitude: bool) -> torch.Tensor:
     common = (t["x"], t["A"], t["B"], t.get("kept"), S, lambda: t["W"])
-    return directed(*common, t["m"], t["n"]) if magnitude else low_rank(*common)
+    return dora(*common, t["m"], t["n"]) if magnitude else low_rank(*common)
 
 
 def results(t: Tensors, magnitude: bool, function: Callable[[Tensors, bool], torch.Tensor]) -> list[torch.Tensor]:
@@ -90,7 +90,7 @@ def test_gradcheck(dropout: bool) -> None:
     x, A, B, m = t["x"], t["A"], t["B"], t["m"]
     W, kept, n = t["W"], t.get("kept"), t["n"]
     assert gradcheck(lambda x, A, B: low_rank(x, A, B, kept, S, lambda: W), (x, A, B))
-    assert gradcheck(lambda x, A, B, m: directed(x, A, B, kept, S, lambda: W, m, n), (x, A, B, m))
+    assert gradcheck(lambda x, A, B, m: dora(x, A, B, kept, S, lambda: W, m, n), (x, A, B, m))
 
 
 def test_gradcheck_of_the_base() -> None:
@@ -141,7 +141,7 @@ def test_a_layer_keeps_its_input_and_what_is_of_the_rank(dtype: torch.dtype) -> 
     x0, h, A, B = saved(lambda: low_rank(x, t["A"], t["B"], None, S, lambda: W))
     assert x0.data_ptr() == x.data_ptr() and A.data_ptr() == t["A"].data_ptr() and B.data_ptr() == t["B"].data_ptr()
     assert h.shape == (TOKENS, RANK) and h.dtype is dtype
-    kept = saved(lambda: directed(x, t["A"], t["B"], None, S, lambda: W, t["m"], t["n"]))
+    kept = saved(lambda: dora(x, t["A"], t["B"], None, S, lambda: W, t["m"], t["n"]))
     assert [tuple(one.shape) for one in kept[4:]] == [(TOKENS, OUT), (OUT,), (OUT,)] and kept[4].dtype is dtype
     assert saved(lambda: plain(x, None, lambda: W)) == []
     [only] = saved(lambda: plain(x, W.requires_grad_(), lambda: W))
@@ -159,7 +159,7 @@ def test_the_base_is_not_read_again_for_gradients_that_nobody_wants(magnitude: b
     def run(x: torch.Tensor) -> int:
         read.clear()
         common: Any = (x, t["A"], t["B"], None, S, dense)
-        y = directed(*common, t["m"], t["n"]) if magnitude else low_rank(*common)
+        y = dora(*common, t["m"], t["n"]) if magnitude else low_rank(*common)
         y.backward(t["G"])
         return len(read)
 
@@ -189,7 +189,7 @@ def test_a_magnitude_is_not_rounded_to_the_activations_precision(times_norm: flo
     t = inputs(torch.float32, trained=False)  # the bfloat16 nearest to 1.02 is 1.0234
     x, W = torch.randn(4000, INNER).bfloat16(), t["W"].bfloat16()
     n = W.float().norm(dim=1)
-    y = directed(x, t["A"], t["B"] * 0, None, S, lambda: W, n * times_norm, n).double()
+    y = dora(x, t["A"], t["B"] * 0, None, S, lambda: W, n * times_norm, n).double()
     exact = x.double() @ W.double().T
     assert float((y * exact).sum() / exact.square().sum()) == pytest.approx(times_norm, abs=5e-4)
 

@@ -510,7 +510,7 @@ def test_memory_is_told_before(base: Path, data: Path, tmp_path: Path, monkeypat
     ("words", "error", "said"),
     [
         (["--method", "full", "--rank", "4"], UsageError, "--rank applies to factors"),
-        (["--targets", "q_porj"], UsageError, "no module is called 'q_porj'; there are .*q_proj"),
+        (["--targets", "q_porj"], UsageError, "no module is named 'q_porj'; the model has .*q_proj"),
         (["--layers", "x"], UsageError, "expected numbers and ranges"),
         (["--init", "loftq"], UsageError, "it needs --quantize nf4"),
         (["--eval-share", "2"], UsageError, "--eval-share 2.0: expected at least 0 and less than 1"),
