@@ -38,6 +38,8 @@ HAS_DIR_FD = os.open in os.supports_dir_fd
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name))
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 HAS_TIMER = hasattr(signal, "setitimer")
+OUT_OF_TIME = -getattr(signal, "SIGXCPU", 0)  # what a process ends with that took more processor time than it may
+LIMITS_MEMORY = os.path.exists("/proc/self/statm")  # macOS takes a limit on the address space, and may not keep it
 
 # What kernels, file systems and sandboxes say of a call that they do not have. ENOTSUP is a number of its own on macOS.
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM)

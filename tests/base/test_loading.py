@@ -24,6 +24,7 @@ from adapterkit.base.models import loading, tokenizer_program, tokenizing
 from adapterkit.base.models.loading import harmless, load_causal, load_tokenizer, quiet
 from adapterkit.base.models.tokenizing import decoded, tokenized
 from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.files import limits
 from adapterkit.train.data import rendering, unpacking
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
@@ -467,18 +468,21 @@ def test_tokens_are_the_same_in_a_process(model: Path) -> None:
     [
         (rendering, ["5"], b'{"template": "x", "tokens": {}, "messages": []}\n'),
         (tokenizer_program, ["5"], b'{"ids": []}\n'),
-        (unpacking, ["[]", str(1 << 40)], b"no Parquet"),
+        (unpacking, ["[]"], b"no Parquet"),
     ],
 )
 def test_a_program_that_bounds_itself_may_be_bounded_already(
     program: Any, arguments: list[str], request_: bytes
 ) -> None:
     """By `ulimit -v` and `ulimit -t`, which it cannot raise and does not try to."""
-    limits = (
+    bounds = (
         "import resource as r, os, sys; r.setrlimit(r.RLIMIT_CPU, (60,) * 2); r.setrlimit(r.RLIMIT_AS, (1 << 35,) * 2)"
     )
-    command = [sys.executable, "-c", f"{limits}; os.execv(sys.argv[1], sys.argv[1:])", sys.executable]
+    command = [sys.executable, "-c", f"{bounds}; os.execv(sys.argv[1], sys.argv[1:])", sys.executable]
     ended = subprocess.run(
-        [*command, "-P", program.__file__, *arguments], input=request_, capture_output=True, check=False
+        [*command, "-P", limits.__file__, program.__file__, str(1 << 40), *arguments],
+        input=request_,
+        capture_output=True,
+        check=False,
     )
     assert ended.returncode == 0 and b"limit" not in ended.stderr + ended.stdout, ended

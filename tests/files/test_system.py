@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import errno
 import fcntl
@@ -9,6 +10,7 @@ import importlib
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +21,10 @@ import pytest
 from handmade import adapterkit, contents, factors, write_adapter, write_base
 from standins import failing, nth_call
 
-from adapterkit.errors import FormatError
-from adapterkit.files import system
+from adapterkit.cli.main import COMMANDS
+from adapterkit.errors import AdapterkitError, FormatError
+from adapterkit.files import bounded, system
+from adapterkit.files.bounded import Bounded
 from adapterkit.files.opening import open_inside
 from adapterkit.files.outfile import OutputFile
 from adapterkit.files.staging import Destination, staged
@@ -199,3 +203,92 @@ def test_processors_are_counted_where_the_system_does_not_say_which(monkeypatch:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert system.usable_cpus() == 6
+
+
+# --- programs on strangers' data -------------------------------------------------------------------------------------
+
+GREEDY = """
+def main(limits, seconds):
+    held = []
+    def answer(request):
+        while True:
+            held.append(bytearray(1 << 20))
+    limits.serve(answer, int(seconds))
+"""
+
+
+def test_memory_that_the_system_does_not_limit_is_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS, by the parent."""
+    monkeypatch.setattr(system, "LIMITS_MEMORY", False)
+    monkeypatch.setattr(bounded, "ITSELF", 1 << 26)
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    with (
+        Bounded(tmp_path / "greedy.py", 60, 1 << 20, "the program") as process,
+        pytest.raises(
+            FormatError, match="the program ends the process that it is given to, perhaps for want of memory"
+        ),
+    ):
+        process.ask("{}", 100)
+
+
+def test_a_program_that_nothing_can_limit_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    with pytest.raises(AdapterkitError, match="the program needs limits on time and memory, which Python has on Linux"):
+        Bounded(tmp_path / "greedy.py", 60, 1 << 20, "the program").ask("{}", 100)
+
+
+# --- what is used where ----------------------------------------------------------------------------------------------
+
+
+def used_elsewhere(file: Path) -> list[str]:
+    """What a module uses that an operating system may lack."""
+    lacking = {*WINDOWS.split(), *SIGNALS.split(), "ru_maxrss", "MAP_PRIVATE", "PAGESIZE"}
+    modules = {*MODULES, "ctypes", "msvcrt"}
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute | ast.Call):
+            owner = ast.unparse(node.value)
+            names = [node.attr] if node.attr in lacking and owner != "system" else []
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name in modules]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "/proc/" in node.value:
+            names = ["/proc"]
+        found += [f"{file.relative_to(PACKAGE)}:{node.lineno}: {name}" for name in names]  # type: ignore[attr-defined]
+    return found
+
+
+def test_what_a_system_may_lack_is_used_in_one_module() -> None:
+    """But for a program that imports nothing of the package, and what is asked for only where it is there."""
+    timer = ("SIGALRM", "setitimer", "siginterrupt", "ITIMER_REAL")
+    known = {"files/system.py": "", "files/limits.py": "", "files/outfile.py": "pwrite", "cli/signals.py": timer}
+    found = [line for file in sorted(PACKAGE.rglob("*.py")) for line in used_elsewhere(file)]
+    assert [line for line in found if not line.endswith(known.get(line.partition(":")[0], "nothing"))] == []
+    assert len(used_elsewhere(Path(system.__file__))) > 10
+
+
+HELP = f"""
+import os, signal, sys
+for name in {WINDOWS.split()!r}:
+    vars(os).pop(name, None)
+for name in {SIGNALS.split()!r}:
+    vars(signal).pop(name, None)
+for name in {MODULES!r}:
+    sys.modules[name] = None
+os.supports_dir_fd = set()
+import adapterkit
+from adapterkit.cli.main import COMMANDS, group
+from adapterkit.cli import signals
+signals.end_at_once(), signals.end_cleanly(), signals.ignore()
+for command in ("", *COMMANDS):
+    try:
+        group.main([command, "--help"][not command:], prog_name="adapterkit")
+    except SystemExit as end:
+        assert not end.code, command
+"""
+
+
+def test_every_command_shows_its_help_without_what_windows_lacks() -> None:
+    ended = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Usage: adapterkit") == 1 + len(COMMANDS)

@@ -175,7 +175,7 @@ def test_dora_by_column_takes_the_norms_of_all_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Each row weighs much in them, wherever the weight is cut to measure them."""
-    from adapterkit import device
+    from adapterkit.merging.blocks import device
 
     monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), elements))
     parts = factors("h.0.attn.c_attn", 24, 8) | {"h.0.attn.c_attn.lora_magnitude_vector": torch.rand(24) + 0.5}

@@ -1,4 +1,4 @@
-"""A program of its own that makes tokens of texts by the regular expressions of a stranger's tokenizer.
+"""A program for `files/limits.py` that makes tokens of texts by the regular expressions of a stranger's tokenizer.
 
 They are matched by backtracking: one of twenty characters runs for hours over a page of text, and holds Python up, so
 that not even ctrl-C ends it. Here the operating system stops it. Nothing is imported from the package, so that it
@@ -8,20 +8,19 @@ starts at once.
 from __future__ import annotations
 
 import json
-import math
 import os
-import resource
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-MEMORY = 1 << 32  # bytes beyond those that are taken at first
+if TYPE_CHECKING:
+    from adapterkit.files.limits import Limits
+
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def main(limit: int) -> None:
-    """Answer every request on stdin by a line; what takes more than `limit` seconds of processor time ends the process.
+def main(limits: Limits, seconds: str) -> None:
+    """Answer every request.
 
     `{"folder"}` loads what is there. `{"tokenizer", "split"}` is what texts are for, `{"text", "special"}` is answered
     by `{"ids", "offsets"}`, `{"ids"}` by `{"text"}`; what fails by `{"error"}`.
@@ -29,16 +28,10 @@ def main(limit: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 
-    with open("/proc/self/statm", encoding="ascii") as stream:
-        taken = int(stream.read().split()[0]) * resource.getpagesize()
-    bound(resource.RLIMIT_AS, taken + MEMORY)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tokenizer: Any = None
-    for line in sys.stdin:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = used.ru_utime + used.ru_stime + limit
-        bound(resource.RLIMIT_CPU, math.ceil(seconds))
-        request, answer = json.loads(line), {}
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal tokenizer
         try:
             if "folder" in request:
                 load(Path(request["folder"]))
@@ -49,19 +42,14 @@ def main(limit: int) -> None:
                 tokenizer.encode_special_tokens = request["split"]
             elif "text" in request:
                 made = tokenizer.encode(request["text"], add_special_tokens=request["special"])
-                answer = {"ids": made.ids, "offsets": made.offsets}
+                return {"ids": made.ids, "offsets": made.offsets}
             else:
-                answer = {"text": tokenizer.decode(request["ids"], skip_special_tokens=True)}
+                return {"text": tokenizer.decode(request["ids"], skip_special_tokens=True)}
         except BaseException as error:  # Rust's panics among them
-            answer = {"error": str(error)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+            return {"error": str(error)}
+        return {}
 
-
-def bound(limit: int, most: int) -> None:
-    """Lower a limit of this process, which a user or a cluster may have set lower already."""
-    hard = resource.getrlimit(limit)[1]
-    resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    limits.serve(answer, int(seconds))
 
 
 def load(folder: Path) -> None:
@@ -82,7 +70,3 @@ def strings(node: Any) -> Iterator[str]:
     elif isinstance(node, list | dict):
         for inner in node if isinstance(node, list) else (*node.keys(), *node.values()):
             yield from strings(inner)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

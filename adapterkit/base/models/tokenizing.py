@@ -15,6 +15,7 @@ from adapterkit.files.bounded import Bounded
 from adapterkit.files.opening import open_regular
 
 SECONDS = 10  # of processor time for a text, of which a real tokenizer takes megabytes in one
+MEMORY = 1 << 32  # bytes for all its texts
 PROGRAM = Path(tokenizer_program.__file__)
 REGEX = re.compile(rb"Regex|\\u00(52|65|67|78)")  # the key of a regular expression, escaped or not
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
@@ -32,7 +33,7 @@ def check_loading(folder: Path, name: str) -> None:
     with open_regular(file) as stream:
         if not REGEX.search(stream.read()):
             return
-    with Bounded(PROGRAM, SECONDS, f"{name}: its tokenizer") as process:
+    with Bounded(PROGRAM, SECONDS, MEMORY, f"{name}: its tokenizer") as process:
         process.ask(json.dumps({"folder": str(folder)}), LONGEST)  # what else is wrong with it shows when it is loaded
 
 
@@ -73,7 +74,7 @@ def _process_of(tokenizer: Any, name: str) -> Bounded | None:
         parts = [getattr(backend, part, None) for part in PARTS]
         process = None
         if any(REGEX.search(part.__getstate__()) for part in parts if part is not None):
-            process = Bounded(PROGRAM, SECONDS, f"{name}: its tokenizer")
+            process = Bounded(PROGRAM, SECONDS, MEMORY, f"{name}: its tokenizer")
             finalize(tokenizer, process.end)
             split = bool(getattr(tokenizer, "split_special_tokens", False))
             _asked(tokenizer, process, {"tokenizer": backend.to_str(), "split": split})

@@ -13,6 +13,7 @@ from adapterkit.train.data import rendering
 from adapterkit.train.data.records import LINE
 
 SECONDS = 10  # of processor time for a chat with all its turns, which takes milliseconds
+MEMORY = 1 << 30  # bytes for it
 
 
 class Templated(Protocol):
@@ -34,7 +35,7 @@ class Chats:
 
     def __init__(self, tokenizer: Templated) -> None:
         self.tokenizer = tokenizer
-        self.process = Bounded(Path(rendering.__file__), SECONDS, "the chat template")
+        self.process = Bounded(Path(rendering.__file__), SECONDS, MEMORY, "the chat template")
 
     def __enter__(self) -> Chats:
         return self

@@ -10,15 +10,14 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
 from importlib import import_module
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen
 from typing import IO, Any, TypeAlias
 
 from adapterkit.errors import FormatError, OfflineError, UsageError
+from adapterkit.files.bounded import start
 from adapterkit.files.opening import open_regular
 from adapterkit.hub.names import parsed
 from adapterkit.train.data import unpacking
@@ -267,10 +266,9 @@ def _parquet_rows(file: Path, fields: Fields) -> RawRecords:
     """The rows of a Parquet file, unpacked by a process of its own and only up to what such a file should hold."""
     _needed("pyarrow", f"{file}: Parquet")
     names = json.dumps([name for name in astuple(fields) if name])
-    command = [sys.executable, "-P", unpacking.__file__, names, str(MEMORY)]
     with (
         open_regular(file) as stream,
-        Popen(command, stdin=stream, stdout=PIPE, stderr=DEVNULL, encoding="utf-8") as process,
+        start(Path(unpacking.__file__), names, memory=MEMORY, what=f"{file}: Parquet", stdin=stream) as process,
     ):
         room = UNPACKED + RATIO * os.fstat(stream.fileno()).st_size
         assert process.stdout is not None

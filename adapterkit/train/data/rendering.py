@@ -1,4 +1,4 @@
-"""A program of its own that writes chats as a template of transformers has them: a JSON line in, a JSON line out.
+"""A program for `files/limits.py` that writes chats as a template of transformers has them.
 
 A chat template is a stranger's program: a few nested loops run for years, `"a" * 10**10` takes all memory, and no list
 of what it must not do is complete. Here the operating system stops it, and transformers itself renders. Nothing is
@@ -7,43 +7,22 @@ imported from the package, so that it starts in a second.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import resource
-import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-MEMORY = 1 << 30  # bytes beyond those that are taken before the first chat
+if TYPE_CHECKING:
+    from adapterkit.files.limits import Limits
 
 
-def main(limit: int) -> None:
-    """Answer every request on stdin, `{"template", "tokens", "messages"}`, by `{"text", "spans"}` or `{"error"}`.
-
-    What takes more than `limit` seconds of processor time ends the process.
-    """
+def main(limits: Limits, seconds: str) -> None:
+    """Answer every request, `{"template", "tokens", "messages"}`, by `{"text", "spans"}` or `{"error"}`."""
     os.environ["USE_TORCH"] = "0"  # which would take seconds to import, and is not used
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # type: ignore[no-untyped-call]
-    with open("/proc/self/statm", encoding="ascii") as stream:
-        taken = int(stream.read().split()[0]) * resource.getpagesize()
-    bound(resource.RLIMIT_AS, taken + MEMORY)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = used.ru_utime + used.ru_stime + limit
-        bound(resource.RLIMIT_CPU, math.ceil(seconds))
-        sys.stdout.write(json.dumps(answer(tokenizer, **json.loads(line))) + "\n")
-        sys.stdout.flush()
-
-
-def bound(limit: int, most: int) -> None:
-    """Lower a limit of this process, which a user or a cluster may have set lower already."""
-    hard = resource.getrlimit(limit)[1]
-    resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    limits.serve(lambda request: answer(tokenizer, **request), int(seconds))
 
 
 def answer(tokenizer: Any, template: str, tokens: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -81,7 +60,3 @@ def answer(tokenizer: Any, template: str, tokens: dict[str, Any], messages: list
 
 class OtherwiseError(Exception):
     """A turn is not written in one way."""
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
