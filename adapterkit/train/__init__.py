@@ -12,7 +12,21 @@ them, `loss` is chunked cross entropy, `causal` handles batches without padding,
 records, `runs/` does complete runs and writes their files.
 """
 
-from adapterkit.train.injection import Lora, adapter_of, disabled, inject, inject_from, lora_layers, quicken
-from adapterkit.train.loss import chunked_cross_entropy
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterkit.train.injection import Lora, adapter_of, disabled, inject, inject_from, lora_layers, quicken
+    from adapterkit.train.loss import chunked_cross_entropy
 
 __all__ = ["Lora", "adapter_of", "chunked_cross_entropy", "disabled", "inject", "inject_from", "lora_layers", "quicken"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch on first use, so that `adapterkit train --help` stays fast."""
+    if name not in __all__:
+        raise AttributeError(f"module 'adapterkit.train' has no attribute {name!r}")
+    from adapterkit.train import injection, loss
+
+    return getattr(loss if name == "chunked_cross_entropy" else injection, name)
