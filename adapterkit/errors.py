@@ -2,6 +2,7 @@
 
     AdapterkitError          1   anything below; catch this one
     ├── UsageError           2   the call itself makes no sense
+    │   └── UnknownStrengthError 2   neither an adapter's files nor the call give its alpha
     ├── FormatError          1   a file is not what it claims to be
     │   └── UnsafeFileError  1   a file that would run code, or reach outside its folder
     ├── ChangedError         1   an input changed while it was being read
@@ -46,6 +47,14 @@ class UsageError(AdapterkitError):
     """The call itself makes no sense: contradicting options, an output inside its own input."""
 
     exit_code = 2
+
+
+class UnknownStrengthError(UsageError):
+    """Neither an adapter's files nor the call give its alpha; `reason` names what is missing."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class FormatError(AdapterkitError):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from adapterkit.adapter.formats import holds_adapter, load
+from adapterkit.adapter.formats.table import weights_names
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint, is_base, open_checkpoint
 from adapterkit.base.renames import parse_rename
@@ -110,7 +111,7 @@ def _open(
     if is_base(path):
         raise UsageError(f"{what}: is a model, expected an adapter")
     adapter = load(path, alpha=alpha, scaling=scaling)
-    generic = path.is_file() and path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.bin")
+    generic = path.is_file() and path.name in weights_names()
     name = hub_id(what) or (path.resolve().parent.name if generic else path.resolve().name)
     return WeightedAdapter(adapter, weight, name, path)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapterkit.adapter.formats.table import are_adapter, config_names
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import blob_of, files_below
@@ -65,8 +66,8 @@ class Checkpoint:
             first, *inner = file.parts
             if str(file) in read or (first == Path(RECEIPT).stem and inner):  # a receipt's folder has its own rules
                 continue
-            # Beside a model, transformers would load the adapter that an adapter_config.json speaks of.
-            if OTHER_WEIGHTS_NAME.search(file.name) or file.name == "adapter_config.json":
+            # Beside a model, transformers would load the adapter that a config speaks of.
+            if OTHER_WEIGHTS_NAME.search(file.name) or are_adapter([file.name]):
                 left_out[file] = "it belongs to the unmerged model"
             elif first == Path(RECEIPT).stem:
                 left_out[file] = "a receipt's folder has that name"
@@ -87,7 +88,7 @@ class Checkpoint:
 
 def is_base(path: Path) -> bool:
     """Whether the directory at `path` holds a model, and not an adapter."""
-    return (path / CONFIG).is_file() and not (path / "adapter_config.json").is_file()
+    return (path / CONFIG).is_file() and not any((path / name).is_file() for name in config_names())
 
 
 def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:

@@ -9,6 +9,7 @@ from typing import Any
 
 from adapterkit import __version__
 from adapterkit.adapter.formats import save
+from adapterkit.adapter.formats.table import DEFAULT, format_named
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.files.hub_cache import check_cached, check_name
@@ -57,7 +58,8 @@ def _card(
 ) -> str:
     """The adapter's card: YAML that the Hub reads, then what it was made from."""
     base = public_name(adapter.base_model)
-    lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- adapterkit", "- lora"]
+    lines = ["---", *([f"base_model: {base}"] if base else [])]
+    lines += [f"library_name: {format_named(DEFAULT).LIBRARY}", "tags:", "- adapterkit", "- lora"]
     title = " + ".join(one.label for one in given) or "Extracted adapter"
     lines += ["---", "", f"# {markdown(title)}", "", f"Made by adapterkit {__version__}: {markdown(made)}."]
     if given:

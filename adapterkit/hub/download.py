@@ -15,8 +15,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter.formats.source import ADAPTER_CONFIG as ADAPTER_CONFIG
-from adapterkit.adapter.formats.source import PICKLED, WEIGHTS
+from adapterkit.adapter.formats import table as formats
 from adapterkit.base.checkpoint import CONFIG
 from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError, UnsafeFileError
 from adapterkit.files import system
@@ -110,7 +109,7 @@ def outlines(specs: Sequence[str | os.PathLike[str]]) -> Iterator[Callable[[str 
 def cached(id: HubId) -> Path | None:
     """The folder of the cache that has what `id` last named, as far as the cache knows, or None."""
     with asking(str(id)):
-        for name in (ADAPTER_CONFIG, CONFIG, *WEIGHTS, *PICKLED):
+        for name in (*formats.config_names(), CONFIG, *formats.weights_names()):
             if (found := _kept(id.repo, id.at(name), id.revision)) is not None:
                 return found.parent
     return None

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.formats.source import ADAPTER_CONFIG, PICKLED, WEIGHTS
+from adapterkit.adapter.formats import table as formats
 from adapterkit.errors import AdapterkitError
-from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import read_whole
 from adapterkit.hub.client.ask import WAITS, ask
 from adapterkit.hub.client.parallel import parallel_map
@@ -105,10 +107,20 @@ def on_the_hub(base: str | None, search: str, sort: str = "trending") -> Iterato
 
     Raises OfflineError and what else `client.ask` does.
     """
-    tags = ["peft", *([f"base_model:adapter:{base}"] if base else [])]
-    shown: Any = ["downloads", "likes", "tags", "lastModified", "gated", "cardData", "safetensors"]
-    about = base or "adapters"
+    libraries = dict.fromkeys(format.LIBRARY for format in formats.FORMATS)
+    lists = [_of_library(library, base, search, sort) for library in libraries]
+    known: set[str] = set()
+    for row in heapq.merge(*lists, key=partial(_rank_on_hub, sort)):
+        if row.id not in known:
+            known.add(row.id)
+            yield _of_hub(row)
 
+
+def _of_library(library: str, base: str | None, search: str, sort: str) -> Iterator[ModelInfo]:
+    """What the Hub lists of the adapters of one library, in its order."""
+    tags = [library, *([f"base_model:adapter:{base}"] if base else [])]
+    shown: Any = ["downloads", "likes", "tags", "lastModified", "gated", "cardData", "safetensors", "trendingScore"]
+    about = base or "adapters"
     known: set[str] = set()
 
     def begun(api: HfApi) -> tuple[list[ModelInfo], Iterator[ModelInfo]]:
@@ -120,7 +132,7 @@ def on_the_hub(base: str | None, search: str, sort: str = "trending") -> Iterato
         new = {row.id: row for row in rows if row.id not in known}
         if not new:
             raise AdapterkitError(f"{about}: the Hub lists the same adapters again and again")
-        yield from map(_of_hub, new.values())
+        yield from new.values()
         known.update(new)
         rows = ask(about, lambda _: list(itertools.islice(rest, PAGE)), ())
 
@@ -129,11 +141,11 @@ def describe(path: Path) -> Found:
     """The row of the adapter in the folder `path`."""
     row = Found(str(path), path, "here")
     try:
-        weights = next((path / name for name in (*WEIGHTS, *PICKLED) if (path / name).is_file()), None)
+        weights = formats.find_weights(path)
         if weights is not None:
             facts = weights.stat()
             row = replace(row, size=facts.st_size, modified=facts.st_mtime)
-        if weights is None or weights.suffix != ".safetensors":  # what is pickled is not opened to be listed
+        if weights is None or weights.name in formats.pickled_names():  # what is pickled is not opened to be listed
             return _by_config(row, path, weights)
         summary = summarize(load(path))
     except (AdapterkitError, OSError) as error:
@@ -184,7 +196,7 @@ def folders_below(folder: Path) -> Iterator[Path | Found]:
         while unread:
             error = unread.pop()
             yield Found(str(error.filename), Path(error.filename), "here", problem=f"cannot be read: {error.strerror}")
-        if ADAPTER_CONFIG in names or any(name in names for name in (*WEIGHTS, *PICKLED)):
+        if formats.are_adapter(names):
             yield Path(at)
     for error in unread:
         yield Found(str(error.filename), Path(error.filename), "here", problem=f"cannot be read: {error.strerror}")
@@ -208,22 +220,11 @@ def _waited(one: Found | Future[Found]) -> Found:
 
 def _by_config(row: Found, path: Path, weights: Path | None) -> Found:
     """What the config alone tells, where the weights are not there or are not opened."""
-    config = read_json(path / ADAPTER_CONFIG) if os.path.lexists(path / ADAPTER_CONFIG) else {}
-    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    enabled = config.get("enable_lora")  # parts of a fused layer, each with a rank of its own
-    if isinstance(rank, int) and isinstance(enabled, list):
-        rank *= sum(part is True for part in enabled)
-    base = config.get("base_model_name_or_path")
+    facts = formats.describe_config(path)
     return replace(
-        row,
-        state="here" if weights else "partial",
-        kind="DoRA" if config.get("use_dora") else "LoRA",
-        ranks=(rank,) if isinstance(rank, int) and 0 <= rank < 1 << 30 else (),
-        alphas=(float(alpha),) if isinstance(alpha, int | float) and abs(alpha) < 1e9 else (),
-        targets=tuple(map(str, targets)) if isinstance(targets, Sequence) and not isinstance(targets, str) else (),
-        base_model=base if isinstance(base, str) else None,
-        problem=None if weights else "its weights are not there",
-    )
+        row, state="here" if weights else "partial", kind=facts.kind, ranks=facts.ranks, alphas=facts.alphas,
+        targets=facts.targets, base_model=facts.base_model, problem=None if weights else "its weights are not there",
+    )  # fmt: skip
 
 
 def _of_hub(info: ModelInfo) -> Found:
@@ -239,6 +240,12 @@ def _of_hub(info: ModelInfo) -> Found:
         modified=info.last_modified.timestamp() if info.last_modified else None,
         downloads=_count(info.downloads), likes=_count(info.likes), gated=bool(info.gated),
     )  # fmt: skip
+
+
+def _rank_on_hub(sort: str, info: ModelInfo) -> float:
+    """What the Hub sorts by, the greatest first."""
+    value = getattr(info, HUB_SORTS[sort])
+    return -(value.timestamp() if isinstance(value, datetime) else _count(value) or 0)
 
 
 def _count(value: Any) -> int | None:

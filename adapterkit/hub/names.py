@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit.adapter.formats.table import weights_suffixes
 from adapterkit.errors import FormatError
 from adapterkit.files.staging import MAX_NAME_BYTES
 
 PATTERN = re.compile(r"(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<folder>[^:\\]+))?")
-FILES = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def on_hub(spec: str | os.PathLike[str]) -> HubId | None:
     path, found = Path(os.path.expanduser(spec)), parsed(str(spec))  # Path's own raises for users that there are not
     if os.path.lexists(path) or found is None:  # Path's own raise for names that are too long
         return None
-    if (os.path.isdir(path.parent) and path.parent != Path()) or path.suffix in FILES:
+    if (os.path.isdir(path.parent) and path.parent != Path()) or path.suffix in weights_suffixes():
         raise FormatError(f"{spec}: there is no such file or directory")
     return found
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapter.formats.source import ADAPTER_CONFIG as ADAPTER_CONFIG
-from adapterkit.adapter.formats.source import PICKLED, WEIGHTS
+from adapterkit.adapter.formats import table as formats
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS
 from adapterkit.errors import AdapterkitError, FormatError, OfflineError, UnsafeFileError
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES
@@ -95,12 +94,13 @@ def remote_of(id: HubId) -> Remote:
 
 def _chosen(id: HubId, here: dict[str, RemoteFile]) -> tuple[list[str], bool]:
     """The files of the adapter, or of the base, and whether it is an adapter."""
-    if ADAPTER_CONFIG in here or any(name in here for name in (*WEIGHTS, *PICKLED)):
-        only_pickled = not any(name in here for name in WEIGHTS)
-        return [name for name in here if "/" not in name and _wanted(name, only_pickled and name in PICKLED)], True
+    if formats.are_adapter(here):
+        there = here.keys() & formats.weights_names()
+        wanted = there.difference(formats.pickled_names()) or there
+        return [name for name in here if "/" not in name and (name in wanted or _wanted(name))], True
     if CONFIG in here:
         return list(_of_base(here)), False
-    folders = sorted(str(PurePosixPath(name).parent) for name in here if name.endswith(f"/{ADAPTER_CONFIG}"))
+    folders = sorted(_adapter_folders(here))
     if folders:
         named = ", ".join(str(HubId(id.repo, id.revision, id.at(folder))) for folder in folders[:6])
         more = f", and {len(folders) - 6} more" if len(folders) > 6 else ""
@@ -109,7 +109,7 @@ def _chosen(id: HubId, here: dict[str, RemoteFile]) -> tuple[list[str], bool]:
     if len(weights) == 1:
         return [name for name in here if _wanted(name)], True
     what = f"the folder {id.folder} is not in it" if id.folder and not here else "holds neither an adapter nor a base"
-    raise FormatError(f"{id}: {what}; expected {ADAPTER_CONFIG} or {CONFIG}")
+    raise FormatError(f"{id}: {what}; expected {' or '.join((*formats.config_names(), CONFIG))}")
 
 
 def _check(remote: Remote) -> None:
@@ -131,15 +131,21 @@ def _check(remote: Remote) -> None:
                 raise UnsafeFileError(f"{what} goes by a hash that is none, {str(hash)[:80]!r}")
 
 
-def _wanted(name: str, pickled: bool = False) -> bool:
+def _wanted(name: str) -> bool:
     base = name.rpartition("/")[2]
     beside = not base.startswith(".") and base.endswith((".safetensors", *BESIDE))
-    return pickled or beside or base.startswith("LICENSE")
+    return beside or base.startswith("LICENSE")
+
+
+def _adapter_folders(names: Iterable[str]) -> set[str]:
+    """The folders below that hold an adapter's config."""
+    paths = [PurePosixPath(name) for name in names]
+    return {str(path.parent) for path in paths if path.name in formats.config_names() and len(path.parts) > 1}
 
 
 def _of_base(here: dict[str, RemoteFile]) -> Iterator[str]:
     """What a merge reads or copies: not the same weights again in a format of the model's maker, nor what trained."""
-    inner = {str(PurePosixPath(name).parent) for name in here if name.endswith(f"/{ADAPTER_CONFIG}")}
+    inner = _adapter_folders(here)
     standard = any(name.startswith("model") and name.endswith((".safetensors", INDEX_SUFFIX)) for name in here)
     for name in here:
         nested = "/" in name
@@ -179,7 +185,7 @@ def _outline(remote: Remote, file: RemoteFile, folder: Path) -> int:
         length = 8 + int.from_bytes(data[:8], "little")
         if len(data) < length <= min(file.size, 8 + MAX_HEADER_BYTES):
             data += _begin(remote, file, length, len(data))
-    elif name in (CONFIG, ADAPTER_CONFIG) or name.endswith(INDEX_SUFFIX):
+    elif name in (CONFIG, *formats.config_names()) or name.endswith(INDEX_SUFFIX):
         if file.size > MAX_CONFIG_BYTES:
             raise FormatError(f"{remote.id}/{name}: is {file.size:,} bytes long, which no config is")
         data = _begin(remote, file, file.size)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapter.formats.source import ADAPTER_CONFIG, PICKLED, WEIGHTS
+from adapterkit.adapter.formats import table as formats
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.files.staging import ADAPTER_RECORD, TRAINING_RECORD
 from adapterkit.hub.listing import Found, folders_below
@@ -18,15 +18,20 @@ from adapterkit.text import counted, size, visible
 if TYPE_CHECKING:
     from huggingface_hub import DeleteCacheStrategy
 
-# The files of an adapter: its weights first, without which it is none, then what tools write beside them.
-OWN = (
-    *WEIGHTS, *PICKLED, ADAPTER_CONFIG, ADAPTER_RECORD, TRAINING_RECORD, "adapterkit_recipe.yaml", "metrics.jsonl",
+# The files that tools write beside an adapter's weights and config.
+BESIDE = (
+    ADAPTER_RECORD, TRAINING_RECORD, "adapterkit_recipe.yaml", "metrics.jsonl",
     "README.md",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth",
 )  # fmt: skip
 MODEL = re.compile(r"config\.json|(model|pytorch_model|consolidated).*\.(safetensors|bin|pth|json)|.*\.gguf")
+
+
+def own_names() -> tuple[str, ...]:
+    """The names of an adapter's files, its weights first, without which it is none."""
+    return *formats.file_names(), *BESIDE
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def plan_removal(row: Found) -> Removal:
     a git repository in the same folder, other adapters below it or in the same revision.
     """
     path = row.path
-    if path is None or not any((path / name).is_file() for name in (*WEIGHTS, *PICKLED, ADAPTER_CONFIG)):
+    if path is None or not any((path / name).is_file() for name in formats.file_names()):
         raise UsageError(f"{row.name}: is no adapter on this disk; nothing was removed")
     if (cached := _in_cache(path)) is not None:
         return _of_revision(row.name, path, *cached)
@@ -81,7 +86,7 @@ def plan_removal(row: Found) -> Removal:
         raise UsageError(f"{path}: is a git repository; delete it by hand")
     if model := next((name for name in names if MODEL.fullmatch(name)), None):
         raise UsageError(f"{path}: holds a model as well ({model}); delete the adapter's files by hand")
-    own = [name for name in OWN if name in names]
+    own = [name for name in own_names() if name in names]
     for name in own:
         if (path / name).is_symlink() or not (path / name).is_file():
             raise UsageError(f"{path / name}: is a link, or no file; nothing was removed, delete it by hand")

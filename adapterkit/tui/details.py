@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.formats.source import ADAPTER_CONFIG, PICKLED, WEIGHTS
+from adapterkit.adapter.formats.table import find_weights, read_config
 from adapterkit.errors import AdapterkitError
-from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import open_regular
 from adapterkit.hub.listing import Found, describe, folders_below
 from adapterkit.hub.names import on_hub
@@ -112,7 +110,7 @@ def rows_of(row: Found, stop: Callable[[], bool]) -> list[ModuleRow] | str:
 
 def _read(row: Found, path: Path, base: str, fetched: str) -> Details:
     card = _text(path / "README.md") if row.path is not None else ""
-    config = read_json(path / ADAPTER_CONFIG) if os.path.lexists(path / ADAPTER_CONFIG) else {}
+    config = read_config(path)
     if row.state == "partial":
         return Details(row, config=config, card=card, problem=row.problem or "its weights are not all there")
     adapter = load(path)
@@ -157,7 +155,7 @@ def changes(folder: Path, known: dict[str, float | None]) -> tuple[list[Found], 
         if isinstance(one, Found):  # what cannot be read
             there[one.name] = one.modified
         else:
-            weights = next((file for name in (*WEIGHTS, *PICKLED) if (file := one / name).is_file()), None)
+            weights = find_weights(one)
             there[str(one)] = weights.stat().st_mtime if weights else None
     new = [describe(Path(name)) for name, modified in there.items() if known.get(name, -1.0) != modified]
     return new, [name for name in known if name not in there]

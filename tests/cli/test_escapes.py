@@ -324,7 +324,9 @@ def test_the_card_of_a_run_and_of_a_push_hold_names_as_text() -> None:
     from adapterkit.train.recipe import Recipe
     from adapterkit.train.runs.result import card
 
-    text, _ = completed(None, Facts("me/repo", "adapter", "lab/base", (), None, None, {"targets": HOSTILE}), [])
+    text, _ = completed(
+        None, Facts("me/repo", "adapter", "lab/base", (), None, None, "peft", (), {"targets": HOSTILE}), []
+    )
     data = {"name": HOSTILE, "records": 1, "tokens": 2, "truncated": 0, "left_out": 0}
     facts = {"data": data, "trained_parameters": 1, "steps": 1, "loss": 0.5, "eval_loss": None, "seconds": 1.0}
     facts |= {"tokens": 2, "hardware": HOSTILE, "versions": {"python": HOSTILE}}

@@ -871,7 +871,7 @@ def test_a_folder_of_the_cache_can_be_pushed(there: Hub, adapter: Path) -> None:
 
 # --- cards -----------------------------------------------------------------------------------------------------------
 
-FACTS = Facts("me/x", "adapter", BASE, ("lora",), "text-generation", None, {})
+FACTS = Facts("me/x", "adapter", BASE, ("lora",), "text-generation", None, "peft", (), {})
 
 
 @pytest.mark.parametrize("body", ["# Mine\n", "text without a title", "\n\n---\na rule\n"])
@@ -905,14 +905,16 @@ def test_cards_as_editors_leave_them(text: str, kept: str) -> None:
 
 
 def test_a_card_of_adapterkit_gets_the_tags_that_it_lacks() -> None:
-    facts = Facts("me/x", "adapter", BASE, ("adapterkit", "lora", "dora"), None, None, {})
+    facts = Facts("me/x", "adapter", BASE, ("adapterkit", "lora", "dora"), None, None, "peft", (), {})
     assert "tags:\n- adapterkit\n- lora\n- dora\n" in completed("---\ntags: [adapterkit, lora]\n---\nx", facts, [])[0]
     assert "tags: [mine]\n" in completed("---\ntags: [mine]\n---\nx", facts, [])[0]
 
 
 def test_only_the_lines_that_are_wrong_are_replaced() -> None:
     block = f"# mine\nlanguage: 'de'  # German\nbase_model:\n- {HOME}\n\nlicense: mit # for now\ntags: [a, 'b']\n"
-    done, changed = completed(f"---\n{block}---\n# It\n", Facts("me/x", "adapter", BASE, (), None, "gpl", {}), [HOME])
+    done, changed = completed(
+        f"---\n{block}---\n# It\n", Facts("me/x", "adapter", BASE, (), None, "gpl", "peft", (), {}), [HOME]
+    )
     lines = "# mine\nlanguage: 'de'  # German\nbase_model: lab/base\nlicense: gpl\ntags: [a, 'b']\n"
     assert done.startswith(f"---\n{lines}base_model_relation: adapter\n")
     assert changed[:2] == ["base_model", "license"]
@@ -933,4 +935,7 @@ def test_a_card_keeps_what_it_says() -> None:
     done, added = completed(text, FACTS, [])
     assert done.startswith(text.removesuffix("---\nx\n"))
     assert "license" not in added
-    assert "license: apache-2.0" in completed(text, Facts("me/x", "adapter", BASE, (), None, "apache-2.0", {}), [])[0]
+    assert (
+        "license: apache-2.0"
+        in completed(text, Facts("me/x", "adapter", BASE, (), None, "apache-2.0", "peft", (), {}), [])[0]
+    )

@@ -12,7 +12,7 @@ from hubserver import Hub
 
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.hub.listing import Found, in_cache
-from adapterkit.hub.removal import OWN, Removal, plan_removal, remove
+from adapterkit.hub.removal import Removal, own_names, plan_removal, remove
 from adapterkit.train.runs.run import METRICS, RECIPE
 
 
@@ -35,7 +35,7 @@ def test_a_folder_of_an_adapter_alone_goes(tmp_path: Path) -> None:
     assert "The folder goes too: nothing else is in it." in list(plan.lines)
     assert remove(plan) == plan
     assert contents(tmp_path) == {}
-    assert {RECIPE, METRICS} <= set(OWN)
+    assert {RECIPE, METRICS} <= set(own_names())
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "checkpoint-1/optimizer.pt", ".hidden", "data/train.jsonl"])

@@ -1,34 +1,21 @@
-"""Adapter files, one module a format: `NAME`, `detect(source)`, `read(source)`, `write(adapter, directory)`.
-
-To add a format, write the module and name it in `FORMATS`; the first whose `detect` says yes reads the file.
-"""
+"""Adapter files, one module a format. To add one, write its module (see `format.py`) and name it in `table.py`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from adapterkit.adapter.formats import peft
-from adapterkit.adapter.formats.source import ADAPTER_CONFIG, Source, open_source
+from adapterkit.adapter.formats import table
+from adapterkit.adapter.formats.source import Source, open_sources
 from adapterkit.adapter.weights import Adapter
-from adapterkit.errors import FormatError, UsageError
+from adapterkit.errors import FormatError, OutputExistsError, UsageError
 
-
-class Format(Protocol):
-    """What the module of a format offers."""
-
-    NAME: str
-
-    def detect(self, source: Source) -> bool: ...
-    def read(self, source: Source, alpha: float | None, scaling: float | None) -> Adapter: ...
-    def write(self, adapter: Adapter, directory: Path) -> None: ...
-
-
-FORMATS: tuple[Format, ...] = (peft,)
+if TYPE_CHECKING:
+    from adapterkit.files.safetensors import TensorInfo
 
 
 def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: float | None = None) -> Adapter:
@@ -42,26 +29,32 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
     for name, value in (("alpha", alpha), ("scaling", scaling)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise UsageError(f"{name} {value!r}: expected a number")
-    source = open_source(Path(path))
-    for reader in FORMATS:
-        if reader.detect(source):
-            return replace(reader.read(source, alpha, scaling), stamps=dict(source.stamps))
-    names = list(source.tensors)
+    for format, source in open_sources(Path(path)):
+        if format.detect(source):
+            return replace(format.read(source, alpha, scaling), stamps=dict(source.stamps))
     raise FormatError(
-        f"{source.weights}: no reader knows these tensors: {_shown(names)}. "
-        f"Formats read: {', '.join(reader.NAME for reader in FORMATS)}."
+        f"{source.weights}: no reader knows these tensors: {_shown(source.tensors)}. "
+        f"Formats read: {', '.join(table.format_names())}."
     )
 
 
-def holds_adapter(path: Path, tensors: Iterable[str]) -> bool:
+def holds_adapter(path: Path, tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether a folder, or a file that holds `tensors`, is an adapter and not a model."""
-    alone = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
-    return alone or any(".lora_A." in name or ".lora_embedding_A" in name for name in tensors)
+    alone = any((path / name).is_file() for name in table.config_names()) and not (path / "config.json").exists()
+    source = Source(path, tensors, {}, None, path, {})
+    return alone or any(format.detect(source) for format in table.FORMATS)
 
 
-def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
-    """Write `adapter` to a new directory as a PEFT adapter."""
-    peft.write(adapter, Path(directory))
+def save(adapter: Adapter, directory: str | os.PathLike[str], *, format: str = table.DEFAULT) -> None:
+    """Write `adapter` to a new directory, in the format called `format`.
+
+    Raises UsageError for a format that there is not, FitError for an adapter that it cannot hold, and
+    OutputExistsError where the directory is there already and not empty.
+    """
+    writer, folder = table.format_named(format), Path(directory)
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputExistsError(f"{folder}: is not empty; choose another directory for the adapter")
+    writer.write(adapter, folder)
 
 
 def _shown(names: Iterable[str]) -> str:

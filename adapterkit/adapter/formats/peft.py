@@ -16,16 +16,24 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapter.formats.peft_config import BASE_KEY as BASE_KEY
+from adapterkit.adapter.formats.peft_config import CONFIG as CONFIG
 from adapterkit.adapter.formats.peft_config import PeftConfig, Strength
-from adapterkit.adapter.formats.source import ADAPTER_CONFIG, WEIGHTS, Source
+from adapterkit.adapter.formats.peft_config import describe_config as describe_config
 from adapterkit.adapter.weights import Adapter, Kind, LazyTensor, LoraWeights, Problem
-from adapterkit.errors import FitError, OutputExistsError
+from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, write_tensors
 
 if TYPE_CHECKING:
     import torch
 
-NAME = "peft"
+    from adapterkit.adapter.formats.source import Source
+
+NAME = LIBRARY = "peft"
+# The names that training tools give the weights file, best first.
+WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
+PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
+
 NAMES = 1 << 15  # of tensors that are remembered: the adapters of one base have the same
 PREFIX = "base_model.model."
 
@@ -80,7 +88,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         tokens=tokens,
         new_modules=frozenset(config.modules_to_save),
         keeps_tie=config.keeps_tie,
-        base_model=config.raw.get("base_model_name_or_path") or None,
+        base_model=config.raw.get(BASE_KEY) or None,
         rslora=config.rslora,
         target_parameters=config.target_parameters,
         task=config.task,
@@ -92,12 +100,8 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
 
 
 def write(adapter: Adapter, directory: Path) -> None:
-    """Write `adapter` to the new `directory` so that PEFT loads it and gets the same Δ.
-
-    Raises OutputExistsError where the directory is there already and not empty.
-    """
-    if directory.exists() and any(directory.iterdir()):
-        raise OutputExistsError(f"{directory}: is not empty; choose another directory for the adapter")
+    """Write `adapter` to the new `directory` so that PEFT loads it and gets the same Δ."""
+    text = json.dumps(_config_for(adapter), indent=2, sort_keys=True)
     tensors: dict[str, torch.Tensor] = {}
     for name, weights in adapter.modules.items():
         a, b = (".lora_embedding_A", ".lora_embedding_B") if weights.kind == "embedding" else (
@@ -117,8 +121,13 @@ def write(adapter: Adapter, directory: Path) -> None:
         tensors[PREFIX + name + ".token_adapter.trainable_tokens_delta"] = delta.read()
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / WEIGHTS[0], tensors, {"format": "pt"})
-    text = json.dumps(_config_for(adapter), indent=2, sort_keys=True)
-    (directory / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def example(repo: str) -> list[str]:
+    """Python that loads the adapter from the Hub."""
+    call = f'model = AutoPeftModelForCausalLM.from_pretrained("{repo}")'
+    return ["from peft import AutoPeftModelForCausalLM", "", call]
 
 
 # --- the tensors -----------------------------------------------------------------------------------------------------
@@ -227,9 +236,7 @@ def _weights(
         return Problem(name, problem)
     configured = config.rank(name)
     if configured is not None and configured != rank and scale.scaling is None:
-        return Problem(
-            name, f"the tensors have rank {rank}, {ADAPTER_CONFIG} says {configured:g}: the scaling is unclear"
-        )
+        return Problem(name, f"the tensors have rank {rank}, {CONFIG} says {configured:g}: the scaling is unclear")
     return weights
 
 
@@ -291,18 +298,18 @@ def _disagreements(
     if isinstance(targets, list):
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in names):
-                yield Problem(f"{ADAPTER_CONFIG}: target_modules", f"{target!r} has no tensors", fatal=False)
+                yield Problem(f"{CONFIG}: target_modules", f"{target!r} has no tensors", fatal=False)
     for entry in config.modules_to_save:
         if not any(f".{name}.".find(f".{entry}.") >= 0 for name in found.replaced):
-            yield Problem(f"{ADAPTER_CONFIG}: modules_to_save", f"{entry!r} has no tensors", fatal=False)
+            yield Problem(f"{CONFIG}: modules_to_save", f"{entry!r} has no tensors", fatal=False)
     with_magnitude = sum(weights.magnitude is not None for weights in modules.values())
     if config.present and config.dora and with_magnitude < len(modules):
         yield Problem(
-            f"{ADAPTER_CONFIG}: use_dora",
+            f"{CONFIG}: use_dora",
             f"{len(modules) - with_magnitude} of {len(modules)} modules have no magnitude",
         )
     if config.present and not config.dora and with_magnitude:
-        yield Problem(f"{ADAPTER_CONFIG}: use_dora", f"is false, but {with_magnitude} modules have a magnitude")
+        yield Problem(f"{CONFIG}: use_dora", f"is false, but {with_magnitude} modules have a magnitude")
 
 
 @lru_cache(NAMES)
@@ -328,7 +335,7 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": adapter.base_model,
+        BASE_KEY: adapter.base_model,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {_exactly(name): r for name, r in ranks.items() if r != rank},

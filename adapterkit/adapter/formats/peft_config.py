@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapter.formats.source import ADAPTER_CONFIG, Source
+from adapterkit.adapter.formats.format import ConfigFacts
 from adapterkit.adapter.patterns import Patterns, compile_pattern
 from adapterkit.adapter.weights import Problem
-from adapterkit.errors import FormatError, UsageError
+from adapterkit.errors import FormatError, UnknownStrengthError, UsageError
 
+if TYPE_CHECKING:
+    from adapterkit.adapter.formats.source import Source
+
+CONFIG = "adapter_config.json"
+BASE_KEY = "base_model_name_or_path"
 # Fields that change what the factors mean in ways that no merged weight can express.
 UNMERGEABLE = {
     "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens, so no merged weight equals it",
@@ -58,7 +63,7 @@ class PeftConfig:
         kind = given.value("peft_type", str, "LORA")
         if kind.upper() != "LORA":
             raise FormatError(f"{given.file}: peft_type is {kind[:40]!r}; adapterkit reads LORA (with rsLoRA and DoRA)")
-        for name in ("base_model_name_or_path", "bias"):
+        for name in (BASE_KEY, "bias"):
             given.value(name, str, None)
         for name in ("fan_in_fan_out", "ensure_weight_tying"):
             given.value(name, bool, None)
@@ -90,14 +95,14 @@ class PeftConfig:
             return False
         targets = self.raw.get("target_modules") or []
         if isinstance(targets, str):
-            with _errors_in(ADAPTER_CONFIG):
+            with _errors_in(CONFIG):
                 targets = [name for name in EMBEDDINGS if compile_pattern(targets).matches(name)]
         return any(name.split(".")[-1] in EMBEDDINGS for name in (*targets, *self.modules_to_save))
 
     def check_patterns(self, modules: Collection[str]) -> None:
         """Raise FormatError where matching them against the names of all modules could take minutes."""
         for patterns in (self.rank_pattern, self.alpha_pattern):
-            with _errors_in(ADAPTER_CONFIG):
+            with _errors_in(CONFIG):
                 patterns.check(modules)
 
     def rank(self, module: str) -> float | None:
@@ -118,11 +123,11 @@ class PeftConfig:
     def problems(self) -> Iterable[Problem]:
         for name, reason in UNMERGEABLE.items():
             if self.raw.get(name):
-                yield Problem(f"{ADAPTER_CONFIG}: {name}", reason)
+                yield Problem(f"{CONFIG}: {name}", reason)
         init = self.raw.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
             yield Problem(
-                f"{ADAPTER_CONFIG}: init_lora_weights",
+                f"{CONFIG}: init_lora_weights",
                 f"{init[:40]!r} changes the base when training starts; unless the adapter was converted on saving "
                 "(PEFT's path_initial_model_for_weight_conversion), merging it into the original base is wrong",
                 fatal=False,
@@ -149,10 +154,13 @@ class Strength:
                 "or change the strength with --scale"
             )
         if not given and self.config.alpha is None:
-            where = self.source.config_file
-            missing = "has no lora_alpha" if self.config.present else "is missing"
-            raise UsageError(f"{where} {missing}, so the strength of {self.source.weights.name} is unknown: "
-                             "give --alpha (scaling = alpha / rank) or --scaling")  # fmt: skip
+            where, present = self.source.config_file, self.config.present
+            missing = "has no lora_alpha" if present else "is missing"
+            raise UnknownStrengthError(
+                f"{where} {missing}, so the strength of {self.source.weights.name} is unknown: "
+                "give --alpha (scaling = alpha / rank) or --scaling",
+                reason=f"no lora_alpha in {CONFIG}" if present else f"no {CONFIG}",
+            )
 
     def of(self, module: str, rank: int) -> tuple[float, float | None]:
         """(scaling, alpha) of `module`: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732)."""
@@ -161,6 +169,22 @@ class Strength:
         alpha = self.alpha if self.alpha is not None else self.config.alpha_of(module)
         assert alpha is not None
         return alpha / (rank**0.5 if self.config.rslora else rank), alpha
+
+
+def describe_config(config: Mapping[str, Any]) -> ConfigFacts:
+    """What `config` says of its adapter, where what it says has the right type."""
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    enabled = config.get("enable_lora")  # parts of a fused layer, each with a rank of its own
+    if isinstance(rank, int) and isinstance(enabled, list):
+        rank *= sum(part is True for part in enabled)
+    base = config.get(BASE_KEY)
+    return ConfigFacts(
+        "DoRA" if config.get("use_dora") else "LoRA",
+        ranks=(rank,) if isinstance(rank, int) and 0 <= rank < 1 << 30 else (),
+        alphas=(float(alpha),) if isinstance(alpha, int | float) and abs(alpha) < 1e9 else (),
+        targets=tuple(map(str, targets)) if isinstance(targets, Sequence) and not isinstance(targets, str) else (),
+        base_model=base if isinstance(base, str) else None,
+    )
 
 
 Kinds = type | tuple[type, ...]

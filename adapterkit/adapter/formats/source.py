@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapter.formats import table
+from adapterkit.adapter.formats.format import Format
 from adapterkit.adapter.formats.pickled import read_pickle
 from adapterkit.errors import FormatError
 from adapterkit.files.jsonfile import read_json
@@ -17,21 +19,16 @@ from adapterkit.files.stamps import Stamp, stamps_of
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_CONFIG = "adapter_config.json"
-# The names that training tools give the weights file, best first.
-WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
-PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
-
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one adapter, opened but not interpreted."""
+    """The files of one adapter, opened but not interpreted, with the config that one of the formats gives it."""
 
     weights: Path
     tensors: Mapping[str, TensorInfo | torch.Tensor]
-    metadata: dict[str, str]
+    metadata: Mapping[str, str]
     config: dict[str, Any] | None
-    config_file: Path
+    config_file: Path  # also where there is none
     stamps: Mapping[Path, Stamp]  # of the files, before they were read
 
     @property
@@ -39,16 +36,24 @@ class Source:
         return (self.weights,) if self.config is None else (self.weights, self.config_file)
 
 
-def open_source(path: Path) -> Source:
-    """Find the weights and the config at `path` and read their headers."""
+def open_sources(path: Path) -> Iterator[tuple[Format, Source]]:
+    """Find the weights at `path`, read their header, and yield them as each format has them: with its own config."""
     weights = _find_weights(path)
-    config_file = weights.parent / ADAPTER_CONFIG
-    stamps = stamps_of(file for file in (weights, config_file) if os.path.exists(file))
-    config = read_json(config_file) if os.path.lexists(config_file) else None
-    if weights.suffix == ".safetensors":
-        header = read_header(weights)
-        return Source(weights, header.tensors, header.metadata, config, config_file, stamps)
-    return Source(weights, read_pickle(weights), {}, config, config_file, stamps)
+    configs = [weights.parent / (format.CONFIG or weights.name) for format in table.FORMATS]
+    stamps = stamps_of(file for file in dict.fromkeys([weights, *configs]) if os.path.exists(file))
+    tensors, metadata = _read_header(weights)
+    for format, file in zip(table.FORMATS, configs, strict=True):
+        config = read_json(file) if file != weights and os.path.lexists(file) else None
+        used = {path: stamp for path, stamp in stamps.items() if path in (weights, file)}
+        yield format, Source(weights, tensors, metadata, config, file, used)
+
+
+def _read_header(weights: Path) -> tuple[Mapping[str, TensorInfo | torch.Tensor], Mapping[str, str]]:
+    """The tensors by name, and what the file says beside them."""
+    if weights.suffix != ".safetensors":
+        return read_pickle(weights), {}
+    header = read_header(weights)
+    return header.tensors, header.metadata
 
 
 def _find_weights(path: Path) -> Path:
@@ -58,15 +63,15 @@ def _find_weights(path: Path) -> Path:
         if path.suffix == ".json":
             raise FormatError(f"{path}: is not a file of weights; give the directory that it lies in")
         return path
-    for name in (*WEIGHTS, *PICKLED):
-        if (path / name).is_file():
-            return path / name
+    if (weights := table.find_weights(path)) is not None:
+        return weights
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
     if found:
         names = ", ".join(file.name for file in found[:4])
         raise FormatError(f"{path}: several files could be the adapter ({names}): name one of them")
-    nested = sorted(path.glob(f"*/{ADAPTER_CONFIG}"))
-    hint = f" Did you mean {nested[0].parent}?" if nested else f" Expected {WEIGHTS[0]}."
+    nested = sorted(file for name in table.config_names() for file in path.glob(f"*/{name}"))
+    expected = " or ".join(format.WEIGHTS[0] for format in table.FORMATS)
+    hint = f" Did you mean {nested[0].parent}?" if nested else f" Expected {expected}."
     raise FormatError(f"{path}: no adapter weights in this directory.{hint}")

@@ -16,7 +16,7 @@ from adapterkit.cli.lookup import Lookup, looked_at
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.progress import tracked
 from adapterkit.cli.views.base import show_base
-from adapterkit.errors import FitError, UsageError
+from adapterkit.errors import FitError, UnknownStrengthError, UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.inspection.summary import ModuleRow, by_target, header_rows, measure, summarize, to_json
 
@@ -57,27 +57,27 @@ def inspect_command(
             return
         if plot:
             _check_plot(Path(plot), header_only or there.headers_only)
-        adapter, strength_known = _open(there.path, alpha, scaling)
+        adapter, unknown = _open(there.path, alpha, scaling)
         match, norms_of_base = _match(adapter, base.path, against) if base and against else (None, None)
         norms_of_base = None if base and base.headers_only else norms_of_base
-        _show(path, there, adapter, strength_known, match, norms_of_base, as_json, modules, header_only, plot)
+        _show(path, there, adapter, unknown, match, norms_of_base, as_json, modules, header_only, plot)
     if match and match.missing:
         raise SystemExit(FitError.exit_code)
 
 
 def _show(
-    path: str, there: Lookup, adapter: Adapter, strength_known: bool, match: Match | None,
+    path: str, there: Lookup, adapter: Adapter, unknown: str | None, match: Match | None,
     norms_of_base: Callable[[], dict[str, float]] | None, as_json: bool, modules: bool, header_only: bool,
     plot: str | None,
 ) -> None:  # fmt: skip
     from adapterkit.cli.views import adapter as adapter_view
 
-    header_only = header_only or there.headers_only
+    header_only, strength_known = header_only or there.headers_only, unknown is None
     if not header_only:
         check_cached(adapter.files)
     summary = summarize(adapter, strength_known=strength_known)
     if not as_json:
-        adapter_view.show_header(path, summary, match, has_config=bool(adapter.config), fetched=there.told)
+        adapter_view.show_header(path, summary, match, unknown=unknown, fetched=there.told)
     rows = header_rows(adapter, strength_known=strength_known)
     if not header_only:
         norms = norms_of_base() if norms_of_base else {}
@@ -93,14 +93,12 @@ def _show(
         _draw(rows, Path(plot), Path(path).resolve().name)
 
 
-def _open(where: Path, alpha: float | None, scaling: float | None) -> tuple[Adapter, bool]:
-    """The adapter, and whether its strength is known: where no config says it, B·A can still be looked at."""
+def _open(where: Path, alpha: float | None, scaling: float | None) -> tuple[Adapter, str | None]:
+    """The adapter, and why its strength is unknown, if it is: B·A can be shown without."""
     try:
-        return load(where, alpha=alpha, scaling=scaling), True
-    except UsageError:
-        if alpha is not None or scaling is not None:
-            raise
-        return load(where, scaling=1.0), False
+        return load(where, alpha=alpha, scaling=scaling), None
+    except UnknownStrengthError as error:
+        return load(where, scaling=1.0), error.reason
 
 
 def _match(adapter: Adapter, base: Path, name: str) -> tuple[Match, Callable[[], dict[str, float]]]:

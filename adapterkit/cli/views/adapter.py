@@ -23,16 +23,16 @@ BESIDE_BARS = 18  # columns of spaces and the range at the end
 LABEL = 12  # columns of the names on the left of the header
 
 
-def show_header(path: str, summary: Summary, match: Match | None, *, has_config: bool, fetched: str = "") -> None:
+def show_header(path: str, summary: Summary, match: Match | None, *, unknown: str | None, fetched: str = "") -> None:
     """Print the facts that headers tell, then what is wrong; rich is not needed for it."""
-    unknown = f"unknown: no {'lora_alpha in ' if has_config else ''}adapter_config.json; give --alpha"
+    scaling = f"unknown: {unknown}; give --alpha"
     lines = {
         "adapter": path,
         "format": f"{summary.format}, {summary.kind}",
         "base": summary.base_model or "not named",
         "rank": span(summary.ranks),
-        "alpha": span(summary.alphas) or ("not given" if summary.scalings else unknown) if summary.modules else "",
-        "scaling": span(summary.scalings) or unknown if summary.modules else "",
+        "alpha": span(summary.alphas) or (scaling if unknown else "not given") if summary.modules else "",
+        "scaling": span(summary.scalings) or scaling if summary.modules else "",
         "targets": ", ".join(summary.targets),
         "layers": f"{_runs(summary.layers)} ({len(summary.layers)})" if summary.layers else "",
         "modules": str(summary.modules),

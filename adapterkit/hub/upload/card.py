@@ -28,6 +28,8 @@ class Facts:
     tags: tuple[str, ...]
     pipeline: str | None
     license: str | None
+    library: str  # that loads it
+    example: Sequence[str]  # lines of Python that load it
     rows: Mapping[str, str]  # of the table below the title, in a card that is new
 
     @property
@@ -101,7 +103,7 @@ def _wanted(facts: Facts) -> dict[str, Any]:
     wanted = {
         "base_model": facts.base,
         "base_model_relation": facts.relation if facts.base else None,
-        "library_name": "peft" if facts.is_adapter else "transformers",
+        "library_name": facts.library,
         "pipeline_tag": facts.pipeline,
         "license": facts.license,
         "tags": [*facts.tags, *([f"base_model:adapter:{facts.base}"] if facts.is_adapter else [])],
@@ -121,8 +123,7 @@ def _body(facts: Facts) -> str:
         ]
     if facts.is_adapter:
         lines += [
-            "```python", "from peft import AutoPeftModelForCausalLM", "",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{facts.name}")', "```", "",
+            "```python", *facts.example, "```", "",
             "Merged into its base:", "", "```", f"adapterkit merge {facts.base} {facts.name} -o merged", "```", "",
         ]  # fmt: skip
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.formats.source import ADAPTER_CONFIG as ADAPTER_CONFIG
+from adapterkit.adapter.formats import table as formats
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, is_base, open_checkpoint
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UnsafeFileError, UsageError
 from adapterkit.files.jsonfile import read_json
@@ -39,7 +39,7 @@ OF_TRAINING = re.compile(
 FOLDERS_OF_TRAINING = re.compile(r"checkpoint(s|[-_]\d+)|wandb|mlruns")
 NAMES_A_BASE = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
-CHECKED = (README, CONFIG, ADAPTER_CONFIG, *OURS)  # of any size
+CHECKED = (README, CONFIG, *OURS)  # of any size, as adapters' configs are
 TEXT_BYTES = 1 << 20  # larger files are data, whatever else they are called
 MAX_TEXT_BYTES = 50 << 20
 
@@ -150,9 +150,11 @@ def _of_adapter(
         "targets": ", ".join(summary.targets), "parameters": f"{summary.parameters:,}", **_provenance(path),
     }  # fmt: skip
     pipeline = "text-generation" if causal else None
+    format = formats.format_named(adapter.format)
     facts = card.Facts(
-        repo, "adapter", base, tags, pipeline, license, {name: text for name, text in rows.items() if text}
-    )
+        repo, "adapter", base, tags, pipeline, license, format.LIBRARY, format.example(repo),
+        {name: text for name, text in rows.items() if text},
+    )  # fmt: skip
     return facts, f"{path.name}: {_line(summary)}, for {base}"
 
 
@@ -162,8 +164,9 @@ def _of_model(path: Path, repo: str, base: str | None, license: str | None) -> t
     rows = {"base": base or "", "tensors": str(len(checkpoint.tensors)), **_provenance(path)}
     tags, relation = _made(path)
     facts = card.Facts(
-        repo, relation, base, tags, "text-generation", license, {name: text for name, text in rows.items() if text}
-    )
+        repo, relation, base, tags, "text-generation", license, "transformers", (),
+        {name: text for name, text in rows.items() if text},
+    )  # fmt: skip
     size = sum(shard.size for shard in checkpoint.shards)
     return facts, f"{path.name}: a model of {counted(len(checkpoint.tensors), 'tensor')}, {size / 1e6:,.1f} MB"
 
@@ -316,16 +319,19 @@ def _with_base(file: Path, text: str, base: str | None, named: str | None) -> tu
         config = read_json(file)
     except FormatError:  # a list, or none of ours: what must be a config was read before
         return text, ""
+    format = formats.format_of_config(file.name, config)
+    own = format.BASE_KEY if format else None
+    keys = dict.fromkeys([*NAMES_A_BASE, *([own] if own else [])])
     wrong = [
         key
-        for key in NAMES_A_BASE
+        for key in keys
         if isinstance(value := config.get(key), str)
         and value
         and value != base
-        and (public_name(value) is None or (key == NAMES_A_BASE[0] and value == named))
+        and (public_name(value) is None or (key in (own, NAMES_A_BASE[0]) and value == named))
     ]
-    if file.name == ADAPTER_CONFIG and not config.get(NAMES_A_BASE[0]):
-        wrong.append(NAMES_A_BASE[0])
+    if own and not config.get(own):
+        wrong.append(own)
     if not wrong or base is None:
         return text, ""
     changed = json.dumps(config | dict.fromkeys(wrong, base), indent=2, ensure_ascii=False) + "\n"
@@ -343,8 +349,9 @@ def _text(file: Path) -> str | None:
     """The text of a file, where there is one and it is no data."""
     if not file.is_file():
         return None
-    if file.stat().st_size > (MAX_TEXT_BYTES if file.name in CHECKED else TEXT_BYTES):
-        if file.name in CHECKED:
+    checked = file.name in (*CHECKED, *formats.config_names())
+    if file.stat().st_size > (MAX_TEXT_BYTES if checked else TEXT_BYTES):
+        if checked:
             raise FormatError(f"{file}: is {file.stat().st_size:,} bytes long, expected at most {MAX_TEXT_BYTES:,}")
         return None
     try:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapter.formats.table import weights_suffixes
 from adapterkit.base.checkpoint import INDEX_SUFFIX
 from adapterkit.errors import AdapterkitError, FormatError, NotAllowedError, OfflineError, UsageError
 from adapterkit.files.opening import open_regular
@@ -75,7 +76,7 @@ def plan_push(
     kept = {upload.name for upload in parcel.uploads}
     removed = tuple(
         name for name in there if "/" not in name and name not in kept
-        and name.endswith((".safetensors", ".bin", INDEX_SUFFIX, ".bin.index.json"))
+        and name.endswith((*weights_suffixes(), INDEX_SUFFIX, ".bin.index.json"))
     )  # fmt: skip
     is_private = bool(info.private) if info else private
     return Push(repo, parcel, info is not None, is_private, info.sha if info else None, changed, removed, pull_request)

@@ -12,6 +12,7 @@ from torch import nn
 
 from adapterkit import __version__
 from adapterkit.adapter.formats import save
+from adapterkit.adapter.formats.table import DEFAULT, format_named
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.files import system
 from adapterkit.files.staging import RECORD, TRAINING_RECORD
@@ -109,7 +110,8 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
     """The card: YAML that the Hub reads, then how it was trained."""
     full, data = recipe.method == "full", facts["data"]
     lines = ["---", *([f"base_model: {base}"] if base else [])]
-    lines += ["library_name: transformers" if full else "library_name: peft", "pipeline_tag: text-generation", "tags:"]
+    library = "transformers" if full else format_named(DEFAULT).LIBRARY
+    lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
     lines += ["- adapterkit", *([] if full else ["- lora"]), "---", ""]
     lines += [f"# {markdown(base or 'A model')} fine-tuned on {markdown(data['name'])}", ""]
     kind = "All weights" if full else {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[recipe.method]

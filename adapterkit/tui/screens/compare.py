@@ -76,6 +76,7 @@ class CompareScreen(Screen[None]):
         worker = get_current_worker()
         try:
             from adapterkit.adapter.formats import load
+            from adapterkit.adapter.formats.table import read_config
             from adapterkit.api.adapters import compare
             from adapterkit.inspection.cache import measured
 
@@ -83,9 +84,8 @@ class CompareScreen(Screen[None]):
             if len(paths) < 2:
                 raise AdapterkitError("One of them is on the Hub only: download it (d) to compare it.")
             [pair] = compare(list(paths))
-            adapters = [load(path) for path in paths]
-            rows = [measured(adapter, lambda: worker.is_cancelled) for adapter in adapters]
-            found: Any = (pair, rows, differences(adapters[0].config, adapters[1].config))
+            rows = [measured(load(path), lambda: worker.is_cancelled) for path in paths]
+            found: Any = (pair, rows, differences(*map(read_config, paths)))
         except (AdapterkitError, OSError) as error:
             found = str(error)
         hand_over(self.app, self._show, found)

@@ -16,6 +16,7 @@ from textual.screen import Screen
 from textual.widgets import Footer, Markdown, TabbedContent, TabPane
 from textual.worker import get_current_worker
 
+from adapterkit.adapter.formats.table import config_names
 from adapterkit.hub.listing import Found
 from adapterkit.inspection.summary import ModuleRow
 from adapterkit.text import visible, visible_lines
@@ -82,7 +83,7 @@ class Detail(Vertical):
         style = "red" if details.problem else "yellow"
         warnings = [Text(f"\n⚠ {visible(warning)}", style) for warning in details.warnings]
         self.query_one("#facts", Static).update(Group(facts, *warnings))
-        config = Text(config_text(details.config) or "There is no adapter_config.json.", no_wrap=True)
+        config = Text(config_text(details.config) or f"There is no {' or '.join(config_names())}.", no_wrap=True)
         JSONHighlighter().highlight(config)
         self.query_one("#config-text", Static).update(config)
         self.query_one("#card-text", Markdown).update(visible_lines(details.card) or "*There is no card.*")
