@@ -52,8 +52,8 @@ class UsageError(AdapterkitError):
 class UnknownStrengthError(UsageError):
     """Neither an adapter's files nor the call give its alpha; `reason` names what is missing."""
 
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, reason: str = "", hint: str = "") -> None:
+        super().__init__(message, hint=hint)
         self.reason = reason
 
 

@@ -17,6 +17,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
+import toyformat
 from handmade import CONFIG, adapterkit, contents, write_adapter, write_base
 from hostile import FOLDER, steering, write_hostile_adapter, write_hostile_base
 from hubserver import Hub
@@ -24,7 +25,7 @@ from textual.pilot import Pilot
 from textual.widgets import Button, DataTable, Input, Markdown, Select, Static, TabbedContent
 from textual.worker import WorkerCancelled
 
-from adapterkit.adapter.formats import load
+from adapterkit.adapter.formats import load, save, table
 from adapterkit.hub.listing import Found, in_folders
 from adapterkit.inspection import cache
 from adapterkit.inspection.summary import ModuleRow
@@ -151,6 +152,13 @@ async def test_how_it_fits_the_base(folder: Path) -> None:
         await settled(pilot)
         assert "cannot be looked at" in facts(pilot)
         assert "base: x ▾" in text_of(pilot.app.screen.query_one("#top", Static))
+
+
+async def test_another_format_is_shown_as_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "FORMATS", (*table.FORMATS, toyformat))
+    save(load(folder / "one"), Path("toys/three"), format="toy")
+    async with running(Path("toys")) as pilot:
+        assert names(pilot) == ["toys/three"] and "toy, LoRA" in facts(pilot) and BASE in facts(pilot)
 
 
 async def test_search_and_escape(folder: Path) -> None:

@@ -49,8 +49,13 @@ def weights_suffixes() -> tuple[str, ...]:
     return tuple(dict.fromkeys(PurePath(name).suffix for name in weights_names()))
 
 
+def names_of(format: Format) -> tuple[str, ...]:
+    """The names of a format's files, its weights first."""
+    return *format.WEIGHTS, *format.PICKLED, *([format.CONFIG] if format.CONFIG else [])
+
+
 def file_names() -> tuple[str, ...]:
-    """The names by which an adapter's files are known: its weights, and its config."""
+    """The names of the files of all formats, weights first."""
     return *weights_names(), *config_names()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.adapter.formats import load
+from adapterkit.adapter.formats import load, table
 from adapterkit.base.checkpoint import is_base
 from adapterkit.cli.command import Command
 from adapterkit.cli.lookup import Lookup, looked_at
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from adapterkit.inspection.match import Match
 
 
-@click.command("inspect", cls=Command)
+class InspectCommand(Command):
+    """A command whose help lists the formats of adapters."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Adapter formats"):
+            formatter.write_dl([(format.NAME, ", ".join(table.names_of(format))) for format in table.FORMATS])
+
+
+@click.command("inspect", cls=InspectCommand)
 @click.argument("path", metavar="ADAPTER|BASE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--modules", is_flag=True, help="A row for every module; in JSON, its singular values too.")
