@@ -3,6 +3,8 @@
 # make check   format, lint, types
 # make slow    the tests that `make test` leaves out, since they take long
 # make stress  merge and unmerge the hardest inputs 200 times, and a real model; kill 200 runs; minutes
+# make docs    build the pages of docs/ into site/; broken links fail
+# make examples  run the examples of the README and docs/, and compare what they print; minutes
 # make bench   time merges and inspect, beside cp and PEFT; python -m benchmarks.NAME has the others
 
 PYTHON ?= python3
@@ -51,9 +53,19 @@ stress: base
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/merging/stress.py
 	OMP_NUM_THREADS=1 STRESS_KILLS=100 $(BIN)/python -m pytest -n $(JOBS) tests/merging/test_faults.py -k killed_at_random
 
+$(VENV)/.docs: $(VENV)/.ready
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet --strict
+
+examples: base
+	$(BIN)/python docs/examples.py
+
 bench: setup
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.inspection
 
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .cache site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -13,7 +13,7 @@ from adapterkit.tui.app import AdapterkitApp  # after what the client reads when
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ".cache/SmolLM2-135M-Instruct"
-PICTURE = ROOT / "demo" / "app.svg"
+PICTURE = ROOT / "docs" / "app.svg"
 
 
 async def main() -> None:
