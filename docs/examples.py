@@ -1,9 +1,9 @@
-"""Run the examples of the README and of docs/, and compare what they print: `python docs/examples.py [--write] [PAGE]…`.
+"""Run the examples of the README and of docs/, and compare what they print: `python docs/examples.py [PAGE]…`.
 
 The commands after `$` in the `console` blocks of a page run in one shell, in a folder of their own that has `.cache`,
-`fixtures` and `demo`; then its `pycon` blocks run as one doctest. A line `…` stands for any lines. Numbers with a decimal point
-or a unit may differ, since they depend on the machine; everything else has to be as it is printed. --write puts what
-is printed now into the pages instead. Pages that name a Hub repository talk to the Hub of the tests, on this machine.
+`fixtures` and `demo`; then its `pycon` blocks run as one doctest. A line `…` stands for any lines. Numbers with a
+decimal point or a unit may differ, since they depend on the machine; everything else has to be the same. --write puts
+what is printed now into the pages instead. A page marked HUB talks to the Hub of the tests, on this machine.
 """
 
 from __future__ import annotations
