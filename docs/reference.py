@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import re
+import textwrap
 
 import click
 from mkdocs.config.defaults import MkDocsConfig
@@ -30,10 +32,22 @@ def page() -> str:
 
 
 def described(command: click.Command, context: click.Context) -> list[str]:
-    """The usage, the text and the options of one command."""
+    """One command: usage, text, options, lists and examples."""
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    help_text, epilog = paragraphs(command.help or ""), paragraphs(command.epilog or "")
-    return [f"```text\n{usage}\n```", *help_text, options_table(command, context), *epilog]
+    return [block(usage), *paragraphs(command.help or ""), options_table(command, context), *rest(command, context)]
+
+
+def rest(command: click.Command, context: click.Context) -> list[str]:
+    """What --help prints below the options: lists and examples."""
+    formatter = context.make_formatter()
+    command.format_epilog(context, formatter)
+    text = textwrap.dedent(formatter.getvalue().strip("\n"))
+    return [block(text)] if text else []
+
+
+def block(text: str) -> str:
+    """Text as it is."""
+    return f"```text\n{text}\n```"
 
 
 def paragraphs(text: str) -> list[str]:
@@ -42,7 +56,7 @@ def paragraphs(text: str) -> list[str]:
     for part in re.split(r"\n\s*\n", text.partition("\f")[0].strip("\n")):
         lines = part.splitlines()
         if lines and lines[0].strip() == "\b":
-            found.append("\n".join(["```text", *lines[1:], "```"]))
+            found.append(block("\n".join(lines[1:])))
         elif lines:
             found.append(escaped(" ".join(line.strip() for line in lines)))
     return found
@@ -62,5 +76,5 @@ def options_table(command: click.Command, context: click.Context) -> str:
 def escaped(text: str) -> str:
     """Text of which Markdown takes nothing for its own, outside of `code`."""
     parts = text.split("`")
-    parts[::2] = [re.sub(r"([\[\]<>*_|])", r"\\\1", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"([\[\]*_|])", r"\\\1", html.escape(part, quote=False)) for part in parts[::2]]
     return "`".join(parts)
