@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PYCON = re.compile(r"^```pycon\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^\$ (?:.*\\\n)*.*\n", re.MULTILINE)
-VARIES = re.compile(r"\b\d[\d,]*\.\d+(e[+-]?\d+)?|\b\d[\d,]*(?= ?(?:[kMG]?B|s|ms|min)\b)|\b[0-9a-f]{10,64}\b")
+VARIES = re.compile(r"\b\d[\d,]*\.\d+(e[+-]?\d+)?|\b\d[\d,]*(?= ?(?:[kMG]?B|s|ms|min|tokens/s)\b)|\b[0-9a-f]{10,64}\b")
 ANY = "…\n"
 HUB = "<!-- Hub of the tests -->"
 
