@@ -79,7 +79,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(stopped: tuple[Recipe, Path], nam
         changed = bytearray(raw)
         changed[place] ^= 1 << random.randrange(8)
         (folder / name).write_bytes(changed)
-        with pytest.raises(FormatError, match=r"has another SHA-256 than SHA256SUMS says|has more than the hashes"):
+        with pytest.raises(FormatError, match=r"does not match its SHA-256 in SHA256SUMS|has more than the hashes"):
             checkpoints.read(folder)
     (folder / name).write_bytes(raw)
     checkpoints.read(folder)
@@ -210,7 +210,7 @@ def test_what_is_in_a_checkpoint_is_checked_beyond_its_hashes(stopped: tuple[Rec
     [
         (lambda s: s["origin"]["recipe"].update(lr=1e-3), "lr is 0.01 now, the run began with 0.001"),
         (lambda s: s["origin"]["recipe"].update(rank_pattern={"q_proj": 4}), "rank_pattern is None now"),
-        (lambda s: s["origin"].update(data="0" * 64), "train.jsonl is not what it was when the run began"),
+        (lambda s: s["origin"].update(data="0" * 64), "train.jsonl has changed since the run began"),
         (lambda s: s["origin"].update(held_back="0" * 64), "train.jsonl is not what it was"),
         (lambda s: s["origin"]["base"].update({"model.safetensors": "0" * 64}), "base is not what it was"),
         (lambda s: s["origin"]["recipe"].update(momentum=1), "unknown key 'momentum'"),
@@ -236,11 +236,11 @@ def test_another_base_or_first_adapter_is_not_resumed(began: tuple[Recipe, Path]
     list(train(recipe, out, stop=lambda: True))
     raw = (first / "adapter_config.json").read_text()
     (first / "adapter_config.json").write_text(raw.replace('"lora_alpha": 16', '"lora_alpha": 17'))
-    with pytest.raises(FitError, match=rf"--resume: {first} is not what it was when the run began"):
+    with pytest.raises(FitError, match=rf"--resume: {first} has changed since the run began"):
         resumed(recipe, run_left(out))
     (first / "adapter_config.json").write_text(raw)
     flip(base / "model.safetensors")
-    with pytest.raises(FitError, match=rf"--resume: {base} is not what it was when the run began"):
+    with pytest.raises(FitError, match=rf"--resume: {base} has changed since the run began"):
         resumed(recipe, run_left(out))
 
 

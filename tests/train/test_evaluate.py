@@ -356,7 +356,7 @@ def test_a_base_in_4_bits(tiny: Path, prompted: Path, make_adapter: Callable[...
     assert beside.predictions == merged.predictions
     assert abs(beside.likelihood.loss - on_disk.likelihood.loss) > 1e-3
     assert scored(tiny, prompted, quantize="fp4", generate=False).likelihood.loss != loaded.likelihood.loss
-    with pytest.raises(UsageError, match="--quantize nf4: small is quantized already"):
+    with pytest.raises(UsageError, match="--quantize nf4: small is already quantized"):
         scored(small, prompted, quantize="nf4")
 
 
@@ -458,16 +458,16 @@ def test_a_bar_where_there_is_a_terminal(tiny: Path, prompted: Path, monkeypatch
         (["BASE", "ADAPTER", "DATA", "DATA"], 2, "found 4"),
         (["BASE", "ADAPTER"], 2, "is a directory, expected the records to evaluate on"),
         (["DATA", "BASE"], 2, "is a directory, expected the records"),
-        (["DATA", "DATA"], 2, "held_out.jsonl: is no model of transformers"),
-        (["BASE", "none.jsonl"], 1, "there is no such file"),
-        (["ADAPTER", "DATA"], 2, "adapter: is no model of transformers"),
-        (["ADAPTER", "BASE", "DATA"], 2, "adapter: is no model of transformers"),
+        (["DATA", "DATA"], 2, "held_out.jsonl: not a transformers model"),
+        (["BASE", "none.jsonl"], 1, "none.jsonl: no such file"),
+        (["ADAPTER", "DATA"], 2, "adapter: not a transformers model"),
+        (["ADAPTER", "BASE", "DATA"], 2, "adapter: not a transformers model"),
         (["none", "DATA"], 1, "none: there is no such file or directory"),
         (["BASE", "BASE", "DATA"], 1, "no reader knows these tensors"),
-        (["BASE", "DATA", "--answer", "("], 2, "--answer (: is no regular expression"),
-        (["BASE", "DATA", "--answer", "#### (.*)"], 2, "finds no answer in the completions of 12 records, the first of them held_out.jsonl:1"),
-        (["BASE", "DATA", "--answer", "x", "--no-generate"], 2, "--answer is about what the model writes"),
-        (["BASE", "DATA", "--max-new-tokens", "3", "--no-generate"], 2, "--max-new-tokens is about"),
+        (["BASE", "DATA", "--answer", "("], 2, "--answer (: invalid regular expression"),
+        (["BASE", "DATA", "--answer", "#### (.*)"], 2, "no match in the completions of 12 records, the first at held_out.jsonl:1"),
+        (["BASE", "DATA", "--answer", "x", "--no-generate"], 2, "--answer and --no-generate cannot be combined"),
+        (["BASE", "DATA", "--max-new-tokens", "3", "--no-generate"], 2, "--max-new-tokens and --no-generate cannot be combined"),
         (["BASE", "DATA", "--predictions", "x", "--no-generate"], 2, "--predictions and --no-generate cannot be combined"),
         (["BASE", "DATA", "--overwrite"], 2, "--overwrite needs --predictions FILE"),
         (["BASE", "DATA", "--predictions", "DATA", "--overwrite"], 2, "held_out.jsonl: is or lies in the input"),
@@ -477,7 +477,7 @@ def test_a_bar_where_there_is_a_terminal(tiny: Path, prompted: Path, monkeypatch
         (["BASE", "DATA", "--limit", "0"], 2, "--limit 0: expected 1 or more"),
         (["BASE", "DATA", "--batch-size", "0"], 2, "--batch-size 0: expected 1 or more"),
         (["BASE", "DATA", "--max-length", "1"], 2, "--max-length is 1"),
-        (["BASE", "DATA", "--max-new-tokens", "60"], 2, "beyond the 64 that model reads"),
+        (["BASE", "DATA", "--max-new-tokens", "60"], 2, "60 more do not fit into the 64 that model supports"),
         (["BASE", "DATA", "--device", "nonsense"], 2, "--device nonsense"),
     ],
 )  # fmt: skip
@@ -493,7 +493,7 @@ def test_records_that_cannot_be_used_have_a_line_each(tiny: Path, prompted: Path
     result = command("eval", tiny, prompted, "--prompt-field", "question")
     first, *lines, last = result.err.splitlines()
     assert (result.code, first) == (1, "error: 12 of 12 records cannot be used")
-    assert all(re.match(r"  held_out.jsonl:\d+: .*no whole form", line) for line in lines)
+    assert all(re.match(r"  held_out.jsonl:\d+: .*expected a text, a prompt with a completion", line) for line in lines)
     assert re.fullmatch(r"  and \d+ more", last)
 
 
@@ -509,7 +509,7 @@ def test_adapters_that_do_not_fit(
         adapter = make_adapter(tensors, f"adapter{number}", **config)
         assert message in evaluated(tiny, adapter, prompted, "--no-generate").message(3)
     whole = evaluated(with_words, FIXTURES / "tiny-embed-save", prompted).message(3)
-    assert "trained whole" in whole and "Merge it" in whole
+    assert "trains this tensor in full" in whole and "Merge the adapter" in whole
 
 
 def test_numbers_that_are_none_and_tokens_that_are_not_there(tiny: Path, prompted: Path, tmp_path: Path) -> None:
@@ -521,14 +521,14 @@ def test_numbers_that_are_none_and_tokens_that_are_not_there(tiny: Path, prompte
     write_tokenizer(broken)
     tensors["model.embed_tokens.weight"][WORDS.index("pig")] = torch.nan
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(AdapterkitError, match=r"held_out.jsonl:\d+: its loss is nan. Try --dtype fp32"):
+    with pytest.raises(AdapterkitError, match=r"held_out.jsonl:\d+: the loss is nan; try --dtype fp32"):
         scored(broken, prompted)
     write_tokenizer(broken, 30)
     rows = [{"text": "cat word5"}]
-    with pytest.raises(FitError, match="has token 25, broken knows 20"):
+    with pytest.raises(FitError, match="has token 25, the vocabulary of broken has 20"):
         scored(broken, write_lines(tmp_path / "unknown.jsonl", rows))
     long = write_lines(tmp_path / "long.jsonl", [{"text": "cat " * 100}])
-    with pytest.raises(UsageError, match="has 101 tokens, model reads 64 at most: --max-length 64"):
+    with pytest.raises(UsageError, match="has 101 tokens, model supports at most 64; use --max-length 64"):
         scored(tiny, long)
     assert scored(tiny, long, max_length=64).likelihood.counts == (63,)
     with pytest.raises(FormatError, match="no tokenizer"):
@@ -537,7 +537,7 @@ def test_numbers_that_are_none_and_tokens_that_are_not_there(tiny: Path, prompte
 
 def test_what_takes_too_much_memory(tiny: Path, prompted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapterkit.train.runs.evaluate.available", lambda device: 1000)
-    with pytest.raises(UsageError, match="0.0 GB are free on cpu; --quantize nf4 takes less"):
+    with pytest.raises(UsageError, match="0.0 GB are free on cpu; --quantize nf4 needs less"):
         scored(tiny, prompted)
 
 

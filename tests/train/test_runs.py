@@ -217,7 +217,7 @@ def test_one_is_one(base: Path, tmp_path: Path) -> None:
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"text": " ".join(WORDS)}) + "\n")
     result = invoke("train", base, data, "-o", tmp_path / "out", "--max-length", "8", "--batch-size", "1")
-    assert "data      1 record, 8 tokens" in result.stderr and "note: 1 record was cut: one.jsonl:1" in result.stderr
+    assert "data       1 record, 8 tokens" in result.stderr and "note: truncated 1 record at one.jsonl:1" in result.stderr
     assert ", 1 step, " in result.stderr and "trained    1 step, 8 tokens" in result.stdout
     assert "1 step of 1 record |" in (tmp_path / "out" / "README.md").read_text()
 
@@ -273,7 +273,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     seen = list(train(wanted, tmp_path / "parts", stop=stop))
     assert isinstance(seen[-1], Stopped) and seen[-1].step == 3
     assert not (tmp_path / "parts").exists()
-    with pytest.raises(OutputExistsError, match="interrupted there after step 3"):
+    with pytest.raises(OutputExistsError, match="interrupted after step 3"):
         next(train(wanted, tmp_path / "parts"))
     assert losses(iter(seen)) + losses(train(wanted, tmp_path / "parts", resume=True)) == whole
     assert same(tmp_path / "whole", tmp_path / "parts")
@@ -330,12 +330,12 @@ def test_other_data_is_not_resumed(recipe: Callable[..., Recipe], data: Path, tm
     wanted = recipe(data=str(mine))
     list(train(wanted, tmp_path / "out", stop=lambda: True))
     mine.write_text(data.read_text().replace("w3 ", "w4 "))
-    with pytest.raises(FitError, match="is not what it was when the run began"):
+    with pytest.raises(FitError, match="has changed since the run began"):
         next(train(wanted, tmp_path / "out", resume=True))
 
 
 def test_there_is_nothing_to_resume(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no checkpoint to go on from"):
+    with pytest.raises(UsageError, match="no checkpoint beside"):
         next(train(recipe(), tmp_path / "out", resume=True))
 
 
@@ -368,7 +368,7 @@ def test_the_best_state_is_kept(recipe: Callable[..., Recipe], tmp_path: Path, m
     told = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7])
     monkeypatch.setattr(Loop, "evaluate", lambda *_: next(told))
     done = finished(train(recipe(eval_share=0.2, eval_every=2, patience=2), tmp_path / "out"))
-    assert done.kept == 4 and done.stopped_early and done.progress.step == 8 and done.progress.best_loss == 3.0
+    assert done.saved_step == 4 and done.stopped_early and done.progress.step == 8 and done.progress.best_loss == 3.0
     monkeypatch.undo()
     # the bits are those of step 4
     list(train(recipe(eval_share=0.2, eval_every=100), tmp_path / "four", stop=_after(4)))
@@ -571,7 +571,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         real(file, *rest)
 
     monkeypatch.setattr(checkpoints, "write_tensors", full)
-    with pytest.raises(NoSpaceError, match="free some space\nthe last checkpoint is kept: go on with --resume"):
+    with pytest.raises(NoSpaceError, match="free some space\nthe last checkpoint is saved: continue with --resume"):
         finished(train(recipe(save_every=2), tmp_path / "out"))
     monkeypatch.undo()
     finished(train(recipe(save_every=2), tmp_path / "out", resume=True))

@@ -117,9 +117,7 @@ def test_special_tokens_of_other_tokenizers() -> None:
     assert made(prompted, Special(ends=False)).ids.tolist() == [1, 97, 98, 2]
     assert made(prompted, Special(ends=False)).counted.tolist() == [False, False, True, True]
     assert made(prompted, Special(ends=False, eos=None)).ids.tolist() == [1, 97, 98]
-    assert (
-        refused(Record("t:1", text=""), Special(ends=False, eos=None)) == "has 1 tokens, and none that could be learned"
-    )
+    assert refused(Record("t:1", text=""), Special(ends=False, eos=None)) == "has no token to learn (1 in total)"
 
 
 def test_a_chat_counts_what_the_assistant_says(tokenizer: Any) -> None:
@@ -161,9 +159,9 @@ def test_a_template_that_writes_turns_otherwise_later(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML.replace(
         "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think>{% endif %}{{ m.content }}"
     )
-    assert "writes turn 2 otherwise" in refused(chat("a", "b", "c", "d"), tokenizer)
+    assert "renders turn 2 differently" in refused(chat("a", "b", "c", "d"), tokenizer)
     tokenizer.chat_template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
-    assert "writes turn 2 otherwise" in refused(chat("a", "b"), tokenizer)
+    assert "renders turn 2 differently" in refused(chat("a", "b"), tokenizer)
     tokenizer.chat_template = CHATML
     assert runs(made(chat("a", "b", "c", "d"), tokenizer), tokenizer) == ["b<|im_end|>", "d<|im_end|>"]
 
@@ -171,15 +169,15 @@ def test_a_template_that_writes_turns_otherwise_later(tokenizer: Any) -> None:
 def test_a_template_that_refuses(tokenizer: Any) -> None:
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     tokenizer.chat_template = refusal + CHATML
-    assert refused(chat("s", "a", "b", first="system"), tokenizer) == "the chat template refuses it: no system here"
+    assert refused(chat("s", "a", "b", first="system"), tokenizer) == "the chat template rejects it: no system here"
     assert runs(made(chat("a", "b"), tokenizer), tokenizer) == ["b<|im_end|>"]
     tokenizer.chat_template = "{{ messages[0].content + 5 }}"
-    assert refused(chat("a", "b"), tokenizer).startswith("the chat template refuses it: ")
+    assert refused(chat("a", "b"), tokenizer).startswith("the chat template rejects it: ")
 
 
 def test_a_chat_that_the_assistant_begins(tokenizer: Any) -> None:
     record = Record("c:1", messages=({"role": "assistant", "content": "a"},))
-    assert "the chat template refuses it: " in refused(record, tokenizer)
+    assert "the chat template rejects it: " in refused(record, tokenizer)
 
 
 def test_no_chat_template() -> None:
@@ -264,13 +262,13 @@ def test_real_templates_are_written_as_transformers_writes_them(tokenizer: Any, 
         try:
             wanted = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:
-            with pytest.raises(chats.RefusedError, match=re.escape(f"the chat template refuses it: {error}")):
+            with pytest.raises(chats.RefusedError, match=re.escape(f"the chat template rejects it: {error}")):
                 CHATS.text_of(messages)
             continue
         try:
             text, spans = CHATS.text_of(messages)
         except chats.RefusedError as error:
-            assert "otherwise when it is generated" in str(error)
+            assert "differently when it is generated" in str(error)
             continue
         assert text == wanted
         for at, (begin, end) in zip(
@@ -296,7 +294,7 @@ def test_a_template_that_never_ends_is_ended(tokenizer: Any, template: str, monk
     monkeypatch.setattr(chats, "SECONDS", 1)
     tokenizer.chat_template = template
     with pytest.raises(
-        FormatError, match="c:1: the chat template (takes more than 1 s of processor time|refuses it: )"
+        FormatError, match="c:1: the chat template (takes more than 1 s of processor time|rejects it: )"
     ):
         encode_all([chat("a", "b")], tokenizer, 64)
 
@@ -316,7 +314,7 @@ def test_a_template_that_never_ends_is_ended(tokenizer: Any, template: str, monk
 def test_a_template_that_takes_all_memory_or_reaches_out_is_refused(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template
     reason = refused(chat("a", "b"), tokenizer)
-    assert "the chat template " in reason and not reason.endswith("refuses it: ")
+    assert "the chat template " in reason and not reason.endswith("rejects it: ")
     tokenizer.chat_template = CHATML
     assert runs(made(chat("a", "b"), tokenizer), tokenizer) == ["b<|im_end|>"]  # the process that renders goes on
 
@@ -330,7 +328,7 @@ def test_a_template_that_writes_too_much(tokenizer: Any, monkeypatch: pytest.Mon
 
 
 def test_a_record_is_bounded_before_it_is_tokenized(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "CHARACTERS", 100)
+    monkeypatch.setattr(examples, "MAX_CHARACTERS", 100)
     why = "has 105 characters, expected at most 100; split it into several records"
     assert refused(Record("t:1", text="ab " * 35), tokenizer, 9) == why
     assert refused(Record("t:1", prompt="ab " * 34, completion="abc"), tokenizer, 9) == why
@@ -370,7 +368,7 @@ def test_all_of_them(tokenizer: Any) -> None:
         "2 of 5 records cannot be used",
         "  t:3: 'text' is empty",
         "  t:4: the prompt alone has 4 tokens, --max-length is 4",
-        "Mend them, or go on without them: --skip-bad",
+        "Fix them, or skip them with --skip-bad",
     ]
 
 
@@ -387,7 +385,7 @@ def test_many_bad_ones_are_counted_and_ten_listed(tokenizer: Any) -> None:
 
 
 def test_nothing_to_train_on(tokenizer: Any) -> None:
-    with pytest.raises(FormatError, match="there are no records"):
+    with pytest.raises(FormatError, match="no records, expected one or more"):
         encode_all([], tokenizer, 8, skip_bad=True)
     with pytest.raises(UsageError, match="--max-length is 1, expected 2 or more"):
         encode_all([Record("t:1", text="one two")], tokenizer, 1, skip_bad=True)

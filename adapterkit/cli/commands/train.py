@@ -221,7 +221,7 @@ def _print_result(started: Started, trained: Trained, metrics: list[dict[str, An
         note(f"no gradient in any step: {', '.join(trained.unmoved[:3])}{more}")
     progress, losses = trained.progress, [line["loss"] for line in metrics if "loss" in line]
     if as_json:
-        facts = {"output": str(trained.out), "trained_parameters": started.trained, "kept_step": trained.kept}
+        facts = {"output": str(trained.out), "trained_parameters": started.trained, "kept_step": trained.saved_step}
         facts |= {"stopped_early": trained.stopped_early, "peak_memory": trained.peak_memory}
         say_result({**facts, **asdict(progress)})
         return
@@ -237,7 +237,7 @@ def _print_result(started: Started, trained: Trained, metrics: list[dict[str, An
     first, best = progress.first_eval_loss, progress.best_loss
     if first is not None and best is not None:
         say(
-            f"validation loss {first:.4f} → {best:.4f} (best at step {trained.kept}, kept), "
+            f"validation loss {first:.4f} → {best:.4f} (best at step {trained.saved_step}, kept), "
             f"perplexity {perplexity(first):.2f} → {perplexity(best):.2f}"
         )
     say(f"wrote      {trained.out}")

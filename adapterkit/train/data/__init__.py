@@ -1,1 +1,1 @@
-"""What is trained on: records out of files, as tokens, in the order of the steps."""
+"""Training data: records from files, tokenized, in the order of the steps."""

@@ -1,4 +1,4 @@
-"""Chats as the template of a tokenizer writes them, by a process that can neither hang nor fill the memory."""
+"""Render chats with a tokenizer's template, in a subprocess with limited time and memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from adapterkit.files.bounded import Bounded
 from adapterkit.train.data import rendering
 from adapterkit.train.data.records import LINE
 
-SECONDS = 10  # of processor time for a chat with all its turns, which takes milliseconds
-MEMORY = 1 << 30  # bytes for it
+SECONDS = 10  # CPU time limit for a chat with all its turns, which normally takes milliseconds
+MEMORY = 1 << 30  # byte limit for a chat
 
 
 class Templated(Protocol):
-    """What is used of a tokenizer of transformers."""
+    """The part of a transformers tokenizer that has the chat template."""
 
     @property
     def chat_template(self) -> Any: ...
@@ -27,11 +27,11 @@ class Templated(Protocol):
 
 
 class RefusedError(Exception):
-    """A chat that cannot be learned from, and why."""
+    """A chat or text that cannot be trained on; the message says why."""
 
 
 class Chats:
-    """A context in which chats are written; the process starts with the first one, and ends with the context."""
+    """A context for rendering chats; the subprocess starts with the first chat and ends with the context."""
 
     def __init__(self, tokenizer: Templated) -> None:
         self.tokenizer = tokenizer
@@ -44,24 +44,29 @@ class Chats:
         self.process.end()
 
     def text_of(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """A chat as text, and where in it stands what the assistant says, with the tokens that end each turn.
+        """Render a chat.
 
-        Raises RefusedError where the template refuses the chat, UsageError where there is no template, FormatError
-        where it takes too much time or memory.
+        Returns:
+            The text, and the spans of the assistant's turns in it, with the tokens that end each turn.
+
+        Raises:
+            RefusedError: The template rejects the chat.
+            UsageError: The tokenizer has no template.
+            FormatError: The template exceeds its time or memory limit.
         """
         if not self.tokenizer.chat_template:
             raise UsageError(
-                "the tokenizer has no chat template, expected one for messages; or give prompt and completion"
+                "the tokenizer has no chat template, and messages need one; use prompt and completion instead"
             )
         try:
             template, tokens = self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map
-        except ValueError as error:  # several templates, and none of them the default
-            raise UsageError(f"the tokenizer has no one chat template: {error}") from error
+        except ValueError as error:  # several templates without a default
+            raise UsageError(f"the tokenizer has no default chat template: {error}") from error
         try:
             request = json.dumps({"template": template, "tokens": tokens, "messages": messages})
         except (TypeError, ValueError, RecursionError) as error:
-            raise RefusedError(f"cannot be given to the chat template: {error}") from error
-        made = self.process.ask(request, LINE)
-        if "error" in made:
-            raise RefusedError(made["error"])
-        return made["text"], [(begin, end) for begin, end in made["spans"]]
+            raise RefusedError(f"cannot be passed to the chat template: {error}") from error
+        answer = self.process.ask(request, LINE)
+        if "error" in answer:
+            raise RefusedError(answer["error"])
+        return answer["text"], [(begin, end) for begin, end in answer["spans"]]

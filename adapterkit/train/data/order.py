@@ -1,4 +1,4 @@
-"""The order in which records are seen: a function of the seed and the step alone, so that a run can go on anywhere."""
+"""The order of records: a function of the seed and the step alone, so that a run can resume at any step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from adapterkit.train.data.tokenize import Example
 from adapterkit.train.recipe import Recipe
 
-Row = tuple[Example, ...]  # one record, or those that are packed together
+Row = tuple[Example, ...]  # one record, or several packed together
 
 
 @dataclass(frozen=True)
 class Order:
-    """The rows of a data set, and which of them each step takes."""
+    """The rows of a dataset, and their order over the steps."""
 
     rows: tuple[Row, ...]
     per_step: int
@@ -27,13 +27,13 @@ class Order:
 
     @classmethod
     def of(cls, examples: Sequence[Example], recipe: Recipe) -> Order:
-        """The order of a run by `recipe`."""
+        """The order of `examples` in a run of `recipe`."""
         rows: tuple[Row, ...] = tuple((example,) for example in examples)
         if recipe.packing:
             groups = pack([len(example.ids) for example in examples], recipe.max_length)
             rows = tuple(tuple(examples[index] for index in group) for group in groups)
-        an_epoch = -(-len(rows) // recipe.rows_per_step)
-        steps = max(1, math.ceil(recipe.epochs * an_epoch - 1e-9))
+        per_epoch = -(-len(rows) // recipe.rows_per_step)
+        steps = max(1, math.ceil(recipe.epochs * per_epoch - 1e-9))
         return cls(rows, recipe.rows_per_step, min(steps, recipe.max_steps or steps), recipe.seed)
 
     @property
@@ -41,7 +41,7 @@ class Order:
         return -(-len(self.rows) // self.per_step)
 
     def step(self, number: int) -> list[Row]:
-        """The rows of step `number`, which counts from 0."""
+        """The rows of step `number`, counted from 0."""
         epoch, within = divmod(number, self.steps_per_epoch)
         order = _permutation(self.seed, epoch, len(self.rows))
         return [self.rows[index] for index in order[within * self.per_step : (within + 1) * self.per_step]]
@@ -54,9 +54,9 @@ def _permutation(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """The numbers of sequences that together fill rows of `room` tokens: the longest first, each where it just fits."""
+    """Pack sequences into rows of `room` tokens by best fit, longest first; returns the indices in each row."""
     rows: list[list[int]] = []
-    left: list[tuple[int, int]] = []  # the room that a row has left, and its number, in order
+    left: list[tuple[int, int]] = []  # (free tokens, index) of each row, sorted
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         at = bisect_left(left, (lengths[index], -1))
         if at == len(left):

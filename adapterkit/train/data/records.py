@@ -1,7 +1,6 @@
-"""Training records out of files, one at a time: whole texts, prompts with completions, or chats.
+"""Read training records from files, one at a time: texts, prompts with completions, or chats.
 
-What cannot be used comes as a `BadRecord` that says where it stands and why; the caller decides whether that ends the
-run.
+A malformed record is yielded as a `BadRecord` with its place and the reason; the caller decides whether to stop.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from adapterkit.hub.names import parsed
 from adapterkit.train.data import unpacking
 
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
-LINE = 16_000_000  # characters of one record in a file, whatever of it is read
+LINE = 16_000_000  # maximum characters of a record in a file, unused fields included
 TOO_LONG = f"has more than {LINE:,} characters"
-WHOLE = 1_000_000_000  # bytes of JSON that is no JSON lines
-MEMORY = 4 << 30  # bytes that unpacking a Parquet file may take
-UNPACKED, RATIO = 16_000_000, 100  # characters out of a Parquet file: so many, and so many for each of its bytes
-ROW = 200  # characters that each of its rows counts for at least
+WHOLE = 1_000_000_000  # maximum bytes of a JSON file that is not JSON lines
+MEMORY = 4 << 30  # bytes of memory for unpacking a Parquet file
+UNPACKED, RATIO = 16_000_000, 100  # a Parquet file may unpack to UNPACKED + RATIO · its size characters
+ROW = 200  # minimum number of characters that a Parquet row counts for
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What the fields of a record are called in a file; an empty name turns the form off."""
+    """The names of the fields in a file; an empty name turns that form off."""
 
     text: str = "text"
     prompt: str = "prompt"
@@ -43,9 +42,9 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record in one of the three forms; the fields of the others are None."""
+    """A record in one of the three forms; the fields of the other forms are None."""
 
-    where: str  # train.jsonl:17
+    where: str  # such as train.jsonl:17
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
@@ -54,23 +53,26 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that cannot be used."""
+    """A malformed record."""
 
     where: str
     why: str
 
 
-RawRecords: TypeAlias = Iterator[tuple[str, Any] | BadRecord]  # where something stands, and what
+RawRecords: TypeAlias = Iterator[tuple[str, Any] | BadRecord]  # (where, parsed value)
 DEFAULT = Fields()
 
 
 def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> Iterator[Record | BadRecord]:
-    """The records of a file, by its suffix, or of a dataset on the Hub (`org/name[@revision][:split]`), in order.
+    """Read the records of a file or of a dataset on the Hub (`org/name[@revision][:split]`), in order.
 
-    A record has the form whose fields it has; of several, the one whose fields were renamed. All but JSON arrays are
-    streamed, and no record can take all memory. Raises FormatError where the source is no regular file or cannot be
-    read, is empty, or has none of the fields in any record;
-    UsageError where its kind is unknown or a package is missing; OfflineError where the Hub is out of reach.
+    The suffix of a file selects its reader. The fields of a record decide its form; if it has several forms, the one
+    with renamed fields is used. Everything except JSON arrays is streamed, and the size of a record is limited.
+
+    Raises:
+        FormatError: The source is not a regular file, cannot be read, is empty, or no record has any of the fields.
+        UsageError: The file type is unknown, or a package is missing.
+        OfflineError: The Hub cannot be reached.
     """
     names = [name for name in astuple(fields) if name]
     empty, known, first = True, False, None
@@ -88,16 +90,16 @@ def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> It
     except OSError as error:
         raise FormatError(f"{source}: cannot be read: {error.strerror or error}") from error
     if empty:
-        raise FormatError(f"{source}: holds no records, expected one or more")
+        raise FormatError(f"{source}: has no records, expected one or more")
     if first and not known:
         raise FormatError(
-            f"{first[0]}: has the fields {_listed(first[1])}, and no record has any of {_listed(names)}; name them "
+            f"{first[0]}: has the fields {_listed(first[1])}; no record has any of {_listed(names)}. Name the fields "
             "with --text-field, with --prompt-field and --completion-field, or with --messages-field"
         )
 
 
 def _record(where: str, row: Any, fields: Fields) -> Record | BadRecord:
-    """`row` as a record, with all that training reads checked."""
+    """`row` as a checked record."""
     if not isinstance(row, Mapping):
         return BadRecord(where, f"is {type(row).__name__}, expected an object with fields")
     names = asdict(fields)
@@ -106,21 +108,22 @@ def _record(where: str, row: Any, fields: Fields) -> Record | BadRecord:
     renamed = [form for form in forms if any(names[part] != part for part in form)]
     if len(forms := renamed if len(forms) > 1 and renamed else forms) != 1:
         found = "has " + (_listed(names[part] for part in values) or f"none of {_listed(filter(None, names.values()))}")
-        choice = "more than one form; turn one off by an empty name: --text-field ''" if forms else "no whole form"
-        return BadRecord(where, f"{found}: {choice}, expected one: a text, a prompt and its completion, or messages")
+        if forms:
+            found += ": more than one form; turn one off with an empty name (--text-field '')"
+        return BadRecord(where, f"{found}: expected a text, a prompt with a completion, or messages")
     for part in forms[0]:
         if why := _problem(part, values[part]):
             return BadRecord(where, f"{names[part]!r} {why}")
-    try:  # a tokenizer takes neither, and fails with less to say
+    try:  # a tokenizer fails on both with a worse message
         json.dumps(row, ensure_ascii=False, default=str).encode()
     except (ValueError, RecursionError):
-        return BadRecord(where, "holds bytes that are not UTF-8, or half of a surrogate pair")
+        return BadRecord(where, "has invalid UTF-8 or a lone surrogate")
     form = {part: values[part] for part in forms[0]}
     return Record(where, messages=tuple(form["messages"])) if "messages" in form else Record(where, **form)
 
 
 def _problem(part: str, value: Any) -> str | None:
-    """What keeps `value` from being a `part` of a record to learn from."""
+    """Why `value` is not valid as the field `part` of a record, or None."""
     if part != "messages":
         if not isinstance(value, str):
             return f"is {type(value).__name__}, expected a string"
@@ -130,9 +133,9 @@ def _problem(part: str, value: Any) -> str | None:
     for number, turn in enumerate(value, 1):
         shaped = isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
         if not shaped or not (isinstance(turn.get("content"), str) or turn.get("tool_calls")):
-            return f"has no turn of {{role, content}}, both strings, in place {number}"
+            return f"has an invalid turn {number}, expected strings in {{role, content}}"
     if not any(turn["role"] == "assistant" and str(turn.get("content") or "").strip() for turn in value):
-        return "has no turn in which the assistant says something"
+        return "has no assistant turn with content"
     return None
 
 
@@ -148,21 +151,21 @@ def _rows(source: str | os.PathLike[str], fields: Fields) -> RawRecords:
     reader = READERS.get(path.suffix.lower())
     if os.path.lexists(path):
         if reader is None:
-            raise UsageError(f"{path}: is of no kind that records are read from, expected {', '.join(READERS)}")
+            raise UsageError(f"{path}: unsupported file type, expected {', '.join(READERS)}")
         return reader(path, fields)
     if reader or parsed(str(source)) is None or (path.parent.is_dir() and path.parent != Path()):
-        raise FormatError(f"{source}: there is no such file, expected one, or a dataset on the Hub: org/name[:split]")
+        raise FormatError(f"{source}: no such file; expected a file or a dataset on the Hub: org/name[:split]")
     return _hub_rows(str(source))
 
 
 def _lines(file: Path, newline: str | None = None) -> Iterator[str]:
-    """The lines of `file`; bytes that are not UTF-8 come as lone surrogates, which `_record` finds."""
+    """The lines of `file`; invalid UTF-8 becomes lone surrogates, which `_record` reports."""
     with io.TextIOWrapper(open_regular(file), "utf-8-sig", "surrogateescape", newline) as stream:
         yield from _bounded(stream)
 
 
 def _bounded(stream: IO[str]) -> Iterator[str]:
-    """The lines of `stream`; of one that is longer than `LINE` the beginning, which is too long itself."""
+    """The lines of `stream`, cut to `LINE + 1` characters, so that callers recognize lines that are too long."""
     while line := stream.readline(LINE + 1):
         yield line
         while len(line) > LINE and not line.endswith("\n"):
@@ -170,7 +173,7 @@ def _bounded(stream: IO[str]) -> Iterator[str]:
 
 
 def _text_rows(file: Path, fields: Fields) -> RawRecords:
-    """A text a line; blank lines hold nothing that could be lost, here and in JSON lines."""
+    """One text per line; blank lines are skipped, as in JSON lines."""
     for number, line in enumerate(_lines(file), 1):
         where = f"{file.name}:{number}"
         if len(line) > LINE:
@@ -192,15 +195,17 @@ def _json_line_rows(file: Path, fields: Fields) -> RawRecords:
 
 
 def _json_rows(file: Path, fields: Fields) -> RawRecords:
-    """An array of records, an object with one array in it, one record, or JSON lines under another name."""
+    """An array of records, an object with one array in it, a single record, or JSON lines."""
     with open_regular(file) as stream:
         raw = stream.read(WHOLE + 1)
     if len(raw) > WHOLE:
-        raise FormatError(f"{file}: is larger than {WHOLE:,} bytes; as JSON lines (.jsonl) it would be streamed")
+        raise FormatError(
+            f"{file}: is larger than {WHOLE:,} bytes; convert it to JSON lines (.jsonl), read as a stream"
+        )
     try:
         value = _parse(raw.decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError) as error:
-        if "Extra data" not in str(error):  # a first value ends and more follows: lines
+        if "Extra data" not in str(error):  # a second value follows the first: JSON lines
             raise FormatError(f"{file}: is not valid JSON: {error}") from error
         yield from _json_line_rows(file, fields)
         return
@@ -213,15 +218,15 @@ def _json_rows(file: Path, fields: Fields) -> RawRecords:
 
 def _parse(text: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(result := dict(pairs)) < len(pairs):  # Python would keep the last and say nothing
-            raise ValueError(f"one object has a name twice: {_listed(name for name, _ in pairs)[:200]}")
+        if len(result := dict(pairs)) < len(pairs):  # Python silently takes the last
+            raise ValueError(f"duplicate key in an object: {_listed(name for name, _ in pairs)[:200]}")
         return result
 
     return json.loads(text, object_pairs_hook=unique)
 
 
 class _TableLines:
-    """The lines of a table, as long as a row does not take too many: after an open quote, all that follow."""
+    """The lines of a table; limits the size of a row, which an unclosed quote would extend to the end of the file."""
 
     def __init__(self, file: Path) -> None:
         self.lines, self.number, self.taken = _lines(file, newline=""), 0, 0
@@ -254,8 +259,8 @@ def _table_rows(file: Path, fields: Fields) -> RawRecords:
             continue
         if not header:
             header = cells
-            if twice := [name for name in astuple(fields) if name and header.count(name) > 1]:
-                raise FormatError(f"{where}: the header names {twice[0]!r} twice")
+            if duplicates := [name for name in astuple(fields) if name and header.count(name) > 1]:
+                raise FormatError(f"{where}: the header has {duplicates[0]!r} twice")
         elif cells and len(cells) != len(header):
             yield BadRecord(where, f"has {len(cells)} cells, the header has {len(header)}")
         elif cells:
@@ -263,8 +268,8 @@ def _table_rows(file: Path, fields: Fields) -> RawRecords:
 
 
 def _parquet_rows(file: Path, fields: Fields) -> RawRecords:
-    """The rows of a Parquet file, unpacked by a process of its own and only up to what such a file should hold."""
-    _needed("pyarrow", f"{file}: Parquet")
+    """The rows of a Parquet file, unpacked in a subprocess, up to a limit that depends on the size of the file."""
+    _import("pyarrow", f"{file}: Parquet")
     names = json.dumps([name for name in astuple(fields) if name])
     with (
         open_regular(file) as stream,
@@ -277,11 +282,11 @@ def _parquet_rows(file: Path, fields: Fields) -> RawRecords:
                 room -= max(len(line), ROW)
                 if room < 0:
                     raise FormatError(f"{file}: unpacks to more than {RATIO} times its size; convert it to JSON lines")
-                made = json.loads(line) if len(line) <= LINE else {"bad": TOO_LONG}
-                if "error" in made:
-                    raise FormatError(f"{file}: {made['error']}")
+                answer = json.loads(line) if len(line) <= LINE else {"bad": TOO_LONG}
+                if "error" in answer:
+                    raise FormatError(f"{file}: {answer['error']}")
                 where = f"{file.name}: record {number}"
-                yield (where, made["row"]) if "row" in made else BadRecord(where, made["bad"])
+                yield (where, answer["row"]) if "row" in answer else BadRecord(where, answer["bad"])
             if process.wait():
                 raise FormatError(f"{file}: takes too much memory to read, or crashes pyarrow")
         finally:
@@ -289,7 +294,7 @@ def _parquet_rows(file: Path, fields: Fields) -> RawRecords:
 
 
 def _hub_rows(source: str) -> RawRecords:
-    load = _needed("datasets", f"{source}: there is no such file, and a dataset on the Hub").load_dataset
+    load = _import("datasets", f"{source}: no such file, and a dataset on the Hub").load_dataset
     id = parsed(source)
     assert id is not None
     try:
@@ -297,13 +302,13 @@ def _hub_rows(source: str) -> RawRecords:
         for number, row in enumerate(rows, 1):
             yield f"{source}: record {number}", row
     except ConnectionError as error:
-        raise OfflineError(f"{source}: there is no such file, and the Hub cannot be reached: {error}") from error
+        raise OfflineError(f"{source}: no such file, and the Hub cannot be reached: {error}") from error
     except (OSError, ValueError) as error:
-        raise FormatError(f"{source}: neither a file nor a dataset that the Hub can give: {error}") from error
+        raise FormatError(f"{source}: no such file, and the Hub cannot load such a dataset: {error}") from error
 
 
-def _needed(module: str, what: str) -> Any:
-    """An optional package, or UsageError that says how to get it."""
+def _import(module: str, what: str) -> Any:
+    """Import an optional package; raises UsageError with the command to install it."""
     try:
         return import_module(module)
     except ImportError as error:

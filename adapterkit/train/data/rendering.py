@@ -1,8 +1,8 @@
-"""A program for `files/limits.py` that writes chats as a template of transformers has them.
+"""A program for `files/limits.py` that renders chats with a transformers chat template.
 
-A chat template is a stranger's program: a few nested loops run for years, `"a" * 10**10` takes all memory, and no list
-of what it must not do is complete. Here the operating system stops it, and transformers itself renders. Nothing is
-imported from the package, so that it starts in a second.
+A chat template is untrusted code: a few nested loops run for years, `"a" * 10**10` takes all memory, and no blocklist
+is complete. Here the operating system limits it, and transformers does the rendering. The program imports nothing from
+the package, to start within a second.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def main(limits: Limits, seconds: str) -> None:
-    """Answer every request, `{"template", "tokens", "messages"}`, by `{"text", "spans"}` or `{"error"}`."""
-    os.environ["USE_TORCH"] = "0"  # which would take seconds to import, and is not used
+    """Answer each request, `{"template", "tokens", "messages"}`, with `{"text", "spans"}` or `{"error"}`."""
+    os.environ["USE_TORCH"] = "0"  # unused, and takes seconds to import
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +26,7 @@ def main(limits: Limits, seconds: str) -> None:
 
 
 def answer(tokenizer: Any, template: str, tokens: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The text of a chat, and where in it the assistant's turns begin and end, with the tokens that end them."""
+    """The text of a chat, and the spans of the assistant's turns in it, with the tokens that end them."""
 
     def render(turns: int, prompt: bool = False) -> str:
         return str(
@@ -40,23 +40,22 @@ def answer(tokenizer: Any, template: str, tokens: dict[str, Any], messages: list
             if message["role"] == "assistant":
                 before, after = render(at, prompt=True), render(at + 1)
                 if not (after.startswith(before) and whole.startswith(after)):
-                    raise OtherwiseError(
-                        f"the chat template writes turn {at + 1} otherwise when it is generated, or when turns follow, "
-                        "so what would be learned is never seen again; expected the same text; or give prompt and "
-                        "completion"
+                    raise InconsistentError(
+                        f"the chat template renders turn {at + 1} differently when it is generated or when turns "
+                        "follow, so the model would learn a text that never occurs; use prompt and completion instead"
                     )
-                yield len(before), len(after.rstrip())  # what is written after the token that ends it is not generated
+                yield len(before), len(after.rstrip())  # whitespace after the end token is never generated
 
     try:
         whole = render(len(messages))
         return {"text": whole, "spans": list(spans())}
-    except OtherwiseError as error:
+    except InconsistentError as error:
         return {"error": str(error)}
     except MemoryError:
-        return {"error": "the chat template takes too much memory for it"}
-    except Exception as error:  # a template refuses what and how it likes
-        return {"error": f"the chat template refuses it: {error}"}
+        return {"error": "the chat template takes too much memory"}
+    except Exception as error:  # templates raise anything
+        return {"error": f"the chat template rejects it: {error}"}
 
 
-class OtherwiseError(Exception):
-    """A turn is not written in one way."""
+class InconsistentError(Exception):
+    """A turn is rendered in more than one way."""

@@ -1,4 +1,4 @@
-"""Records as tokens: which ones a model reads, and which of them the loss counts."""
+"""Tokenize records: the tokens that a model reads, and those that the loss counts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from adapterkit.errors import FormatError, UsageError
 from adapterkit.train.data.chats import Chats, RefusedError, Templated
 from adapterkit.train.data.records import BadRecord, Record
 
-SHOWN = 10  # bad records that an error lists
-CHARACTERS = 1_000_000  # of a record: a tokenizer takes up to 6 s and 0.8 GB for so many
-CHARACTERS_A_TOKEN = 8  # or as many times --max-length: about twice what a token of text has
+SHOWN = 10  # bad records listed in an error
+MAX_CHARACTERS = 1_000_000  # per record: tokenizing that many takes up to 6 s and 0.8 GB
+CHARACTERS_PER_TOKEN = 8  # the limit is at least --max-length times this, about twice the average of text
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
 
 class Tokenizer(Templated, Protocol):
-    """What is used of a fast tokenizer of transformers."""
+    """The part of a fast transformers tokenizer that is used here."""
 
     @property
     def eos_token_id(self) -> Any: ...
@@ -34,7 +34,10 @@ class Tokenizer(Templated, Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """A record as tokens: `ids` (tokens,), `counted` (tokens,) where the loss is for the token; `cut` more were cut."""
+    """A tokenized record.
+
+    `ids (tokens,)`; `counted (tokens,)` marks the tokens in the loss; `cut` is the number of tokens truncated.
+    """
 
     ids: Ids
     counted: Mask
@@ -44,7 +47,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Examples and the records they come from, in one order, and what was left out."""
+    """Examples and their records in the same order, and the skipped records."""
 
     examples: tuple[Example, ...]
     records: tuple[Record, ...]
@@ -52,31 +55,34 @@ class Encoded:
 
     @property
     def truncated(self) -> tuple[str, ...]:
-        """Where the records stand that were cut."""
+        """The places of the truncated records."""
         return tuple(example.where for example in self.examples if example.cut)
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are in all."""
+        """The number of tokens."""
         return sum(len(example.ids) for example in self.examples)
 
     @property
     def counted(self) -> int:
-        """How many of them the loss is for."""
+        """The number of tokens in the loss."""
         return sum(int(example.counted.sum()) for example in self.examples)
 
 
 def encode(record: Record, tokenizer: Tokenizer, max_length: int, chats: Chats) -> Example | BadRecord:
-    """`record` as at most `max_length` tokens, cut at the end; Bad where no token is left that the loss is for.
+    """Tokenize `record`, truncated at the end to `max_length` tokens; a BadRecord if no counted token is left.
 
-    A text counts whole; of a prompt and its completion, the completion; of a chat, what the assistant says, with the
-    token that ends each turn. The first token never counts: nothing predicts it. Raises UsageError where a chat meets a
-    tokenizer that has no chat template, FormatError where the template takes too much time or memory.
+    The loss counts a whole text; the completion of a prompt; the assistant's turns of a chat, with the token that ends
+    each turn. The first token never counts: nothing predicts it.
+
+    Raises:
+        UsageError: `record` is a chat, and the tokenizer has no chat template.
+        FormatError: The template exceeds its time or memory limit.
     """
-    most = max(CHARACTERS, CHARACTERS_A_TOKEN * max_length)
+    limit = max(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * max_length)
     try:
         ids, counted = (
-            _chat(record.messages, tokenizer, chats, most) if record.messages else _plain(record, tokenizer, most)
+            _chat(record.messages, tokenizer, chats, limit) if record.messages else _plain(record, tokenizer, limit)
         )
     except RefusedError as error:
         return BadRecord(record.where, str(error))
@@ -84,7 +90,7 @@ def encode(record: Record, tokenizer: Tokenizer, max_length: int, chats: Chats) 
         raise FormatError(f"{record.where}: {error}") from error
     counted[:1] = False
     if not counted.any():
-        return BadRecord(record.where, f"has {len(ids)} tokens, and none that could be learned")
+        return BadRecord(record.where, f"has no token to learn ({len(ids)} in total)")
     if not counted[:max_length].any():
         return BadRecord(record.where, f"the prompt alone has {counted.argmax()} tokens, --max-length is {max_length}")
     return Example(ids[:max_length].copy(), counted[:max_length].copy(), record.where, max(0, len(ids) - max_length))
@@ -93,43 +99,43 @@ def encode(record: Record, tokenizer: Tokenizer, max_length: int, chats: Chats) 
 def encode_all(
     records: Iterable[Record | BadRecord], tokenizer: Tokenizer, max_length: int, skip_bad: bool = False
 ) -> Encoded:
-    """All of `records` as tokens. Raises FormatError where some are bad, or with `skip_bad` where none is good."""
+    """Tokenize `records`; raises FormatError if any is bad, or with `skip_bad` if all are."""
     if max_length < 2:
-        raise UsageError(f"--max-length is {max_length}, expected 2 or more: nothing predicts a first token")
+        raise UsageError(f"--max-length is {max_length}, expected 2 or more: nothing predicts the first token")
     good: list[tuple[Example, Record]] = []
     bad: list[BadRecord] = []
     with Chats(tokenizer) as chats:
         for record in records:
-            made = record if isinstance(record, BadRecord) else encode(record, tokenizer, max_length, chats)
-            if isinstance(record, Record) and isinstance(made, Example):
-                good.append((made, record))
-            elif isinstance(made, BadRecord):
-                bad.append(made)
+            result = record if isinstance(record, BadRecord) else encode(record, tokenizer, max_length, chats)
+            if isinstance(record, Record) and isinstance(result, Example):
+                good.append((result, record))
+            elif isinstance(result, BadRecord):
+                bad.append(result)
     if bad and not (skip_bad and good):
         lines = [f"{len(bad)} of {len(bad) + len(good)} records cannot be used"]
-        lines += [f"  {one.where}: {one.why}" for one in bad[:SHOWN]]
+        lines += [f"  {record.where}: {record.why}" for record in bad[:SHOWN]]
         lines += [f"  and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)
-        lines += ["Mend them, or go on without them: --skip-bad"] * bool(good)
+        lines += ["Fix them, or skip them with --skip-bad"] * bool(good)
         raise FormatError(*lines)
     if not good:
-        raise FormatError("there are no records, expected one or more")
+        raise FormatError("no records, expected one or more")
     return Encoded(tuple(example for example, _ in good), tuple(record for _, record in good), tuple(bad))
 
 
 def split(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded]:
-    """What is trained on and the `share` of the records that is validated on, in order; `bad` stays with the first.
+    """Split into training and validation data, the latter a random `share` of the records, each in order.
 
-    Raises UsageError where one of them would be empty.
+    The skipped records stay with the training data. Raises UsageError if a part would be empty.
     """
     count = len(encoded.examples)
     held = round(share * count) if 0 < share < 1 else 0
     if not 0 < held < count:
-        raise UsageError(f"a share of {share} of {count} records: expected one or more to train on and to validate on")
+        raise UsageError(f"a share of {share} of {count} records: expected one or more for training and validation")
     chosen = set(np.random.default_rng(seed).permutation(count)[:held].tolist())
 
     def part(validated: bool, bad: tuple[BadRecord, ...]) -> Encoded:
-        places = [at for at in range(count) if (at in chosen) is validated]
-        return Encoded(tuple(encoded.examples[at] for at in places), tuple(encoded.records[at] for at in places), bad)
+        indices = [index for index in range(count) if (index in chosen) is validated]
+        return Encoded(tuple(encoded.examples[i] for i in indices), tuple(encoded.records[i] for i in indices), bad)
 
     return part(False, encoded.bad), part(True, ())
 
@@ -137,9 +143,9 @@ def split(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded]:
 # --- the forms -------------------------------------------------------------------------------------------------------
 
 
-def _plain(record: Record, tokenizer: Tokenizer, most: int) -> tuple[Ids, Mask]:
-    """A text, or a prompt as it stands when generating and its completion; then the token that ends."""
-    _check_size(record.text or f"{record.prompt or ''}{record.completion or ''}", most)
+def _plain(record: Record, tokenizer: Tokenizer, limit: int) -> tuple[Ids, Mask]:
+    """A text, or a prompt as in generation and its completion; then the end token."""
+    _check_size(record.text or f"{record.prompt or ''}{record.completion or ''}", limit)
     prompt: list[int] = []
     if record.text is None:
         prompt = tokenized(tokenizer, record.prompt or "")["input_ids"]
@@ -153,10 +159,10 @@ def _plain(record: Record, tokenizer: Tokenizer, most: int) -> tuple[Ids, Mask]:
     return ids, np.arange(len(ids)) >= len(prompt)
 
 
-def _chat(messages: tuple[Mapping[str, Any], ...], tokenizer: Tokenizer, chats: Chats, most: int) -> tuple[Ids, Mask]:
-    """A chat as its template writes it; the tokens count that begin in what the assistant says."""
+def _chat(messages: tuple[Mapping[str, Any], ...], tokenizer: Tokenizer, chats: Chats, limit: int) -> tuple[Ids, Mask]:
+    """A chat rendered by its template; tokens that begin in an assistant's turn count."""
     whole, spans = chats.text_of(messages)
-    _check_size(whole, most)
+    _check_size(whole, limit)
     encoding = tokenized(tokenizer, whole, add_special_tokens=False, return_offsets_mapping=True)
     begins = np.array([begin for begin, _ in encoding["offset_mapping"]], np.int64)
     counted = np.zeros(len(begins), np.bool_)
@@ -165,7 +171,7 @@ def _chat(messages: tuple[Mapping[str, Any], ...], tokenizer: Tokenizer, chats: 
     return np.array(encoding["input_ids"], np.int32), counted
 
 
-def _check_size(text: str, most: int) -> None:
-    """Raise RefusedError where a tokenizer would need too long: it reads all of a text, however little is kept."""
-    if len(text) > most:
-        raise RefusedError(f"has {len(text):,} characters, expected at most {most:,}; split it into several records")
+def _check_size(text: str, limit: int) -> None:
+    """Raise RefusedError if tokenizing would take too long: a tokenizer reads the whole text before truncation."""
+    if len(text) > limit:
+        raise RefusedError(f"has {len(text):,} characters, expected at most {limit:,}; split it into several records")

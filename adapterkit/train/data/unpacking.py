@@ -1,7 +1,7 @@
-"""A program for `files/limits.py` that writes the rows of the Parquet file on stdin as JSON lines, in bounded memory.
+"""A program for `files/limits.py` that writes the rows of the Parquet file on stdin as JSON lines, in limited memory.
 
-A few bytes of Parquet can claim any number of rows of any size, past all metadata, and pyarrow allocates what they
-claim. Here the operating system says no. Nothing is imported from the package, so that it starts wherever pyarrow does.
+A few bytes of Parquet can claim any number of rows of any size, whatever the metadata says, and pyarrow allocates it.
+Here the operating system sets the limit. The program imports nothing from the package, only pyarrow.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adapterkit.files.limits import Limits
 
-ROWS = 64  # in memory at once
-CHUNK = 1 << 20  # bytes of the file that are read at a time
+ROWS = 64  # in memory at a time
+CHUNK = 1 << 20  # bytes read at a time
 
 
 def main(limits: Limits, names: str) -> None:
-    """Write `{"row": …}`, or `{"bad": why}` for what JSON cannot hold, for each row, with the columns `names` of it."""
+    """Write the columns `names` of each row: `{"row": …}`, or `{"bad": why}` where JSON cannot represent it."""
     try:
         write_rows(limits, json.loads(names))
     except MemoryError:
@@ -29,21 +29,21 @@ def main(limits: Limits, names: str) -> None:
 
 
 def write_rows(limits: Limits, names: list[str]) -> None:
-    """Write them in bounded memory, beyond what pyarrow takes for itself."""
+    """Write the rows; the memory limit does not include the memory that pyarrow takes at import."""
     pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     limits.limit_memory()
     file = parquet.ParquetFile(pyarrow.PythonFile(sys.stdin.buffer, "r"), buffer_size=CHUNK)
-    there = file.schema_arrow.names
-    columns = [name for name in there if name in names]
+    existing = file.schema_arrow.names
+    columns = [name for name in existing if name in names]
     if not columns:
-        say({"row": dict.fromkeys(there)})  # which shows what they are called
+        say({"row": dict.fromkeys(existing)})  # for the error that lists the fields
         return
     for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
         for at in range(len(batch)):
             try:
                 [row] = batch.slice(at, 1).to_pylist()
                 say({"row": row})
-            except (TypeError, ValueError) as error:  # bytes or dates; text that is not UTF-8
+            except (TypeError, ValueError) as error:  # bytes, dates, or invalid UTF-8
                 say({"bad": str(error)})
 
 

@@ -1,4 +1,4 @@
-"""Training runs from a recipe to what is left on disk: models, memory, checkpoints, results."""
+"""Training runs, from a recipe to the files of the result: models, memory, checkpoints, evaluation."""
 
 from adapterkit.train.runs.run import train
 

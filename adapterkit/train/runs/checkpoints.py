@@ -1,7 +1,7 @@
-"""A run's state on disk: complete or not there, the newest two and the best, every file by its SHA-256.
+"""Checkpoints of a run: written atomically and verified by SHA-256; the newest two and the best remain.
 
-A checkpoint has the tensors, how far the run was, what its bits follow from, and a hash of its log up to there.
-`SHA256SUMS`, written last, has the hashes of its files; `sha256sum -c` reads it too.
+A checkpoint has the tensors, the progress, the origin (everything that determines its bits) and a hash of the log so
+far. `SHA256SUMS`, written last, has the hashes of its files, in the format of `sha256sum -c`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 FOLDER = "checkpoints"
 TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
-KEPT = 2
+NEWEST = 2  # checkpoints that remain, besides the best
 MAX_SUMS_BYTES = 1000
 STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is, and how good it was at best."""
+    """The progress of a run, and its best validation loss."""
 
     step: int = 0
     tokens: int = 0
@@ -44,7 +44,7 @@ class Progress:
     loss: float | None = None  # of the last step
     best_step: int | None = None
     best_loss: float | None = None
-    no_better: int = 0  # measurements since the best
+    no_better: int = 0  # validations since the best
     first_eval_loss: float | None = None
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """The log of a run up to a checkpoint: so many bytes, and their SHA-256."""
+    """The log of a run up to a checkpoint: its size in bytes, and their SHA-256."""
 
     size: int
     sha256: str
@@ -66,7 +66,7 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All of a checkpoint but its tensors."""
+    """A checkpoint without its tensors."""
 
     progress: Progress
     origin: Origin
@@ -76,7 +76,7 @@ class State:
 
 
 def save(run: Path, state: State, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write a checkpoint into the folder of a run, and remove those that are neither new nor the best."""
+    """Write a checkpoint into the folder of a run, and remove those that are neither the newest nor the best."""
     folder = at(run, state.progress.step)
     partial = folder.with_name(f".{folder.name}.partial")
     remove(partial)
@@ -89,7 +89,7 @@ def save(run: Path, state: State, tensors: Mapping[str, torch.Tensor]) -> Path:
     remove(folder)
     partial.rename(folder)
     system.flush_path(folder.parent)
-    for old in steps(run)[:-KEPT]:
+    for old in steps(run)[:-NEWEST]:
         if number(old) != state.progress.best_step:
             remove(old)
     return folder
@@ -102,24 +102,24 @@ def steps(run: Path) -> list[Path]:
 
 
 def number(folder: Path) -> int:
-    """The step that a checkpoint is of."""
+    """The step of a checkpoint."""
     return int(folder.name.removeprefix("step-"))
 
 
 def at(run: Path, step: int) -> Path:
-    """The checkpoint of one step."""
+    """The folder of the checkpoint of `step`."""
     return run / FOLDER / f"step-{step:06d}"
 
 
 def read(folder: Path) -> State:
-    """All of a checkpoint but its tensors; raises FormatError where a bit of it has changed since it was written."""
+    """Read a checkpoint without its tensors; raises FormatError if any bit of it has changed since it was written."""
     from pydantic import TypeAdapter, ValidationError
 
     sums = _sums(folder)
     written = read_whole(folder / SUMS, MAX_SUMS_BYTES).decode("utf-8", "replace")
     for name, line in sums.items():
         if line not in written:
-            raise FormatError(f"{folder / name}: has another SHA-256 than {SUMS} says, so one of them has changed")
+            raise FormatError(f"{folder / name}: does not match its SHA-256 in {SUMS}; one of them has changed")
     if written != "".join(sums.values()):
         raise FormatError(f"{folder / SUMS}: has more than the hashes of {' and '.join(sums)}")
     try:
@@ -131,33 +131,33 @@ def read(folder: Path) -> State:
 
 
 def check(folder: Path, state: State, last: int, layout: Mapping[str, torch.Tensor]) -> None:
-    """Raise FormatError where a checkpoint is of no run of `last` steps, with tensors like those of `layout`."""
+    """Raise FormatError unless the checkpoint is of a run of `last` steps with tensors like those of `layout`."""
     progress, step, best = state.progress, number(folder), state.progress.best_step
     amounts = {"tokens": progress.tokens, "seconds": progress.seconds, "no_better": progress.no_better}
-    for problem, found in {
+    for problem, present in {
         f"step is {progress.step:,}, its folder is {folder.name}": progress.step != step,
         f"step is {step:,}, the run has {last:,}": not 1 <= step <= last,
         f"best_step is {best}, expected 1 to {step:,}": best is not None and not 1 <= best <= step,
         "has only one of best_step and best_loss": (best is None) != (progress.best_loss is None),
         **{f"{name} is {value}, expected 0 or more": not 0 <= value < math.inf for name, value in amounts.items()},
     }.items():
-        if found:
+        if present:
             raise FormatError(f"{folder / STATE}: {problem}")
     file, tensors = folder / TENSORS, read_header(folder / TENSORS).tensors
     for name in sorted(tensors.keys() ^ layout.keys()):
         raise FormatError(f"{file}: {name} is " + ("not a tensor of this run" if name in tensors else "missing"))
     for name, info in tensors.items():
-        one = TORCH_NAMES.get(info.dtype, info.dtype), info.shape
-        other = str(layout[name].dtype).removeprefix("torch."), tuple(layout[name].shape)
-        if one != other:
-            raise FormatError(f"{file}: {name} is {one[0]} {one[1]}, this run has {other[0]} {other[1]}")
+        stored = TORCH_NAMES.get(info.dtype, info.dtype), info.shape
+        expected = str(layout[name].dtype).removeprefix("torch."), tuple(layout[name].shape)
+        if stored != expected:
+            raise FormatError(f"{file}: {name} is {stored[0]} {stored[1]}, this run has {expected[0]} {expected[1]}")
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that `check` has passed."""
+    """Read the tensors of a checkpoint that passed `check`."""
     return {name: info.read() for name, info in read_header(folder / TENSORS).tensors.items()}
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """The lines of `SHA256SUMS` by the file that they are for."""
+    """The lines of `SHA256SUMS` by file."""
     return {name: f"{sha256_of(folder / name)}  {name}\n" for name in (TENSORS, STATE)}

@@ -1,4 +1,4 @@
-"""What must hold before a weight is read: an adapter, a base and data that belong together."""
+"""Checks before any weight is read: that base, adapter and data fit together."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from adapterkit.train.data.tokenize import Encoded
 
 
 def open_base(spec: str) -> Checkpoint:
-    """The model that `spec` names, by its headers.
+    """Open the model `spec` by its headers.
 
-    Raises UsageError where it is an adapter, or a lone file, FormatError where its config is not that of its weights,
-    or where a file in the Hub cache has other bytes than on the Hub.
+    Raises:
+        UsageError: It is an adapter or a single file.
+        FormatError: Its config does not match its weights, or a file in the Hub cache differs from the Hub.
     """
     path = resolve(spec)
-    if path.exists() and not is_base(path):  # beside a model, transformers would load an adapter that it finds there
-        raise UsageError(f"{path}: is no model of transformers: expected a directory with config.json and no adapter")
+    if path.exists() and not is_base(path):  # transformers would also load an adapter in the same directory
+        raise UsageError(f"{path}: not a transformers model: expected a directory with config.json and no adapter")
     base = open_checkpoint(path, hub_id(spec))
     small = (path / file for file in base.other_files()[0] if file.suffix in SMALL_FILES)
     check_cached([path / CONFIG, *small, *([base.index] if base.index else []), *(one.file for one in base.shards)])
@@ -35,7 +36,7 @@ def open_base(spec: str) -> Checkpoint:
 
 
 def open_fitting(spec: str, base: Checkpoint) -> WeightedAdapter:
-    """The adapter, checked to be whole and to fit `base`."""
+    """Load the adapter, checked to be complete and to fit `base`."""
     path = resolve(spec)
     given = WeightedAdapter(load(path), label=hub_id(spec) or path.resolve().name)
     check_cached(given.adapter.files)
@@ -44,12 +45,12 @@ def open_fitting(spec: str, base: Checkpoint) -> WeightedAdapter:
     whole = [
         *adapter.replaced,
         *adapter.tokens,
-        *(name for name, one in adapter.modules.items() if one.bias is not None),
+        *(name for name, module in adapter.modules.items() if module.bias is not None),
     ]
     if whole:
         raise FitError(
-            f"{given.label}: {whole[0]}: is trained whole in this adapter, and only factors and magnitudes go beside a "
-            "base. Merge it, and go on with the result."
+            f"{given.label}: {whole[0]}: the adapter trains this tensor in full; only factors and magnitudes can be "
+            "added to a base. Merge the adapter and use the result."
         )
     if (tie := tie_of(base)) is not None and tie.implied:
         tensors[tie.head] = replace(tensors[tie.embedding], name=tie.head)
@@ -58,29 +59,29 @@ def open_fitting(spec: str, base: Checkpoint) -> WeightedAdapter:
 
 
 def check_sequences(data: Encoded, base: Checkpoint) -> None:
-    """Raise where a sequence is longer than what the model can read, or holds what it has no embedding for."""
+    """Raise where a sequence is longer than the model's context, or has tokens outside its vocabulary."""
     positions, vocabulary = size_of(base, "max_position_embeddings", "n_positions"), size_of(base, "vocab_size")
     for example in data.examples:
         if positions is not None and len(example.ids) > positions:
             raise UsageError(
-                f"{example.where}: has {len(example.ids):,} tokens, {base.name} reads {positions:,} at most: "
-                f"--max-length {positions}"
+                f"{example.where}: has {len(example.ids):,} tokens, {base.name} supports at most {positions:,}; "
+                f"use --max-length {positions}"
             )
         if vocabulary is not None and example.ids.max() >= vocabulary:
             raise FitError(
-                f"{example.where}: has token {example.ids.max()}, {base.name} knows {vocabulary:,}. Its tokenizer "
-                "belongs to another model."
+                f"{example.where}: has token {example.ids.max()}, the vocabulary of {base.name} has {vocabulary:,}; "
+                "its tokenizer belongs to another model"
             )
 
 
 def refuse_twice_quantized(quantize: str, base: Checkpoint) -> None:
-    """Raise UsageError where a base in few bits is to be quantized again."""
+    """Raise UsageError if a quantized base would be quantized again."""
     if quantize != "none" and base.quantization:
-        raise UsageError(f"--quantize {quantize}: {base.name} is quantized already ({base.quantization})")
+        raise UsageError(f"--quantize {quantize}: {base.name} is already quantized ({base.quantization})")
 
 
 def size_of(base: Checkpoint, *names: str) -> int | None:
-    """A number in the config, by the first of `names` that it knows."""
+    """The first of `names` that is a number in the config."""
     nested = base.config.get("text_config")
     config = base.config | (nested if isinstance(nested, dict) else {})
     return next((int(config[name]) for name in names if isinstance(config.get(name), int)), None)

@@ -1,6 +1,6 @@
-"""What a run takes, from headers and the data alone: before a weight is read, and what would take less.
+"""Estimate a run's memory from headers and data alone, before any weight is read, and suggest options that fit.
 
-An estimate, a little high, from what the loop keeps: see `benchmarks/RESULTS.md` for how near it is.
+The estimate is a little high; `benchmarks/RESULTS.md` has measurements.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from adapterkit.train.data.tokenize import Example
 from adapterkit.train.loss import CHUNK
 from adapterkit.train.recipe import Recipe
 
-PROCESS = 900_000_000  # torch, transformers and compiled kernels, on a CPU
-ADAM = 12  # bytes for each trained parameter beside itself: a gradient and two moments
-IN_4_BITS = 0.53  # bytes for an element, with its share of the scales
+PROCESS = 900_000_000  # bytes of torch, transformers and compiled kernels, on a CPU
+ADAM = 12  # bytes per trained parameter beside itself: a gradient and two moments
+IN_4_BITS = 0.53  # bytes per element, scales included
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes by what they are for."""
+    """Bytes of memory by use."""
 
     weights: int
     training: int  # factors, gradients and moments
@@ -45,7 +45,7 @@ class Estimate:
 def estimate(
     base: Checkpoint, recipe: Recipe, examples: Sequence[Example], dtype: torch.dtype, device: torch.device
 ) -> Estimate:
-    """What training by `recipe` takes at its peak, in the batch with the most tokens."""
+    """Estimate the peak of training with `recipe`, in the batch with the most tokens."""
     size, text = dtype.itemsize, _text_config(base.config)
     stored = weights_of(base.tensors, base.config)
     shapes = {name: tuple(info.shape) for name, info in stored.items()}
@@ -57,44 +57,47 @@ def estimate(
         training = sum(map(prod, shapes.values())) * ADAM
     else:
         training = sum(recipe.rank * sum(shape) for shape in matrices.values()) * (ADAM + 4)
-    longest = sorted((sum(len(one.ids) for one in row) for row in Order.of(examples, recipe).rows), reverse=True)
-    tokens, hidden, layers = sum(longest[: recipe.batch_size]), text["hidden_size"], text["num_hidden_layers"]
-    a_layer = (14 if size > 2 else 17) * hidden + 4 * text["intermediate_size"]  # measured: norms compute in float32
-    kept = layers * hidden + a_layer if recipe.gradient_checkpointing else layers * a_layer
-    return Estimate(weights, training, tokens * kept * size, CHUNK * (size + 4), PROCESS if device.type == "cpu" else 0)
+    lengths = sorted((sum(len(item.ids) for item in row) for row in Order.of(examples, recipe).rows), reverse=True)
+    tokens, hidden, layers = sum(lengths[: recipe.batch_size]), text["hidden_size"], text["num_hidden_layers"]
+    per_layer = (14 if size > 2 else 17) * hidden + 4 * text["intermediate_size"]  # measured: norms compute in float32
+    per_token = layers * hidden + per_layer if recipe.gradient_checkpointing else layers * per_layer
+    process = PROCESS if device.type == "cpu" else 0
+    return Estimate(weights, training, tokens * per_token * size, CHUNK * (size + 4), process)
 
 
 def check(
     base: Checkpoint, recipe: Recipe, examples: Sequence[Example], dtype: torch.dtype, device: torch.device
 ) -> Estimate:
-    """The estimate; raises UsageError, with what would fit, where there is less memory than that."""
-    found, room = estimate(base, recipe, examples, dtype, device), available(device)
-    if found.total > room:
+    """Estimate the memory; raises UsageError, with options that fit, if less is free."""
+    memory, free = estimate(base, recipe, examples, dtype, device), available(device)
+    if memory.total > free:
         raise UsageError(
-            f"training takes about {found.total / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are free on {device}: "
-            + helps(base, recipe, examples, dtype, device, room)
+            f"training needs about {memory.total / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on {device}: "
+            + suggestion(base, recipe, examples, dtype, device, free)
         )
-    return found
+    return memory
 
 
-def helps(
-    base: Checkpoint, recipe: Recipe, examples: Sequence[Example], dtype: torch.dtype, device: torch.device, room: int
+def suggestion(
+    base: Checkpoint, recipe: Recipe, examples: Sequence[Example], dtype: torch.dtype, device: torch.device, free: int
 ) -> str:
-    """Which options would make it fit."""
+    """The options with which the run would fit."""
     smaller = replace(recipe, batch_size=1, grad_accum=recipe.rows_per_step)
-    ways = {
+    options = {
         f"--batch-size 1 --grad-accum {recipe.rows_per_step}": smaller,
         "--gradient-checkpointing": replace(recipe, gradient_checkpointing=True),
-        "both together": replace(smaller, gradient_checkpointing=True),
+        "both": replace(smaller, gradient_checkpointing=True),
     }
     if recipe.method != "full" and recipe.quantize == "none":
-        ways["all that with --quantize nf4"] = replace(ways["both together"], quantize="nf4")
-    fitting = [name for name, way in ways.items() if estimate(base, way, examples, dtype, device).total <= room]
-    return ", or ".join(fitting) + " would fit" if fitting else f"not even {list(ways)[-1]} would fit"
+        options["both with --quantize nf4"] = replace(options["both"], quantize="nf4")
+    fitting = [
+        name for name, changed in options.items() if estimate(base, changed, examples, dtype, device).total <= free
+    ]
+    return " or ".join(fitting) + " would fit" if fitting else f"even {list(options)[-1]} would not fit"
 
 
 def available(device: torch.device) -> int:
-    """Bytes that are free on `device`."""
+    """Free bytes of memory on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -104,7 +107,7 @@ def available(device: torch.device) -> int:
 
 
 def _text_config(config: Any) -> dict[str, int]:
-    """The sizes that memory depends on, whatever a config calls them."""
+    """The sizes that memory depends on, under one name each."""
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     hidden = inner.get("hidden_size") or inner.get("n_embd") or inner.get("d_model") or 1024
     layers = inner.get("num_hidden_layers") or inner.get("n_layer") or 24

@@ -1,4 +1,4 @@
-"""What a model wrote beside what belongs there: as it is, by the part that is the answer, and word by word."""
+"""Compare completions with the expected ones: exactly, by the extracted answer, and word by word."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model wrote after a prompt, and how that compares; `right` is for the answer, if one is looked for."""
+    """A completion and its scores; `right` says whether the answer matches, None if no answer was asked for."""
 
     where: str
     prompt: str
@@ -27,7 +27,7 @@ class Prediction:
 
 
 def compared(record: Record, text: str, answer: str | None = None) -> Prediction:
-    """`text`, written after the prompt of `record`, beside the completion that belongs there."""
+    """Compare `text`, the model's completion of `record`, with the expected completion."""
     expected = record.completion or ""
     right = None if answer is None else answer_of(text, answer) == answer_of(expected, answer)
     exact = text.strip() == expected.strip()
@@ -35,23 +35,23 @@ def compared(record: Record, text: str, answer: str | None = None) -> Prediction
 
 
 def answer_of(text: str, pattern: str) -> str | None:
-    """The first group of the last match of `pattern`, or all of it if there are no groups; None without a match."""
+    """The first group of the last match of `pattern`, or the whole match without groups; None without a match."""
     matches = list(re.finditer(pattern, text))
-    found: str | None = matches[-1][min(1, matches[-1].re.groups)] if matches else None
-    return None if found is None else found.strip()
+    answer: str | None = matches[-1][min(1, matches[-1].re.groups)] if matches else None
+    return None if answer is None else answer.strip()
 
 
 def f1(text: str, expected: str) -> float:
-    """`2·c / (n + m)`, where c of the n and m words are common: SQuAD's (Rajpurkar et al., arXiv 1606.05250).
+    """`2·c / (n + m)`, c the common words among n and m: the F1 of SQuAD (Rajpurkar et al., arXiv 1606.05250).
 
-    Without words on a side, 1 if there are none on the other, as in its second version (arXiv 1806.03822).
+    If either side has no words, 1 if both have none, else 0, as in SQuAD 2.0 (arXiv 1806.03822).
     """
-    one, other = words(text), words(expected)
-    if not one or not other:
-        return float(one == other)
-    return 2 * sum((Counter(one) & Counter(other)).values()) / (len(one) + len(other))
+    completed, reference = words(text), words(expected)
+    if not completed or not reference:
+        return float(completed == reference)
+    return 2 * sum((Counter(completed) & Counter(reference)).values()) / (len(completed) + len(reference))
 
 
 def words(text: str) -> list[str]:
-    """The words that SQuAD compares: in lower case, without ASCII punctuation and the articles of English."""
+    """The words that SQuAD compares: lower case, without ASCII punctuation and English articles."""
     return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()

@@ -1,4 +1,4 @@
-"""Models from transformers, and what they compute in and on."""
+"""Load transformers models, and choose their device and dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that `name` means; `auto` is a GPU where there is one, of several processes each its own."""
+    """The device `name`; `auto` is a GPU if there is one, a separate one for each process."""
     if name == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -26,14 +26,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"--device {name}: expected cpu, cuda, cuda:N or auto") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+        raise UsageError(f"--device {name}: torch {torch.__version__} finds no GPU")
     return device
 
 
 def choose_dtype(name: str, base: Checkpoint, device: torch.device, full: bool) -> torch.dtype:
-    """What to compute in: as `name` says, or as most of the base is stored.
+    """The compute dtype `name`; `auto` is the dtype in which most of the base is stored.
 
-    Updates would be lost in 16-bit weights, so what is trained whole is in float32; so is fp16 on a CPU.
+    With `auto`, full fine-tuning uses float32, since 16-bit weights would lose updates; so does fp16 on a CPU.
     """
     if name != "auto":
         return TORCH_DTYPES[name]
@@ -46,7 +46,7 @@ def choose_dtype(name: str, base: Checkpoint, device: torch.device, full: bool) 
 
 
 def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> CausalModel:
-    """The causal language model of `base`, its linear layers in 4 bits on request; raises FormatError where none is."""
+    """Load the causal language model `base`, optionally in 4 bits; raises FormatError for other kinds of models."""
     if device.type == "cpu":
         system.keep_freed_memory()
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
@@ -59,5 +59,5 @@ def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quant
             bnb_4bit_use_double_quant=True,
         )  # type: ignore[no-untyped-call]  # fmt: skip
     model = load_causal(base, **options)
-    quicken(model)  # before anything is computed: bitsandbytes rearranges its weights when they are first used
+    quicken(model)  # before the first forward pass, in which bitsandbytes rearranges its weights
     return CausalModel(model)

@@ -1,4 +1,4 @@
-"""What the bits of a run follow from, by which it is known whether a checkpoint belongs to it."""
+"""The inputs that determine the bits of a run; a checkpoint belongs to a run with the same origin."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from adapterkit.files.opening import sha256_of
 from adapterkit.train.data.tokenize import Encoded
 from adapterkit.train.recipe import Recipe, checked
 
-FREE_TO_CHANGE = ("device", "save_every", "compile", "sample")  # between a run and what it is resumed by
+FREE_TO_CHANGE = ("device", "save_every", "compile", "sample")  # when a run is resumed
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A recipe, and the SHA-256 of its data as tokens, of the files of its base, and of the adapter it starts from."""
+    """A recipe, and the SHA-256 of its tokenized data, of the base's files and of the initial adapter's."""
 
     recipe: dict[str, Any]
     data: str
@@ -46,19 +46,19 @@ class Origin:
         """Raise FitError where `then` is the origin of another run."""
         now, began = checked(self.recipe, "now"), checked(then.recipe, "then")
         for name in self.recipe.keys() - FREE_TO_CHANGE:
-            one, other = getattr(now, name), getattr(began, name)
-            if json.dumps(one) != json.dumps(other):  # the order of patterns counts as well
-                raise FitError(f"--resume: {name} is {one!r} now, the run began with {other!r}")
-        for what, mine, theirs in (
+            value, before = getattr(now, name), getattr(began, name)
+            if json.dumps(value) != json.dumps(before):  # the order of patterns matters too
+                raise FitError(f"--resume: {name} is {value!r}, the run began with {before!r}")
+        for input, mine, theirs in (
             (now.data, self.data, then.data), (now.eval_data or now.data, self.held_back, then.held_back),
             (now.base, self.base, then.base), (now.init_from, self.first, then.first),
         ):  # fmt: skip
             if mine != theirs:
-                raise FitError(f"--resume: {what} is not what it was when the run began")
+                raise FitError(f"--resume: {input} has changed since the run began")
 
 
 def digest(data: Encoded) -> str:
-    """A hash of all tokens, and of which count."""
+    """A SHA-256 of all tokens and of the mask of those that count."""
     total = hashlib.sha256()
     for example in data.examples:
         total.update(len(example.ids).to_bytes(8, "little"))

@@ -1,4 +1,4 @@
-"""A model made ready for training, as a recipe says."""
+"""Prepare a model for training."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from adapterkit.train.recipe import Recipe
 
 
 def prepare(model: CausalModel, recipe: Recipe, base: Checkpoint, first: Adapter | None = None) -> None:
-    """Give the model its factors, those of `first` to go on with, and all else that changes how it computes."""
+    """Add the factors of `recipe`, or those of `first` to continue, and apply the options that change computation."""
     if recipe.method == "full":
         model.model.requires_grad_(True)
     elif first is not None:
         inject_from(model.model, first, recipe.dropout)
     else:
         inject(model.model, lora_of(recipe), seed=recipe.seed, original=_originals(base))
-    model.model.train()  # gradient checkpointing asks for it; the base's own dropout does not belong to a recipe
+    model.model.train()  # gradient checkpointing needs it, but the base's own dropout is not part of a recipe
     for layer in model.model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
     if recipe.gradient_checkpointing:
-        hf: Any = model.model  # renamed on the way to transformers 6
+        hf: Any = model.model  # transformers 6 renames the method
         enable = getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if recipe.compile:
@@ -39,7 +39,7 @@ def prepare(model: CausalModel, recipe: Recipe, base: Checkpoint, first: Adapter
 
 
 def lora_of(recipe: Recipe) -> Lora:
-    """Which factors `recipe` asks for; raises UsageError where its layers are no numbers."""
+    """The `Lora` of `recipe`; raises UsageError if its layers are not numbers."""
     names: str | tuple[str, ...] = recipe.targets
     if recipe.targets != ALL_LINEAR and re.fullmatch(r"[\w.,\s-]+", recipe.targets):
         names = tuple(name.strip() for name in recipe.targets.split(",") if name.strip())
@@ -50,12 +50,12 @@ def lora_of(recipe: Recipe) -> Lora:
 
 
 def _originals(base: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """The stored weight of a module, `(out, in)`."""
+    """A function that returns the stored weight of a module, `(out, in)`."""
 
     def original(name: str) -> torch.Tensor:
         info = weights_of(base.tensors, base.config).get(f"{name}.weight")
         if not isinstance(info, TensorInfo):
-            raise UsageError(f"{name}: is not stored in 16 bits, which LoftQ begins from")
+            raise UsageError(f"{name}: is quantized in the base; LoftQ needs unquantized weights")
         return info.read()
 
     return original
@@ -69,6 +69,6 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
         if match is None:
-            raise UsageError(f"--layers {text}: expected numbers and ranges, as in 0-5,10")
+            raise UsageError(f"--layers {text}: expected numbers and ranges, such as 0-5,10")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Where a run lives, and with which other processes it shares the work."""
+"""The folder of a run, and its distributed processes."""
 
 from __future__ import annotations
 
@@ -21,51 +21,53 @@ JOB = "train"
 
 
 class StoppedError(Exception):
-    """Ends a run that was asked to stop, so that its folder stays."""
+    """Ends a stopped run without removing its folder."""
 
 
 def check_run(recipe: Recipe, out: Path, rank: int, resume: bool, overwrite: bool) -> Destination:
-    """Where the run's result goes.
+    """The checked destination of the run.
 
-    Raises where that may not be written, a run is there that nobody said to go on with, or none is that one did.
+    Raises:
+        OutputExistsError: An interrupted run is there, and neither `resume` nor `overwrite` is given.
+        UsageError: `resume` is given, and there is no checkpoint.
     """
     models = (place_of(spec) for spec in (recipe.base, recipe.init_from) if spec)
     data = (Path(path).expanduser() for path in (recipe.data, recipe.eval_data) if path)
     place = Destination(out, (*models, *data), overwrite=overwrite)
-    if rank:  # the first process looks, before it begins to write
+    if rank:  # the first process checks, before it writes
         return place
     place.check()
     folder = work_left(out, JOB)
     left = checkpoints.steps(folder) if folder else []
     if resume and not left:
-        raise UsageError(f"--resume: beside {out} is no checkpoint to go on from; leave --resume out")
+        raise UsageError(f"--resume: no checkpoint beside {out}; omit --resume to start a new run")
     if left and not resume and not overwrite:
         raise OutputExistsError(
-            f"{out}: a run was interrupted there after step {checkpoints.number(left[-1])}. Go on with --resume, or "
-            "begin anew with --overwrite."
+            f"{out}: a run was interrupted after step {checkpoints.number(left[-1])}; continue it with --resume, or "
+            "start again with --overwrite"
         )
     return place
 
 
 @contextmanager
 def folder_for(place: Destination, rank: int, resume: bool) -> Iterator[Path]:
-    """Where the run lives; without a checkpoint nothing of it stays where it fails."""
+    """The folder of the run; a run that fails before its first checkpoint leaves nothing."""
     with suppress(StoppedError):
         if rank:
             yield place.out
         else:
-            with staged(place, job=JOB, resume=resume, precious=True, kept=_in_words) as folder:
+            with staged(place, job=JOB, resume=resume, precious=True, kept=_resume_hint) as folder:
                 yield folder
 
 
-def _in_words(folder: Path) -> str:
-    """What of an interrupted run is worth keeping."""
-    return "the last checkpoint is kept: go on with --resume" if checkpoints.steps(folder) else ""
+def _resume_hint(folder: Path) -> str:
+    """The message about a failed run that has a checkpoint."""
+    return "the last checkpoint is saved: continue with --resume" if checkpoints.steps(folder) else ""
 
 
 @contextmanager
 def processes() -> Iterator[tuple[int, int, int]]:
-    """This process's rank, how many there are, and its rank on this machine, as `torchrun` has set them."""
+    """The rank of this process, the number of processes, and the rank on this machine, as set by `torchrun`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield 0, 1, 0
@@ -73,13 +75,13 @@ def processes() -> Iterator[tuple[int, int, int]]:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0"))
-        dist.barrier()  # none leaves while another still speaks to it
+        dist.barrier()  # no process leaves while another still communicates
     finally:
         dist.destroy_process_group()
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were held: of a GPU's memory, or by this process."""
+    """Peak memory in bytes, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return system.peak_memory()

@@ -1,4 +1,4 @@
-"""What a run leaves: the adapter as PEFT reads it, or the model, with a card that says how it came about."""
+"""Write the result of a run: an adapter in PEFT's format, or a model, with a card and a record."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def write_result(
     folder: Path, recipe: Recipe, base: Checkpoint, loop: Loop, tokenizer: Any, data: Encoded,
     held_back: Encoded | None, progress: Progress, origin: Origin, command: str,
 ) -> None:  # fmt: skip
-    """Turn the folder of a run into its result: checkpoints go, weights, record and card come."""
+    """Turn the folder of a run into its result: write weights, record and card, remove checkpoints."""
     public = base_id(base)
-    name = public or recipe.base  # the path as it was given is what PEFT writes; `push` never sends it
+    name = public or recipe.base  # PEFT stores the path as given; `push` never uploads it
     made = folder / "made"
     if recipe.method == "full":
         loop.model.model.save_pretrained(made)
@@ -60,21 +60,21 @@ def write_result(
 
 
 def base_id(base: Checkpoint) -> str | None:
-    """The Hub id of the base: as it was given, as the Hub's cache has it, or as a folder of that name says.
+    """The Hub id of the base: as given, from the Hub cache, or from the config if its folder has the same name.
 
-    A config also has the id of the model that its own was made from, which is then not the base.
+    A fine-tuned model's config may name the model that it was made from, which is not the base.
     """
     if given := public_name(base.name):
         return given
     path, found = base.path.resolve(), base.config.get("_name_or_path")
-    said = public_name(found) if isinstance(found, str) else None
+    named = public_name(found) if isinstance(found, str) else None
     if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
         return public_name(path.parents[1].name.removeprefix("models--").replace("--", "/", 1))
-    return said if said and said.rpartition("/")[2] == path.name and not (path / RECORD).exists() else None
+    return named if named and named.rpartition("/")[2] == path.name and not (path / RECORD).exists() else None
 
 
 def trained_adapter(model: nn.Module, recipe: Recipe, base: str | None) -> Adapter:
-    """The factors in `model`, with the short names of their layers where no other layer ends in one of them."""
+    """The factors in `model` as an adapter; its targets are leaf names unless another layer has one of them."""
     layers = lora_layers(model)
     leaves = {name.rpartition(".")[2] for name in layers}
     others = (name for name, layer in model.named_modules() if is_linear(layer) or isinstance(layer, nn.Embedding))
@@ -107,7 +107,7 @@ def _facts(
 
 
 def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) -> str:
-    """The card: YAML that the Hub reads, then how it was trained."""
+    """The model card: YAML metadata for the Hub, then the details of the training run."""
     full, data = recipe.method == "full", facts["data"]
     lines = ["---", *([f"base_model: {base}"] if base else [])]
     library = "transformers" if full else format_named(DEFAULT).LIBRARY
@@ -121,21 +121,19 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
     lines += [f"{kind}{detail}; {trained}, trained with adapterkit {__version__}.", ""]
     rows = {
         "data": f"{data['name']}: {counted(data['records'], 'record')}, {counted(data['tokens'], 'token')} "
-        f"({data['truncated']} cut to {recipe.max_length}, {data['left_out']} left out)",
+        f"({data['truncated']} truncated to {recipe.max_length} tokens, {data['left_out']} skipped)",
         "training": f"{counted(facts['steps'], 'step')} of {counted(recipe.rows_per_step, unit)}",
-        "AdamW": f"lr {recipe.lr:g}, {recipe.schedule}, warm-up {recipe.warmup:g}, "
+        "AdamW": f"lr {recipe.lr:g}, {recipe.schedule}, warmup {recipe.warmup:g}, "
         f"weight decay {recipe.weight_decay:g}, clip {recipe.clip:g}",
         "seed": str(recipe.seed),
         "last training loss": f"{facts['loss']:.4f}",
     }
     if facts["eval_loss"] is not None:
         before, after = facts["eval_loss_before"], facts["eval_loss"]
-        rows["validation loss"] = (
-            f"{before:.4f} before, {after:.4f} after (perplexity {perplexity(before):.2f}, {perplexity(after):.2f})"
-        )
-        rows["kept"] = f"the state of step {facts['kept_step']}, whose validation loss was lowest"
+        rows["validation loss"] = f"{before:.4f} → {after:.4f} (best at step {facts['kept_step']}, kept)"
+        rows["perplexity"] = f"{perplexity(before):.2f} → {perplexity(after):.2f}"
     rows |= {
-        "took": f"{facts['seconds']:,.0f} s, {counted(facts['tokens'], 'token')}, on {facts['hardware']}",
+        "time": f"{facts['seconds']:,.0f} s, {counted(facts['tokens'], 'token')}, on {facts['hardware']}",
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     }
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {markdown(value)} |" for name, value in rows.items())]

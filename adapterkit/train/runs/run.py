@@ -1,7 +1,7 @@
-"""A whole run: data, model, loop, checkpoints, and what is left on disk. All or nothing, and never from the beginning.
+"""A complete training run: data, model, loop, checkpoints and result.
 
-Until it is done a run lives beside its output, in a workspace; a resumed one ends with the bits of one that was
-never stopped.
+Until it ends, a run's files are in a workspace beside its output. A resumed run ends with the same bits as one that was
+never interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from adapterkit.train.recipe import Recipe, as_yaml
 from adapterkit.train.runs import checkpoints
 from adapterkit.train.runs.checkpoints import Log, Progress, State
 from adapterkit.train.runs.checks import check_sequences, open_base, open_fitting, refuse_twice_quantized
-from adapterkit.train.runs.memory import Estimate, available, check, estimate, helps
+from adapterkit.train.runs.memory import Estimate, available, check, estimate, suggestion
 from adapterkit.train.runs.models import choose_device, choose_dtype, load_model
 from adapterkit.train.runs.origin import Origin
 from adapterkit.train.runs.prepare import prepare
@@ -47,7 +47,7 @@ SAMPLE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What is about to be trained, on what, and what that is expected to take."""
+    """Training begins: parameters, data and estimated memory."""
 
     trained: int
     parameters: int
@@ -59,12 +59,12 @@ class Started:
     device: str
     dtype: str
     unpadded: bool
-    first_process: bool  # of several, the one that writes, and speaks
+    first_process: bool  # the one that writes and prints
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The mean loss over the validation tokens after `step` steps, and whether none was lower."""
+    """The validation loss after `step` steps, and whether it is the best so far."""
 
     step: int
     loss: float
@@ -73,7 +73,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint, from which a run can go on."""
+    """A checkpoint was written."""
 
     step: int
     folder: Path
@@ -81,7 +81,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What the model makes of a prompt before training, or after."""
+    """The model's completion of a prompt, `when` before or after training."""
 
     when: str
     prompt: str
@@ -90,7 +90,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """The run was asked to stop, and what it was is kept."""
+    """The run stopped on request, and saved a checkpoint."""
 
     step: int
     folder: Path
@@ -98,14 +98,14 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The end of a run: what is in `out` is the state of step `kept`."""
+    """The end of a run; `out` has the state after `saved_step` steps."""
 
     out: Path
     progress: Progress
-    kept: int
+    saved_step: int
     stopped_early: bool
     peak_memory: int
-    unmoved: tuple[str, ...]  # what never had a gradient
+    unmoved: tuple[str, ...]  # modules that never had a gradient
 
 
 Event = Started | Stepped | Evaluated | Saved | Sampled | Stopped | Trained
@@ -115,10 +115,17 @@ def train(
     recipe: Recipe, out: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False,
     command: str = "", stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:  # fmt: skip
-    """Train by `recipe` and write the adapter, or with `full` the model, to the new directory `out`.
+    """Train with `recipe`, and write the adapter, or with method `full` the model, to the new directory `out`.
 
-    `stop` is asked after every step; what was reached is then kept, for `resume`. Raises UsageError, FormatError and
-    FitError before anything is loaded, AdapterkitError where the loss is no longer a number.
+    Args:
+        resume: Continue an interrupted run.
+        overwrite: Replace an output that adapterkit wrote.
+        command: The command line, for the card.
+        stop: Called after every step; when it returns True, the run saves a checkpoint for `resume` and ends.
+
+    Raises:
+        UsageError, FormatError, FitError: Before any weight is loaded.
+        AdapterkitError: The loss is not finite.
     """
     target = Path(out).expanduser()
     with processes() as (rank, world, local_rank):
@@ -138,7 +145,7 @@ def train(
             prepare(model, recipe, base, first)
             loop = Loop(model, Order.of(data.examples, recipe), recipe, rank, world)
             run = _Run(recipe, folder, loop, tokenizer, held_back, origin)
-            run.take_up(resume)
+            run.start(resume)
             parameters = sum(parameter.numel() for parameter in model.model.parameters())
             trained = sum(parameter.numel() for parameter in loop.trained.values())
             yield Started(
@@ -149,7 +156,7 @@ def train(
             if run.stopped:
                 yield Stopped(loop.step, folder)
                 raise StoppedError
-            run.keep_best()
+            run.restore_best()
             yield from run.samples("after")
             if rank == 0:
                 write_result(folder, recipe, base, loop, tokenizer, data, held_back, run.progress, origin, command)
@@ -159,17 +166,17 @@ def train(
 
 
 def estimated(recipe: Recipe) -> tuple[Estimate, int, str | None]:
-    """What a run would take, how much memory is free, and where that is less, what would fit."""
+    """The memory that a run needs, the free memory, and if that is less, the options that would fit."""
     device = choose_device(recipe.device)
     base = open_base(recipe.base)
     dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
     examples = read_data(recipe, load_tokenizer(base))[0].examples
-    found, room = estimate(base, recipe, examples, dtype, device), available(device)
-    return found, room, None if found.total <= room else helps(base, recipe, examples, dtype, device, room)
+    memory, free = estimate(base, recipe, examples, dtype, device), available(device)
+    return memory, free, None if memory.total <= free else suggestion(base, recipe, examples, dtype, device, free)
 
 
 def read_data(recipe: Recipe, tokenizer: Any) -> tuple[Encoded, Encoded | None]:
-    """What to train on, and what to measure the loss on, as tokens."""
+    """The tokenized training data, and validation data if any."""
     fields = Fields(recipe.text_field, recipe.prompt_field, recipe.completion_field, recipe.messages_field)
 
     def read(source: str) -> Encoded:
@@ -183,7 +190,7 @@ def read_data(recipe: Recipe, tokenizer: Any) -> tuple[Encoded, Encoded | None]:
 
 
 class _Run:
-    """What a run keeps on disk while it goes on: rank 0 writes, the others know the same."""
+    """A run in progress and its files; rank 0 writes them and shares what it reads."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, loop: Loop, tokenizer: Any, held_back: Encoded | None, origin: Origin
@@ -192,8 +199,8 @@ class _Run:
         self.held_back, self.origin, self.progress = held_back, origin, Progress()
         self.stopped, self.began = False, 0.0
 
-    def take_up(self, resume: bool) -> None:
-        """Begin, or go on where the last checkpoint left off; raises FitError where that was another run."""
+    def start(self, resume: bool) -> None:
+        """Start, or resume from the last checkpoint; raises FitError if that belongs to another run."""
         if not resume:
             self._write(RECIPE, as_yaml(self.recipe))
             return
@@ -201,48 +208,48 @@ class _Run:
         try:
             state = self._checked(newest)
             if (best := state.progress.best_step) not in (None, state.progress.step):
-                self._checked(checkpoints.at(self.folder, best))  # which the run may end with
+                self._checked(checkpoints.at(self.folder, best))  # the run may end with its state
             self._restore(newest)
             if self.loop.rank == 0:
                 self._cut_log(state.log)
         except FormatError as error:
-            raise FormatError(f"{error}. To resume from an older checkpoint, remove {newest}.") from error
+            raise FormatError(f"{error}. To resume from an older checkpoint, remove {newest}") from error
         self.progress = state.progress
 
     def _checked(self, folder: Path) -> State:
-        """What a checkpoint says of itself; raises where it is damaged, or of another run."""
+        """The state of a checkpoint; raises if it is damaged or belongs to another run."""
         state = self._shared(lambda: checkpoints.read(folder))
-        self.origin.check_same(state.origin)  # of each process: it has data and a base of its own
+        self.origin.check_same(state.origin)  # in each process, since each reads its own data and base
         self._shared(lambda: checkpoints.check(folder, state, self.loop.order.steps, self.loop.layout()))
         return state
 
     def _restore(self, folder: Path) -> None:
         self.loop.restore(checkpoints.number(folder), self._shared(lambda: checkpoints.load(folder)))
 
-    def _shared(self, made: Callable[[], T]) -> T:
-        """What `made` returns in the first process, which alone need have the checkpoints on its disk."""
-        found: list[Any] = [made() if self.loop.rank == 0 else None]
+    def _shared(self, read: Callable[[], T]) -> T:
+        """The result of `read` in the first process; only its disk needs the checkpoints."""
+        results: list[Any] = [read() if self.loop.rank == 0 else None]
         if self.loop.world > 1:
-            dist.broadcast_object_list(found)
-        shared: T = found[0]
+            dist.broadcast_object_list(results)
+        shared: T = results[0]
         return shared
 
     def _cut_log(self, then: Log) -> None:
-        """Take off what was logged after a checkpoint; raises FormatError where the rest is not what was logged."""
+        """Truncate the log to the checkpoint; raises FormatError if the rest has changed."""
         with open_regular(self.folder / METRICS) as stream:
             data = stream.read()[: then.size]
         if Log.of(data) != then:
-            raise FormatError(f"{self.folder / METRICS}: is not what the run has written")
+            raise FormatError(f"{self.folder / METRICS}: has changed since the run wrote it")
         os.truncate(self.folder / METRICS, then.size)
 
     def steps(self, stop: Callable[[], bool]) -> Iterator[Event]:
-        """Every step that is left, with measurements and checkpoints between; `stopped` tells if that was all."""
+        """Run the remaining steps, with validations and checkpoints; sets `stopped` if stopped on request."""
         every = self.recipe.eval_every or self.loop.order.steps_per_epoch
         self.began = time.monotonic() - self.progress.seconds
         if self.progress.step == 0:
             yield from self.samples("before")
             yield from self._measure()
-        while self.loop.step < self.loop.order.steps and not self._is_hopeless():
+        while self.loop.step < self.loop.order.steps and not self._is_out_of_patience():
             event = self.loop.advance(stop())
             self.progress = replace(
                 self.progress, step=event.step, tokens=self.progress.tokens + event.tokens,
@@ -260,8 +267,8 @@ class _Run:
                 self.stopped = True
                 return
 
-    def keep_best(self) -> None:
-        """Bring back the best state that was measured."""
+    def restore_best(self) -> None:
+        """Restore the state with the best validation loss."""
         best = self.progress.best_step
         if best is not None and best != self.loop.step:
             folder = checkpoints.at(self.folder, best)
@@ -269,11 +276,11 @@ class _Run:
             self._restore(folder)
 
     def samples(self, when: str) -> Iterator[Sampled]:
-        """What the model makes of the prompts that the recipe asks for."""
+        """Complete the recipe's sample prompts."""
         for prompt in self.recipe.sample:
             ids = torch.tensor(tokenized(self.tokenizer, prompt)["input_ids"])
-            [made] = self.loop.model.complete([ids], SAMPLE_TOKENS, self.tokenizer.eos_token_id)
-            yield Sampled(when, prompt, decoded(self.tokenizer, made))
+            [completion] = self.loop.model.complete([ids], SAMPLE_TOKENS, self.tokenizer.eos_token_id)
+            yield Sampled(when, prompt, decoded(self.tokenizer, completion))
 
     def _measure(self) -> Iterator[Evaluated]:
         if self.held_back is None:
@@ -289,7 +296,7 @@ class _Run:
             self.progress = replace(then, no_better=then.no_better + 1)
         yield Evaluated(self.loop.step, loss, best)
 
-    def _is_hopeless(self) -> bool:
+    def _is_out_of_patience(self) -> bool:
         return self.recipe.patience is not None and self.progress.no_better >= self.recipe.patience
 
     def _save(self) -> Saved:
@@ -312,11 +319,11 @@ class _Run:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The losses of a run, step by step."""
+    """The metrics of a run, one mapping per step or validation."""
     with open_regular(folder / METRICS) as stream:
         return [json.loads(line) for line in stream]
 
 
 def _numbers_of(event: Stepped) -> dict[str, Any]:
-    norm = event.norm if math.isfinite(event.norm) else None  # in fp16 a step may be left out for it
+    norm = event.norm if math.isfinite(event.norm) else None  # fp16 skips a step whose gradient overflows
     return {"step": event.step, "loss": event.loss, "lr": event.lr, "norm": norm, "tokens": event.tokens}
