@@ -97,19 +97,19 @@ def fifo(file: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a bit of a moment": (lambda run: flip(run / f"checkpoints/step-00000{STEP}" / TENSORS), "has another SHA-256"),
-    "a bit of the best state": (lambda run: flip(run / "checkpoints/step-000002" / TENSORS), "step-000002.*another SHA-256"),
+    "a bit of a moment": (lambda run: flip(run / f"checkpoints/step-00000{STEP}" / TENSORS), "does not match its SHA-256"),
+    "a bit of the best state": (lambda run: flip(run / "checkpoints/step-000002" / TENSORS), "step-000002.*does not match its SHA-256"),
     "the best state is gone": (lambda run: shutil.rmtree(run / "checkpoints/step-000002"), "step-000002.*cannot be read"),
-    "a bit of the log": (lambda run: flip(run / "metrics.jsonl"), "metrics.jsonl: is not what the run has written"),
+    "a bit of the log": (lambda run: flip(run / "metrics.jsonl"), "metrics.jsonl: has changed since the run wrote it"),
     "no log": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: cannot be read: No such file"),
-    "a short log": (lambda run: os.truncate(run / "metrics.jsonl", 90), "metrics.jsonl: is not what the run has written"),
+    "a short log": (lambda run: os.truncate(run / "metrics.jsonl", 90), "metrics.jsonl: has changed since the run wrote it"),
     "a FIFO for a log": (lambda run: fifo(run / "metrics.jsonl"), "metrics.jsonl: cannot be read: a named pipe"),
     "no tensors": (lambda run: (checkpoints.at(run, STEP) / TENSORS).unlink(), "cannot be read: No such file"),
     "a FIFO for tensors": (lambda run: fifo(checkpoints.at(run, STEP) / TENSORS), "cannot be read: a named pipe"),
     "a FIFO for a state": (lambda run: fifo(checkpoints.at(run, STEP) / STATE), "cannot be read: a named pipe"),
     "no sums": (lambda run: (checkpoints.at(run, STEP) / SUMS).unlink(), "SHA256SUMS: cannot be read: No such file"),
     "long sums": (lambda run: os.truncate(checkpoints.at(run, STEP) / SUMS, 1 << 30), "is larger than 1,000 bytes"),
-    "truncated": (lambda run: os.truncate(checkpoints.at(run, STEP) / TENSORS, 99), "has another SHA-256"),
+    "truncated": (lambda run: os.truncate(checkpoints.at(run, STEP) / TENSORS, 99), "does not match its SHA-256"),
     "empty": (lambda run: shutil.rmtree(checkpoints.at(run, STEP)) or checkpoints.at(run, STEP).mkdir(), "cannot be read"),
 }  # fmt: skip
 
@@ -185,8 +185,8 @@ OTHER: dict[str, tuple[Callable[[Path], object], str]] = {
     "progress as a list": (state(lambda s: s.update(progress=[4])), r"progress is \[4\]: Input should be an object"),
     "no progress": (state(lambda s: s.pop("progress")), "progress is"),
     "no origin": (state(lambda s: s.pop("origin")), "origin is"),
-    "a log of 10¹⁸ bytes": (state(lambda s: s["log"].update(size=10**18)), "metrics.jsonl: is not what the run has written"),
-    "a log below 0": (state(lambda s: s["log"].update(size=-1)), "metrics.jsonl: is not what the run has written"),
+    "a log of 10¹⁸ bytes": (state(lambda s: s["log"].update(size=10**18)), "metrics.jsonl: has changed since the run wrote it"),
+    "a log below 0": (state(lambda s: s["log"].update(size=-1)), "metrics.jsonl: has changed since the run wrote it"),
     "a list": (text("[4]"), "expected a JSON object, found list"),
     "no JSON": (text("{"), "is not valid JSON"),
     "a name twice": (text('{"log": {}, "log": {}}'), "the JSON names 'log' twice"),
@@ -208,11 +208,11 @@ def test_what_is_in_a_checkpoint_is_checked_beyond_its_hashes(stopped: tuple[Rec
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: s["origin"]["recipe"].update(lr=1e-3), "lr is 0.01 now, the run began with 0.001"),
-        (lambda s: s["origin"]["recipe"].update(rank_pattern={"q_proj": 4}), "rank_pattern is None now"),
+        (lambda s: s["origin"]["recipe"].update(lr=1e-3), "lr is 0.01, the run began with 0.001"),
+        (lambda s: s["origin"]["recipe"].update(rank_pattern={"q_proj": 4}), "rank_pattern is None, the run began with"),
         (lambda s: s["origin"].update(data="0" * 64), "train.jsonl has changed since the run began"),
-        (lambda s: s["origin"].update(held_back="0" * 64), "train.jsonl is not what it was"),
-        (lambda s: s["origin"]["base"].update({"model.safetensors": "0" * 64}), "base is not what it was"),
+        (lambda s: s["origin"].update(held_back="0" * 64), "train.jsonl has changed since the run began"),
+        (lambda s: s["origin"]["base"].update({"model.safetensors": "0" * 64}), "base has changed since the run began"),
         (lambda s: s["origin"]["recipe"].update(momentum=1), "unknown key 'momentum'"),
         (lambda s: s["origin"]["recipe"].update(rank="many"), "rank is 'many'"),
         (lambda s: s["origin"]["recipe"].update(rank=-1), "--rank -1: expected 1 or more"),

@@ -217,7 +217,9 @@ def test_one_is_one(base: Path, tmp_path: Path) -> None:
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"text": " ".join(WORDS)}) + "\n")
     result = invoke("train", base, data, "-o", tmp_path / "out", "--max-length", "8", "--batch-size", "1")
-    assert "data       1 record, 8 tokens" in result.stderr and "note: truncated 1 record at one.jsonl:1" in result.stderr
+    assert (
+        "data       1 record, 8 tokens" in result.stderr and "note: truncated 1 record at one.jsonl:1" in result.stderr
+    )
     assert ", 1 step, " in result.stderr and "trained    1 step, 8 tokens" in result.stdout
     assert "1 step of 1 record |" in (tmp_path / "out" / "README.md").read_text()
 

@@ -93,7 +93,7 @@ def suggestion(
     fitting = [
         name for name, changed in options.items() if estimate(base, changed, examples, dtype, device).total <= free
     ]
-    return " or ".join(fitting) + " would fit" if fitting else f"even {list(options)[-1]} would not fit"
+    return " or ".join(fitting) + " would fit" if fitting else f"not even {list(options)[-1]} would fit"
 
 
 def available(device: torch.device) -> int:
