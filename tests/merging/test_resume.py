@@ -209,7 +209,10 @@ def test_what_is_in_a_checkpoint_is_checked_beyond_its_hashes(stopped: tuple[Rec
     ("change", "said"),
     [
         (lambda s: s["origin"]["recipe"].update(lr=1e-3), "lr is 0.01, the run began with 0.001"),
-        (lambda s: s["origin"]["recipe"].update(rank_pattern={"q_proj": 4}), "rank_pattern is None, the run began with"),
+        (
+            lambda s: s["origin"]["recipe"].update(rank_pattern={"q_proj": 4}),
+            "rank_pattern is None, the run began with",
+        ),
         (lambda s: s["origin"].update(data="0" * 64), "train.jsonl has changed since the run began"),
         (lambda s: s["origin"].update(held_back="0" * 64), "train.jsonl has changed since the run began"),
         (lambda s: s["origin"]["base"].update({"model.safetensors": "0" * 64}), "base has changed since the run began"),
