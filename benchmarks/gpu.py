@@ -23,7 +23,7 @@ import adapterkit
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
 from adapterkit.algebra.rounding import round_once
 from adapterkit.algebra.updates import Update
-from adapterkit.base.quant import bnb4
+from adapterkit.base.quant.schemes import bnb4
 from adapterkit.merging import live
 from adapterkit.merging.blocks.device import exact_products
 from benchmarks.common.measure import Command, alternate, and_sync, child_environment, clean, python, table

@@ -42,8 +42,8 @@ from adapterkit.algebra.residual import Residual
 from adapterkit.base import quant
 from adapterkit.base.checkpoint import open_checkpoint
 from adapterkit.base.models.described import check_described
-from adapterkit.base.quant.bnb4 import Packing4bit
-from adapterkit.base.quant.bnb8 import Packing8bit
+from adapterkit.base.quant.schemes.bnb4 import Spec4bit
+from adapterkit.base.quant.schemes.bnb8 import Spec8bit
 from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.files.safetensors import TORCH_NAMES, read_header, tensor_bytes
 from adapterkit.files.staging import RECEIPT
@@ -304,9 +304,9 @@ def quantized(kind: str) -> Files:
         if kind == "fp8":
             tensors += table([(name, "F8_E4M3", (ROWS, COLUMNS)), (f"{name}_scale_inv", "F32", (2, 1))])
         elif kind == "int8":
-            tensors += table(Packing8bit((ROWS, COLUMNS), "BF16").layout(name))
+            tensors += table(Spec8bit((ROWS, COLUMNS), "BF16").layout(name))
         else:
-            packing = Packing4bit((ROWS, COLUMNS), "BF16", kind, 64, nested=kind == "nf4")
+            packing = Spec4bit((ROWS, COLUMNS), "BF16", kind, 64, nested=kind == "nf4")
             *parts, (state, _, _) = packing.layout(name)
             tensors += table(parts)
             tensors.append((state, Pairs([("state", parsed(packing.state(0.0)))])))
@@ -613,7 +613,7 @@ def test_pickles(folder: Path, zipped: bool, bytes_changed: list[Cut]) -> None:
 @given(
     st.sampled_from([(base, adapter) for base in range(5) for adapter in range(2)] + [(5, 2)] * 5),
     edits,
-    st.sampled_from([{}, {}, {"dtype": "fp16"}, *({"quantize": kind} for kind in (*quant.KINDS, "same"))]),
+    st.sampled_from([{}, {}, {"dtype": "fp16"}, *({"quantize": kind} for kind in (*quant.writable_kinds(), "same"))]),
     st.sampled_from([{}, {"allow_partial": True}, {"allow_partial": True}, {"rename": ("self_attn", "attn")}]),
 )
 def test_plans(

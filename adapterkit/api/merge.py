@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 
 from adapterkit.api.inputs import AnyAdapters, AnyPath, number, open_adapters, open_base, renaming, weighted
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import BLOCKSIZES, KINDS, ROUNDINGS, Quantize, Rounding
+from adapterkit.base.quant import (
+    DEFAULT_BLOCKSIZE,
+    ROUNDINGS,
+    QuantizationSettings,
+    Rounding,
+    checked,
+    writable_kinds,
+)
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_id, outlines, resolve
@@ -59,7 +66,7 @@ def plan_merge(
     `base` is a directory, a `.safetensors` or a Hub id; an adapter is a path, a Hub id or an opened `Adapter`,
     alone or with its weight; several are a sequence of these, or a mapping of paths to weights. Without `out`,
     `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is bf16, fp16 or fp32; by default
-    every tensor keeps its own. A quantized base is dequantized, unless `quantize` is nf4, fp4, int8 or same; where
+    every tensor keeps its own. A quantized base is dequantized, unless `quantize` is a kind to write, or same; where
     that keeps less than half of the update, running the plan raises LossError unless `accept_loss`. `rounding` is
     nearest, stochastic (by `seed`) or compensated (`quant.rounding`), the last also by `calibration`, a text file
     over which running the plan first runs the base. `original` is the 16-bit model that a quantized base was made
@@ -70,8 +77,8 @@ def plan_merge(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    if quantize is not None and quantize not in (*KINDS, "same"):
-        raise UsageError(f"quantize {quantize!r}: expected one of {', '.join((*KINDS, 'same'))}")
+    if quantize is not None and quantize not in (kinds := (*writable_kinds(), "same")):
+        raise UsageError(f"quantize {quantize!r}: expected one of {', '.join(kinds)}")
     if quantize is not None and dtype is not None:
         raise UsageError("a quantized output has the dtypes of its scheme: give dtype or quantize, not both")
     _check_rounding(rounding, seed, quantize is not None)
@@ -170,27 +177,22 @@ def plan_quantize(
     out: AnyPath | None = None,
     *,
     to: str,
-    blocksize: int = 64,
+    blocksize: int = DEFAULT_BLOCKSIZE,
     nested: bool = False,
     rounding: str = "nearest",
     seed: int = 0,
     calibration: AnyPath | None = None,
     overwrite: bool = False,
 ) -> MergePlan:
-    """Plan `base` with its linear layers quantized to nf4, fp4 or int8, as transformers and bitsandbytes store them.
+    """Plan `base` with its linear layers quantized to a kind of `quant.writable_kinds`, as transformers loads them.
 
-    `blocksize` and `nested` (double quantization) are those of 4 bits. Without `out`, `<base>-<to>` beside the base.
+    `blocksize` and `nested` (double quantization) are for kinds that have blocks. Without `out`, `<base>-<to>` beside
+    the base.
     """
-    if to not in KINDS:
-        raise UsageError(f"to {to!r}: expected one of {', '.join(KINDS)}")
-    if blocksize not in BLOCKSIZES:
-        raise UsageError(f"block size {blocksize}: expected one of {', '.join(map(str, BLOCKSIZES))}")
-    if to == "int8" and (blocksize != 64 or nested):
-        raise UsageError("int8 has one scale a row: block size and nesting are for nf4 and fp4")
+    how = checked(QuantizationSettings(to, blocksize, nested, Rounding(rounding, seed)))
     _check_rounding(rounding, seed, True)
     checkpoint = open_base(base)
     target = Path(out).expanduser() if out is not None else _default_output(checkpoint, base, to)
-    how = Quantize(to, blocksize, nested, Rounding(rounding, seed))
     return _placed(make_quantize_plan(checkpoint, how, target, _text(calibration, rounding)), overwrite, checkpoint)
 
 
@@ -199,7 +201,7 @@ def quantize(
     out: AnyPath | None = None,
     *,
     to: str,
-    blocksize: int = 64,
+    blocksize: int = DEFAULT_BLOCKSIZE,
     nested: bool = False,
     rounding: str = "nearest",
     seed: int = 0,

@@ -8,14 +8,12 @@ from typing import Any
 
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import SUPPORTED
+from adapterkit.base.quant import supported
 from adapterkit.base.quant.unread import unread_scheme
 from adapterkit.base.renames import explain_missing
 from adapterkit.base.targets import Fit, fit
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import Weight
-
-DEQUANTIZED = f"what can be dequantized is {SUPPORTED}. Merge into the 16-bit original it was made from."
 
 
 def place(
@@ -29,8 +27,13 @@ def place(
         return fit(adapter, tensors, base.config, rename)
     except FitError as error:
         if scheme := unread_scheme(tensors, base.quantization):
-            raise FitError(f"{base.path}: is quantized ({scheme}); {DEQUANTIZED}") from error
+            raise FitError(f"{base.path}: is quantized ({scheme}); {dequantizable()}") from error
         raise
+
+
+def dequantizable() -> str:
+    """What to say of a base that is quantized by a scheme that is not read."""
+    return f"what can be dequantized is {supported()}. Merge into the 16-bit original it was made from."
 
 
 def missing(
@@ -39,7 +42,7 @@ def missing(
     """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
     landed = found.targets or found.replaced or found.tokens
     if found.missing and (scheme := unread_scheme(tensors, base.quantization)):
-        raise FitError(f"{base.path}: is quantized ({scheme}); {DEQUANTIZED}")
+        raise FitError(f"{base.path}: is quantized ({scheme}); {dequantizable()}")
     if found.missing and not (allow_partial and landed):
         raise FitError(
             f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base.name}: "

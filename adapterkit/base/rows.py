@@ -10,7 +10,7 @@ import torch
 
 from adapterkit.adapter.weights import LazyTensor, LoraWeights
 from adapterkit.algebra.updates import Update, update_for
-from adapterkit.base.quant import SUPPORTED, QuantizedWeight
+from adapterkit.base.quant import QuantizedWeight, supported
 from adapterkit.base.targets import Target
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, Weight
@@ -80,7 +80,7 @@ def reader(info: Weight, columns: int) -> RowReader:
     if not isinstance(info, TensorInfo) or info.dtype not in FLOAT_DTYPES:
         raise FitError(
             f"{info.name}: is stored as {info.dtype}, so its numbers are not the weights; "
-            f"what can be dequantized is {SUPPORTED}"
+            f"what can be dequantized is {supported()}"
         )
     depth = prod(info.shape) // columns if columns else 0
     return LazyTensor.of(replace(info, shape=(depth, columns))).read_rows

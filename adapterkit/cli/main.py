@@ -34,8 +34,8 @@ GROUPS = {
     "Change": {
         "merge": "Merge adapters into a base model",
         "unmerge": "Undo a merge exactly, using its receipt",
-        "quantize": "Quantize a model to NF4, FP4 or LLM.int8",
-        "combine": "Combine adapters into one: sum, SVD, TIES, DARE, KnOTS and more",
+        "quantize": "Quantize the linear layers of a model",
+        "combine": "Combine adapters into one",
         "resize": "Change an adapter's rank",
         "convert": "Convert an adapter: LoRA, rsLoRA, DoRA, PiSSA",
         "extract": "Extract an adapter from a fine-tuned model and its base",

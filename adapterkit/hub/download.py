@@ -17,6 +17,7 @@ from typing import Any
 
 from adapterkit.adapter.formats import table as formats
 from adapterkit.base.checkpoint import CONFIG
+from adapterkit.base.quant import needs_values
 from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError, UnsafeFileError
 from adapterkit.files import system
 from adapterkit.files.opening import open_regular
@@ -87,7 +88,7 @@ def resolve(spec: str | os.PathLike[str]) -> Path:
 @contextmanager
 def outlines(specs: Sequence[str | os.PathLike[str]]) -> Iterator[Callable[[str | os.PathLike[str]], Path] | None]:
     """Yield where each of `specs` can be looked at by its headers; None where nothing is to be downloaded, or where the
-    headers do not say enough: of bitsandbytes' 4 bits the shapes stand among the weights.
+    headers do not say enough: in some quantized bases the shapes stand among the weights.
     """
     ids = {str(spec): id for spec in specs if (id := on_hub(spec)) is not None}
     with ExitStack() as stack:
@@ -100,7 +101,7 @@ def outlines(specs: Sequence[str | os.PathLike[str]]) -> Iterator[Callable[[str 
             if missing_of(remote):
                 places[spec] = stack.enter_context(outlined(remote)).path
                 names = (name for file in places[spec].glob("*.safetensors") for name in read_header(file).tensors)
-                if any(".quant_state." in name for name in names):
+                if needs_values(names):
                     places.clear()
                     break
         yield (lambda spec: places.get(str(spec)) or resolve(spec)) if places else None

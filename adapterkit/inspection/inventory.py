@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import SUPPORTED, QuantizedWeight, weights
+from adapterkit.base.quant import QuantizedWeight, supported, weights
 from adapterkit.base.quant.unread import unread_scheme
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo
 
@@ -53,7 +53,7 @@ def unsupported(checkpoint: Checkpoint, rows: list[StoredAs]) -> str | None:
     scheme = unread_scheme(checkpoint.tensors, checkpoint.quantization)
     if scheme is None or any(row.merge.startswith("dequantized") for row in rows):
         return None
-    return f"quantized ({scheme}): merge reaches only what is not; it can dequantize {SUPPORTED}"
+    return f"quantized ({scheme}): merge reaches only what is not; it can dequantize {supported()}"
 
 
 def _bytes(weight: TensorInfo | QuantizedWeight) -> int:

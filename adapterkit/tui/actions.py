@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from adapterkit.base.quant import writable_kinds
 from adapterkit.combining.methods import DEFAULT, METHODS, all_options
 from adapterkit.text import command
 
@@ -71,7 +72,7 @@ ACTIONS = {
             (
                 BASE, Field("adapters", "adapters", "words", needed=True), OUT,
                 Field("--dtype", "dtype", "choice", choices=("bf16", "fp16", "fp32")),
-                Field("--quantize", "quantize", "choice", choices=("nf4", "fp4", "int8", "same")), OVERWRITE,
+                Field("--quantize", "quantize", "choice", choices=(*writable_kinds(), "same")), OVERWRITE,
             ),
             ("--dry-run",),
         ),

@@ -20,9 +20,9 @@ import adapterkit
 from adapterkit.algebra.counter_rng import uniform_at
 from adapterkit.base import quant
 from adapterkit.base.checkpoint import open_checkpoint
-from adapterkit.base.quant import bnb4, bnb8
 from adapterkit.base.quant.codebooks import CODES, dynamic_code
-from adapterkit.base.quant.rounding import Rounding, choose, search
+from adapterkit.base.quant.rounding import Rounding, choose_codes, search
+from adapterkit.base.quant.schemes import bnb4, bnb8
 from adapterkit.errors import ChangedError, FitError, FormatError, LossError, UsageError
 from adapterkit.files.safetensors import read_header
 from adapterkit.merging.blocks import device
@@ -429,7 +429,7 @@ def test_4bit_is_quantized_as_by_bitsandbytes(kind: str, nested: bool, blocksize
         for dtype, name in zip(DTYPES, ("BF16", "F16", "F32"), strict=True):
             weight = torch.randn(shape).to(dtype)
             expected, state = packed_4bit(weight, kind, blocksize, nested)
-            packing = bnb4.Packing4bit(shape, name, kind, blocksize, nested)
+            packing = bnb4.Spec4bit(shape, name, kind, blocksize, nested)
             packer, step = packing.start(shape[1]), packing.rows_together(shape[1])
             rows = [(at, min(shape[0], at + step)) for at in range(0, shape[0], step)]
             packed = {at: packer.pack(weight[at:end].float(), at) for at, end in reversed(rows)}
@@ -455,7 +455,7 @@ def test_4bit_is_quantized_as_by_bitsandbytes(kind: str, nested: bool, blocksize
 def test_int8_is_quantized_as_by_bitsandbytes() -> None:
     weight = torch.randn(33, 47).bfloat16()
     weight[5] = 0
-    packer = bnb8.Packing8bit((33, 47), "BF16").start(47)
+    packer = bnb8.Spec8bit((33, 47), "BF16").start(47)
     packed = torch.cat([packer.pack(weight[:20].float(), 0), packer.pack(weight[20:].float(), 20)])
     q, scale, _ = functional.int8_vectorwise_quant(weight[[i for i in range(33) if i != 5]].half())
     ours = packed.view(torch.int8).view(33, 47)
@@ -851,7 +851,7 @@ def test_stochastic_rounding_is_right_on_average_and_takes_a_neighbour() -> None
     code = torch.tensor([-1.0, -0.2, 0.0, 0.5, 1.0])
     values = torch.linspace(-1, 1, 41)
     scaled = values.repeat(4000, 1)
-    index = choose(scaled, scaled, code, Rounding("stochastic", 3), 0)
+    index = choose_codes(scaled, scaled, code, Rounding("stochastic", 3), 0)
     got = code[index]
     assert torch.allclose(got.mean(dim=0), values, atol=0.03)
     below = code[(torch.searchsorted(code, values, right=True) - 1).clamp(0, 3)]
@@ -866,7 +866,7 @@ def test_compensated_rounding_keeps_the_sum_of_a_row() -> None:
     exact = (scaled * unit).sum(dim=1)
     step = unit[:, 0] * 0.16  # half of the greatest step
     for rounding, factor in ((Rounding("compensated"), 1.0), (Rounding("nearest"), None)):
-        got = (code[choose(scaled, unit, code, rounding, 0)] * unit).sum(dim=1)
+        got = (code[choose_codes(scaled, unit, code, rounding, 0)] * unit).sum(dim=1)
         if factor is not None:
             assert bool(((got - exact).abs() <= step * factor).all())
         else:
@@ -875,7 +875,7 @@ def test_compensated_rounding_keeps_the_sum_of_a_row() -> None:
 
 def test_a_block_of_zeros_and_rows_of_one_survive_compensation() -> None:
     code = torch.tensor(CODES["nf4"])
-    index = choose(torch.zeros(3, 1), torch.zeros(3, 1), code, Rounding("compensated"), 0)
+    index = choose_codes(torch.zeros(3, 1), torch.zeros(3, 1), code, Rounding("compensated"), 0)
     assert index.tolist() == [[7]] * 3
 
 

@@ -18,7 +18,7 @@ import adapterkit
 from adapterkit.base import quant
 from adapterkit.base.checkpoint import open_checkpoint
 from adapterkit.base.quant.codebooks import CODES
-from adapterkit.base.quant.compensated import carry_errors
+from adapterkit.base.quant.compensated import compensated_codes
 from adapterkit.errors import FitError, FormatError, NoSpaceError, UsageError
 from adapterkit.merging import calibration
 from adapterkit.merging.calibration import DAMPING, shares_of, spans_of
@@ -58,7 +58,7 @@ def gptq(weight: torch.Tensor, unit: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 def ours(weight: torch.Tensor, unit: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     shares = shares_of(moments(x)).double()
-    return carry_errors(weight.double() / unit, unit, CODE, BOUNDS, shares)
+    return compensated_codes(weight.double() / unit, unit, CODE, BOUNDS, shares)
 
 
 @pytest.mark.parametrize("columns", [5, 64, 150])
@@ -89,7 +89,9 @@ def test_what_a_layer_computes_changes_less() -> None:
 
     nearest = torch.bucketize(weight / unit, BOUNDS)
     assert off(ours(weight, unit, x)) < 0.8 * off(nearest)
-    assert torch.equal(carry_errors(CODE[nearest], unit, CODE, BOUNDS, torch.rand(96, 96).triu(1).double()), nearest)
+    assert torch.equal(
+        compensated_codes(CODE[nearest], unit, CODE, BOUNDS, torch.rand(96, 96).triu(1).double()), nearest
+    )
 
 
 def test_inputs_that_never_come_do_no_harm() -> None:

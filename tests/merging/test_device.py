@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from test_merge import TINY, misrounded
 
 import adapterkit
-from adapterkit.base.quant import bnb4
 from adapterkit.base.quant.rounding import ROUNDINGS
+from adapterkit.base.quant.schemes import bnb4
 from adapterkit.errors import UsageError
 from adapterkit.merging.blocks import device
 from adapterkit.merging.blocks.device import CPU, ComputeDevice
@@ -234,9 +234,9 @@ def test_quantizing_goes_on_where_the_memory_ran_out_midway(
     from adapterkit.merging.run import outputs
 
     calls = 0
-    packed = bnb4.Packer4bit.pack
+    packed = bnb4.Quantizer4bit.pack
 
-    def pack(self: bnb4.Packer4bit, rows: torch.Tensor, first: int) -> torch.Tensor:
+    def pack(self: bnb4.Quantizer4bit, rows: torch.Tensor, first: int) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
@@ -245,7 +245,7 @@ def test_quantizing_goes_on_where_the_memory_ran_out_midway(
 
     monkeypatch.setattr(outputs, "BLOCK_BYTES", 8 * 200 * 2)
     nf4(nested=True)
-    monkeypatch.setattr(bnb4.Packer4bit, "pack", pack)
+    monkeypatch.setattr(bnb4.Quantizer4bit, "pack", pack)
     result = adapterkit.quantize(tmp_path / "dense", tmp_path / "again", to="nf4", nested=True, device="cuda")
     assert calls > 4 and len(result.notes) == 1
     assert files(tmp_path / "again") == files(tmp_path / "nf4")

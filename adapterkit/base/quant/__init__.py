@@ -1,32 +1,47 @@
-"""Quantized weights: one file a scheme, found by the tensors they are stored in."""
+"""Quantized weights: one file a scheme in `schemes`, found by the tensors that they are stored in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
-from adapterkit.base.quant import bnb4, bnb8, fp8
-from adapterkit.base.quant.packed import QuantizationSpec, QuantizedWeight
+from adapterkit.base.quant import schemes
 from adapterkit.base.quant.rounding import NEAREST, ROUNDINGS, Rounding
-from adapterkit.errors import FormatError
-from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
+from adapterkit.base.quant.scheme import DEFAULT_BLOCKSIZE, QuantizationSettings, Scheme, Writer
+from adapterkit.base.quant.weight import QuantizationSpec, QuantizedWeight
+from adapterkit.errors import FormatError, UsageError
+from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo
 
 __all__ = [
-    "BLOCKSIZES",
-    "KINDS",
+    "DEFAULT_BLOCKSIZE",
+    "NEAREST",
     "ROUNDINGS",
     "SCHEMES",
-    "SUPPORTED",
+    "QuantizationSettings",
     "QuantizationSpec",
-    "Quantize",
     "QuantizedWeight",
     "Rounding",
+    "blocksizes",
+    "checked",
+    "declaration",
+    "float_dtype",
+    "needs_values",
+    "spec_for",
+    "supported",
     "weights",
+    "writable_kinds",
 ]
 
-SCHEMES = (bnb4, bnb8, fp8)
-SUPPORTED = "bitsandbytes NF4 and FP4, LLM.int8, block-scaled FP8"
+# Module -> scheme, found in the files of `schemes`.
+SCHEMES: dict[str, Scheme] = {
+    module.name: import_module(f"{schemes.__name__}.{module.name}").SCHEME for module in iter_modules(schemes.__path__)
+}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo | QuantizedWeight]:
@@ -34,8 +49,9 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
 
     Raises FormatError where one is broken, or where only some can be read.
     """
-    packed = {one.name: one for scheme in SCHEMES for one in scheme.find(tensors, config)}
-    parts = {part.name for one in packed.values() for part in one.parts}
+    dtype = float_dtype(config, tensors)
+    packed = {weight.name: weight for scheme in SCHEMES.values() for weight in scheme.find(tensors, config, dtype)}
+    parts = {part.name for weight in packed.values() for part in weight.parts}
     found = {name: packed.get(name, info) for name, info in tensors.items() if name in packed or name not in parts}
     for name, info in found.items():
         if packed and name.endswith("weight") and info.dtype not in FLOAT_DTYPES:
@@ -46,36 +62,74 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
     return found
 
 
-KINDS = (*bnb4.KINDS, "int8")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
+def float_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """The dtype to dequantize to where the weights do not say: the model's own, else that of its other weights."""
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            named = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(str(section.get(key)))
+            if named:
+                return named
+    suffixes = tuple(suffix for scheme in SCHEMES.values() for suffix in scheme.suffixes)
+    sizes = dict.fromkeys(FLOAT_DTYPES, 0)
+    for info in tensors.values():
+        if info.dtype in sizes and not info.name.endswith(suffixes):
+            sizes[info.dtype] += info.nbytes
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return most if sizes[most] else "BF16"
 
 
-@dataclass(frozen=True, slots=True)
-class Quantize:
-    """What weights are to be quantized to: a kind of `KINDS`, and for 4 bits the blocks, and whether scales nest."""
+def needs_values(names: Iterable[str]) -> bool:
+    """Whether among tensors of these names are some whose values, and not only headers, say the shapes of weights."""
+    marks = [scheme.in_values for scheme in SCHEMES.values() if scheme.in_values is not None]
+    return any(mark in name for name in names for mark in marks)
 
-    kind: str
-    blocksize: int = 64
-    nested: bool = False
-    rounding: Rounding = NEAREST
 
-    def packing(self, weight: TensorInfo | QuantizedWeight) -> QuantizationSpec:
-        """How to quantize `weight`; one that is stored by the same kind keeps its block size and nesting."""
-        if isinstance(weight, QuantizedWeight) and weight.kind == self.kind and (own := weight.packing()):
-            return replace(own, rounding=self.rounding.of(weight.name))  # type: ignore[type-var]
-        rounding = self.rounding.of(weight.name)
-        if self.kind == "int8":
-            return bnb8.Packing8bit(weight.shape, weight.dtype, rounding)
-        dtype = weight.dtype if weight.dtype in bnb4.DTYPES.values() else "F32"  # no name for F64
-        return bnb4.Packing4bit(weight.shape, dtype, self.kind, self.blocksize, self.nested, rounding=rounding)
+def supported() -> str:
+    """What can be dequantized, in words."""
+    return ", ".join(scheme.label for scheme in SCHEMES.values())
 
-    def declaration(self, dtype: str) -> dict[str, Any]:
-        """The `quantization_config` by which transformers loads them; `dtype` is what they dequantize to."""
-        four = self.kind != "int8"
-        return {
-            "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four, "_load_in_4bit": four,
-            "_load_in_8bit": not four, "bnb_4bit_compute_dtype": TORCH_NAMES[dtype] if four else "float32",
-            "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": self.kind if four else "fp4",
-            "bnb_4bit_use_double_quant": self.nested and four, "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0,
-        }  # fmt: skip
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _writers() -> dict[str, Writer]:
+    """Kind -> how to quantize to it."""
+    return {kind: scheme.writer for scheme in SCHEMES.values() if scheme.writer for kind in scheme.kinds}
+
+
+def writable_kinds() -> tuple[str, ...]:
+    """What weights can be quantized to."""
+    return tuple(_writers())
+
+
+def blocksizes() -> tuple[int, ...]:
+    """The block sizes that one kind or another can have."""
+    return tuple(sorted({size for writer in _writers().values() for size in writer.blocksizes}))
+
+
+def checked(settings: QuantizationSettings) -> QuantizationSettings:
+    """`settings`, which must be ones that its kind has. Raises UsageError where they are not."""
+    writers = _writers()
+    writer = writers.get(settings.kind)
+    if writer is None:
+        raise UsageError(f"to {settings.kind!r}: expected one of {', '.join(writers)}")
+    if settings.blocksize not in (writer.blocksizes or blocksizes()):
+        raise UsageError(f"block size {settings.blocksize}: expected one of {', '.join(map(str, blocksizes()))}")
+    if (settings.blocksize != DEFAULT_BLOCKSIZE and not writer.blocksizes) or (settings.nested and not writer.nests):
+        others = " and ".join(kind for kind, other in writers.items() if other.blocksizes)
+        raise UsageError(f"{settings.kind} has {writer.scales}: block size and nesting are for {others}")
+    return settings
+
+
+def spec_for(weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings) -> QuantizationSpec:
+    """How to quantize `weight`; one that is stored by the same kind keeps its block size and nesting."""
+    rounding = settings.rounding.of(weight.name)
+    if isinstance(weight, QuantizedWeight) and weight.kind == settings.kind and (own := weight.spec()):
+        return replace(own, rounding=rounding)  # type: ignore[type-var]
+    return _writers()[settings.kind].spec(weight, settings, rounding)
+
+
+def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
+    """The `quantization_config` by which transformers loads the output; `dtype` is what weights dequantize to."""
+    return _writers()[settings.kind].declaration(settings, dtype)

@@ -7,7 +7,9 @@ import warnings
 import torch
 
 
-def _carried(columns: torch.Tensor, units: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+def _compensated_next(
+    columns: torch.Tensor, units: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor
+) -> torch.Tensor:
     """The index of a code for `columns (columns, rows)`, each with the error of the one before, in `units` of its own.
 
     At most half of the greatest step is carried on, so that what is beyond the codes does not pile up.
@@ -22,7 +24,7 @@ def _carried(columns: torch.Tensor, units: torch.Tensor, code: torch.Tensor, bou
     return index
 
 
-def _spread(
+def _compensated_all(
     columns: torch.Tensor, units: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor, shares: torch.Tensor
 ) -> torch.Tensor:
     """The same, each with its share of the errors of all before it (GPTQ, arXiv 2210.17323, algorithm 1).
@@ -52,17 +54,17 @@ def _spread(
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    _carry, _share = torch.jit.script(_carried), torch.jit.script(_spread)
+    _next, _all = torch.jit.script(_compensated_next), torch.jit.script(_compensated_all)
 
 
-def carry_errors(
+def compensated_codes(
     scaled: torch.Tensor, unit: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor, shares: torch.Tensor | None
 ) -> torch.Tensor:
-    """`choose` for compensated rounding: `scaled` and `unit` are `(rows, columns)`."""
+    """`choose_codes` for compensated rounding: `scaled` and `unit` are `(rows, columns)`."""
     columns, units = scaled.T.contiguous(), unit.T.contiguous()
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
         if shares is None:
-            index: torch.Tensor = _carry(columns, units, code, bounds)
+            index: torch.Tensor = _next(columns, units, code, bounds)
         else:
-            index = _share(columns, units, code, bounds, shares.to(columns.device))
+            index = _all(columns, units, code, bounds, shares.to(columns.device))
     return index.T

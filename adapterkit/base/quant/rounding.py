@@ -42,7 +42,7 @@ class Rounding:
 NEAREST = Rounding()
 
 
-def choose(
+def choose_codes(
     scaled: torch.Tensor,
     unit: torch.Tensor,
     code: torch.Tensor,
@@ -59,9 +59,9 @@ def choose(
     if rounding.kind == "nearest":
         return search(scaled, bounds)
     if rounding.kind == "compensated":
-        from adapterkit.base.quant.compensated import carry_errors
+        from adapterkit.base.quant.compensated import compensated_codes
 
-        return carry_errors(scaled, unit, code, bounds, shares)
+        return compensated_codes(scaled, unit, code, bounds, shares)
     below = (search(scaled, code, right=True) - 1).clamp_(0, len(code) - 2)
     gap = code[below + 1] - code[below]
     up = (scaled - code[below]) > gap * uniform_at(scaled.numel(), rounding.seed, at, scaled.device).view_as(scaled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapterkit.base.quant.packed import QuantizedWeight
+from adapterkit.base.quant.weight import QuantizedWeight
 
 # The last part of a tensor's name in each, or its end; the first that a base has decides.
 LAYOUTS = {

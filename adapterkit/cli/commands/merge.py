@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.api import merge
-from adapterkit.base.quant import KINDS, ROUNDINGS
+from adapterkit.base.quant import ROUNDINGS, writable_kinds
 from adapterkit.base.renames import parse_rename
 from adapterkit.cli.command import Command
 from adapterkit.cli.output import note, say, say_result
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 @click.option("--alpha", type=float, help="The alpha of an adapter without a config (scaling = alpha / rank).")
 @click.option("--scaling", type=float, help="The scaling itself of an adapter without a config.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Convert the output; by default dtypes stay.")
-@click.option("--quantize", type=click.Choice([*KINDS, "same"]), help="Quantize the output; by default it is not.")
+@click.option(
+    "--quantize", type=click.Choice([*writable_kinds(), "same"]), help="Quantize the output; by default it is not."
+)
 @click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", help="How to quantize what is in between.")
 @click.option("--seed", type=int, default=0, help="Of stochastic rounding.")
 @click.option("--calibration", metavar="TEXT", help="For compensated rounding, by what this file makes the layers see.")

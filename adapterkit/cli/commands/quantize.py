@@ -7,7 +7,7 @@ import time
 import click
 
 from adapterkit.api import merge
-from adapterkit.base.quant import BLOCKSIZES, KINDS, ROUNDINGS
+from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, writable_kinds
 from adapterkit.cli.command import Command
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.run_plan import DEVICE_HELP, hashes_by_label, run_with_bar
@@ -18,9 +18,10 @@ from adapterkit.text import counted, size
 @click.command("quantize", cls=Command)
 @click.argument("base")
 @click.option("-o", "--output", type=click.Path(), help="Where to write. Default: BASE-KIND beside the base.")
-@click.option("--to", type=click.Choice(KINDS), required=True, help="What to quantize to.")
-@click.option("--blocksize", type=click.Choice([str(size) for size in BLOCKSIZES]), default="64", show_default=True,
-              help="How many elements share a scale in 4 bits.")  # fmt: skip
+@click.option("--to", type=click.Choice(writable_kinds()), required=True, help="What to quantize to.")
+@click.option("--blocksize", type=click.Choice([str(size) for size in blocksizes()]), default=str(DEFAULT_BLOCKSIZE),
+              show_default=True,
+              help="Elements that share a scale, for kinds that have blocks.")  # fmt: skip
 @click.option("--nested", is_flag=True, help="Quantize the scales too (double quantization).")
 @click.option("--rounding", type=click.Choice(ROUNDINGS), default="nearest", help="How to quantize what is in between.")
 @click.option("--seed", type=int, default=0, help="Of stochastic rounding.")
@@ -33,7 +34,7 @@ def quantize_command(
     base: str, output: str | None, to: str, blocksize: str, nested: bool, rounding: str, seed: int,
     calibration: str | None, device: str, threads: int | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Quantize the linear layers of BASE as bitsandbytes does, a few rows at a time; everything else stays.
+    """Quantize the linear layers of BASE, a few rows at a time; everything else stays.
 
     transformers loads the output like one that it quantized itself.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from adapterkit.base.checkpoint import open_checkpoint
+from adapterkit.base.quant import needs_values
 from adapterkit.cli.lookup import Lookup
 from adapterkit.cli.output import say, say_result
 from adapterkit.errors import FormatError
@@ -15,7 +16,7 @@ from adapterkit.text import counted, size
 def show_base(there: Lookup, given: str, as_json: bool) -> None:
     """Print the base that is `there`, which the user calls `given`."""
     checkpoint = open_checkpoint(there.path)
-    if there.headers_only and any(".quant_state." in name for name in checkpoint.tensors):
+    if there.headers_only and needs_values(checkpoint.tensors):
         raise FormatError(
             f"{given}: how its weights are quantized stands among the weights, not in a header; say --full"
         )

@@ -15,7 +15,7 @@ import torch
 from adapterkit.adapter.weights import load_weights
 from adapterkit.algebra.rounding import on_midpoints, round_once
 from adapterkit.algebra.updates import Retention, Update, add_updates, exact_sum, measure_columns, retention, update_for
-from adapterkit.base.quant.packed import Numbers, QuantizedWeight, Quantizer, Rows
+from adapterkit.base.quant.weight import Codes, QuantizedWeight, Quantizer, Rows
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TORCH_NAMES, TensorInfo, read_span, tensor_bytes
 from adapterkit.kernels.cpu import add_rounded
@@ -39,7 +39,7 @@ class LoadedEdit:
     updates: list[Update]
     added: list[torch.Tensor]
     packed: Rows | None
-    numbers: Numbers | None
+    codes: Codes | None
     packer: Quantizer | None
     twin: Twin | None
 
@@ -84,8 +84,8 @@ def load(edit: Edit, fd: int) -> LoadedEdit:
     packer = edit.packing.start(columns) if edit.packing else None
     twin = Twin(edit.twin.open(columns), edit.twin.slack(columns)) if edit.twin else None
     quantized = edit.quantized or (edit.source if isinstance(edit.source, QuantizedWeight) else None)
-    numbers = quantized.numbers(columns) if quantized and not edit.packing else None
-    return LoadedEdit(CPU, updates, added, packed, numbers, packer, twin)
+    codes = quantized.codes(columns) if quantized and not edit.packing else None
+    return LoadedEdit(CPU, updates, added, packed, codes, packer, twin)
 
 
 def merge_rows(
@@ -127,10 +127,10 @@ def merge_rows(
         else:
             step = _chunk_rows(columns, buffers.place.chunk)
             undone = undo(loaded.updates, source, first, out, step, _compute_dtype(edit))
-    if undone is not None and loaded.numbers is not None:
+    if undone is not None and loaded.codes is not None:
         assert source is not None
         stored = _stored_rows(edit, fd, first, last)
-        undone = replace(undone, numbers=encode_bytes(stored, _filled(loaded.numbers(source, first), len(stored))))
+        undone = replace(undone, numbers=encode_bytes(stored, _filled(loaded.codes(source, first), len(stored))))
     changed = not _same(source, out)
     buffers.deliver(out, into)
     if not measured:
@@ -160,13 +160,13 @@ def restore_rows(
     after = _read_rows(edit, None, fd, recorded.first, recorded.last, buffers)
     assert after is not None
     dtype, step = getattr(torch, TORCH_NAMES[edit.dtype]), _chunk_rows(columns, buffers.place.chunk)
-    numbers = loaded.numbers
-    out = buffers.output(into, dtype).view(-1, columns) if numbers is None else torch.empty_like(after, dtype=dtype)
+    codes = loaded.codes
+    out = buffers.output(into, dtype).view(-1, columns) if codes is None else torch.empty_like(after, dtype=dtype)
     restore(recorded, loaded.updates, after, out, step, buffers if _compute_dtype(edit) is torch.float32 else None)
-    if numbers is None:
+    if codes is None:
         buffers.deliver(out, into)
         return
-    stored = _filled(numbers(out, recorded.first), len(into))
+    stored = _filled(codes(out, recorded.first), len(into))
     if (more := recorded.numbers) is not None:
         correct_bytes(bytes(more.read_bytes()), stored, f"{more.file}: {more.name}")
     into[:] = stored.cpu().numpy().data

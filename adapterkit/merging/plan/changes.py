@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.placement import DEQUANTIZED, refuse_overlaps
+from adapterkit.base.placement import dequantizable, refuse_overlaps
 from adapterkit.base.quant.unread import unread_scheme
 from adapterkit.base.targets import Fit
 from adapterkit.errors import FitError
@@ -45,7 +45,7 @@ def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, cha
     info = tensors.get(name)
     if info is not None and info.dtype not in FLOAT_DTYPES:
         scheme = unread_scheme(tensors, base.quantization) or f"{info.dtype} weights"
-        raise FitError(f"{name}: is {info.dtype}: the base is quantized ({scheme}); {DEQUANTIZED}")
+        raise FitError(f"{name}: is {info.dtype}: the base is quantized ({scheme}); {dequantizable()}")
     whole = [change for change in changes.replaced.get(name, ()) if change.rows is None]
     if len(whole) > 1:
         raise FitError(f"{name}: {len(whole)} adapters replace it outright (modules_to_save); merge one of them only")

@@ -12,10 +12,19 @@ from adapterkit import __version__
 from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
 from adapterkit.base.architectures import CONV1D_MODELS, HEAD_MODULES, is_linear
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.placement import DEQUANTIZED, missing, place
-from adapterkit.base.quant import KINDS, QuantizationSpec, Quantize, QuantizedWeight, Rounding, weights
-from adapterkit.base.quant.packed import float_dtype
-from adapterkit.base.quant.rounding import NEAREST
+from adapterkit.base.placement import dequantizable, missing, place
+from adapterkit.base.quant import (
+    NEAREST,
+    QuantizationSettings,
+    QuantizationSpec,
+    QuantizedWeight,
+    Rounding,
+    declaration,
+    float_dtype,
+    spec_for,
+    weights,
+    writable_kinds,
+)
 from adapterkit.base.targets import Fit
 from adapterkit.base.ties import Tie, tie_of, undecided
 from adapterkit.errors import FitError, UsageError
@@ -114,12 +123,12 @@ class _Draft:
     def convert(self, dtype: str) -> None:
         """Store every floating point tensor as `dtype`."""
         if self.base.quantization and not self.schemes:
-            raise FitError(f"{self.base.path}: is quantized ({self.base.quantization}); {DEQUANTIZED}")
+            raise FitError(f"{self.base.path}: is quantized ({self.base.quantization}); {dequantizable()}")
         self.dtype = DTYPES[dtype]
         key = "dtype" if "dtype" in self.config else "torch_dtype"
         self.config = _with_nested(self.config, key, TORCH_NAMES[self.dtype])
 
-    def quantize(self, how: Quantize) -> None:
+    def quantize(self, how: QuantizationSettings) -> None:
         """Quantize what the base has quantized, or where that is nothing its linear layers."""
         if self.base.config.get("model_type") in CONV1D_MODELS:
             raise FitError(f"{self.base.path}: its linear layers are stored transposed (Conv1D): not supported")
@@ -128,10 +137,10 @@ class _Draft:
         for name, weight in (packed or linear).items():
             same = isinstance(weight, QuantizedWeight) and weight.kind == how.kind
             stays = same and not self.twins and not self.changes.touch(name)
-            self.packings[name] = None if stays else how.packing(weight)
+            self.packings[name] = None if stays else spec_for(weight, how)
         if {weight.kind for weight in packed.values()} != {how.kind}:
             dtype = float_dtype(self.base.config, self.base.tensors)
-            self.config["quantization_config"] = how.declaration(dtype)
+            self.config["quantization_config"] = declaration(how, dtype)
 
     def plan(self, out: Path, given: Sequence[WeightedAdapter]) -> MergePlan:
         """Lay out every file."""
@@ -171,7 +180,7 @@ def make_plan(
 ) -> MergePlan:
     """Plan `base + Σ weight · adapter`, written to `out`, from headers only.
 
-    A quantized base is dequantized, unless `quantize` names a kind of `quant.KINDS`, or "same". With the `original` it
+    A quantized base is dequantized, unless `quantize` names a kind to write, or "same". With the `original` it
     was made from, that is merged into instead. Raises FitError where anything of an adapter has no place, has two, or
     does not fit in shape, rank or dtype.
     """
@@ -187,7 +196,7 @@ def make_plan(
         draft.dequantize()
     else:
         kind = quantize if quantize != "same" else _same(base, draft.twins or draft.tensors)
-        draft.quantize(Quantize(kind, rounding=rounding))
+        draft.quantize(QuantizationSettings(kind, rounding=rounding))
         if quantize == "same":
             draft.config["quantization_config"] = base.config.get("quantization_config")
     if dtype is not None:
@@ -205,7 +214,7 @@ def make_plan(
     )
 
 
-def plan_quantize(base: Checkpoint, how: Quantize, out: Path, calibration: Path | None = None) -> MergePlan:
+def plan_quantize(base: Checkpoint, how: QuantizationSettings, out: Path, calibration: Path | None = None) -> MergePlan:
     """Plan `base` with its linear layers quantized, written to `out`. Raises FitError where they are already."""
     draft = _Draft.of(base)
     if draft.schemes or base.quantization:
@@ -231,10 +240,12 @@ def _same(base: Checkpoint, tensors: Mapping[str, Weight]) -> str:
     """What the base is quantized to, where that can be written."""
     packed = [weight for weight in tensors.values() if isinstance(weight, QuantizedWeight)]
     if not packed:
-        raise UsageError(f"{base.path}: is not quantized; here --quantize takes one of {', '.join(KINDS)}")
-    stuck = next((weight for weight in packed if weight.packing() is None), None)
+        raise UsageError(f"{base.path}: is not quantized; here --quantize takes one of {', '.join(writable_kinds())}")
+    stuck = next((weight for weight in packed if weight.spec() is None), None)
     if stuck is not None:
-        raise FitError(f"{stuck.name}: is {stuck.scheme}, which cannot be written; --quantize {KINDS[0]} can")
+        raise FitError(
+            f"{stuck.name}: is {stuck.scheme}, which cannot be written; --quantize {writable_kinds()[0]} can"
+        )
     return packed[0].kind
 
 

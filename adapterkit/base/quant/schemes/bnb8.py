@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.base.quant.packed import Numbers, QuantizationSpec, QuantizedWeight, Quantizer, Read, Rows, float_dtype
-from adapterkit.base.quant.rounding import NEAREST, Rounding, choose
+from adapterkit.base.quant.bitsandbytes import quantization_config
+from adapterkit.base.quant.rounding import NEAREST, Rounding, choose_codes
+from adapterkit.base.quant.scheme import Layer, QuantizationSettings, Scheme, Writer
+from adapterkit.base.quant.weight import Codes, QuantizationSpec, QuantizedWeight, Quantizer, Read, Rows
 from adapterkit.errors import FormatError
 from adapterkit.files.safetensors import TORCH_NAMES, TensorInfo
 
@@ -22,7 +24,7 @@ SCALE, LAYOUT = "SCB", "weight_format"
 
 
 @dataclass(frozen=True)
-class Packed8bit(QuantizedWeight):
+class Quantized8bit(QuantizedWeight):
     """A weight in signed bytes `(out, in)`, and its rows' greatest magnitudes `(out,)`."""
 
     scale: TensorInfo
@@ -40,8 +42,8 @@ class Packed8bit(QuantizedWeight):
         steps = self.scale.read()[:, None] / 254
         return lambda first, last: steps[first:last].expand(-1, columns)
 
-    def packing(self) -> Packing8bit:
-        return Packing8bit(self.shape, self.dtype)
+    def spec(self) -> Spec8bit:
+        return Spec8bit(self.shape, self.dtype)
 
     def open(self, columns: int) -> Rows:
         import torch
@@ -55,21 +57,20 @@ class Packed8bit(QuantizedWeight):
 
         return rows
 
-    def numbers(self, columns: int) -> Numbers:
+    def codes(self, columns: int) -> Codes:
         import torch
 
         factor = torch.where((scale := self.scale.read()[:, None]) > 0, 127 / scale, 0.0)
 
-        def numbers(rows: torch.Tensor, first: int) -> torch.Tensor:
+        def codes(rows: torch.Tensor, first: int) -> torch.Tensor:
             q = (rows.float() * factor[first : first + len(rows)].to(rows.device)).round_()
             return q.nan_to_num_().clamp_(-128, 127).to(torch.int8).view(-1).view(torch.uint8)
 
-        return numbers
+        return codes
 
 
-def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[Packed8bit]:
+def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: str) -> Iterator[Quantized8bit]:
     """Every LLM.int8 weight. Raises FormatError where its scale does not fit or it is not stored by rows."""
-    dtype = float_dtype(config, tensors)
     for name, stored in tensors.items():
         module, _, leaf = name.rpartition(".")
         scale = tensors.get(f"{module}.{SCALE}")
@@ -84,14 +85,14 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterat
         layout = tensors.get(f"{module}.{LAYOUT}")
         if layout is not None and (layout.nbytes > 8 or any(layout.read_bytes())):
             raise FormatError(f"{layout.file}: {layout.name}: only LLM.int8 weights stored by rows (0) are supported")
-        yield Packed8bit(name, "int8", stored.shape, dtype, stored, scale, layout)
+        yield Quantized8bit(name, "int8", stored.shape, dtype, stored, scale, layout)
 
 
 # --- quantizing ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Packing8bit(QuantizationSpec):
+class Spec8bit(QuantizationSpec):
     """To LLM.int8. bitsandbytes takes the weight in float16, so that is what is quantized here too."""
 
     bits = 8
@@ -114,18 +115,18 @@ class Packing8bit(QuantizationSpec):
     def rows_together(self, columns: int) -> int:
         return 1
 
-    def start(self, columns: int) -> Packer8bit:
-        return Packer8bit(self)
+    def start(self, columns: int) -> Quantizer8bit:
+        return Quantizer8bit(self)
 
 
-class Packer8bit(Quantizer):
+class Quantizer8bit(Quantizer):
     """One weight on its way to 8 bits."""
 
-    def __init__(self, packing: Packing8bit) -> None:
+    def __init__(self, spec: Spec8bit) -> None:
         import torch
 
-        self.scale, self.rounding = torch.empty(packing.shape[0]), packing.rounding
-        self.shares = packing.rounding.read_shares()
+        self.scale, self.rounding = torch.empty(spec.shape[0]), spec.rounding
+        self.shares = spec.rounding.read_shares()
 
     def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         import torch
@@ -139,7 +140,7 @@ class Packer8bit(Quantizer):
             return torch.round(scaled).to(torch.int8).view(-1).view(torch.uint8)
         unit = (scale / 127)[:, None].expand_as(scaled)
         code = torch.arange(-127.0, 128.0, device=rows.device)
-        index = choose(scaled, unit, code, self.rounding, first * rows.shape[1], self.shares)
+        index = choose_codes(scaled, unit, code, self.rounding, first * rows.shape[1], self.shares)
         return (index - 127).to(torch.int8).reshape(-1).view(torch.uint8)
 
     def finish(self) -> list[bytes]:
@@ -153,3 +154,38 @@ class Packer8bit(Quantizer):
 
     def most(self) -> float:
         return float(self.scale.max())
+
+
+def spec(weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings, rounding: Rounding) -> Spec8bit:
+    """How to quantize `weight` to LLM.int8."""
+    return Spec8bit(weight.shape, weight.dtype, rounding)
+
+
+def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
+    """The `quantization_config` of a model in LLM.int8."""
+    return quantization_config(8, "fp4", nested=False, compute_dtype="float32")
+
+
+# --- in memory -------------------------------------------------------------------------------------------------------
+
+
+def layer_weight(layer: Any) -> torch.Tensor:
+    """The weight of a Linear8bitLt."""
+    import torch
+
+    scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    dtype = layer.bias.dtype if layer.bias is not None else torch.get_default_dtype()
+    weight: torch.Tensor = layer.weight.data * scale[:, None] * (1 / 127)
+    return weight.to(dtype)
+
+
+SCHEME = Scheme(
+    label="LLM.int8",
+    kinds=("int8",),
+    suffixes=(f".{SCALE}", f".{LAYOUT}"),
+    find=find,
+    writer=Writer(spec, declaration, scales="one scale a row"),
+    layer=Layer(
+        "bitsandbytes", "Linear8bitLt", lambda layer: getattr(layer.weight, "SCB", None) is not None, layer_weight
+    ),
+)

@@ -14,9 +14,11 @@ from functools import cache
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from adapterkit.base.quant.bitsandbytes import quantization_config
 from adapterkit.base.quant.codebooks import CODES, dynamic_code
-from adapterkit.base.quant.packed import Numbers, QuantizationSpec, QuantizedWeight, Quantizer, Read, Rows
-from adapterkit.base.quant.rounding import NEAREST, Rounding, choose, search
+from adapterkit.base.quant.rounding import NEAREST, Rounding, choose_codes, search
+from adapterkit.base.quant.scheme import Layer, QuantizationSettings, Scheme, Writer
+from adapterkit.base.quant.weight import Codes, QuantizationSpec, QuantizedWeight, Quantizer, Read, Rows
 from adapterkit.errors import FormatError
 from adapterkit.files.safetensors import DTYPE_BITS, TORCH_NAMES, TensorInfo
 
@@ -25,10 +27,15 @@ if TYPE_CHECKING:
 
 STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>.+)")
 KINDS = ("nf4", "fp4")
+SUFFIXES = (
+    ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
+    *(f".quant_state.bitsandbytes__{kind}" for kind in KINDS),
+)  # fmt: skip
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 MAX_STATE_BYTES = 4096  # real ones have some 150
 MAX_OFFSET = 3e38  # what float32 holds; an offset is a mean of scales
-KERNEL_BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has CUDA kernels for in every version
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
+KERNEL_BLOCKSIZES = BLOCKSIZES[1:]  # that it has CUDA kernels for in every version
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Nested:
 
 
 @dataclass(frozen=True)
-class Packed4bit(QuantizedWeight):
+class Quantized4bit(QuantizedWeight):
     """A weight in 4 bits: 16 values of `code`, times one `absmax` for each `blocksize` elements."""
 
     blocksize: int
@@ -74,10 +81,10 @@ class Packed4bit(QuantizedWeight):
 
         return lambda first, last: self._by_element(steps, first * columns, last * columns).view(-1, columns)
 
-    def packing(self) -> Packing4bit:
+    def spec(self) -> Spec4bit:
         whole = (prod(self.shape) + 1) // 2 * 8 % DTYPE_BITS[self.stored.dtype] == 0
         storage = self.stored.dtype if whole else "U8"  # rather than pad
-        return Packing4bit(self.shape, self.dtype, self.kind, self.blocksize, bool(self.nested), storage)
+        return Spec4bit(self.shape, self.dtype, self.kind, self.blocksize, bool(self.nested), storage)
 
     def open(self, columns: int) -> Rows:
         import torch
@@ -102,12 +109,12 @@ class Packed4bit(QuantizedWeight):
 
         return rows
 
-    def numbers(self, columns: int) -> Numbers:
+    def codes(self, columns: int) -> Codes:
         absmax, (code, order) = self._scales(), self.code.read().sort(stable=True)
         bounds = (code[1:] + code[:-1]) / 2
-        negative_zero = [number for number, value in enumerate(self.code.read().tolist()) if str(value) == "-0.0"]
+        negative_zero = [code for code, value in enumerate(self.code.read().tolist()) if str(value) == "-0.0"]
 
-        def numbers(rows: torch.Tensor, first: int) -> torch.Tensor:
+        def codes(rows: torch.Tensor, first: int) -> torch.Tensor:
             import torch
 
             begin, flat = first * columns, rows.reshape(-1).float()
@@ -118,7 +125,7 @@ class Packed4bit(QuantizedWeight):
                 nibbles[(flat == 0) & flat.signbit()] = negative_zero[0]
             return pairs(nibbles)
 
-        return numbers
+        return codes
 
     def _by_element(self, per_block: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """What each block has, for each of elements `begin:end`."""
@@ -148,7 +155,7 @@ def pair_table(code: torch.Tensor) -> torch.Tensor:
 
 
 def pairs(nibbles: torch.Tensor) -> torch.Tensor:
-    """Two numbers a byte, the first one high; a last one alone has a zero beside it."""
+    """Two codes a byte, the first one high; a last one alone has a zero beside it."""
     import torch
 
     if len(nibbles) % 2:
@@ -192,7 +199,7 @@ def has_kernels() -> bool:
 # --- finding them ----------------------------------------------------------------------------------------------------
 
 
-def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[Packed4bit]:
+def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: str) -> Iterator[Quantized4bit]:
     """Every 4-bit weight among `tensors`. Raises FormatError where its parts are missing or do not fit each other."""
     found = set()
     for name, state in tensors.items():
@@ -205,7 +212,7 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterat
             raise FormatError(f"{info.file}: {weight} has an absmax, but no quant_state that says how to read it")
 
 
-def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Packed4bit:
+def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Quantized4bit:
     facts = _facts(state)
     if kind not in KINDS or facts.get("quant_type") != kind:
         raise FormatError(f"{state.file}: {state.name}: quant_type is {facts.get('quant_type')!r}, expected nf4 or fp4")
@@ -249,7 +256,7 @@ def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, Ten
     if nested is None and absmax.dtype not in ("F32", "F16", "BF16"):
         raise FormatError(f"{absmax.file}: {absmax.name} is {absmax.dtype}: nested, but its nested_absmax is missing")
     code = part(".quant_map", "F32", 16)
-    return Packed4bit(weight, kind, tuple(shape), DTYPES[dtype], stored, blocksize, absmax, code, state, nested)
+    return Quantized4bit(weight, kind, tuple(shape), DTYPES[dtype], stored, blocksize, absmax, code, state, nested)
 
 
 def _facts(state: TensorInfo) -> dict[str, Any]:
@@ -298,7 +305,7 @@ def scale(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @dataclass(frozen=True)
-class Packing4bit(QuantizationSpec):
+class Spec4bit(QuantizationSpec):
     """To NF4 or FP4 as bitsandbytes stores it, packed into elements of `storage`."""
 
     bits = 4
@@ -338,32 +345,32 @@ class Packing4bit(QuantizationSpec):
     def rows_together(self, columns: int) -> int:
         return self.blocksize // gcd(self.blocksize, columns)
 
-    def start(self, columns: int) -> Packer4bit:
-        return Packer4bit(self, columns)
+    def start(self, columns: int) -> Quantizer4bit:
+        return Quantizer4bit(self, columns)
 
 
-class Packer4bit(Quantizer):
+class Quantizer4bit(Quantizer):
     """One weight on its way to 4 bits."""
 
-    def __init__(self, packing: Packing4bit, columns: int) -> None:
+    def __init__(self, spec: Spec4bit, columns: int) -> None:
         import torch
 
-        self.packing, self.columns, self.count = packing, columns, prod(packing.shape)
-        self.code = torch.tensor(CODES[packing.kind])
+        self.spec, self.columns, self.count = spec, columns, prod(spec.shape)
+        self.code = torch.tensor(CODES[spec.kind])
         self.order = self.code.argsort()
-        self.absmax = torch.empty(-(-self.count // packing.blocksize))
+        self.absmax = torch.empty(-(-self.count // spec.blocksize))
         self.restored = self.absmax  # as a reader finds it: after nesting another
-        self.shares = packing.rounding.read_shares()
+        self.shares = spec.rounding.read_shares()
 
     def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         import torch
 
-        size, at = self.packing.blocksize, first * self.columns
+        size, at = self.spec.blocksize, first * self.columns
         scaled, absmax = scale(rows.reshape(-1), size)
         self.absmax[at // size : at // size + len(absmax)] = absmax.cpu()
-        unit = scaled if self.packing.rounding.kind == "nearest" else absmax.repeat_interleave(size)[: len(scaled)]
+        unit = scaled if self.spec.rounding.kind == "nearest" else absmax.repeat_interleave(size)[: len(scaled)]
         code, order = self.code[self.order].to(rows.device), self.order.to(rows.device, torch.uint8)
-        index = choose(scaled.view_as(rows), unit.view_as(rows), code, self.packing.rounding, at, self.shares)
+        index = choose_codes(scaled.view_as(rows), unit.view_as(rows), code, self.spec.rounding, at, self.shares)
         nibbles = order.index_select(0, index.reshape(-1))
         if len(nibbles) % 2:
             nibbles = torch.cat([nibbles, self.zero.to(rows.device)])
@@ -377,22 +384,22 @@ class Packer4bit(Quantizer):
         return (self.code == 0).nonzero()[:1, 0].to(torch.uint8)
 
     def finish(self) -> list[bytes]:
-        if not self.packing.nested:
-            return [_bytes(self.absmax), _bytes(self.code), self.packing.state(0.0)]
+        if not self.spec.nested:
+            return [_bytes(self.absmax), _bytes(self.code), self.spec.state(0.0)]
         import torch
 
         offset, code = self.absmax.mean(), dynamic_code()
         scaled, scales = scale(self.absmax - offset, NESTED_BLOCK)
-        index = choose(scaled, scaled, code, NEAREST, 0)
+        index = choose_codes(scaled, scaled, code, NEAREST, 0)
         self.restored = code[index] * scales.repeat_interleave(NESTED_BLOCK)[: len(index)] + offset
-        state = self.packing.state(float(offset))
-        room = len(self.packing.state(0.0)) + OFFSET_DIGITS
+        state = self.spec.state(float(offset))
+        room = len(self.spec.state(0.0)) + OFFSET_DIGITS
         return [_bytes(index.to(torch.uint8)), _bytes(scales), _bytes(code), _bytes(self.code), state.ljust(room)]
 
     def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
         begin, end = first * self.columns, last * self.columns
-        absmax = self.restored[begin // self.packing.blocksize : -(-end // self.packing.blocksize)].to(packed.device)
-        values = dequantize(packed, absmax, pair_table(self.code.to(packed.device)), self.packing.blocksize)
+        absmax = self.restored[begin // self.spec.blocksize : -(-end // self.spec.blocksize)].to(packed.device)
+        values = dequantize(packed, absmax, pair_table(self.code.to(packed.device)), self.spec.blocksize)
         return values[: end - begin].view(last - first, self.columns)
 
     def most(self) -> float:
@@ -401,3 +408,51 @@ class Packer4bit(Quantizer):
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.numpy().tobytes()
+
+
+def spec(weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings, rounding: Rounding) -> Spec4bit:
+    """How to quantize `weight` to NF4 or FP4."""
+    dtype = weight.dtype if weight.dtype in DTYPES.values() else "F32"  # no name for F64
+    return Spec4bit(weight.shape, dtype, settings.kind, settings.blocksize, settings.nested, rounding=rounding)
+
+
+def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
+    """The `quantization_config` of a model in NF4 or FP4."""
+    return quantization_config(4, settings.kind, settings.nested, TORCH_NAMES[dtype])
+
+
+# --- in memory -------------------------------------------------------------------------------------------------------
+
+
+def layer_weight(layer: Any) -> torch.Tensor:
+    """The weight of a Linear4bit; bitsandbytes' CPU kernel is wrong where blocks straddle rows (see tests)."""
+    import torch
+
+    state, stored = layer.weight.quant_state, layer.weight.data
+    if getattr(state, "packing_format_for_cpu", False):  # rearranged for its CPU kernels
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        stored, state = _convert_weight_packed_for_cpu_inverse(stored, state)
+    absmax = state.absmax
+    if state.nested:
+        scales = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: absmax.numel()]
+        absmax = state.state2.code[absmax.int()] * scales + state.offset
+    raw, count = stored.reshape(-1).view(torch.uint8), prod(state.shape)
+    if raw.is_cuda and has_kernels():
+        values = kernel(raw, absmax.float(), state.blocksize, state.quant_type, count, state.dtype)
+    else:
+        values = dequantize(raw, absmax.float(), pair_table(state.code), state.blocksize)
+    return values[:count].view(state.shape).to(state.dtype)
+
+
+SCHEME = Scheme(
+    label="bitsandbytes NF4 and FP4",
+    kinds=KINDS,
+    suffixes=SUFFIXES,
+    find=find,
+    in_values=".quant_state.",
+    writer=Writer(spec, declaration, BLOCKSIZES, nests=True),
+    layer=Layer(
+        "bitsandbytes", "Linear4bit", lambda layer: getattr(layer.weight, "quant_state", None) is not None, layer_weight
+    ),
+)

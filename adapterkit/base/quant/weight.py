@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from adapterkit.base.quant.rounding import Rounding
-from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo
+from adapterkit.files.safetensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +24,10 @@ class Rows(Protocol):
     def __call__(self, first: int, last: int, read: Read = TensorInfo.read) -> torch.Tensor: ...
 
 
-class Numbers(Protocol):
-    """The bytes that dequantize to `rows`, which begin with row `first`: the inverse of `Rows`.
+class Codes(Protocol):
+    """The codes that dequantize to `rows`, which begin with row `first`, as they are stored: the inverse of `Rows`.
 
-    Where a scale is zero, several numbers mean one value, and it is any of them.
+    Where a scale is zero, several codes mean one value, and it is any of them.
     """
 
     def __call__(self, rows: torch.Tensor, first: int) -> torch.Tensor: ...
@@ -37,11 +37,11 @@ class Numbers(Protocol):
 class QuantizedWeight(ABC):
     """One quantized weight, by its logical `shape` and the `dtype` that its scheme dequantizes to.
 
-    Plain data, so that plans pickle; `stored` holds the numbers, `parts` are all the tensors it is made from.
+    Plain data, so that plans pickle; `stored` holds the codes, `parts` are all the tensors it is made from.
     """
 
     name: str
-    kind: str  # nf4, fp4, int8, fp8
+    kind: str  # one of its scheme's
     shape: tuple[int, ...]
     dtype: str
     stored: TensorInfo
@@ -60,7 +60,7 @@ class QuantizedWeight(ABC):
         """Read the scales, and return what reads and dequantizes rows of `columns` elements, from any thread."""
 
     @abstractmethod
-    def numbers(self, columns: int) -> Numbers:
+    def codes(self, columns: int) -> Codes:
         """Read the scales, and return what tells from dequantized rows how they are stored."""
 
     @abstractmethod
@@ -68,12 +68,12 @@ class QuantizedWeight(ABC):
         """How far weights of rows `first:last` can be, in float32, from what they dequantize to: half a step."""
 
     @abstractmethod
-    def packing(self) -> QuantizationSpec | None:
+    def spec(self) -> QuantizationSpec | None:
         """How to quantize another weight to just this, or None where that is not supported."""
 
     @property
     def bits(self) -> int:
-        """What an element takes where the numbers are stored."""
+        """What an element takes where the codes are stored."""
         return 8
 
     @property
@@ -89,24 +89,8 @@ class QuantizedWeight(ABC):
         return self.stored.nbytes
 
 
-def float_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """The dtype to dequantize to where the weights do not say: the model's own, else that of its other weights."""
-    text = config.get("text_config")
-    for section in (config, text if isinstance(text, dict) else {}):
-        for key in ("dtype", "torch_dtype"):
-            named = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(str(section.get(key)))
-            if named:
-                return named
-    sizes = dict.fromkeys(FLOAT_DTYPES, 0)
-    for info in tensors.values():
-        if info.dtype in sizes and not info.name.endswith(("SCB", "absmax", "scale_inv", "quant_map")):
-            sizes[info.dtype] += info.nbytes
-    most = max(sizes, key=lambda dtype: sizes[dtype])
-    return most if sizes[most] else "BF16"
-
-
 class QuantizationSpec(ABC):
-    """How one weight is to be quantized: which tensors that makes, known before any number is."""
+    """How one weight is to be quantized: which tensors that makes, known before any weight is read."""
 
     bits: ClassVar[int]  # that an element of the weight itself takes
     taken_as: ClassVar[str] = "F32"  # the dtype that weights are quantized from

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.base.quant.packed import Numbers, QuantizedWeight, Read, Rows, float_dtype
+from adapterkit.base.quant.scheme import Scheme
+from adapterkit.base.quant.weight import Codes, QuantizedWeight, Read, Rows
 from adapterkit.errors import FormatError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo
 
@@ -21,7 +22,7 @@ SCALE = "_scale_inv"
 
 
 @dataclass(frozen=True)
-class PackedFP8(QuantizedWeight):
+class QuantizedFP8(QuantizedWeight):
     """A weight in e4m3, and one scale for each `block` of rows and columns."""
 
     scale: TensorInfo
@@ -40,7 +41,7 @@ class PackedFP8(QuantizedWeight):
         least = float(self.scale.read().abs().max()) * 2**-10  # half of e4m3's least step
         return lambda first, last: values(first, last).float().abs() * 2**-4 + least
 
-    def packing(self) -> None:
+    def spec(self) -> None:
         return None
 
     def open(self, columns: int) -> Rows:
@@ -55,16 +56,16 @@ class PackedFP8(QuantizedWeight):
 
         return rows
 
-    def numbers(self, columns: int) -> Numbers:
+    def codes(self, columns: int) -> Codes:
         import torch
 
         scales = self._scales(columns)
 
-        def numbers(rows: torch.Tensor, first: int) -> torch.Tensor:
+        def codes(rows: torch.Tensor, first: int) -> torch.Tensor:
             q = rows.float() / scales(first, first + len(rows)).to(rows.device)
             return q.nan_to_num_().to(torch.float8_e4m3fn).view(-1).view(torch.uint8)
 
-        return numbers
+        return codes
 
     def _scales(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         """The scale of every element of rows `first:last`, in float32."""
@@ -76,11 +77,10 @@ class PackedFP8(QuantizedWeight):
         return lambda first, last: scale[torch.arange(first, last) // height]
 
 
-def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[PackedFP8]:
+def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: str) -> Iterator[QuantizedFP8]:
     """Every block-scaled FP8 weight among `tensors`. Raises FormatError where its scales do not fit its blocks."""
     declared = config.get("quantization_config")
     block = declared.get("weight_block_size") if isinstance(declared, dict) else None
-    dtype = float_dtype(config, tensors)
     for name, scale in tensors.items():
         weight = name.removesuffix(SCALE)
         if weight == name or not weight.endswith("weight"):
@@ -105,4 +105,7 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterat
                 f"{scale.file}: {weight} is {stored.dtype} {stored.shape} and its scale {scale.dtype} {scale.shape}; "
                 f"expected F8_E4M3 (out, in), neither 0, and {shape} for blocks of {block[0]}×{block[1]}"
             )
-        yield PackedFP8(weight, "fp8", stored.shape, dtype, stored, scale, (block[0], block[1]))
+        yield QuantizedFP8(weight, "fp8", stored.shape, dtype, stored, scale, (block[0], block[1]))
+
+
+SCHEME = Scheme(label="block-scaled FP8", kinds=("fp8",), suffixes=(SCALE,), find=find)
