@@ -22,7 +22,8 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
     """Open the adapter at `path`, a directory or a file; its headers are read now, its weights when asked for.
 
     `alpha` (with `scaling = alpha / rank`) or `scaling` itself stand in for a missing config; either overrides
-    nothing, so giving one beside a config is an error. Raises FormatError for files that are no adapter, or are broken.
+    nothing, so giving one beside a config is an error. Raises FormatError for files that are no adapter, or are broken,
+    and UnknownStrengthError where neither they nor the call say how strong it is.
     """
     if alpha is not None and scaling is not None:
         raise UsageError("--alpha and --scaling both say how strong the adapter is: give one of them")

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
@@ -20,9 +18,10 @@ from adapterkit.adapter.formats.peft_config import BASE_KEY as BASE_KEY
 from adapterkit.adapter.formats.peft_config import CONFIG as CONFIG
 from adapterkit.adapter.formats.peft_config import PeftConfig, Strength
 from adapterkit.adapter.formats.peft_config import describe_config as describe_config
+from adapterkit.adapter.formats.peft_names import NAMES, PREFIX, SortedTensors, sort_tensors
 from adapterkit.adapter.weights import Adapter, Kind, LazyTensor, LoraWeights, Problem
 from adapterkit.errors import FitError
-from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, write_tensors
+from adapterkit.files.safetensors import FLOAT_DTYPES, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -33,25 +32,6 @@ NAME = LIBRARY = "peft"
 # The names that training tools give the weights file, best first.
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
 PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
-
-NAMES = 1 << 15  # of tensors that are remembered: the adapters of one base have the same
-PREFIX = "base_model.model."
-
-# What wrappers leave in a name: torch.compile, FSDP, activation checkpointing.
-WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-# The tensors of one module by their role; a raw training state still carries the adapter's name before the leaf.
-ROLES = {
-    "A": r"\.lora_A(?:\.(?P<name>[^.]+))?\.weight",
-    "B": r"\.lora_B(?:\.(?P<name>[^.]+))?\.weight",
-    "bias": r"\.lora_B(?:\.(?P<name>[^.]+))?\.bias",
-    "embedding_A": r"\.lora_embedding_A(?:\.(?P<name>[^.]+))?",
-    "embedding_B": r"\.lora_embedding_B(?:\.(?P<name>[^.]+))?",
-    "magnitude": r"\.lora_magnitude_vector(?:\.(?P<name>(?!weight$)[^.]+))?(?:\.weight)?",
-    "tokens": r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.(?P<name>[^.]+))?",
-}
-ROLE_PATTERNS = {role: re.compile(r"(?P<module>.+?)" + pattern) for role, pattern in ROLES.items()}
-SAVED = re.compile(r"(?P<module>.+)\.(?:modules_to_save\.[^.]+|base_layer)\.(?P<leaf>[^.]+)")
 
 
 def detect(source: Source) -> bool:
@@ -64,11 +44,12 @@ def detect(source: Source) -> bool:
 def read(source: Source, alpha: float | None = None, scaling: float | None = None) -> Adapter:
     """Read the headers of a PEFT adapter.
 
-    Raises FormatError for configs with wrong types or another PEFT method, UsageError where no config says the alpha.
+    Raises FormatError for configs with wrong types or another PEFT method, UnknownStrengthError where no config says
+    the alpha.
     """
     config = PeftConfig.parse(source)
     scale = Strength(config, source, alpha, scaling)
-    found = _sort_tensors(source.tensors, config)
+    found = sort_tensors(source.tensors, config)
     config.check_patterns(found.modules)
     problems = [*config.problems(), *found.problems]
     modules = {}
@@ -130,70 +111,7 @@ def example(repo: str) -> list[str]:
     return ["from peft import AutoPeftModelForCausalLM", "", call]
 
 
-# --- the tensors -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Found:
-    """The tensors of a file, sorted by what they are for."""
-
-    modules: dict[str, dict[str, LazyTensor]] = field(default_factory=lambda: defaultdict(dict))
-    replaced: dict[str, LazyTensor] = field(default_factory=dict)
-    tokens: dict[str, LazyTensor] = field(default_factory=dict)
-    unread: list[TensorInfo] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-
-def _sort_tensors(tensors: Mapping[str, TensorInfo | torch.Tensor], config: PeftConfig) -> _Found:
-    """Give every tensor its module and role; what fits nowhere is kept in `unread`."""
-    found, adapter_names = _Found(), set()
-    for key, stored in tensors.items():
-        tensor = LazyTensor.of(stored)
-        name, role, module, adapter_name = _understood(key)
-        if role is not None:
-            adapter_names.add(adapter_name)
-            if role == "tokens":
-                found.tokens[module] = tensor
-            elif role in found.modules[module]:
-                found.problems.append(Problem(key, "a second adapter for the same module in one file"))
-            else:
-                found.modules[module][role] = tensor
-        elif (target := _replaces(name, config)) is not None and target not in found.replaced:
-            found.replaced[target] = tensor
-        else:
-            found.unread.append(stored if isinstance(stored, TensorInfo) else _described(key, tensor))
-    if len(adapter_names) > 1:
-        shown = ", ".join(sorted(str(name) for name in adapter_names)[:4])
-        found.problems.append(Problem("tensor names", f"the file holds several adapters ({shown}): split it first"))
-    return found
-
-
-@lru_cache(NAMES)
-def _understood(key: str) -> tuple[str, str | None, str, str | None]:
-    """The name of a tensor without wrappers; its role, its module and the adapter's name, where it has a role."""
-    name = WRAPPERS.sub("", key)
-    name = name.removeprefix("module.") if PREFIX in name else name
-    name = name.removeprefix(PREFIX)
-    for role, pattern in ROLE_PATTERNS.items():
-        if match := pattern.fullmatch(name):
-            return name, role, match["module"], match["name"]
-    return name, None, "", None
-
-
-def _replaces(name: str, config: PeftConfig) -> str | None:
-    """The base tensor that takes this one's place, or None where nothing in the config explains it."""
-    if match := SAVED.fullmatch(name):
-        return f"{match['module']}.{match['leaf']}"
-    module, _, leaf = name.rpartition(".")
-    parts = module.split(".")
-    saved = any(f".{module}.".find(f".{entry}.") >= 0 for entry in config.modules_to_save)
-    bias = leaf == "bias" and config.raw.get("bias", "none") != "none"
-    embedding = leaf == "weight" and parts[-1] in EMBEDDINGS  # saved along when the vocabulary grew
-    return name if saved or bias or embedding else None
-
-
-# The embeddings that PEFT saves whole when they are targeted or resized.
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _weights(
@@ -276,10 +194,6 @@ def _flatten(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1)
 
 
-def _described(key: str, tensor: LazyTensor) -> TensorInfo:
-    return TensorInfo(key, tensor.dtype, tensor.shape, Path(), 0, tensor.nbytes)
-
-
 def _token_problems(tokens: Mapping[str, tuple[tuple[int, ...], LazyTensor]]) -> Iterable[Problem]:
     """Where the trained rows are not what the config says of them."""
     for name, (rows, delta) in tokens.items():
@@ -290,7 +204,7 @@ def _token_problems(tokens: Mapping[str, tuple[tuple[int, ...], LazyTensor]]) ->
 
 
 def _disagreements(
-    config: PeftConfig, modules: Mapping[str, LoraWeights[LazyTensor]], found: _Found
+    config: PeftConfig, modules: Mapping[str, LoraWeights[LazyTensor]], found: SortedTensors
 ) -> Iterable[Problem]:
     """Where the config and the tensors tell different stories."""
     targets = config.raw.get("target_modules")
