@@ -10,13 +10,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
+from adapterkit.base.quant import loadable_kinds
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.opening import read_whole
 from adapterkit.files.yamlfile import MAX_YAML, parse_yaml
 
 FACTORED = ("lora", "rslora", "dora")
 TRAIN_METHODS = (*FACTORED, "full")
-QUANTIZE = ("none", "nf4", "fp4")
+QUANTIZE = ("none", *loadable_kinds())
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
 MAX_INT = 2**31 - 1  # for counts and seeds
@@ -129,7 +130,9 @@ class Recipe:
         if self.init_from and (conflicting or self.method != "lora"):
             raise UsageError("--init-from takes rank, targets, method and scaling from the adapter: omit those options")
         if self.init == "loftq" and self.quantize == "none":
-            raise UsageError("--init loftq compensates for quantization: it needs --quantize nf4 or fp4")
+            raise UsageError(
+                f"--init loftq compensates for quantization: it needs --quantize {' or '.join(QUANTIZE[1:])}"
+            )
         if self.init in ("pissa", "olora") and self.quantize != "none":
             raise UsageError(
                 f"--init {self.init} subtracts the factors from the base, and --quantize would round the rest again"

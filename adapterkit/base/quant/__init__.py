@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.base.quant import schemes
 from adapterkit.base.quant.rounding import NEAREST, ROUNDINGS, Rounding
@@ -14,6 +14,9 @@ from adapterkit.base.quant.scheme import DEFAULT_BLOCKSIZE, QuantizationSettings
 from adapterkit.base.quant.weight import QuantizationSpec, QuantizedWeight
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "DEFAULT_BLOCKSIZE",
@@ -28,6 +31,8 @@ __all__ = [
     "checked",
     "declaration",
     "float_dtype",
+    "loadable_kinds",
+    "loading",
     "needs_values",
     "spec_for",
     "supported",
@@ -133,3 +138,19 @@ def spec_for(weight: TensorInfo | QuantizedWeight, settings: QuantizationSetting
 def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
     """The `quantization_config` by which transformers loads the output; `dtype` is what weights dequantize to."""
     return _writers()[settings.kind].declaration(settings, dtype)
+
+
+# --- in memory -------------------------------------------------------------------------------------------------------
+
+
+def loadable_kinds() -> tuple[str, ...]:
+    """What a model's linear layers can be quantized to as it is loaded."""
+    layers = ((scheme.layer, scheme.kinds) for scheme in SCHEMES.values())
+    return tuple(kind for layer, kinds in layers if layer and layer.loading for kind in kinds)
+
+
+def loading(kind: str, dtype: torch.dtype) -> Any:
+    """The config by which transformers does it, computing in `dtype`."""
+    scheme = next(scheme for scheme in SCHEMES.values() if kind in scheme.kinds)
+    assert scheme.layer is not None and scheme.layer.loading is not None
+    return scheme.layer.loading(kind, dtype)

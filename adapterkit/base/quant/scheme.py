@@ -56,12 +56,14 @@ class Layer:
     Args:
         has_scales: whether a layer came with what dequantizes its weight.
         dequantized: the weight `(out, in)` that a layer computes with.
+        loading: transformers' config that quantizes a model to a kind as it loads, computing in a dtype.
     """
 
     library: str
     name: str
     has_scales: Callable[[Any], bool]
     dequantized: Callable[[Any], torch.Tensor]
+    loading: Callable[[str, torch.dtype], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import torch
 
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.models.loading import load_causal, quiet
+from adapterkit.base.quant import loading
 from adapterkit.errors import UsageError
 from adapterkit.files import system
 from adapterkit.train.causal import CausalModel
@@ -52,12 +53,7 @@ def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quant
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantize != "none":
         with quiet():
-            from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=quantize, bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=True,
-        )  # type: ignore[no-untyped-call]  # fmt: skip
+            options["quantization_config"] = loading(quantize, dtype)
     model = load_causal(base, **options)
     quicken(model)  # before the first forward pass, in which bitsandbytes rearranges its weights
     return CausalModel(model)

@@ -445,6 +445,15 @@ def layer_weight(layer: Any) -> torch.Tensor:
     return values[:count].view(state.shape).to(state.dtype)
 
 
+def loading(kind: str, dtype: torch.dtype) -> Any:
+    """The config by which transformers quantizes a model as it loads."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )  # type: ignore[no-untyped-call]
+
+
 SCHEME = Scheme(
     label="bitsandbytes NF4 and FP4",
     kinds=KINDS,
@@ -453,6 +462,10 @@ SCHEME = Scheme(
     in_values=".quant_state.",
     writer=Writer(spec, declaration, BLOCKSIZES, nests=True),
     layer=Layer(
-        "bitsandbytes", "Linear4bit", lambda layer: getattr(layer.weight, "quant_state", None) is not None, layer_weight
+        "bitsandbytes",
+        "Linear4bit",
+        lambda layer: getattr(layer.weight, "quant_state", None) is not None,
+        layer_weight,
+        loading,
     ),
 )
