@@ -1,6 +1,7 @@
 # make demo    the life of an adapter on a real model: train, inspect, merge, evaluate, unmerge
 # make test    set up, check, and run the suite
 # make check   format, lint, types
+# make wheel   build a wheel, install it into a fresh environment, and show every command's help
 # make slow    the tests that `make test` leaves out, since they take long
 # make stress  merge and unmerge the hardest inputs 200 times, and a real model; kill 200 runs; minutes
 # make docs    build the pages of docs/ into site/; broken links fail
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # pytest workers; 2 fits a small machine
 JOBS ?= 2
 
-.PHONY: demo test suite slow stress check bench setup base clean
+.PHONY: demo test suite slow wheel stress check bench setup base clean
 
 setup: $(VENV)/.ready
 
@@ -45,6 +46,9 @@ test: base
 # of the files, so that what a file prepares is prepared once, and takes from the other when it is done.
 suite: base
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+wheel: setup
+	$(BIN)/python -m pytest tests/test_packages.py -k wheel
 
 slow: base
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -7,6 +7,7 @@
     │   └── UnsafeFileError  1   a file that would run code, or reach outside its folder
     ├── ChangedError         1   an input changed while it was being read
     ├── LossError            1   quantizing would erase the update
+    ├── MissingPackageError  1   a package that is not installed; an ImportError, too
     ├── FitError             3   adapter and base do not belong together
     ├── NotAllowedError      4   the Hub wants a login, or a permission
     ├── OfflineError         5   the Hub cannot be reached
@@ -71,6 +72,10 @@ class ChangedError(AdapterkitError):
 
 class LossError(AdapterkitError):
     """Quantizing the result would erase most of the update."""
+
+
+class MissingPackageError(AdapterkitError, ImportError):
+    """A package that this needs is not installed, or cannot be imported."""
 
 
 class FitError(AdapterkitError):

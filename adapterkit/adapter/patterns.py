@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-import re2
-
 from adapterkit.errors import FormatError
+from adapterkit.packages import needed
 
 T = TypeVar("T")
 
@@ -42,6 +41,7 @@ def compile_pattern(text: str, ends: bool = False) -> Matcher:
     """
     if len(text) > MAX_PATTERN:
         raise FormatError(f"the pattern {text[:60]!r} … has {len(text)} characters, expected at most {MAX_PATTERN}")
+    re2 = needed("re2", "an adapter whose config has a pattern")
     whole = rf"(.*\.)?({text})$" if ends else text
     try:
         re.compile(whole)

@@ -12,6 +12,7 @@ import click
 
 from adapterkit.cli.output import SCHEMA, is_result_printed, say_json, say_labelled
 from adapterkit.errors import AdapterkitError
+from adapterkit.packages import missing
 
 PARAMETER = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 
@@ -46,6 +47,8 @@ def failure_of(error: BaseException) -> Failure:
             return Failure([f"standard output: {error.strerror or error}"])
         case OSError():
             return Failure([f"{error.filename}: {error.strerror}"])
+        case ImportError() if error.name and not error.name.startswith("adapterkit"):
+            return failure_of(missing(error, error.name))
     raise error
 
 

@@ -120,7 +120,7 @@ def main() -> NoReturn:
         result = group.main(prog_name="adapterkit", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()  # at exit it would be too late for an error and an exit code
-    except (AdapterkitError, click.ClickException, KeyboardInterrupt, click.Abort, OSError) as error:
+    except (AdapterkitError, click.ClickException, KeyboardInterrupt, click.Abort, OSError, ImportError) as error:
         _end(error, as_json)
     sys.exit(result if isinstance(result, int) else 0)
 

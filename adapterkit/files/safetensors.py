@@ -2,6 +2,9 @@
 
 A file is an 8-byte little-endian header length, a JSON header, then the tensors' bytes back to back
 (https://huggingface.co/docs/safetensors/index#format). Nothing here allocates by a size that the file has not proved.
+
+The package `safetensors` is an oracle of the tests alone. It maps files, so that one cut short meanwhile ends the
+process; does not tell where a tensor's bytes lie; has no tensor of 6 bits; and takes the last of two of one name.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import FormatError
+from adapterkit.packages import needed
 
 if TYPE_CHECKING:
     from yaml import Node
@@ -19,8 +20,7 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises FormatError, with the line, for what is not YAML, aliases (a few lines of them unfold to any size), names
     that come twice, of which PyYAML keeps the last, and endless numbers.
     """
-    import yaml
-
+    yaml = needed("yaml", f"{where}: YAML")
     if len(text) > MAX_YAML:
         raise FormatError(f"{where}: has {len(text):,} characters of YAML, expected at most {MAX_YAML:,}")
     try:

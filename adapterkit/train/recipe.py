@@ -14,6 +14,7 @@ from adapterkit.base.quant import loadable_kinds
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.opening import read_whole
 from adapterkit.files.yamlfile import MAX_YAML, parse_yaml
+from adapterkit.packages import needed
 
 FACTORED = ("lora", "rslora", "dora")
 TRAIN_METHODS = (*FACTORED, "full")
@@ -168,8 +169,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any]) -> Recipe:
 
 def checked(values: Mapping[Any, Any], where: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Make a recipe of `values`, replaced by `overrides`; numbers may be strings, as YAML reads `1e-4`."""
-    from pydantic import TypeAdapter, ValidationError
-
+    pydantic = needed("pydantic", "training")
     names = [item.name for item in fields(Recipe)]
     plain: dict[str, Any] = {}
     for key, value in values.items():
@@ -181,8 +181,9 @@ def checked(values: Mapping[Any, Any], where: str, overrides: Mapping[str, Any] 
             raise UsageError(f"{where}: {name} and {name.replace('_', '-')} are the same key")
         plain[name] = value
     try:
-        return TypeAdapter(Recipe).validate_python(plain | dict(overrides or {}))
-    except ValidationError as error:
+        recipe: Recipe = pydantic.TypeAdapter(Recipe).validate_python(plain | dict(overrides or {}))
+        return recipe
+    except pydantic.ValidationError as error:
         first = error.errors()[0]
         at = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{where}: {at} is {reprlib.repr(first['input'])}: {first['msg']}") from error
@@ -190,8 +191,7 @@ def checked(values: Mapping[Any, Any], where: str, overrides: Mapping[str, Any] 
 
 def as_yaml(recipe: Recipe) -> str:
     """All options of `recipe` as YAML, in the order of the table."""
-    import yaml
-
+    yaml = needed("yaml", "writing a recipe")
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text

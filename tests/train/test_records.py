@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from adapterkit.errors import FormatError, OfflineError, UsageError
+from adapterkit.errors import FormatError, MissingPackageError, OfflineError, UsageError
 from adapterkit.train.data import records
 from adapterkit.train.data.records import BadRecord, Fields, Record, read_records
 
@@ -313,7 +313,7 @@ def test_parquet_of_what_is_no_text(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UsageError, match=r"t.parquet: Parquet needs pyarrow: pip install pyarrow"):
+    with pytest.raises(MissingPackageError, match=r"t.parquet: Parquet needs pyarrow; pip install pyarrow"):
         read("t.parquet", b"PAR1")
 
 
@@ -346,7 +346,7 @@ def test_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.raises(OfflineError, match="org/away: no such file, and the Hub cannot be reached"):
         list(read_records("org/away"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match="a dataset on the Hub needs datasets: pip install datasets"):
+    with pytest.raises(MissingPackageError, match="a dataset on the Hub needs datasets; pip install datasets"):
         list(read_records("org/name"))
 
 

@@ -19,10 +19,11 @@ from typing import Any, cast
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, SINGLE, Checkpoint
 from adapterkit.base.models.tokenizing import check_loading
 from adapterkit.base.quant.modules import has_scales, is_quantized
-from adapterkit.errors import FormatError, UnsafeFileError, UsageError
+from adapterkit.errors import FormatError, MissingPackageError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import open_inside, read_up_to
 from adapterkit.files.staging import errors_of
+from adapterkit.packages import needed
 
 GROWN = 100  # times that a normalizer may make a text longer; of real ones a few
 SHOWN = 240  # characters of an error of transformers'
@@ -70,6 +71,11 @@ def load_causal(base: Checkpoint, **options: Any) -> Any:
                 model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
                     folder, use_safetensors=True, trust_remote_code=False, **options
                 )
+            except ImportError as error:  # of bitsandbytes, say, which only some models need
+                reason = _shortened(error, folder, base)
+                raise MissingPackageError(
+                    f"{base.path}: transformers needs another package for it: {reason}"
+                ) from error
             except Exception as error:
                 reason = _shortened(error, folder, base)
                 raise FormatError(f"{base.path}: transformers loads no model from there: {reason}") from error
@@ -91,12 +97,8 @@ def load_causal(base: Checkpoint, **options: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bars, logs and warnings from the terminal, which is ours; raises UsageError without it."""
-    try:
-        import transformers.utils.logging
-    except ImportError as error:
-        raise UsageError("running a model needs transformers: pip install 'adapterkit[train]'") from error
-    logging: Any = transformers.utils.logging
+    """Keep transformers' bars, logs and warnings from the terminal; raises MissingPackageError where it is missing."""
+    logging = needed("transformers.utils.logging", "running a model")
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL + 1)  # it logs pages for an error that it then raises

@@ -9,6 +9,7 @@ import click
 
 from adapterkit.cli.command import Command
 from adapterkit.errors import UsageError
+from adapterkit.packages import needed
 
 
 @click.command("tui", cls=Command)
@@ -19,6 +20,7 @@ def tui_command(folders: tuple[Path, ...], base: str) -> None:
 
     Without DIR, of the current folder. `?` shows the keys.
     """
+    needed("textual", "the app"), needed("textual_plot", "the app")
     if not sys.stdout.isatty() or not sys.stdin.isatty():
         raise UsageError("the app needs a terminal; `adapterkit list` prints what there is")
     from adapterkit.tui.app import AdapterkitApp

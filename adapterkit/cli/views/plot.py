@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +14,7 @@ from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import Destination, staged
 from adapterkit.inspection.summary import ModuleRow, grid
+from adapterkit.packages import needed
 from adapterkit.text import visible
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"{path}: a plot is a {' or '.join(SOFTWARE)} file, by its name")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path}: there is no directory {path.parent} to draw it in")
-    if find_spec("matplotlib") is None:
-        raise UsageError("drawing needs matplotlib: pip install 'adapterkit[plot]'")
+    needed("matplotlib", "drawing")
     _destination(path).check()
 
 

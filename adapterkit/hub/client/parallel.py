@@ -1,4 +1,7 @@
-"""Requests side by side, on threads that need not be waited for: a silent socket would hold up ctrl-C."""
+"""Requests side by side, on threads that need not be waited for: a silent socket would hold up ctrl-C.
+
+`concurrent.futures` waits for its threads, when its executor closes or at the latest when Python ends.
+"""
 
 from __future__ import annotations
 

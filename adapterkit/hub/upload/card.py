@@ -1,5 +1,6 @@
 """The card that a repository is sent with: what is missing is added to what is there, which stays as it is.
 
+ModelCard of huggingface_hub, and ruamel.yaml, write the whole block anew: comments, quotes or line breaks change.
 Keys and values: https://huggingface.co/docs/hub/model-cards, and `base_model_relation` for what a model is of its base.
 """
 

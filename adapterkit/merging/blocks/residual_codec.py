@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from adapterkit.algebra.residual import Residual, from_ordered, integers, ordered
-from adapterkit.errors import AdapterkitError, FormatError
+from adapterkit.errors import FormatError
+from adapterkit.packages import needed
 
 RESIDUAL, DIFFERENCE, BYTES = 1, 2, 3
 LEVEL = 1  # of zstd: what can be told is in the planes' frequencies, so that looking for more finds nothing
@@ -123,14 +124,8 @@ def _errors(where: str, out: torch.Tensor) -> Iterator[None]:
 @cache
 def _zstd() -> Any:
     """Where Python has zstd, or the package that has it before: imported here, since merging can do without."""
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ImportError as error:
-        raise AdapterkitError("receipts need zstd: pip install backports.zstd, or merge with --no-receipt") from error
-    return zstd
+    module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    return needed(module, "a receipt", instead="merge with --no-receipt")
 
 
 # --- planes ----------------------------------------------------------------------------------------------------------

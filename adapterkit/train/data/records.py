@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -19,6 +18,7 @@ from adapterkit.errors import FormatError, OfflineError, UsageError
 from adapterkit.files.bounded import start
 from adapterkit.files.opening import open_regular
 from adapterkit.hub.names import parsed
+from adapterkit.packages import needed
 from adapterkit.train.data import unpacking
 
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
@@ -269,7 +269,7 @@ def _table_rows(file: Path, fields: Fields) -> RawRecords:
 
 def _parquet_rows(file: Path, fields: Fields) -> RawRecords:
     """The rows of a Parquet file, unpacked in a subprocess, up to a limit that depends on the size of the file."""
-    _import("pyarrow", f"{file}: Parquet")
+    needed("pyarrow", f"{file}: Parquet")
     names = json.dumps([name for name in astuple(fields) if name])
     with (
         open_regular(file) as stream,
@@ -294,7 +294,7 @@ def _parquet_rows(file: Path, fields: Fields) -> RawRecords:
 
 
 def _hub_rows(source: str) -> RawRecords:
-    load = _import("datasets", f"{source}: no such file, and a dataset on the Hub").load_dataset
+    load = needed("datasets", f"{source}: no such file, and a dataset on the Hub").load_dataset
     id = parsed(source)
     assert id is not None
     try:
@@ -305,15 +305,6 @@ def _hub_rows(source: str) -> RawRecords:
         raise OfflineError(f"{source}: no such file, and the Hub cannot be reached: {error}") from error
     except (OSError, ValueError) as error:
         raise FormatError(f"{source}: no such file, and the Hub cannot load such a dataset: {error}") from error
-
-
-def _import(module: str, what: str) -> Any:
-    """Import an optional package; raises UsageError with the command to install it."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise UsageError(f"{what} needs {package}: pip install {package}") from error
 
 
 READERS: dict[str, Callable[[Path, Fields], RawRecords]] = {

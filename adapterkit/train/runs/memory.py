@@ -17,6 +17,7 @@ from adapterkit.base.quant import QuantizedWeight
 from adapterkit.base.quant import weights as weights_of
 from adapterkit.errors import UsageError
 from adapterkit.inspection.summary import layer_of
+from adapterkit.packages import needed
 from adapterkit.train.data.order import Order
 from adapterkit.train.data.tokenize import Example
 from adapterkit.train.loss import CHUNK
@@ -100,9 +101,7 @@ def available(device: torch.device) -> int:
     """Free bytes of memory on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    free: int = psutil.virtual_memory().available
+    free: int = needed("psutil", "estimating memory").virtual_memory().available
     return free
 
 

@@ -11,6 +11,7 @@ from adapterkit.base.models.loading import load_causal, quiet
 from adapterkit.base.quant import loading
 from adapterkit.errors import UsageError
 from adapterkit.files import system
+from adapterkit.packages import needed
 from adapterkit.train.causal import CausalModel
 from adapterkit.train.injection import quicken
 
@@ -52,6 +53,7 @@ def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quant
         system.keep_freed_memory()
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantize != "none":
+        needed("bitsandbytes", f"--quantize {quantize}")
         with quiet():
             options["quantization_config"] = loading(quantize, dtype)
     model = load_causal(base, **options)
