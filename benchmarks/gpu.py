@@ -23,7 +23,8 @@ import adapterkit
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
 from adapterkit.algebra.rounding import round_once
 from adapterkit.algebra.updates import Update
-from adapterkit.base.quant.schemes import bnb4
+from adapterkit.base.quant.codebooks import CODES
+from adapterkit.base.quant.schemes.bnb4 import nibbles
 from adapterkit.merging import live
 from adapterkit.merging.blocks.device import exact_products
 from benchmarks.common.measure import Command, alternate, and_sync, child_environment, clean, python, table
@@ -233,7 +234,7 @@ def four_bits(device: torch.device, shape: Llama) -> Part:
     _, update = random_update(device, rows, columns, RANK, torch.float32)
     raw = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, device=device)
     absmax = torch.rand(rows * columns // 64, device=device)
-    pairs = bnb4.pair_table(torch.tensor(bnb4.CODES["nf4"], device=device))
+    pairs = nibbles.pair_table(torch.tensor(CODES["nf4"], device=device))
 
     def merged(values: torch.Tensor) -> torch.Tensor:
         matrix = values.view(rows, columns).to(torch.bfloat16)
@@ -241,19 +242,19 @@ def four_bits(device: torch.device, shape: Llama) -> Part:
         return matrix
 
     def by_torch() -> torch.Tensor:
-        return merged(bnb4.dequantize(raw, absmax, pairs, 64))
+        return merged(nibbles.dequantize(raw, absmax, pairs, 64))
 
     def by_kernel() -> torch.Tensor:
-        return merged(bnb4.kernel(raw, absmax, 64, "nf4", rows * columns, torch.bfloat16))
+        return merged(nibbles.kernel(raw, absmax, 64, "nf4", rows * columns, torch.bfloat16))
 
     def by_bitsandbytes() -> torch.Tensor:
-        values = bnb4.kernel(raw, absmax, 64, "nf4", rows * columns, torch.bfloat16).view(rows, columns)
+        values = nibbles.kernel(raw, absmax, 64, "nf4", rows * columns, torch.bfloat16).view(rows, columns)
         return values + (update.left.bfloat16() @ update.right.bfloat16()) * update.strength
 
     with exact_products():
         times = {"adapterkit, torch's operations": timed(by_torch, device)}
         targets = []
-        if bnb4.has_kernels():
+        if nibbles.has_kernels():
             assert torch.equal(by_torch(), by_kernel())
             times["adapterkit, bitsandbytes' kernel"] = timed(by_kernel, device)
             times["bitsandbytes + add"] = timed(by_bitsandbytes, device)

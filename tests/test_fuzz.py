@@ -42,7 +42,7 @@ from adapterkit.algebra.residual import Residual
 from adapterkit.base import quant
 from adapterkit.base.checkpoint import open_checkpoint
 from adapterkit.base.models.described import check_described
-from adapterkit.base.quant.schemes.bnb4 import Spec4bit
+from adapterkit.base.quant.schemes.bnb4.quantizer import Spec4bit
 from adapterkit.base.quant.schemes.bnb8 import Spec8bit
 from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.files.safetensors import TORCH_NAMES, read_header, tensor_bytes

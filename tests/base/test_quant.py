@@ -22,7 +22,8 @@ from adapterkit.base import quant
 from adapterkit.base.checkpoint import open_checkpoint
 from adapterkit.base.quant.codebooks import CODES, dynamic_code
 from adapterkit.base.quant.rounding import Rounding, choose_codes, search
-from adapterkit.base.quant.schemes import bnb4, bnb8
+from adapterkit.base.quant.schemes import bnb8
+from adapterkit.base.quant.schemes.bnb4.quantizer import Spec4bit
 from adapterkit.errors import ChangedError, FitError, FormatError, LossError, UsageError
 from adapterkit.files.safetensors import read_header
 from adapterkit.merging.blocks import device
@@ -429,7 +430,7 @@ def test_4bit_is_quantized_as_by_bitsandbytes(kind: str, nested: bool, blocksize
         for dtype, name in zip(DTYPES, ("BF16", "F16", "F32"), strict=True):
             weight = torch.randn(shape).to(dtype)
             expected, state = packed_4bit(weight, kind, blocksize, nested)
-            packing = bnb4.Spec4bit(shape, name, kind, blocksize, nested)
+            packing = Spec4bit(shape, name, kind, blocksize, nested)
             packer, step = packing.start(shape[1]), packing.rows_together(shape[1])
             rows = [(at, min(shape[0], at + step)) for at in range(0, shape[0], step)]
             packed = {at: packer.pack(weight[at:end].float(), at) for at, end in reversed(rows)}

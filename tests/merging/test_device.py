@@ -22,8 +22,11 @@ from safetensors.torch import save_file
 from test_merge import TINY, misrounded
 
 import adapterkit
+from adapterkit.base.quant.codebooks import CODES
 from adapterkit.base.quant.rounding import ROUNDINGS
 from adapterkit.base.quant.schemes import bnb4
+from adapterkit.base.quant.schemes.bnb4 import nibbles
+from adapterkit.base.quant.schemes.bnb4.quantizer import Quantizer4bit
 from adapterkit.errors import UsageError
 from adapterkit.merging.blocks import device
 from adapterkit.merging.blocks.device import CPU, ComputeDevice
@@ -234,9 +237,9 @@ def test_quantizing_goes_on_where_the_memory_ran_out_midway(
     from adapterkit.merging.run import outputs
 
     calls = 0
-    packed = bnb4.Quantizer4bit.pack
+    packed = Quantizer4bit.pack
 
-    def pack(self: bnb4.Quantizer4bit, rows: torch.Tensor, first: int) -> torch.Tensor:
+    def pack(self: Quantizer4bit, rows: torch.Tensor, first: int) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
@@ -245,7 +248,7 @@ def test_quantizing_goes_on_where_the_memory_ran_out_midway(
 
     monkeypatch.setattr(outputs, "BLOCK_BYTES", 8 * 200 * 2)
     nf4(nested=True)
-    monkeypatch.setattr(bnb4.Quantizer4bit, "pack", pack)
+    monkeypatch.setattr(Quantizer4bit, "pack", pack)
     result = adapterkit.quantize(tmp_path / "dense", tmp_path / "again", to="nf4", nested=True, device="cuda")
     assert calls > 4 and len(result.notes) == 1
     assert files(tmp_path / "again") == files(tmp_path / "nf4")
@@ -328,11 +331,11 @@ def test_products_are_exact_and_the_settings_come_back() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bitsandbytes_operation_is_called_as_it_wants(kind: str, dtype: torch.dtype) -> None:
     """Its CPU implementation stands in for its CUDA kernels, which the same call reaches."""
-    if not bnb4.has_kernels():
+    if not nibbles.has_kernels():
         pytest.skip("no bitsandbytes here")
     raw, absmax = torch.randint(0, 256, (320,), dtype=torch.uint8), torch.rand(10)
-    expected = bnb4.dequantize(raw, absmax, bnb4.pair_table(torch.tensor(bnb4.CODES[kind])), 64).to(dtype)
-    assert torch.equal(bnb4.kernel(raw, absmax, 64, kind, 640, dtype), expected)
+    expected = nibbles.dequantize(raw, absmax, nibbles.pair_table(torch.tensor(CODES[kind])), 64).to(dtype)
+    assert torch.equal(nibbles.kernel(raw, absmax, 64, kind, 640, dtype), expected)
 
 
 # --- the real thing --------------------------------------------------------------------------------------------------
@@ -412,13 +415,13 @@ def test_quantizing_has_the_same_bits_on_a_gpu(rounding: str, nf4: Callable[...,
 @needs_gpu
 @pytest.mark.parametrize("kind", bnb4.KINDS)
 def test_bitsandbytes_kernels_have_the_same_bits(kind: str) -> None:
-    if not bnb4.has_kernels():
+    if not nibbles.has_kernels():
         pytest.skip("no bitsandbytes here")
     raw, absmax = torch.randint(0, 256, (32000,), dtype=torch.uint8).cuda(), torch.rand(1000).cuda()
-    pairs = bnb4.pair_table(torch.tensor(bnb4.CODES[kind]).cuda())
+    pairs = nibbles.pair_table(torch.tensor(CODES[kind]).cuda())
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        expected = bnb4.dequantize(raw, absmax, pairs, 64).to(dtype)
-        assert torch.equal(bnb4.kernel(raw, absmax, 64, kind, 64000, dtype), expected)
+        expected = nibbles.dequantize(raw, absmax, pairs, 64).to(dtype)
+        assert torch.equal(nibbles.kernel(raw, absmax, 64, kind, 64000, dtype), expected)
 
 
 @gpu
