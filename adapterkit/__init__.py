@@ -12,30 +12,47 @@ if TYPE_CHECKING:
 
     from adapterkit.adapter.formats import load, save
     from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
-    from adapterkit.api.adapters import combine, compare, convert, extract, resize
+    from adapterkit.api.adapters import (
+        combine,
+        compare,
+        convert,
+        extract,
+        plan_combine,
+        plan_convert,
+        plan_extract,
+        plan_resize,
+        resize,
+    )
     from adapterkit.api.merge import merge, plan_merge, plan_quantize, quantize, verify
-    from adapterkit.api.unmerge import plan_unmerge, unmerge
+    from adapterkit.api.run import run
+    from adapterkit.api.unmerge import StepStarted, UnmergePlan, plan_unmerge, unmerge
+    from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
     from adapterkit.errors import AdapterkitError
     from adapterkit.merging.live import apply, remove
     from adapterkit.merging.plan.types import MergePlan
-    from adapterkit.merging.run.scheduler import Merged, TensorMerged, run
+    from adapterkit.merging.run.scheduler import Merged, TensorMerged
 
 # Name -> module; imported on first use, so that `adapterkit --help` stays fast.
 _EXPORTS = {
     "Adapter": "adapter.weights", "LazyTensor": "adapter.weights", "LoraWeights": "adapter.weights",
     "AdapterkitError": "errors", "MergePlan": "merging.plan.types",
     **dict.fromkeys(("load", "save"), "adapter.formats"),
-    **dict.fromkeys(("run", "Merged", "TensorMerged"), "merging.run.scheduler"),
+    "run": "api.run",
+    **dict.fromkeys(("Merged", "TensorMerged"), "merging.run.scheduler"),
+    **dict.fromkeys(("AdapterMade", "AdapterPlan", "ModuleDone"), "combining.plan"),
     **dict.fromkeys(("merge", "plan_merge", "plan_quantize", "quantize", "verify"), "api.merge"),
-    **dict.fromkeys(("plan_unmerge", "unmerge"), "api.unmerge"),
+    **dict.fromkeys(("StepStarted", "UnmergePlan", "plan_unmerge", "unmerge"), "api.unmerge"),
     **dict.fromkeys(("combine", "compare", "convert", "extract", "resize"), "api.adapters"),
+    **dict.fromkeys(("plan_combine", "plan_convert", "plan_extract", "plan_resize"), "api.adapters"),
     **dict.fromkeys(("apply", "remove"), "merging.live"),
 }  # fmt: skip
 
 __all__ = [
-    "Adapter", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged", "TensorMerged", "__version__",
-    "apply", "combine", "compare", "convert", "extract", "load", "merge", "plan_merge", "plan_quantize", "plan_unmerge",
-    "quantize", "remove", "resize", "run", "save", "unmerge", "verify",
+    "Adapter", "AdapterMade", "AdapterPlan", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged",
+    "ModuleDone", "StepStarted", "TensorMerged", "UnmergePlan", "__version__", "apply", "combine", "compare",
+    "convert", "extract", "load", "merge", "plan_combine", "plan_convert", "plan_extract", "plan_merge",
+    "plan_quantize", "plan_resize", "plan_unmerge", "quantize", "remove", "resize", "run", "save", "unmerge",
+    "verify",
 ]  # fmt: skip
 
 

@@ -16,16 +16,16 @@ PACKAGE = Path(adapterkit.__file__).parent
 
 # What stands to the left knows nothing of what stands to the right; braces hold what do not know each other.
 ORDER = """
-text < errors < packages < files < adapter < algebra < base < inspection < hub < kernels < {merging combining train} < api < tui
-< cli < __main__
+text < errors < {packages options} < files < adapter < algebra < base < inspection < hub < kernels
+< {merging combining train} < api < tui < cli < __main__
 """
 INNER = {
     "base": "{architectures checkpoint quant renames} < {models targets ties} < {placement rows}",
     "hub": "{client names} < {remote upload} < download < listing < removal",
     "merging": "plan < {blocks calibration receipts} < {card live verify} < run < unmerge",
-    "combining": "method < {elementwise whole_tensors} < methods < combine < {compare convert extract write}",
+    "combining": "{method plan} < {elementwise whole_tensors} < methods < combine < {compare convert extract write}",
     "train": "{products recipe} < {data initial loss} < {causal layers} < {injection loop} < runs",
-    "cli": "{data_notes output signals} < {failures lookup progress} < {adapter_result command run_plan views} < {main commands}",
+    "cli": "{data_notes options output signals} < {failures lookup progress} < {command run_plan views} < {main commands}",
 }
 
 # Only the packages named may import these, and only the modules named with a slash do so as they are imported.
@@ -38,7 +38,7 @@ LIBRARIES = {
     "transformers": {"base", "train"},
 }
 EAGER = {
-    "click": r"cli\.(main|command|failures|commands\..*)",
+    "click": r"cli\.(main|command|failures|options|commands\..*)",
     "rich": r"tui\..*",
     "textual": r"tui\..*",
     # Imported where weights are read, and nowhere on the way there.

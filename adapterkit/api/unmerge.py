@@ -8,16 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
+from adapterkit.api.options import UnmergeCall, UnmergeOptions
 from adapterkit.base.checkpoint import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, FitError, UsageError
 from adapterkit.files.opening import open_regular
@@ -26,58 +28,111 @@ from adapterkit.files.stamps import Stamp, stamps_of
 from adapterkit.hub import is_hub_id, resolve
 from adapterkit.merging.plan.types import MergePlan, inputs_of
 from adapterkit.merging.receipts.receipt import Receipt, find_receipt, read_receipt
-from adapterkit.merging.run.scheduler import Merged, run
+from adapterkit.merging.run.scheduler import Merged, TensorMerged, run
 from adapterkit.merging.unmerge import check_fits, plan_copy, plan_subtraction, plan_undo
-from adapterkit.text import argument, command
-
-if TYPE_CHECKING:
-    import torch
+from adapterkit.options import takes
+from adapterkit.text import argument, command, counted
 
 
-def unmerge(
-    merged: AnyPath,
-    out: AnyPath,
-    *,
-    adapters: AnyAdapters = (),
-    base: AnyPath | None = None,
-    approximate: bool = False,
-    every: bool = False,
-    threads: int | None = None,
-    device: str | torch.device = "auto",
-    run_plan: Callable[[MergePlan], Merged] | None = None,
-) -> Merged:
-    """Undo the last merge of `merged`, or `every` one, bit for bit, and write the base to `out`.
+@dataclass(frozen=True)
+class UnmergePlan:
+    """Merges to be undone one after the other, the last one first; `first` is the plan that undoes that.
+
+    Each other one is planned on what the one before wrote; its receipt and adapters are there and known.
+    """
+
+    first: MergePlan
+    receipts: tuple[Receipt, ...]
+    adapters: tuple[tuple[Adapter, ...], ...]  # of each receipt
+
+    @property
+    def out(self) -> Path:
+        return self.first.out
+
+    @property
+    def destination(self) -> Destination:
+        """Where the base goes in the end."""
+        return replace(self.first.destination, beside=True)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()  # each step has its own
+
+    def facts(self) -> dict[str, Any]:
+        """The plan for programs: of the first step, and what undoes each."""
+        return self.first.facts() | {"steps": [[one.name for one in receipt.adapters] for receipt in self.receipts]}
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        steps = [" and ".join(one.name for one in receipt.adapters) for receipt in self.receipts]
+        return [
+            f"undoes    {counted(len(steps), 'merge')}, one after the other:",
+            *(f"  {number}.      {step}" for number, step in enumerate(steps, 1)),
+            self.first.lines()[-1],
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStarted:
+    """The `number`-th of `total` merges is about to be undone, by its plan."""
+
+    plan: MergePlan
+    number: int
+    total: int
+
+
+def run_steps(plan: UnmergePlan, **how: Any) -> Generator[StepStarted | TensorMerged | Merged, None, None]:
+    """Undo every merge of `plan`: a step's events after its `StepStarted`, the result last."""
+    steps = len(plan.receipts)
+    with staged(plan.destination) as last:
+        between = [last.with_name(f"before-{number}") for number in range(1, steps)]
+        step = replace(plan.first, out=(*between, last)[0])
+        for number, out in enumerate((*between, last), 1):
+            if number > 1:
+                checkpoint = open_checkpoint(step.out)
+                receipt = read_receipt(find_receipt(checkpoint.path) or checkpoint.path)
+                step = plan_undo(checkpoint, receipt, plan.adapters[number - 1], out)
+            yield StepStarted(step, number, steps)
+            with closing(run(step, **how)) as events:
+                for event in events:
+                    if isinstance(event, Merged):
+                        result = event
+                    else:
+                        yield event
+    yield replace(result, out=plan.out)
+
+
+@takes(UnmergeOptions)
+def plan_unmerge(o: UnmergeOptions) -> MergePlan | UnmergePlan:
+    """Plan to undo the last merge of `merged`, or `every` one, bit for bit; nothing is written.
 
     The receipt says which adapters that needs: they are among `adapters`, or found by name and SHA-256. With the `base`
     none is needed where there is a receipt; where there is none, the base is checked to be in `merged` with just these
-    adapters, and copied. `approximate` subtracts the adapters from whatever `merged` is. `run_plan` runs each plan, by
-    default on `threads` and `device`. Raises FitError where anything is not what was merged, by its SHA-256.
+    adapters, and copied. `approximate` subtracts the adapters from whatever `merged` is. Raises FitError where anything
+    is not what was merged, by its SHA-256.
     """
-    run_plan = run_plan or partial(_run, threads=threads, device=device)
-    if not every:
-        return run_plan(plan_unmerge(merged, out, adapters=adapters, base=base, approximate=approximate))
-    checkpoint, target, given = _checked(merged, out, adapters, approximate)
-    source = checkpoint.path
-    receipts = levels(source)
-    if base is not None or approximate or not receipts:
+    checkpoint, target, given = _checked(o.merged, o.out, o.adapters, o.approximate)
+    if not o.every:
+        return _plan(checkpoint, target, given, o.base, o.approximate)
+    receipts = levels(checkpoint.path)
+    if o.base is not None or o.approximate or not receipts:
         raise UsageError("every merge is undone by receipts alone, one after the other: there must be some")
     offers = sort_by_level(receipts, [one.adapter for one in given])
-    with staged(Destination(target, inputs_of(checkpoint, *given), checkpoint.is_directory, beside=True)) as last:
-        between = [last.with_name(f"before-{number}") for number in range(1, len(receipts))]
-        for offer, step in zip(offers, [*between, last], strict=True):
-            receipt = read_receipt(find_receipt(checkpoint.path) or checkpoint.path)
-            found = find_adapters(receipt, offer, source)
-            result = run_plan(plan_undo(checkpoint, receipt, found, step))
-            checkpoint = open_checkpoint(step)
-    return replace(result, out=target)
+    found = [
+        tuple(find_adapters(receipt, offer, checkpoint.path)) for receipt, offer in zip(receipts, offers, strict=True)
+    ]
+    first = plan_undo(checkpoint, receipts[0], found[0], target)
+    return UnmergePlan(replace(first, also_read=inputs_of(*given)), tuple(receipts), tuple(found))
 
 
-def plan_unmerge(
-    merged: AnyPath, out: AnyPath, *, adapters: AnyAdapters = (), base: AnyPath | None = None, approximate: bool = False
-) -> MergePlan:
-    """Plan to undo the last merge of `merged`, as `unmerge` does; nothing is written."""
-    checkpoint, target, given = _checked(merged, out, adapters, approximate)
-    return _plan(checkpoint, target, given, base, approximate)
+@takes(UnmergeCall)
+def unmerge(o: UnmergeCall) -> Merged:
+    """Undo merges in one call: `plan_unmerge`, then `run` to its end."""
+    how: dict[str, Any] = {"threads": o.threads, "device": o.device}
+    plan = plan_unmerge.of(o)
+    *_, result = run_steps(plan, **how) if isinstance(plan, UnmergePlan) else run(plan, **how)
+    assert isinstance(result, Merged)
+    return result
 
 
 def _checked(
@@ -131,12 +186,6 @@ def _plan(
 def _opened(adapter: AnyAdapter) -> Adapter:
     """An adapter that a receipt tells the scalings of."""
     return adapter if isinstance(adapter, Adapter) else opened(resolve(adapter))
-
-
-def _run(plan: MergePlan, threads: int | None, device: str | torch.device) -> Merged:
-    *_, result = run(plan, threads=threads, device=device)
-    assert isinstance(result, Merged)
-    return result
 
 
 def levels(merged: Path) -> list[Receipt]:

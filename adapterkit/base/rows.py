@@ -56,9 +56,7 @@ class Piece:
 def pieces(
     module: str, weights: LoraWeights[torch.Tensor], targets: Sequence[Target], tensors: Mapping[str, Weight]
 ) -> list[Piece]:
-    """Where the module lies in the base, in the order of its outputs. Raises FitError where it cannot be read."""
-    if weights.experts > 1 or any(target.expert is not None for target in targets):
-        raise FitError(f"{module}: DoRA of stacked experts is not supported")
+    """Where the module lies in the base, in the order of its outputs, once `check_readable` has nothing against it."""
     found = []
     for target in targets:
         columns = weights.out_features if target.transposed else weights.in_features
@@ -68,9 +66,19 @@ def pieces(
             weights, 1.0, target.rows or (0, depth), target.of, None, target.transposed, torch.float64, module
         )  # fmt: skip
         found.append(Piece(reader(info, columns), update, target.of or (0, weights.out_features), target.transposed))
-    if len(found) > 1 and any(piece.transposed for piece in found):
-        raise FitError(f"{module}: lies in several tensors that are stored transposed: not supported")
     return sorted(found, key=lambda piece: piece.of)
+
+
+def check_readable(
+    module: str, weights: LoraWeights[LazyTensor], targets: Sequence[Target], tensors: Mapping[str, Weight]
+) -> None:
+    """Raise FitError where a module cannot be read as `pieces` of the base, as far as headers tell."""
+    if weights.experts > 1 or any(target.expert is not None for target in targets):
+        raise FitError(f"{module}: DoRA of stacked experts is not supported")
+    if len(targets) > 1 and any(target.transposed for target in targets):
+        raise FitError(f"{module}: lies in several tensors that are stored transposed: not supported")
+    for target in targets:
+        reader(tensors[target.tensor], weights.out_features if target.transposed else weights.in_features)
 
 
 def reader(info: Weight, columns: int) -> RowReader:

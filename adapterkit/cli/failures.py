@@ -74,19 +74,17 @@ def speak_options(error: BaseException, command: click.Command) -> None:
 
 def in_options(text: str, command: click.Command) -> str:
     """`text` with the options of `command` where it has their parameters: `overwrite=True` as --overwrite."""
-    parameters = {param.name: param for param in command.params}
+    parameters = {opt.lstrip("-"): param for param in command.params for opt in (*param.opts, param.name or "")}
 
     def option(match: re.Match[str]) -> str:
         name, value = match.groups()
-        param, unset = parameters.get(name), parameters.get(f"no_{name}")
-        if value == "False" and unset is not None:
-            return unset.opts[-1]
+        param = parameters.get(name)
         if isinstance(param, click.Argument):
             return param.human_readable_name if value is None else match[0]
         if not isinstance(param, click.Option):
             return match[0]
         if param.is_flag:
-            return (param.secondary_opts if value == "False" else param.opts)[-1]
+            return (param.secondary_opts if value == "False" and param.secondary_opts else param.opts)[-1]
         flag = min(param.opts, key=len)
         return flag if value is None else f"{flag} {value.strip(chr(34))}"
 

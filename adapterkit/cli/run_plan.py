@@ -1,40 +1,103 @@
-"""A plan at work in the terminal: a bar, and sizes as people read them."""
+"""A plan printed, and a plan at work in the terminal: the same for every verb."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from adapterkit.cli.output import note, warn
+from adapterkit.api.run import Plan, run
+from adapterkit.api.unmerge import StepStarted
+from adapterkit.cli.options import weighted
+from adapterkit.cli.output import note, say, say_result, warn
 from adapterkit.cli.progress import progress
+from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.merging.plan.types import Hashes, MergePlan
-from adapterkit.merging.run.scheduler import Merged, TensorMerged, run
-from adapterkit.text import argument, command
+from adapterkit.merging.run.budget import check_device, default_threads, estimate_memory
+from adapterkit.merging.run.scheduler import Merged, TensorMerged
+from adapterkit.text import argument, command, counted, size
 
-DEVICE_HELP = "Where to compute: cpu, cuda, cuda:N, or auto, which takes a GPU where the job gains from one."
+R = TypeVar("R", Merged, AdapterMade)
 
 
-def run_with_bar(
-    plan: MergePlan, what: str, threads: int, device: str, report: bool = False, resume: bool = False
-) -> Merged:
-    """Execute `plan`, show how far it is, and say what was done otherwise than asked for."""
-    # Closed here, since ctrl-C may come while the bar is drawn.
-    with (
-        progress(what) as show,
-        closing(run(plan, threads=threads, report=report, device=device, resume=resume)) as events,
-    ):
+def print_plan(plan: Plan, how: Mapping[str, Any], as_json: bool) -> None:
+    """Print what `plan` would do, and what running it so would take."""
+    _tell(plan)
+    facts, lines = plan.facts(), plan.lines()
+    if isinstance(plan, MergePlan):
+        threads, device = how.get("threads", default_threads()), str(how.get("device", "auto"))
+        check_device(plan, device, threads)
+        memory = estimate_memory(plan, threads)
+        facts |= {"peak_memory": memory, "threads": threads, "device": device}
+        lines.append(f"memory    about {size(memory)} with {counted(threads, 'thread')}, device {device}")
+    if as_json:
+        say_result(facts)
+    else:
+        say(*lines, "nothing was written (--dry-run)")
+
+
+@dataclass(frozen=True)
+class Ran(Generic[R]):
+    """What came of a plan, and in how many seconds; `last` is its last step, where it has several."""
+
+    result: R
+    seconds: float
+    last: Plan
+
+
+def run_with_bar(plan: Plan, what: str, made: type[R], **how: Any) -> Ran[R]:
+    """Run `plan` to its end, show how far it is, and say what was done otherwise than asked for."""
+    began, last = time.perf_counter(), plan
+    _tell(plan)
+    with progress(what) as show, closing(run(plan, **how)) as events:  # ctrl-C may come while the bar is drawn
         for event in events:
-            if isinstance(event, TensorMerged):
+            if isinstance(event, TensorMerged | ModuleDone):
                 show(event.done, event.total)
-            else:
-                note(*event.notes)
-                warn(*event.warnings)
-                return event
-    raise AssertionError("a merge ends with its result")
+            elif isinstance(event, StepStarted):
+                last = event.plan
+                _tell(last)
+            elif isinstance(event, made):
+                note(*(line for line in event.notes if line not in plan.notes))
+                warn(*getattr(event, "warnings", ()))
+                return Ran(event, time.perf_counter() - began, last)
+    raise AssertionError("a run ends with its result")
+
+
+def _tell(plan: Plan) -> None:
+    """Print the notes of a plan, and what it skips."""
+    skipped = plan.skipped if isinstance(plan, MergePlan) else ()
+    note(*plan.notes, *(f"skipped: {name}" for name in skipped))
+
+
+def show_adapter(ran: Ran[AdapterMade], what: str, as_json: bool) -> None:
+    """Print what making an adapter came to, and how near the result is to what was meant."""
+    result = ran.result
+    if as_json:
+        rows = [
+            {"name": row.name, "rank": row.rank, "norm": row.energy**0.5, "error": row.error} for row in result.modules
+        ]
+        say_result(
+            {"output": str(result.out), "error": result.error, "seconds": round(ran.seconds, 3), "modules": rows}
+        )
+        return
+    ranks = sorted({row.rank for row in result.modules})
+    parts = []
+    if ranks:
+        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        parts.append(f"{counted(len(result.modules), 'module')}, {span}")
+    if result.adapter.replaced:
+        parts.append(counted(len(result.adapter.replaced), "whole tensor"))
+    say(f"{what} in {ran.seconds:.1f} s: {', '.join(parts) or 'no modules'}")
+    if result.error:
+        worst = max(result.modules, key=lambda row: row.error)
+        say(
+            f"kept      {1 - result.error**2:.2%} of ‖Δ‖², relative error {result.error:.3g} "
+            f"(worst: {worst.name}, {worst.error:.3g})"
+        )
+    say(f"wrote     {result.out}")
 
 
 def hashes_by_label(plan: MergePlan, hashes: Hashes) -> dict[str, dict[str, Any]]:
@@ -49,14 +112,3 @@ def undo_command(merged: Path, adapters: Sequence[str]) -> list[str]:
     named = [one if weighted(one) == (one, 1.0) else f"{one}:1" for one in dict.fromkeys(adapters)]
     words = [["adapterkit", "unmerge"], [argument(merged)], ["-o", new]]
     return [command(group) for group in [*words, *(["--adapter", argument(one)] for one in named)]]
-
-
-def weighted(text: str) -> tuple[str, float]:
-    """`path:0.7` as (path, 0.7); a path that exists as it is written wins."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or os.path.exists(text):
-        return text, 1.0
-    try:
-        return path, float(weight)
-    except ValueError:
-        return text, 1.0

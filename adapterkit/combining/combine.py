@@ -16,7 +16,8 @@ from adapterkit.algebra.lowrank import Decomposition, Limit, Product, decompose,
 from adapterkit.algebra.sketch import sketch
 from adapterkit.combining.method import Method, Part, Value
 from adapterkit.combining.methods import DEFAULT, method_named
-from adapterkit.combining.whole_tensors import RULES, combine_wholes
+from adapterkit.combining.plan import AdapterMade, ModuleDone
+from adapterkit.combining.whole_tensors import RULES, Wholes, pick_wholes
 from adapterkit.errors import FitError, UsageError
 
 WINDOW_BYTES = 64 << 20  # of factors in float64, combined at a time
@@ -26,50 +27,44 @@ CANCELLED = 1e-24  # of the parts' ‖Δ‖_F²: less is what float64 leaves of 
 Weights = LoraWeights[torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """Everything fits, as far as headers tell: so many modules are to be done."""
+@dataclass(frozen=True)
+class Combination:
+    """Adapters that fit each other, and how they are combined; made by `checked`."""
 
-    modules: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleDone:
-    """One module of the result: its rank, `‖Δ‖_F²` as it was meant, and how much of that was left out."""
-
-    name: str
-    rank: int
-    energy: float
-    discarded: float
-    done: int
-    total: int
-
-    @property
-    def error(self) -> float:
-        """`‖Δ' − Δ‖_F / ‖Δ‖_F`."""
-        return relative_error(self.discarded, self.energy)
-
-
-def relative_error(discarded: float, energy: float) -> float:
-    """`√(discarded / energy)`, but zero where that is the rounding of float64."""
-    return math.sqrt(discarded / energy) if discarded > 1e-28 * energy else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Combined:
-    """The last event: the result, and what a person should know of it."""
-
-    adapter: Adapter
-    modules: tuple[ModuleDone, ...]
+    given: tuple[WeightedAdapter, ...]
+    method: str
+    limit: Limit | None
+    settings: Mapping[str, Value]
+    wholes: Wholes
     notes: tuple[str, ...]
+    pad: bool = False  # a rank above a module's own is made up by zeros
+    uniform: bool = False  # every module has the greatest rank that one of them needs
 
     @property
-    def error(self) -> float:
-        """`‖Δ' − Δ‖_F / ‖Δ‖_F` over all modules."""
-        return relative_error(*(math.fsum(getattr(row, of) for row in self.modules) for of in ("discarded", "energy")))
+    def modules(self) -> int:
+        return len(_modules(self.given))
+
+    def steps(self) -> Iterator[ModuleDone | AdapterMade]:
+        """Combine the modules of all adapters: an event for each of them, the result last."""
+        if self.uniform:
+            yield from _same_rank(self)
+            return
+        given, limit, modules = self.given, self.limit, _modules(self.given)
+        done: dict[str, tuple[Weights, ModuleDone]] = {}
+        method = method_named(self.method)
+        for batch in batches(given, modules, most=1 if method.elementwise else None):  # each of those takes seconds
+            for name, weights, energy, discarded in _combine_batch(given, batch, method, limit, self.settings):
+                if self.pad and limit is not None and limit.rank is not None and weights.rank < limit.rank:
+                    weights = replace(weights_of(Product.of(weights).padded(limit.rank), weights), bias=weights.bias)
+                row = ModuleDone(name, weights.rank, energy, discarded, len(done) + 1, len(modules))
+                done[name] = weights, row
+                yield row
+        found = {name: _lazy(done[name][0]) for name in modules}
+        rows = tuple(done[name][1] for name in modules)
+        yield AdapterMade(_joined(given, found, self.wholes), rows, tuple(_nothing_left(rows)))
 
 
-def combine(
+def checked(
     given: Sequence[WeightedAdapter],
     method: str = DEFAULT,
     *,
@@ -78,12 +73,12 @@ def combine(
     seed: int | None = None,
     saved: str = "error",
     pad: bool = False,
-) -> Iterator[Planned | ModuleDone | Combined]:
-    """Combine the modules of all adapters by `method`: the plan, an event for each of them, the result.
+    uniform: bool = False,
+) -> Combination:
+    """The combination of all adapters' modules by `method`, checked from headers.
 
     Without a `limit` the result is exact, except for methods that always truncate, to the greatest rank among the
-    adapters. With `pad` a rank above a module's own is made up by zeros. Raises UsageError for what a method does
-    not take, FitError where adapters do not fit each other.
+    adapters. Raises UsageError for what a method does not take, FitError where adapters do not fit each other.
     """
     how = method_named(method)
     settings = how.settings(options or {}, seed)
@@ -92,29 +87,38 @@ def combine(
         raise UsageError(f"saved {saved!r}: expected one of {', '.join(RULES)}")
     for one in given:
         refuse_broken(one)
-    modules = {name: None for one in given for name in one.adapter.modules}
+    modules = _modules(given)
     notes = _check(given, modules, how)
     if limit is not None and limit.rank is not None:
         _check_rank(given, modules, limit.rank, pad)
-    replaced, tokens, more = combine_wholes(given, saved)
-    yield Planned(len(modules))
-    done: dict[str, tuple[Weights, ModuleDone]] = {}
-    for batch in batches(given, modules, most=1 if how.elementwise else None):  # each of those takes seconds
-        for name, weights, energy, discarded in _combine_batch(given, batch, how, limit, settings):
-            if pad and limit is not None and limit.rank is not None and weights.rank < limit.rank:
-                weights = replace(weights_of(Product.of(weights).padded(limit.rank), weights), bias=weights.bias)
-            row = ModuleDone(name, weights.rank, energy, discarded, len(done) + 1, len(modules))
-            done[name] = weights, row
-            yield row
-    found = {name: _lazy(done[name][0]) for name in modules}
+    wholes = pick_wholes(given, saved)
+    notes += wholes.notes if len(given) > 1 else []
+    return Combination(tuple(given), method, limit, settings, wholes, tuple(notes), pad, uniform)
+
+
+def _same_rank(how: Combination) -> Iterator[ModuleDone | AdapterMade]:
+    """The combination with the greatest rank that its limit asks for in a module."""
+    *_, needed = replace(how, uniform=False).steps()
+    assert isinstance(needed, AdapterMade)
+    rank = max((row.rank for row in needed.modules), default=1)
+    _check_rank(how.given, _modules(how.given), rank, pad=True)
+    yield from replace(how, limit=Limit(rank=rank), pad=True, uniform=False).steps()
+
+
+def _modules(given: Sequence[WeightedAdapter]) -> dict[str, None]:
+    """The modules that any of the adapters has, in order."""
+    return {name: None for one in given for name in one.adapter.modules}
+
+
+def _joined(given: Sequence[WeightedAdapter], modules: dict[str, LoraWeights[LazyTensor]], wholes: Wholes) -> Adapter:
+    """The new adapter, with what it has from those `given` beside its modules."""
+    replaced, tokens = wholes.read()
     base = next((one.adapter.base_model for one in given if one.adapter.base_model), None)
-    adapter = Adapter(
-        "", found, replaced, tokens, frozenset().union(*(one.adapter.new_modules for one in given)),
+    return Adapter(
+        "", modules, replaced, tokens, frozenset().union(*(one.adapter.new_modules for one in given)),
         any(one.adapter.keeps_tie for one in given), base,
         target_parameters=tuple(dict.fromkeys(name for one in given for name in one.adapter.target_parameters)),
     )  # fmt: skip
-    rows = tuple(done[name][1] for name in modules)
-    yield Combined(adapter, rows, (*notes, *more, *_nothing_left(rows)))
 
 
 def _nothing_left(rows: Sequence[ModuleDone]) -> list[str]:

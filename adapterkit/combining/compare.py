@@ -11,8 +11,9 @@ import torch
 
 from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
 from adapterkit.algebra.lowrank import Product, added, decompose, inner, overlaps
-from adapterkit.combining.combine import batches, check_fit, parts_of, relative_error
+from adapterkit.combining.combine import batches, check_fit, parts_of
 from adapterkit.combining.method import Part
+from adapterkit.combining.plan import relative_error
 from adapterkit.errors import FitError, UsageError
 from adapterkit.inspection.summary import layer_of, target_of
 

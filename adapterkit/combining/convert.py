@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,78 +15,130 @@ from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.placement import place
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.renames import explain_missing
-from adapterkit.base.rows import Piece, pieces
-from adapterkit.combining.combine import Combined, ModuleDone, Planned, best_of, weights_of
+from adapterkit.base.rows import Piece, check_readable, pieces
+from adapterkit.base.targets import Target
+from adapterkit.combining.combine import best_of, weights_of
+from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import Weight
 
 Weights = LoraWeights[torch.Tensor]
 
 
-def to_dora(one: WeightedAdapter, base: Checkpoint) -> Iterator[Planned | ModuleDone | Combined]:
+@dataclass(frozen=True)
+class Rescale:
+    """The same factors and the same Δ, described by `alpha / √rank` with rsLoRA, or by `alpha / rank`."""
+
+    one: WeightedAdapter
+    rslora: bool
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        refuse_broken(self.one)
+
+    @property
+    def modules(self) -> int:
+        return len(self.one.adapter.modules)
+
+    def steps(self) -> Iterator[ModuleDone | AdapterMade]:
+        """Every module as it is, the adapter last."""
+        adapter = _like(self.one.adapter, self.one.adapter.modules)
+        rows = tuple(  # their norms are not read: nothing changes
+            ModuleDone(name, weights.rank, math.nan, 0.0, done, self.modules)
+            for done, (name, weights) in enumerate(adapter.modules.items(), 1)
+        )
+        yield from rows
+        yield AdapterMade(replace(adapter, rslora=self.rslora), rows)
+
+
+@dataclass(frozen=True)
+class ToDora:
     """Give every module the magnitude `m = ‖W + s·B·A‖` of each output, by which DoRA's `m/n` is 1.
 
     The norms are of `W + s·B·A` as merging forms it, in float64: as many operations as through `W·Aᵀ` and the Gram
-    matrices, and no cancellation. Raises FitError where a module has no place in the base, or is DoRA already.
+    matrices, and no cancellation.
     """
-    placed = list(_placed(one, base, dora=False))
-    yield Planned(len(placed))
-    done: dict[str, LoraWeights[LazyTensor]] = {}
-    rows = []
-    for name, stored, found in placed:
-        magnitude = torch.cat([piece.norms(Matrix(piece.shape, piece.before).spans()) for piece in found])
-        energy = float(decompose(Product.of(load_weights(stored))).sigma.square().sum()) * stored.scaling**2
-        done[name] = replace(stored, magnitude=LazyTensor.of(magnitude.float()))
-        rows.append(ModuleDone(name, stored.rank, energy, 0.0, len(done), len(one.adapter.modules)))
-        yield rows[-1]
-    yield Combined(_like(one.adapter, done), tuple(rows), ())
+
+    placed: Placed
+    notes: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> int:
+        return len(self.placed.targets)
+
+    def steps(self) -> Iterator[ModuleDone | AdapterMade]:
+        """Every module with its magnitude, the adapter last."""
+        adapter = self.placed.one.adapter
+        done: dict[str, LoraWeights[LazyTensor]] = {}
+        rows = []
+        for name, weights, found in self.placed.read():
+            stored = adapter.modules[name]
+            magnitude = torch.cat([piece.norms(Matrix(piece.shape, piece.before).spans()) for piece in found])
+            energy = float(decompose(Product.of(weights)).sigma.square().sum()) * stored.scaling**2
+            done[name] = replace(stored, magnitude=LazyTensor.of(magnitude.float()))
+            rows.append(ModuleDone(name, stored.rank, energy, 0.0, len(done), self.modules))
+            yield rows[-1]
+        yield AdapterMade(_like(adapter, done), tuple(rows))
 
 
-def to_lora(
-    one: WeightedAdapter, base: Checkpoint, limit: Limit, seed: int = 0
-) -> Iterator[Planned | ModuleDone | Combined]:
+@dataclass(frozen=True)
+class ToLora:
     """The best approximation of each DoRA module's effective `Δ = diag(g)·(W + s·B·A) − W`, `g = m/n`, as LoRA.
 
-    That Δ is of full rank: products with it are computed from rows of W and the factors (see `sketch`). Raises
-    FitError where a module has no place in the base.
+    That Δ is of full rank: products with it are computed from rows of W and the factors (see `sketch`).
     """
-    placed = list(_placed(one, base, dora=True))
-    yield Planned(len(placed))
-    done: dict[str, LoraWeights[LazyTensor]] = {}
-    rows = []
-    for name, stored, found in placed:
-        weights = load_weights(stored)
-        matrix = _effective(weights, found)
-        best = sketch(matrix, limit, seed, name)
-        product, energy, discarded = best_of(*best.as_batch(), limit)
-        if found[0].transposed:
-            product = Product(product.right.mT, product.left.mT)
-        new = weights_of(product, weights)
-        bias = None if weights.bias is None else LazyTensor.of((weights.bias.double() * weights.scaling).float())
-        done[name] = replace(
-            stored, A=LazyTensor.of(new.A), B=LazyTensor.of(new.B), scaling=1.0, alpha=float(new.rank), magnitude=None,
-            bias=bias,
-        )  # fmt: skip
-        rows.append(ModuleDone(name, new.rank, energy, discarded, len(done), len(one.adapter.modules)))
-        yield rows[-1]
-    yield Combined(_like(one.adapter, done), tuple(rows), ())
+
+    placed: Placed
+    limit: Limit
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> int:
+        return len(self.placed.targets)
+
+    def steps(self) -> Iterator[ModuleDone | AdapterMade]:
+        """Every module approximated, the adapter last."""
+        adapter = self.placed.one.adapter
+        done: dict[str, LoraWeights[LazyTensor]] = {}
+        rows = []
+        for name, weights, found in self.placed.read():
+            best = sketch(_effective(weights, found), self.limit, self.seed, name)
+            product, energy, discarded = best_of(*best.as_batch(), self.limit)
+            if found[0].transposed:
+                product = Product(product.right.mT, product.left.mT)
+            new = weights_of(product, weights)
+            bias = None if weights.bias is None else LazyTensor.of((weights.bias.double() * weights.scaling).float())
+            done[name] = replace(
+                adapter.modules[name], A=LazyTensor.of(new.A), B=LazyTensor.of(new.B), scaling=1.0,
+                alpha=float(new.rank), magnitude=None, bias=bias,
+            )  # fmt: skip
+            rows.append(ModuleDone(name, new.rank, energy, discarded, len(done), self.modules))
+            yield rows[-1]
+        yield AdapterMade(_like(adapter, done), tuple(rows))
 
 
-def rescale(one: WeightedAdapter, rslora: bool) -> Combined:
-    """The same factors and the same Δ, described by `alpha / √rank` with rsLoRA, or by `alpha / rank`."""
-    refuse_broken(one)
-    adapter, many = _like(one.adapter, one.adapter.modules), len(one.adapter.modules)
-    rows = tuple(  # their norms are not read: nothing changes
-        ModuleDone(name, weights.rank, math.nan, 0.0, done, many)
-        for done, (name, weights) in enumerate(adapter.modules.items(), 1)
-    )
-    return Combined(replace(adapter, rslora=rslora), rows, ())
+@dataclass(frozen=True)
+class Placed:
+    """An adapter whose modules all have their place in a base, where each can be read; made by `placed_in`."""
+
+    one: WeightedAdapter
+    base: Checkpoint
+    targets: dict[str, tuple[Target, ...]]
+
+    def read(self) -> Iterator[tuple[str, Weights, Sequence[Piece]]]:
+        """Every module's weights, and where it lies in the base."""
+        tensors = weights_in(self.base.tensors, self.base.config)
+        for name, targets in self.targets.items():
+            weights = load_weights(self.one.adapter.modules[name])
+            yield name, weights, pieces(name, weights, targets, tensors)
 
 
-def _placed(
-    one: WeightedAdapter, base: Checkpoint, dora: bool
-) -> Iterator[tuple[str, LoraWeights[LazyTensor], Sequence[Piece]]]:
-    """Every module with where it lies in the base, all of them checked before the first."""
+def placed_in(base: Checkpoint, one: WeightedAdapter, dora: bool) -> Placed:
+    """Where the modules of an adapter lie in `base`, from headers.
+
+    Raises FitError where one has no place there or cannot be read, or is not the kind of module that `dora` says.
+    """
     refuse_broken(one)
     adapter = one.adapter
     wrong = [name for name, weights in adapter.modules.items() if (weights.magnitude is not None) is not dora]
@@ -104,9 +156,8 @@ def _placed(
     for name, targets in places.targets.items():
         if any(target.tensor in replaced for target in targets):
             raise FitError(f"{one.label}: {name}: the adapter also replaces the weight that it adapts")
-    for name, stored in adapter.modules.items():
-        weights = load_weights(stored)
-        yield name, stored, pieces(name, weights, places.targets[name], tensors)
+        check_readable(name, adapter.modules[name], targets, tensors)
+    return Placed(one, base, {name: tuple(targets) for name, targets in places.targets.items()})
 
 
 def _effective(weights: Weights, found: Sequence[Piece]) -> Matrix:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -14,53 +15,80 @@ from adapterkit.base.architectures import CONV1D_MODELS, is_linear
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.rows import reader
-from adapterkit.combining.combine import Combined, ModuleDone, Planned, best_of
+from adapterkit.combining.combine import best_of
+from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo, Weight
 from adapterkit.text import counted
 
 
-def extract(
-    base: Checkpoint, tuned: Checkpoint, limit: Limit, *, whole: bool = False, seed: int = 0
-) -> Iterator[Planned | ModuleDone | Combined]:
-    """`W_tuned − W_base ≈ B·A` for every linear layer that differs, an event for each, the adapter last.
+@dataclass(frozen=True)
+class Extraction:
+    """`W_tuned − W_base ≈ B·A` for every linear layer that differs.
 
     With `whole`, what differs beside them (embeddings, norms, heads) is taken over as modules_to_save; without, a note
     names it. Raises FitError where the two do not have the same tensors.
     """
-    before: dict[str, Weight] = dict(weights_in(base.tensors, base.config))
-    after: dict[str, Weight] = dict(weights_in(tuned.tensors, tuned.config))
-    _check(base, tuned, before, after)
-    transposed = base.config.get("model_type") in CONV1D_MODELS
-    linear = [name for name, weight in before.items() if is_linear(name, weight)]
-    yield Planned(len(linear))
-    modules: dict[str, LoraWeights[LazyTensor]] = {}
-    rows: list[ModuleDone] = []
-    for number, name in enumerate(linear, 1):
-        best = sketch(_difference(before[name], after[name]), limit, seed, name)
-        if not best.energy:
-            continue
-        product, energy, discarded = best_of(*best.as_batch(), limit)
-        if transposed:
-            product = Product(product.right.mT, product.left.mT)
-        module = name.removesuffix(".weight")
-        A, B = LazyTensor.of(product.right[0].float().contiguous()), LazyTensor.of(product.left[0].float().contiguous())
-        modules[module] = LoraWeights(A, B, 1.0, float(product.rank), fan_in_fan_out=transposed)
-        rows.append(ModuleDone(module, product.rank, energy, discarded, number, len(linear)))
-        yield rows[-1]
-    changed = [name for name in before if name not in set(linear) and _differs(before[name], after[name])]
-    if not modules and not (whole and changed):
-        raise FitError(f"{tuned.path}: its linear layers are those of {base.path}: there is nothing to extract")
-    replaced = {name: LazyTensor.of(reader(after[name], _columns(after[name]))(0, _depth(after[name])).view(
-        after[name].shape)) for name in changed} if whole else {}  # fmt: skip
-    notes = []
-    if changed and not whole:
-        notes.append(
-            f"{counted(len(changed), 'tensor')} beside linear layers changed, {changed[0]} first: not in the adapter"
-        )
-    saved = frozenset(name.rpartition(".")[0].rpartition(".")[2] for name in replaced)
-    adapter = Adapter("", modules, replaced, new_modules=saved, base_model=base.name if "/" in base.name else None)
-    yield Combined(adapter, tuple(rows), tuple(notes))
+
+    base: Checkpoint
+    tuned: Checkpoint
+    limit: Limit
+    whole: bool = False
+    seed: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self.base, self.tuned, _weights(self.base), _weights(self.tuned))
+
+    @property
+    def modules(self) -> int:
+        return len(_linear(_weights(self.base)))
+
+    def steps(self) -> Iterator[ModuleDone | AdapterMade]:
+        """An event for each layer that differs, the adapter last. Raises FitError where none does."""
+        before, after = _weights(self.base), _weights(self.tuned)
+        transposed = self.base.config.get("model_type") in CONV1D_MODELS
+        linear = _linear(before)
+        modules: dict[str, LoraWeights[LazyTensor]] = {}
+        rows: list[ModuleDone] = []
+        for number, name in enumerate(linear, 1):
+            best = sketch(_difference(before[name], after[name]), self.limit, self.seed, name)
+            if not best.energy:
+                continue
+            product, energy, discarded = best_of(*best.as_batch(), self.limit)
+            if transposed:
+                product = Product(product.right.mT, product.left.mT)
+            module, A, B = name.removesuffix(".weight"), product.right[0].float(), product.left[0].float()
+            modules[module] = LoraWeights(
+                LazyTensor.of(A.contiguous()), LazyTensor.of(B.contiguous()), 1.0, float(product.rank),
+                fan_in_fan_out=transposed,
+            )  # fmt: skip
+            rows.append(ModuleDone(module, product.rank, energy, discarded, number, len(linear)))
+            yield rows[-1]
+        changed = [name for name in before if name not in set(linear) and _differs(before[name], after[name])]
+        if not modules and not (self.whole and changed):
+            raise FitError(
+                f"{self.tuned.path}: its linear layers are those of {self.base.path}: there is nothing to extract"
+            )
+        replaced = {name: _whole(after[name]) for name in changed} if self.whole else {}
+        saved = frozenset(name.rpartition(".")[0].rpartition(".")[2] for name in replaced)
+        base_model = self.base.name if "/" in self.base.name else None
+        adapter = Adapter("", modules, replaced, new_modules=saved, base_model=base_model)
+        what = f"{counted(len(changed), 'tensor')} beside linear layers changed"
+        notes = (f"{what}, {changed[0]} first: not in the adapter",) if changed and not self.whole else ()
+        yield AdapterMade(adapter, tuple(rows), notes)
+
+
+def _weights(model: Checkpoint) -> dict[str, Weight]:
+    return dict(weights_in(model.tensors, model.config))
+
+
+def _linear(weights: Mapping[str, Weight]) -> list[str]:
+    return [name for name, weight in weights.items() if is_linear(name, weight)]
+
+
+def _whole(weight: Weight) -> LazyTensor:
+    return LazyTensor.of(reader(weight, _columns(weight))(0, _depth(weight)).view(weight.shape))
 
 
 def _check(base: Checkpoint, tuned: Checkpoint, before: dict[str, Weight], after: dict[str, Weight]) -> None:

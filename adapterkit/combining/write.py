@@ -3,49 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from adapterkit import __version__
 from adapterkit.adapter.formats import save
 from adapterkit.adapter.formats.table import DEFAULT, format_named
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
-from adapterkit.base.checkpoint import Checkpoint
+from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
 from adapterkit.files.hub_cache import check_cached, check_name
 from adapterkit.files.opening import open_regular
-from adapterkit.files.staging import ADAPTER_RECORD, Destination, staged
+from adapterkit.files.staging import ADAPTER_RECORD, staged
 from adapterkit.files.stamps import check_unchanged
 from adapterkit.files.writing import write_json, write_text
 from adapterkit.hub.names import public_name
 from adapterkit.text import file_rows, markdown
 
 
-def write_adapter(
-    adapter: Adapter,
-    out: Destination,
-    made: str,
-    given: Sequence[WeightedAdapter],
-    facts: Mapping[str, Any],
-    notes: Sequence[str] = (),
-    models: Sequence[Checkpoint] = (),
-) -> None:
-    """Write `adapter` to the new directory `out` as PEFT reads it; `made` says how, `facts` are for programs.
+def make_adapter(plan: AdapterPlan) -> Generator[ModuleDone | AdapterMade, None, None]:
+    """Compute the adapter that `plan` describes and write it as PEFT reads it: an event a module, the result last.
 
-    It is made from those `given` and from `models`. Raises ChangedError where one of them has changed since it was
-    opened, OutputExistsError where there is something already that is not ours, NoSpaceError where the disk is full.
+    Raises ChangedError where an input has changed since it was opened, OutputExistsError where there is something by
+    now that is not ours, NoSpaceError where the disk is full.
     """
-    check_cached(shard.file for model in models for shard in model.shards)
-    hashes = [{file.name: _digest(file) for file in one.adapter.files} for one in given]
-    with staged(out) as folder:
-        save(adapter, folder)
-        sources = [
-            {"name": one.label, "weight": one.weight, "files": files} for one, files in zip(given, hashes, strict=True)
-        ]
-        record = {"adapterkit": __version__, "made": made, "from": sources, **facts, "notes": list(notes)}
+    plan.destination.check()
+    for event in plan.work.steps():
+        if isinstance(event, AdapterMade):
+            event = replace(event, notes=(*plan.notes, *event.notes), out=plan.destination.out)
+            _write(plan, event)
+        yield event
+
+
+def _write(plan: AdapterPlan, made: AdapterMade) -> None:
+    check_cached(shard.file for model in plan.models for shard in model.shards)
+    hashes = [{file.name: _digest(file) for file in one.adapter.files} for one in plan.given]
+    sources = [
+        {"name": one.label, "weight": one.weight, "files": files} for one, files in zip(plan.given, hashes, strict=True)
+    ]
+    record = {
+        "adapterkit": __version__, "made": plan.made, "from": sources, "relative_error": made.error,
+        "modules": {row.name: {"rank": row.rank, "error": row.error} for row in made.modules},
+        "notes": list(made.notes),
+    }  # fmt: skip
+    with staged(plan.destination) as folder:
+        save(made.adapter, folder)
         write_json(folder / ADAPTER_RECORD, record)
-        write_text(folder / "README.md", _card(adapter, made, given, hashes, notes))
-        for stamps in (*(model.stamps for model in models), *(one.adapter.stamps for one in given)):
+        write_text(folder / "README.md", _card(made.adapter, plan.made, plan.given, hashes, made.notes))
+        for stamps in (*(model.stamps for model in plan.models), *(one.adapter.stamps for one in plan.given)):
             check_unchanged(stamps)
 
 

@@ -34,7 +34,6 @@ from adapterkit.merging.plan.types import (
 from adapterkit.merging.receipts.receipt import HOLDS, Companions, ModuleShare, Receipt, Shard
 from adapterkit.merging.receipts.sidecar import base_header, kept, recorded
 from adapterkit.merging.run.budget import default_threads
-from adapterkit.merging.verify import verify
 
 APPROXIMATE = (
     "approximate: the adapters were subtracted. A weight can differ from the base's by a unit in the last place of "
@@ -228,6 +227,8 @@ def check_fits(merged: Checkpoint, base: Checkpoint, given: Sequence[WeightedAda
     """Raise FitError unless `merged` is just `base` with just these adapters in it, as `verify` finds it."""
     if not given:
         raise UsageError(f"{merged.path}: has no receipt that says which adapters are in it: name them")
+    from adapterkit.merging.verify import verify
+
     plan = make_plan(base, given, Path("never written"))
     wrong = [one for one in verify(plan, merged, threads=default_threads()) if not one.fits]
     if wrong:

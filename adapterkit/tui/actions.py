@@ -7,8 +7,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from adapterkit.base.quant import writable_kinds
-from adapterkit.combining.methods import DEFAULT, METHODS, all_options
+from adapterkit.api.options import (
+    CombineOptions,
+    ConvertOptions,
+    ExtractOptions,
+    MergeOptions,
+    ResizeOptions,
+    UnmergeOptions,
+    VerifyOptions,
+)
+from adapterkit.options import Parameter, parameters
 from adapterkit.text import command
 
 Kind = Literal["text", "words", "choice", "flag"]
@@ -59,62 +67,39 @@ class Action:
         return [field.label for field in self.fields if field.needed and not str(values.get(field.name, "")).strip()]
 
 
-BASE = Field("base", "base", needed=True)
-ADAPTER = Field("adapter", "adapter", needed=True)
+def form_of(options: type) -> tuple[Field, ...]:
+    """A field for everything that a verb takes, but for what few need."""
+    return tuple(_field(one) for one in parameters(options) if one.about.in_form)
+
+
+def _field(one: Parameter) -> Field:
+    choices = one.choices
+    kind: Kind = "choice" if choices else "text"
+    if one.kind in ("flag", "adapters", "words", "pairs"):
+        kind = "flag" if one.kind == "flag" else "words"
+    default = next(iter(choices), "") if one.required else "" if kind == "flag" else one.default or ""
+    name = one.flags[0] if one.flags else one.name
+    needed = one.required or one.about.asked
+    return Field(name, one.label, kind, str(default), choices, needed, one.about.hint)
+
+
+PLAN = ("--dry-run",)
 OUT = Field("-o", "write to", needed=True)
-OVERWRITE = Field("--overwrite", "replace what adapterkit made there before", "flag")
 
 ACTIONS = {
     action.command: action
     for action in (
-        Action(
-            "merge", "m", "Merge into the base",
-            (
-                BASE, Field("adapters", "adapters", "words", needed=True), OUT,
-                Field("--dtype", "dtype", "choice", choices=("bf16", "fp16", "fp32")),
-                Field("--quantize", "quantize", "choice", choices=(*writable_kinds(), "same")), OVERWRITE,
-            ),
-            ("--dry-run",),
-        ),
-        Action(
-            "unmerge", "u", "Undo a merge",
-            (Field("merged", "merged model", needed=True), OUT, Field("--adapter", "adapters", "words"),
-             Field("--base", "restore from base")),
-            ("--dry-run",),
-        ),
-        Action(
-            "verify", "v", "Verify a merge",
-            (Field("merged", "merged model", needed=True), Field("--base", "base", needed=True),
-             Field("--adapter", "adapters", "words", needed=True)),
-        ),
-        Action(
-            "combine", "o", "Combine the marked",
-            (Field("adapters", "adapters", "words", needed=True), OUT,
-             Field("--method", "method", "choice", DEFAULT, METHODS),
-             Field("--set", "its options", "words", hint=lambda: " ".join(map(str, all_options()))),
-             Field("--rank", "rank"), OVERWRITE),
-            ("--dry-run",),
-        ),
-        Action(
-            "resize", "z", "Change the rank",
-            (ADAPTER, OUT, Field("--rank", "rank"), Field("--energy", "or energy to keep"), OVERWRITE),
-            ("--dry-run",),
-        ),
-        Action(
-            "convert", "D", "Convert to DoRA or back",
-            (ADAPTER, OUT, Field("--to", "to", "choice", "dora", ("dora", "lora", "rslora"), True),
-             Field("--base", "base"), Field("--rank", "rank"), OVERWRITE),
-            ("--dry-run",),
-        ),
-        Action(
-            "extract", "e", "Extract from a fine-tuned model",
-            (BASE, Field("finetuned", "fine-tuned model", needed=True), OUT, Field("--rank", "rank"), OVERWRITE),
-            ("--dry-run",),
-        ),
+        Action("merge", "m", "Merge into the base", form_of(MergeOptions), PLAN),
+        Action("unmerge", "u", "Undo a merge", form_of(UnmergeOptions), PLAN),
+        Action("verify", "v", "Verify a merge", form_of(VerifyOptions)),
+        Action("combine", "o", "Combine the marked", form_of(CombineOptions), PLAN),
+        Action("resize", "z", "Change the rank", form_of(ResizeOptions), PLAN),
+        Action("convert", "D", "Convert to DoRA or back", form_of(ConvertOptions), PLAN),
+        Action("extract", "e", "Extract from a fine-tuned model", form_of(ExtractOptions), PLAN),
         Action(
             "train", "t", "Train from a recipe",
             (Field("--recipe", "recipe (YAML)", needed=True), OUT, Field("--resume", "go on with a run", "flag"),
-             OVERWRITE),
+             Field("--overwrite", "replace what adapterkit made there before", "flag")),
             ("--memory",),
         ),
         Action("pull", "d", "Download", (Field("id", "Hub id", needed=True), Field("-o", "copy to")), ("--dry-run",)),

@@ -22,10 +22,11 @@ import adapterkit
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter
 from adapterkit.algebra import sketch
 from adapterkit.algebra.lowrank import Limit, Product
-from adapterkit.combining.combine import Combined, combine
+from adapterkit.combining.combine import checked
 from adapterkit.combining.elementwise import drop
 from adapterkit.combining.method import Part
 from adapterkit.combining.methods import METHODS
+from adapterkit.combining.plan import AdapterMade
 from adapterkit.errors import FitError, UsageError
 from adapterkit.tui.actions import ACTIONS
 
@@ -184,8 +185,8 @@ def test_sums_are_linear_and_their_order_does_not_matter(seed: int, x: float, y:
     expected = x * delta(pair[0].adapter, "m") + y * delta(pair[1].adapter, "m")
     for order in (pair, pair[::-1]):
         for limit in (None, Limit(rank=5)):
-            *_, result = combine(order, "linear", limit=limit)
-            assert isinstance(result, Combined)
+            *_, result = checked(order, "linear", limit=limit).steps()
+            assert isinstance(result, AdapterMade)
             assert float((delta(result.adapter, "m") - expected).norm()) < 1e-5
 
 
@@ -599,7 +600,7 @@ def test_a_dry_run_checks_and_makes_nothing(args: list[str], tmp_path: Path, mon
         write_adapter(tmp_path / name)
     for name in ("base", "tuned"):
         write_base(tmp_path / name)
-    monkeypatch.setattr("adapterkit.api.adapters._write", None)  # which would raise
+    monkeypatch.setattr("adapterkit.api.run.make_adapter", None)  # which would raise
     before = contents(tmp_path)
     result = run_adapterkit(*args, "-o", "out", "--dry-run")
     assert (result.code, result.err) == (0, "")

@@ -72,9 +72,10 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(merged: Path, tmp_path: Pat
     assert result.code == 0, result
     assert "restores  2 of 3 tensors, by adapter\n" in result.out
     facts = json.loads(run("unmerge", merged, "-o", out, "--base", tmp_path / "base", "--dry-run", "--json").out)
-    assert facts["bytes"] == sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
+    assert facts["bytes_to_write"] == sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
+    every = run("unmerge", merged, "-o", out, "--all", "--dry-run")
+    assert every.out.startswith("undoes    1 merge, one after the other:\n  1.      adapter\n"), every
     assert contents(tmp_path) == before
-    assert "--dry-run tells of one merge" in run("unmerge", merged, "-o", out, "--all", "--dry-run").message(2)
 
 
 # --- every kind comes back -------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.command import Command
+from adapterkit.cli.options import weighted
 from adapterkit.cli.output import say, say_result
-from adapterkit.cli.run_plan import weighted
 from adapterkit.cli.views.tables import common_prefix, print_table, table
 from adapterkit.inspection.summary import to_json
 from adapterkit.text import counted, number

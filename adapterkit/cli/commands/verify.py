@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.api import merge
-from adapterkit.base.renames import parse_rename
+from adapterkit.api.options import VerifyOptions
 from adapterkit.cli.command import Command
+from adapterkit.cli.options import as_json, options_of
 from adapterkit.cli.output import say, say_result
-from adapterkit.cli.run_plan import weighted
 from adapterkit.inspection.summary import to_json
 from adapterkit.text import counted
 
@@ -32,35 +32,20 @@ SAYS = {
 
 
 @click.command("verify", cls=Command)
-@click.argument("merged")
-@click.option("--base", required=True, help="The base that it should be made of.")
-@click.option("--adapter", "adapters", multiple=True, required=True, metavar="ADAPTER[:WEIGHT]",
-              help="An adapter that should be in it; can be given several times.")  # fmt: skip
-@click.option("--scale", type=float, default=1.0, help="Multiply every adapter's strength.")
-@click.option("--sample", type=float, default=1.0, help="Look at this share of the rows only.")
-@click.option("--map", "rename", metavar="OLD=NEW", help="Rename parts of the adapter's module names.")
-@click.option("--threads", type=click.IntRange(1, 256), help="Workers. Default: the cores there are, at most 8.")
-@click.option("--json", "as_json", is_flag=True, help="Print every tensor's verdict as JSON.")
-def verify_command(
-    merged: str, base: str, adapters: tuple[str, ...], scale: float, sample: float, rename: str | None,
-    threads: int | None, as_json: bool,
-) -> None:  # fmt: skip
+@options_of(VerifyOptions)
+@as_json("Print every tensor's verdict as JSON.")
+def verify_command(given: dict[str, Any], as_json: bool) -> None:
     """Check that MERGED is just BASE with just these adapters in it, whichever tool merged them.
 
     Every tensor is replayed a few rows at a time and compared. Ends with 0 where all fit, else with 3, saying what is
     there instead: another strength and how much, an update that is missing, elements that are off.
     """
-    found = list(
-        merge.verify(
-            merged, base, [weighted(text) for text in adapters], scale=scale, sample=sample,
-            rename=parse_rename(rename) if rename else None, threads=threads,
-        )
-    )  # fmt: skip
+    found = list(merge.verify(**given))
     fits = all(verdict.fits for verdict in found)
     if as_json:
         say_result({"fits": fits, "tensors": [to_json(verdict) for verdict in found]})
     else:
-        _show(found, sample)
+        _show(found, given.get("sample", 1.0))
         say("fits" if fits else "does not fit")
     if not fits:
         raise SystemExit(DOES_NOT_FIT)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 from adapterkit.adapter.weights import LazyTensor, LoraWeights, WeightedAdapter
@@ -19,6 +20,7 @@ from adapterkit.files.safetensors import DTYPE_BITS, TensorInfo
 from adapterkit.files.staging import Destination
 from adapterkit.files.stamps import Stamp
 from adapterkit.files.workspace import receipt_of
+from adapterkit.text import counted, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,7 @@ class Edit:
         if len(self.shape) < 2:
             return (self.shape[0] if self.shape else 1, 1)
         depth = self.shape[0] * self.shape[1] if self.by_expert else self.shape[0]
-        total = 1
-        for size in self.shape:
-            total *= size
+        total = prod(self.shape)
         return (depth, total // depth if depth else 0)
 
     @property
@@ -235,6 +235,58 @@ class MergePlan:
         edits = (edit for file in self.files for edit in file.edits if not edit.packing)
         dequantized = dict.fromkeys(edit.dtype for edit in edits if isinstance(edit.source, QuantizedWeight))
         return self.dtype or ", ".join(dequantized) or "as the base"
+
+    @property
+    def schemes(self) -> list[str]:
+        """What tensors are quantized to."""
+        edits = (edit for file in self.files for edit in file.edits)
+        return list(dict.fromkeys(edit.packing.scheme for edit in edits if edit.packing))
+
+    def facts(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return {
+            "base": self.base.name,
+            "adapters": [
+                {
+                    "name": one.label,
+                    "weight": one.weight,
+                    "modules": len(one.adapter.modules),
+                    "format": one.adapter.format,
+                }
+                for one in self.given
+            ],
+            "output": str(self.out),
+            "files": len(self.files),
+            "tensors": len(self.weight_map) or sum(len(file.tensors) for file in self.files),
+            "tensors_changed": self.edits,
+            "dtype": self.stored_as,
+            "quantized_to": self.schemes,
+            "bytes_to_write": self.bytes_to_write,
+            "bytes_free": disk_usage(next(p for p in self.out.absolute().parents if p.exists())).free,
+            "landed": {label: {name: list(at) for name, at in landed.items()} for label, landed in self.ledger.items()},
+            "skipped": list(self.skipped),
+        }
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        facts = self.facts()
+        tensors = counted(facts["tensors"], "tensor")
+        writes = f"writes    {self.out}: {size(self.bytes_to_write)} ({size(facts['bytes_free'])} free)"
+        if self.restores:
+            by = f", by {', '.join(one.label for one in self.given)}" if self.given else ""
+            what = f"{self.edits} of {tensors}{by}" if self.edits else f"all of it, from {self.base.name}"
+            return [f"restores  {what}", writes]
+        stored = f"quantized to {'; '.join(self.schemes)}" if self.schemes else f"dtype {self.stored_as}"
+        return [
+            f"base      {self.base.name}: {tensors} in {counted(len(self.files), 'file')}",
+            *(f"adapter   {one.label} × {one.weight:g}: {self._landed(one)}" for one in self.given),
+            f"changes   {self.edits} of {tensors}, {stored}",
+            writes,
+        ]
+
+    def _landed(self, one: WeightedAdapter) -> str:
+        total = len(one.adapter.modules) + len(one.adapter.replaced) + len(one.adapter.tokens)
+        return f"{len(self.ledger[one.label])} of {total} modules and tensors have their place"
 
 
 def inputs_of(*inputs: Checkpoint | WeightedAdapter) -> tuple[Path, ...]:

@@ -1,0 +1,54 @@
+"""Run any plan: an event for each tensor or module as it is done, the result last.
+
+>>> plan = adapterkit.plan_merge("base", ["adapter"], "out")
+>>> for event in adapterkit.run(plan): ...  # TensorMerged …, then Merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+from adapterkit.api.unmerge import StepStarted, UnmergePlan, run_steps
+from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
+from adapterkit.combining.write import make_adapter
+from adapterkit.errors import UsageError
+from adapterkit.merging.plan.types import MergePlan
+from adapterkit.merging.run.scheduler import Merged, TensorMerged
+from adapterkit.merging.run.scheduler import run as run_merge
+
+if TYPE_CHECKING:
+    import torch
+
+Plan: TypeAlias = MergePlan | UnmergePlan | AdapterPlan
+Event: TypeAlias = StepStarted | TensorMerged | Merged | ModuleDone | AdapterMade
+
+
+@overload
+def run(plan: AdapterPlan) -> Generator[ModuleDone | AdapterMade, None, None]: ...
+@overload
+def run(
+    plan: MergePlan | UnmergePlan,
+    *,
+    threads: int | None = None,
+    report: bool = False,
+    device: str | torch.device = "auto",
+    resume: bool = False,
+) -> Generator[StepStarted | TensorMerged | Merged, None, None]: ...
+@overload
+def run(plan: Plan, **how: Any) -> Generator[Event, None, None]: ...
+def run(plan: Plan, **how: Any) -> Generator[Event, None, None]:
+    """Run `plan`, yielding an event for each tensor or module and the result last; on failure nothing is left behind.
+
+    Of a merge, `threads` compute on a `device` (auto, cpu, cuda or cuda:N); `report` measures what rounding kept of
+    every element instead of a sample; with `resume` shards are taken over that an interrupted run of this plan had
+    finished. Raises NoSpaceError where the disk is too small, FitError where factors are not finite or results exceed
+    their dtype, ChangedError where an input has changed, and UsageError where there is no such device.
+    """
+    if isinstance(plan, MergePlan):
+        return run_merge(plan, **how)
+    if isinstance(plan, UnmergePlan):
+        return run_steps(plan, **how)
+    if how:
+        raise UsageError(f"making an adapter takes no {next(iter(how))}: that is for merges")
+    return make_adapter(plan)

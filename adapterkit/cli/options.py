@@ -1,0 +1,107 @@
+"""The options of a command, made from the options class of its verb."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from adapterkit.errors import UsageError
+from adapterkit.options import Parameter, parameters
+
+TYPES: dict[str, Any] = {"int": int, "float": float, "path": click.Path()}
+SEVERAL = ("adapters", "words", "pairs")
+
+
+def options_of(
+    options: type, into: str = "given", *, negatable: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an argument or option for every field; it is called with those that were given, as `into`.
+
+    With `negatable`, each flag has its opposite: for what would be taken from a file where it is not given.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        known = [one for one in parameters(options) if one.about.in_cli]
+
+        @wraps(function)
+        def parsed(**values: Any) -> None:
+            asked = {one.name: _parsed(one, values.pop(one.name)) for one in known}
+            values[into] = {name: value for name, value in asked.items() if value is not None}
+            function(**values)
+
+        command: Callable[..., None] = parsed
+        for one in reversed(known):
+            command = _added(command, one, negatable)
+        return command
+
+    return decorate
+
+
+def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Callable[..., None]:
+    metavar = one.about.metavar
+    if one.by_position:
+        many = -1 if one.kind in SEVERAL else 1
+        return click.argument(one.name, nargs=many, required=one.required and not negatable, metavar=metavar)(command)
+    settings: dict[str, Any] = {"help": one.help, "default": None, "required": one.required, "metavar": metavar}
+    flags = one.flags
+    if one.kind == "flag":
+        if negatable:
+            flags = tuple(f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags)
+        else:
+            settings |= {"is_flag": True, "flag_value": not one.default}
+    elif one.kind in SEVERAL:
+        settings |= {"multiple": True, "metavar": metavar or ("NAME=VALUE" if one.kind == "pairs" else None)}
+    elif one.choices and not metavar:
+        settings["type"] = click.Choice([str(choice) for choice in one.choices])
+    elif one.kind == "int" and one.about.least is not None:
+        settings["type"] = click.IntRange(one.about.least, one.about.most)
+    else:
+        settings["type"] = TYPES.get(one.kind)
+    return click.option(*flags, one.name, **settings)(command)
+
+
+def _parsed(one: Parameter, value: Any) -> Any:
+    """What was given, as the verb takes it; None where it was not."""
+    if value in (None, ()):
+        return None
+    if one.kind == "adapters":
+        return [weighted(text) for text in value]
+    if one.kind == "pairs":
+        return dict(_pair(one, text) for text in value)
+    return int(value) if one.kind == "int" else value  # one of the choices is a text
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """`path:0.7` as (path, 0.7); a path that exists as it is written wins."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return text, 1.0
+
+
+def _pair(one: Parameter, text: str) -> tuple[str, float | str]:
+    """`name=value` with its value as a number where it is one."""
+    name, _, value = text.partition("=")
+    if not value:
+        raise UsageError(f"{one.flags[0]} {text}: expected NAME=VALUE, as in {one.about.example}")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
+def dry_run(command: Callable[..., None]) -> Callable[..., None]:
+    """`--dry-run`, as every command has it that writes."""
+    return click.option("--dry-run", is_flag=True, help="Print the plan, made from headers only, and stop.")(command)
+
+
+def as_json(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`--json`, as every command has it."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
