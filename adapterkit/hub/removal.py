@@ -84,7 +84,7 @@ def plan_removal(row: Found) -> Removal:
     names = sorted(os.listdir(path))
     if (path / ".git").exists():
         raise UsageError(f"{path}: is a git repository; delete it by hand")
-    if model := next((name for name in names if MODEL.fullmatch(name)), None):
+    if model := next((name for name in names if MODEL.fullmatch(name) and name not in own_names()), None):
         raise UsageError(f"{path}: holds a model as well ({model}); delete the adapter's files by hand")
     own = [name for name in own_names() if name in names]
     for name in own:

@@ -162,6 +162,35 @@ def test_it_is_listed_and_shown_in_the_app_and_deleted(toy: Path, twin: Path, ba
     assert list(contents(toy)) == ["notes.txt"]
 
 
+def test_files_of_two_formats_in_one_folder_do_not_mix(toy: Path, twin: Path, tmp_path: Path) -> None:
+    """A format that knows the weights by their name reads them, with its own config, whatever the other says."""
+    for name, data in contents(toy).items():
+        (twin / name).write_bytes(data or b"")
+    (twin / "twigs.json").write_text("{")
+    adapter = kit.load(twin)
+    assert adapter.format == "peft" and [file.name for file in adapter.files] == [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    ]
+    assert set(adapter.stamps) == set(adapter.files)
+    [row] = in_folders([twin])
+    assert (row.kind, row.ranks, row.problem) == ("LoRA", (4,), None) and details_of(row, "").config == CONFIG | {
+        "base_model_name_or_path": BASE
+    }
+    (twin / "twigs.json").write_text('{"percent": 150}')
+    assert kit.load(twin / "twigs.safetensors").format == "toy"
+    (twin / "adapter_model.safetensors").unlink()
+    assert kit.load(twin).format == "toy" and set(kit.load(twin).stamps) == {
+        twin / "twigs.safetensors",
+        twin / "twigs.json",
+    }
+    assert [file.name for file, _ in plan_removal(row).files] == [
+        "twigs.safetensors",
+        "adapter_config.json",
+        "twigs.json",
+    ]
+
+
 def test_it_is_on_the_hub(hub: Hub, toy: Path, twin: Path, base: Path, tmp_path: Path) -> None:
     hub.add(BASE, {name: data for name, data in contents(base).items() if data is not None})
     (toy / "twigs.json").write_text(json.dumps({"percent": 150, "on": "/home/somebody/base"}))

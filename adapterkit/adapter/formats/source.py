@@ -37,12 +37,16 @@ class Source:
 
 
 def open_sources(path: Path) -> Iterator[tuple[Format, Source]]:
-    """Find the weights at `path`, read their header, and yield them as each format has them: with its own config."""
+    """Find the weights at `path`, read their header, and yield them as each format has them: with its own config.
+
+    Formats that know the file by its name come first: the folder may hold configs of others.
+    """
     weights = _find_weights(path)
-    configs = [weights.parent / (format.CONFIG or weights.name) for format in table.FORMATS]
+    formats = sorted(table.FORMATS, key=lambda format: weights.name not in table.names_of(format))
+    configs = [weights.parent / (format.CONFIG or weights.name) for format in formats]
     stamps = stamps_of(file for file in dict.fromkeys([weights, *configs]) if os.path.exists(file))
     tensors, metadata = _read_header(weights)
-    for format, file in zip(table.FORMATS, configs, strict=True):
+    for format, file in zip(formats, configs, strict=True):
         config = read_json(file) if file != weights and os.path.lexists(file) else None
         used = {path: stamp for path, stamp in stamps.items() if path in (weights, file)}
         yield format, Source(weights, tensors, metadata, config, file, used)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -12,7 +12,8 @@ from adapterkit.adapter.formats.format import ConfigFacts, Format
 from adapterkit.errors import UsageError
 from adapterkit.files.jsonfile import read_json
 
-# The first whose `detect` says yes reads a file, the first whose `describe_config` answers describes a config.
+# A file is read by the first whose `detect` says yes, those first that know its name; a config is described by the first
+# whose `describe_config` answers.
 FORMATS: tuple[Format, ...] = (peft,)
 DEFAULT = peft.NAME  # what is written unless another is asked for
 
@@ -71,12 +72,12 @@ def find_weights(folder: Path) -> Path | None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's config in `folder` as it stands there, empty where there is none."""
-    return next(iter(_configs(folder).values()), {})
+    return next((config for _, config in _configs(folder)), {})
 
 
 def describe_config(folder: Path) -> ConfigFacts:
     """What the adapter's config in `folder` says, without the weights."""
-    for name, config in _configs(folder).items():
+    for name, config in _configs(folder):
         if (format := format_of_config(name, config)) and (facts := format.describe_config(config)):
             return facts
     return ConfigFacts()
@@ -88,5 +89,6 @@ def format_of_config(name: str, config: Mapping[str, Any]) -> Format | None:
     return next((format for format in of_name if format.describe_config(config) is not None), None)
 
 
-def _configs(folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: read_json(folder / name) for name in config_names() if os.path.lexists(folder / name)}
+def _configs(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The configs in `folder`, each read when it comes: a later one may be broken, or of something else."""
+    return ((name, read_json(folder / name)) for name in config_names() if os.path.lexists(folder / name))
