@@ -12,8 +12,8 @@ from adapterkit.adapter.formats.format import ConfigFacts, Format
 from adapterkit.errors import UsageError
 from adapterkit.files.jsonfile import read_json
 
-# A file is read by the first whose `detect` says yes, those first that know its name; a config is described by the first
-# whose `describe_config` answers.
+# A file is read by the first whose `detect` says yes, those first that know its name; a config is described by the
+# first whose `describe_config` answers.
 FORMATS: tuple[Format, ...] = (peft,)
 DEFAULT = peft.NAME  # what is written unless another is asked for
 
