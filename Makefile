@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # pytest workers; 2 fits a small machine
 JOBS ?= 2
 
-.PHONY: demo test suite slow wheel stress check bench setup base clean
+.PHONY: demo test suite slow wheel stress check docs examples bench setup base clean
 
 setup: $(VENV)/.ready
 
