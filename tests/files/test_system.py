@@ -247,9 +247,8 @@ def used_elsewhere(file: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names: list[str] = []
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute | ast.Call):
-            owner = ast.unparse(node.value)
-            names = [node.attr] if node.attr in lacking and owner != "system" else []
+        if isinstance(node, ast.Attribute) and node.attr in lacking:
+            names = [node.attr] if ast.unparse(node.value) != "system" else []
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name in modules]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "/proc/" in node.value:
