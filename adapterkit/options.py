@@ -65,7 +65,7 @@ def option(default: Any, help: str, choices: Collection[Any] | Callable[[], Coll
     return field(default=default, metadata={"about": About(help, choices, **more), "by_position": False})
 
 
-def output(default: Any = MISSING, help: str = "Directory to write.", **more: Any) -> Any:
+def output(default: Any = MISSING, help: str = "Output directory", **more: Any) -> Any:
     """The field of where the result goes."""
     return argument(help, default, flags=("-o", "--output"), label="write to", group="Output", **more)
 
@@ -73,12 +73,12 @@ def output(default: Any = MISSING, help: str = "Directory to write.", **more: An
 def overwrite() -> Any:
     """The field that says whether what is there gives way."""
     label = "replace what adapterkit made there before"
-    return option(False, "Replace an output that adapterkit made before.", group="Output", label=label)
+    return option(False, "Replace an output that adapterkit wrote", group="Output", label=label)
 
 
 def threads() -> Any:
     """The field of how many workers there are."""
-    help = "Number of workers. Default: one a core, at most 8."
+    help = "Number of workers [default: one a core, at most 8]"
     return option(None, help, least=1, most=256, metavar="N", in_form=False)
 
 
@@ -108,9 +108,7 @@ class Parameter:
     @property
     def help(self) -> str:
         """Its line of help, with the default where that says something."""
-        plain = (
-            self.default in (None, (), "", MISSING) or isinstance(self.default, bool) or "default" in self.about.help
-        )
+        plain = self.default in (None, (), "", MISSING) or isinstance(self.default, bool) or "[" in self.about.help
         return self.about.help if plain else f"{self.about.help}  [default: {self.default}]"
 
     @property

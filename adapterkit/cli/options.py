@@ -99,7 +99,7 @@ def _pair(one: Parameter, text: str) -> tuple[str, float | str]:
 
 def dry_run(command: Callable[..., None]) -> Callable[..., None]:
     """`--dry-run`, as every command has it that writes."""
-    return click.option("--dry-run", is_flag=True, help="Print the plan, made from headers only, and stop.")(command)
+    return click.option("--dry-run", is_flag=True, help="Print the plan, made from headers only, and stop")(command)
 
 
 def as_json(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from adapterkit.base.quant import loadable_kinds
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.opening import read_whole
 from adapterkit.files.yamlfile import MAX_YAML, parse_yaml
+from adapterkit.options import argument, option, parameters
 from adapterkit.packages import needed
 
 FACTORED = ("lora", "rslora", "dora")
@@ -25,25 +26,24 @@ MAX_INT = 2**31 - 1  # for counts and seeds
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
-def option(default: Any, about: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its help text and choices."""
-    return field(default=default, metadata={"help": about, "choices": choices})
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A training run; a step is `batch_size · grad_accum` records, divided among all processes."""
 
-    base: str = option("", "Base model: a transformers directory or a Hub id")
-    data: str = option("", "Training data: JSONL, JSON, CSV, Parquet or text, or the Hub id of a dataset")
+    base: str = argument("Base model: a transformers directory or a Hub id", "")
+    data: str = argument("Training data: JSONL, JSON, CSV, Parquet or text, or the Hub id of a dataset", "")
     method: str = option("lora", "Training method", TRAIN_METHODS)
     quantize: str = option("none", "Load the base's linear layers in 4 bits (QLoRA)", QUANTIZE)
     rank: int = option(8, "Rank of the factors")
     alpha: float | None = option(None, "LoRA alpha; the scaling is alpha / rank [default: twice the rank]")
     targets: str = option("q_proj,v_proj", "Target modules: names, all-linear, or a regular expression")
     layers: str | None = option(None, "Train only these layers, such as 0-5,10")
-    rank_pattern: dict[str, int] | None = option(None, "Rank for modules whose name ends with NAME")  # noqa: RUF009
-    alpha_pattern: dict[str, float] | None = option(None, "Alpha for modules whose name ends with NAME")  # noqa: RUF009
+    rank_pattern: dict[str, int] | None = option(
+        None, "Rank for modules whose name ends with NAME", example="down_proj=16"
+    )
+    alpha_pattern: dict[str, float] | None = option(
+        None, "Alpha for modules whose name ends with NAME", example="down_proj=32"
+    )
     init: str = option("kaiming", "Initialization of the factors", INITS)
     init_from: str | None = option(None, "Continue training this adapter")
     dropout: float = option(0.0, "Dropout on the inputs of the factors")
@@ -74,15 +74,15 @@ class Recipe:
     prompt_field: str = option("prompt", "Field that holds the prompt")
     completion_field: str = option("completion", "Field that holds the completion")
     messages_field: str = option("messages", "Field that holds the messages of a chat")
-    sample: tuple[str, ...] = option((), "Complete this prompt before and after training")
+    sample: tuple[str, ...] = option((), "Complete this prompt before and after training", metavar="PROMPT")
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
-            if choices and value not in choices:
-                raise UsageError(f"{_dashed(item.name)} {value}: expected one of {', '.join(choices)}")
+        for one in parameters(type(self)):
+            value = getattr(self, one.name)
+            if one.choices and value not in one.choices:
+                raise UsageError(f"{_dashed(one.name)} {value}: expected one of {', '.join(one.choices)}")
         for name in (
             "rank",
             "batch_size",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from adapterkit.errors import FormatError, UsageError
+from adapterkit.options import parameters
 from adapterkit.train.initial import INITS
 from adapterkit.train.recipe import Recipe, as_yaml, checked, read_recipe
 
@@ -226,7 +227,7 @@ def test_a_step_is_its_batches() -> None:
 
 
 def test_every_option_has_its_line_of_help_and_names_what_the_trainer_has() -> None:
-    choices = {one.name: one.metadata["choices"] for one in fields(Recipe)}
-    abouts = [one.metadata["help"] for one in fields(Recipe)]
+    choices = {one.name: one.choices for one in parameters(Recipe)}
+    abouts = [one.about.help for one in parameters(Recipe)]
     assert all(about[:1].isupper() and not about.endswith(".") for about in abouts)
     assert choices["init"] == INITS

@@ -28,9 +28,9 @@ class CombineCommand(Command):
 
 @click.command("combine", cls=CombineCommand)
 @options_of(CombineOptions)
-@click.option("--inner", help="Short for --set inner=VALUE.")
+@click.option("--inner", help="Short for --set inner=VALUE")
 @dry_run
-@as_json("Print the plan or the result as JSON, with every module.")
+@as_json("Print the plan or the result as JSON, with every module")
 def combine_command(given: dict[str, Any], inner: str | None, dry_run: bool, as_json: bool) -> None:
     """Combine adapters into one, e.g. `a:0.7 b:0.3`; different ranks, scalings and targets go together.
 

@@ -14,7 +14,7 @@ from adapterkit.cli.options import as_json, dry_run, options_of
 @click.command("convert", cls=Command)
 @options_of(ConvertOptions)
 @dry_run
-@as_json("Print the plan or the result as JSON, with every module.")
+@as_json("Print the plan or the result as JSON, with every module")
 def convert_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     """Make ADAPTER another kind.
 

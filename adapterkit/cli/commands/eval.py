@@ -20,6 +20,7 @@ from adapterkit.cli.progress import progress
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import Destination, staged
+from adapterkit.options import parameters
 from adapterkit.text import counted
 from adapterkit.train.data.records import Fields
 from adapterkit.train.recipe import DTYPES, QUANTIZE, Recipe
@@ -35,10 +36,10 @@ MAX_ROW_BYTES = 100_000_000
 
 def _field_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the `--…-field` options of `train`."""
-    recipe = {field.name: field for field in fields(Recipe)}
+    recipe = {one.name: one for one in parameters(Recipe)}
     for field in reversed(fields(Fields)):
         key = recipe[f"{field.name}_field"]
-        flag, about = f"--{field.name}-field", key.metadata["help"]
+        flag, about = f"--{field.name}-field", key.about.help
         command = click.option(flag, default=key.default, show_default=True, help=about)(command)
     return command
 

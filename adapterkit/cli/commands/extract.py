@@ -14,7 +14,7 @@ from adapterkit.cli.options import as_json, dry_run, options_of
 @click.command("extract", cls=Command)
 @options_of(ExtractOptions)
 @dry_run
-@as_json("Print the plan or the result as JSON, with every module.")
+@as_json("Print the plan or the result as JSON, with every module")
 def extract_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     """Extract the adapter that makes FINETUNED of BASE, a few rows at a time, and say what it does not hold."""
     from adapterkit.api.adapters import plan_extract

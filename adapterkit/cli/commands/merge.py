@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @options_of(MergeOptions)
 @options_of(MergeRunOptions, "how")
 @dry_run
-@as_json("Print the plan or the result as JSON.")
+@as_json("Print the plan or the result as JSON")
 def merge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     """Merge one or several adapters into BASE: W + Σ weight · scaling · B·A, summed in fp32 and rounded once.
 

@@ -20,7 +20,7 @@ from adapterkit.text import counted, size
 @options_of(QuantizeOptions)
 @options_of(RunOptions, "how")
 @dry_run
-@as_json("Print the plan or the result as JSON.")
+@as_json("Print the plan or the result as JSON")
 def quantize_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     """Quantize the linear layers of BASE, a few rows at a time; everything else stays.
 

@@ -14,7 +14,7 @@ from adapterkit.cli.options import as_json, dry_run, options_of
 @click.command("resize", cls=Command)
 @options_of(ResizeOptions)
 @dry_run
-@as_json("Print the plan or the result as JSON, with every module.")
+@as_json("Print the plan or the result as JSON, with every module")
 def resize_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     """Change the rank of ADAPTER: downwards to the best approximation there is, upwards exactly."""
     from adapterkit.api.adapters import plan_resize

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import click
 
 from adapterkit.cli.command import Command
 from adapterkit.cli.data_notes import notes_of
+from adapterkit.cli.options import options_of
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import is_shown, progress
 from adapterkit.cli.views.curve import curve
@@ -27,36 +28,10 @@ if TYPE_CHECKING:
     from adapterkit.train.runs.run import Event, Started, Trained
 
 ARGUMENTS = ("base", "data")
-TYPES: dict[str, Any] = {"int": int, "float": float, "str": str}
 CURVE = (60, 8)
 
 
-def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for every key of a recipe; an option not given leaves the recipe's value."""
-    for field in reversed(fields(Recipe)):
-        if field.name in ARGUMENTS:
-            continue
-        kind, flag = str(field.type).partition(" |")[0], "--" + field.name.replace("_", "-")
-        about = field.metadata["help"]
-        shown = "" if field.default in (None, (), False) or "[" in about else f"  [default: {field.default}]"
-        settings: dict[str, Any] = {"help": about + shown, "default": None}
-        if kind == "bool":
-            flag += f"/--no-{flag.removeprefix('--')}"
-        elif kind.startswith("tuple"):
-            settings |= {"multiple": True, "metavar": "PROMPT"}
-        elif kind.startswith("dict"):
-            settings |= {"multiple": True, "metavar": "NAME=VALUE"}
-        elif field.metadata["choices"]:
-            settings |= {"type": click.Choice(field.metadata["choices"])}
-        else:
-            settings |= {"type": TYPES[kind]}
-        command = click.option(flag, **settings)(command)
-    return command
-
-
 @click.command("train", cls=Command)
-@click.argument("base", required=False)
-@click.argument("data", required=False)
 @click.option("-o", "--output", type=click.Path(), help="Output directory")
 @click.option(
     "--recipe",
@@ -69,10 +44,10 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--memory", is_flag=True, help="Print the memory that the run needs, and exit")
 @click.option("--plot", type=click.Path(), help="Plot the losses to this PNG or SVG file")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
-@_options
+@options_of(Recipe, negatable=True)
 def train_command(
-    base: str | None, data: str | None, output: str | None, recipe_file: str | None, resume: bool, overwrite: bool,
-    memory: bool, plot: str | None, as_json: bool, **given: Any,
+    given: dict[str, Any], output: str | None, recipe_file: str | None, resume: bool, overwrite: bool, memory: bool,
+    plot: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Train a LoRA adapter for BASE on DATA.
 
@@ -80,7 +55,7 @@ def train_command(
     the completion), or `messages` (the loss counts the assistant's turns). Ctrl-C saves a checkpoint for --resume.
     Under torchrun the same command divides every step among all processes.
     """
-    recipe = _recipe({"base": base, "data": data} | given, recipe_file)
+    recipe = _recipe(given, recipe_file)
     if memory:
         _print_memory(recipe, as_json)
         return
@@ -120,14 +95,7 @@ def train_command(
 
 def _recipe(given: dict[str, Any], file: str | None) -> Recipe:
     """The recipe of a file, overridden by the command line."""
-    plain = {name: value for name, value in given.items() if value not in (None, ())}
-    for name in ("rank_pattern", "alpha_pattern"):
-        if name in plain:
-            pairs = [text.partition("=") for text in plain[name]]
-            if any(not value for _, _, value in pairs):
-                raise UsageError(f"--{name.replace('_', '-')}: expected NAME=VALUE, such as down_proj=16")
-            plain[name] = {key: value for key, _, value in pairs}
-    recipe = checked(plain, "options") if file is None else read_recipe(Path(file), plain)
+    recipe = checked(given, "options") if file is None else read_recipe(Path(file), given)
     for name in ARGUMENTS:
         if not getattr(recipe, name):
             raise UsageError(f"no {name.upper()} given: adapterkit train BASE DATA -o OUT, or --recipe FILE")

@@ -21,7 +21,7 @@ from adapterkit.text import counted, size
 @options_of(UnmergeOptions)
 @options_of(RunOptions, "how")
 @dry_run
-@as_json("Print the plan or the result as JSON.")
+@as_json("Print the plan or the result as JSON")
 def unmerge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     """Take the adapters out of MERGED again: every file of the base as it was, bit for bit.
 

@@ -33,7 +33,7 @@ SAYS = {
 
 @click.command("verify", cls=Command)
 @options_of(VerifyOptions)
-@as_json("Print every tensor's verdict as JSON.")
+@as_json("Print every tensor's verdict as JSON")
 def verify_command(given: dict[str, Any], as_json: bool) -> None:
     """Check that MERGED is just BASE with just these adapters in it, whichever tool merged them.
 
