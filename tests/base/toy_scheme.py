@@ -9,8 +9,16 @@ from typing import Any
 import torch
 
 from adapterkit.base.quant.rounding import NEAREST, Rounding, choose_codes
-from adapterkit.base.quant.scheme import QuantizationSettings, Scheme, Writer
-from adapterkit.base.quant.weight import Codes, QuantizationSpec, QuantizedWeight, Quantizer, Read, Rows
+from adapterkit.base.quant.scheme import Scheme, Writer
+from adapterkit.base.quant.weight import (
+    Codes,
+    QuantizationSettings,
+    QuantizationSpec,
+    QuantizedWeight,
+    Quantizer,
+    Read,
+    Rows,
+)
 from adapterkit.errors import FormatError
 from adapterkit.files.safetensors import TORCH_NAMES, TensorInfo
 
@@ -76,6 +84,10 @@ class ToySpec(QuantizationSpec):
     bits = 8
     scheme = "toy, affine by row"
 
+    @classmethod
+    def of(cls, weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings) -> ToySpec:
+        return cls(weight.shape, weight.dtype, settings.rounding)
+
     def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         rows = self.shape[:1]
         return (name, "U8", self.shape), (name + LOW, "F32", rows), (name + STEP, "F32", rows)
@@ -110,10 +122,6 @@ class ToyQuantizer(Quantizer):
         return float(torch.maximum(self.low.abs(), (self.low + LEVELS * self.step).abs()).max())
 
 
-def spec(weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings, rounding: Rounding) -> ToySpec:
-    return ToySpec(weight.shape, weight.dtype, rounding)
-
-
 def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
     return {"quant_method": "toy", "levels": LEVELS + 1}
 
@@ -123,5 +131,5 @@ SCHEME = Scheme(
     kinds=("toy",),
     suffixes=(LOW, STEP),
     find=find,
-    writer=Writer(spec, declaration, scales="a low and a step a row"),
+    writer=Writer(ToySpec, declaration, scales="a low and a step a row"),
 )

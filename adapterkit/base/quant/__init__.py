@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.base.quant import schemes
 from adapterkit.base.quant.rounding import NEAREST, ROUNDINGS, Rounding
-from adapterkit.base.quant.scheme import DEFAULT_BLOCKSIZE, QuantizationSettings, Scheme, Writer
-from adapterkit.base.quant.weight import QuantizationSpec, QuantizedWeight
+from adapterkit.base.quant.scheme import Scheme, Writer
+from adapterkit.base.quant.weight import DEFAULT_BLOCKSIZE, QuantizationSettings, QuantizationSpec, QuantizedWeight
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo
 
@@ -31,6 +31,7 @@ __all__ = [
     "checked",
     "declaration",
     "float_dtype",
+    "kinds_of_any_size",
     "loadable_kinds",
     "loading",
     "needs_values",
@@ -108,6 +109,11 @@ def writable_kinds() -> tuple[str, ...]:
     return tuple(_writers())
 
 
+def kinds_of_any_size() -> tuple[str, ...]:
+    """The kinds that weights of any magnitude can be quantized to, since they are taken in float32."""
+    return tuple(kind for kind, writer in _writers().items() if writer.spec.taken_as == "F32")
+
+
 def blocksizes() -> tuple[int, ...]:
     """The block sizes that one kind or another can have."""
     return tuple(sorted({size for writer in _writers().values() for size in writer.blocksizes}))
@@ -132,7 +138,7 @@ def spec_for(weight: TensorInfo | QuantizedWeight, settings: QuantizationSetting
     rounding = settings.rounding.of(weight.name)
     if isinstance(weight, QuantizedWeight) and weight.kind == settings.kind and (own := weight.spec()):
         return replace(own, rounding=rounding)  # type: ignore[type-var]
-    return _writers()[settings.kind].spec(weight, settings, rounding)
+    return _writers()[settings.kind].spec.of(weight, replace(settings, rounding=rounding))
 
 
 def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:

@@ -9,24 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.base.quant.rounding import NEAREST, Rounding
-from adapterkit.base.quant.weight import QuantizationSpec, QuantizedWeight
+from adapterkit.base.quant.weight import QuantizationSettings, QuantizationSpec, QuantizedWeight
 from adapterkit.files.safetensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch
-
-DEFAULT_BLOCKSIZE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizationSettings:
-    """What weights are to be quantized to: a kind of some scheme, the options of that scheme, and the rounding."""
-
-    kind: str
-    blocksize: int = DEFAULT_BLOCKSIZE
-    nested: bool = False  # the scales are quantized, too
-    rounding: Rounding = NEAREST
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +21,7 @@ class Writer:
     """How weights are quantized to the kinds of a scheme.
 
     Args:
-        spec: how to quantize a weight, with what its name makes of the rounding.
+        spec: how to quantize a weight.
         declaration: the `quantization_config` by which transformers loads the output; the dtype is what weights
             dequantize to, as safetensors names it.
         blocksizes: how many elements can share a scale, where that can be chosen.
@@ -42,7 +29,7 @@ class Writer:
         scales: what share a scale, in words, where neither can be chosen.
     """
 
-    spec: Callable[[TensorInfo | QuantizedWeight, QuantizationSettings, Rounding], QuantizationSpec]
+    spec: type[QuantizationSpec]
     declaration: Callable[[QuantizationSettings, str], dict[str, Any]]
     blocksizes: tuple[int, ...] = ()
     nests: bool = False

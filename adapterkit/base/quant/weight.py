@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from adapterkit.base.quant.rounding import Rounding
+from adapterkit.base.quant.rounding import NEAREST, Rounding
 from adapterkit.files.safetensors import TensorInfo
 
 if TYPE_CHECKING:
     import torch
+
+DEFAULT_BLOCKSIZE = 64
 
 # What reads a tensor, onto the device where it is computed with.
 Read = Callable[[TensorInfo], "torch.Tensor"]
@@ -89,6 +91,16 @@ class QuantizedWeight(ABC):
         return self.stored.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizationSettings:
+    """What weights are to be quantized to: a kind of some scheme, the options of that scheme, and the rounding."""
+
+    kind: str
+    blocksize: int = DEFAULT_BLOCKSIZE
+    nested: bool = False  # the scales are quantized, too
+    rounding: Rounding = NEAREST
+
+
 class QuantizationSpec(ABC):
     """How one weight is to be quantized: which tensors that makes, known before any weight is read."""
 
@@ -96,6 +108,11 @@ class QuantizationSpec(ABC):
     taken_as: ClassVar[str] = "F32"  # the dtype that weights are quantized from
     dtype: str  # that it dequantizes to
     rounding: Rounding
+
+    @classmethod
+    @abstractmethod
+    def of(cls, weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings) -> QuantizationSpec:
+        """How to quantize `weight` by settings whose rounding has the weight's own seed."""
 
     @property
     @abstractmethod

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
+from adapterkit.base.quant import QuantizationSpec, QuantizedWeight, kinds_of_any_size
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TORCH_NAMES
 from adapterkit.merging.plan.types import Edit
@@ -65,7 +65,11 @@ def check_packable(name: str, values: torch.Tensor, packing: QuantizationSpec) -
     if not bool(most.isfinite()):
         raise FitError(f"{name}: holds NaN or Inf, which cannot be quantized")
     for stored, why, instead in (
-        (packing.taken_as, f"from which {packing.scheme} is quantized", "quantize to nf4 or fp4"),
+        (
+            packing.taken_as,
+            f"from which {packing.scheme} is quantized",
+            f"quantize to {' or '.join(kinds_of_any_size())}",
+        ),
         (packing.dtype, "to which it dequantizes", "use a smaller --scale, or a base in bf16"),
     ):
         dtype = getattr(torch, TORCH_NAMES[stored])

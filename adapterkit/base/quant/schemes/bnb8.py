@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.base.quant.bitsandbytes import quantization_config
 from adapterkit.base.quant.rounding import NEAREST, Rounding, choose_codes
-from adapterkit.base.quant.scheme import Layer, QuantizationSettings, Scheme, Writer
-from adapterkit.base.quant.weight import Codes, QuantizationSpec, QuantizedWeight, Quantizer, Read, Rows
+from adapterkit.base.quant.scheme import Layer, Scheme, Writer
+from adapterkit.base.quant.weight import (
+    Codes,
+    QuantizationSettings,
+    QuantizationSpec,
+    QuantizedWeight,
+    Quantizer,
+    Read,
+    Rows,
+)
 from adapterkit.errors import FormatError
 from adapterkit.files.safetensors import TORCH_NAMES, TensorInfo
 
@@ -102,6 +110,10 @@ class Spec8bit(QuantizationSpec):
     dtype: str
     rounding: Rounding = NEAREST
 
+    @classmethod
+    def of(cls, weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings) -> Spec8bit:
+        return cls(weight.shape, weight.dtype, settings.rounding)
+
     @property
     def scheme(self) -> str:
         return NAME
@@ -156,11 +168,6 @@ class Quantizer8bit(Quantizer):
         return float(self.scale.max())
 
 
-def spec(weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings, rounding: Rounding) -> Spec8bit:
-    """How to quantize `weight` to LLM.int8."""
-    return Spec8bit(weight.shape, weight.dtype, rounding)
-
-
 def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
     """The `quantization_config` of a model in LLM.int8."""
     return quantization_config(8, "fp4", nested=False, compute_dtype="float32")
@@ -184,7 +191,7 @@ SCHEME = Scheme(
     kinds=("int8",),
     suffixes=(f".{SCALE}", f".{LAYOUT}"),
     find=find,
-    writer=Writer(spec, declaration, scales="one scale a row"),
+    writer=Writer(Spec8bit, declaration, scales="one scale a row"),
     layer=Layer(
         "bitsandbytes", "Linear8bitLt", lambda layer: getattr(layer.weight, "SCB", None) is not None, layer_weight
     ),

@@ -10,13 +10,12 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.base.quant.bitsandbytes import quantization_config
-from adapterkit.base.quant.rounding import Rounding
-from adapterkit.base.quant.scheme import Layer, QuantizationSettings, Scheme, Writer
+from adapterkit.base.quant.scheme import Layer, Scheme, Writer
 from adapterkit.base.quant.schemes.bnb4.nibbles import dequantize, has_kernels, kernel, pair_table
-from adapterkit.base.quant.schemes.bnb4.quantizer import DTYPES, Spec4bit
+from adapterkit.base.quant.schemes.bnb4.quantizer import Spec4bit
 from adapterkit.base.quant.schemes.bnb4.weight import BLOCKSIZES, KINDS, find
-from adapterkit.base.quant.weight import QuantizedWeight
-from adapterkit.files.safetensors import TORCH_NAMES, TensorInfo
+from adapterkit.base.quant.weight import QuantizationSettings
+from adapterkit.files.safetensors import TORCH_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -25,12 +24,6 @@ SUFFIXES = (
     ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
     *(f".quant_state.bitsandbytes__{kind}" for kind in KINDS),
 )  # fmt: skip
-
-
-def spec(weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings, rounding: Rounding) -> Spec4bit:
-    """How to quantize `weight` to NF4 or FP4."""
-    dtype = weight.dtype if weight.dtype in DTYPES.values() else "F32"  # no name for F64
-    return Spec4bit(weight.shape, dtype, settings.kind, settings.blocksize, settings.nested, rounding=rounding)
 
 
 def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
@@ -77,7 +70,7 @@ SCHEME = Scheme(
     suffixes=SUFFIXES,
     find=find,
     in_values=".quant_state.",
-    writer=Writer(spec, declaration, BLOCKSIZES, nests=True),
+    writer=Writer(Spec4bit, declaration, BLOCKSIZES, nests=True),
     layer=Layer(
         "bitsandbytes",
         "Linear4bit",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from adapterkit.base.quant.codebooks import CODES, dynamic_code
 from adapterkit.base.quant.rounding import NEAREST, Rounding, choose_codes
 from adapterkit.base.quant.schemes.bnb4.nibbles import dequantize, pair_table, pairs
-from adapterkit.base.quant.weight import QuantizationSpec, Quantizer
-from adapterkit.files.safetensors import DTYPE_BITS
+from adapterkit.base.quant.weight import QuantizationSettings, QuantizationSpec, QuantizedWeight, Quantizer
+from adapterkit.files.safetensors import DTYPE_BITS, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,12 @@ class Spec4bit(QuantizationSpec):
     nested: bool
     storage: str = "U8"
     rounding: Rounding = NEAREST
+
+    @classmethod
+    def of(cls, weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings) -> Spec4bit:
+        dtype = weight.dtype if weight.dtype in DTYPES.values() else "F32"  # no name for F64
+        options = settings.kind, settings.blocksize, settings.nested
+        return cls(weight.shape, dtype, *options, rounding=settings.rounding)
 
     @property
     def scheme(self) -> str:
