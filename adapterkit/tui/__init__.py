@@ -1,1 +1,1 @@
-"""The terminal app: what there is, what it is like, and what to do with it; the work is done by the command line."""
+"""The terminal app: browse and inspect adapters, and run commands on them as subprocesses."""

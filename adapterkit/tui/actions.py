@@ -1,4 +1,4 @@
-"""What can be done: each action is a command of the command line, and a form that fills in its arguments."""
+"""The actions of the app: each is a command of the CLI, with a form for its arguments."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Field:
     default: str = ""
     choices: Collection[str] = ()
     needed: bool = False
-    hint: Callable[[], str] = str  # shown where nothing is filled in
+    hint: Callable[[], str] = str  # shown in an empty field
 
 
 @dataclass(frozen=True)
 class Action:
-    """A command, the key it is on, its form, and the options that make it print its plan and do nothing."""
+    """A command, its key, its form, and the options for a dry run (`plan`)."""
 
     command: str
     key: str
@@ -47,7 +47,7 @@ class Action:
     plan: tuple[str, ...] = ()
 
     def argv(self, values: Values) -> list[str]:
-        """The arguments of `adapterkit` that `values` mean: arguments first, then options."""
+        """The command line for `values`, without `adapterkit`: arguments first, then options."""
         arguments, options = [self.command], []
         for field in self.fields:
             value = values.get(field.name, "")
@@ -63,24 +63,24 @@ class Action:
         return [*arguments, *options]
 
     def missing(self, values: Values) -> list[str]:
-        """The labels of what must be filled in and is not."""
+        """The labels of the required fields that are empty."""
         return [field.label for field in self.fields if field.needed and not str(values.get(field.name, "")).strip()]
 
 
 def form_of(options: type) -> tuple[Field, ...]:
-    """A field for everything that a verb takes, but for what few need."""
-    return tuple(_field(one) for one in parameters(options) if one.about.in_form)
+    """A field for each parameter of a verb that its form shows."""
+    return tuple(_field(parameter) for parameter in parameters(options) if parameter.about.in_form)
 
 
-def _field(one: Parameter) -> Field:
-    choices = one.choices
+def _field(parameter: Parameter) -> Field:
+    choices = parameter.choices
     kind: Kind = "choice" if choices else "text"
-    if one.kind in ("flag", "adapters", "words", "pairs"):
-        kind = "flag" if one.kind == "flag" else "words"
-    default = next(iter(choices), "") if one.required else "" if kind == "flag" else one.default or ""
-    name = one.flags[0] if one.flags else one.name
-    needed = one.required or one.about.asked
-    return Field(name, one.label, kind, str(default), choices, needed, one.about.hint)
+    if parameter.kind in ("flag", "adapters", "words", "pairs"):
+        kind = "flag" if parameter.kind == "flag" else "words"
+    default = next(iter(choices), "") if parameter.required else "" if kind == "flag" else parameter.default or ""
+    name = parameter.flags[0] if parameter.flags else parameter.name
+    needed = parameter.required or parameter.about.asked
+    return Field(name, parameter.label, kind, str(default), choices, needed, parameter.about.hint)
 
 
 PLAN = ("--dry-run",)
@@ -92,14 +92,14 @@ ACTIONS = {
         Action("merge", "m", "Merge into the base", form_of(MergeOptions), PLAN),
         Action("unmerge", "u", "Undo a merge", form_of(UnmergeOptions), PLAN),
         Action("verify", "v", "Verify a merge", form_of(VerifyOptions)),
-        Action("combine", "o", "Combine the marked", form_of(CombineOptions), PLAN),
+        Action("combine", "o", "Combine selected", form_of(CombineOptions), PLAN),
         Action("resize", "z", "Change the rank", form_of(ResizeOptions), PLAN),
         Action("convert", "D", "Convert to DoRA or back", form_of(ConvertOptions), PLAN),
         Action("extract", "e", "Extract from a fine-tuned model", form_of(ExtractOptions), PLAN),
         Action(
             "train", "t", "Train from a recipe",
-            (Field("--recipe", "recipe (YAML)", needed=True), OUT, Field("--resume", "go on with a run", "flag"),
-             Field("--overwrite", "replace what adapterkit made there before", "flag")),
+            (Field("--recipe", "recipe (YAML)", needed=True), OUT, Field("--resume", "continue a run", "flag"),
+             Field("--overwrite", "replace an output that adapterkit wrote", "flag")),
             ("--memory",),
         ),
         Action("pull", "d", "Download", (Field("id", "Hub id", needed=True), Field("-o", "copy to")), ("--dry-run",)),
@@ -115,5 +115,5 @@ ACTIONS = {
 
 
 def line(argv: Sequence[str]) -> str:
-    """The command as it is typed into a shell."""
+    """The command line, quoted for a shell."""
     return command(["adapterkit", *argv])

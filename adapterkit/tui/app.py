@@ -1,4 +1,4 @@
-"""The app: sources, their adapters, one in detail; actions through forms, which run the command line."""
+"""The app: sources, adapters and details in three panes; forms that run commands."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from adapterkit.tui.status import machine, who
 from adapterkit.tui.threads import hand_over
 from adapterkit.tui.widgets.adapter_table import AdapterTable
 from adapterkit.tui.widgets.job_bar import JobBar
-from adapterkit.tui.widgets.plain import Static, Steerless
+from adapterkit.tui.widgets.plain import ControlFilter, Static
 
-DRAWN_EVERY = 0.1  # seconds between the steps of a job that are shown
-THREADS = 64  # that may wait for a slow Hub at once; asyncio has 6 on a small machine, and then all else waits, too
-IN_FOOTER = ("merge", "unmerge", "combine", "pull")  # the rest is in the help and in the palette
+REDRAW_INTERVAL = 0.1  # seconds between redraws of a running job
+THREADS = 64  # for slow Hub requests; asyncio has 6 on a small machine, which would block everything else
+IN_FOOTER = ("merge", "unmerge", "combine", "pull")  # the others are in the help and the palette
 
 
 class AdapterkitApp(App[None]):
-    """Browse adapters, look into them, and do with them what the command line does."""
+    """Browse and inspect adapters, and run commands on them."""
 
     TITLE = "adapterkit"
     CSS = """
@@ -53,7 +53,7 @@ class AdapterkitApp(App[None]):
     #banner { height: auto; background: $warning-muted; color: $text-warning; padding: 0 1; display: none; }
     .-narrow #detail, .-small #detail, .-small Sources { display: none; }
     """
-    HORIZONTAL_BREAKPOINTS = [(0, "-small"), (60, "-narrow"), (100, "-wide")]  # noqa: RUF012 (as Textual has it)
+    HORIZONTAL_BREAKPOINTS = [(0, "-small"), (60, "-narrow"), (100, "-wide")]  # noqa: RUF012 (Textual's type)
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
             Binding(action.key, f"act('{action.command}')", action.command, show=action.command in IN_FOOTER)
@@ -88,19 +88,19 @@ class AdapterkitApp(App[None]):
 
     def on_mount(self) -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
-        logging.getLogger("adapterkit").addHandler(_Shown(self))
+        logging.getLogger("adapterkit").addHandler(_Notifier(self))
         self._top()
         self._who()
-        self.set_interval(1.0, self._draw_jobs)  # the clock of what runs
+        self.set_interval(1.0, self._draw_jobs)  # updates the clock of running jobs
 
     @property
     def browser(self) -> Browser:
-        """The panes, whatever screen is on top."""
+        """The panes, below any other screen."""
         return self.screen_stack[0].query_one(Browser)
 
     @property
     def table(self) -> AdapterTable:
-        """The adapters that are listed."""
+        """The table of adapters."""
         return self.browser.table
 
     # --- the top line ------------------------------------------------------------------------------------------------
@@ -117,11 +117,11 @@ class AdapterkitApp(App[None]):
 
     @work(thread=True, exclusive=True, group="who", exit_on_error=False)
     def _who(self) -> None:
-        told, banner = who()
-        hand_over(self, self._tell_who, told, banner)
+        user, banner = who()
+        hand_over(self, self._show_user, user, banner)
 
-    def _tell_who(self, told: str, banner: str) -> None:
-        self._user = told
+    def _show_user(self, user: str, banner: str) -> None:
+        self._user = user
         self._top()
         self._banner(banner)
 
@@ -130,22 +130,22 @@ class AdapterkitApp(App[None]):
         banner.update(text)
         banner.display = bool(text)
 
-    # --- doing -------------------------------------------------------------------------------------------------------
+    # --- actions -----------------------------------------------------------------------------------------------------
 
     def action_act(self, command: str) -> None:
-        """Fill in the form of an action; what it returns is run."""
+        """Open the form of an action, and run the command that it returns."""
         action = ACTIONS[command]
         self.push_screen(FormScreen(action, self._suggested(action)), self.run_job)
 
     def _suggested(self, action: Action) -> Values:
-        """What an action is most likely wanted for: the marked adapters, else the highlighted one."""
+        """The initial values of a form: the selected adapters, else the highlighted one."""
         chosen = [row.name for row in self.table.chosen]
-        one = chosen[0] if chosen else ""
-        short = one.rstrip("/").rpartition("/")[2]
+        first = chosen[0] if chosen else ""
+        short = first.rstrip("/").rpartition("/")[2]
         where = f"{short or 'adapter'}-{'merged' if action.command == 'merge' else action.command}"
         values = {
-            "base": self.base, "adapter": one, "adapters": " ".join(map(shlex.quote, chosen)), "-o": where,
-            "--base": self.base if action.command in ("verify", "convert") else "", "id": one, "path": one,
+            "base": self.base, "adapter": first, "adapters": " ".join(map(shlex.quote, chosen)), "-o": where,
+            "--base": self.base if action.command in ("verify", "convert") else "", "id": first, "path": first,
             "--adapter": " ".join(map(shlex.quote, chosen)), "repo": short,
         }  # fmt: skip
         if action.command in ("pull", "train"):
@@ -166,7 +166,7 @@ class AdapterkitApp(App[None]):
         self._job_changed(job, ended=True)
 
     def _job_changed(self, job: Job, ended: bool = False) -> None:
-        if ended or time.monotonic() - self._last_drawn > DRAWN_EVERY:
+        if ended or time.monotonic() - self._last_drawn > REDRAW_INTERVAL:
             self._draw_jobs()
         if ended:
             severity = "information" if job.state == "done" else "warning" if job.state == "cancelled" else "error"
@@ -178,48 +178,48 @@ class AdapterkitApp(App[None]):
 
     def _draw_jobs(self) -> None:
         self._last_drawn = time.monotonic()
-        for bar in self.screen_stack[0].query(JobBar):  # none is left while the app ends
+        for bar in self.screen_stack[0].query(JobBar):  # none while the app exits
             bar.show(self.jobs)
 
     def on_jobs_screen_cancel(self, event: JobsScreen.Cancel) -> None:
-        """Cancel a job that was chosen on the screen with all of them."""
+        """Cancel the job selected on the jobs screen."""
         self.cancel(event.job)
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job that runs."""
+        """Cancel a running job."""
         if job.state == "running":
             self.run_worker(job.cancel(), exit_on_error=False)
 
     def action_cancel(self) -> None:
-        """Cancel the newest job that runs."""
+        """Cancel the newest running job."""
         if running := [job for job in self.jobs if job.state == "running"]:
             self.cancel(running[-1])
 
     def action_jobs(self) -> None:
-        """All jobs."""
+        """Show all jobs."""
         self.push_screen(JobsScreen(self.jobs))
 
     def action_compare(self) -> None:
-        """Compare the two that are marked."""
+        """Compare the two selected adapters."""
         chosen = list(self.table.marked.values())
         if len(chosen) != 2:
-            self.notify(f"Mark two adapters with space to compare them; {len(chosen)} marked.", severity="warning")
+            self.notify(f"Select two adapters with space to compare; {len(chosen)} selected.", severity="warning")
             return
         self.push_screen(CompareScreen(*chosen))
 
     def action_base(self) -> None:
         """Choose the base."""
-        ask = AskScreen("the base that you work with", self.base, "a folder, or ORG/NAME; empty for none")
-        self.push_screen(ask, self._based)
+        ask = AskScreen("base", self.base, "a folder or ORG/NAME; empty for none")
+        self.push_screen(ask, self._set_base)
 
-    def _based(self, base: str | None) -> None:
+    def _set_base(self, base: str | None) -> None:
         if base is not None:
             self.base = base
             self._top()
-            self.browser.hold_against(base)
+            self.browser.set_base(base)
 
     def action_copy(self) -> None:
-        """Copy the command that shows what is highlighted."""
+        """Copy the command that inspects the highlighted adapter."""
         row = self.table.current
         argv = ["list", *map(str, self.folders)] if row is None else ["inspect", row.name]
         argv += ["--against", self.base] if row is not None and self.base else []
@@ -227,16 +227,16 @@ class AdapterkitApp(App[None]):
         self.notify(line(argv), title="copied")
 
     def action_delete(self) -> None:
-        """Delete the highlighted adapter from this disk, asked twice."""
+        """Delete the highlighted adapter from this disk, after two confirmations."""
         row = self.table.current
         if row is None or row.path is None:
-            self.notify("What is on the Hub is not deleted from here.", severity="warning")
+            self.notify("Only local adapters can be deleted here.", severity="warning")
         else:
             self._plan_removal(row)
 
     @work(thread=True, exclusive=True, group="plan", exit_on_error=False)
     def _plan_removal(self, row: Found) -> None:
-        """Find out what would go, and ask."""
+        """Plan the removal, and ask for confirmation."""
         try:
             plan = plan_removal(row)
         except (AdapterkitError, OSError) as error:
@@ -245,56 +245,56 @@ class AdapterkitApp(App[None]):
             hand_over(self, self._ask_to_remove, plan)
 
     def _ask_to_remove(self, plan: Removal) -> None:
-        told = "\n".join(plan.lines)
+        lines = "\n".join(plan.lines)
 
-        def at_last(yes: bool | None) -> None:
+        def delete(yes: bool | None) -> None:
             if yes:
                 self._remove(plan)
 
-        def really(yes: bool | None) -> None:
+        def ask_again(yes: bool | None) -> None:
             if yes:
-                last = f"{told}\n\nIt cannot be undone. Really?"
-                self.push_screen(ConfirmScreen(last, "Delete for good"), at_last)
+                question = f"{lines}\n\nThis cannot be undone. Delete?"
+                self.push_screen(ConfirmScreen(question, "Delete permanently"), delete)
 
-        question = f"Delete {visible(plan.name)} from this disk?\n\n{told}"
-        self.push_screen(ConfirmScreen(question, "Delete"), really)
+        question = f"Delete {visible(plan.name)} from this disk?\n\n{lines}"
+        self.push_screen(ConfirmScreen(question, "Delete"), ask_again)
 
     @work(thread=True, group="remove", exit_on_error=False)
     def _remove(self, plan: Removal) -> None:
-        """Remove it, and tell what is gone."""
+        """Remove it, and report the removed files."""
         try:
             done = remove(plan)
         except (AdapterkitError, OSError) as error:
             self.call_from_thread(self.notify, str(error), severity="error")
             return
-        stays = f"; {', '.join(done.stays[:3])} stayed" if done.stays else ""
-        self.call_from_thread(self.notify, f"removed {counted(len(done.files), 'file')}, {size(done.bytes)}{stays}")
+        remaining = f"; {', '.join(done.stays[:3])} not removed" if done.stays else ""
+        self.call_from_thread(self.notify, f"removed {counted(len(done.files), 'file')}, {size(done.bytes)}{remaining}")
         self.call_from_thread(self.table.drop, [plan.name])
 
     def action_tab(self, name: str) -> None:
-        """Turn to a tab of the detail that is on top."""
+        """Switch to a tab of the detail on the current screen."""
         for detail in self.screen.query(Detail):
             detail.turn_to(name)
 
     def action_refresh(self) -> None:
-        """Read the source anew, and ask who one is."""
+        """Read the source again, and check the Hub user."""
         self.browser.refresh_rows()
         self._who()
 
     def action_help(self) -> None:
-        """What the keys do here."""
+        """Show the keys of this screen."""
         self.push_screen(HelpScreen(keys_here(self)))
 
     async def action_quit(self) -> None:
-        """End; jobs that run are asked about."""
+        """Quit; asks first if jobs are running."""
         running = [job for job in self.jobs if job.state == "running"]
         if not running:
             self.exit()
             return
-        many = "A job is running" if len(running) == 1 else f"{len(running)} jobs are running"
-        self.push_screen(ConfirmScreen(f"{many}. Cancel and quit?", "Cancel and quit"), self._answered)
+        jobs = "A job is running" if len(running) == 1 else f"{len(running)} jobs are running"
+        self.push_screen(ConfirmScreen(f"{jobs}. Cancel and quit?", "Cancel and quit"), self._quit_confirmed)
 
-    def _answered(self, yes: bool | None) -> None:
+    def _quit_confirmed(self, yes: bool | None) -> None:
         if yes:
             self._cancel_and_quit()
 
@@ -304,32 +304,32 @@ class AdapterkitApp(App[None]):
         self.exit()
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """The palette: every action, and what Textual has of its own."""
+        """The palette: Textual's commands and every action."""
         yield from super().get_system_commands(screen)
         for action in ACTIONS.values():
             yield SystemCommand(
                 action.label, f"adapterkit {action.command}", lambda a=action: self.action_act(a.command)
             )
         for label, about, call in (
-            ("Compare the marked", "two adapters side by side", self.action_compare),
-            ("Choose the base", "that adapters are held against", self.action_base),
-            ("Copy the command", "that shows what is highlighted", self.action_copy),
-            ("Jobs", "what runs and what ran", self.action_jobs),
-            ("Refresh", "read the source anew", self.action_refresh),
-            ("Delete", "the highlighted adapter, asked twice", self.action_delete),
+            ("Compare selected", "Compare two adapters side by side", self.action_compare),
+            ("Choose base", "Set the base that adapters are checked against", self.action_base),
+            ("Copy command", "Copy the command that inspects the highlighted adapter", self.action_copy),
+            ("Jobs", "Show running and finished jobs", self.action_jobs),
+            ("Refresh", "Read the source again", self.action_refresh),
+            ("Delete", "Delete the highlighted adapter from this disk", self.action_delete),
         ):
             yield SystemCommand(label, about, call)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Textual's own, after ours."""
-        return [Steerless(), *super().get_line_filters()]
+        """Textual's filters, after ours."""
+        return [ControlFilter(), *super().get_line_filters()]
 
     def notify(self, message: str, *, title: str = "", markup: bool = False, **about: Any) -> None:
-        """Show a notice, of text."""
+        """Show a notification in plain text."""
         super().notify(visible_lines(message), title=visible(title), markup=False, **about)
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
-        """A failure of a thread is told; it does not end the app."""
+        """Report the failure of a thread instead of exiting."""
         if event.state == WorkerState.ERROR:
             self.notify(f"{type(event.worker.error).__name__}: {event.worker.error}", severity="error")
 
@@ -339,8 +339,8 @@ class AdapterkitApp(App[None]):
             self.table.query_one("DataTable").focus()
 
 
-class _Shown(logging.Handler):
-    """What the library has to say goes into a notice, not onto the terminal."""
+class _Notifier(logging.Handler):
+    """Shows the library's log messages as notifications, not on the terminal."""
 
     def __init__(self, app: AdapterkitApp) -> None:
         super().__init__()

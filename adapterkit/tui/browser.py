@@ -1,4 +1,4 @@
-"""What is there and what it is like: sources, their adapters, one in detail; all of it found out in threads."""
+"""The browser: sources, adapters and details in three panes, read by threads."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from adapterkit.tui.threads import hand_over
 from adapterkit.tui.widgets.adapter_table import AdapterTable
 from adapterkit.tui.widgets.sources import Source, Sources
 
-ROWS_AFTER = 0.1  # seconds to the first rows of a folder; for the next it is twice that: drawing takes time, too
-CHANGES_EVERY = 5.0  # seconds between looks at a folder
+ROWS_AFTER = 0.1  # seconds before the first rows of a folder are drawn; doubles each time, since drawing takes time too
+CHANGES_EVERY = 5.0  # seconds between checks of a folder
 NOTHING = """\
-Nothing here yet. Three things to do first:
+No adapters here yet. Get started:
 
-  b   choose the base that you work with
-  tab to the sources, enter on Hub: what there is for it
-  t   train one of your own from a recipe
+  b    choose a base
+  tab  go to the sources, and press enter on Hub to list its adapters
+  t    train an adapter from a recipe
 """
 
 
 class Browser(Horizontal):
-    """The three panes; `base` is what adapters are held against, and searched for on the Hub."""
+    """The three panes; adapters are checked against `base`, and the Hub is searched for adapters of it."""
 
     DEFAULT_CSS = "Browser { height: 1fr; }"
 
@@ -57,23 +57,23 @@ class Browser(Horizontal):
 
     @property
     def table(self) -> AdapterTable:
-        """The adapters of the source."""
+        """The table of the source's adapters."""
         return self.query_one(AdapterTable)
 
     @property
     def detail(self) -> Detail:
-        """What is shown of one of them."""
+        """The details of the highlighted adapter."""
         return self.query_one("#detail", Detail)
 
-    def hold_against(self, base: str) -> None:
-        """Another base is worked with."""
+    def set_base(self, base: str) -> None:
+        """Use another base."""
         self.base = base
         if self.source.kind == "hub":
             self.find()
         elif self.table.current is not None:
             self._look(self.table.current)
 
-    # --- finding -----------------------------------------------------------------------------------------------------
+    # --- sources -----------------------------------------------------------------------------------------------------
 
     @on(Sources.Picked)
     def _picked(self, event: Sources.Picked) -> None:
@@ -83,17 +83,17 @@ class Browser(Horizontal):
         self.table.query_one("DataTable").focus()
 
     def refresh_rows(self) -> None:
-        """Read the source anew."""
+        """Read the source again."""
         self._seen.clear()
         self.find()
 
     def find(self) -> None:
-        """Begin to read the source."""
+        """Start reading the source."""
         on_hub = self.source.kind == "hub"
         sorts = ("trending", "downloads", "likes", "modified") if on_hub else tuple(SORTS)
         sort = self.table.sort if self.table.sort in sorts else sorts[0]
         self.detail.wait(None)
-        self.table.show(sort, sorts, "asking the Hub …" if on_hub else "reading …", on_hub, self.source.folder)
+        self.table.show(sort, sorts, "querying the Hub …" if on_hub else "reading …", on_hub, self.source.folder)
         for group in ("find", "look"):
             self.workers.cancel_group(self, group)
         if on_hub:
@@ -106,7 +106,7 @@ class Browser(Horizontal):
 
     @work(thread=True, group="find", exit_on_error=False)
     def _read(self, source: Source) -> None:
-        """Read a folder or the cache, and show rows as they come."""
+        """Read a folder or the cache, and show rows as they are found."""
         worker, batch, drawn, pause = get_current_worker(), [], time.monotonic(), ROWS_AFTER
         for row in in_folders([source.folder]) if source.folder else in_cache():
             if worker.is_cancelled:
@@ -119,7 +119,7 @@ class Browser(Horizontal):
 
     @work(thread=True, group="find", exit_on_error=False)
     def _more(self, source: Source, hub: Iterator[Found]) -> None:
-        """The next page of the Hub."""
+        """Read the next page of the Hub's listing."""
         with self._hub_lock:
             try:
                 page = list(itertools.islice(hub, PAGE))
@@ -136,14 +136,14 @@ class Browser(Horizontal):
         if source != self.source:
             return
         if status is not None:
-            nothing = NOTHING if source.kind != "hub" else "The Hub has no adapter like that."
+            nothing = NOTHING if source.kind != "hub" else "No matching adapters on the Hub."
             self.table.status = status if rows or self.table.rows else nothing
         self.table.add(rows)
 
     def _failed(self, source: Source, why: str) -> None:
         if source == self.source:
             self._hub_ended = True
-            self.table.say(f"{why}\n\nThe Hub cache can be used still." if source.kind == "hub" else why)
+            self.table.say(f"{why}\n\nThe Hub cache is still available." if source.kind == "hub" else why)
 
     @on(AdapterTable.NearEnd)
     def _near_end(self) -> None:
@@ -152,12 +152,12 @@ class Browser(Horizontal):
 
     @on(AdapterTable.Searched)
     @on(AdapterTable.Sorted)
-    def _asked_otherwise(self) -> None:
+    def _query_changed(self) -> None:
         if self.source.kind == "hub":
             self.find()
 
     def look_for_changes(self) -> None:
-        """Once in a while, whether the folder is as it was."""
+        """Check whether the folder has changed, unless it is being read."""
         if self.source.folder is not None and not any(
             worker.group in ("find", "changes") and worker.state == WorkerState.RUNNING for worker in self.workers
         ):
@@ -177,7 +177,7 @@ class Browser(Horizontal):
             self.table.drop(gone)
             self.table.add(new)
 
-    # --- looking -----------------------------------------------------------------------------------------------------
+    # --- details -----------------------------------------------------------------------------------------------------
 
     @on(AdapterTable.Looked)
     def _looked(self, event: AdapterTable.Looked) -> None:
@@ -187,16 +187,16 @@ class Browser(Horizontal):
 
     @work(thread=True, exclusive=True, group="look", exit_on_error=False)
     def _look(self, row: Found) -> None:
-        """Show the adapter that is highlighted; the next one that is takes its place."""
+        """Show the highlighted adapter; a later one cancels this."""
         self._find_out(row, self.detail.show)
 
     @work(thread=True, exclusive=True, group="open", exit_on_error=False)
     def _open(self, row: Found) -> None:
-        """Show the adapter that was chosen on a screen of its own, whatever is highlighted by then."""
+        """Show the chosen adapter on a separate screen, whatever row is highlighted by then."""
         self._find_out(row, self._alone)
 
     def _find_out(self, row: Found, show: Callable[[Details], None]) -> None:
-        """Find out about an adapter, or remember it; in a thread."""
+        """Read an adapter's details, or take them from memory; runs in a thread."""
         key = (row.name, self.base)
         details = self._seen.get(key) or details_of(row, self.base)
         hand_over(self.app, self._found_out, key, details, show)
@@ -208,7 +208,7 @@ class Browser(Horizontal):
         show(details)
 
     def _alone(self, details: Details) -> None:
-        if self.screen is self.app.screen:  # else one has gone on to something else
+        if self.screen is self.app.screen:  # otherwise another screen was opened meanwhile
             self.app.push_screen(DetailScreen(details, self.detail.tab))
 
     @on(AdapterTable.Chosen)

@@ -1,4 +1,4 @@
-"""What is shown of one adapter, gathered without a word about widgets; these functions run in threads."""
+"""Gather the details of an adapter, independent of widgets; these functions run in threads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from adapterkit.hub.remote import outlined, remote_of
 from adapterkit.inspection.summary import ModuleRow, Summary, summarize
 from adapterkit.text import counted, size, span, visible_lines
 
-TEXT_BYTES = 200_000  # of a card or config: more is not for reading
+TEXT_BYTES = 200_000  # maximum shown of a card or config
 
 
 @dataclass(frozen=True)
 class Details:
-    """An adapter as its headers and texts tell it; `problem` instead where it cannot be read."""
+    """An adapter's headers, config and card; `problem` if it cannot be read."""
 
     row: Found
     summary: Summary | None = None
@@ -37,15 +37,15 @@ class Details:
 
     @property
     def facts(self) -> dict[str, str]:
-        """The lines of the overview."""
+        """The rows of the overview."""
         row, summary = self.row, self.summary
         facts = {"adapter": row.name}
         if summary is not None:
             layers = summary.layers
             facts |= {
-                "kind": f"{summary.format}, {summary.kind}", "base": summary.base_model or "not named",
+                "kind": f"{summary.format}, {summary.kind}", "base": summary.base_model or "unknown",
                 "fits": self.fit, "rank": span(summary.ranks), "alpha": span(summary.alphas),
-                "scaling": span(summary.scalings) or "unknown: no config gives the alpha",
+                "scaling": span(summary.scalings) or "unknown (no alpha in the config)",
                 "targets": ", ".join(summary.targets),
                 "layers": f"{layers[0]}–{layers[-1]} ({len(layers)})" if layers else "",
                 "modules": str(summary.modules), "parameters": f"{summary.parameters:,}",
@@ -62,17 +62,17 @@ class Details:
 
     @property
     def warnings(self) -> list[str]:
-        """What is wrong with it."""
-        told = [self.problem] if self.problem else []
+        """The problems of the adapter."""
+        problems = [self.problem] if self.problem else []
         if self.summary is not None:
-            told += [f"{one['where']}: {one['what']}" for one in self.summary.problems]
-        return told
+            problems += [f"{problem['where']}: {problem['what']}" for problem in self.summary.problems]
+        return problems
 
 
 def details_of(row: Found, base: str) -> Details:
-    """Look at an adapter, on this disk or by its headers on the Hub, and at how it fits `base` where that is given."""
+    """Read an adapter from this disk, or its headers from the Hub, and match it with `base` if given."""
     if row.path is not None and not row.path.is_dir():
-        return Details(row, problem=row.problem or "it is not there any more; r reads the folder anew")
+        return Details(row, problem=row.problem or "no longer there; press r to refresh")
     try:
         if row.path is not None:
             return _read(row, row.path, base, "")
@@ -86,7 +86,7 @@ def details_of(row: Found, base: str) -> Details:
 
 
 def row_of(details: Details) -> Found:
-    """The row of the table, with what was found out."""
+    """The table row, updated from the details."""
     row, summary = details.row, details.summary
     if summary is None:
         return row
@@ -97,11 +97,11 @@ def row_of(details: Details) -> Found:
 
 
 def rows_of(row: Found, stop: Callable[[], bool]) -> list[ModuleRow] | str:
-    """The measured modules of an adapter on this disk, or why there are none."""
+    """The measured modules of an adapter on this disk, or the reason why there are none."""
     from adapterkit.inspection.cache import measured
 
     if row.path is None:
-        return "The weights are on the Hub: download it (d) to see them."
+        return "The weights are on the Hub; download the adapter (d) to see them."
     try:
         return measured(load(row.path), stop)
     except (AdapterkitError, OSError) as error:
@@ -112,13 +112,13 @@ def _read(row: Found, path: Path, base: str, fetched: str) -> Details:
     card = _text(path / "README.md") if row.path is not None else ""
     config = read_config(path)
     if row.state == "partial":
-        return Details(row, config=config, card=card, problem=row.problem or "its weights are not all there")
+        return Details(row, config=config, card=card, problem=row.problem or "some weights are missing")
     adapter = load(path)
     return Details(row, summarize(adapter), _fit(adapter, base), config, card, fetched)
 
 
 def _fit(adapter: Any, base: str) -> str:
-    """How many of the modules have their place in the base that was chosen."""
+    """How many modules match the base."""
     if not base:
         return ""
     from adapterkit.base.checkpoint import open_checkpoint
@@ -130,7 +130,7 @@ def _fit(adapter: Any, base: str) -> str:
             path = outline.path if outline else Path(base).expanduser()
             found, _ = match(adapter, open_checkpoint(path), base)
     except (AdapterkitError, OSError) as error:
-        return f"{base} cannot be looked at: {error}"
+        return f"cannot read {base}: {error}"
     hint = f"; {found.hint}" if found.missing else ""
     return f"{found.found} of {counted(found.total, 'target')} found in {base}{hint}"
 
@@ -144,18 +144,18 @@ def _text(file: Path) -> str:
 
 
 def config_text(config: dict[str, Any]) -> str:
-    """A config as it is read best; empty where there is none."""
+    """A config as indented JSON; an empty string if there is none."""
     return "" if not config else visible_lines(json.dumps(config, indent=2, ensure_ascii=False)[:TEXT_BYTES])
 
 
 def changes(folder: Path, known: dict[str, float | None]) -> tuple[list[Found], list[str]]:
-    """The adapters below `folder` that are new or whose weights changed since `known`, and the names that are gone."""
-    there: dict[str, float | None] = {}
-    for one in folders_below(folder):
-        if isinstance(one, Found):  # what cannot be read
-            there[one.name] = one.modified
+    """The adapters below `folder` that are new or changed since `known`, and the names of those removed."""
+    present: dict[str, float | None] = {}
+    for path in folders_below(folder):
+        if isinstance(path, Found):  # a folder that cannot be read
+            present[path.name] = path.modified
         else:
-            weights = find_weights(one)
-            there[str(one)] = weights.stat().st_mtime if weights else None
-    new = [describe(Path(name)) for name, modified in there.items() if known.get(name, -1.0) != modified]
-    return new, [name for name in known if name not in there]
+            weights = find_weights(path)
+            present[str(path)] = weights.stat().st_mtime if weights else None
+    new = [describe(Path(name)) for name, modified in present.items() if known.get(name, -1.0) != modified]
+    return new, [name for name in known if name not in present]

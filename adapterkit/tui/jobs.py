@@ -1,4 +1,4 @@
-"""Commands at work: each a process of its own, told of by its JSON lines, so that it can be cancelled and may crash."""
+"""Jobs: commands in subprocesses, which can be cancelled and may crash; progress comes as JSON lines."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from adapterkit.text import visible
 from adapterkit.tui.actions import line
 
 State = Literal["running", "done", "failed", "cancelled"]
-PATIENCE = 60.0  # seconds that a cancelled command has for its end: training finishes its step and saves
-KEPT_LINES = 500
+PATIENCE = 60.0  # seconds that a cancelled command may take to end: training finishes its step and saves
+MAX_LINES = 500
 LINE_BYTES = 1 << 20
 
 
 @dataclass(eq=False)
 class Job:
-    """A command, what it said, and how far it is."""
+    """A command, its output and its progress."""
 
     argv: list[str]
     began: float = field(default_factory=time.monotonic)
@@ -35,7 +35,7 @@ class Job:
     total: int | None = None
     ended: float | None = None
     code: int | None = None
-    said: list[str] = field(default_factory=list)  # stderr, but for progress
+    said: list[str] = field(default_factory=list)  # stderr without progress lines
     out: str = ""
     losses: list[float] = field(default_factory=list)
     process: asyncio.subprocess.Process | None = None
@@ -43,36 +43,36 @@ class Job:
 
     @property
     def command(self) -> str:
-        """As it is typed into a shell."""
+        """The command line, quoted for a shell."""
         return line(self.argv)
 
     @property
     def share(self) -> float | None:
-        """How much is done, from 0 to 1, where that is known."""
+        """The progress from 0 to 1, if known."""
         return min(1.0, self.done / self.total) if self.total else None
 
     @property
     def seconds(self) -> float:
-        """How long it has taken."""
+        """The seconds since the start."""
         return (self.ended or time.monotonic()) - self.began
 
     @property
     def left(self) -> float | None:
-        """Seconds to the end, by what was done so far."""
+        """The estimated seconds to the end."""
         share = self.share
         return self.seconds * (1 - share) / share if share and self.state == "running" else None
 
     @property
     def result(self) -> str:
-        """The last thing it said: the error, or where the result lies."""
+        """The error, or the line that names the output."""
         if self.state != "done":
-            told = [text.partition(": ")[2] for text in self.said if text.startswith(("error: ", "hint: "))]
-            return "; ".join(told or self.said[-1:])
+            errors = [text.partition(": ")[2] for text in self.said if text.startswith(("error: ", "hint: "))]
+            return "; ".join(errors or self.said[-1:])
         lines = [text for text in self.out.splitlines() if text.strip()]
         return next((text for text in lines if text.startswith("wrote")), lines[-1] if lines else "")
 
     def hear(self, text: str) -> None:
-        """Take a line of stderr: progress as JSON, or something for people."""
+        """Take a line of stderr: progress as JSON, or a message."""
         if text.startswith("{"):
             try:
                 facts: dict[str, Any] = json.loads(text)
@@ -82,10 +82,10 @@ class Job:
                 return
             except (ValueError, KeyError, TypeError):
                 pass
-        self.said = [*self.said, text][-KEPT_LINES:]
+        self.said = [*self.said, text][-MAX_LINES:]
 
     async def run(self, changed: Callable[[], None]) -> None:
-        """Run the command to its end; `changed` is called whenever there is something new to show."""
+        """Run the command to its end; calls `changed` on every change."""
         command = [sys.executable, "-m", "adapterkit", "--progress", "json", *self.argv]
         pipe = asyncio.subprocess.PIPE
         try:
@@ -94,7 +94,7 @@ class Job:
                 start_new_session=True, limit=LINE_BYTES,
             )  # fmt: skip
         except OSError as error:
-            self.said, self.code = [f"cannot be started: {error.strerror}"], 1
+            self.said, self.code = [f"cannot start: {error.strerror}"], 1
         else:
             self.out, _ = await asyncio.gather(self._read_out(), self._read_err(changed))
             self.code = await self.process.wait()
@@ -106,7 +106,7 @@ class Job:
         changed()
 
     async def cancel(self) -> None:
-        """End the command as ctrl-C does, so that it tidies up; asked again, or after `PATIENCE`, without asking it."""
+        """Interrupt the command like Ctrl-C, so that it cleans up; kill it on a second call, or after `PATIENCE`."""
         process = self.process
         if process is None or process.returncode is not None:
             return
@@ -130,7 +130,7 @@ class Job:
         while True:
             try:
                 text = await self.process.stderr.readline()
-            except ValueError:  # a line that is longer than any of ours: what came of it is left out
+            except ValueError:  # the line is longer than LINE_BYTES: skip it
                 continue
             if not text:
                 return
@@ -139,7 +139,7 @@ class Job:
 
 
 async def output_of(argv: Sequence[str]) -> tuple[int, str]:
-    """What a command that is soon done prints, or the error it ends with; it ends with the task that waits for it."""
+    """Run a short command; returns its exit code and output. Cancelling the task interrupts the command."""
     job = Job(list(argv))
     try:
         await job.run(lambda: None)

@@ -1,4 +1,4 @@
-"""What this machine has left, and who the Hub takes its user for."""
+"""The status line: free resources of this machine, and the Hub user."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from adapterkit.hub.client.ask import user
 
 
 def machine() -> str:
-    """The free disk here, and the memory of the GPU where there is one."""
+    """The free disk space, and the memory of the GPU if there is one."""
     disk = f"disk {shutil.disk_usage(Path.cwd()).free / 1e9:.0f}G"
     try:
-        import pynvml  # of nvidia-ml-py, where it is installed
+        import pynvml  # from nvidia-ml-py, if installed
     except ImportError:
         return disk
     try:
@@ -25,13 +25,13 @@ def machine() -> str:
 
 
 def who() -> tuple[str, str]:
-    """`online @me` or what else is the case, and what a banner says of it."""
+    """The Hub status, such as `online @me`, and the text of the banner."""
     try:
         name = user()
         return (f"online @{name}" if name else "online, no token"), ""
     except NotAllowedError as error:
         return "token refused", str(error)
     except OfflineError as error:
-        return "offline", f"Offline: folders and the Hub cache are here still. ({error})"
+        return "offline", f"Offline: showing local folders and cache ({error})"
     except AdapterkitError as error:
         return "Hub: ?", str(error)

@@ -1,4 +1,4 @@
-"""How a thread of the app hands over what it found."""
+"""Pass results from a thread to the app."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from textual.app import App
 from textual.worker import get_current_worker
 
 
-def hand_over(app: App[Any], show: Callable[..., object], *found: object) -> None:
-    """Call `show` in the app's own thread, unless the worker was cancelled; a look before that would be too early."""
+def hand_over(app: App[Any], show: Callable[..., object], *results: object) -> None:
+    """Call `show` in the app's thread, unless the worker is cancelled by then."""
     worker = get_current_worker()
 
     def call() -> None:
         if not worker.is_cancelled:
-            show(*found)
+            show(*results)
 
     app.call_from_thread(call)

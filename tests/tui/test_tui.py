@@ -44,7 +44,7 @@ from adapterkit.tui.screens.jobs import JobsScreen
 from adapterkit.tui.widgets import adapter_table
 from adapterkit.tui.widgets.adapter_table import AdapterTable
 from adapterkit.tui.widgets.charts import Layers, Plot, Spectrum, norms
-from adapterkit.tui.widgets.job_bar import JobBar, told
+from adapterkit.tui.widgets.job_bar import JobBar, progress_text
 from adapterkit.tui.widgets.sources import Source, Sources
 
 WIDE, USUAL, NARROW, TINY = (160, 48), (120, 30), (80, 24), (12, 4)  # what is drawn takes time: wide where it matters
@@ -150,7 +150,7 @@ async def test_how_it_fits_the_base(folder: Path) -> None:
         await pilot.press("b")
         await pilot.press(*"x", "enter")
         await settled(pilot)
-        assert "cannot be looked at" in facts(pilot)
+        assert "cannot read" in facts(pilot)
         assert "base: x ▾" in text_of(pilot.app.screen.query_one("#top", Static))
 
 
@@ -170,7 +170,7 @@ async def test_search_and_escape(folder: Path) -> None:
         await pilot.press("escape", "slash", *"xx")
         await settled(pilot)
         assert names(pilot) == []
-        assert "Nothing here matches 'xx'" in text_of(pilot.app.query_one("#empty", Static))
+        assert "No adapter matches 'xx'" in text_of(pilot.app.query_one("#empty", Static))
 
 
 async def test_enter_after_words_takes_what_they_find(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +414,7 @@ async def test_almost_no_terminal(folder: Path, size: tuple[int, int]) -> None:
 
 async def test_nothing_there(tmp_path: Path) -> None:
     async with running(tmp_path) as pilot:
-        assert "Three things to do first" in text_of(pilot.app.query_one("#empty", Static))
+        assert "Get started" in text_of(pilot.app.query_one("#empty", Static))
         for key in ("space", "c", "y", "delete", "x", "enter"):
             await pilot.press(key)
         await settled(pilot)
@@ -542,7 +542,7 @@ async def test_a_row_of_the_hub_is_filled_by_its_headers(there: Hub, folder: Pat
         assert len(there.requests) == more  # what was seen is remembered
         await pilot.press("2")
         await settled(pilot)
-        assert any("download it (d)" in text_of(one) for one in pilot.app.query(".wait").results(Static))
+        assert any("download the adapter (d)" in text_of(one) for one in pilot.app.query(".wait").results(Static))
 
 
 async def test_what_is_gated_says_where_to_ask(there: Hub, folder: Path) -> None:
@@ -557,7 +557,7 @@ async def test_a_hub_that_is_out_of_order(there: Hub, folder: Path) -> None:
     async with running(folder) as pilot:
         await on_hub(pilot)
         assert "out of order" in text_of(pilot.app.query_one("#empty", Static))
-        assert "cache can be used still" in text_of(pilot.app.query_one("#empty", Static))
+        assert "cache is still available" in text_of(pilot.app.query_one("#empty", Static))
         there.faults.clear()
         await pilot.press("r")
         await settled(pilot)
@@ -578,7 +578,7 @@ async def test_offline_is_told_in_a_banner(folder: Path, monkeypatch: pytest.Mon
         assert "offline" in text_of(pilot.app.query_one("#top", Static))
         banner = pilot.app.query_one("#banner", Static)
         assert banner.display
-        assert "Offline: folders and the Hub cache are here still." in text_of(banner)
+        assert "Offline: showing local folders and cache" in text_of(banner)
         await on_hub(pilot)
         assert "HF_HUB_OFFLINE" in text_of(pilot.app.query_one("#empty", Static))
 
@@ -771,7 +771,7 @@ async def test_a_plan_that_fails_is_told_and_nothing_runs(folder: Path) -> None:
 async def test_what_is_not_filled_in_is_asked_for(folder: Path) -> None:
     async with running(folder) as pilot:
         await pilot.press("j", "m", "ctrl+s")
-        assert "Still to be filled in: base." in text_of(pilot.app.screen.query_one("#plan", Static))
+        assert "Required: base" in text_of(pilot.app.screen.query_one("#plan", Static))
         pilot.app.screen.query_one("#field-adapters", Input).value = "'open"
         await pilot.pause()
         await pilot.press("ctrl+s")
@@ -894,8 +894,8 @@ async def test_progress_losses_and_cancelling(folder: Path, slow: Path) -> None:
         job = pilot.app.jobs[-1]
         await said(pilot, job)
         assert (job.share, job.losses, job.doing) == (0.5, [2.5, 1.5], "training")
-        assert "50%" in told(job)
-        assert "loss 1.500" in told(job)
+        assert "50%" in progress_text(job)
+        assert "loss 1.500" in progress_text(job)
         pilot.app._draw_jobs()
         assert "x cancel" in text_of(pilot.app.query_one(JobBar))
         await pilot.press("J")
@@ -912,7 +912,7 @@ async def test_a_command_that_cannot_be_started(folder: Path, monkeypatch: pytes
         monkeypatch.setattr(sys, "executable", "/nonexistent/python")
         pilot.app.run_job(["merge"])
         job = await ended(pilot)
-        assert (job.state, job.result) == ("failed", "cannot be started: No such file or directory")
+        assert (job.state, job.result) == ("failed", "cannot start: No such file or directory")
 
 
 async def test_a_line_without_end_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -937,7 +937,7 @@ async def test_what_does_not_end_is_killed_when_asked_again(folder: Path, slow: 
         await said(pilot, job)
         await pilot.press("x")
         await pilot.pause()
-        assert "x once more kills it" in told(job)
+        assert "press x again to kill it" in progress_text(job)
         await pilot.press("x")
         await ended(pilot)
         assert (job.state, job.code) == ("cancelled", -9)
@@ -975,7 +975,7 @@ def test_lines_that_are_no_progress_are_kept() -> None:
     for text in ("note: x", '{"progress": ', '{"done": 1}', '{"progress": "a", "done": 3, "total": null}'):
         job.hear(text)
     assert job.said == ["note: x", '{"progress": ', '{"done": 1}']
-    assert (job.done, job.share, told(job)) == (3, None, "a")
+    assert (job.done, job.share, progress_text(job)) == (3, None, "a")
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------
@@ -988,9 +988,9 @@ async def test_help_names_every_key(folder: Path) -> None:
         text = text_of(pilot.app.screen.query_one(Static))
         for action in ACTIONS.values():
             assert f"  {action.key} " in text
-        assert "here\n  /            search\n  space        mark\n" in text
+        assert "here\n  /            search\n  space        select\n" in text
         await pilot.press("escape", "J", "question_mark")
-        assert "cancel" in text_of(pilot.app.screen.query_one(Static)).partition("moving")[0]
+        assert "cancel" in text_of(pilot.app.screen.query_one(Static)).partition("navigation")[0]
         await pilot.press("escape")
 
 

@@ -1,4 +1,4 @@
-"""Two marked adapters side by side: how alike their updates are by layer, their norms, and what their configs say."""
+"""Compare two adapters: similarity by layer, norms, and differences of their configs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The keys of two configs whose values differ, and these."""
+    """The keys whose values differ between two configs, with both values."""
     missing = object()
     keys = [key for key in {**one, **other} if one.get(key, missing) != other.get(key, missing)]
     return [(key, *(str(config.get(key, "–")) for config in (one, other))) for key in sorted(keys)]  # type: ignore[misc]
 
 
 class CompareScreen(Screen[None]):
-    """How two adapters differ; measured in a thread."""
+    """The comparison of two adapters, measured in a thread."""
 
     DEFAULT_CSS = """
     CompareScreen > #what { height: auto; padding: 0 1; }
@@ -45,7 +45,7 @@ class CompareScreen(Screen[None]):
     CompareScreen.-narrow Horizontal { layout: vertical; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,c", "dismiss", "back")]
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012 (as Textual has it)
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012 (Textual's type)
 
     def __init__(self, one: Found, other: Found) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class CompareScreen(Screen[None]):
 
             paths = [row.path for row in self._both if row.path is not None]
             if len(paths) < 2:
-                raise AdapterkitError("One of them is on the Hub only: download it (d) to compare it.")
+                raise AdapterkitError("One of the adapters is on the Hub only; download it (d) to compare.")
             [pair] = compare(list(paths))
             rows = [measured(load(path), lambda: worker.is_cancelled) for path in paths]
             found: Any = (pair, rows, differences(*map(read_config, paths)))

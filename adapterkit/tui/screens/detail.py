@@ -1,4 +1,4 @@
-"""One adapter: overview, layers, spectrum, config, card."""
+"""The details of an adapter: overview, layers, spectrum, config, card."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TABS = ("overview", "layers", "spectrum", "config", "card")
 
 
 class Detail(Vertical):
-    """The tabs; weights are read only while a tab shows what they tell."""
+    """The tabs; weights are read only for the tabs that need them."""
 
     DEFAULT_CSS = """
     Detail { width: 42%; border: round $foreground 30%; }
@@ -38,14 +38,14 @@ class Detail(Vertical):
     Detail .wait { padding: 1; color: $text-muted; height: auto; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding(key, f"tick('{group}')", group, show=False)
+        Binding(key, f"toggle_group('{group}')", group, show=False)
         for key, group in (("Q", "q"), ("K", "k"), ("V", "v"), ("O", "o"), ("L", "mlp"))
     ]
 
     def __init__(self, id: str = "detail") -> None:
         super().__init__(id=id)
         self.details: Details | None = None
-        self._measured: str | None = None  # the adapter that is drawn, or is being measured
+        self._measured: str | None = None  # the adapter drawn or being measured
 
     def compose(self) -> ComposeResult:
         with TabbedContent(id="tabs"):
@@ -66,15 +66,15 @@ class Detail(Vertical):
         self._wait("")
 
     def wait(self, row: Found | None) -> None:
-        """Another adapter is looked at; what is known of it comes."""
+        """Show the name of `row` until its details arrive."""
         self.border_title = plain(row.name if row else "")
         if row is None:
             self.details = None
             self.query_one("#facts", Static).update("")
 
     def show(self, details: Details) -> None:
-        """Show what was found out about an adapter."""
-        anew = self.details is None or self.details.row.name != details.row.name
+        """Show the details of an adapter."""
+        is_new = self.details is None or self.details.row.name != details.row.name
         self.details = details
         self.border_title = plain(details.row.name)
         facts = Table.grid(padding=(0, 2, 0, 0))
@@ -86,27 +86,27 @@ class Detail(Vertical):
         config = Text(config_text(details.config) or f"There is no {' or '.join(config_names())}.", no_wrap=True)
         JSONHighlighter().highlight(config)
         self.query_one("#config-text", Static).update(config)
-        self.query_one("#card-text", Markdown).update(visible_lines(details.card) or "*There is no card.*")
-        if anew:
+        self.query_one("#card-text", Markdown).update(visible_lines(details.card) or "*No model card.*")
+        if is_new:
             self._measured = None
         self._measure_if_shown()
 
-    def action_tick(self, group: str) -> None:
-        """Count a group of modules in, or leave it out, where layers are shown."""
+    def action_toggle_group(self, group: str) -> None:
+        """Include or exclude a group of modules on the layers tab."""
         if self.tab == "layers":
-            self.query_one(Layers).tick(group)
+            self.query_one(Layers).toggle(group)
 
     @property
     def tab(self) -> str:
-        """The tab that is shown."""
+        """The current tab."""
         return self.query_one("#tabs", TabbedContent).active
 
     def turn_to(self, name: str) -> None:
-        """Show a tab."""
+        """Switch to a tab."""
         self.query_one("#tabs", TabbedContent).active = name
 
     def on_tabbed_content_tab_activated(self) -> None:
-        """What weights tell is found out when it is asked for."""
+        """Measure the weights when a tab that needs them is opened."""
         self._measure_if_shown()
 
     def _measure_if_shown(self) -> None:
@@ -126,24 +126,24 @@ class Detail(Vertical):
         if self.details is None or self.details.row.name != row.name:
             return
         if isinstance(found, str) or not found:
-            self._wait(found if isinstance(found, str) else "There are no modules in it.")
+            self._wait(found if isinstance(found, str) else "The adapter has no modules.")
             return
         self._wait("")
         self.query_one(Layers).show(found)
         self.query_one(Spectrum).show(found)
 
     def _wait(self, text: str) -> None:
-        """Words instead of the pictures, or the pictures."""
-        for one in self.query(".wait").results(Static):
-            one.update(text)
-            one.display = bool(text)
+        """Show `text` instead of the plots, or the plots if it is empty."""
+        for widget in self.query(".wait").results(Static):
+            widget.update(text)
+            widget.display = bool(text)
         shown = not text and self._measured is not None
         self.query_one(Layers).display = shown
         self.query_one(Spectrum).display = shown
 
 
 class DetailScreen(Screen[None]):
-    """The same on a screen of its own, where the terminal is narrow."""
+    """The details on a separate screen, for narrow terminals."""
 
     DEFAULT_CSS = "DetailScreen Detail { width: 1fr; }"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,backspace", "dismiss", "back")]

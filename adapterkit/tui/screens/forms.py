@@ -1,4 +1,4 @@
-"""What is asked before something is done: the form of an action, the plan it makes, and whether to go on."""
+"""Forms and dialogs: an action's arguments and plan, confirmation, a line of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from textual.widgets import Button, Checkbox, Input
 from adapterkit.text import visible
 from adapterkit.tui.actions import Action, Field, Values, line
 from adapterkit.tui.jobs import output_of
-from adapterkit.tui.widgets.checkbox import Tick
+from adapterkit.tui.widgets.checkbox import MarkCheckbox
 from adapterkit.tui.widgets.plain import Select, Static
 
 BOX = """
@@ -30,7 +30,7 @@ BOX = """
 
 
 class FormScreen(ModalScreen[list[str] | None]):
-    """Fill in the arguments of an action, look at its plan, and run it; returns the arguments, or None."""
+    """Fill in an action's arguments, review its plan, and run it; returns the arguments, or None."""
 
     DEFAULT_CSS = (
         "FormScreen {"
@@ -48,15 +48,15 @@ class FormScreen(ModalScreen[list[str] | None]):
     AUTO_FOCUS = "Input"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "back"),
-        Binding("ctrl+s", "go", "go on"),
-        Binding("ctrl+y", "copy", "copy the command"),
+        Binding("ctrl+s", "go", "continue"),
+        Binding("ctrl+y", "copy", "copy command"),
     ]
 
     def __init__(self, action: Action, values: Values) -> None:
         super().__init__()
         self._action, self._values = action, dict(values)
-        self._planning: list[str] | None = None  # the arguments whose plan is being made
-        self._planned: list[str] | None = None  # the arguments whose plan is shown
+        self._planning: list[str] | None = None  # the arguments being planned
+        self._planned: list[str] | None = None  # the arguments of the plan shown
 
     def compose(self) -> ComposeResult:
         with Vertical() as box:
@@ -77,18 +77,18 @@ class FormScreen(ModalScreen[list[str] | None]):
     def _widget(self, field: Field) -> Input | Checkbox | Select:
         value, id = self._values.get(field.name, field.default), f"field-{field.name.strip('-')}"
         if field.kind == "flag":
-            return Tick(field.label, bool(value), id=id, compact=True)
+            return MarkCheckbox(field.label, bool(value), id=id, compact=True)
         if field.kind == "choice":
             options = [(choice, choice) for choice in field.choices]
             chosen = str(value) if value in field.choices else Select.NULL
-            return Select(options, value=chosen, allow_blank=not field.needed, prompt="as it is", id=id, compact=True)
+            return Select(options, value=chosen, allow_blank=not field.needed, prompt="keep", id=id, compact=True)
         text = str(value)
-        safe = text if visible(text) == text else ""  # what steers terminals is typed
+        safe = text if visible(text) == text else ""  # control characters must be typed
         return Input(safe, placeholder=field.hint(), id=id, compact=True)
 
     @property
     def values(self) -> dict[str, str | bool]:
-        """What the form says now."""
+        """The current values of the fields."""
         found: dict[str, str | bool] = {}
         for field in self._action.fields:
             widget = self.query_one(f"#field-{field.name.strip('-')}")
@@ -100,7 +100,7 @@ class FormScreen(ModalScreen[list[str] | None]):
 
     @property
     def argv(self) -> list[str]:
-        """The arguments it means; raises ValueError for a quote that is not closed."""
+        """The command line of the form; raises ValueError for an unclosed quote."""
         return self._action.argv(self.values)
 
     @on(Input.Changed)
@@ -115,7 +115,7 @@ class FormScreen(ModalScreen[list[str] | None]):
             self.query_one("#command", Static).update(str(error))
         if argv != (self._planning or self._planned or argv):
             self._planning = self._planned = None
-            self.workers.cancel_node(self)  # a plan of what is asked for no more
+            self.workers.cancel_node(self)  # the plan is outdated
             self.query_one("#plan", Static).update("")
             self.query_one("#go", Button).label = "Plan"
 
@@ -131,25 +131,25 @@ class FormScreen(ModalScreen[list[str] | None]):
             self.dismiss(None)
 
     def action_copy(self) -> None:
-        """Copy the command as it is typed into a shell."""
+        """Copy the command, quoted for a shell."""
         self.app.copy_to_clipboard(line(self.argv))
-        self.notify("The command is copied.")
+        self.notify("Command copied.")
 
     def action_go(self) -> None:
-        """Show the plan, or run what was planned."""
-        told = self.query_one("#plan", Static)
+        """Show the plan, or run the planned command."""
+        plan = self.query_one("#plan", Static)
         try:
             argv = self.argv
         except ValueError as error:
-            told.update(f"{error}: close the quote")
+            plan.update(f"{error}: close the quote")
             return
         if missing := self._action.missing(self.values):
-            told.update(f"Still to be filled in: {', '.join(missing)}.")
+            plan.update(f"Required: {', '.join(missing)}")
         elif not self._action.plan or self._planned == argv:
             self.dismiss(argv)
         elif self._planning != argv:
             self._planning, self._planned = argv, None
-            told.update("planning …")
+            plan.update("planning …")
             self._plan(argv)
 
     @work(exclusive=True, exit_on_error=False)
@@ -166,7 +166,7 @@ class FormScreen(ModalScreen[list[str] | None]):
 
 
 class ConfirmScreen(ModalScreen[bool]):
-    """A question that yes or no answers; no is what enter gives."""
+    """A yes-or-no question; the default is no."""
 
     DEFAULT_CSS = (
         "ConfirmScreen {" + BOX + " & > Vertical { max-width: 70; } & Static { padding: 1 0; height: auto; } }"
@@ -195,7 +195,7 @@ class ConfirmScreen(ModalScreen[bool]):
 
 
 class AskScreen(ModalScreen[str | None]):
-    """A line of text that is asked for."""
+    """A dialog for a line of text."""
 
     DEFAULT_CSS = "AskScreen {" + BOX + " & Input { margin: 1 0; } }"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "back")]

@@ -1,4 +1,4 @@
-"""What the keys do where one is."""
+"""The help screen with the keys."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from adapterkit.tui.actions import ACTIONS
 from adapterkit.tui.widgets.plain import Static
 
 KEYS = {
-    "moving": {
-        "j k, arrows": "down and up", "tab": "the next pane", "enter": "into the detail", "/": "search, escape leaves",
+    "navigation": {
+        "j k, arrows": "down, up", "tab": "next pane", "enter": "open details", "/": "search (escape to leave)",
         "s": "sort by the next column", "1–5": "overview, layers, spectrum, config, card",
-        "Q K V O L": "count q, k, v, o, mlp in, or not (layers)",
+        "Q K V O L": "toggle q, k, v, o, mlp (layers)",
     },
     "adapters": {
-        "space": "mark", "c": "compare the two marked", "y": "copy the command that shows it", "delete": "delete it",
-        "b": "choose the base", "r": "read anew",
+        "space": "select", "c": "compare two selected", "y": "copy the inspect command", "delete": "delete",
+        "b": "choose the base", "r": "refresh",
     },
-    "doing": {action.key: action.label for action in ACTIONS.values()},
+    "actions": {action.key: action.label for action in ACTIONS.values()},
     "jobs": {"J": "all jobs", "x": "cancel the newest"},
-    "app": {"ctrl+p": "every action by its name, and themes", "?": "this help", "q": "quit"},
+    "app": {"ctrl+p": "all actions and themes", "?": "help", "q": "quit"},
 }  # fmt: skip
-SIGNS = "● on this disk   ◐ part of it   ○ on the Hub   ✗ broken   * marked"
+SIGNS = "● local   ◐ partly local   ○ on the Hub   ✗ broken   * selected"
 
 
 def keys_here(app: App[Any]) -> dict[str, str]:
-    """The keys of the screen and the pane where one is, as they are shown, and what they do."""
-    found = {}
+    """The keys of the current screen and pane, as displayed, with their descriptions."""
+    keys = {}
     for active in app.screen.active_bindings.values():
         ours = type(active.node).__module__.startswith("adapterkit.") and active.node is not app
         own = {key for binding in vars(type(active.node)).get("BINDINGS", ()) for key in binding.key.split(",")}
         if ours and active.binding.key in own and active.binding.description:
-            found[app.get_key_display(active.binding)] = active.binding.description
-    return found
+            keys[app.get_key_display(active.binding)] = active.binding.description
+    return keys
 
 
 class HelpScreen(ModalScreen[None]):
-    """The keys: those of the place where one is, and all others by what they are for."""
+    """The keys: those of the current screen first, then all others by purpose."""
 
     DEFAULT_CSS = """
     HelpScreen { align: center middle; }

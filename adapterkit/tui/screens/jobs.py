@@ -1,4 +1,4 @@
-"""All jobs on a screen: how far they are, and their output."""
+"""The jobs screen: progress and output of all jobs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from textual_plot import HiResMode
 
 from adapterkit.tui.jobs import Job
 from adapterkit.tui.widgets.charts import Plot
-from adapterkit.tui.widgets.job_bar import SIGNS, STYLES, told
+from adapterkit.tui.widgets.job_bar import SIGNS, STYLES, progress_text
 from adapterkit.tui.widgets.plain import Static, Table
 
 
 class JobsScreen(Screen[None]):
-    """All jobs, what the chosen one said, and the losses where it trains."""
+    """All jobs, the output of the highlighted one, and its losses if it trains."""
 
     DEFAULT_CSS = """
     JobsScreen > DataTable { height: auto; min-height: 4; max-height: 30%; border: round $foreground 30%; }
@@ -32,20 +32,20 @@ class JobsScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,J", "dismiss", "back"),
         Binding("x", "cancel", "cancel"),
-        Binding("y", "copy", "copy the command"),
+        Binding("y", "copy", "copy command"),
         Binding("j", "down", show=False),
         Binding("k", "up", show=False),
     ]
 
     @dataclass
     class Cancel(Message):
-        """A job is to be cancelled."""
+        """Requests the cancellation of a job."""
 
         job: Job
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         super().__init__()
-        self.jobs = jobs  # of the app, which adds to them
+        self.jobs = jobs  # the app's list, which grows
 
     def compose(self) -> ComposeResult:
         yield Table(cursor_type="row")
@@ -58,7 +58,7 @@ class JobsScreen(Screen[None]):
         table = self.query_one(Table)
         table.border_title = "jobs"
         table.add_column("", key="sign")
-        table.add_column("how far", key="told")
+        table.add_column("progress", key="progress")
         table.add_column("command", key="command")
         self.refresh_jobs()
         table.move_cursor(row=len(self.jobs) - 1, animate=False)
@@ -71,10 +71,14 @@ class JobsScreen(Screen[None]):
         return self.jobs[at] if 0 <= at < len(self.jobs) else None
 
     def refresh_jobs(self) -> None:
-        """Draw the jobs as they are now."""
+        """Redraw the jobs."""
         table = self.query_one(Table)
         for number, job in enumerate(self.jobs):
-            cells = {"sign": Text(SIGNS[job.state], STYLES[job.state]), "told": told(job), "command": job.command}
+            cells = {
+                "sign": Text(SIGNS[job.state], STYLES[job.state]),
+                "progress": progress_text(job),
+                "command": job.command,
+            }
             if number >= table.row_count:
                 table.add_row(*cells.values(), key=str(number))
             else:
@@ -83,13 +87,13 @@ class JobsScreen(Screen[None]):
         self._say()
 
     def on_data_table_row_highlighted(self) -> None:
-        """Another one is looked at."""
+        """Show the output of the highlighted job."""
         self._say()
 
     def _say(self) -> None:
         job = self.current
         if job is None:
-            self.query_one("#said", Static).update("No jobs yet: m merges, o combines, d downloads.")
+            self.query_one("#said", Static).update("No jobs yet. Press m to merge, o to combine, d to download.")
             return
         said = "\n".join([job.command, "", *job.said, *job.out.splitlines()])
         self.query_one("#said", Static).update(said)
@@ -107,15 +111,15 @@ class JobsScreen(Screen[None]):
             self.post_message(self.Cancel(self.current))
 
     def action_copy(self) -> None:
-        """Copy its command."""
+        """Copy the command of the highlighted job."""
         if self.current is not None:
             self.app.copy_to_clipboard(self.current.command)
-            self.notify("The command is copied.")
+            self.notify("Command copied.")
 
     def action_down(self) -> None:
-        """The next one."""
+        """Move to the next job."""
         self.query_one(Table).action_cursor_down()
 
     def action_up(self) -> None:
-        """The one before."""
+        """Move to the previous job."""
         self.query_one(Table).action_cursor_up()

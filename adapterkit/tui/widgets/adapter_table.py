@@ -1,4 +1,4 @@
-"""The adapters of a source: searched as one types, sorted, marked; rows come while they are found."""
+"""The table of a source's adapters: incremental search, sorting, selection; rows appear as they are found."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from adapterkit.text import short, size, span, visible
 from adapterkit.tui.widgets.plain import Static, Table, plain
 
 STATES = {"here": "●", "partial": "◐", "remote": "○"}
-# Columns and their widths: to measure each cell would take as long as to read the files. Names are as long as they are.
+# Columns and their widths: measuring each cell would take as long as reading the files. The name column fits its cells.
 COLUMNS = {"": 2, "name": None, "type": 6, "r": 5, "α": 6, "targets": 22, "size": 8, "↓": 8}
 TYPING = 0.15  # seconds after the last key
-LOOKING = 0.25  # seconds that a row is highlighted before it is looked at
-BEFORE_END = 5  # rows from the end where more are asked for
+LOOKING = 0.25  # seconds that a row is highlighted before its details are read
+BEFORE_END = 5  # rows before the end at which more are requested
 
 
 class AdapterTable(Vertical):
-    """A search line over a table; what is shown are the rows of one source."""
+    """A search line above a table of the rows of one source."""
 
     DEFAULT_CSS = """
     AdapterTable { width: 1fr; border: round $foreground 30%; }
@@ -42,7 +42,7 @@ class AdapterTable(Vertical):
         Binding("slash", "search", "search"),
         Binding("j", "down", show=False),
         Binding("k", "up", show=False),
-        Binding("space", "mark", "mark"),
+        Binding("space", "mark", "select"),
         Binding("s", "sort", "sort", show=False),
     ]
 
@@ -54,23 +54,23 @@ class AdapterTable(Vertical):
 
     @dataclass
     class Chosen(Message):
-        """A row was chosen: by enter, or by a click."""
+        """A row was chosen with enter or a click."""
 
         row: Found
 
     @dataclass
     class NearEnd(Message):
-        """The cursor is near the last row: more can be asked for."""
+        """The cursor is near the last row; more rows can be requested."""
 
     @dataclass
     class Searched(Message):
-        """Other words are searched for."""
+        """The search words changed."""
 
         words: str
 
     @dataclass
     class Sorted(Message):
-        """Another order is wanted."""
+        """The sort order changed."""
 
         sort: str
 
@@ -79,8 +79,8 @@ class AdapterTable(Vertical):
         self.rows: dict[str, Found] = {}
         self.marked: dict[str, Found] = {}
         self.words, self.sort = "", "name"
-        self.filters = True  # whether words are looked for here, and not by the Hub
-        self.folder: Path | None = None  # that rows lie below
+        self.filters = True  # filter rows here; the Hub filters its own
+        self.folder: Path | None = None  # the folder listed
         self.sorts: tuple[str, ...] = tuple(SORTS)
         self.status = ""
         self._shown: list[Found] = []
@@ -106,44 +106,45 @@ class AdapterTable(Vertical):
 
     @property
     def chosen(self) -> list[Found]:
-        """The marked rows, else the highlighted one."""
+        """The selected rows, else the highlighted one."""
         return list(self.marked.values()) or ([self.current] if self.current else [])
 
-    # --- what is there -----------------------------------------------------------------------------------------------
+    # --- rows --------------------------------------------------------------------------------------------------------
 
     def show(self, sort: str, sorts: tuple[str, ...], status: str, on_hub: bool, folder: Path | None) -> None:
-        """Begin with another source: no rows yet, and what may be there told by `status`."""
+        """Start with another source, without rows; shows `status` instead."""
         self.rows, self.sort, self.sorts, self.status, self.filters = {}, sort, sorts, status, not on_hub
         self.folder = folder
         self._redraw()
 
     def add(self, rows: Iterable[Found]) -> None:
-        """Take rows that were found, or found anew."""
-        came = list(rows)
-        new = not any(row.name in self.rows for row in came)
-        self.rows |= {row.name: row for row in came}
-        fitting = [row for row in came if self._fits(row)]
+        """Add or replace rows."""
+        added = list(rows)
+        new = not any(row.name in self.rows for row in added)
+        self.rows |= {row.name: row for row in added}
+        matching = [row for row in added if self._matches(row)]
         if self.filters:
-            fitting = ordered(fitting, self.sort)
-        if new and (not self.filters or not self._shown or not fitting or self._in_order(self._shown[-1], fitting[0])):
-            self._append(fitting)
+            matching = ordered(matching, self.sort)
+        at_end = not self._shown or not matching or self._in_order(self._shown[-1], matching[0])
+        if new and (not self.filters or at_end):
+            self._append(matching)
         else:
             self._redraw()
 
     def update(self, row: Found) -> None:
-        """What was found out about a row."""
+        """Update a row with its details."""
         if row.name in self.rows:
             self.rows[row.name] = row
-            self._shown = [row if one.name == row.name else one for one in self._shown]
+            self._shown = [row if shown.name == row.name else shown for shown in self._shown]
             self._draw(row)
 
     def say(self, status: str) -> None:
-        """Tell what is going on, or wrong, with this source."""
+        """Show the status of this source, or an error."""
         self.status = status
         self._say()
 
     def drop(self, names: Iterable[str]) -> None:
-        """Take away rows that are no more."""
+        """Remove rows."""
         for name in names:
             self.rows.pop(name, None)
             self.marked.pop(name, None)
@@ -151,16 +152,16 @@ class AdapterTable(Vertical):
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
-    def _fits(self, row: Found) -> bool:
+    def _matches(self, row: Found) -> bool:
         return not self.filters or row.matches(None, self.words)
 
-    def _in_order(self, one: Found, other: Found) -> bool:
-        return ordered([other, one], self.sort)[0] is one
+    def _in_order(self, first: Found, second: Found) -> bool:
+        return ordered([second, first], self.sort)[0] is first
 
     def _redraw(self) -> None:
-        """All rows anew, with the cursor where it was."""
+        """Redraw all rows, with the cursor on the same row."""
         table, current = self.query_one(Table), self.current
-        rows = [row for row in self.rows.values() if self._fits(row)]
+        rows = [row for row in self.rows.values() if self._matches(row)]
         self._shown = []
         table.clear()
         self._append(ordered(rows, self.sort) if self.filters else rows)
@@ -177,7 +178,7 @@ class AdapterTable(Vertical):
         self._say()
 
     def _draw(self, row: Found) -> None:
-        """One row anew."""
+        """Redraw a row."""
         for column, cell in zip(COLUMNS, self._cells(row), strict=True):
             self.query_one(Table).update_cell(row.name, column or "state", cell)
 
@@ -193,42 +194,42 @@ class AdapterTable(Vertical):
         return [Text(text, style=style, no_wrap=True, overflow="ellipsis") for text in texts]
 
     def _called(self, row: Found) -> str:
-        """Its path below the folder that is listed, or its Hub id."""
+        """The path below the listed folder, or the Hub id."""
         return visible(row.name.removeprefix(f"{self.folder}/") if self.folder else row.name)
 
     def _say(self) -> None:
-        """Words where rows would be, and how many there are on the border."""
+        """Show the number of rows on the border, and a message if there are none."""
         if not self.is_mounted:
             return
         many = (
             f"{len(self._shown)} of {len(self.rows)}" if len(self._shown) != len(self.rows) else f"{len(self._shown)}"
         )
-        marked = f" · {len(self.marked)} marked" if self.marked else ""
+        marked = f" · {len(self.marked)} selected" if self.marked else ""
         self.border_title = f"{many}{marked}"
         self.border_subtitle = plain(
             f"sort: {self.sort}" + (f" · {self.status}" if self.status and self._shown else "")
         )
         empty = self.query_one("#empty", Static)
         empty.display = not self._shown
-        nothing = f"Nothing here matches {self.words!r}." if self.rows else ""
+        nothing = f"No adapter matches {self.words!r}." if self.rows else ""
         empty.update(self.status or nothing)
 
     # --- keys --------------------------------------------------------------------------------------------------------
 
     def action_search(self) -> None:
-        """Type into the search line."""
+        """Focus the search line."""
         self.query_one(Input).focus()
 
     def action_down(self) -> None:
-        """The next row."""
+        """Move to the next row."""
         self.query_one(Table).action_cursor_down()
 
     def action_up(self) -> None:
-        """The row before."""
+        """Move to the previous row."""
         self.query_one(Table).action_cursor_up()
 
     def action_mark(self) -> None:
-        """Mark the row, or take the mark off, and go on to the next."""
+        """Select or deselect the row, and move to the next."""
         row = self.current
         if row is None:
             return
@@ -239,12 +240,12 @@ class AdapterTable(Vertical):
         self.query_one(Table).action_cursor_down()
 
     def action_sort(self) -> None:
-        """Sort by the next column that this source can be sorted by."""
+        """Sort by the next column that this source supports."""
         self.sort = self.sorts[(self.sorts.index(self.sort) + 1) % len(self.sorts)]
         self.post_message(self.Sorted(self.sort))
         self._redraw()
 
-    # --- what happens ------------------------------------------------------------------------------------------------
+    # --- events ------------------------------------------------------------------------------------------------------
 
     @on(Input.Changed)
     def _typed(self, event: Input.Changed) -> None:
@@ -280,6 +281,6 @@ class AdapterTable(Vertical):
     @on(Table.RowSelected)
     def _selected(self, event: Table.RowSelected) -> None:
         event.stop()
-        row = self.rows.get(event.row_key.value or "")  # what was under the cursor then
+        row = self.rows.get(event.row_key.value or "")  # the row under the cursor at that time
         if row is not None:
             self.post_message(self.Chosen(row))

@@ -1,4 +1,4 @@
-"""Pictures of measured modules: how large updates are by layer, and the singular values of one."""
+"""Plots of measured modules: update norms by layer, and the singular values of one module."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from textual_plot import HiResMode, PlotWidget
 
 from adapterkit.inspection.summary import ModuleRow, by_target
 from adapterkit.text import between, number, span
-from adapterkit.tui.widgets.checkbox import Tick
+from adapterkit.tui.widgets.checkbox import MarkCheckbox
 from adapterkit.tui.widgets.plain import Select, Static, Table
 
-GROUPS = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "o": ("o_proj",)}  # the rest are the MLP and others
-TICKS = 10  # at most, of a plot by layer
+GROUPS = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "o": ("o_proj",)}  # the rest are MLP and others
+TICKS = 10  # maximum ticks on the layer axis
 COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue")
 
 
 def group_of(row: ModuleRow) -> str:
-    """`q`, `k`, `v`, `o`, or `mlp` for what is not of the attention."""
+    """`q`, `k`, `v`, `o`, or `mlp` for everything outside the attention."""
     return next((group for group, targets in GROUPS.items() if row.target in targets), "mlp")
 
 
 def norms(rows: Sequence[ModuleRow], groups: set[str]) -> tuple[list[int], list[float]]:
-    """The layers, and ‖ΔW‖_F of each over the modules of `groups`, taken together as one matrix."""
+    """The layers, and ‖ΔW‖_F of each, over all modules of `groups` as one matrix."""
     squares: dict[int, float] = {}
     for row in rows:
         if row.layer is not None and group_of(row) in groups and row.frobenius is not None:
@@ -39,7 +39,7 @@ def norms(rows: Sequence[ModuleRow], groups: set[str]) -> tuple[list[int], list[
 
 
 class Plot(PlotWidget):
-    """A plot that is looked at: keys and wheel belong to the app."""
+    """A static plot; keys and wheel belong to the app."""
 
     DEFAULT_CSS = "Plot { height: 1fr; min-height: 8; }"
     BINDINGS: ClassVar[list[BindingType]] = []
@@ -50,7 +50,7 @@ class Plot(PlotWidget):
 
 
 class Layers(Vertical):
-    """Bars of ‖ΔW‖ by layer, over the groups that are ticked, and a table by target."""
+    """Bars of ‖ΔW‖ by layer over the selected groups, and a table by target."""
 
     DEFAULT_CSS = """
     Layers > Horizontal { height: 1; }
@@ -65,7 +65,7 @@ class Layers(Vertical):
     def compose(self) -> ComposeResult:
         with Horizontal():
             for group in (*GROUPS, "mlp"):
-                yield Tick(group, True, id=f"group-{group}", compact=True)
+                yield MarkCheckbox(group, True, id=f"group-{group}", compact=True)
         yield Plot()
         yield Table(cursor_type="none")
 
@@ -82,13 +82,13 @@ class Layers(Vertical):
             table.add_row(
                 row.target, str(row.modules), span(row.ranks), reach, number(row.spectral_max), number(row.rank_99_mean)
             )
-        there = {group_of(row) for row in rows}
+        present = {group_of(row) for row in rows}
         for group in (*GROUPS, "mlp"):
-            self.query_one(f"#group-{group}").display = group in there
+            self.query_one(f"#group-{group}").display = group in present
         self._draw()
 
-    def tick(self, group: str) -> None:
-        """Count a group of modules in, or leave it out."""
+    def toggle(self, group: str) -> None:
+        """Include or exclude a group of modules."""
         self.query_one(f"#group-{group}", Checkbox).toggle()
 
     @on(Checkbox.Changed)
@@ -106,7 +106,7 @@ class Layers(Vertical):
 
 
 class Spectrum(Vertical):
-    """log₁₀ σ of one module, and the ranks that keep 90% and 99% of ‖ΔW‖²."""
+    """log₁₀ σ of one module, and the ranks that hold 90% and 99% of ‖ΔW‖²."""
 
     DEFAULT_CSS = """
     Spectrum > Select { height: 3; }
@@ -139,11 +139,11 @@ class Spectrum(Vertical):
         self._draw(self._rows.get(event.value) if isinstance(event.value, str) else None)
 
     def _draw(self, row: ModuleRow | None) -> None:
-        plot, told = self.query_one(Plot), self.query_one(Static)
+        plot, caption = self.query_one(Plot), self.query_one(Static)
         plot.clear()
         sigma = [value for value in row.sigma if value > 0 and math.isfinite(value)] if row else []
         if row is None or not sigma:
-            told.update("No singular values: the module changes nothing, or holds NaN." if row else "")
+            caption.update("No singular values: the update is zero or has NaN." if row else "")
             return
         plot.plot(
             list(range(1, len(sigma) + 1)), [math.log10(value) for value in sigma], COLOURS[0],
@@ -154,7 +154,7 @@ class Spectrum(Vertical):
                 plot.add_v_line(rank, colour, label)
         plot.set_xlabel("rank")
         plot.set_ylabel("log₁₀ σ")
-        told.update(
-            f"90% of ‖ΔW‖² in rank {row.rank_90}, 99% in {row.rank_99}, of {len(row.sigma)}; "
+        caption.update(
+            f"rank {row.rank_90} of {len(row.sigma)} holds 90% of ‖ΔW‖², rank {row.rank_99} 99%; "
             f"σ₁ {number(sigma[0])}, ‖ΔW‖ {number(row.frobenius)}"
         )

@@ -1,12 +1,12 @@
-"""A box that is ticked or empty, also where there are no colours."""
+"""A checkbox that shows its state without colours."""
 
 from __future__ import annotations
 
 from textual.widgets import Checkbox
 
 
-class Tick(Checkbox):
-    """A checkbox whose mark is there only while it is on: Textual's own tells by the colour alone."""
+class MarkCheckbox(Checkbox):
+    """A checkbox with a mark only while it is on; Textual's shows the state by colour alone."""
 
     @property
     def BUTTON_INNER(self) -> str:  # type: ignore[override]

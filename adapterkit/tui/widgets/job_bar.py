@@ -1,4 +1,4 @@
-"""The newest job in one line."""
+"""The job bar: the newest job in one line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ STYLES = {"running": "", "done": "green", "failed": "red", "cancelled": "yellow"
 BAR = 16  # columns
 
 
-def told(job: Job) -> str:
-    """How far a job is: `merging ███████░ 41%  12/29  0:42 left`."""
+def progress_text(job: Job) -> str:
+    """The progress of a job: `merging ███████░ 41%  0:42 left`."""
     if job.state != "running":
         return f"{job.state} after {clock(job.seconds)}"
     if job.cancelling:
-        return "ends what it does; x once more kills it"
+        return "cancelling; press x again to kill it"
     if job.share is None:
-        return job.doing or "begins"
+        return job.doing or "starting"
     bar = "█" * round(job.share * BAR)
     left = "" if job.left is None else f"  {clock(job.left)} left"
     loss = f"  loss {job.losses[-1]:.3f}" if job.losses else ""
@@ -28,7 +28,7 @@ def told(job: Job) -> str:
 
 
 class JobBar(Static):
-    """The newest job, and how many there are."""
+    """The newest job, and the number of jobs."""
 
     DEFAULT_CSS = "JobBar { height: 1; background: $panel; padding: 0 1; } JobBar.idle { display: none; }"
 
@@ -36,17 +36,17 @@ class JobBar(Static):
         super().__init__("", id="jobs", classes="idle")
 
     def show(self, jobs: list[Job]) -> None:
-        """Draw what there is."""
+        """Draw the newest of `jobs`."""
         self.set_class(not jobs, "idle")
         if not jobs:
             return
         running = [job for job in jobs if job.state == "running"]
         job = (running or jobs)[-1]
         text = Text(no_wrap=True, overflow="ellipsis")
-        text.append(f"{SIGNS[job.state]} {job.argv[0]} ", STYLES[job.state]).append(told(job))
+        text.append(f"{SIGNS[job.state]} {job.argv[0]} ", STYLES[job.state]).append(progress_text(job))
         if job.state == "failed":
             text.append(visible(f": {job.result}"))
-        text.append(f"   {len(running)} running, {len(jobs)} in all: J" if len(jobs) > 1 else "   J jobs", "dim")
+        text.append(f"   {len(running)} running, {len(jobs)} total: J" if len(jobs) > 1 else "   J jobs", "dim")
         if running:
             text.append("  x cancel", "dim")
         self.update(text)

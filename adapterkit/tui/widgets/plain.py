@@ -1,4 +1,4 @@
-"""Textual's widgets that show text, without its markup: what strangers wrote is text, whatever brackets it has."""
+"""Textual's text widgets without markup: untrusted text is shown literally, brackets included."""
 
 from __future__ import annotations
 
@@ -20,59 +20,59 @@ T = TypeVar("T")
 
 
 def plain(text: str) -> Text:
-    """A stranger's text, for titles, labels and cells, which take a `str` for markup."""
+    """Untrusted text for titles, labels and cells, which interpret a `str` as markup."""
     return Text(visible(text))
 
 
 class Static(widgets.Static):
-    """Lines of text, or something drawn."""
+    """Lines of text, or a rich renderable."""
 
     def __init__(self, content: str = "", **about: Any) -> None:
         super().__init__(visible_lines(content), markup=False, **about)
 
     def update(self, content: Any = "", *, layout: bool = True) -> None:
-        """Show something else."""
+        """Replace the content."""
         super().update(visible_lines(content) if isinstance(content, str) else content, layout=layout)
 
 
 class Table(widgets.DataTable[Any]):
-    """Rows of cells."""
+    """A table of plain cells."""
 
     def add_row(self, *cells: Any, height: int | None = 1, key: str | None = None, label: Any = None) -> RowKey:
-        """Add a row at the end."""
+        """Append a row."""
         return super().add_row(*map(_cell, cells), height=height, key=key, label=_cell(label))
 
     def update_cell(
         self, row_key: RowKey | str, column_key: ColumnKey | str, value: Any, *, update_width: bool = False
     ) -> None:
-        """Change a cell."""
+        """Replace a cell."""
         super().update_cell(row_key, column_key, _cell(value), update_width=update_width)
 
 
 class Tree(widgets.Tree[T]):
-    """Labels below one another."""
+    """A tree with plain labels."""
 
     def process_label(self, label: Any) -> Text:
-        """A label as it is drawn."""
+        """The text of a label."""
         return super().process_label(_cell(label))
 
 
 class Select(widgets.Select[str]):
-    """One of several."""
+    """A choice of plain options."""
 
     def set_options(self, options: Iterable[tuple[RenderableType, str]]) -> None:
-        """Offer others."""
+        """Replace the options."""
         super().set_options([(_cell(prompt), value) for prompt, value in options])
 
 
-class Steerless(LineFilter):
-    """What is drawn, without anything that steers a terminal, whichever widget forgot it; and all of it with a style.
+class ControlFilter(LineFilter):
+    """Removes control characters from everything drawn, even if a widget did not; and gives every segment a style.
 
-    Textual's own filters, which take colours out, trip over what plots leave without one.
+    Textual's filters, which remove colours, fail on the segments of plots, which have none.
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """Change the segments of a line."""
+        """Filter the segments of a line."""
         return [Segment(without_hidden(text), style or Style(), control) for text, style, control in segments]
 
 

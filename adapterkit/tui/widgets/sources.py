@@ -1,4 +1,4 @@
-"""Where adapters come from: folders, the Hub cache, the Hub."""
+"""The sources of adapters: folders, the Hub cache, the Hub."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Kind = Literal["folder", "cache", "hub"]
 
 @dataclass(frozen=True)
 class Source:
-    """A place to look for adapters in; `folder` is the path of one."""
+    """A place that has adapters; `folder` is the path of a local folder."""
 
     kind: Kind
     folder: Path | None = None
 
     @property
     def label(self) -> str:
-        """What it is called."""
+        """The name shown."""
         if self.folder is not None:
             return self.folder.name or self.folder.absolute().name
         return "Hub cache" if self.kind == "cache" else "Hub"
 
 
 class Sources(Tree[Source]):
-    """The sources, by kind."""
+    """The tree of sources by kind."""
 
     DEFAULT_CSS = """
     Sources { width: 20; border: round $foreground 30%; padding: 0; }
@@ -56,7 +56,7 @@ class Sources(Tree[Source]):
 
     def on_mount(self) -> None:
         self.border_title = "sources"
-        local = self.root.add("local dirs", expand=True)
+        local = self.root.add("local folders", expand=True)
         for folder in self.folders:
             local.add_leaf(Source("folder", folder).label, Source("folder", folder))
         for kind in ("cache", "hub"):
@@ -64,7 +64,7 @@ class Sources(Tree[Source]):
         self.root.expand()
 
     def on_tree_node_selected(self, event: Tree.NodeSelected[Source]) -> None:
-        """Tell which one it is."""
+        """Report the picked source."""
         event.stop()
         if event.node.data is not None:
             self.post_message(self.Picked(event.node.data))
