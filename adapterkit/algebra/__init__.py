@@ -1,1 +1,1 @@
-"""Exact numbers on low-rank factors and rows; knows no files."""
+"""Exact arithmetic on low-rank factors and matrix rows, independent of files."""

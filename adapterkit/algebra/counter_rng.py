@@ -1,4 +1,4 @@
-"""Random numbers by place: the same element gets the same number however a tensor is divided."""
+"""Counter-based random numbers: an element gets the same number however a tensor is divided."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def uniform_at(count: int, seed: int, at: int, device: torch.device | None = None) -> torch.Tensor:
-    """`count` float32 numbers in [0, 1), each a hash of its place `at …` and `seed` (SplitMix64's mixing)."""
+    """`count` float32 numbers in [0, 1), hashes of `seed` and the positions `at …` (SplitMix64's mixing)."""
     import torch
 
     x = torch.arange(at, at + count, device=device) * -7046029254386353131 + seed
@@ -20,5 +20,5 @@ def uniform_at(count: int, seed: int, at: int, device: torch.device | None = Non
 
 
 def seed_for(seed: int, name: str) -> int:
-    """A seed of `name`'s own."""
+    """A separate seed for `name`."""
     return seed ^ crc32(name.encode())

@@ -1,8 +1,8 @@
-"""Exact algebra on low-rank factors: `Δ = scaling · B · A` is never formed as an out×in matrix. CPU or GPU.
+"""Exact algebra on low-rank factors, without forming `Δ = scaling · B · A` as an out×in matrix. CPU or GPU.
 
 With `B = Q_B R_B` and `Aᵀ = Q_A R_A`, `Δ = Q_B (scaling · R_B R_Aᵀ) Q_Aᵀ`: the singular values of Δ are those of the
-core between the two orthogonal factors, which is at most rank × rank. A Gram matrix in float32 would lose every value
-below 3e-4 of the largest; QR keeps them.
+core between the orthogonal factors, at most rank × rank. A float32 Gram matrix would lose every value below 3e-4 of the
+largest; QR preserves them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Weights = LoraWeights[torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """`Δ = left · right`, float64: `left (…, out, rank)`, `right (…, rank, in)`; what comes before is a batch."""
+    """`Δ = left · right`, float64: `left (…, out, rank)`, `right (…, rank, in)`; leading dimensions are a batch."""
 
     left: torch.Tensor
     right: torch.Tensor
 
     @classmethod
     def of(cls, weights: Weights) -> Product:
-        """`B · A` without the scaling: a batch of as many as there are experts, one where they are not stacked."""
+        """`B · A` without the scaling: a batch over the experts, of one if they are not stacked."""
         A, B = _by_expert(weights)
         return cls(B.double(), A.double())
 
@@ -38,17 +38,17 @@ class Product:
 
     @property
     def most(self) -> int:
-        """The greatest rank that a matrix of this shape can have."""
+        """The maximum rank of a matrix of this shape."""
         return min(self.left.shape[-2], self.right.shape[-1])
 
     def times(self, factor: torch.Tensor | float) -> Product:
-        """`factor · Δ`, a number or one for each of the batch."""
+        """`factor · Δ`, with one factor or one per batch element."""
         if isinstance(factor, torch.Tensor):
             factor = factor[..., None, None]
         return Product(self.left * factor, self.right)
 
     def padded(self, rank: int) -> Product:
-        """The same Δ with a rank that is higher in name: what is added is zero."""
+        """The same Δ with its factors zero-padded to `rank`."""
         more = rank - self.rank
         left = torch.nn.functional.pad(self.left, (0, more))
         return Product(left, torch.nn.functional.pad(self.right, (0, 0, 0, more)))
@@ -63,17 +63,17 @@ class Decomposition:
     V: torch.Tensor
 
     def __getitem__(self, index: slice) -> Decomposition:
-        """Some of the batch."""
+        """A slice of the batch."""
         return Decomposition(self.U[index], self.sigma[index], self.V[index])
 
     def first(self, rank: int) -> Product:
-        """The best approximation of that rank (Eckart and Young, 1936), both factors of the same norm."""
+        """The best rank-`rank` approximation (Eckart and Young, 1936), with factors of equal norm."""
         root = self.sigma[..., :rank].sqrt()
         return Product(self.U[..., :rank] * root[..., None, :], (self.V[..., :rank] * root[..., None, :]).mT)
 
 
 def added(products: Sequence[Product]) -> Product:
-    """The exact sum of Δs of one shape: factors side by side, ranks added up."""
+    """The exact sum of Δs of one shape: factors are concatenated, ranks add up."""
     return Product(
         torch.cat([product.left for product in products], dim=-1),
         torch.cat([product.right for product in products], dim=-2),
@@ -81,7 +81,7 @@ def added(products: Sequence[Product]) -> Product:
 
 
 def decompose(product: Product) -> Decomposition:
-    """The singular value decomposition of Δ, by way of its rank × rank core."""
+    """The singular value decomposition of Δ, from its rank × rank core."""
     left, right = torch.linalg.qr(product.left), torch.linalg.qr(product.right.mT)
     core = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
     U, V = left.Q @ core.U, right.Q @ core.Vh.mT
@@ -90,50 +90,50 @@ def decompose(product: Product) -> Decomposition:
 
 
 def signs_of(vectors: torch.Tensor) -> torch.Tensor:
-    """The sign for each column by which its largest element is positive, so that it does not depend on the machine."""
+    """The sign per column that makes its largest element positive, for the same result on every machine."""
     largest = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
 
 
-def stacked(found: Sequence[Decomposition]) -> Decomposition:
-    """Decompositions of matrices of one shape as a batch; those with fewer values than others get zeros."""
-    width = max(one.sigma.shape[-1] for one in found)
+def stacked(parts: Sequence[Decomposition]) -> Decomposition:
+    """Stack decompositions of matrices of one shape into a batch, zero-padded to the same number of values."""
+    width = max(part.sigma.shape[-1] for part in parts)
 
     def wide(tensor: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
 
-    return Decomposition(*(torch.stack([wide(getattr(one, name)) for one in found]) for name in ("U", "sigma", "V")))
+    return Decomposition(*(torch.stack([wide(getattr(part, name)) for part in parts]) for name in ("U", "sigma", "V")))
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How much of a Δ to keep: a rank, a share of `‖Δ‖_F²`, or all but a relative error `‖Δ − Δ'‖_F / ‖Δ‖_F`."""
+    """A limit for truncation: a rank, a share of `‖Δ‖_F²`, or a relative error `‖Δ − Δ'‖_F / ‖Δ‖_F`."""
 
     rank: int | None = None
     energy: float | None = None
     error: float | None = None
 
     def rank_for(self, sigma: torch.Tensor, beyond: float = 0.0) -> int:
-        """The least rank, at least 1, that keeps so much of singular values `(k,)`, largest first.
+        """The smallest rank, at least 1, within the limit for singular values `(k,)`, largest first.
 
-        `beyond` is the energy of those that are not known.
+        `beyond` is the energy of the singular values that are not in `sigma`.
         """
         if self.rank is not None:
             return max(1, min(self.rank, len(sigma)))
-        rest = tails(sigma) + beyond  # rest[k]: the energy that rank k leaves out
+        rest = tails(sigma) + beyond  # rest[k]: the energy that rank k drops
         total = float(rest[0])
         most = self.error**2 if self.error is not None else 1.0 - (self.energy or 1.0)
         return max(1, int((rest > most * total).sum())) if total else 1
 
 
 def tails(sigma: torch.Tensor) -> torch.Tensor:
-    """`Σ_{i>k} σᵢ²` for k = 0 … len(sigma), added up from the smallest."""
+    """`Σ_{i>k} σᵢ²` for k = 0 … len(sigma), summed from the smallest."""
     squares = sigma.double().square()
     return torch.cat([squares.flip(-1).cumsum(-1).flip(-1), squares.new_zeros(1)])
 
 
 def inner(one: Product, other: Product) -> torch.Tensor:
-    """`⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ)`, one for each of the batch."""
+    """`⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ)`, per batch element."""
     products: torch.Tensor = (one.left.mT @ other.left) * (one.right @ other.right.mT)
     return products.sum(dim=(-2, -1))
 
@@ -151,9 +151,9 @@ def overlaps(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """The singular values of one Δ, largest first, and the figures that follow from them.
+    """The singular values of one Δ, largest first, and statistics of them.
 
-    All zero (an untrained B) gives ranks of 0; where a value is NaN every figure is NaN.
+    If all are zero (an untrained B), ranks are 0; if one is NaN, every statistic is NaN.
     """
 
     sigma: tuple[float, ...]
@@ -182,7 +182,7 @@ class Spectrum:
         return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
 
     def energy_rank(self, share: float) -> int | None:
-        """The least k with `σ₁² + … + σ_k² ≥ share · ‖Δ‖_F²`; None where a value is NaN."""
+        """The smallest k with `σ₁² + … + σ_k² ≥ share · ‖Δ‖_F²`; None if a value is NaN."""
         energies = [ratio**2 for ratio in self._ratios()]
         wanted, reached = share * sum(energies), 0.0
         if math.isnan(wanted):
@@ -194,7 +194,7 @@ class Spectrum:
         return len(energies)
 
     def _ratios(self) -> list[float]:
-        """`σᵢ / σ₁`, whose squares neither overflow nor vanish."""
+        """`σᵢ / σ₁`; their squares neither overflow nor underflow."""
         return [value / self.sigma[0] if self.sigma[0] else 0.0 for value in self.sigma]
 
 
@@ -204,11 +204,11 @@ def singular_values(weights: Weights) -> torch.Tensor:
 
 
 def singular_values_of(many: Sequence[Weights]) -> list[torch.Tensor]:
-    """The singular values of each Δ, float64 `(min(rank, in, out),)`, in the order given; equal shapes go in one batch.
+    """The singular values of each Δ, float64 `(min(rank, in, out),)`, in the given order; equal shapes are batched.
 
-    Float32 factors are factored in float32, float64 ones in float64. A convolution is flattened to (out, in·k…),
-    stacked experts give the values of all their Δ together. Of a DoRA module they are those of its low-rank part.
-    Factors that hold NaN or Inf give NaN.
+    Float32 factors are factored in float32, float64 factors in float64. A convolution is flattened to (out, in·k…);
+    stacked experts give the values of all their Δ together; a DoRA module gives those of its low-rank part. Factors
+    with NaN or Inf give NaN.
     """
     batches: defaultdict[object, list[int]] = defaultdict(list)
     for index, weights in enumerate(many):
@@ -227,7 +227,7 @@ def _batch(batch: list[Weights]) -> torch.Tensor:
     A = torch.stack([A.to(dtype) for A, _ in factors])  # (modules, experts, rank, in)
     B = torch.stack([B.to(dtype) for _, B in factors])  # (modules, experts, out, rank)
     broken = ~(A.isfinite().flatten(1).all(dim=1) & B.isfinite().flatten(1).all(dim=1))
-    A[broken], B[broken] = 0.0, 0.0  # LAPACK fails on, or never returns from, what is not finite
+    A[broken], B[broken] = 0.0, 0.0  # LAPACK fails or hangs on non-finite values
     # The core in float64: the product of two large float32 factors would overflow.
     core = _triangle(B).double() @ _triangle(A.mT).double().mT
     values: torch.Tensor = torch.linalg.svdvals(core).flatten(1).sort(dim=1, descending=True).values
@@ -242,7 +242,7 @@ def _triangle(tall: torch.Tensor) -> torch.Tensor:
 
 
 def _by_expert(weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """`A (experts, rank, in)` and `B (experts, out, rank)`; one expert where they are not stacked."""
+    """`A (experts, rank, in)` and `B (experts, out, rank)`; one expert if they are not stacked."""
     A, B = weights.A.flatten(1), weights.B.flatten(1)
     A = A.reshape(weights.experts, weights.rank, -1)
     return A, B.reshape(B.shape[0], weights.rank, weights.experts).permute(2, 0, 1)

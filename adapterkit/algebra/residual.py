@@ -1,13 +1,13 @@
-"""What it takes to undo a rounded sum bit for bit, whatever arithmetic undoes it.
+"""The residual that makes a rounded sum reversible bit for bit, in any arithmetic.
 
-`W' = round(W + Δ)` forgets: `round(W' − Δ)` is not always W. Recorded is W itself, wherever `W' − Δ` rounds to
-something else, or lies so close to a boundary between two values that another order of summation could round it so.
-Everything else is restored by any arithmetic.
+`W' = round(W + Δ)` loses information: `round(W' − Δ)` is not always W. The residual records W wherever `W' − Δ` rounds
+to another value, or is so close to a rounding boundary that another order of summation could round it to another value.
+Any arithmetic restores all other elements.
 
-What is rounded k times is off by a share of `γ_k = k·u / (1 − k·u)` at most, u the unit roundoff of what Δ is computed
-in. The terms of `s·B·A` are rounded r times in their sum, whatever its order, and twice for s and the product with it.
-So it is off by `γ_{r+2}·|s|·‖B_i‖·‖A_:j‖` at most (Cauchy and Schwarz). The bounds below count once more where they
-say `+ 3`, which takes care of the few roundings in the bound itself.
+A value rounded k times has a relative error of at most `γ_k = k·u / (1 − k·u)`, u the unit roundoff of the dtype in
+which Δ is computed. The sum of the terms of `s·B·A` takes r roundings in any order; s and its product take two more. So
+the error is at most `γ_{r+2}·|s|·‖B_i‖·‖A_:j‖` (Cauchy and Schwarz). Where the bounds below say `+ 3`, the additional
+one covers the few roundings in the bound itself.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ import torch
 
 from adapterkit.algebra.updates import Update
 
-SPARSEST = {torch.bfloat16: 9, torch.float16: 12}  # a weight is at most 2^that times its nearest boundary's distance
-FAR = 2**14  # steps: no need to know how many more
-FLUSHED = 1e-15  # whose square is far above the least float32
+SPARSEST = {
+    torch.bfloat16: 9,
+    torch.float16: 12,
+}  # a weight is at most 2^SPARSEST times the distance to its nearest boundary
+FAR = 2**14  # steps; larger distances are not distinguished
+FLUSHED = 1e-15  # its square is far above the smallest float32
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The recorded elements, by flat position in order, what they were, and how many steps off subtraction may land."""
+    """Recorded elements: flat positions in order, their values, and how many steps off subtraction may be."""
 
     at: torch.Tensor
     values: torch.Tensor
@@ -38,7 +41,7 @@ class Residual:
         return len(self.at)
 
     def moved(self, by: int) -> Residual:
-        """The same of elements that lie so much further on."""
+        """The same residual with its positions shifted by `by`."""
         return Residual(self.at + by, self.values, self.reach)
 
     def to(self, device: torch.device) -> Residual:
@@ -53,9 +56,9 @@ def record(
     updates: Sequence[Update],
     gain: torch.Tensor | None = None,
 ) -> Residual:
-    """What restores `before` from `after`, rows `first …` of a matrix, when `updates` are known again.
+    """The residual that restores `before` from `after`, rows `first …` of a matrix, given the same `updates`.
 
-    With a `gain`, of the shape of the rows, `after` was rounded from `gain · W + Δ`.
+    With a `gain` of the shape of the rows, `after` was rounded from `gain · W + Δ`.
     """
     back = subtracted(after, first, updates, gain)
     wanted, broken = ordered(before).view(-1), ~back.isfinite().view(-1)
@@ -67,10 +70,10 @@ def record(
 
 
 def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update], at: torch.Tensor) -> Residual:
-    """The elements `at` of weights of 16 bits, all that plain updates do not surely leave by themselves.
+    """The residual of the elements `at` of 16-bit weights: those that subtracting plain updates may not restore.
 
-    W' is rounded by half of its own last place at most, which has 2^k times the value of that of W, k the difference of
-    their exponents. To that comes how much Δ can be off; and below a power of two the values lie twice as dense.
+    The rounding error of W' is at most half its last place, which is 2^k times that of W, k the difference of their
+    exponents. The error of Δ adds to it; and below a power of two, values are twice as dense.
     """
     values, others = (one.reshape(-1).index_select(0, at).cpu() for one in (before, after))
     mantissa = 7 if before.dtype is torch.bfloat16 else 10
@@ -79,13 +82,13 @@ def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update],
     exponent, other = (np.maximum(bits >> mantissa & most, 1) for bits in (old, new))
     k = np.clip(other - exponent, 1, 10)
     reach = (np.int16(1) << k - 1) + _steps_off(updates, before.dtype)[exponent]
-    reach += ((old & (1 << mantissa) - 1) <= reach) * (reach + 1)  # half a step is one there, and −0 one more
+    reach += ((old & (1 << mantissa) - 1) <= reach) * (reach + 1)  # half a step is a whole one there, and −0 adds one
     reach[exponent == most] = FAR
     return Residual(at.cpu(), values, torch.from_numpy(reach))
 
 
 def _steps_off(updates: Sequence[Update], dtype: torch.dtype) -> np.ndarray:
-    """By exponent of a 16-bit weight, how many of its steps the sums can be off by, rounded, at most FAR."""
+    """The error bound of the sums in steps of a 16-bit weight, by its exponent, rounded, at most FAR."""
     sizes = [float(by_row.max()) * float(by_column.max()) for by_row, by_column in map(norms, updates)]
     finfo = torch.finfo(dtype)
     exponents = np.arange(256 if dtype is torch.bfloat16 else 32)
@@ -96,26 +99,27 @@ def _steps_off(updates: Sequence[Update], dtype: torch.dtype) -> np.ndarray:
 
 
 def nothing(before: torch.Tensor) -> Residual:
-    """No elements of `before`."""
+    """An empty residual for `before`."""
     none = before.new_empty(0)
     return Residual(none.long(), none, none.short())
 
 
 def joined(parts: Sequence[Residual]) -> Residual:
-    """One residual of several, in the order of their elements."""
+    """Concatenate residuals, in the order of their elements."""
     return Residual(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Residual)))
 
 
 def gamma(count: int, dtype: torch.dtype) -> float:
-    """By what share a value can be off that is rounded `count` times to `dtype`."""
+    """The relative error bound of a value rounded `count` times to `dtype`."""
     off = count * torch.finfo(dtype).eps / 2
     return off / (1 - off) if off < 1 else inf
 
 
 def norms(update: Update) -> tuple[torch.Tensor, torch.Tensor]:
-    """`|s|·‖B_i‖` and `‖A_:j‖`, whose product bounds an element of Δ.
+    """`|s|·‖B_i‖` and `‖A_:j‖`; their product bounds an element of Δ.
 
-    What is not zero is so large that nothing flushed to zero matters beside it. Squared in float32, it might be zero.
+    Nonzero norms are clamped so that values flushed to zero do not matter beside them; norms are float64, since squares
+    could underflow in float32.
     """
     by_row, by_column = (
         torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64)
@@ -128,13 +132,13 @@ def norms(update: Update) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]:
-    """How far merging to `dtype` and subtracting can be off together, as shares of two things (see `kernels/cpu.py`).
+    """The combined error bound of merging to `dtype` and subtracting, as two factors (see `kernels/cpu.py`).
 
-    Of the distance from W to its nearest boundary, and of `N = Σ |s|·‖B_i‖·‖A_:j‖`. With n updates in a row, merging
-    rounds W and every term `T = Σ (r + 3)` times at most, in whatever order it adds them up. Subtracting rounds the
-    terms of one update `r + 2` times, and what is left of W' by all updates but the last, n − 1 times. That makes
-    `γ_{T+n−1}·|W| + 2·γ_T·N`, the latter with room for the roundings of N. Three roundings of W more are for the
-    comparison: its own, and where it or the subtraction lands on a boundary that it is only close to.
+    The first multiplies the distance from W to its nearest boundary, the second `N = Σ |s|·‖B_i‖·‖A_:j‖`. With n
+    updates on a row, merging rounds W and every term at most `T = Σ (r + 3)` times, in any order of summation.
+    Subtracting rounds the terms of one update `r + 2` times, and the rest of W', for all updates but the last, n − 1
+    times. The sum is `γ_{T+n−1}·|W| + 2·γ_T·N`, the latter with room for the roundings of N. The comparison adds three
+    roundings of W: its own, and those where it or the subtraction lands on a boundary that it is only close to.
     """
     kind = updates[0].left.dtype
     met = [[len(u.right) + 3 for u in updates if u.start <= one.start < u.stop] for one in updates]
@@ -144,14 +148,14 @@ def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]
 
 
 def restore(after: torch.Tensor, first: int, updates: Sequence[Update], residual: Residual) -> torch.Tensor:
-    """The rows that `record` was given as `before`, of the dtype of `after` and without a gain."""
+    """Restore the rows that `record` took as `before`, in the dtype of `after`; for residuals without a gain."""
     rows = subtracted(after, first, updates).to(after.dtype)
     integers(rows).view(-1)[residual.at.long()] = integers(residual.values)
     return rows
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left · right`, in any order, but on its own: summed onto W', every term would be rounded at the size of that."""
+    """`left · right`, not accumulated onto W': that would round every term at the magnitude of W'."""
     return left @ right
 
 
@@ -168,21 +172,21 @@ def subtracted(
 def _reach(
     back: torch.Tensor, after: torch.Tensor, first: int, updates: Sequence[Update], gain: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """The least and the greatest that `W' − Δ` can be, however its terms are added up.
+    """The smallest and largest possible `W' − Δ`, for any order of summation.
 
-    Rounding never crosses a number of its own precision, so the last subtraction can only land on a boundary between
-    two values of the output that the exact difference is beside: one number to either side takes care of that.
+    Rounding never crosses a representable number, so the last subtraction can at most land on a boundary next to the
+    exact difference: extending the range by one number on either side covers that.
     """
     unit = torch.finfo(back.dtype).eps / 2
     off = torch.zeros_like(back)
     sizes = torch.zeros_like(back)  # Σ |s|·‖B_i‖·‖A_:j‖, which bounds |Δ|
-    roundings = -1 if gain is None else 0  # of what is left of W', but for the last, which is monotonic
+    roundings = -1 if gain is None else 0  # of the rest of W', without the last, which is monotonic
     for update, part, _ in _inside(off, first, updates):
         by_row, by_column = norms(update)
         start = max(update.start, first)
         rows = slice(start - update.start, start - update.start + len(part))
         size = by_row[rows, None] * by_column
-        part += size * (2 * gamma(len(update.right) + 3, back.dtype))  # once for each of two ways to add up
+        part += size * (2 * gamma(len(update.right) + 3, back.dtype))  # once for each of the two orders of summation
         sizes[start - first : start - first + len(part)] += size
         roundings += 1
     if roundings > 0:
@@ -197,7 +201,7 @@ def _reach(
 def _inside(
     matrix: torch.Tensor, first: int, updates: Sequence[Update]
 ) -> Iterator[tuple[Update, torch.Tensor, torch.Tensor]]:
-    """Each update with its rows of `matrix`, which begins with row `first`, and its left factor there."""
+    """Each update with its rows of `matrix`, whose first row is `first`, and its left factor there."""
     for update in updates:
         start, stop = max(update.start, first), min(update.stop, first + len(matrix))
         if start < stop:
@@ -206,17 +210,17 @@ def _inside(
 
 
 def integers(values: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers: copied as floating point numbers, NaN would not keep its bits."""
+    """A view as integers: copying as floating point may change the bits of NaN."""
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
 def ordered(values: torch.Tensor) -> torch.Tensor:
-    """Floating point bits as integers in the order of the values, so that neighbours differ by one."""
+    """Floating point bits as integers in the order of the values; neighbours differ by one."""
     bits = integers(values)
     return bits ^ (bits >> (8 * values.element_size() - 1) & torch.iinfo(bits.dtype).max)
 
 
 def from_ordered(steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values again; the mapping is its own inverse."""
+    """The inverse of `ordered`; the mapping is its own inverse."""
     bits = steps ^ (steps >> (8 * steps.element_size() - 1) & torch.iinfo(steps.dtype).max)
     return bits.view(dtype)

@@ -1,7 +1,7 @@
-"""The best low-rank approximation of a matrix of which there are only rows, some at a time.
+"""The best low-rank approximation of a matrix that is computed in chunks of rows.
 
 Randomized singular value decomposition (Halko, Martinsson and Tropp, 2011, algorithms 4.4 and 5.1) with power
-iterations. What is left out is known exactly: `‖M − QQᵀM‖_F² = ‖M‖_F² − ‖QᵀM‖_F²`.
+iterations. The error is known exactly: `‖M − QQᵀM‖_F² = ‖M‖_F² − ‖QᵀM‖_F²`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from adapterkit.algebra.counter_rng import seed_for, uniform_at
 from adapterkit.algebra.lowrank import Decomposition, Limit, signs_of
 
 CHUNK_ELEMENTS = 1 << 20
-KEPT_ELEMENTS = 1 << 26  # of a matrix that is computed once instead of in every pass
+CACHED_ELEMENTS = 1 << 26  # larger matrices are computed again in every pass
 OVERSAMPLING = 10
 POWER_ITERATIONS = 3
-FIRST_GUESS = 32  # of the rank that an energy or an error wants
+FIRST_GUESS = 32  # first rank tried for an energy or error limit
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of which `rows(first, last)` computes some, in the precision that products with it are to have."""
+    """A matrix computed by `rows(first, last)`, in the precision for products with it."""
 
     shape: tuple[int, int]
     rows: Callable[[int, int], torch.Tensor]
 
     def chunks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """All of it as `(first, last, rows)`."""
+        """All rows, in chunks `(first, last, rows)`."""
         for first, last in self.spans():
             yield first, last, self.rows(first, last)
 
     def spans(self) -> list[tuple[int, int]]:
-        """The rows of each chunk."""
+        """The `(first, last)` rows of each chunk."""
         step = max(1, CHUNK_ELEMENTS // self.shape[1])
         return [(first, min(self.shape[0], first + step)) for first in range(0, self.shape[0], step)]
 
@@ -51,7 +51,7 @@ class Matrix:
         return total
 
     def projected(self, left: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """`Mᵀ · left` and `‖M‖_F²`, both computed in float64, since what is left out is a difference of energies."""
+        """`Mᵀ · left` and `‖M‖_F²`, both in float64, since the error is a difference of energies."""
         total, energy = torch.zeros(self.shape[1], left.shape[1], dtype=torch.float64), 0.0
         for first, last, rows in self.chunks():
             exact = rows.double()
@@ -59,9 +59,9 @@ class Matrix:
             energy += float(torch.linalg.vector_norm(exact)) ** 2
         return total, energy
 
-    def kept(self) -> Matrix:
-        """The same, held in memory from here on where it is small enough."""
-        if prod(self.shape) > KEPT_ELEMENTS:
+    def cached(self) -> Matrix:
+        """The same matrix, held in memory if it is small enough."""
+        if prod(self.shape) > CACHED_ELEMENTS:
             return self
         whole = torch.cat([rows for _, _, rows in self.chunks()])
         return Matrix(self.shape, lambda first, last: whole[first:last])
@@ -69,7 +69,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """The leading part of a matrix, the energy `‖M‖_F²` of all of it, and how much of that is beyond the part."""
+    """The leading part of a matrix, its total energy `‖M‖_F²`, and the energy beyond the leading part."""
 
     leading: Decomposition
     energy: float
@@ -84,11 +84,11 @@ class Sketch:
 
 
 def sketch(matrix: Matrix, limit: Limit, seed: int = 0, name: str = "") -> Sketch:
-    """The leading singular values and vectors of `matrix`, as many as `limit` asks for and some more.
+    """The leading singular values and vectors of `matrix`: at least those within `limit`, and some more.
 
-    By chance only in where the iteration starts: from `seed` and `name`, never from how the rows are divided.
+    Only the start of the iteration is random: it depends on `seed` and `name`, never on the division into rows.
     """
-    most, matrix = min(matrix.shape), matrix.kept()
+    most, matrix = min(matrix.shape), matrix.cached()
     width = min(most, (limit.rank or FIRST_GUESS) + OVERSAMPLING)
     while True:
         found, energy = _leading(matrix, width, seed_for(seed, name))
@@ -99,7 +99,7 @@ def sketch(matrix: Matrix, limit: Limit, seed: int = 0, name: str = "") -> Sketc
 
 
 def _leading(matrix: Matrix, width: int, seed: int) -> tuple[Decomposition, float]:
-    """The `width` leading singular values and vectors, the last of them roughly, and the energy of all."""
+    """The `width` leading singular values and vectors, the last ones approximate, and the total energy."""
     start = _normal(matrix.shape[1], width, seed)
     basis = torch.linalg.qr(matrix.times(start)).Q
     for _ in range(POWER_ITERATIONS):
@@ -114,7 +114,7 @@ def _leading(matrix: Matrix, width: int, seed: int) -> tuple[Decomposition, floa
 
 
 def _normal(rows: int, columns: int, seed: int) -> torch.Tensor:
-    """Normally distributed numbers (Box and Muller, 1958)."""
+    """Normally distributed random numbers (Box and Muller, 1958)."""
     even = uniform_at(rows * columns, seed, 0).double()
     odd = uniform_at(rows * columns, seed, rows * columns).double()
     return ((-2 * (1 - even).log()).sqrt() * (2 * torch.pi * odd).cos()).view(rows, columns)

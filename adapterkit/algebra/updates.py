@@ -1,7 +1,7 @@
-"""Adding low-rank updates to rows of a weight matrix, in float32 or better, so that the caller rounds once.
+"""Add low-rank updates to rows of a weight matrix, in float32 or better, so that the caller rounds once.
 
-A matrix here is a weight as it is stored, seen as `(rows, columns)`. Every update covers a range of its rows and is
-`left · right`, whichever way round the module's own Δ lies in it.
+A matrix here is a weight as stored, `(rows, columns)`. Every update covers a range of its rows and is `left · right`,
+in the orientation of the stored weight.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from adapterkit.errors import FitError
 class Update:
     """`strength · left · right` on rows `start:stop`; with a magnitude, DoRA's renormalized direction instead.
 
-    `left (stop − start, rank)`, `right (rank, columns)`, in the dtype of the computation. `gain` is m/n by column, for
-    weights stored transposed: it needs the whole matrix, so it is measured beforehand; by row each chunk gives it.
+    `left (stop − start, rank)`, `right (rank, columns)`, in the compute dtype. `gain` is m/n by column, for weights
+    stored transposed: it needs the whole matrix, so it is measured beforehand; by row, each chunk computes its own.
     """
 
     start: int
@@ -41,7 +41,7 @@ class Update:
     def to(self, device: torch.device) -> Update:
         """The same on another device."""
         left, right = self.left.to(device), self.right.to(device)
-        magnitude, gain = (None if one is None else one.to(device) for one in (self.magnitude, self.gain))
+        magnitude, gain = (None if x is None else x.to(device) for x in (self.magnitude, self.gain))
         return replace(self, left=left, right=right, magnitude=magnitude, gain=gain)
 
 
@@ -55,9 +55,16 @@ def update_for(
     dtype: torch.dtype = torch.float32,
     where: str = "a module",
 ) -> Update:
-    """The update that `weights`, times `weight`, make to the stored `rows` of a matrix, computed in `dtype`.
+    """The update of the stored `rows` of a matrix by `weights` times `weight`, computed in `dtype`.
 
-    `of` picks rows of Δ, `expert` one expert's factors; raises FitError naming `where` if a factor is not finite.
+    Args:
+        of: The rows of Δ to use; all by default.
+        expert: The expert whose factors to use.
+        transposed: Whether the weight is stored as `(in, out)`.
+        where: The name of the module in errors.
+
+    Raises:
+        FitError: A factor or the strength is not finite.
     """
     A, B = weights.A.to(dtype), weights.B.to(dtype)
     magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype)
@@ -82,7 +89,7 @@ def update_for(
 
 
 def add_updates(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> None:
-    """Add every update to `matrix` (float32), which holds rows `first …` of the weight, in place.
+    """Add every update to `matrix` (float32), rows `first …` of the weight, in place.
 
     Plain updates add `s·w·B·A`; a DoRA update adds `w·(diag(m/n)·(W + s·B·A) − W)`, so that several adapters add up to
     the weighted sum of their effective Δ in any order.
@@ -111,7 +118,7 @@ def add_updates(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> 
 
 
 def gains(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> torch.Tensor:
-    """m/n of every DoRA update, for rows `first …` of the weight, `matrix`: of each row, or else of each column."""
+    """m/n of every DoRA update for `matrix`, rows `first …` of the weight: by row, or by column if transposed."""
     found = []
     for update in (update for update in updates if update.renormalizes):
         if update.gain is not None:
@@ -132,7 +139,7 @@ def gains(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> torch.
 def linear(
     shape: tuple[int, int], first: int, updates: Sequence[Update], found: torch.Tensor
 ) -> tuple[list[Update], torch.Tensor | None]:
-    """Plain updates, and a factor, with which `W' = factor · W + Σ Δ`: what DoRA does to rows of W, its `gains` known.
+    """Plain updates and a factor with `W' = factor · W + Σ Δ`, which turn DoRA updates with known `gains` into a sum.
 
     A DoRA update adds `w·(g·(W + s·B·A) − W)`.
     """
@@ -162,9 +169,9 @@ def linear(
 def exact_sum(
     base: torch.Tensor, first: int, updates: Sequence[Update], i: torch.Tensor, j: torch.Tensor
 ) -> torch.Tensor:
-    """Elements of `W + Σ Δ` in float64, for plain updates; `base` holds rows `first …` of W.
+    """Elements of `W + Σ Δ` in float64, for plain updates; `base` has rows `first …` of W.
 
-    The elements are rows `i (hits, depth)` of `base` in columns `j (hits, 1)`.
+    The elements are rows `i (hits, depth)` of `base` and columns `j (hits, 1)`.
     """
     total = base[i, j].double()
     for update in updates:
@@ -176,7 +183,7 @@ def exact_sum(
 
 
 def measure_columns(update: Update, chunks: Callable[[], Iterator[tuple[int, torch.Tensor]]]) -> Update:
-    """`update` with its gain by column, from one pass over the `(first row, float32 rows)` chunks of the weight."""
+    """`update` with its gain by column, measured in one pass over the weight's chunks `(first row, float32 rows)`."""
 
     def directions() -> Iterator[torch.Tensor]:
         for first, rows in chunks():
@@ -194,9 +201,10 @@ def measure_columns(update: Update, chunks: Callable[[], Iterator[tuple[int, tor
 
 @dataclass
 class Retention:
-    """How much of an update survives rounding: sums over elements of `W' − W` against `Δ`, in float64.
+    """The share of an update that survives rounding: float64 sums over the elements of `W' − W` and `Δ`.
 
-    `kept` is `⟨W'−W, Δ⟩ / ‖Δ‖²` (1 is perfect), `error` is `‖W'−W−Δ‖ / ‖Δ‖`; of no update both are NaN.
+    `kept`, the share retained, is `⟨W'−W, Δ⟩ / ‖Δ‖²` (1 is perfect); `error` is `‖W'−W−Δ‖ / ‖Δ‖`. Both are NaN if
+    there is no update.
     """
 
     dot: float = 0.0
@@ -216,7 +224,7 @@ class Retention:
 
 
 def retention(before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> Retention:
-    """Compare what was written with what was meant; `before` and `exact` float32, `rounded` in the output dtype."""
+    """Compare the rounded output with the exact one; `before` and `exact` float32, `rounded` in the output dtype."""
     delta = exact.double() - before.double()
     applied = rounded.double() - before.double()
     return Retention(

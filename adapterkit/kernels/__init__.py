@@ -1,1 +1,1 @@
-"""The inner loops, compiled."""
+"""Compiled inner loops."""

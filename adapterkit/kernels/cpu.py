@@ -1,7 +1,7 @@
-"""The inner loop of a merge, compiled: a block of rows goes through the cache once, without the interpreter.
+"""The compiled inner loop of a merge: a block of rows passes through the cache once, without the interpreter.
 
-As calls of some 30 µs from Python, two threads spend their time handing each other the interpreter's lock, and two
-cores do less than one. TorchScript makes the same calls without the lock, and needs no compiler where it is installed.
+With calls of some 30 µs from Python, two threads contend for the interpreter lock, and two cores do less than one.
+TorchScript makes the same calls without the lock, and needs no compiler on the user's machine.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from adapterkit.algebra.updates import Update
 
 @dataclass(frozen=True)
 class DoubtMask:
-    """Where to note which elements of `base` may not come back when the updates are subtracted again.
+    """Marks the elements of `base` that subtracting the updates may not restore.
 
-    `marks` is of the base's shape and dtype, and not zero there.
+    `marks` has the shape and dtype of the base, and is nonzero at those elements.
     """
 
     marks: torch.Tensor
 
     def changed(self, rows: torch.Tensor, columns: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Mark elements that were rounded `before` and are something else `after`: the error looked at was another."""
+        """Mark elements whose rounded value changed from `before` to `after`: their error was computed for `before`."""
         self.marks.view(torch.int16)[rows, columns] |= (before.view(torch.int16) != after.view(torch.int16)).short()
 
     def found(self, base: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-        """The flat positions of what is marked, in order; and of what must be kept by its bits, not its value.
+        """The flat positions of marked elements, in order, and of elements to be stored by their bits.
 
-        That is NaN, if the sums' `squares` are not finite, and in fp16, where values near zero round to it, the zeros.
+        Those are non-finite values, if the `squares` of the sums are not finite; and zeros in fp16, since values near
+        zero round to it.
         """
         bits = self.marks.view(torch.int16)
         if not bool(squares.isfinite().all()):
@@ -43,7 +44,7 @@ class DoubtMask:
             bits |= (base == 0).short()
         if bits.is_cuda:
             return bits.view(-1).nonzero()[:, 0]
-        return torch.from_numpy(np.flatnonzero(bits.view(-1).numpy() != 0))  # where torch is several times slower
+        return torch.from_numpy(np.flatnonzero(bits.view(-1).numpy() != 0))  # several times faster than torch
 
 
 def add_rounded(
@@ -58,13 +59,18 @@ def add_rounded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`out = round(base + Σ strength·left·right)` for plain updates, summed in float32, rounded to a 16-bit dtype.
 
-    `base` and `out` are rows `first …` of the matrix; as many at a time as `sums` and `products`, which are float32,
-    have room for. Returns `Σ x²` of each such chunk, and what `on_midpoints` wants, of each `depth` rows.
+    Args:
+        base, out: Rows `first …` of the matrix.
+        sums, products: Float32 scratch; their size is that of a chunk.
+        depth: The number of rows in a group of `on_midpoints`.
+
+    Returns:
+        `Σ x²` of each chunk, and the minima of each group for `on_midpoints`.
     """
     bits = sums.view(torch.int32)
     marked = [] if doubts is None else [doubts.marks, doubts.marks.view(torch.int16), base.view(torch.int16)]
     sizes = [] if doubts is None else [norms(update) for update in updates]
-    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # it would compile anew for each shape
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # avoids recompiling for each shape
         return _loop(  # type: ignore[no-any-return]
             base, out, sums, products, bits, bits.view(torch.int16), midpoint_shift(out.dtype), depth,
             *_factors(updates, first), marked, sizes, spread(updates, out.dtype) if marked else (0.0, 0.0),
@@ -74,7 +80,7 @@ def add_rounded(
 def _factors(
     updates: Sequence[Update], first: int
 ) -> tuple[list[tuple[int, int]], list[torch.Tensor], list[torch.Tensor], list[float]]:
-    """Spans of rows from `first` on, left factors, right factors and strengths, as TorchScript takes them."""
+    """Row spans relative to `first`, left factors, right factors and strengths, in lists for TorchScript."""
     spans = [(update.start - first, update.stop - first) for update in updates]
     lefts, rights = [update.left for update in updates], [update.right for update in updates]
     return spans, lefts, rights, [update.strength for update in updates]
@@ -97,12 +103,12 @@ def _chunks(
     sizes: list[tuple[torch.Tensor, torch.Tensor]],
     spreads: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loop; tensors are handed over as every dtype that they are seen as, which TorchScript cannot do itself."""
+    """The loop; takes views of the tensors in every dtype it needs, since TorchScript cannot make them."""
     squares: list[torch.Tensor] = []
     least: list[torch.Tensor] = []
     size, rows = sums.shape[0], base.shape[0]
     bases, outs = torch.split(base, size), torch.split(out, size)
-    seen = [torch.split(one, size) for one in marked]
+    seen = [torch.split(view, size) for view in marked]
     for index in range(len(bases)):
         first = index * size
         last = min(rows, first + size)
@@ -110,13 +116,13 @@ def _chunks(
         if last - first < size:
             chunk, low, other = sums[: last - first], halves[: last - first], products[: last - first]
         chunk.copy_(bases[index])
-        for (start, stop), left, right, strength in zip(spans, lefts, rights, strengths):  # noqa: B905  (unknown to it)
+        for (start, stop), left, right, strength in zip(spans, lefts, rights, strengths):  # noqa: B905  (not in TorchScript)
             begin, end = max(first, start), min(last, stop)
             if begin < end:
                 part, factor = chunk[begin - first : end - first], left[begin - start : end - start]
                 if min(part.shape) > 1:
                     torch.addmm(part, factor, right, alpha=strength, out=part)
-                else:  # as a matrix times a vector it would round after every term
+                else:  # a matrix-vector addmm would round after every term
                     part.add_(factor @ right, alpha=strength)
         outs[index].copy_(chunk)
         flat = chunk.view(-1)
@@ -124,7 +130,7 @@ def _chunks(
         if len(marked) > 0:
             other.copy_(outs[index])
             other.sub_(chunk)
-        if shift > 0:  # in place, since the sums are not needed any more
+        if shift > 0:  # in place: the sums are no longer needed
             bits.bitwise_left_shift_(shift)
         least.append(low.view(-1, depth, halves.shape[1]).amin(1))
         if len(marked) > 0:
@@ -146,18 +152,18 @@ def _mark(
     sizes: list[tuple[torch.Tensor, torch.Tensor]],
     spreads: tuple[float, float],
 ) -> None:
-    """Mark where `W + (e ± 2·δ)·(1 + η)`, to the side of e, does not round to W, in a chunk that begins at row `first`.
+    """Mark where `W + (e ± 2·δ)·(1 + η)`, on the side of e, does not round to W; the chunk's first row is `first`.
 
-    The `error` e is `W' − S`, S the sum that W' was rounded from. What is subtracted from W' leaves `W + e + t`, where
-    `|t| ≤ α·h + δ`: h is the distance from W to its nearest boundary, α and `δ = β·N` are those of `spread`, η is
-    `α / (1 − α)`. Let H be the distance to the boundary on the side of e; an element that is not marked has
+    The `error` e is `W' − S`, S the sum before rounding to W'. Subtracting from W' gives `W + e + t`, where
+    `|t| ≤ α·h + δ`: h is the distance from W to its nearest boundary, α and `δ = β·N` come from `spread`, and η is
+    `α / (1 − α)`. Let H be the distance to the boundary on the side of e; an unmarked element has
     `|e| + 2·δ ≤ H·(1 − α)`.
 
-    On that side `|e| + |t| ≤ H`, since `h ≤ H`. On the other side, if its boundary is no nearer, `|t| − |e| ≤ H` is
-    enough. It is nearer where W is a power of two: then `h = H / 2`, and `δ ≤ h·(1 − α)`, so `|t| ≤ h`. Rounding is
-    monotonic, so W comes back; what lands on a boundary only rounds there if W is even, as here.
+    On that side `|e| + |t| ≤ H`, since `h ≤ H`. On the other side, if its boundary is no nearer, `|t| − |e| ≤ H`
+    suffices. It is nearer where W is a power of two: then `h = H / 2` and `δ ≤ h·(1 − α)`, so `|t| ≤ h`. Rounding is
+    monotonic, so W is restored; a value on a boundary rounds to W only if W is even, as in this comparison.
 
-    Zeros: `W + …` is 0 only where Δ is, and where −0 became +0 their bits differ. Subnormals have boundaries at equal
+    Zeros: `W + …` is 0 only where Δ is, and where −0 became +0 the bits differ. Subnormals have boundaries at equal
     distances. NaN and Inf: see `DoubtMask.found`.
     """
     inflation, spread = spreads
@@ -183,9 +189,9 @@ def subtract_rounded(
     back: torch.Tensor,
     products: torch.Tensor,
 ) -> None:
-    """`out = round(after − Σ strength·left·right)`, every product summed on its own; see `residual.product`.
+    """`out = round(after − Σ strength·left·right)`, each product summed separately; see `residual.product`.
 
-    `back` and `products`, float32, have room for as many rows as are computed at a time.
+    `back` and `products` are float32 scratch; their size is that of a chunk.
     """
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
         _back(after, out, back, products, *_factors(updates, first))
@@ -216,5 +222,5 @@ def _chunks_back(
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # torch has nothing else that does this
+    warnings.simplefilter("ignore", DeprecationWarning)  # torch has no replacement for this
     _loop, _back = torch.jit.script(_chunks), torch.jit.script(_chunks_back)

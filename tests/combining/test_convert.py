@@ -273,7 +273,7 @@ def test_chunks_and_memory_do_not_change_an_extraction(
 ) -> None:
     adapterkit.extract(*tuned, tmp_path / "a", rank=2)
     monkeypatch.setattr(sketch, "CHUNK_ELEMENTS", 700)
-    monkeypatch.setattr(sketch, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(sketch, "CACHED_ELEMENTS", 0)
     adapterkit.extract(*tuned, tmp_path / "b", rank=2)
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
     assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-5) for key in a)
