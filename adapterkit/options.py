@@ -72,7 +72,7 @@ def output(default: Any = MISSING, help: str = "Output directory", **more: Any) 
 
 def overwrite() -> Any:
     """The field that says whether what is there gives way."""
-    label = "replace what adapterkit made there before"
+    label = "replace an output that adapterkit wrote"
     return option(False, "Replace an output that adapterkit wrote", group="Output", label=label)
 
 

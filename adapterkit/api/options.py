@@ -33,7 +33,7 @@ class CombineOptions(Options):
     method: str = option(DEFAULT, "Method; see below", METHODS, metavar="METHOD")
     options: Mapping[str, float | str] | None = option(
         None, "Set an option of the method, as in density=0.5", flags=("--set",), example="density=0.5",
-        label="its options", hint=lambda: " ".join(map(str, all_options())),
+        label="method options", hint=lambda: " ".join(map(str, all_options())),
     )  # fmt: skip
     rank: int | None = option(None, "Truncate the result to this rank, optimally", group=SIZE)
     energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
@@ -54,7 +54,7 @@ class ResizeOptions(Options):
     _: KW_ONLY
     rank: int | None = option(None, "Rank of every module; lower ones are padded", group=SIZE)
     energy: float | None = option(
-        None, "Lowest rank of each module that keeps this share of ‖Δ‖²", group=SIZE, label="or energy to keep"
+        None, "Lowest rank of each module that keeps this share of ‖Δ‖²", group=SIZE, label="or energy to retain"
     )
     error: float | None = option(
         None, "Lowest rank of each module with no more than this relative error", group=SIZE, in_form=False
