@@ -21,7 +21,7 @@ text < errors < {packages options} < files < adapter < algebra < base < inspecti
 """
 INNER = {
     "base": "{architectures checkpoint quant renames} < {models targets ties} < {placement rows}",
-    "hub": "{client names} < {remote upload} < download < listing < removal",
+    "hub": "{client names} < {remote upload} < download < locate < listing < removal",
     "merging": "plan < {blocks calibration receipts} < {card live verify} < run < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < combine < {compare convert extract write}",
     "train": "{products recipe} < {data initial loss} < {causal layers} < {injection loop} < runs",

@@ -26,7 +26,7 @@ from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizationSettings, Rounding, checked
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
-from adapterkit.hub import hub_id, outlines, resolve
+from adapterkit.hub import hub_id, located, resolve
 from adapterkit.merging.plan.planner import make_plan
 from adapterkit.merging.plan.planner import plan_quantize as make_quantize_plan
 from adapterkit.merging.plan.types import MergePlan, inputs_of
@@ -77,12 +77,11 @@ def plan_merge(o: MergeOptions) -> MergePlan:
             check_receipt(plan)
         return _placed(plan, o.overwrite, checkpoint)
 
-    places = [o.base, *(what for what, _ in named), o.original]
-    with outlines([one for one in places if isinstance(one, str | os.PathLike)]) as where:
-        if where is not None:
-            plan = made(where)
-            if not o.download:
-                return plan
+    specs = [o.base, *(what for what, _ in named), o.original]
+    with located([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
+        plan = made(places.path_of)
+        if not (places.outlined and o.download):
+            return plan
     return made(resolve)
 
 

@@ -77,9 +77,9 @@ def _heed(mode: progress.Mode | None, quiet: bool, verbose: bool) -> None:
     if output.is_quiet() and LOG.level == logging.DEBUG:
         raise UsageError("--quiet and --verbose exclude each other", hint="give one of them")
     if mode is not None:
-        progress.mode = mode
-    elif quiet and progress.mode == "auto":
-        progress.mode = "none"
+        progress.mode.set(mode)
+    elif quiet and progress.mode.get() == "auto":
+        progress.mode.set("none")
 
 
 def _print_version(ctx: click.Context) -> None:

@@ -97,12 +97,12 @@ class LazyGroup(Command, click.Group):
 @click.pass_context
 def group(ctx: click.Context) -> None:
     """Train, inspect, combine and merge LoRA adapters, exactly, and share them."""
-    from adapterkit.hub import download
+    from adapterkit.hub.locate import on_download
 
     if ctx.invoked_subcommand is None:
         output.say(*ctx.get_help().split("\n"), err=True)
         ctx.exit(UsageError.exit_code)
-    download.shown = partial(bars.progress, in_bytes=True)
+    on_download.set(partial(bars.progress, in_bytes=True))
 
 
 def main() -> NoReturn:
@@ -133,7 +133,7 @@ def _begin() -> None:
             stream.reconfigure(errors="backslashreplace")
     output.guard()
     output.begin()
-    bars.mode = "auto"
+    bars.mode.set("auto")
     LOG.setLevel(logging.NOTSET)
     LOG.addHandler(NOTES)
 

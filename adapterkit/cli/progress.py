@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, Protocol, TypeVar
 
 from adapterkit.cli.output import console, say_json
@@ -16,7 +17,8 @@ Mode = Literal["auto", "json", "none"]
 
 EVERY = 0.05  # seconds between JSON lines, but for the last
 
-mode: Mode = "auto"  # what `adapterkit --progress` says, for the whole process
+# What --progress says.
+mode: ContextVar[Mode] = ContextVar("mode", default="auto")
 
 
 class Show(Protocol):
@@ -27,7 +29,7 @@ class Show(Protocol):
 
 def is_shown() -> bool:
     """Whether progress is shown at all."""
-    return mode == "json" or (mode == "auto" and sys.stderr.isatty())
+    return mode.get() == "json" or (mode.get() == "auto" and sys.stderr.isatty())
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def progress(
     what: str, *, in_bytes: bool = False, note: Callable[[dict[str, Any]], str] | None = None
 ) -> Iterator[Show]:
     """Yield what shows how far `what` is; `note` makes the facts a text beside the bar."""
-    if mode == "json":
+    if mode.get() == "json":
         yield _as_json(what)
     elif is_shown():
         yield from _as_bar(what, in_bytes, note)

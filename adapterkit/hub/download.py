@@ -8,8 +8,8 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
@@ -17,17 +17,15 @@ from typing import Any
 
 from adapterkit.adapter.formats import table as formats
 from adapterkit.base.checkpoint import CONFIG
-from adapterkit.base.quant import needs_values
 from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError, UnsafeFileError
 from adapterkit.files import system
 from adapterkit.files.opening import open_regular
-from adapterkit.files.safetensors import read_header
 from adapterkit.files.staging import errors_of
 from adapterkit.hub.client.ask import ask, asking
 from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.client.session import MOST_BYTES
-from adapterkit.hub.names import HubId, cache_folder, on_hub
-from adapterkit.hub.remote import Remote, RemoteFile, opened, outlined, remote_of
+from adapterkit.hub.names import HubId, cache_folder
+from adapterkit.hub.remote import Remote, RemoteFile, opened
 
 log = logging.getLogger(__name__)
 
@@ -55,56 +53,6 @@ class Download:
     def to_get(self) -> int:
         """Bytes that are yet to come."""
         return self.size - self.begun
-
-
-@contextmanager
-def _unseen(what: str) -> Iterator[OnBytes]:
-    yield lambda done, total: None
-
-
-shown: Callable[[str], AbstractContextManager[OnBytes]] = _unseen  # the command line puts its bar here
-
-
-def resolve(spec: str | os.PathLike[str]) -> Path:
-    """The local path of `spec`: a path as it is; what a Hub id names, got where the cache does not have it.
-
-    Where the Hub is out of reach, what the cache has of that name is taken. Raises FormatError where there is neither,
-    OfflineError, NotAllowedError, NoSpaceError.
-    """
-    id = on_hub(spec)
-    if id is None:
-        return Path(os.path.expanduser(spec))
-    try:
-        download = download_of(remote_of(id))
-        with shown(f"getting {id.repo}") if download.missing else _unseen("") as on_bytes:
-            return fetch(download, on_bytes)
-    except OfflineError as error:
-        if (found := cached(id)) is None:
-            raise
-        log.warning("%s; this is what the cache has", error)
-        return found
-
-
-@contextmanager
-def outlines(specs: Sequence[str | os.PathLike[str]]) -> Iterator[Callable[[str | os.PathLike[str]], Path] | None]:
-    """Yield where each of `specs` can be looked at by its headers; None where nothing is to be downloaded, or where the
-    headers do not say enough: in some quantized bases the shapes stand among the weights.
-    """
-    ids = {str(spec): id for spec in specs if (id := on_hub(spec)) is not None}
-    with ExitStack() as stack:
-        places: dict[str, Path] = {}
-        for spec, id in ids.items():
-            try:
-                remote = remote_of(id)
-            except OfflineError:
-                continue  # the cache may have it
-            if missing_of(remote):
-                places[spec] = stack.enter_context(outlined(remote)).path
-                names = (name for file in places[spec].glob("*.safetensors") for name in read_header(file).tensors)
-                if needs_values(names):
-                    places.clear()
-                    break
-        yield (lambda spec: places.get(str(spec)) or resolve(spec)) if places else None
 
 
 def cached(id: HubId) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -15,8 +15,7 @@ from adapterkit.adapter.formats.table import find_weights, read_config
 from adapterkit.errors import AdapterkitError
 from adapterkit.files.opening import open_regular
 from adapterkit.hub.listing import Found, describe, folders_below
-from adapterkit.hub.names import on_hub
-from adapterkit.hub.remote import outlined, remote_of
+from adapterkit.hub.locate import locate
 from adapterkit.inspection.summary import ModuleRow, Summary, summarize
 from adapterkit.text import counted, size, span, visible_lines
 
@@ -76,11 +75,10 @@ def details_of(row: Found, base: str) -> Details:
     try:
         if row.path is not None:
             return _read(row, row.path, base, "")
-        id = on_hub(row.name)
-        assert id is not None
-        remote = remote_of(id)
-        with outlined(remote) as outline:
-            return _read(row, outline.path, base, f"{size(outline.fetched)} of {size(remote.size)}: headers and config")
+        with ExitStack() as outlines:
+            place = locate(row.name, outlines)
+            some = "" if place.fetched is None else f"{size(place.fetched)} of {size(place.size)}: headers and config"
+            return _read(row, place.path, base, some)
     except (AdapterkitError, OSError) as error:
         return Details(row, problem=str(error))
 
@@ -125,10 +123,8 @@ def _fit(adapter: Any, base: str) -> str:
     from adapterkit.inspection.match import match
 
     try:
-        id = on_hub(base)
-        with outlined(remote_of(id)) if id else nullcontext() as outline:
-            path = outline.path if outline else Path(base).expanduser()
-            found, _ = match(adapter, open_checkpoint(path), base)
+        with ExitStack() as outlines:
+            found, _ = match(adapter, open_checkpoint(locate(base, outlines).path), base)
     except (AdapterkitError, OSError) as error:
         return f"cannot read {base}: {error}"
     hint = f"; {found.hint}" if found.missing else ""

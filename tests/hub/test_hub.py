@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from hubserver import Hub, Token
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
+from adapterkit.errors import OfflineError
 from adapterkit.hub import HubId, hub_id, is_hub_id, on_hub, resolve
+from adapterkit.hub.locate import Place, locate
 from adapterkit.hub.names import parsed
 
 ADAPTER = "someone/lora"
@@ -435,6 +440,32 @@ def test_no_hub_at_all(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.code == 0
     assert "this is what the cache has" in result.err
     assert resolve(ADAPTER) == known
+
+
+def test_an_argument_lies_in_one_of_four_places(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One function says in which, and tells of a download as it goes on."""
+    told: list[tuple[int, int]] = []
+
+    @contextmanager
+    def tell(what: str) -> Iterator[Callable[[int, int], None]]:
+        assert what == f"getting {ADAPTER}"
+        yield lambda done, total: told.append((done, total))
+
+    assert locate(adapter) == Place(adapter, "local")
+    with ExitStack() as outlines:
+        place = locate(ADAPTER, outlines)
+        assert place.how == "outlined" and 0 < (place.fetched or 0) < place.size and place.path.is_dir()
+    assert not place.path.exists()
+    monkeypatch.setattr("adapterkit.hub.locate.on_download", ContextVar("on_download", default=tell))
+    place = locate(ADAPTER)
+    assert place.how == "downloaded" and told[-1][0] == told[-1][1] > 0
+    told.clear()
+    with ExitStack() as outlines:
+        assert locate(ADAPTER, outlines) == locate(ADAPTER) == Place(place.path, "cached")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert locate(ADAPTER) == Place(place.path, "cached") and not told
+    with pytest.raises(OfflineError):
+        locate(BASE)
 
 
 def test_offline_the_cache_is_used(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

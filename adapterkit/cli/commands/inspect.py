@@ -12,12 +12,13 @@ import click
 from adapterkit.adapter.formats import load, table
 from adapterkit.base.checkpoint import is_base
 from adapterkit.cli.command import Command
-from adapterkit.cli.lookup import Lookup, looked_at
+from adapterkit.cli.lookup import fetched_of, looked_at
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.progress import tracked
 from adapterkit.cli.views.base import show_base
 from adapterkit.errors import FitError, UnknownStrengthError, UsageError
 from adapterkit.files.hub_cache import check_cached
+from adapterkit.hub.locate import Place
 from adapterkit.inspection.summary import ModuleRow, by_target, header_rows, measure, summarize, to_json
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def inspect_command(
 
 
 def _show(
-    path: str, there: Lookup, adapter: Adapter, unknown: str | None, match: Match | None,
+    path: str, there: Place, adapter: Adapter, unknown: str | None, match: Match | None,
     norms_of_base: Callable[[], dict[str, float]] | None, as_json: bool, modules: bool, header_only: bool,
     plot: str | None,
 ) -> None:  # fmt: skip
@@ -85,7 +86,7 @@ def _show(
         check_cached(adapter.files)
     summary = summarize(adapter, strength_known=strength_known)
     if not as_json:
-        adapter_view.show_header(path, summary, match, unknown=unknown, fetched=there.told)
+        adapter_view.show_header(path, summary, match, unknown=unknown, fetched=fetched_of(there))
     rows = header_rows(adapter, strength_known=strength_known)
     if not header_only:
         norms = norms_of_base() if norms_of_base else {}

@@ -6,14 +6,15 @@ from dataclasses import asdict
 
 from adapterkit.base.checkpoint import open_checkpoint
 from adapterkit.base.quant import needs_values
-from adapterkit.cli.lookup import Lookup
+from adapterkit.cli.lookup import fetched_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.errors import FormatError
+from adapterkit.hub.locate import Place
 from adapterkit.inspection.inventory import inventory, unsupported
 from adapterkit.text import counted, size
 
 
-def show_base(there: Lookup, given: str, as_json: bool) -> None:
+def show_base(there: Place, given: str, as_json: bool) -> None:
     """Print the base that is `there`, which the user calls `given`."""
     checkpoint = open_checkpoint(there.path)
     if there.headers_only and needs_values(checkpoint.tensors):
@@ -38,8 +39,8 @@ def show_base(there: Lookup, given: str, as_json: bool) -> None:
         f"weights     {sum(row.weights for row in rows):,} in {counted(len(checkpoint.shards), 'file')}, {size(stored)}"
     )
     say(f"parameters  {sum(row.parameters for row in rows):,}")
-    if there.told:
-        say(f"fetched     {there.told}")
+    if fetched_of(there):
+        say(f"fetched     {fetched_of(there)}")
     if warning:
         say(f"⚠ {warning}")
     width = max(len("stored as"), *(len(row.scheme) for row in rows)) if rows else 0
