@@ -1,1 +1,1 @@
-"""A screen a file."""
+"""Screens, one per file."""

@@ -1,1 +1,1 @@
-"""A widget a file, named for what is on the screen."""
+"""Widgets, one per file."""
