@@ -29,16 +29,19 @@ if TYPE_CHECKING:
     from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
     from adapterkit.errors import AdapterkitError
     from adapterkit.merging.live import apply, remove
+    from adapterkit.merging.options import RunOptions
     from adapterkit.merging.plan.types import MergePlan
-    from adapterkit.merging.run.scheduler import Merged, TensorMerged
+    from adapterkit.merging.run.finish import Merged, finish
+    from adapterkit.merging.run.run import TensorMerged, run_file
 
 # Name -> module; imported on first use, so that `adapterkit --help` stays fast.
 _EXPORTS = {
     "Adapter": "adapter.weights", "LazyTensor": "adapter.weights", "LoraWeights": "adapter.weights",
-    "AdapterkitError": "errors", "MergePlan": "merging.plan.types",
+    "AdapterkitError": "errors", "MergePlan": "merging.plan.types", "RunOptions": "merging.options",
     **dict.fromkeys(("load", "save"), "adapter.formats"),
     "run": "api.run",
-    **dict.fromkeys(("Merged", "TensorMerged"), "merging.run.scheduler"),
+    **dict.fromkeys(("run_file", "TensorMerged"), "merging.run.run"),
+    **dict.fromkeys(("finish", "Merged"), "merging.run.finish"),
     **dict.fromkeys(("AdapterMade", "AdapterPlan", "ModuleDone"), "combining.plan"),
     **dict.fromkeys(("merge", "plan_merge", "plan_quantize", "quantize", "verify"), "api.merge"),
     **dict.fromkeys(("StepStarted", "UnmergePlan", "plan_unmerge", "unmerge"), "api.unmerge"),
@@ -49,10 +52,10 @@ _EXPORTS = {
 
 __all__ = [
     "Adapter", "AdapterMade", "AdapterPlan", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged",
-    "ModuleDone", "StepStarted", "TensorMerged", "UnmergePlan", "__version__", "apply", "combine", "compare",
-    "convert", "extract", "load", "merge", "plan_combine", "plan_convert", "plan_extract", "plan_merge",
-    "plan_quantize", "plan_resize", "plan_unmerge", "quantize", "remove", "resize", "run", "save", "unmerge",
-    "verify",
+    "ModuleDone", "RunOptions", "StepStarted", "TensorMerged", "UnmergePlan", "__version__", "apply", "combine",
+    "compare", "convert", "extract", "finish", "load", "merge", "plan_combine", "plan_convert", "plan_extract",
+    "plan_merge", "plan_quantize", "plan_resize", "plan_unmerge", "quantize", "remove", "resize", "run", "run_file",
+    "save", "unmerge", "verify",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ text < errors < {packages options} < files < adapter < algebra < base < inspecti
 INNER = {
     "base": "{architectures checkpoint quant renames} < {models targets ties} < {placement rows}",
     "hub": "{client names} < {remote upload} < download < locate < listing < removal",
-    "merging": "plan < {blocks calibration receipts} < {card live verify} < run < unmerge",
+    "merging": "{options plan} < {blocks calibration receipts} < {card live verify} < run < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < combine < {compare convert extract write}",
     "train": "{products recipe} < {data initial loss} < {causal layers} < {injection loop} < runs",
     "cli": "{data_notes options output signals} < {failures lookup progress} < {command run_plan views} < {main commands}",
@@ -126,7 +126,7 @@ def test_only_the_top_prints(name: str) -> None:
         ("merging.run.budget", "from adapterkit.combining import combine"),
         ("merging.plan.types", "def f():\n    from adapterkit.cli import main"),
         ("merging.plan.types", "from adapterkit.merging.run.budget import check_loss"),
-        ("merging.run.scheduler", "import rich"),
+        ("merging.run.run", "import rich"),
         ("cli.commands.inspect", "import torch"),
         ("hub.remote", "import huggingface_hub"),
     ],

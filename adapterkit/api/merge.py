@@ -27,12 +27,13 @@ from adapterkit.base.quant import QuantizationSettings, Rounding, checked
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_id, located, resolve
+from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.planner import make_plan
 from adapterkit.merging.plan.planner import plan_quantize as make_quantize_plan
 from adapterkit.merging.plan.types import MergePlan, inputs_of
-from adapterkit.merging.receipts.receipt import check_receipt
 from adapterkit.merging.run.budget import default_threads
-from adapterkit.merging.run.scheduler import Merged, run
+from adapterkit.merging.run.finish import Merged
+from adapterkit.merging.run.run import run
 from adapterkit.options import takes
 
 if TYPE_CHECKING:
@@ -46,21 +47,17 @@ def plan_merge(o: MergeOptions) -> MergePlan:
     `base` is a directory, a `.safetensors` or a Hub id; an adapter is a path, a Hub id or an opened `Adapter`,
     alone or with its weight; several are a sequence of these, or a mapping of paths to weights. Without `out`,
     `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is bf16, fp16 or fp32; by default
-    every tensor keeps its own. A quantized base is dequantized, unless `quantize` is a kind to write, or same; where
-    that keeps less than half of the update, running the plan raises LossError unless `accept_loss`. `rounding` is
-    nearest, stochastic (by `seed`) or compensated (`quant.rounding`), the last also by `calibration`, a text file
-    over which running the plan first runs the base. `original` is the 16-bit model that a quantized base was made
-    from, to be checked and merged into. With a `receipt` the merge can be undone bit for bit, see `unmerge`. `link`
-    has files that stay as they are share their bytes with the base's, where the file system can. What is on the Hub
-    is downloaded once its headers fit; without `download` the plan made from them is returned, to be looked at and
-    not run. Raises what is listed in `adapterkit.errors`.
+    every tensor keeps its own. A quantized base is dequantized, unless `quantize` is a kind to write, or same.
+    `rounding` is nearest, stochastic (by `seed`) or compensated (`quant.rounding`), the last also by `calibration`, a
+    text file over which running the plan first runs the base. `original` is the 16-bit model that a quantized base was
+    made from, to be checked and merged into. What is on the Hub is downloaded once its headers fit; without `download`
+    the plan made from them is returned, to be looked at and not run. How to run it is for `RunOptions` to say. Raises
+    what is listed in `adapterkit.errors`.
     """
     if o.quantize is not None and o.dtype is not None:
         raise UsageError("a quantized output has the dtypes of its scheme: give dtype or quantize, not both")
     _check_rounding(o, o.quantize is not None)
     named, rename = weighted(o.adapters), renaming(o.rename)
-    if o.accept_loss and o.quantize is None:
-        raise UsageError("only a quantized output can lose an update: accept_loss goes with quantize")
 
     def made(where: Callable[[AnyPath], Path]) -> MergePlan:
         checkpoint = open_base(o.base, where)
@@ -70,11 +67,8 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         target = Path(o.out).expanduser() if o.out is not None else _default_output(*into, "merged")
         plan = make_plan(
             checkpoint, given, target, dtype=o.dtype, quantize=o.quantize, rounding=Rounding(o.rounding, o.seed),
-            original=sixteen, accept_loss=o.accept_loss, rename=rename, allow_partial=o.allow_partial,
-            calibration=_text(o), receipt=o.receipt, link=o.link,
+            original=sixteen, rename=rename, allow_partial=o.allow_partial, calibration=_text(o),
         )  # fmt: skip
-        if o.receipt:
-            check_receipt(plan)
         return _placed(plan, o.overwrite, checkpoint)
 
     specs = [o.base, *(what for what, _ in named), o.original]
@@ -88,7 +82,8 @@ def plan_merge(o: MergeOptions) -> MergePlan:
 @takes(MergeCall)
 def merge(o: MergeCall) -> Merged:
     """Merge in one call: `plan_merge`, then `run` to its end."""
-    *_, result = run(plan_merge.of(o), threads=o.threads, report=o.report, device=o.device, resume=o.resume)
+    options = RunOptions(o.threads, str(o.device), o.report, o.resume, o.receipt, o.link, o.accept_loss)
+    *_, result = run(plan_merge.of(o), options)
     assert isinstance(result, Merged)
     return result
 
@@ -128,7 +123,7 @@ def plan_quantize(o: QuantizeOptions) -> MergePlan:
 @takes(QuantizeCall)
 def quantize(o: QuantizeCall) -> Merged:
     """Quantize in one call: `plan_quantize`, then `run` to its end."""
-    *_, result = run(plan_quantize.of(o), threads=o.threads, device=o.device)
+    *_, result = run(plan_quantize.of(o), RunOptions(o.threads, str(o.device)))
     assert isinstance(result, Merged)
     return result
 
@@ -166,5 +161,5 @@ def _placed(plan: MergePlan, overwrite: bool, base: Checkpoint) -> MergePlan:
     """The plan, once its output may be written; with an original, the quantized `base` is read too."""
     text = (plan.calibration,) if plan.calibration else ()
     plan = replace(plan, overwrite=overwrite, also_read=(*inputs_of(base), *text))
-    plan.destination.check()
+    plan.destination(receipt=False).check()
     return plan

@@ -101,7 +101,7 @@ class ExtractOptions(Options):
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
+class DeviceOptions(Options):
     """How a merge is computed"""
 
     _: KW_ONLY
@@ -159,6 +159,21 @@ class MergeOptions(StrengthOptions, QuantizingOptions):
         None, "Merge into the unquantized model that BASE was made from", metavar="BASE16", group=QUANTIZATION,
         in_form=False,
     )  # fmt: skip
+    overwrite: bool = overwrite()
+    download: bool = option(
+        True, "Plan from headers alone where the base or an adapter is not downloaded", in_form=False, in_cli=False
+    )
+
+
+@dataclass(frozen=True)
+class MergeRunOptions(DeviceOptions):
+    """How a merge of adapters is computed"""
+
+    _: KW_ONLY
+    report: bool = option(
+        False, "Measure what rounding kept of the update, by layer; with --json, by tensor", in_form=False
+    )
+    resume: bool = option(False, "Take over the shards that an interrupted merge had finished", in_form=False)
     accept_loss: bool = option(
         False, "Proceed even if quantization erases more than half of the update", group=QUANTIZATION, in_form=False
     )
@@ -168,21 +183,6 @@ class MergeOptions(StrengthOptions, QuantizingOptions):
     link: bool = option(
         False, "Let unchanged files share the base's bytes (reflink, hard link)", group="Output", in_form=False
     )
-    overwrite: bool = overwrite()
-    download: bool = option(
-        True, "Plan from headers alone where the base or an adapter is not downloaded", in_form=False, in_cli=False
-    )
-
-
-@dataclass(frozen=True)
-class MergeRunOptions(RunOptions):
-    """How a merge of adapters is computed"""
-
-    _: KW_ONLY
-    report: bool = option(
-        False, "Measure what rounding kept of the update, by layer; with --json, by tensor", in_form=False
-    )
-    resume: bool = option(False, "Take over the shards that an interrupted merge had finished", in_form=False)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class QuantizeOptions(QuantizingOptions):
 
 
 @dataclass(frozen=True)
-class QuantizeCall(RunOptions, QuantizeOptions):
+class QuantizeCall(DeviceOptions, QuantizeOptions):
     """A base quantized, and how that is computed"""
 
 
@@ -251,5 +251,5 @@ class UnmergeOptions(Options):
 
 
 @dataclass(frozen=True)
-class UnmergeCall(RunOptions, UnmergeOptions):
+class UnmergeCall(DeviceOptions, UnmergeOptions):
     """A merge undone, and how"""

@@ -13,9 +13,11 @@ from adapterkit.api.unmerge import StepStarted, UnmergePlan, run_steps
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
 from adapterkit.combining.write import make_adapter
 from adapterkit.errors import UsageError
+from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan
-from adapterkit.merging.run.scheduler import Merged, TensorMerged
-from adapterkit.merging.run.scheduler import run as run_merge
+from adapterkit.merging.run.finish import Merged
+from adapterkit.merging.run.run import TensorMerged
+from adapterkit.merging.run.run import run as run_merge
 
 if TYPE_CHECKING:
     import torch
@@ -34,21 +36,25 @@ def run(
     report: bool = False,
     device: str | torch.device = "auto",
     resume: bool = False,
+    receipt: bool = True,
+    link: bool = False,
+    accept_loss: bool = False,
 ) -> Generator[StepStarted | TensorMerged | Merged, None, None]: ...
 @overload
 def run(plan: Plan, **how: Any) -> Generator[Event, None, None]: ...
 def run(plan: Plan, **how: Any) -> Generator[Event, None, None]:
     """Run `plan`, yielding an event for each tensor or module and the result last; on failure nothing is left behind.
 
-    Of a merge, `threads` compute on a `device` (auto, cpu, cuda or cuda:N); `report` measures what rounding kept of
-    every element instead of a sample; with `resume` shards are taken over that an interrupted run of this plan had
-    finished. Raises NoSpaceError where the disk is too small, FitError where factors are not finite or results exceed
-    their dtype, ChangedError where an input has changed, and UsageError where there is no such device.
+    A merge takes the options of `RunOptions`: `threads` compute on a `device` (auto, cpu, cuda or cuda:N); `report`
+    measures what rounding kept of every element instead of a sample; with `resume` files are taken over that an
+    interrupted run of this plan had finished. Raises NoSpaceError where the disk is too small, FitError where factors
+    are not finite or results exceed their dtype, LossError where quantizing leaves little of the update, ChangedError
+    where an input has changed, and UsageError where there is no such device.
     """
     if isinstance(plan, MergePlan):
-        return run_merge(plan, **how)
+        return run_merge(plan, RunOptions(**how))
     if isinstance(plan, UnmergePlan):
-        return run_steps(plan, **how)
+        return run_steps(plan, RunOptions(**how))
     if how:
         raise UsageError(f"making an adapter takes no {next(iter(how))}: that is for merges")
     return make_adapter(plan)

@@ -26,9 +26,11 @@ from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import BEFORE, RECEIPT, Destination, staged
 from adapterkit.files.stamps import Stamp, stamps_of
 from adapterkit.hub import is_hub_id, resolve
+from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan, inputs_of
 from adapterkit.merging.receipts.receipt import Receipt, find_receipt, read_receipt
-from adapterkit.merging.run.scheduler import Merged, TensorMerged, run
+from adapterkit.merging.run.finish import Merged
+from adapterkit.merging.run.run import TensorMerged, run
 from adapterkit.merging.unmerge import check_fits, plan_copy, plan_subtraction, plan_undo
 from adapterkit.options import takes
 from adapterkit.text import argument, command, counted
@@ -52,7 +54,7 @@ class UnmergePlan:
     @property
     def destination(self) -> Destination:
         """Where the base goes in the end."""
-        return replace(self.first.destination, beside=True)
+        return replace(self.first.destination(receipt=False), beside=True)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -81,7 +83,7 @@ class StepStarted:
     total: int
 
 
-def run_steps(plan: UnmergePlan, **how: Any) -> Generator[StepStarted | TensorMerged | Merged, None, None]:
+def run_steps(plan: UnmergePlan, options: RunOptions) -> Generator[StepStarted | TensorMerged | Merged, None, None]:
     """Undo every merge of `plan`: a step's events after its `StepStarted`, the result last."""
     steps = len(plan.receipts)
     with staged(plan.destination) as last:
@@ -93,7 +95,7 @@ def run_steps(plan: UnmergePlan, **how: Any) -> Generator[StepStarted | TensorMe
                 receipt = read_receipt(find_receipt(checkpoint.path) or checkpoint.path)
                 step = plan_undo(checkpoint, receipt, plan.adapters[number - 1], out)
             yield StepStarted(step, number, steps)
-            with closing(run(step, **how)) as events:
+            with closing(run(step, options)) as events:
                 for event in events:
                     if isinstance(event, Merged):
                         result = event
@@ -128,9 +130,8 @@ def plan_unmerge(o: UnmergeOptions) -> MergePlan | UnmergePlan:
 @takes(UnmergeCall)
 def unmerge(o: UnmergeCall) -> Merged:
     """Undo merges in one call: `plan_unmerge`, then `run` to its end."""
-    how: dict[str, Any] = {"threads": o.threads, "device": o.device}
-    plan = plan_unmerge.of(o)
-    *_, result = run_steps(plan, **how) if isinstance(plan, UnmergePlan) else run(plan, **how)
+    plan, options = plan_unmerge.of(o), RunOptions(o.threads, str(o.device))
+    *_, result = run_steps(plan, options) if isinstance(plan, UnmergePlan) else run(plan, options)
     assert isinstance(result, Merged)
     return result
 

@@ -15,9 +15,11 @@ from adapterkit.cli.options import weighted
 from adapterkit.cli.output import note, say, say_result, warn
 from adapterkit.cli.progress import progress
 from adapterkit.combining.plan import AdapterMade, ModuleDone
+from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import Hashes, MergePlan
-from adapterkit.merging.run.budget import check_device, default_threads, estimate_memory
-from adapterkit.merging.run.scheduler import Merged, TensorMerged
+from adapterkit.merging.run.budget import default_threads, estimate_memory
+from adapterkit.merging.run.finish import Merged
+from adapterkit.merging.run.run import TensorMerged, check_run
 from adapterkit.text import argument, command, counted, size
 
 R = TypeVar("R", Merged, AdapterMade)
@@ -28,8 +30,9 @@ def print_plan(plan: Plan, how: Mapping[str, Any], as_json: bool) -> None:
     _tell(plan)
     facts, lines = plan.facts(), plan.lines()
     if isinstance(plan, MergePlan):
-        threads, device = how.get("threads", default_threads()), str(how.get("device", "auto"))
-        check_device(plan, device, threads)
+        options = RunOptions(**how)
+        threads, device = options.threads or default_threads(), options.device
+        check_run(plan, options)
         memory = estimate_memory(plan, threads)
         facts |= {"peak_memory": memory, "threads": threads, "device": device}
         lines.append(f"memory    about {size(memory)} with {counted(threads, 'thread')}, device {device}")

@@ -24,7 +24,8 @@ from adapterkit.errors import FitError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import TensorInfo, read_header, write_tensors
 from adapterkit.files.staging import errors_of
-from adapterkit.merging.plan.types import Edit, MergePlan
+from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
+from adapterkit.merging.plan.types import MergePlan
 
 SPAN = 2048  # columns that share their errors, at most: H of more would not fit memory
 TOKENS = 512  # of one forward pass
@@ -41,21 +42,21 @@ def calibrated(plan: MergePlan) -> Iterator[MergePlan]:
     it, FormatError where the base does not load, FitError where it lacks a layer that is to be rounded, NoSpaceError
     where the directory for temporary files is full.
     """
-    edits = {edit.name: edit for file in plan.files for edit in file.edits if edit.packing}
+    edits = {edit.name: edit for edit in plan.merges if edit.packing}
     with TemporaryDirectory(prefix="adapterkit-") as folder:
         shares = _measure(plan, edits, Path(folder))
         files = [replace(file, edits=tuple(_with(edit, shares) for edit in file.edits)) for file in plan.files]
         yield replace(plan, files=tuple(files))
 
 
-def _with(edit: Edit, shares: dict[str, TensorInfo]) -> Edit:
-    if edit.name not in shares:
+def _with(edit: MergeEdit | RestoreEdit, shares: dict[str, TensorInfo]) -> MergeEdit | RestoreEdit:
+    if isinstance(edit, RestoreEdit) or edit.name not in shares:
         return edit
     packing: Any = edit.packing
     return replace(edit, packing=replace(packing, rounding=replace(packing.rounding, shares=shares[edit.name])))
 
 
-def _measure(plan: MergePlan, edits: dict[str, Edit], folder: Path) -> dict[str, TensorInfo]:
+def _measure(plan: MergePlan, edits: dict[str, MergeEdit], folder: Path) -> dict[str, TensorInfo]:
     """Run the base over the text, and write the shares of every edited weight into `folder`."""
     assert plan.calibration is not None
     with TextIOWrapper(open_regular(plan.calibration), "utf-8", "replace") as stream:

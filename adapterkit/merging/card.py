@@ -23,11 +23,14 @@ README = "README.md"
 REPLACED = (README, RECORD, RECEIPT, CONFIG)  # and the index
 
 
-def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes) -> None:
-    """Write everything but the weights into `folder`; the index and the config, which make it load, come last."""
+def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes, receipt: bool) -> None:
+    """Write everything but the weights into `folder`, with a `receipt` or without.
+
+    The index and the config, which make it load, come last.
+    """
     base = plan.base
     copied = copy_others(base, folder)
-    if plan.receipt:
+    if receipt:
         left_out = tuple(str(file) for file in base.other_files()[1])
         companions = Companions(copied, keep_replaced(base, folder / BEFORE), left_out)
         write_bytes(folder / RECEIPT, encode(as_json(plan, hashes, companions)))
@@ -138,9 +141,8 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
         lines += [f"base_model: {next(iter(bases))}", f"base_model_relation: {relation}"]
     lines += ["library_name: transformers", "tags:", "- adapterkit", *(["- lora", "- merge"] if plan.given else [])]
     names = [plan.base.name, *(_weighted(one) for one in plan.given)]
-    schemes = dict.fromkeys(edit.packing.scheme for file in plan.files for edit in file.edits if edit.packing)
     changed = f"{counted(plan.edits, 'weight')} {'changed' if plan.given else 'quantized'}"
-    stored = f"quantized to {'; '.join(schemes)}" if schemes else f"dtype {plan.stored_as}"
+    stored = f"quantized to {'; '.join(plan.schemes)}" if plan.schemes else f"dtype {plan.stored_as}"
     lines += [
         "---",
         "",

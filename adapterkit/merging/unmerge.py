@@ -19,18 +19,10 @@ from adapterkit.files.jsonfile import read_json
 from adapterkit.files.safetensors import Header, TensorInfo, Weight, read_header
 from adapterkit.files.staging import BEFORE, RECEIPT
 from adapterkit.merging.card import copy_others, keep_replaced, kept_before, others, replaced_in, restore_replaced
+from adapterkit.merging.plan.edits import ModuleUpdate, Recorded, RestoreEdit
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.planner import make_plan
-from adapterkit.merging.plan.types import (
-    BytesFromSidecar,
-    Copy,
-    Edit,
-    FilePlan,
-    Hashes,
-    MergePlan,
-    ModuleUpdate,
-    Recorded,
-)
+from adapterkit.merging.plan.types import BytesFromSidecar, Copy, FilePlan, Hashes, MergePlan
 from adapterkit.merging.receipts.receipt import HOLDS, Companions, ModuleShare, Receipt, Shard
 from adapterkit.merging.receipts.sidecar import base_header, kept, recorded
 from adapterkit.merging.run.budget import default_threads
@@ -63,8 +55,8 @@ def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter],
     unchecked = (*others(merged), *kept_before(receipt.folder / BEFORE)) if with_companions else ()
     return MergePlan(
         merged, out, given, tuple(files), {}, weight_map, {}, notes=tuple(_not_restored(receipt.companions, merged)),
-        restores=True, unchecked=() if receipt.companions else unchecked, beside=beside,
-        finish=partial(finish_unmerge, receipt),
+        restores=True, restores_receipt=beside,
+        unchecked=() if receipt.companions else unchecked, write_companions=partial(finish_unmerge, receipt),
     )  # fmt: skip
 
 
@@ -88,10 +80,10 @@ def plan_copy(base: Checkpoint, receipt: Receipt | None, out: Path) -> MergePlan
     )
     notes = tuple(_not_restored(receipt.companions if receipt else None, base))
     unchecked = (*others(base), *replaced_in(base)) if receipt and not receipt.companions else ()
-    finish = partial(finish_copy, receipt)
     return MergePlan(
-        base, out, (), files, base.config, {}, {}, notes=notes, restores=True, unchecked=unchecked, finish=finish
-    )
+        base, out, (), files, base.config, {}, {}, notes=notes, restores=True, unchecked=unchecked,
+        write_companions=partial(finish_copy, receipt),
+    )  # fmt: skip
 
 
 def plan_subtraction(merged: Checkpoint, given: Sequence[WeightedAdapter], out: Path) -> MergePlan:
@@ -102,7 +94,7 @@ def plan_subtraction(merged: Checkpoint, given: Sequence[WeightedAdapter], out: 
             what = "rescales the base's rows (DoRA)" if dora else "has replaced tensors of the base"
             raise FitError(f"{one.label}: {what}, which no subtraction undoes: only a receipt or the --base does")
     plan = make_plan(merged, [replace(one, weight=-one.weight) for one in given], out)
-    return replace(plan, notes=(*plan.notes, APPROXIMATE))
+    return replace(plan, undoable=False, notes=(*plan.notes, APPROXIMATE))
 
 
 def _with_shards(merged: Checkpoint, receipt: Receipt) -> Checkpoint:
@@ -167,7 +159,7 @@ def _file(shard: _Shard, quantized: Mapping[str, QuantizedWeight], given: Sequen
             copies.append(Copy(now.start, now.stop, info.start))
             continue
         number, parts = changed[info.name]
-        edit = Edit(
+        edit = RestoreEdit(
             info.name, now, weight.dtype, weight.shape, info.start, info.stop, _deltas(info, parts, given),
             quantized=quantized.get(info.name),
         )  # fmt: skip
@@ -193,7 +185,7 @@ def _deltas(
     return tuple(deltas)
 
 
-def _recorded(edit: Edit, blocks: Sequence[Recorded], sidecar: Header) -> tuple[Recorded, ...]:
+def _recorded(edit: RestoreEdit, blocks: Sequence[Recorded], sidecar: Header) -> tuple[Recorded, ...]:
     """The blocks of a tensor, checked to be all of its rows, and its updates to fit them."""
     rows, columns = edit.matrix
     renormalizing = [delta for delta in edit.deltas if delta.weights.magnitude is not None]
@@ -254,7 +246,7 @@ def finish_unmerge(receipt: Receipt, plan: MergePlan, folder: Path, hashes: Hash
     _check_restored(receipt, hashes)
     told = receipt.companions
     found = copy_others(merged, folder, told.copied if told else None)
-    if merged.is_directory or plan.beside:
+    if merged.is_directory or plan.restores_receipt:
         found |= restore_replaced(receipt.folder, folder)
         _check_companions(told, found, merged.path, "has changed since it was merged")
 

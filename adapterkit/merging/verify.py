@@ -26,9 +26,11 @@ from adapterkit.errors import FitError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo, Weight
 from adapterkit.files.stamps import check_unchanged
-from adapterkit.merging.blocks.block import LoadedEdit, load, merge_rows, replayed
+from adapterkit.merging.blocks.block import merge_rows, replayed
 from adapterkit.merging.blocks.device import Buffers
-from adapterkit.merging.plan.types import Edit, MergePlan
+from adapterkit.merging.blocks.loading import Loaded, load_merge
+from adapterkit.merging.plan.edits import MergeEdit
+from adapterkit.merging.plan.types import MergePlan
 
 BLOCK_ELEMENTS = 1 << 20
 FEW = 1e-3  # so small a share of the elements being off is damage, not another merge
@@ -69,8 +71,10 @@ def verify(plan: MergePlan, merged: Checkpoint, *, share: float = 1.0, threads: 
     end ChangedError where a file changed meanwhile.
     """
     after, before = _with_heads(plan, merged)
-    edits = {edit.name: (edit, file.source) for file in plan.files for edit in file.edits}
-    touched = {name: pair for name, pair in edits.items() if pair[0].deltas or pair[0].replaced or pair[0].added}
+    edits = {
+        edit.name: (edit, file.source) for file in plan.files for edit in file.edits if isinstance(edit, MergeEdit)
+    }
+    touched = {name: pair for name, pair in edits.items() if pair[0].changes}
     _check_names(plan, merged, before, after, touched)
     names = dict.fromkeys((*before, *touched))
     tie = tie_of(plan.base)
@@ -178,9 +182,9 @@ def _unit(values: torch.Tensor, limit: torch.finfo) -> torch.Tensor:
     return torch.exp2(torch.floor(torch.log2(values.abs().clamp(min=limit.tiny)))) * limit.eps
 
 
-def _touched(plan: MergePlan, edit: Edit, source: Path, after: Weight, share: float) -> Verdict:
+def _touched(plan: MergePlan, edit: MergeEdit, source: Path, after: Weight, share: float) -> Verdict:
     """Compare a tensor with its replay, and where they differ find out what is there instead."""
-    plain = replace(edit, dtype=after.dtype, packing=None, twin=None)
+    plain = replace(edit, dtype=after.dtype, packing=None, checked_against=None)
     wide = replace(plain, dtype="F64")  # computed in float64
     alone = [_only(wide, number, one) for number, one in enumerate(plan.given)]
     held = [one.label for one, mine in zip(plan.given, alone, strict=True) if mine is not None]
@@ -189,31 +193,31 @@ def _touched(plan: MergePlan, edit: Edit, source: Path, after: Weight, share: fl
     read, sums, buffers = reader(after, columns), _Sums(len(parts)), Buffers()
     with open_regular(source) as stream:
         fd = stream.fileno()
-        ours, whole, loaded = load(plain, fd), load(wide, fd), [load(mine, fd) for mine in parts]
+        ours, whole, loaded = load_merge(plain, fd), load_merge(wide, fd), [load_merge(mine, fd) for mine in parts]
         for first, last in _spans(rows, columns, share):
             found = read(first, last)
-            if torch.equal(_merged(plain, ours, fd, first, last, buffers), found):  # at a tenth of what follows
+            if torch.equal(_merged(ours, first, last, buffers), found):  # at a tenth of what follows
                 sums.checked += found.numel()
                 continue
-            before, exact = replayed(wide, whole, fd, first, last, buffers)
+            before, exact = replayed(whole, first, last, buffers)
             shares = [exact - before]
             if len(parts) > 1:
-                pairs = [replayed(mine, one, fd, first, last, buffers) for mine, one in zip(parts, loaded, strict=True)]
+                pairs = [replayed(one, first, last, buffers) for one in loaded]
                 shares = [after_it - before_it for before_it, after_it in pairs]
             sums.add(first, before, exact, shares, found)
     return _judge(edit.name, sums, held, after, plan.given)
 
 
-def _merged(edit: Edit, loaded: LoadedEdit, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor:
+def _merged(loaded: Loaded[MergeEdit], first: int, last: int, buffers: Buffers) -> torch.Tensor:
     """Rows as merging writes them; what is beyond the dtype is left to be compared."""
-    dtype, columns = getattr(torch, TORCH_NAMES[edit.dtype]), edit.matrix[1]
+    dtype, columns = getattr(torch, TORCH_NAMES[loaded.edit.dtype]), loaded.edit.matrix[1]
     into = bytearray((last - first) * columns * dtype.itemsize)
     with suppress(FitError):
-        merge_rows(edit, loaded, fd, first, last, buffers, memoryview(into), 0, False)
+        merge_rows(loaded, first, last, buffers, memoryview(into))
     return torch.frombuffer(into, dtype=dtype).view(-1, columns)
 
 
-def _only(edit: Edit, number: int, one: WeightedAdapter) -> Edit | None:
+def _only(edit: MergeEdit, number: int, one: WeightedAdapter) -> MergeEdit | None:
     """The part of an edit that comes from one adapter, or None where it has none."""
     own = tuple(delta for delta in edit.deltas if delta.adapter == number)
     replaced = tuple(

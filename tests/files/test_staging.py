@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from standins import failing
 
 import adapterkit as package
+from adapterkit.cli import run_plan
 from adapterkit.errors import OutputExistsError
 from adapterkit.files.workspace import MARK, Mark, Workspace
+from adapterkit.merging.options import RunOptions
 from adapterkit.merging.receipts.resume import job_of
-from adapterkit.merging.run import scheduler
 
 ROOT = Path(package.__file__).parents[1]
 
@@ -225,7 +226,7 @@ def test_a_mark_that_came_in_an_archive(inputs: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(inputs)
     Path("precious").mkdir()
     Path("precious/thesis.tex").write_text("years of work")
-    work = Workspace.create(Path(), Mark("out", job_of(package.plan_merge("base", "adapter", "out"))))
+    work = Workspace.create(Path(), Mark("out", job_of(package.plan_merge("base", "adapter", "out"), RunOptions())))
     (work.path / "new").symlink_to(inputs / "precious")
     work.close()
     assert adapterkit("merge", "base", "adapter", "-o", "out", *how).code == 0
@@ -247,7 +248,7 @@ def test_what_dead_runs_left_goes_with_the_next_run(inputs: Path) -> None:
 
 @pytest.mark.parametrize("what", ["another file", "no safetensors", "a receipt of another's"])
 def test_a_file_that_is_not_ours_is_not_replaced(inputs: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    monkeypatch.setattr(scheduler, "run", failing(AssertionError("began")))
+    monkeypatch.setattr(run_plan, "run", failing(AssertionError("began")))
     out, file = inputs / "out.safetensors", inputs / "base" / "model-00001-of-00002.safetensors"
     if what == "a receipt of another's":
         out.with_name("out.safetensors.receipt").mkdir()

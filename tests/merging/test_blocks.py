@@ -16,16 +16,18 @@ import adapterkit
 from adapterkit.adapter.weights import LazyTensor
 from adapterkit.algebra.updates import Retention
 from adapterkit.files.safetensors import read_header
-from adapterkit.merging.blocks.block import GROUP_ROWS, _chunk_rows, _same, _step, load, merge_rows
+from adapterkit.merging.blocks.block import _same, merge_rows
 from adapterkit.merging.blocks.device import Buffers, ComputeDevice
-from adapterkit.merging.plan.types import Addition, Edit, Replacement
+from adapterkit.merging.blocks.loading import load
+from adapterkit.merging.blocks.reading import GROUP_ROWS, chunk_rows, rows_at_a_time
+from adapterkit.merging.plan.edits import Addition, MergeEdit, Replacement
 
 
 @pytest.mark.parametrize("chunk", [1, 31, 32, 96, 1000, 2**17])
 @pytest.mark.parametrize("columns", [0, 1, 3, 31, 32, 33, 4096, 2**20])
 def test_chunks_are_as_large_as_they_may_be(columns: int, chunk: int) -> None:
     """Whole groups of rows, or a power of two where they are fewer, so that a group of midpoints is never cut."""
-    rows = _chunk_rows(columns, chunk)
+    rows = chunk_rows(columns, chunk)
     allowed = [2**k for k in range(6)] + list(range(2 * GROUP_ROWS, chunk + GROUP_ROWS, GROUP_ROWS))
     assert rows == max(one for one in allowed if one == 1 or one * max(1, columns) <= chunk)
 
@@ -34,10 +36,10 @@ def test_chunks_are_as_large_as_they_may_be(columns: int, chunk: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 31, 96, 1000, 2**17])
 def test_no_block_of_a_quantized_output_is_cut(together: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows as fit, of which `together` always lie side by side; that many where fewer would fit."""
-    monkeypatch.setattr(Edit, "rows_together", together)
+    monkeypatch.setattr(MergeEdit, "rows_together", together)
     for columns in (1, 3, 33, 4096):
-        rows = _chunk_rows(columns, chunk)
-        step = _step(Edit("m.weight", None, "F32", (20, columns), 0, 80 * columns, ()), chunk)
+        rows = chunk_rows(columns, chunk)
+        step = rows_at_a_time(MergeEdit("m.weight", None, "F32", (20, columns), 0, 80 * columns, ()), chunk)
         assert step == max([together, *range(together, rows + 1, together)])
 
 
@@ -60,14 +62,14 @@ def test_blocks_are_rows_of_the_whole(name: str, weight: float, rows: int, tmp_p
             for first in range(0, depth, rows):
                 last = min(depth, first + rows)
                 into = bytearray((last - first) * columns * before.itemsize)
-                some, undone, changed = merge_rows(
-                    edit, loaded, fd, first, last, buffers, memoryview(into), last - first, first % 2 == 0
+                made = merge_rows(
+                    loaded, first, last, buffers, memoryview(into), measured=last - first, undoable=first % 2 == 0
                 )
                 found.append(torch.frombuffer(into, dtype=before.dtype).view(-1, columns))
                 source = before.view(depth, columns)[first:last]
-                assert changed is not torch.equal(found[-1], source) and (undone is None) is (first % 2 == 1)
-                assert some is not None
-                kept += some
+                assert made.changed is not torch.equal(found[-1], source) and (made.undo is None) is (first % 2 == 1)
+                assert made.kept is not None
+                kept += made.kept
             os.close(fd)
             after, want = torch.cat(found).view(before.shape), expected[edit.name]
             assert check(after, want) == 0
@@ -101,7 +103,7 @@ def test_values_replace_the_base_wherever_it_is_cut(weight: float, new: bool, tm
         Replacement(LazyTensor.of(whole), weight),
         Replacement(LazyTensor.of(tokens), weight, rows),
     )
-    edit = Edit("m.weight", source, "F32", (20, 3), 0, 240, (), replaced, (Addition(LazyTensor.of(vector), 0.5),))
+    edit = MergeEdit("m.weight", source, "F32", (20, 3), 0, 240, (), replaced, (Addition(LazyTensor.of(vector), 0.5),))
     exact = torch.zeros(20, 3).double() if new else W.double()
     share = 1.0 if new else weight
     exact += share * (whole.double() - exact)
@@ -115,6 +117,6 @@ def test_values_replace_the_base_wherever_it_is_cut(weight: float, new: bool, tm
             for first in range(0, 20, size):
                 last = min(20, first + size)
                 into = bytearray((last - first) * 12)
-                merge_rows(edit, loaded, fd, first, last, buffers, memoryview(into), 0, False)
+                merge_rows(loaded, first, last, buffers, memoryview(into))
                 assert torch.equal(torch.frombuffer(into, dtype=torch.float32).view(-1, 3), exact[first:last].float())
     os.close(fd)

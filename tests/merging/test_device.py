@@ -186,9 +186,9 @@ def test_small_blocks_and_many_workers(
     cuda: StandIn, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, rows: int,
 ) -> None:  # fmt: skip
-    from adapterkit.merging.run import outputs
+    from adapterkit.merging.run import pieces
 
-    monkeypatch.setattr(outputs, "BLOCK_BYTES", rows * 2 * 40)
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", rows * 2 * 40)
     base = make_base({f"layers.{i}.q.weight": torch.randn(24, 40).bfloat16() for i in range(6)}, shards=2)
     adapter = make_adapter({k: t for i in range(6) for k, t in factors(f"layers.{i}.q", 24, 40).items()})
     same_output(base, adapter, tmp_path, "cuda", threads=5)
@@ -234,7 +234,7 @@ def test_quantizing_goes_on_where_the_memory_ran_out_midway(
     cuda: StandIn, nf4: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scales that were computed before are kept."""
-    from adapterkit.merging.run import outputs
+    from adapterkit.merging.run import pieces
 
     calls = 0
     packed = Quantizer4bit.pack
@@ -246,7 +246,7 @@ def test_quantizing_goes_on_where_the_memory_ran_out_midway(
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return packed(self, rows, first)
 
-    monkeypatch.setattr(outputs, "BLOCK_BYTES", 8 * 200 * 2)
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 8 * 200 * 2)
     nf4(nested=True)
     monkeypatch.setattr(Quantizer4bit, "pack", pack)
     result = adapterkit.quantize(tmp_path / "dense", tmp_path / "again", to="nf4", nested=True, device="cuda")

@@ -32,7 +32,8 @@ from adapterkit.files import stamps, system
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.workspace import PREFIX
 from adapterkit.merging import card, verify
-from adapterkit.merging.run import scheduler
+from adapterkit.merging.run import finish, making, run, scheduler
+from adapterkit.merging.run.inputs import Inputs
 
 ROOT = Path(package.__file__).parents[1]
 KILLS = os.environ.get("STRESS_KILLS", "20")
@@ -78,10 +79,10 @@ import torch  # now: parts of its import swallow a KeyboardInterrupt
 import adapterkit.merging.blocks.block, adapterkit.cli.main
 from adapterkit.files import staging, writing
 from adapterkit.merging import card
-from adapterkit.merging.run import outputs, scheduler
+from adapterkit.merging.run import finish, making, run, scheduler
 from adapterkit.__main__ import main
 
-def run(place, nth, which, out, err, *argv):
+def run_hooked(place, nth, which, out, err, *argv):
     owner, name = eval(place.rpartition(".")[0]), place.rpartition(".")[2]
     function, calls = getattr(owner, name), []
     def hooked(*args):
@@ -98,19 +99,19 @@ gc.freeze()  # or each fork would copy what it only counts
 for line in sys.stdin:
     pid = os.fork()
     if not pid:
-        sys.exit(run(*json.loads(line)))
+        sys.exit(run_hooked(*json.loads(line)))
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 # Where a merge of four tensors in two shards may end: function, and which of its calls.
 POINTS = [
-    ("scheduler._Run._create_outputs", 1),
-    ("scheduler._Run._copy", 1),
-    ("scheduler._Run._merge_block", 1),
-    ("scheduler._Run._merge_block", 4),
-    ("outputs.Output.part_done", 3),
-    ("outputs.Output.part_done", 6),
-    ("scheduler.finish_merge", 1),
+    ("scheduler.Scheduler._create", 1),
+    ("making.FileMaking._copy", 1),
+    ("making.FileMaking.make_block", 1),
+    ("making.FileMaking.make_block", 4),
+    ("making.FileMaking._part_done", 3),
+    ("making.FileMaking._part_done", 6),
+    ("finish.finish_merge", 1),
     ("card.copy_file", 1),
     ("writing.write_text", 2),
     ("staging._commit", 1),
@@ -157,7 +158,7 @@ def test_killed(inputs: Path, place: tuple[str, int]) -> None:
 
 def test_a_shard_in_the_making_opens_as_nothing(inputs: Path) -> None:
     """Shards load without a config too, so a header must not be there before its tensors are."""
-    ended_by(("scheduler._Run._merge_block", 1), "SIGKILL", inputs)
+    ended_by(("making.FileMaking.make_block", 1), "SIGKILL", inputs)
     shards = sorted(building(inputs).glob("*.safetensors"))
     assert len(shards) == 2
     for shard in shards:
@@ -190,7 +191,7 @@ def test_interrupted_while_progress_is_drawn(inputs: Path, monkeypatch: pytest.M
 def test_an_interrupted_overwrite_keeps_the_old_output(inputs: Path, which: str) -> None:
     assert merge(inputs).code == 0
     old = contents(inputs / "out")
-    assert ended_by(("scheduler._Run._merge_block", 2), which, inputs, "--overwrite", "--scale=2").returncode != 0
+    assert ended_by(("making.FileMaking.make_block", 2), which, inputs, "--overwrite", "--scale=2").returncode != 0
     assert contents(inputs / "out") == old
     assert merge(inputs, "--overwrite", "--scale=2").code == 0
     assert contents(inputs / "out") != old
@@ -228,14 +229,16 @@ def bytes_of(out: Path) -> dict[str, bytes | None]:
     return {name: data for name, data in contents(out).items() if not name.endswith(".residuals")}
 
 
-HALF = ("scheduler.note_finished", 2)  # one shard is finished and noted, the other finished
+HALF = ("run.record_done", 2)  # one shard is finished and noted, the other finished
 
 
 def test_a_killed_merge_is_resumed(inputs: Path) -> None:
-    """A shard that was finished is not written again; all is as if it had never been interrupted."""
+    """A shard that was finished is not written again, whatever its inputs' dates; all is as if nothing had happened."""
     assert merge(inputs, out="fresh").code == 0
     ended_by(HALF, "SIGKILL", inputs)
     [first] = finished(inputs)
+    os.utime(inputs / "base" / first, ns=(1, 1))
+    os.utime(inputs / "adapter" / "adapter_model.safetensors", ns=(1, 1))
     assert merge(inputs, "--resume").code == 0
     assert taken_over(inputs / "out") == [first]
     assert bytes_of(inputs / "out") == bytes_of(inputs / "fresh")
@@ -257,7 +260,7 @@ def test_what_does_not_hash_right_is_merged_again(tmp_path: Path, what: str) -> 
     elif what == "note":
         (first.parent / ".adapterkit_progress" / f"{name}.json").write_text("{")
     elif what != "plan":
-        os.utime(tmp_path / what / (name if what == "base" else "adapter_model.safetensors"), ns=(1, 1))
+        overwritten(tmp_path / what / (name if what == "base" else "adapter_model.safetensors"))
     assert merge(tmp_path, "--resume", scale).code == 0
     assert merge(tmp_path, scale, out="fresh").code == 0
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "fresh")
@@ -444,7 +447,7 @@ def test_the_disk_fills_up_at_the_end(inputs: Path, monkeypatch: pytest.MonkeyPa
 def test_a_disk_that_is_too_small_is_noticed_first(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*real(path)[:3], 0, 0, *real(path)[5:]]))
-    monkeypatch.setattr(scheduler, "staged", failing(AssertionError("began")))
+    monkeypatch.setattr(run, "staged", failing(AssertionError("began")))
     assert "0.00 GB free" in merge(inputs, out="new/folder/out").message(6)
     assert nothing_left(inputs)
 
@@ -453,7 +456,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(inputs: Path, monkeypatch: py
 def test_a_small_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: bool) -> None:
     """The real thing, noticed beforehand, and where the check was passed but others then filled the disk."""
     if not checked:
-        monkeypatch.setattr(scheduler, "check_space", lambda plan: None)
+        monkeypatch.setattr(run, "check_space", lambda *_: None)
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk], capture_output=True).returncode:
@@ -574,8 +577,8 @@ def test_an_input_that_changes_while_it_is_merged(
 ) -> None:
     """Whatever changes and whenever, no receipt is written that fits neither state."""
     owner, name, nth = {
-        "begun": (scheduler._Run, "_create_outputs", 1), "block": (scheduler._Run, "_merge_block", 3),
-        "end": (scheduler._Run, "check_inputs", 1),
+        "begun": (scheduler.Scheduler, "_create", 1), "block": (making.FileMaking, "make_block", 3),
+        "end": (Inputs, "check", 2),
     }[point]  # fmt: skip
     for number, file in enumerate(INPUTS):
         folder = tmp_path / str(number)
@@ -593,7 +596,7 @@ def test_an_input_that_changes_while_it_is_merged(
 def test_a_file_that_appears_beside_the_base_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
     late = partial((tmp_path / "base" / "merges.txt").write_text, "late")
-    monkeypatch.setattr(scheduler, "finish_merge", nth_call(scheduler.finish_merge, 1, late))
+    monkeypatch.setattr(finish, "finish_merge", nth_call(finish.finish_merge, 1, late))
     assert "base/merges.txt: was not there when this began" in merge(tmp_path).message(1)
     assert nothing_left(tmp_path)
 
@@ -610,7 +613,7 @@ def test_inputs_that_change_under_other_commands(tmp_path: Path, monkeypatch: py
     shard = base / "model-00002-of-00002.safetensors"
     what, owner, name = weights, write, "save"
     if command in ("quantize", "subtract", "undo"):
-        owner, name = scheduler._Run, "check_inputs"
+        owner, name = run, "finish_job"
     if command in ("extract", "quantize", "verify"):
         what = shard
     if command == "verify":
@@ -714,7 +717,7 @@ def test_an_output_below_proc(inputs: Path) -> None:
 @pytest.mark.parametrize("out", ["out", "new/folder/out"])
 def test_folders_made_for_an_output_go_with_it(inputs: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(scheduler, "finish_merge", failing(FULL))
+        patched.setattr(finish, "finish_merge", failing(FULL))
         assert merge(inputs, out=out).code != 0
     assert nothing_left(inputs)
     assert merge(inputs, out=out).code == 0
@@ -780,7 +783,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(inputs: Path, monkeypa
         (inputs / "out").mkdir()
         (inputs / "out" / "thesis.tex").write_text("years of work")
 
-    monkeypatch.setattr(scheduler, "finish_merge", nth_call(scheduler.finish_merge, 1, appear))
+    monkeypatch.setattr(finish, "finish_merge", nth_call(finish.finish_merge, 1, appear))
     assert "appeared while" in merge(inputs).message(7)
     assert contents(inputs / "out") == {"thesis.tex": b"years of work"}
     assert names(inputs) == ["adapter", "base", "out"]

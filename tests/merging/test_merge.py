@@ -26,7 +26,8 @@ import adapterkit
 from adapterkit.algebra.updates import Retention
 from adapterkit.errors import FitError, NoSpaceError, UsageError
 from adapterkit.merging.plan.types import MergePlan
-from adapterkit.merging.run.scheduler import Merged, TensorMerged
+from adapterkit.merging.run.finish import Merged
+from adapterkit.merging.run.run import TensorMerged
 
 TINY = {
     "tiny-dora": "tiny-llama",
@@ -158,11 +159,11 @@ def test_dora_and_plain_adapters_add_up_in_any_order(
 
 def test_threads_blocks_and_reports_do_not_change_a_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from adapterkit.merging.blocks import device
-    from adapterkit.merging.run import outputs
+    from adapterkit.merging.run import pieces
 
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-patterns"
     adapterkit.merge(base, [adapter], tmp_path / "one", threads=1)
-    monkeypatch.setattr(outputs, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 640)
     monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), 96))
     adapterkit.merge(base, [adapter], tmp_path / "many", threads=5, report=True)
     one, many = (tmp_path / name / "model.safetensors" for name in ("one", "many"))
@@ -187,9 +188,9 @@ def test_dora_by_column_takes_the_norms_of_all_rows(
 
 def test_dora_by_column_survives_small_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from adapterkit.merging.blocks import device
-    from adapterkit.merging.run import outputs
+    from adapterkit.merging.run import pieces
 
-    monkeypatch.setattr(outputs, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 640)
     monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), 96))
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-dora"
     adapterkit.merge(base, [adapter], tmp_path / "out", threads=3)

@@ -36,7 +36,7 @@ from adapterkit.files.safetensors import encode_header, read_header
 from adapterkit.merging.blocks import device, residual_codec
 from adapterkit.merging.receipts import sidecar
 from adapterkit.merging.receipts.receipt import read_receipt
-from adapterkit.merging.run import outputs
+from adapterkit.merging.run import pieces
 
 Make = Callable[..., Path]
 
@@ -146,7 +146,7 @@ def test_dora_by_column_that_leaves_too_much(
     small: int, make_base: Make, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first blocks, or all of them, leave whole differences, which need no gains."""
-    monkeypatch.setattr(outputs, "BLOCK_BYTES", 96)
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 96)
     W = torch.randn(16, 48)  # stored (in, out)
     W[small:] *= 1e4
     base = make_base({"m.weight": W.bfloat16()}, {"model_type": "gpt2"})
@@ -183,7 +183,7 @@ def test_a_base_merged_out_of_4_or_8_bits_is_packed_again(
 ) -> None:
     """A block at a time; and merged without a receipt it is the same."""
     adapterkit.quantize(FIXTURES / "bases" / "tiny-llama", tmp_path / "base", **how)
-    monkeypatch.setattr(outputs, "BLOCK_BYTES", 640)
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 640)
     for name in ("tiny-rslora", "tiny-dora"):
         adapterkit.merge(tmp_path / "base", [FIXTURES / name], tmp_path / name)
         assert (
@@ -215,7 +215,7 @@ def test_blocks_threads_and_arithmetic_are_free(threads: int, tmp_path: Path, mo
     base, names = FIXTURES / "bases" / "tiny-llama", ("tiny-dora", "tiny-patterns")
     for name in names:
         with monkeypatch.context() as patched:
-            patched.setattr(outputs, "BLOCK_BYTES", 4096)
+            patched.setattr(pieces, "BLOCK_BYTES", 4096)
             patched.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), 700))
             adapterkit.merge(base, [FIXTURES / name], tmp_path / name, threads=threads)
         monkeypatch.setattr(residual, "product", lambda left, right: left.flip(1) @ right.flip(0))

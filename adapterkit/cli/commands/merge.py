@@ -16,7 +16,7 @@ from adapterkit.cli.run_plan import Ran, hashes_by_label, print_plan, run_with_b
 from adapterkit.errors import UsageError
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.receipts.receipt import irreversible
-from adapterkit.merging.run.scheduler import Merged
+from adapterkit.merging.run.finish import Merged
 from adapterkit.text import LONGEST, counted, size
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def merge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_
     report, resume = bool(how.get("report")), bool(how.get("resume"))
     if dry_run and (report or resume):
         raise UsageError("--report and --resume are about a merge, --dry-run makes none: give one of them")
-    if resume and (not given.get("receipt", True) or "calibration" in given):
+    if resume and (not how.get("receipt", True) or "calibration" in given):
         raise UsageError("--resume goes by the hashes of a receipt, and by a plan that is the same: leave it away")
     plan = merge.plan_merge(**given, download=not dry_run)
     if dry_run:
@@ -45,8 +45,9 @@ def merge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_
         return
     ran = run_with_bar(plan, "merging", Merged, **how)
     undo = undo_command(ran.result.out, [path for path, _ in given["adapters"]])
-    facts = _result_facts(plan, ran, undo)
-    if plan.receipt and (lost := irreversible(plan)):
+    receipt, lost = how.get("receipt", True), irreversible(plan)
+    facts = _result_facts(plan, ran, undo if receipt and not lost else None)
+    if receipt and lost:
         note(f"cannot be undone without the base, since {lost}")
     _print(facts, _result_lines(facts, ran.result, report, "quantize" in given, undo), as_json)
 
@@ -61,7 +62,7 @@ def _print(facts: dict[str, Any], lines: list[str], as_json: bool) -> None:
         say(*lines)
 
 
-def _result_facts(plan: MergePlan, ran: Ran[Merged], undo: Sequence[str]) -> dict[str, Any]:
+def _result_facts(plan: MergePlan, ran: Ran[Merged], undo: Sequence[str] | None) -> dict[str, Any]:
     result = ran.result
     total = _total(result)
     return {
@@ -74,7 +75,7 @@ def _result_facts(plan: MergePlan, ran: Ran[Merged], undo: Sequence[str]) -> dic
         "sha256": hashes_by_label(plan, result.hashes),
         "retention": _kept(total) if total else None,
         "retention_by_tensor": {name: _kept(kept) for name, kept in result.retention.items()},
-        "undone_by": " ".join(undo) if plan.receipt and not irreversible(plan) else None,
+        "undone_by": " ".join(undo) if undo else None,
         "skipped": list(plan.skipped),
     }
 

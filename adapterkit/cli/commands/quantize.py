@@ -7,18 +7,18 @@ from typing import Any
 import click
 
 from adapterkit.api import merge
-from adapterkit.api.options import QuantizeOptions, RunOptions
+from adapterkit.api.options import DeviceOptions, QuantizeOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.run_plan import hashes_by_label, print_plan, run_with_bar
-from adapterkit.merging.run.scheduler import Merged
+from adapterkit.merging.run.finish import Merged
 from adapterkit.text import counted, size
 
 
 @click.command("quantize", cls=Command)
 @options_of(QuantizeOptions)
-@options_of(RunOptions, "how")
+@options_of(DeviceOptions, "how")
 @dry_run
 @as_json("Print the plan or the result as JSON")
 def quantize_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:

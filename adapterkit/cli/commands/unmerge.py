@@ -6,20 +6,20 @@ from typing import Any
 
 import click
 
-from adapterkit.api.options import RunOptions, UnmergeOptions
+from adapterkit.api.options import DeviceOptions, UnmergeOptions
 from adapterkit.api.unmerge import plan_unmerge
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.run_plan import Ran, print_plan, run_with_bar
 from adapterkit.merging.plan.types import MergePlan
-from adapterkit.merging.run.scheduler import Merged
+from adapterkit.merging.run.finish import Merged
 from adapterkit.text import counted, size
 
 
 @click.command("unmerge", cls=Command)
 @options_of(UnmergeOptions)
-@options_of(RunOptions, "how")
+@options_of(DeviceOptions, "how")
 @dry_run
 @as_json("Print the plan or the result as JSON")
 def unmerge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:

@@ -18,7 +18,8 @@ from adapterkit.errors import UsageError
 from adapterkit.files.outfile import PageBuffer
 from adapterkit.files.safetensors import PAGE, TORCH_NAMES, TensorInfo, read_span
 from adapterkit.kernels.cpu import DoubtMask
-from adapterkit.merging.plan.types import Edit, MergePlan
+from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
+from adapterkit.merging.plan.types import MergePlan
 
 CUDA: Any = torch.cuda  # untyped in parts
 
@@ -75,10 +76,11 @@ def _gains(plan: MergePlan, threads: int) -> bool:
     return seconds > plan.bytes_to_write / DISK_BYTES + GPU_START
 
 
-def _cpu_seconds(edit: Edit) -> float:
+def _cpu_seconds(edit: MergeEdit | RestoreEdit) -> float:
     rows, columns = edit.matrix
     ranks = sum(delta.weights.rank * (3 if delta.weights.magnitude else 1) for delta in edit.deltas)
-    packing = rows * columns / PACK_ELEMENTS[edit.packing.rounding.kind] if edit.packing else 0.0
+    spec = edit.packing if isinstance(edit, MergeEdit) else None
+    packing = rows * columns / PACK_ELEMENTS[spec.rounding.kind] if spec else 0.0
     return 2 * rows * columns * ranks / CPU_FLOPS + packing
 
 

@@ -9,7 +9,7 @@ import torch
 from adapterkit.base.quant import QuantizationSpec, QuantizedWeight, kinds_of_any_size
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TORCH_NAMES
-from adapterkit.merging.plan.types import Edit
+from adapterkit.merging.plan.edits import MergeEdit
 
 WIDER = {torch.float16: "--dtype bf16", torch.bfloat16: "--dtype fp32"}
 
@@ -20,7 +20,9 @@ def check_finite(values: torch.Tensor, name: str) -> None:
         raise FitError(f"{name}: the adapter brings NaN or Inf for it: the adapter is broken")
 
 
-def check_range(edit: Edit, squares: torch.Tensor, out: torch.Tensor, base: torch.Tensor | None, first: int) -> None:
+def check_range(
+    edit: MergeEdit, squares: torch.Tensor, out: torch.Tensor, base: torch.Tensor | None, first: int
+) -> None:
     """Refuse results beyond the output dtype, rows `first …`, except where the base itself is not finite.
 
     No square exceeds the sum of them all, `squares` by chunk, which is the cheapest pass there is; it is NaN or Inf
@@ -46,7 +48,7 @@ def check_overflow(before: torch.Tensor, after: torch.Tensor, name: str) -> None
         raise FitError(f"{name}: a weight is then beyond {_end(after.dtype)}: apply less of the adapter")
 
 
-def _check_dequantized(edit: Edit, base: torch.Tensor, first: int) -> None:
+def _check_dequantized(edit: MergeEdit, base: torch.Tensor, first: int) -> None:
     """Refuse weights that are finite as they are stored, but not in the dtype that they dequantize to."""
     if not isinstance(edit.source, QuantizedWeight):
         return

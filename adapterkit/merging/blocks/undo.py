@@ -23,7 +23,7 @@ from adapterkit.merging.blocks.residual_codec import (
     is_difference,
     restore_difference,
 )
-from adapterkit.merging.plan.types import Recorded
+from adapterkit.merging.plan.edits import Recorded
 
 SPARSE = 0.2  # above that share of recorded elements the whole difference may take less
 

@@ -13,7 +13,7 @@ from adapterkit.base.quant.unread import unread_scheme
 from adapterkit.base.targets import Fit
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, Weight
-from adapterkit.merging.plan.types import Addition, ModuleUpdate, Replacement
+from adapterkit.merging.plan.edits import Addition, ModuleUpdate, Replacement
 
 
 @dataclass

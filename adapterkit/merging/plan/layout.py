@@ -9,7 +9,8 @@ from types import MappingProxyType
 from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import DTYPE_BITS, Header, TensorInfo, encode_header
-from adapterkit.merging.plan.types import Addition, Copy, Edit, FilePlan, ModuleUpdate, Replacement
+from adapterkit.merging.plan.edits import Addition, MergeEdit, ModuleUpdate, Replacement
+from adapterkit.merging.plan.types import Copy, FilePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,12 @@ class Entry:
     replaced: tuple[Replacement, ...] = ()
     added: tuple[Addition, ...] = ()
     packing: QuantizationSpec | None = None
-    twin: QuantizedWeight | None = None
+    checked_against: QuantizedWeight | None = None
 
     @property
     def copied(self) -> TensorInfo | None:
         """The input's tensor, where the output takes it over byte for byte."""
-        changed = self.deltas or self.replaced or self.added or self.packing or self.twin
+        changed = self.deltas or self.replaced or self.added or self.packing or self.checked_against
         if changed or not isinstance(self.source, TensorInfo):
             return None
         return self.source if self.source.dtype == self.dtype else None
@@ -53,7 +54,7 @@ def lay_out(header: Header, entries: Sequence[Entry], metadata: Mapping[str, str
         raw, found = encode_header(stored, {**header.metadata, **metadata}, header.nbytes if same else 0)
         spans = {name: span for (name, *_), span in zip(stored, found, strict=True)}
     copies: list[Copy] = []
-    edits: list[Edit] = []
+    edits: list[MergeEdit] = []
     for entry in entries:
         (start, stop), *parts = (spans[name] for name, *_ in entry.stored())
         if (source := entry.copied) is not None:
@@ -62,9 +63,9 @@ def lay_out(header: Header, entries: Sequence[Entry], metadata: Mapping[str, str
         if start == stop:  # nothing to compute, in as many rows as its shape may claim
             continue
         edits.append(
-            Edit(
+            MergeEdit(
                 entry.name, entry.source, entry.dtype, entry.shape, start, stop, entry.deltas, entry.replaced,
-                entry.added, entry.packing, entry.twin, tuple(parts),
+                entry.added, entry.packing, entry.checked_against, tuple(parts),
             )
         )  # fmt: skip
     size = max((stop for _, stop in spans.values()), default=len(raw))

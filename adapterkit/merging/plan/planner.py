@@ -172,11 +172,8 @@ def make_plan(
     rounding: Rounding = NEAREST,
     calibration: Path | None = None,
     original: Checkpoint | None = None,
-    accept_loss: bool = False,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
-    receipt: bool = False,
-    link: bool = False,
 ) -> MergePlan:
     """Plan `base + Σ weight · adapter`, written to `out`, from headers only.
 
@@ -201,17 +198,8 @@ def make_plan(
             draft.config["quantization_config"] = base.config.get("quantization_config")
     if dtype is not None:
         draft.convert(dtype)
-    plan = draft.plan(out, given)
-    beside = receipt and not plan.base.is_directory
-    return replace(
-        plan,
-        accept_loss=accept_loss,
-        calibration=calibration,
-        receipt=receipt,
-        link=link,
-        beside=beside,
-        quantized=base if original is not None else None,
-    )
+    quantized = base if original is not None else None
+    return replace(draft.plan(out, given), calibration=calibration, undoable=True, quantized=quantized)
 
 
 def plan_quantize(base: Checkpoint, how: QuantizationSettings, out: Path, calibration: Path | None = None) -> MergePlan:

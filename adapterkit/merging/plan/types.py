@@ -5,131 +5,21 @@ A plan is made from headers only and is plain data: it pickles, so any worker ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import lcm, prod
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
-from adapterkit.adapter.weights import LazyTensor, LoraWeights, WeightedAdapter
+from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
-from adapterkit.base.targets import Target
-from adapterkit.files.safetensors import DTYPE_BITS, TensorInfo
+from adapterkit.base.quant import QuantizedWeight
+from adapterkit.files.safetensors import Header, TensorInfo
 from adapterkit.files.staging import Destination
 from adapterkit.files.stamps import Stamp
 from adapterkit.files.workspace import receipt_of
+from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.text import counted, size
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleUpdate:
-    """One module's update where it lands."""
-
-    adapter: int  # which of those given
-    module: str
-    weights: LoraWeights[LazyTensor]
-    weight: float
-    target: Target
-
-
-@dataclass(frozen=True, slots=True)
-class Replacement:
-    """Values that take the place of the base's, `weight` of the way; all rows, or only some."""
-
-    values: LazyTensor
-    weight: float
-    rows: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Addition:
-    """A vector added to a bias: `scale · vector`."""
-
-    vector: LazyTensor
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """Where a receipt keeps what restores rows `first:last`: a residual in code, and where they are needed more.
-
-    That is the gains of DoRA's updates, and of quantized rows the stored bytes that their values do not tell.
-    """
-
-    first: int
-    last: int
-    residual: TensorInfo
-    gains: TensorInfo | None = None
-    numbers: TensorInfo | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """One output tensor that is not copied: where it comes from, what changes in it, where it is written.
-
-    The tensor is processed as a matrix `(rows, columns)`. Without a `source` it is new, and `replaced` gives it. With a
-    `packing` it is quantized: `start:stop` takes the packed numbers, `parts` are the spans of its other tensors.
-    """
-
-    name: str
-    source: TensorInfo | QuantizedWeight | None
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    deltas: tuple[ModuleUpdate, ...] = ()
-    replaced: tuple[Replacement, ...] = ()
-    added: tuple[Addition, ...] = ()
-    packing: QuantizationSpec | None = None
-    twin: QuantizedWeight | None = None  # what was made from the source by quantizing, if that is to be checked
-    parts: tuple[tuple[int, int], ...] = ()
-    recorded: tuple[Recorded, ...] = ()  # then the deltas are not added but taken out of the source
-    quantized: QuantizedWeight | None = None  # what is then restored, and stored at `start:stop` by its numbers
-
-    def offset(self, row: int) -> int:
-        """Where in the output file `row` begins."""
-        depth, columns = self.matrix
-        if row == depth:
-            return self.stop
-        stored = self.packing or self.quantized
-        bits = stored.bits if stored else DTYPE_BITS[self.dtype]
-        return self.start + (row * columns * bits + 7) // 8
-
-    @property
-    def rows_together(self) -> int:
-        """Of how many rows a block is to have a multiple."""
-        columns = self.matrix[1]
-        own = 2 if isinstance(self.source, QuantizedWeight) and columns * self.source.bits % 8 else 1  # whole bytes
-        return lcm(own, self.packing.rows_together(columns)) if self.packing else own
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        if len(self.shape) < 2:
-            return (self.shape[0] if self.shape else 1, 1)
-        depth = self.shape[0] * self.shape[1] if self.by_expert else self.shape[0]
-        total = prod(self.shape)
-        return (depth, total // depth if depth else 0)
-
-    @property
-    def changes(self) -> bool:
-        """Whether adapters change the tensor; else it is only stored otherwise, or restored."""
-        return bool(self.deltas or self.replaced or self.added) and not self.recorded
-
-    @property
-    def renormalizes(self) -> bool:
-        """Whether DoRA is among the deltas."""
-        return any(delta.weights.magnitude is not None for delta in self.deltas)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the base has the tensor quantized."""
-        return isinstance(self.source, QuantizedWeight)
-
-    @property
-    def by_expert(self) -> bool:
-        return any(delta.target.expert is not None and delta.target.rows is not None for delta in self.deltas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +49,7 @@ class FilePlan:
     size: int
     tensors: tuple[str, ...]
     copies: tuple[Copy, ...]
-    edits: tuple[Edit, ...]
+    edits: tuple[MergeEdit | RestoreEdit, ...]
     kept: tuple[BytesFromSidecar, ...] = ()
 
     @property
@@ -174,16 +64,19 @@ class Hashes:
 
     base: dict[str, str]
     adapters: tuple[dict[str, str], ...]
-    outputs: dict[str, str]  # none where they were not asked for
+    outputs: dict[str, str]  # empty where nothing needs them
 
 
 # Called with a plan, the folder that its output or receipt is made in, and the hashes of it all.
-Finish = Callable[["MergePlan", Path, Hashes], None]
+WriteCompanions = Callable[["MergePlan", Path, Hashes], None]
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything a merge will do."""
+    """What a merge makes: every tensor of every file, and where the output goes. `RunOptions` say how it is made.
+
+    Plain data that pickles: `run_file` makes one file of it, in any process.
+    """
 
     base: Checkpoint
     out: Path
@@ -195,23 +88,25 @@ class MergePlan:
     skipped: tuple[str, ...] = ()  # only with allow_partial
     notes: tuple[str, ...] = ()
     dtype: str | None = None
-    accept_loss: bool = False  # of an update that quantizing erases
     calibration: Path | None = None  # a text, for compensated rounding
-    link: bool = False  # files that stay as they are share their bytes with the base's, where the disk can
-    receipt: bool = False  # whether what undoes it is recorded
+    undoable: bool = False  # whether a receipt can be written, by which it is undone
     restores: bool = False  # makes a base again, whose hashes are known
+    restores_receipt: bool = False  # and the receipt of an earlier merge beside it, where the output is a single file
     unchecked: tuple[str, ...] = ()  # files that are restored, though the receipt does not hash them
-    beside: bool = False  # whether a folder goes with the output, which is a single file
-    overwrite: bool | None = None  # what is at `out`, if it is ours; None where that was not to be asked
+    overwrite: bool | None = None  # whether what is at `out` gives way, if it is ours; None where that cannot be asked
     also_read: tuple[Path, ...] = ()  # besides the base and the adapters
     quantized: Checkpoint | None = None  # what the base is checked to be the original of
-    finish: Finish | None = None  # checks the result and writes what else belongs to it; by default what a merge needs
+    write_companions: WriteCompanions | None = None  # checks the hashes, writes the other files; None: as a merge does
 
-    @property
-    def destination(self) -> Destination:
-        """Where the output goes, and all that it is made from."""
+    def destination(self, receipt: bool) -> Destination:
+        """Where the output goes, with a `receipt` or without, and all that it is made from."""
         inputs = (*inputs_of(self.base, *self.given), *self.also_read)
-        return Destination(self.out, inputs, self.base.is_directory, self.overwrite, self.beside)
+        beside = not self.base.is_directory and (receipt or self.restores_receipt)
+        return Destination(self.out, inputs, self.base.is_directory, self.overwrite, beside)
+
+    def header_of(self, file: FilePlan) -> Header:
+        """The header of the base's file that `file` is made from."""
+        return next(header for header in self.base.shards if header.file == file.source)
 
     @property
     def bytes_to_write(self) -> int:
@@ -230,17 +125,21 @@ class MergePlan:
         return sum(len(file.edits) for file in self.files)
 
     @property
-    def stored_as(self) -> str:
-        """The dtype that was asked for, or that of dequantized weights; else that of the base stays."""
-        edits = (edit for file in self.files for edit in file.edits if not edit.packing)
-        dequantized = dict.fromkeys(edit.dtype for edit in edits if isinstance(edit.source, QuantizedWeight))
-        return self.dtype or ", ".join(dequantized) or "as the base"
+    def merges(self) -> Iterator[MergeEdit]:
+        """The tensors that are merged or stored in another form, not restored."""
+        return (edit for file in self.files for edit in file.edits if isinstance(edit, MergeEdit))
 
     @property
     def schemes(self) -> list[str]:
         """What tensors are quantized to."""
-        edits = (edit for file in self.files for edit in file.edits)
-        return list(dict.fromkeys(edit.packing.scheme for edit in edits if edit.packing))
+        return list(dict.fromkeys(edit.packing.scheme for edit in self.merges if edit.packing))
+
+    @property
+    def stored_as(self) -> str:
+        """The dtype that was asked for, or that of dequantized weights; otherwise that of the base stays."""
+        plain = (edit for edit in self.merges if not edit.packing)
+        dequantized = dict.fromkeys(edit.dtype for edit in plain if isinstance(edit.source, QuantizedWeight))
+        return self.dtype or ", ".join(dequantized) or "as the base"
 
     def facts(self) -> dict[str, Any]:
         """The plan for programs."""

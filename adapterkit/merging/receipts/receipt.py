@@ -26,7 +26,8 @@ from adapterkit.files.safetensors import FLOAT_DTYPES
 from adapterkit.files.staging import FOLDER, MAX_NAME_BYTES, RECEIPT, receipts_aside
 from adapterkit.files.workspace import receipt_of
 from adapterkit.hub.names import public_name
-from adapterkit.merging.plan.types import Edit, Hashes, MergePlan, ModuleUpdate
+from adapterkit.merging.plan.edits import Edit, ModuleUpdate
+from adapterkit.merging.plan.types import Hashes, MergePlan
 
 FORMAT = 2
 # What a dtype can hold of others, bit for bit.
@@ -113,7 +114,7 @@ def undoable(edit: Edit) -> bool:
 
 def irreversible(plan: MergePlan) -> str | None:
     """Why what `plan` makes cannot be turned back into the base, if so."""
-    for edit in (edit for file in plan.files for edit in file.edits):
+    for edit in plan.merges:
         if edit.packing is not None:
             return f"the output is quantized to {edit.packing.scheme}"
         if edit.source is not None and edit.source.dtype not in HOLDS[edit.dtype]:

@@ -1,67 +1,63 @@
-"""What an interrupted merge leaves to go on with: the shards that are finished, each with a note of what it is.
+"""What an interrupted merge leaves to go on with: the records of the files that are done.
 
-A note is written when its shard and sidecar are on the disk. It holds a fingerprint of everything that the shard is
-made by, so that nothing made by another plan, or from inputs that have changed, is taken over.
+A record is written when its file and sidecar are on the disk, with the hashes of the adapters. It is believed where
+everything hashes as it says: the plan for the file, the base's file, the adapters, and what was made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from adapterkit import __version__
 from adapterkit.errors import AdapterkitError
 from adapterkit.files import system
 from adapterkit.files.jsonfile import read_json
-from adapterkit.files.opening import open_regular
+from adapterkit.files.opening import sha256_of
 from adapterkit.files.staging import FOLDER
 from adapterkit.files.workspace import remove
+from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import FilePlan, MergePlan
+from adapterkit.merging.receipts.done import FileDone, fingerprint, sha256_of_json
 from adapterkit.merging.receipts.receipt import sidecar_name, with_ending
 
-NOTES = ".adapterkit_progress"  # a folder beside the shards, which goes when all are done
+RECORDS = ".adapterkit_progress"  # a folder beside the files, which goes when all are done
+AdapterHashes = Sequence[dict[str, str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A finished shard: the SHA-256 of the base's and of its own."""
-
-    before: str
-    after: str
-
-
-def job_of(plan: MergePlan) -> str:
-    """What tells the plan from others, by which a run that resumes it finds the workspace."""
-    return f"merge {_hash((__version__, plan.receipt, plan.files))}"
+def job_of(plan: MergePlan, options: RunOptions) -> str:
+    """What names the workspace of a merge, by which a run that resumes it finds it: its inputs and outputs by size."""
+    files = [(file.name, file.size, hashlib.sha256(file.header).hexdigest()) for file in plan.files]
+    given = [(one.label, one.weight, [(file.name, file.stat().st_size) for file in one.adapter.files])
+             for one in plan.given]  # fmt: skip
+    return f"merge {sha256_of_json([__version__, options.receipt, files, given])}"
 
 
-def in_words(building: Path) -> str:
+def say_what_is_kept(building: Path) -> str:
     """What of an interrupted merge is worth keeping."""
-    return "finished shards are kept: run it again with --resume" if any(building.glob(f"{NOTES}/*.json")) else ""
+    return "finished shards are kept: run it again with --resume" if any(building.glob(f"{RECORDS}/*.json")) else ""
 
 
-def note_finished(plan: MergePlan, file: FilePlan, building: Path, done: Done) -> None:
-    """Note that a shard of `plan`, and its sidecar, are complete and on the disk."""
-    note = _note_of(building, file)
-    note.parent.mkdir(exist_ok=True)
+def record_done(building: Path, done: FileDone, adapters: AdapterHashes) -> None:
+    """Record that a file, made with the adapters of these hashes, and its sidecar are complete and on the disk."""
+    record = _record_of(building, done.name)
+    record.parent.mkdir(exist_ok=True)
     system.flush_path(building)
-    facts = {"made_by": _fingerprint(plan, file), "before": done.before, "after": done.after}
-    with open(note, "w", encoding="utf-8") as stream:
-        json.dump(facts, stream)
+    with open(record, "w", encoding="utf-8") as stream:
+        json.dump({"adapters": adapters, "done": done.to_json()}, stream)
         stream.flush()
         system.flush(stream.fileno())
 
 
-def take_over(plan: MergePlan, building: Path) -> dict[str, Done]:
-    """By name the finished shards of `plan` in `building`, their hashes checked; everything else in it is removed."""
-    found = {file.name: done for file in plan.files if (done := _finished(plan, file, building)) is not None}
-    kept = {building / name for name in found} | {building / sidecar_name(name) for name in found}
-    kept |= {_note_of(building, file) for file in plan.files if file.name in found}
+def take_over(plan: MergePlan, options: RunOptions, building: Path, adapters: AdapterHashes) -> list[FileDone]:
+    """The files of `plan` that are done in `building`, every hash checked; everything else in it is removed."""
+    found = [done for file in plan.files if (done := _done(plan, file, options, building, adapters)) is not None]
+    kept = {building / done.name for done in found} | {building / sidecar_name(done.name) for done in found}
+    kept |= {_record_of(building, done.name) for done in found}
     for path in building.iterdir():
-        if path in (building / FOLDER, building / NOTES) and path.is_dir() and not path.is_symlink():
+        if path in (building / FOLDER, building / RECORDS) and path.is_dir() and not path.is_symlink():
             for inner in path.iterdir():
                 if inner not in kept:
                     remove(inner)
@@ -70,36 +66,35 @@ def take_over(plan: MergePlan, building: Path) -> dict[str, Done]:
     return found
 
 
-def clear_notes(building: Path) -> None:
-    """Remove the notes, when there is nothing to resume any more."""
-    remove(building / NOTES)
+def clear_records(building: Path) -> None:
+    """Remove the records, when there is nothing to resume any more."""
+    remove(building / RECORDS)
 
 
-def _finished(plan: MergePlan, file: FilePlan, building: Path) -> Done | None:
-    """The note of a shard, where that is what it says."""
-    note = _note_of(building, file)
+def _done(
+    plan: MergePlan, file: FilePlan, options: RunOptions, building: Path, adapters: AdapterHashes
+) -> FileDone | None:
+    """The record of a file, where everything is as it says."""
+    record = _record_of(building, file.name)
+    if not record.is_file():
+        return None
     try:
-        facts = read_json(note, large=True) if note.is_file() else {}
-    except AdapterkitError:  # cut short
+        facts = read_json(record, large=True, any_name=True)
+        done = FileDone.from_json(facts["done"])
+    except (AdapterkitError, TypeError, KeyError, AttributeError):  # cut short, or another version's
         return None
-    shard = building / file.name
-    if facts.get("made_by") != _fingerprint(plan, file) or not shard.is_file() or shard.stat().st_size != file.size:
-        return None
-    with open_regular(shard) as stream:
-        after = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Done(str(facts.get("before")), after) if facts.get("after") == after else None
+    shard, sidecar = building / file.name, building / sidecar_name(file.name)
+    fits = (
+        facts.get("adapters") == list(adapters)
+        and (done.name, done.size) == (file.name, file.size)
+        and done.made_by == fingerprint(plan, file, options)
+        and shard.is_file()
+        and (done.sidecar is None or (sidecar.is_file() and sidecar.stat().st_size == done.sidecar))
+        and done.after == sha256_of(shard)
+        and done.before == sha256_of(file.source)
+    )
+    return done if fits else None
 
 
-def _fingerprint(plan: MergePlan, file: FilePlan) -> str:
-    """Of the plan for a shard, and of what its inputs were when the plan was made."""
-    stamps, inputs = plan.stamps, [file.source, *(path for one in plan.given for path in one.adapter.files)]
-    return _hash((__version__, plan.receipt, [stamps[path] for path in inputs], file))
-
-
-def _hash(facts: object) -> str:
-    told = re.sub(r" at 0x[0-9a-f]+", "", repr(facts))  # where functions lie
-    return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def _note_of(building: Path, file: FilePlan) -> Path:
-    return building / NOTES / with_ending(file.name, ".json")
+def _record_of(building: Path, name: str) -> Path:
+    return building / RECORDS / with_ending(name, ".json")

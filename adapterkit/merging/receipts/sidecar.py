@@ -17,7 +17,8 @@ from adapterkit.errors import FormatError
 from adapterkit.files import system
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES
 from adapterkit.files.safetensors import DTYPE_BITS, Header, TensorInfo, encode_header, parse_header
-from adapterkit.merging.plan.types import FilePlan, Recorded
+from adapterkit.merging.plan.edits import Recorded
+from adapterkit.merging.plan.types import FilePlan
 
 HEADER = "header"
 GAINS, NUMBERS = ".gains", ".numbers"  # beside an entry

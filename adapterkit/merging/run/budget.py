@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adapterkit.base.quant import QuantizedWeight
-from adapterkit.errors import LossError, NoSpaceError, UsageError
+from adapterkit.errors import LossError, NoSpaceError
 from adapterkit.files import system
+from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.run.hashing import is_copy
+from adapterkit.merging.run.pieces import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
 
-BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
 ENOUGH_LEFT = 0.5  # of an update, in a quantized output
 ENOUGH_KEPT = 0.9  # below, rounding swallows a tenth of the update or more
 HARDLY_ANY = 0.1
-MAX_THREADS = 256
 TORCH_BYTES = 230 << 20  # what importing torch itself takes, for the estimate
 
 
@@ -36,44 +35,40 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
         for file in plan.files
         for edit in file.edits
     )
-    edits = [edit for file in plan.files for edit in file.edits]
+    merges = list(plan.merges)
     blocks = 3  # the input, and two outputs
-    if any(isinstance(edit.source, QuantizedWeight) or edit.twin for edit in edits):
+    if any(isinstance(edit.source, QuantizedWeight) or edit.checked_against for edit in merges):
         blocks += 4  # its numbers as indices, as float32, and rounded
-    if any(edit.packing and edit.packing.rounding.kind == "compensated" for edit in edits):
+    if any(edit.packing and edit.packing.rounding.kind == "compensated" for edit in merges):
         blocks += 5
     return TORCH_BYTES + threads * blocks * BLOCK_BYTES + 2 * sum(factors[-threads:])
 
 
-def check_device(plan: MergePlan, device: str, threads: int) -> None:
-    """Raise UsageError where `device` names none, or a GPU that is not there, or `threads` is not a number of them."""
-    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"threads {threads!r}: expected a whole number from 1 to {MAX_THREADS}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
-        raise UsageError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda"):
+def check_device(plan: MergePlan, options: RunOptions) -> None:
+    """Raise UsageError where the options name a GPU that is not there."""
+    if options.device.startswith("cuda"):
         from adapterkit.merging.blocks.device import choose
 
-        choose(device, plan, threads)
+        choose(options.device, plan, options.threads or default_threads())
 
 
-def check_space(plan: MergePlan) -> None:
-    """Raise NoSpaceError where the output would not fit the disk; files to be linked take no room where they can be."""
+def check_space(plan: MergePlan, link: bool) -> None:
+    """Raise NoSpaceError where the output would not fit the disk; with `link`, unchanged files take no room there."""
     folder = plan.out.absolute().parent
     while not folder.exists():
         folder = folder.parent
     disk, device = shutil.disk_usage(folder), folder.stat().st_dev
-    linked = [file for file in plan.files if plan.link and is_copy(file) and file.source.stat().st_dev == device]
+    linked = [file for file in plan.files if link and is_copy(file) and file.source.stat().st_dev == device]
     needed = plan.bytes_to_write - sum(file.size for file in linked)
     if disk.total and needed > disk.free:  # some file systems do not say
         raise NoSpaceError(f"{plan.out}: needs {needed / 1e9:.2f} GB, the disk has {disk.free / 1e9:.2f} GB free")
 
 
 def check_loss(plan: MergePlan, retention: dict[str, Retention]) -> None:
-    """Refuse a quantized output in which little of the update is left, unless that was accepted."""
-    quantized = {edit.name for file in plan.files for edit in file.edits if edit.packing and edit.deltas}
+    """Raise LossError for a quantized output in which little of the update is left."""
+    quantized = {edit.name for edit in plan.merges if edit.packing and edit.deltas}
     measured = [kept for name, kept in retention.items() if name in quantized]
-    if not measured or plan.accept_loss:
+    if not measured:
         return
     total = measured[0]
     for kept in measured[1:]:
@@ -89,8 +84,8 @@ def warnings_of(plan: MergePlan, retention: dict[str, Retention], unchanged: Seq
     """What to warn of: `unchanged` tensors, which came out as the base has them, and updates that rounding swallows."""
     from adapterkit.algebra.updates import Retention
 
-    changes = sum(edit.changes for file in plan.files for edit in file.edits)
-    scheme = next((edit.packing.scheme for file in plan.files for edit in file.edits if edit.packing), None)
+    changes = sum(edit.changes for edit in plan.merges)
+    scheme = next(iter(plan.schemes), None)
     what, instead = (scheme, "16 bits keep it") if scheme else ("the output dtype", "--dtype fp32 keeps it")
     low = {name: kept for name, kept in retention.items() if kept.kept < ENOUGH_KEPT}
     found = []

@@ -1,23 +1,23 @@
-"""The SHA-256 of an output in its own order, whatever order it is made in."""
+"""SHA-256 while a file is read, and of an output in its own order, whatever order it is made in."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.files.opening import open_regular
+from adapterkit.files.opening import descriptor_of, open_regular
 from adapterkit.files.safetensors import read_span
+from adapterkit.merging.plan.edits import MergeEdit
 from adapterkit.merging.plan.types import FilePlan
 
 if TYPE_CHECKING:
-    from adapterkit.files.outfile import OutputFile
-
-log = logging.getLogger(__name__)
+    from adapterkit.files.outfile import OutputFile, PageBuffer
 
 HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
 
@@ -28,6 +28,38 @@ def is_copy(plan: FilePlan) -> bool:
         return False
     with open_regular(plan.source) as stream:
         return stream.read(len(plan.header)) == plan.header
+
+
+@dataclass
+class InputHash:
+    """The SHA-256 of an input, taken step by step; one worker at a time is `busy` with it."""
+
+    file: Path
+    left: int
+    at: int = 0
+    busy: bool = False
+    fd: int = -1
+    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def open(self) -> None:
+        """Open the file to be read, unless it is open."""
+        if self.fd < 0:
+            self.fd = descriptor_of(self.file)
+
+    def take_next(self, page: PageBuffer) -> memoryview:
+        """Read and hash the next bytes, in `page`."""
+        data = page.view(min(HASH_BYTES, self.left), self.at)
+        read_span(self.fd, data, self.at, self.file)
+        self.sha256.update(data)
+        self.at += len(data)
+        self.left -= len(data)
+        return data
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class OutputHash:
@@ -46,7 +78,7 @@ class OutputHash:
         self._waiting: dict[int, tuple[memoryview, Future[None]]] = {}
         self._lock = threading.Lock()
         self._is_copy = is_copy(plan)
-        self._at_the_end = any(edit.packing for edit in plan.edits)
+        self._at_the_end = any(isinstance(edit, MergeEdit) and edit.packing for edit in plan.edits)
         self._busy, self._stopped = False, self._is_copy or self._at_the_end
 
     @property

@@ -1,0 +1,103 @@
+"""Rows of the tensor that an edit starts from: read, dequantized, and with what an adapter replaces in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from adapterkit.base.quant.weight import QuantizedWeight, Rows
+from adapterkit.files.safetensors import TensorInfo, read_span, tensor_bytes
+from adapterkit.merging.blocks.device import CPU, Buffers
+from adapterkit.merging.blocks.limits import check_finite
+from adapterkit.merging.plan.edits import Edit, MergeEdit, RestoreEdit
+
+GROUP_ROWS = 32  # how many rows the search for midpoints takes together
+
+
+def compute_dtype(edit: Edit) -> torch.dtype:
+    """float32 for plain updates of 16-bit weights; float64 where float32 would not round once."""
+    stored = "" if edit.source is None else edit.source.dtype
+    wide = edit.dtype not in ("BF16", "F16") or stored == "F64" or (stored == "F32" and isinstance(edit, RestoreEdit))
+    others = isinstance(edit, MergeEdit) and (edit.replaced or edit.added)
+    return torch.float64 if wide or others or edit.renormalizes else torch.float32
+
+
+def chunk_rows(columns: int, chunk: int) -> int:
+    """How many rows have `chunk` elements at most; where it is more than one group of them, whole groups."""
+    rows = max(1, chunk // max(1, columns))
+    return rows - rows % GROUP_ROWS if rows > GROUP_ROWS else 1 << rows.bit_length() - 1
+
+
+def rows_at_a_time(edit: MergeEdit, chunk: int) -> int:
+    """How many rows to take at a time, so that no block of a quantized output is cut."""
+    step, together = chunk_rows(edit.matrix[1], chunk), edit.rows_together
+    if edit.packing and edit.packing.rounding.kind == "compensated":  # goes by columns: the longer, the fewer calls
+        step *= 4
+    return max(together, step - step % together)
+
+
+def read_rows(edit: Edit, packed: Rows | None, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor | None:
+    """Rows `first:last` of the source tensor in its own dtype, valid until the next; None where the tensor is new."""
+    info = edit.source
+    if packed is not None:
+        return packed(first, last, partial(buffers.read, fd))
+    if not isinstance(info, TensorInfo):
+        return None
+    _, columns = edit.matrix
+    row = tensor_bytes(info.dtype, (columns,))
+    start, stop = info.start + first * row, info.start + last * row
+    return buffers.read(fd, replace(info, start=start, stop=stop, shape=(last - first, columns)))
+
+
+def stored_rows(edit: Edit, fd: int, first: int, last: int) -> torch.Tensor:
+    """The bytes that rows `first:last` of a quantized weight are stored in; the last ones with what fills them up."""
+    packed, (depth, columns) = edit.source, edit.matrix
+    assert isinstance(packed, QuantizedWeight)
+    info = packed.stored
+    start = info.start + first * columns * packed.bits // 8
+    stop = info.stop if last == depth else info.start + last * columns * packed.bits // 8
+    data = bytearray(stop - start)
+    read_span(fd, memoryview(data), start, info.file)
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def base_rows(
+    edit: MergeEdit, source: torch.Tensor | None, first: int, start: int, stop: int, buffers: Buffers
+) -> torch.Tensor:
+    """Rows `start:stop` of the base as the updates find it: what the adapter replaces is replaced.
+
+    `source` holds rows `first …` of the base tensor, or is None where it is new.
+    """
+    shape, dtype, device = (stop - start, edit.matrix[1]), compute_dtype(edit), buffers.place.device
+    if source is None:
+        rows = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        rows = source[start - first : stop - first].to(dtype, copy=True)
+    for change in edit.replaced:
+        if change.rows is None:
+            values = change.values.read_rows(start, stop).reshape(shape).to(device, dtype)
+            at: slice | list[int] = slice(None)
+        else:
+            hits = [(index, row - start) for index, row in enumerate(change.rows) if start <= row < stop]
+            if not hits:
+                continue
+            picked, at = [index for index, _ in hits], [row for _, row in hits]
+            values = change.values.read()[picked].to(device, dtype)
+        check_finite(values, edit.name)
+        if change.weight == 1.0 or source is None:
+            rows[at] = values
+        else:  # a weighted adapter goes that share of the way to its own values
+            rows[at] += change.weight * (values - rows[at])
+    return rows
+
+
+def base_chunks(edit: MergeEdit, packed: Rows | None, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """The whole base tensor as `(first row, rows)`, a chunk at a time."""
+    depth, columns = edit.matrix
+    step, buffers = chunk_rows(columns, CPU.chunk), Buffers()
+    for start in range(0, depth, step):
+        stop = min(depth, start + step)
+        yield start, base_rows(edit, read_rows(edit, packed, fd, start, stop, buffers), start, start, stop, buffers)

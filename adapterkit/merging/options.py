@@ -1,0 +1,43 @@
+"""How a plan is run: what does not change which tensors go where."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from adapterkit.errors import UsageError
+
+MAX_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run a `MergePlan`.
+
+    Args:
+        threads: workers, from 1 to 256; None: as many as there are cores, at most 8.
+        device: auto, cpu, cuda or cuda:N; auto takes a GPU where the job gains from one.
+        report: measure what rounding kept of every element, instead of a sample.
+        resume: take over the files that a run of this plan had finished when it was interrupted.
+        receipt: write what `unmerge` needs, where the plan can be undone.
+        link: let files that stay as they are share their bytes with the base's, where the disk can.
+        accept_loss: proceed even if quantization erases more than half of the update.
+
+    Raises UsageError for a device or a number of threads that cannot be.
+    """
+
+    threads: int | None = None
+    device: str = "auto"
+    report: bool = False
+    resume: bool = False
+    receipt: bool = True
+    link: bool = False
+    accept_loss: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", str(self.device))  # a torch.device too
+        threads = self.threads
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+            raise UsageError(f"threads {threads!r}: expected a whole number from 1 to {MAX_THREADS}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise UsageError(f"device {self.device!r}: expected auto, cpu, cuda or cuda:N")

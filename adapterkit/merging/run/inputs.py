@@ -1,0 +1,37 @@
+"""The files that a run reads, which must stay as they are from the plan to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from adapterkit.errors import ChangedError
+from adapterkit.files.stamps import check_unchanged, stamps_of, with_links
+from adapterkit.merging.card import companions_of
+from adapterkit.merging.plan.types import FilePlan, MergePlan
+
+
+class Inputs:
+    """What a plan is made from: all of it with the base's companions, or only what one `file` needs."""
+
+    def __init__(self, plan: MergePlan, file: FilePlan | None = None, linked: Collection[Path] = ()) -> None:
+        """Raise ChangedError where anything has changed since the plan was made, but for links to `linked`."""
+        self._base = plan.base if file is None else None
+        if file is None:
+            self.stamps = {**stamps_of(companions_of(plan.base)), **plan.stamps}
+        else:
+            others = {shard.file for shard in plan.base.shards} - {file.source}
+            self.stamps = {path: stamp for path, stamp in plan.stamps.items() if path not in others}
+        self.link(linked)
+        self.check()
+
+    def link(self, files: Collection[Path]) -> None:
+        """Some of them got a hard link, which changes their status, and nothing else. Raises ChangedError."""
+        self.stamps = with_links(self.stamps, files)
+
+    def check(self) -> None:
+        """Raise ChangedError where a file is not what it was, or there are others."""
+        for file in companions_of(self._base) if self._base is not None else ():
+            if file not in self.stamps:
+                raise ChangedError(f"{file}: was not there when this began. Try again when nothing else writes there.")
+        check_unchanged(self.stamps)

@@ -1,0 +1,143 @@
+"""Files of a plan made one by one, in any order and another process, and finished: the same as a run of it all."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES, factors
+from handmade import contents
+
+import adapterkit
+from adapterkit import MergePlan, RunOptions, finish, run_file
+from adapterkit.errors import ChangedError, FitError
+from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
+from adapterkit.merging.receipts.done import FileDone
+from adapterkit.merging.run.run import run
+
+ONE = RunOptions(threads=1)  # so that the entries of sidecars are in order
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[ProcessPoolExecutor]:
+    """A process that has nothing of this one but what is sent to it."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture
+def base(make_base: Callable[..., Path]) -> Path:
+    """Three files: of the last, nothing changes."""
+    shapes = {f"layers.{i}.{n}.weight": (12, 8) for i in range(2) for n in "qkv"} | {"z.a": (4, 8), "z.b": (4, 8)}
+    return make_base({name: torch.randn(*shape).bfloat16() for name, shape in shapes.items()}, shards=3)
+
+
+@pytest.fixture
+def adapter(make_adapter: Callable[..., Path]) -> Path:
+    return make_adapter({n: t for i in range(2) for m in "qv" for n, t in factors(f"layers.{i}.{m}", 12, 8).items()})
+
+
+def made(plan: MergePlan, where: Path, child: ProcessPoolExecutor, options: RunOptions = ONE) -> list[FileDone]:
+    """Every file of the plan, the last one first, each by a call of its own in another process."""
+    return [child.submit(run_file, plan, file, where, options).result() for file in reversed(plan.files)]
+
+
+@pytest.mark.parametrize("how", [{}, {"receipt": False}, {"report": True, "link": True}], ids=str)
+def test_files_made_one_by_one_are_what_a_run_makes(
+    base: Path, adapter: Path, tmp_path: Path, child: ProcessPoolExecutor, how: dict[str, bool]
+) -> None:
+    options = replace(ONE, **how)
+    plan = adapterkit.plan_merge(base, [(adapter, 0.5)], tmp_path / "out")
+    where = tmp_path / "made"
+    where.mkdir()
+    done = made(plan, where, child, options)
+    result = finish(plan, done, where, options)
+    plan = adapterkit.plan_merge(base, [(adapter, 0.5)], tmp_path / "out")  # after links were made to the base
+    *_, expected = run(plan, options)
+    assert result == expected and contents(where) == contents(tmp_path / "out")
+    if options.receipt:
+        undo = adapterkit.plan_unmerge(where, tmp_path / "again", adapters=[adapter])
+        assert isinstance(undo, MergePlan)
+        (tmp_path / "again").mkdir()
+        finish(undo, made(undo, tmp_path / "again", child), tmp_path / "again", ONE)
+        assert contents(tmp_path / "again") == contents(base)
+
+
+def test_a_single_file_is_made_with_its_receipt_beside_it(tmp_path: Path, child: ProcessPoolExecutor) -> None:
+    base = FIXTURES / "bases" / "tiny-llama" / "model.safetensors"
+    plan = adapterkit.plan_merge(base, [FIXTURES / "tiny-dora"], tmp_path / "out.safetensors")
+    *_, expected = run(plan, ONE)
+    (tmp_path / "made").mkdir()
+    where = tmp_path / "made" / "new"
+    assert finish(plan, made(plan, where, child), where, ONE) == expected
+    assert where.read_bytes() == plan.out.read_bytes()
+    assert contents(where.with_name("receipt")) == contents(tmp_path / "out.safetensors.receipt")
+
+
+def test_some_files_of_a_plan_are_a_plan(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """`run_file` needs no other file than its own, whatever else is in the plan."""
+    plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+    some = replace(plan, files=plan.files[1:2])
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    assert run_file(some, plan.files[1], tmp_path / "a", ONE) == run_file(plan, plan.files[1], tmp_path / "b", ONE)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_or_foreign_is_not_finished(base: Path, adapter: Path, tmp_path: Path) -> None:
+    plan, where = adapterkit.plan_merge(base, [adapter], tmp_path / "out"), tmp_path / "made"
+    other, twice = tmp_path / "other", adapterkit.plan_merge(base, [(adapter, 2.0)], tmp_path / "out")
+    where.mkdir(), other.mkdir()
+    done = [run_file(plan, file, where, ONE) for file in plan.files]
+    foreign = run_file(twice, twice.files[0], other, ONE)
+    before = contents(where)
+    for given, said in (
+        (done[1:], f"{done[0].name}: is not made yet"),
+        ([foreign, *done[1:]], f"{done[0].name}: was made of another plan"),
+        ([*done, replace(done[0], name="extra.safetensors")], "extra.safetensors: is no file of this plan"),
+    ):
+        with pytest.raises(FitError, match=said):
+            finish(plan, given, where, ONE)
+    with pytest.raises(FitError, match="with other options"):
+        finish(plan, done, where, replace(ONE, receipt=False))
+    assert contents(where) == before
+    (where / done[1].name).unlink()
+    with pytest.raises(FitError, match=f"{done[1].name}: is not made yet"):
+        finish(plan, done, where, ONE)
+
+
+def test_an_input_that_changed_since_the_plan_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    plan, where = adapterkit.plan_merge(base, [adapter], tmp_path / "out"), tmp_path / "made"
+    where.mkdir()
+    first, second, _ = plan.files
+    done = run_file(plan, first, where, ONE)
+    raw = bytearray(second.source.read_bytes())
+    raw[-1] ^= 1
+    second.source.write_bytes(raw)
+    with pytest.raises(ChangedError, match=second.name):
+        run_file(plan, second, where, ONE)
+    with pytest.raises(ChangedError, match=second.name):
+        finish(plan, [done], where, ONE)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_plans_and_records_are_plain_data(base: Path, adapter: Path, tmp_path: Path, quantize: str | None) -> None:
+    plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out", quantize=quantize)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    done = run_file(plan, plan.files[0], tmp_path, replace(ONE, accept_loss=True))
+    assert pickle.loads(pickle.dumps(done)) == FileDone.from_json(json.loads(json.dumps(done.to_json()))) == done
+    assert done.retention and done.size == (tmp_path / done.name).stat().st_size
+    assert {type(edit) for file in plan.files for edit in file.edits} == {MergeEdit}
+    if quantize is None:
+        undo = adapterkit.plan_unmerge(adapterkit.merge(base, [adapter], tmp_path / "out").out, tmp_path / "again")
+        assert isinstance(undo, MergePlan)
+        assert {type(edit) for file in undo.files for edit in file.edits} == {RestoreEdit}
+        again = pickle.loads(pickle.dumps(undo))
+        assert replace(again, write_companions=None) == replace(undo, write_companions=None)
