@@ -27,7 +27,7 @@ from adapterkit.base.quant.schemes.bnb4.quantizer import Spec4bit
 from adapterkit.errors import ChangedError, FitError, FormatError, LossError, UsageError
 from adapterkit.files.safetensors import read_header
 from adapterkit.merging.blocks import device
-from adapterkit.merging.run import outputs
+from adapterkit.merging.run import pieces
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 functional = bitsandbytes.functional
@@ -183,7 +183,7 @@ def test_a_4bit_base_is_dequantized_and_merged_with_one_more_rounding(
 ) -> None:
     base, dense = four_bits
     adapter = make_adapter(factors("layers.0.q", 24, 40) | factors("head", 24, 40))
-    monkeypatch.setattr(outputs, "BLOCK_BYTES", 400)  # five rows: blocks of 64 elements straddle them
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 400)  # five rows: blocks of 64 elements straddle them
     monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), 96))
     plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
     assert any("NF4, blocks of 64, nested" in note for note in plan.notes)
@@ -574,7 +574,7 @@ def sixteen_bits(make_base: Callable[..., Path]) -> Path:
 def test_quantizing_a_base_takes_its_linear_layers_and_nothing_else(
     sixteen_bits: Path, tmp_path: Path, to: str, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs, "BLOCK_BYTES", 80 * 8)  # eight rows: as many as make whole blocks
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 80 * 8)  # eight rows: as many as make whole blocks
     result = adapterkit.quantize(sixteen_bits, tmp_path / "out", to=to, nested=nested)
     assert result.tensors == 2
     out = open_checkpoint(tmp_path / "out")
