@@ -661,7 +661,7 @@ def test_what_cannot_be_asked_for(
     sixteen_bits: Path, make_adapter: Callable[..., Path], tmp_path: Path, how: Any, error: Any, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        adapterkit.plan_merge(sixteen_bits, [make_adapter(factors("layers.0.q", 24, 40))], tmp_path / "out", **how)
+        adapterkit.merge(sixteen_bits, [make_adapter(factors("layers.0.q", 24, 40))], tmp_path / "out", **how)
 
 
 @pytest.mark.parametrize(
