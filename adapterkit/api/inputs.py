@@ -34,7 +34,7 @@ def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve) -> Chec
     path = where(base)
     checkpoint = open_checkpoint(path, hub_id(base))
     if holds_adapter(path, checkpoint.tensors):
-        raise UsageError(f"{base}: is an adapter, expected a model. The base comes first, its adapters follow.")
+        raise UsageError(f"{base}: is an adapter, expected a model", hint="the base comes first, its adapters follow")
     return checkpoint
 
 

@@ -169,17 +169,17 @@ def _plan(
             raise UsageError(f"{merged.path}: has no receipt that says which adapters to subtract: name them")
         return plan_subtraction(merged, given, out)
     if receipt is not None and weighted:
-        raise UsageError("the weights are those of the receipt: name the adapters without")
+        raise UsageError("the weights are those of the receipt", hint="name the adapters without weights")
     if original is not None:
         if receipt is None:
             check_fits(merged, original, given)
         elif given:
-            raise UsageError("a receipt and the base are enough: leave the adapters away")
+            raise UsageError("a receipt and the base are enough", hint="omit `adapters`")
         return plan_copy(original, receipt, out)
     if receipt is None:
         raise FitError(
-            f"{merged.path}: has no receipt, without which no merge is undone exactly. --base BASE --adapter A checks "
-            "and restores the base, --approximate --adapter A subtracts."
+            f"{merged.path}: has no receipt, without which no merge is undone exactly",
+            hint="`base` with `adapters` checks and restores the base; `approximate=True` with `adapters` subtracts",
         )
     return plan_undo(merged, receipt, find_adapters(receipt, [one.adapter for one in given], merged.path), out)
 
@@ -208,7 +208,7 @@ def sort_by_level(receipts: Sequence[Receipt], offered: Sequence[Adapter]) -> li
             names = ", ".join(one.name for receipt in receipts for one in receipt.adapters)
             raise FitError(
                 f"{adapter.files[0].parent}: is not what was merged, by its SHA-256; the receipt names {names}. "
-                "--approximate subtracts it nevertheless."
+                "`approximate=True` subtracts it nevertheless"
             )
         for level, here in zip(found, named, strict=True):
             level += [adapter] if here else []
@@ -231,7 +231,8 @@ def find_adapters(receipt: Receipt, offered: Sequence[Adapter], near: Path) -> l
             digests = ", ".join(f"{name} {digest[:12]}…" for name, digest in one.files.items())
             raise FitError(
                 f"{one.name}: undoing the merge needs this adapter ({digests}), and it is neither beside {near.name} "
-                "nor here: name it with --adapter"
+                "nor here",
+                hint="name it in `adapters`",
             )
         found.append(here)
     return found
@@ -252,8 +253,8 @@ def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
         again = command(["adapterkit", "merge", "OUT", *(argument(f"{one.name}:{one.weight}") for one in others)])
         raise FitError(
             f"{names}: was merged together with {rest}, and {shared} of its {touched} tensors were rounded with both "
-            f"in them: what is exact is to take all out. Name all with --adapter, or none, and merge the rest again: "
-            f"{again}"
+            "in them: what is exact is to take all out",
+            hint=f"name all in `adapters`, or none, and merge the rest again: {again}",
         )
 
 

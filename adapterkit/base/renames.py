@@ -25,7 +25,7 @@ def explain_missing(
         lines.append(f"and {len(missing) - 3} more")
     for (old, new), _ in renames.most_common(RENAMES_TRIED):
         if fits((old, new)):
-            return "; ".join(lines) + f". One rename fixes all of them: --map {old}={new}"
+            return "; ".join(lines) + f". One rename fixes all of them: `rename={old}={new}`"
     return "; ".join(lines) + ". Was this adapter trained on another base?"
 
 
@@ -33,7 +33,7 @@ def parse_rename(text: str) -> tuple[str, str]:
     """`old=new` as --map takes it; raises UsageError."""
     old, equals, new = text.partition("=")
     if not equals or not old.strip(".") or "=" in new:
-        raise UsageError(f"--map {text!r}: expected OLD=NEW, for example --map attn=self_attn")
+        raise UsageError(f"`rename={text}`: expected OLD=NEW", hint="for example `rename=attn=self_attn`")
     return old.strip("."), new.strip(".")
 
 

@@ -10,11 +10,10 @@ from typing import Any, NoReturn
 
 import click
 
+from adapterkit.cli.naming import in_options
 from adapterkit.cli.output import SCHEMA, is_result_printed, say_json, say_labelled
 from adapterkit.errors import AdapterkitError
 from adapterkit.packages import missing
-
-PARAMETER = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 
 
 @dataclass(frozen=True)
@@ -70,25 +69,6 @@ def speak_options(error: BaseException, command: click.Command) -> None:
         error.hint = re.sub("`([a-z_]+)`", r"\1", in_options(error.hint, command))
     if notes := getattr(error, "__notes__", None):
         notes[:] = [in_options(line, command) for line in notes]
-
-
-def in_options(text: str, command: click.Command) -> str:
-    """`text` with the options of `command` where it has their parameters: `overwrite=True` as --overwrite."""
-    parameters = {opt.lstrip("-"): param for param in command.params for opt in (*param.opts, param.name or "")}
-
-    def option(match: re.Match[str]) -> str:
-        name, value = match.groups()
-        param = parameters.get(name)
-        if isinstance(param, click.Argument):
-            return param.human_readable_name if value is None else match[0]
-        if not isinstance(param, click.Option):
-            return match[0]
-        if param.is_flag:
-            return (param.secondary_opts if value == "False" and param.secondary_opts else param.opts)[-1]
-        flag = min(param.opts, key=len)
-        return flag if value is None else f"{flag} {value.strip(chr(34))}"
-
-    return PARAMETER.sub(option, text)
 
 
 def _click_failure(error: click.ClickException) -> Failure:

@@ -50,17 +50,21 @@ def say(*lines: str, err: bool = False) -> None:
 
 def note(*lines: str) -> None:
     """Print notes on stderr, a line each."""
-    _notes.extend(lines)
-    if not _quiet:
-        for line in lines:
-            say_labelled("note", line)
+    _add(_notes, "note", lines, shown=not _quiet)
 
 
 def warn(*lines: str) -> None:
     """Print warnings on stderr, a line each."""
-    _warnings.extend(lines)
-    for line in lines:
-        say_labelled("warning", line)
+    _add(_warnings, "warning", lines)
+
+
+def _add(told: list[str], label: str, lines: Iterable[str], shown: bool = True) -> None:
+    from adapterkit.cli.naming import in_options
+
+    for line in map(in_options, lines):
+        told.append(line)
+        if shown:
+            say_labelled(label, line)
 
 
 def say_labelled(label: str, *lines: str) -> None:

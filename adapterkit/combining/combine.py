@@ -165,7 +165,7 @@ def _check(given: Sequence[WeightedAdapter], modules: Mapping[str, None], method
         dora = [name for name, weights in mine.items() if weights.magnitude is not None]
         if dora:
             raise FitError(
-                f"{one.label}: {dora[0]} is DoRA, so its Δ depends on the base: adapterkit convert --to lora it first"
+                f"{one.label}: {dora[0]} is DoRA, so its Δ depends on the base", hint="convert it to LoRA first"
             )
         if not method.biases and any(weights.bias is not None for weights in mine.values()):
             raise FitError(

@@ -57,7 +57,9 @@ def _pick(name: str, values: Sequence[tuple[WeightedAdapter, LazyTensor]], rule:
         return ((1.0, values[0][1]),)
     if rule == "error":
         labels = ", ".join(one.label for one, _ in values)
-        raise FitError(f"{name}: is held whole by {labels}: say with --saved first or --saved average which to take")
+        raise FitError(
+            f"{name}: is held whole by {labels}", hint="say which to take: `saved='first'` or `saved='average'`"
+        )
     if len({tensor.shape for _, tensor in values}) > 1:
         raise FitError(f"{name}: has different shapes in {', '.join(one.label for one, _ in values)}")
     if not math.fsum(one.weight for one, _ in values):

@@ -23,9 +23,11 @@ def check_apart(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
         out = _Tree.of(path, follow=False)
         for one in read:
             if one.top & out.above or (one.inside | one.top) & out.top:
-                raise UsageError(f"{path}: is or lies in the input {one.path}; choose another -o")
+                raise UsageError(f"{path}: is or lies in the input {one.path}", hint="choose another `output`")
             if (one.above | one.inside | one.top) & (out.folders | out.top):
-                raise UsageError(f"{path}: holds the input {one.path}, or what it links to; choose another -o")
+                raise UsageError(
+                    f"{path}: holds the input {one.path}, or what it links to", hint="choose another `output`"
+                )
 
 
 @dataclass(frozen=True)

@@ -91,18 +91,20 @@ class Destination:
     def _check_free(self, path: Path) -> None:
         directory = self.directory or path != self.out
         if path.is_symlink() or (path.exists() and not path.is_dir() and not path.is_file()):
-            raise OutputExistsError(f"{path}: is a link or a special file; choose another output")
+            raise OutputExistsError(f"{path}: is a link or a special file", hint="choose another `output`")
         if not path.exists() or (directory and path.is_dir() and not any(path.iterdir())):
             return
         if not self.overwrite:
-            instead = "" if self.overwrite is None else ", or replace it with --overwrite"
-            raise OutputExistsError(f"{path}: exists already. Choose another -o{instead}.")
+            instead = "" if self.overwrite is None else ", or replace it with `overwrite=True`"
+            raise OutputExistsError(f"{path}: exists already", hint=f"choose another `output`{instead}")
         if path.is_dir() is not directory:
             there, wanted = ("directory", "file") if path.is_dir() else ("file", "directory")
-            raise OutputExistsError(f"{path}: is a {there}, the output is a {wanted}. Choose another -o, or remove it.")
+            raise OutputExistsError(
+                f"{path}: is a {there}, the output is a {wanted}", hint="choose another `output`, or remove it"
+            )
         if not (self.ours if path == self.out else is_made_by_us)(path):
             raise OutputExistsError(
-                f"{path}: was not made by adapterkit, so --overwrite will not delete it. Remove it first."
+                f"{path}: was not made by adapterkit, so `overwrite=True` will not delete it", hint="remove it first"
             )
 
 
@@ -230,7 +232,7 @@ def _commit(work: Workspace, place: Destination, before: list[Inode | None]) -> 
     _flush_all(work.path)
     for path, inode in zip(place.places, before, strict=True):
         if _identity(path) != inode:
-            raise OutputExistsError(f"{path}: appeared while it was being made; choose another -o")
+            raise OutputExistsError(f"{path}: appeared while it was being made", hint="choose another `output`")
     for beside in place.places[:-1]:
         _put_receipt(work, beside)
     if before[-1] is None:

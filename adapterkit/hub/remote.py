@@ -165,7 +165,9 @@ def outlined(remote: Remote) -> Iterator[Outline]:
     """
     id = remote.id
     if remote.is_adapter and not any(file.name.endswith(".safetensors") for file in remote.files):
-        raise FormatError(f"{id}: its weights are pickled, so that nothing can be told without them; --full gets them")
+        raise FormatError(
+            f"{id}: its weights are pickled, and cannot be inspected by headers", hint="`full=True` gets them"
+        )
     # After ctrl-C, requests that were not waited for may still write there.
     with TemporaryDirectory(prefix="adapterkit-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / id.repo.rpartition("/")[2]  # what it is called in messages

@@ -38,7 +38,7 @@ APPROXIMATE = (
 def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter], out: Path) -> MergePlan:
     """Plan the base that `merged` was made of. Raises FitError and FormatError where receipt and files disagree."""
     if receipt.irreversible is not None:
-        raise FitError(f"{merged.path}: cannot be undone, since {receipt.irreversible}. --base BASE restores it.")
+        raise FitError(f"{merged.path}: cannot be undone, since {receipt.irreversible}", hint="`base` restores it")
     merged = _with_shards(merged, receipt)
     given = tuple(
         WeightedAdapter(adapter, one.weight, one.name) for adapter, one in zip(adapters, receipt.adapters, strict=True)
@@ -92,7 +92,7 @@ def plan_subtraction(merged: Checkpoint, given: Sequence[WeightedAdapter], out: 
         dora = any(weights.magnitude is not None for weights in one.adapter.modules.values())
         if dora or one.adapter.replaced or one.adapter.tokens:
             what = "rescales the base's rows (DoRA)" if dora else "has replaced tensors of the base"
-            raise FitError(f"{one.label}: {what}, which no subtraction undoes: only a receipt or the --base does")
+            raise FitError(f"{one.label}: {what}, which no subtraction undoes: only a receipt or the `base` does")
     plan = make_plan(merged, [replace(one, weight=-one.weight) for one in given], out)
     return replace(plan, undoable=False, notes=(*plan.notes, APPROXIMATE))
 
@@ -241,7 +241,8 @@ def finish_unmerge(receipt: Receipt, plan: MergePlan, folder: Path, hashes: Hash
         if read[header.file.name] != shard.after:
             raise FitError(
                 f"{header.file}: has changed since it was merged: its SHA-256 is {read[header.file.name]}, the receipt "
-                f"has {shard.after}. --approximate subtracts the adapters nevertheless."
+                f"has {shard.after}",
+                hint="`approximate=True` subtracts the adapters nevertheless",
             )
     _check_restored(receipt, hashes)
     told = receipt.companions

@@ -101,7 +101,7 @@ def inject(
     """
     targets, generator = _targets(model, lora), torch.Generator().manual_seed(seed)
     if lora.init == "loftq" and not (original is not None and all(is_quantized(layer) for layer in targets.values())):
-        raise UsageError("init loftq compensates for quantization: it needs a 16-bit base and --quantize")
+        raise UsageError("init loftq compensates for quantization: it needs a 16-bit base and `quantize`")
     model.requires_grad_(False)
     for name, layer in targets.items():
         rank, scaling, embedding = lora.rank_of(name), lora.scaling_of(name), isinstance(layer, nn.Embedding)

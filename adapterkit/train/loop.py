@@ -187,7 +187,7 @@ class Loop:
         more = f" and {len(wheres) - 3} more" if len(wheres) > 3 else ""
         broken = [name for name, parameter in self.trained.items() if not parameter.isfinite().all()]
         cause = f"because {broken[0]} overflowed" if broken else f"on {', '.join(wheres[:3])}{more}"
-        return f"{cause}; try a lower --lr, or --dtype fp32"
+        return f"{cause}; try a lower `lr`, or `dtype='fp32'`"
 
 
 def scheduled(step: int, steps: int, warmup: float, schedule: str) -> float:

@@ -82,7 +82,7 @@ class Recipe:
         for one in parameters(type(self)):
             value = getattr(self, one.name)
             if one.choices and value not in one.choices:
-                raise UsageError(f"{_dashed(one.name)} {value}: expected one of {', '.join(one.choices)}")
+                raise UsageError(f"{_parameter(one.name)} {value}: expected one of {', '.join(one.choices)}")
         for name in (
             "rank",
             "batch_size",
@@ -94,22 +94,22 @@ class Recipe:
             "patience",
         ):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"{_dashed(name)} {value}: expected 1 or more")
+                raise UsageError(f"{_parameter(name)} {value}: expected 1 or more")
         for name in ("lr", "lora_plus", "epochs", "alpha"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise UsageError(f"{_dashed(name)} {value}: expected more than 0")
+                raise UsageError(f"{_parameter(name)} {value}: expected more than 0")
         for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
             for key, value in (getattr(self, name) or {}).items():
                 if not (value >= least and 0 < value < math.inf):
                     raise UsageError(f"{name}: {key} {value}: expected {'1 or more' if least else 'more than 0'}")
         for name in ("dropout", "eval_share"):
             if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected at least 0 and less than 1")
+                raise UsageError(f"{_parameter(name)} {getattr(self, name)}: expected at least 0 and less than 1")
         for name in ("warmup", "weight_decay", "clip", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"{_dashed(name)} {getattr(self, name)}: expected 0 or more")
-        counts = {_dashed(item.name): getattr(self, item.name) for item in fields(self) if "int" in str(item.type)}
-        for name, value in {**counts, "--epochs": self.epochs, **(self.rank_pattern or {})}.items():
+                raise UsageError(f"{_parameter(name)} {getattr(self, name)}: expected 0 or more")
+        counts = {_parameter(item.name): getattr(self, item.name) for item in fields(self) if "int" in str(item.type)}
+        for name, value in {**counts, _parameter("epochs"): self.epochs, **(self.rank_pattern or {})}.items():
             if isinstance(value, int | float) and value > MAX_INT:
                 raise UsageError(f"{name} {value}: expected {MAX_INT:,} or less")
         self._refuse_contradictions()
@@ -124,24 +124,26 @@ class Recipe:
             if item.name in _FACTOR_OPTIONS and getattr(self, item.name) != item.default
         ]
         if full and changed:
-            raise UsageError(f"{_dashed(changed[0])} applies to factors, but --method full trains the base itself")
+            raise UsageError(f"{_parameter(changed[0])} applies to factors, but `method='full'` trains the base itself")
         if full and self.quantize != "none":
-            raise UsageError("--method full trains the base itself, and 4-bit weights cannot be trained")
+            raise UsageError("`method='full'` trains the base itself, and 4-bit weights cannot be trained")
         conflicting = set(changed) - {"init_from", "dropout", "lora_plus"}  # dropout and LoRA+ are the run's own
         if self.init_from and (conflicting or self.method != "lora"):
-            raise UsageError("--init-from takes rank, targets, method and scaling from the adapter: omit those options")
+            raise UsageError(
+                "`init_from` takes rank, targets, method and scaling from the adapter", hint="omit those options"
+            )
         if self.init == "loftq" and self.quantize == "none":
             raise UsageError(
-                f"--init loftq compensates for quantization: it needs --quantize {' or '.join(QUANTIZE[1:])}"
+                f"`init='loftq'` compensates for quantization: it needs `quantize` {' or '.join(QUANTIZE[1:])}"
             )
         if self.init in ("pissa", "olora") and self.quantize != "none":
             raise UsageError(
-                f"--init {self.init} subtracts the factors from the base, and --quantize would round the rest again"
+                f"`init='{self.init}'` subtracts the factors from the base, and `quantize` would round the rest again"
             )
         if self.eval_data and self.eval_share:
-            raise UsageError("--eval-data and --eval-share both select validation data: give one of them")
+            raise UsageError("`eval_data` and `eval_share` both select validation data", hint="give one of them")
         if self.patience and not (self.eval_data or self.eval_share):
-            raise UsageError("--patience needs validation data: --eval-data or --eval-share")
+            raise UsageError("`patience` needs validation data: `eval_data` or `eval_share`")
 
     @property
     def rows_per_step(self) -> int:
@@ -197,5 +199,5 @@ def as_yaml(recipe: Recipe) -> str:
     return text
 
 
-def _dashed(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _parameter(name: str) -> str:
+    return f"`{name}`"

@@ -832,7 +832,7 @@ def test_originals_that_are_none(
         save_file(tensors, other)
         with pytest.raises(FitError, match=message):
             adapterkit.plan_merge(base, [adapter], tmp_path / "out", original=other)
-    with pytest.raises(FitError, match="is quantized itself; --original"):
+    with pytest.raises(FitError, match="is quantized itself; `original`"):
         adapterkit.plan_merge(other, [adapter], tmp_path / "out", original=base)
 
 

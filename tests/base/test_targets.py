@@ -119,7 +119,7 @@ def test_one_rename_that_fixes_everything_is_offered_and_works(
     base = make_base({f"model.layers.{i}.self_attn.q_proj.weight": torch.randn(6, 10) for i in range(12)})
     parts = {k: t for i in range(12) for k, t in factors(f"model.layers.{i}.attention.q_proj", 6, 10).items()}
     adapter = make_adapter(parts)
-    with pytest.raises(FitError, match=r"--map attention=self_attn$") as error:
+    with pytest.raises(FitError, match=r"`rename=attention=self_attn`$") as error:
         adapterkit.plan_merge(base, [adapter], tmp_path / "out")
     assert "12 of 12 modules" in str(error.value) and "nearest: model.layers.0.self_attn.q_proj" in str(error.value)
     plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out", rename=("attention", "self_attn"))

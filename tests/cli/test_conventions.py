@@ -13,7 +13,8 @@ from handmade import Outcome, Terminal, adapterkit, write_adapter, write_base
 import adapterkit as package
 from adapterkit.cli import main as cli
 from adapterkit.cli.command import Command
-from adapterkit.cli.failures import in_options, speak_options
+from adapterkit.cli.failures import speak_options
+from adapterkit.cli.naming import in_options
 from adapterkit.errors import OutputExistsError
 
 every_command = pytest.mark.parametrize("name", cli.COMMANDS)

@@ -541,7 +541,7 @@ def test_tensors_held_whole_by_several_need_a_rule(make_adapter: MakeAdapter, tm
         make_adapter(factors("q", 24, 40) | {"score.weight": value}, name, **how)
         for name, value in zip("ab", values, strict=True)
     )
-    with pytest.raises(FitError, match=r"score.weight: is held whole by a, b: say with --saved"):
+    with pytest.raises(FitError, match=r"score.weight: is held whole by a, b; say which to take: `saved='first'`"):
         adapterkit.combine([a, b], tmp_path / "out")
     adapterkit.combine([a, b], tmp_path / "first", saved="first")
     adapterkit.combine([(a, 3.0), (b, 1.0)], tmp_path / "average", saved="average")

@@ -283,7 +283,7 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path, directory: bool, pl
     """Nor with --overwrite, which was said of what was there at the start."""
     out = tmp_path / "out"
     with (
-        pytest.raises(OutputExistsError, match="appeared while it was being made; choose another -o")
+        pytest.raises(OutputExistsError, match="appeared while it was being made; choose another `output`")
         if not directory or place == "out"
         else nullcontext(),
         staged(Destination(out, directory=directory, overwrite=True, beside=not directory)) as new,
@@ -462,16 +462,18 @@ def test_another_kind_in_the_way_is_named(tmp_path: Path, directory: bool) -> No
     out = tmp_path / "out"
     out.write_text("x") if directory else (out / "x").mkdir(parents=True)
     said = "is a file, the output is a directory" if directory else "is a directory, the output is a file"
-    with pytest.raises(OutputExistsError, match=rf"out: {said}\. Choose another -o, or remove it\."):
+    with pytest.raises(OutputExistsError, match=rf"out: {said}; choose another `output`, or remove it"):
         Destination(out, directory=directory, overwrite=True).check()
 
 
-@pytest.mark.parametrize(("overwrite", "end"), [(None, "-o."), (False, "-o, or replace it with --overwrite.")])
+@pytest.mark.parametrize(
+    ("overwrite", "end"), [(None, "`output`"), (False, "`output`, or replace it with `overwrite=True`")]
+)
 def test_only_commands_that_can_replace_offer_it(tmp_path: Path, overwrite: bool | None, end: str) -> None:
     (tmp_path / "out" / "x").mkdir(parents=True)
     with pytest.raises(OutputExistsError) as raised:
         Destination(tmp_path / "out", overwrite=overwrite).check()
-    assert str(raised.value) == f"{tmp_path}/out: exists already. Choose another {end}"
+    assert str(raised.value) == f"{tmp_path}/out: exists already; choose another {end}"
 
 
 @pytest.mark.parametrize("length", [247, 248, 255])

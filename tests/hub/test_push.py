@@ -147,7 +147,7 @@ def test_private(there: Hub, adapter: Path) -> None:
     assert there.repos[REPO].private
     pushed(adapter, "me/other")
     assert not there.repos["me/other"].private
-    assert "there already and public" in adapterkit("push", adapter, "me/other", "--private").message(2)
+    assert "exists and is public" in adapterkit("push", adapter, "me/other", "--private").message(2)
 
 
 def test_dry_run_sends_nothing(there: Hub, adapter: Path) -> None:
@@ -390,7 +390,7 @@ def test_what_is_not_sent(there: Hub, adapter: Path, spoil: Callable[[Path], Any
     [
         (["me/lora@v1"], 2, "expected ORG/NAME"),
         (["me/lora", "--base-id", "/home/x"], 2, "expected ORG/NAME, as the Hub has it"),
-        (["me/lora", "--pr"], 2, "nothing to open a pull request for"),
+        (["me/lora", "--pr"], 2, "no pull request can be opened; omit --pr"),
         (["stranger/lora"], 4, "me can make repositories for me, an-org only"),
         (["lab/base"], 4, "write access"),
     ],

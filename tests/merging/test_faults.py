@@ -277,7 +277,7 @@ def test_ctrl_c_with_resume_keeps_what_is_finished(inputs: Path) -> None:
 
 
 def test_resume_needs_hashes(inputs: Path) -> None:
-    assert "leave it away" in merge(inputs, "--resume", "--no-receipt").message(2)
+    assert "omit --resume" in merge(inputs, "--resume", "--no-receipt").message(2)
     assert "give one of them" in merge(inputs, "--resume", "--dry-run").message(2)
 
 

@@ -374,7 +374,7 @@ def test_fp16_overflow_is_refused(
     adapter = make_adapter(
         {"m.lora_A.weight": torch.ones(1, 4), "m.lora_B.weight": torch.full((4, 1), 900.0)}, r=1, lora_alpha=1
     )
-    with pytest.raises(FitError, match="beyond 65504, where float16 ends: use --dtype bf16"):
+    with pytest.raises(FitError, match="beyond 65504, where float16 ends; use `dtype='bf16'`"):
         adapterkit.merge(base, [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

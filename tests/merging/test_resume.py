@@ -239,11 +239,11 @@ def test_another_base_or_first_adapter_is_not_resumed(began: tuple[Recipe, Path]
     list(train(recipe, out, stop=lambda: True))
     raw = (first / "adapter_config.json").read_text()
     (first / "adapter_config.json").write_text(raw.replace('"lora_alpha": 16', '"lora_alpha": 17'))
-    with pytest.raises(FitError, match=rf"--resume: {first} has changed since the run began"):
+    with pytest.raises(FitError, match=rf"`resume=True`: {first} has changed since the run began"):
         resumed(recipe, run_left(out))
     (first / "adapter_config.json").write_text(raw)
     flip(base / "model.safetensors")
-    with pytest.raises(FitError, match=rf"--resume: {base} has changed since the run began"):
+    with pytest.raises(FitError, match=rf"`resume=True`: {base} has changed since the run began"):
         resumed(recipe, run_left(out))
 
 

@@ -165,7 +165,7 @@ def test_a_dtype_that_holds_the_base_can_be_undone(dtype: str, tmp_path: Path) -
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-dora"  # bf16
     adapterkit.merge(base, [adapter], tmp_path / "merged", dtype=dtype)
     if dtype == "fp16":
-        with pytest.raises(FitError, match="BF16 weights were converted to F16. --base BASE restores it"):
+        with pytest.raises(FitError, match="BF16 weights were converted to F16; `base` restores it"):
             adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=[adapter])
         adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", base=base)
     else:
@@ -618,7 +618,7 @@ def test_one_of_two_that_were_merged_together_is_refused(merged: Path, make_adap
     says = outcome.message(3)
     assert "was merged together with second, and 1 of its 2 tensors" in says and "merge OUT second:0.5" in says
     shutil.move(tmp_path / "second", tmp_path / "elsewhere")
-    with pytest.raises(FitError, match="second: undoing the merge needs this adapter .* name it with --adapter"):
+    with pytest.raises(FitError, match="second: undoing the merge needs this adapter .*; name it in `adapters`"):
         adapterkit.unmerge(tmp_path / "both", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     given = [tmp_path / "elsewhere", tmp_path / "adapter"]

@@ -356,7 +356,7 @@ def test_a_base_in_4_bits(tiny: Path, prompted: Path, make_adapter: Callable[...
     assert beside.predictions == merged.predictions
     assert abs(beside.likelihood.loss - on_disk.likelihood.loss) > 1e-3
     assert scored(tiny, prompted, quantize="fp4", generate=False).likelihood.loss != loaded.likelihood.loss
-    with pytest.raises(UsageError, match="--quantize nf4: small is already quantized"):
+    with pytest.raises(UsageError, match="`quantize=nf4`: small is already quantized"):
         scored(small, prompted, quantize="nf4")
 
 
@@ -521,14 +521,14 @@ def test_numbers_that_are_none_and_tokens_that_are_not_there(tiny: Path, prompte
     write_tokenizer(broken)
     tensors["model.embed_tokens.weight"][WORDS.index("pig")] = torch.nan
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(AdapterkitError, match=r"held_out.jsonl:\d+: the loss is nan; try --dtype fp32"):
+    with pytest.raises(AdapterkitError, match=r"held_out.jsonl:\d+: the loss is nan; try `dtype='fp32'`"):
         scored(broken, prompted)
     write_tokenizer(broken, 30)
     rows = [{"text": "cat word5"}]
     with pytest.raises(FitError, match="has token 25, the vocabulary of broken has 20"):
         scored(broken, write_lines(tmp_path / "unknown.jsonl", rows))
     long = write_lines(tmp_path / "long.jsonl", [{"text": "cat " * 100}])
-    with pytest.raises(UsageError, match="has 101 tokens, model supports at most 64; use --max-length 64"):
+    with pytest.raises(UsageError, match="has 101 tokens, model supports at most 64; use `max_length=64`"):
         scored(tiny, long)
     assert scored(tiny, long, max_length=64).likelihood.counts == (63,)
     with pytest.raises(FormatError, match="no tokenizer"):
@@ -537,7 +537,7 @@ def test_numbers_that_are_none_and_tokens_that_are_not_there(tiny: Path, prompte
 
 def test_what_takes_too_much_memory(tiny: Path, prompted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapterkit.train.runs.evaluate.available", lambda device: 1000)
-    with pytest.raises(UsageError, match="0.0 GB are free on cpu; --quantize nf4 needs less"):
+    with pytest.raises(UsageError, match="0.0 GB are free on cpu; `quantize='nf4'` needs less"):
         scored(tiny, prompted)
 
 

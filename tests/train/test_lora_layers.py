@@ -334,9 +334,9 @@ def test_loftq_makes_up_for_what_quantizing_took(kind: str) -> None:
 
 
 def test_loftq_wants_a_quantized_base() -> None:
-    with pytest.raises(UsageError, match="needs a 16-bit base and --quantize"):
+    with pytest.raises(UsageError, match="needs a 16-bit base and `quantize`"):
         inject(Model(), Lora(("q",), init="loftq"), original=lambda name: torch.zeros(14, 20))
-    with pytest.raises(UsageError, match="needs a 16-bit base and --quantize"):
+    with pytest.raises(UsageError, match="needs a 16-bit base and `quantize`"):
         inject(four_bits("nf4", False), Lora(("q",), init="loftq"))
 
 

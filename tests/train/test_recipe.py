@@ -142,36 +142,36 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, file: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "ia3"}, r"--method ia3: expected one of lora, rslora, dora, full"),
-        ({"quantize": "int8"}, r"--quantize int8: expected one of none, nf4, fp4"),
-        ({"init": "svd"}, r"--init svd: expected one of kaiming, gaussian, pissa, olora, loftq"),
-        ({"schedule": "step"}, r"--schedule step: expected one of cosine, linear, constant"),
-        ({"dtype": "fp8"}, r"--dtype fp8: expected one of auto, bf16, fp16, fp32"),
+        ({"method": "ia3"}, r"`method` ia3: expected one of lora, rslora, dora, full"),
+        ({"quantize": "int8"}, r"`quantize` int8: expected one of none, nf4, fp4"),
+        ({"init": "svd"}, r"`init` svd: expected one of kaiming, gaussian, pissa, olora, loftq"),
+        ({"schedule": "step"}, r"`schedule` step: expected one of cosine, linear, constant"),
+        ({"dtype": "fp8"}, r"`dtype` fp8: expected one of auto, bf16, fp16, fp32"),
         *[
-            ({name: value}, f"--{name.replace('_', '-')} {value}: expected 1 or more")
+            ({name: value}, f"`{name}` {value}: expected 1 or more")
             for name in ("rank", "batch_size", "grad_accum", "max_length", "max_steps", "eval_every", "save_every", "patience")
             for value in (0, -3)
         ],
         *[
-            ({name: value}, f"--{name.replace('_', '-')} {value}: expected more than 0")
+            ({name: value}, f"`{name}` {value}: expected more than 0")
             for name in ("lr", "lora_plus", "epochs", "alpha")
             for value in (0.0, -1.0, float("nan"), float("inf"))
         ],
         *[
-            ({name: value}, f"--{name.replace('_', '-')} {value}: expected at least 0 and less than 1")
+            ({name: value}, f"`{name}` {value}: expected at least 0 and less than 1")
             for name in ("dropout", "eval_share")
             for value in (1.0, -0.5, float("nan"))
         ],
         *[
-            ({name: value}, f"--{name.replace('_', '-')} {value}: expected 0 or more")
+            ({name: value}, f"`{name}` {value}: expected 0 or more")
             for name in ("warmup", "weight_decay", "clip")
             for value in (-1.0, float("nan"), float("inf"))
         ],
-        ({"rank": 10**20}, "--rank 100000000000000000000: expected 2,147,483,647 or less"),
-        ({"seed": 2**64}, "--seed 18446744073709551616: expected 2,147,483,647 or less"),
-        ({"epochs": 1e308}, r"--epochs 1e\+308: expected 2,147,483,647 or less"),
+        ({"rank": 10**20}, "`rank` 100000000000000000000: expected 2,147,483,647 or less"),
+        ({"seed": 2**64}, "`seed` 18446744073709551616: expected 2,147,483,647 or less"),
+        ({"epochs": 1e308}, r"`epochs` 1e\+308: expected 2,147,483,647 or less"),
         ({"rank_pattern": {"q": 2**31}}, "q 2147483648: expected 2,147,483,647 or less"),
-        ({"seed": -1}, "--seed -1: expected 0 or more"),
+        ({"seed": -1}, "`seed` -1: expected 0 or more"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern: q 0: expected 1 or more"),
         ({"alpha_pattern": {"q": 0.0}}, "alpha_pattern: q 0.0: expected more than 0"),
         ({"alpha_pattern": {"q": float("nan")}}, "alpha_pattern: q nan: expected more than 0"),
@@ -186,7 +186,7 @@ def test_numbers_and_choices_that_mean_nothing(given: dict[str, Any], message: s
     ("given", "message"),
     [
         *[
-            ({"method": "full", name: value}, f"--{name.replace('_', '-')} applies to factors, but --method full trains the base itself")
+            ({"method": "full", name: value}, f"`{name}` applies to factors, but `method='full'` trains the base itself")
             for name, value in {
                 "alpha": 4.0, "layers": "0-3", "rank_pattern": {"q": 2}, "alpha_pattern": {"q": 2.0}, "init_from": "a",
                 "rank": 4, "targets": "all-linear", "init": "pissa", "dropout": 0.1, "lora_plus": 2.0,
@@ -194,14 +194,14 @@ def test_numbers_and_choices_that_mean_nothing(given: dict[str, Any], message: s
         ],
         ({"method": "full", "quantize": "nf4"}, "trains the base itself, and 4-bit weights cannot be trained"),
         *[
-            ({"init_from": "a", **more}, "--init-from takes rank, targets, method and scaling from the adapter: omit those options")
+            ({"init_from": "a", **more}, "`init_from` takes rank, targets, method and scaling from the adapter; omit those options")
             for more in ({"rank": 4}, {"alpha": 4.0}, {"targets": "x"}, {"method": "dora"}, {"init": "pissa"}, {"layers": "0"}, {"rank_pattern": {"q": 2}})
         ],
-        ({"init": "loftq"}, "--init loftq compensates for quantization: it needs --quantize nf4 or fp4"),
-        ({"init": "pissa", "quantize": "nf4"}, "--init pissa subtracts the factors from the base, and --quantize would round the rest again"),
-        ({"init": "olora", "quantize": "fp4"}, "--init olora subtracts the factors from the base"),
-        ({"eval_data": "e", "eval_share": 0.1}, "--eval-data and --eval-share both select validation data"),
-        ({"patience": 2}, "--patience needs validation data: --eval-data or --eval-share"),
+        ({"init": "loftq"}, "`init='loftq'` compensates for quantization: it needs `quantize` nf4 or fp4"),
+        ({"init": "pissa", "quantize": "nf4"}, "`init='pissa'` subtracts the factors from the base, and `quantize` would round the rest again"),
+        ({"init": "olora", "quantize": "fp4"}, "`init='olora'` subtracts the factors from the base"),
+        ({"eval_data": "e", "eval_share": 0.1}, "`eval_data` and `eval_share` both select validation data"),
+        ({"patience": 2}, "`patience` needs validation data: `eval_data` or `eval_share`"),
     ],
 )  # fmt: skip
 def test_contradictions(given: dict[str, Any], message: str) -> None:

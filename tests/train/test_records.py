@@ -117,7 +117,7 @@ def test_renamed_fields(read: Read) -> None:
 def test_an_empty_name_turns_a_form_off(read: Read) -> None:
     line = json.dumps({"text": "t", "messages": CHAT, "": "nameless"})
     [bad] = read("t.jsonl", line)
-    assert isinstance(bad, BadRecord) and "turn one off with an empty name (--text-field '')" in bad.why
+    assert isinstance(bad, BadRecord) and "turn one off with an empty name (`text_field=''`)" in bad.why
     assert read("t.jsonl", line, text="") == [Record("t.jsonl:1", messages=tuple(CHAT))]
     assert read("t.jsonl", line, messages="") == [Record("t.jsonl:1", text="t")]
 
@@ -125,7 +125,7 @@ def test_an_empty_name_turns_a_form_off(read: Read) -> None:
 def test_a_file_with_other_fields_says_which_it_has(read: Read) -> None:
     lines = '[]\n{}\n{"question": "q", "answer": "a"}\n{"question": "r"}'
     with pytest.raises(
-        FormatError, match=r"^t.jsonl:3: has the fields 'question', 'answer'; .*--prompt-field and --comp"
+        FormatError, match=r"^t.jsonl:3: has the fields 'question', 'answer'; .*`prompt_field` and `comp"
     ):
         read("t.jsonl", lines)
     assert isinstance(read("t.jsonl", lines + '\n{"text": 1}')[-1], BadRecord)  # one is known: the others are bad

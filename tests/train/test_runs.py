@@ -321,7 +321,7 @@ def test_a_failure_before_any_checkpoint_leaves_nothing(
 @pytest.mark.parametrize("change", [{"lr": 2e-2}, {"rank": 4}, {"epochs": 3.0}], ids=str)
 def test_another_recipe_is_not_resumed(recipe: Callable[..., Recipe], tmp_path: Path, change: dict[str, Any]) -> None:
     list(train(recipe(), tmp_path / "out", stop=lambda: True))
-    with pytest.raises(FitError, match=f"--resume: {next(iter(change))} is"):
+    with pytest.raises(FitError, match=f"`resume=True`: {next(iter(change))} is"):
         next(train(recipe(**change), tmp_path / "out", resume=True))
     assert checkpoints.steps(run_left(tmp_path / "out"))
 
@@ -392,7 +392,7 @@ def _after(steps: int) -> Callable[[], bool]:
 
 
 def test_a_loss_that_is_no_number_stops_with_its_cause(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    with pytest.raises(AdapterkitError, match=r"step \d+: the (loss|gradient's norm) is (nan|inf).*--lr"):
+    with pytest.raises(AdapterkitError, match=r"step \d+: the (loss|gradient's norm) is (nan|inf).*`lr`"):
         finished(train(recipe(lr=1e38, clip=0.0, warmup=0.0, schedule="constant"), tmp_path / "out"))
 
 
@@ -573,7 +573,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         real(file, *rest)
 
     monkeypatch.setattr(checkpoints, "write_tensors", full)
-    with pytest.raises(NoSpaceError, match="free some space\nthe last checkpoint is saved: continue with --resume"):
+    with pytest.raises(NoSpaceError, match="free some space\nthe last checkpoint is saved: continue with `resume=True`"):
         finished(train(recipe(save_every=2), tmp_path / "out"))
     monkeypatch.undo()
     finished(train(recipe(save_every=2), tmp_path / "out", resume=True))

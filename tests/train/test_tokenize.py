@@ -344,7 +344,7 @@ def test_truncation_cuts_the_end(tokenizer: Any) -> None:
     whole, cut = made(record, tokenizer, 7), made(record, tokenizer, 5)
     assert [len(whole.ids), whole.cut, len(cut.ids), cut.cut] == [7, 0, 5, 2]
     assert tokenizer.decode(cut.ids) == "one two three four five" and runs(cut, tokenizer) == [" four five"]
-    assert refused(record, tokenizer, 3) == "the prompt alone has 3 tokens, --max-length is 3"
+    assert refused(record, tokenizer, 3) == "the prompt alone has 3 tokens, `max_length` is 3"
     assert runs(made(record, tokenizer, 4), tokenizer) == [" four"]
 
 
@@ -360,15 +360,15 @@ def test_all_of_them(tokenizer: Any) -> None:
     assert [example.where for example in encoded.examples] == ["t:1", "t:2", "t:5"]
     assert encoded.records == (records[0], records[1], records[4])
     assert encoded.truncated == ("t:2",)
-    assert encoded.bad == (records[2], BadRecord("t:4", "the prompt alone has 4 tokens, --max-length is 4"))
+    assert encoded.bad == (records[2], BadRecord("t:4", "the prompt alone has 4 tokens, `max_length` is 4"))
     assert (encoded.tokens, encoded.counted) == (3 + 4 + 3, 2 + 3 + 2)
     with pytest.raises(FormatError) as caught:
         encode_all(records, tokenizer, 4, skip_bad=False)
     assert str(caught.value).splitlines() == [
         "2 of 5 records cannot be used",
         "  t:3: 'text' is empty",
-        "  t:4: the prompt alone has 4 tokens, --max-length is 4",
-        "Fix them, or skip them with --skip-bad",
+        "  t:4: the prompt alone has 4 tokens, `max_length` is 4",
+        "fix them, or skip them with `skip_bad=True`",
     ]
 
 
@@ -378,16 +378,16 @@ def test_many_bad_ones_are_counted_and_ten_listed(tokenizer: Any) -> None:
         encode_all([*bad, Record("t:14", text="one two")], tokenizer, 8, skip_bad=False)
     lines = str(caught.value).splitlines()
     assert lines[0] == "13 of 14 records cannot be used" and lines[10] == "  t:10: is empty"
-    assert lines[11] == "  and 3 more" and "--skip-bad" in lines[12]
+    assert lines[11] == "  and 3 more" and "`skip_bad=True`" in lines[12]
     with pytest.raises(FormatError, match="13 of 13 records cannot be used") as caught:
         encode_all(bad, tokenizer, 8, skip_bad=True)
-    assert "--skip-bad" not in str(caught.value)  # it would not help
+    assert "skip_bad" not in str(caught.value)  # it would not help
 
 
 def test_nothing_to_train_on(tokenizer: Any) -> None:
     with pytest.raises(FormatError, match="no records, expected one or more"):
         encode_all([], tokenizer, 8, skip_bad=True)
-    with pytest.raises(UsageError, match="--max-length is 1, expected 2 or more"):
+    with pytest.raises(UsageError, match="`max_length` is 1, expected 2 or more"):
         encode_all([Record("t:1", text="one two")], tokenizer, 1, skip_bad=True)
 
 

@@ -26,7 +26,7 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
     and UnknownStrengthError where neither they nor the call say how strong it is.
     """
     if alpha is not None and scaling is not None:
-        raise UsageError("--alpha and --scaling both say how strong the adapter is: give one of them")
+        raise UsageError("`alpha` and `scaling` both say how strong the adapter is", hint="give one of them")
     for name, value in (("alpha", alpha), ("scaling", scaling)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise UsageError(f"{name} {value!r}: expected a number")

@@ -144,21 +144,21 @@ class Strength:
     scaling: float | None
 
     def __post_init__(self) -> None:
-        for option, value in (("--alpha", self.alpha), ("--scaling", self.scaling)):
+        for option, value in (("`alpha`", self.alpha), ("`scaling`", self.scaling)):
             if value is not None and not isfinite(value):
                 raise UsageError(f"{option} {value}: expected a finite number")
         given = self.alpha is not None or self.scaling is not None
         if self.config.present and self.config.alpha is not None and given:
             raise UsageError(
-                f"{self.source.config_file} already gives the alpha: leave --alpha and --scaling away, "
-                "or change the strength with --scale"
+                f"{self.source.config_file} already gives the alpha",
+                hint="omit `alpha` and `scaling`, or change the strength with `scale`",
             )
         if not given and self.config.alpha is None:
             where, present = self.source.config_file, self.config.present
             missing = "has no lora_alpha" if present else "is missing"
             raise UnknownStrengthError(
-                f"{where} {missing}, so the strength of {self.source.weights.name} is unknown: "
-                "give --alpha (scaling = alpha / rank) or --scaling",
+                f"{where} {missing}, so the strength of {self.source.weights.name} is unknown",
+                hint="give `alpha` (scaling = alpha / rank) or `scaling`",
                 reason=f"no lora_alpha in {CONFIG}" if present else f"no {CONFIG}",
             )
 

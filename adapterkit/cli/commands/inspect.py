@@ -56,7 +56,7 @@ def inspect_command(
     Ends with 3 where part of the adapter has no place in BASE.
     """
     if header_only and full:
-        raise UsageError("--full downloads what --header-only does not read: give one of them")
+        raise UsageError("--full downloads what --header-only does not read", hint="give one of them")
     with looked_at(path, full) as there, looked_at(against, full) if against else nullcontext() as base:
         if is_base(there.path):
             asked = {"--against": against, "--plot": plot, "--modules": modules, "--alpha": alpha, "--scaling": scaling}
@@ -138,7 +138,7 @@ def _check_plot(plot: Path, header_only: bool) -> None:
 
     if header_only:
         raise UsageError(
-            "--plot draws the weights, of which only headers are read: leave --header-only out, or say --full"
+            "--plot draws the weights, but only headers are read", hint="omit --header-only, or say --full"
         )
     check_plot(plot)
 

@@ -43,9 +43,9 @@ def list_command(
     Without DIR, of the current folder. What is read are headers and configs.
     """
     if sort == "trending" and not hub:
-        raise UsageError("--sort trending is of the Hub: say --hub")
+        raise UsageError("--sort trending needs --hub", hint="say --hub")
     if details and not hub:
-        raise UsageError("--details is of what is on the Hub: say --hub")
+        raise UsageError("--details needs --hub", hint="say --hub")
     if hub and sort is not None and sort not in HUB_SORTS:
         raise UsageError(f"the Hub does not sort by {sort}: expected one of {', '.join(HUB_SORTS)}")
     for folder in folders:

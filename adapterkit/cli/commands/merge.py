@@ -36,9 +36,9 @@ def merge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_
     """
     report, resume = bool(how.get("report")), bool(how.get("resume"))
     if dry_run and (report or resume):
-        raise UsageError("--report and --resume are about a merge, --dry-run makes none: give one of them")
+        raise UsageError("--report and --resume are about a merge, --dry-run makes none", hint="give one of them")
     if resume and (not how.get("receipt", True) or "calibration" in given):
-        raise UsageError("--resume goes by the hashes of a receipt, and by a plan that is the same: leave it away")
+        raise UsageError("--resume needs the hashes of a receipt and an unchanged plan", hint="omit --resume")
     plan = merge.plan_merge(**given, download=not dry_run)
     if dry_run:
         print_plan(plan, how, as_json)

@@ -33,7 +33,7 @@ def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_jso
     from adapterkit.hub.remote import remote_of
 
     if output is not None and len(ids) != 1:
-        raise UsageError("--output is one folder: pull one ID at a time")
+        raise UsageError("--output is one folder", hint="pull one ID at a time")
     names = [id for text in ids if (id := parsed(text)) is not None]
     if len(names) < len(ids):
         wrong = next(text for text in ids if parsed(text) is None)

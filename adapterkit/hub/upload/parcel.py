@@ -82,7 +82,7 @@ def pack(path: Path, repo: str, base_id: str | None = None, license: str | None 
     if not path.is_dir():
         raise UsageError(f"{path}: expected the folder of an adapter or of a model")
     if base_id is not None and public_name(base_id) is None:
-        raise UsageError(f"--base-id {base_id}: expected ORG/NAME, as the Hub has it")
+        raise UsageError(f"`base_id={base_id}`: expected ORG/NAME, as the Hub has it")
     found, left_out = _chosen(path)
     stamps = {name: _stamp(file) for name, file in found.items()}
     adapter = None if is_base(path) else load(path)
@@ -90,7 +90,7 @@ def pack(path: Path, repo: str, base_id: str | None = None, license: str | None 
     base = base_id or public_name(named)
     if base is None and adapter is not None:
         said = f"its base is {named!r}, which is no Hub id" if named else "it names no base"
-        raise UsageError(f"{path}: {said}; give it with --base-id ORG/NAME")
+        raise UsageError(f"{path}: {said}", hint="give it with `base_id=ORG/NAME`")
     if adapter is None:
         facts, what = _of_model(path, repo, base, license)
     else:

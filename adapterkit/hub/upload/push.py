@@ -67,9 +67,9 @@ def plan_push(
     info = _found(repo)
     _check_allowed(repo, me, info, pull_request)
     if private and info is not None and not info.private:
-        raise UsageError(f"{repo}: is there already and public; --private makes new repositories so")
+        raise UsageError(f"{repo}: exists and is public; `private=True` is for new repositories")
     if parcel.base is not None and parcel.base != repo and _found(parcel.base) is None:
-        raise FormatError(f"{parcel.base}: the base is not on the Hub, or it is private; give another --base-id")
+        raise FormatError(f"{parcel.base}: the base is not on the Hub, or it is private", hint="give another `base_id`")
     there = {str(one.rfilename): one for one in (info.siblings if info else None) or []}
     changed = tuple(upload for upload in parcel.uploads if not _same(upload, there.get(upload.name)))
     check_unchanged(parcel.uploads)
@@ -217,7 +217,7 @@ def _check_allowed(repo: str, me: _Account, info: ModelInfo | None, pull_request
             ask(repo, lambda api: api.auth_check(repo, write=True))
         return
     if pull_request:
-        raise UsageError(f"{repo}: is not there, so that there is nothing to open a pull request for; leave --pr out")
+        raise UsageError(f"{repo}: does not exist, so no pull request can be opened", hint="omit `pr=True`")
     if repo.partition("/")[0] not in me.owners:
         raise NotAllowedError(
             f"{repo}: is not there, and {me.name} can make repositories for {', '.join(me.owners)} only"

@@ -11,7 +11,7 @@ from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TORCH_NAMES
 from adapterkit.merging.plan.edits import MergeEdit
 
-WIDER = {torch.float16: "--dtype bf16", torch.bfloat16: "--dtype fp32"}
+WIDER = {torch.float16: "`dtype='bf16'`", torch.bfloat16: "`dtype='fp32'`"}
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:
@@ -37,7 +37,8 @@ def check_range(
         broken &= torch.isfinite(base)
     if bool(broken.any()):
         raise FitError(
-            f"{edit.name}: a merged weight is beyond {_end(out.dtype)}: use {WIDER.get(out.dtype, 'a smaller --scale')}"
+            f"{edit.name}: a merged weight is beyond {_end(out.dtype)}",
+            hint=f"use {WIDER.get(out.dtype, 'a smaller `scale`')}",
         )
 
 
@@ -72,7 +73,7 @@ def check_packable(name: str, values: torch.Tensor, packing: QuantizationSpec) -
             f"from which {packing.scheme} is quantized",
             f"quantize to {' or '.join(kinds_of_any_size())}",
         ),
-        (packing.dtype, "to which it dequantizes", "use a smaller --scale, or a base in bf16"),
+        (packing.dtype, "to which it dequantizes", "use a smaller `scale`, or a base in bf16"),
     ):
         dtype = getattr(torch, TORCH_NAMES[stored])
         if not bool(most.to(dtype).isfinite()):

@@ -125,7 +125,7 @@ def _errors(where: str, out: torch.Tensor) -> Iterator[None]:
 def _zstd() -> Any:
     """Where Python has zstd, or the package that has it before: imported here, since merging can do without."""
     module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-    return needed(module, "a receipt", instead="merge with --no-receipt")
+    return needed(module, "a receipt", instead="merge with `receipt=False`")
 
 
 # --- planes ----------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class _Draft:
         if not self.twins or self.schemes:
             which = self.base if self.schemes else quantized
             what = "is quantized itself" if self.schemes else "is not quantized"
-            raise FitError(f"{which.path}: {what}; --original is the 16-bit model that a quantized BASE was made from")
+            raise FitError(f"{which.path}: {what}; `original` is the 16-bit model that a quantized base was made from")
         for name, weight in self.twins.items():
             info = self.tensors.get(name)
             if info is None or info.shape != weight.shape:
@@ -228,11 +228,11 @@ def _same(base: Checkpoint, tensors: Mapping[str, Weight]) -> str:
     """What the base is quantized to, where that can be written."""
     packed = [weight for weight in tensors.values() if isinstance(weight, QuantizedWeight)]
     if not packed:
-        raise UsageError(f"{base.path}: is not quantized; here --quantize takes one of {', '.join(writable_kinds())}")
+        raise UsageError(f"{base.path}: is not quantized; here `quantize` takes one of {', '.join(writable_kinds())}")
     stuck = next((weight for weight in packed if weight.spec() is None), None)
     if stuck is not None:
         raise FitError(
-            f"{stuck.name}: is {stuck.scheme}, which cannot be written; --quantize {writable_kinds()[0]} can"
+            f"{stuck.name}: is {stuck.scheme}, which cannot be written; `quantize='{writable_kinds()[0]}'` can"
         )
     return packed[0].kind
 

@@ -56,7 +56,7 @@ class SidecarWriter:
         if self.room > MAX_HEADER_BYTES:
             raise FormatError(
                 f"{file.name}: {len(expected):,} entries are too many for one file of a receipt; merge with "
-                "--no-receipt, or into a base in more files"
+                "`receipt=False`, or into a base in more files"
             )
         self._fd = os.open(file, system.NEW, 0o666)
         self._entries: list[_Entry] = []

@@ -75,8 +75,8 @@ def check_loss(plan: MergePlan, retention: dict[str, Retention]) -> None:
         total += kept
     if total.kept < ENOUGH_LEFT:
         raise LossError(
-            f"{plan.out}: quantizing keeps {total.kept:.1%} of the update, which is as good as none of it; nothing was "
-            "written. Leave --quantize out for 16 bits, or say --accept-loss."
+            f"{plan.out}: quantization would keep only {total.kept:.1%} of the update; nothing was written",
+            hint="omit `quantize` for 16 bits, or say `accept_loss=True`",
         )
 
 
@@ -86,7 +86,7 @@ def warnings_of(plan: MergePlan, retention: dict[str, Retention], unchanged: Seq
 
     changes = sum(edit.changes for edit in plan.merges)
     scheme = next(iter(plan.schemes), None)
-    what, instead = (scheme, "16 bits keep it") if scheme else ("the output dtype", "--dtype fp32 keeps it")
+    what, instead = (scheme, "16 bits keep it") if scheme else ("the output dtype", "`dtype='fp32'` keeps it")
     low = {name: kept for name, kept in retention.items() if kept.kept < ENOUGH_KEPT}
     found = []
     if unchanged:

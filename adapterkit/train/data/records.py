@@ -94,7 +94,7 @@ def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> It
     if first and not known:
         raise FormatError(
             f"{first[0]}: has the fields {_listed(first[1])}; no record has any of {_listed(names)}. Name the fields "
-            "with --text-field, with --prompt-field and --completion-field, or with --messages-field"
+            "with `text_field`, with `prompt_field` and `completion_field`, or with `messages_field`"
         )
 
 
@@ -109,7 +109,7 @@ def _record(where: str, row: Any, fields: Fields) -> Record | BadRecord:
     if len(forms := renamed if len(forms) > 1 and renamed else forms) != 1:
         found = "has " + (_listed(names[part] for part in values) or f"none of {_listed(filter(None, names.values()))}")
         if forms:
-            found += ": more than one form; turn one off with an empty name (--text-field '')"
+            found += ": more than one form; turn one off with an empty name (`text_field=''`)"
         return BadRecord(where, f"{found}: expected a text, a prompt with a completion, or messages")
     for part in forms[0]:
         if why := _problem(part, values[part]):

@@ -92,7 +92,7 @@ def encode(record: Record, tokenizer: Tokenizer, max_length: int, chats: Chats) 
     if not counted.any():
         return BadRecord(record.where, f"has no token to learn ({len(ids)} in total)")
     if not counted[:max_length].any():
-        return BadRecord(record.where, f"the prompt alone has {counted.argmax()} tokens, --max-length is {max_length}")
+        return BadRecord(record.where, f"the prompt alone has {counted.argmax()} tokens, `max_length` is {max_length}")
     return Example(ids[:max_length].copy(), counted[:max_length].copy(), record.where, max(0, len(ids) - max_length))
 
 
@@ -101,7 +101,7 @@ def encode_all(
 ) -> Encoded:
     """Tokenize `records`; raises FormatError if any is bad, or with `skip_bad` if all are."""
     if max_length < 2:
-        raise UsageError(f"--max-length is {max_length}, expected 2 or more: nothing predicts the first token")
+        raise UsageError(f"`max_length` is {max_length}, expected 2 or more: nothing predicts the first token")
     good: list[tuple[Example, Record]] = []
     bad: list[BadRecord] = []
     with Chats(tokenizer) as chats:
@@ -115,8 +115,7 @@ def encode_all(
         lines = [f"{len(bad)} of {len(bad) + len(good)} records cannot be used"]
         lines += [f"  {record.where}: {record.why}" for record in bad[:SHOWN]]
         lines += [f"  and {len(bad) - SHOWN} more"] * (len(bad) > SHOWN)
-        lines += ["Fix them, or skip them with --skip-bad"] * bool(good)
-        raise FormatError(*lines)
+        raise FormatError(*lines, hint="fix them, or skip them with `skip_bad=True`" if good else "")
     if not good:
         raise FormatError("no records, expected one or more")
     return Encoded(tuple(example for example, _ in good), tuple(record for _, record in good), tuple(bad))

@@ -65,7 +65,7 @@ def check_sequences(data: Encoded, base: Checkpoint) -> None:
         if positions is not None and len(example.ids) > positions:
             raise UsageError(
                 f"{example.where}: has {len(example.ids):,} tokens, {base.name} supports at most {positions:,}; "
-                f"use --max-length {positions}"
+                f"use `max_length={positions}`"
             )
         if vocabulary is not None and example.ids.max() >= vocabulary:
             raise FitError(
@@ -77,7 +77,7 @@ def check_sequences(data: Encoded, base: Checkpoint) -> None:
 def refuse_twice_quantized(quantize: str, base: Checkpoint) -> None:
     """Raise UsageError if a quantized base would be quantized again."""
     if quantize != "none" and base.quantization:
-        raise UsageError(f"--quantize {quantize}: {base.name} is already quantized ({base.quantization})")
+        raise UsageError(f"`quantize={quantize}`: {base.name} is already quantized ({base.quantization})")
 
 
 def size_of(base: Checkpoint, *names: str) -> int | None:

@@ -59,17 +59,17 @@ class Request:
     def __post_init__(self) -> None:
         # A recipe checks the options that training has too.
         Recipe(max_length=self.max_length, batch_size=self.batch_size, dtype=self.dtype, quantize=self.quantize)
-        for name, value in (("--limit", self.limit), ("--max-new-tokens", self.max_new_tokens)):
+        for name, value in (("`limit`", self.limit), ("`max_new_tokens`", self.max_new_tokens)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: expected 1 or more")
-        for name, option in (("--answer", self.answer), ("--max-new-tokens", self.max_new_tokens)):
+        for name, option in (("`answer`", self.answer), ("`max_new_tokens`", self.max_new_tokens)):
             if option is not None and self.generate is False:
-                raise UsageError(f"{name} and --no-generate cannot be combined")
+                raise UsageError(f"{name} and `generate=False` cannot be combined")
         if self.answer is not None:
             try:
                 re.compile(self.answer)
             except (re.error, RecursionError, OverflowError) as error:
-                raise UsageError(f"--answer {self.answer}: invalid regular expression: {error}") from error
+                raise UsageError(f"`answer={self.answer}`: invalid regular expression: {error}") from error
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def read(
         for at, losses, right, in_loss in by_record:
             loss = losses.sum(dtype=torch.float64).item()
             if not math.isfinite(loss):
-                raise AdapterkitError(f"{examples[at].where}: the loss is {loss}; try --dtype fp32")
+                raise AdapterkitError(f"{examples[at].where}: the loss is {loss}", hint="try `dtype='fp32'`")
             scores[at] = loss, int(in_loss.sum()), int(right.sum())
         yield Read(len(scores), len(examples))
     losses, counts, right = zip(*(scores[at] for at in range(len(examples))), strict=True)
@@ -268,15 +268,15 @@ def _prompts(request: Request, data: Encoded, tokenizer: Any) -> list[Prompt]:
     if not prompts and (request.generate or request.answer is not None or request.max_new_tokens is not None):
         raise UsageError(
             f"{request.data}: no record has a prompt with a completion, so there is nothing to generate; omit "
-            "--generate, --max-new-tokens, --answer and --predictions, or name the fields with --prompt-field and "
-            "--completion-field"
+            "`generate=True`, `max_new_tokens`, `answer` and `predictions`, or name the fields with `prompt_field` and "
+            "`completion_field`"
         )
     if (pattern := request.answer) is not None:
         expected = {prompt.record.where: prompt.record.completion or "" for prompt in prompts}
         without = [where for where, completion in expected.items() if answer_of(completion, pattern) is None]
         if without:
             raise UsageError(
-                f"--answer {pattern}: no match in the completions of {counted(len(without), 'record')}, the first at "
+                f"`answer={pattern}`: no match in the completions of {counted(len(without), 'record')}, the first at "
                 f"{without[0]}"
             )
     return prompts
@@ -292,7 +292,7 @@ def _max_new_tokens(request: Request, prompts: Sequence[Prompt], base: Checkpoin
     if request.max_new_tokens or len(longest.ids) >= positions:
         raise UsageError(
             f"{longest.record.where}: the prompt has {len(longest.ids):,} tokens and {limit:,} more do not fit into "
-            f"the {positions:,} that {base.name} supports; use a lower --max-new-tokens, or --no-generate"
+            f"the {positions:,} that {base.name} supports; use a lower `max_new_tokens`, or `generate=False`"
         )
     return positions - len(longest.ids)
 
@@ -301,7 +301,7 @@ def _check_memory(request: Request, base: Checkpoint, data: Encoded, dtype: torc
     recipe = Recipe(batch_size=request.batch_size, max_length=request.max_length, quantize=request.quantize)
     memory, free = estimate(base, recipe, data.examples, dtype, device), available(device)
     if (needed := memory.weights + memory.logits + memory.process) > free:
-        hint = "" if base.quantization or request.quantize != "none" else "; --quantize nf4 needs less"
+        hint = "" if base.quantization or request.quantize != "none" else "; `quantize='nf4'` needs less"
         raise UsageError(
             f"{base.name} needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on {device}{hint}"
         )

@@ -85,12 +85,12 @@ def suggestion(
     """The options with which the run would fit."""
     smaller = replace(recipe, batch_size=1, grad_accum=recipe.rows_per_step)
     options = {
-        f"--batch-size 1 --grad-accum {recipe.rows_per_step}": smaller,
-        "--gradient-checkpointing": replace(recipe, gradient_checkpointing=True),
+        f"`batch_size=1` `grad_accum={recipe.rows_per_step}`": smaller,
+        "`gradient_checkpointing=True`": replace(recipe, gradient_checkpointing=True),
         "both": replace(smaller, gradient_checkpointing=True),
     }
     if recipe.method != "full" and recipe.quantize == "none":
-        options["both with --quantize nf4"] = replace(options["both"], quantize="nf4")
+        options["both with `quantize='nf4'`"] = replace(options["both"], quantize="nf4")
     fitting = [
         name for name, changed in options.items() if estimate(base, changed, examples, dtype, device).total <= free
     ]

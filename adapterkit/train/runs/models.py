@@ -26,9 +26,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"--device {name}: expected cpu, cuda, cuda:N or auto") from error
+        raise UsageError(f"`device={name}`: expected cpu, cuda, cuda:N or auto") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch {torch.__version__} finds no GPU")
+        raise UsageError(f"`device={name}`: torch {torch.__version__} finds no GPU")
     return device
 
 
@@ -53,7 +53,7 @@ def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quant
         system.keep_freed_memory()
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantize != "none":
-        needed("bitsandbytes", f"--quantize {quantize}")
+        needed("bitsandbytes", f"`quantize={quantize}`")
         with quiet():
             options["quantization_config"] = loading(quantize, dtype)
     model = load_causal(base, **options)

@@ -48,13 +48,13 @@ class Origin:
         for name in self.recipe.keys() - FREE_TO_CHANGE:
             value, before = getattr(now, name), getattr(began, name)
             if json.dumps(value) != json.dumps(before):  # the order of patterns matters too
-                raise FitError(f"--resume: {name} is {value!r}, the run began with {before!r}")
+                raise FitError(f"`resume=True`: {name} is {value!r}, the run began with {before!r}")
         for input, mine, theirs in (
             (now.data, self.data, then.data), (now.eval_data or now.data, self.held_back, then.held_back),
             (now.base, self.base, then.base), (now.init_from, self.first, then.first),
         ):  # fmt: skip
             if mine != theirs:
-                raise FitError(f"--resume: {input} has changed since the run began")
+                raise FitError(f"`resume=True`: {input} has changed since the run began")
 
 
 def digest(data: Encoded) -> str:

@@ -69,6 +69,6 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
         if match is None:
-            raise UsageError(f"--layers {text}: expected numbers and ranges, such as 0-5,10")
+            raise UsageError(f"`layers={text}`: expected numbers and ranges, such as 0-5,10")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(found)

@@ -40,11 +40,11 @@ def check_run(recipe: Recipe, out: Path, rank: int, resume: bool, overwrite: boo
     folder = work_left(out, JOB)
     left = checkpoints.steps(folder) if folder else []
     if resume and not left:
-        raise UsageError(f"--resume: no checkpoint beside {out}; omit --resume to start a new run")
+        raise UsageError(f"`resume=True`: no checkpoint beside {out}", hint="omit `resume=True` to start a new run")
     if left and not resume and not overwrite:
         raise OutputExistsError(
-            f"{out}: a run was interrupted after step {checkpoints.number(left[-1])}; continue it with --resume, or "
-            "start again with --overwrite"
+            f"{out}: a run was interrupted after step {checkpoints.number(left[-1])}",
+            hint="continue it with `resume=True`, or start again with `overwrite=True`",
         )
     return place
 
@@ -62,7 +62,7 @@ def folder_for(place: Destination, rank: int, resume: bool) -> Iterator[Path]:
 
 def _resume_hint(folder: Path) -> str:
     """The message about a failed run that has a checkpoint."""
-    return "the last checkpoint is saved: continue with --resume" if checkpoints.steps(folder) else ""
+    return "the last checkpoint is saved: continue with `resume=True`" if checkpoints.steps(folder) else ""
 
 
 @contextmanager
