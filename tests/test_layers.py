@@ -25,7 +25,7 @@ INNER = {
     "merging": "{options plan} < {blocks calibration receipts} < {card live verify} < run < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < combine < {compare convert extract write}",
     "train": "{products recipe} < {data initial loss} < {causal layers} < {injection loop} < runs",
-    "cli": "{data_notes naming options signals} < output < {failures lookup progress} < {command run_plan views} < {main commands}",
+    "cli": "{data_notes naming options signals} < output < {complete failures lookup progress} < {command run_plan views} < {main commands}",
 }
 
 # Only the packages named may import these, and only the modules named with a slash do so as they are imported.
@@ -38,7 +38,7 @@ LIBRARIES = {
     "transformers": {"base", "train"},
 }
 EAGER = {
-    "click": r"cli\.(main|command|failures|naming|options|commands\..*)",
+    "click": r"cli\.(main|command|complete|failures|naming|options|commands\..*)",
     "rich": r"tui\..*",
     "textual": r"tui\..*",
     # Imported where weights are read, and nowhere on the way there.

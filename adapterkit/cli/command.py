@@ -9,6 +9,7 @@ import click
 
 from adapterkit import __version__
 from adapterkit.cli import output, progress
+from adapterkit.cli.complete import complete_by_name
 from adapterkit.cli.failures import speak_options
 from adapterkit.errors import UsageError
 from adapterkit.text import nearest
@@ -27,6 +28,10 @@ SHARED: tuple[click.Parameter, ...] = (
 
 class Command(click.Command):
     """A command of `adapterkit`, with the options that all share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        complete_by_name(self.params)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         *own, help = super().get_params(ctx)
@@ -64,7 +69,8 @@ class Command(click.Command):
         assert param is not None and isinstance(param.type, click.Choice) and param.name is not None
         found, _, _ = self.make_parser(ctx).parse_args(args)
         value, choices = found.get(param.name), [str(choice) for choice in param.type.choices]
-        said = f"{param.opts[-1]} {value}: expected {', '.join(choices[:-1])} or {choices[-1]}"
+        name = param.opts[-1] if isinstance(param, click.Option) else param.human_readable_name
+        said = f"{name} {value}: expected {', '.join(choices[:-1])} or {choices[-1]}"
         return UsageError(said, hint=nearest(str(value), choices))
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from adapterkit.cli import output
 from adapterkit.cli import progress as bars
@@ -47,6 +48,9 @@ GROUPS = {
     "Hub": {
         "pull": "Download an adapter or model from the Hub and verify every byte",
         "push": "Upload an adapter or model to the Hub",
+    },
+    "Shell": {
+        "completion": "Print a completion script for bash, zsh or fish",
     },
 }
 COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
@@ -82,6 +86,11 @@ class LazyGroup(Command, click.Group):
             hint = nearest(args[0], COMMANDS) or "adapterkit --help lists the commands"
             raise UsageError(f"no such command {args[0]!r}", hint=hint)
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands that begin so, none of which is imported for that, and options."""
+        named = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
+        return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         wide = max(map(len, COMMANDS))

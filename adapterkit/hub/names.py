@@ -74,6 +74,14 @@ def cache_folder(id: HubId) -> Path:
     return Path(constants.HF_HUB_CACHE) / f"models--{id.repo.replace('/', '--')}"
 
 
+def names_in_cache() -> list[str]:
+    """The repositories of models and adapters that the Hub cache holds, whole or in part."""
+    from huggingface_hub import constants
+
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*"))
+    return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
+
+
 def place_of(spec: str | os.PathLike[str]) -> Path:
     """The local path that `spec` is read from: the path itself, or the cache folder of the repository it names."""
     id = on_hub(spec)

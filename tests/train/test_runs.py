@@ -573,7 +573,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         real(file, *rest)
 
     monkeypatch.setattr(checkpoints, "write_tensors", full)
-    with pytest.raises(NoSpaceError, match="free some space\nthe last checkpoint is saved: continue with `resume=True`"):
+    with pytest.raises(
+        NoSpaceError, match="free some space\nthe last checkpoint is saved: continue with `resume=True`"
+    ):
         finished(train(recipe(save_every=2), tmp_path / "out"))
     monkeypatch.undo()
     finished(train(recipe(save_every=2), tmp_path / "out", resume=True))

@@ -1,0 +1,61 @@
+"""What shells complete besides choices: paths, names in the Hub cache, and methods."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+MODELS = {
+    "adapter", "adapters", "against", "base", "finetuned", "ids", "init_from", "initial", "merged", "original", "path",
+    "paths",
+}  # fmt: skip
+
+
+class Model(click.types.StringParamType):
+    """A path, or a name on the Hub: one that its cache has."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from adapterkit.hub.names import names_in_cache
+
+        if not _is_begun_path(incomplete):
+            names = [name for name in names_in_cache() if name.startswith(incomplete)]
+            if names:
+                return [CompletionItem(name) for name in names]
+        return [CompletionItem(incomplete, type="file")]
+
+
+class Method(click.types.StringParamType):
+    """A way to combine."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from adapterkit.combining.methods import METHODS
+
+        return [
+            CompletionItem(name, help=method.help) for name, method in METHODS.items() if name.startswith(incomplete)
+        ]
+
+
+MODEL = Model()
+TYPES: dict[str, Any] = dict.fromkeys(MODELS, MODEL)
+TYPES |= {"method": Method()} | dict.fromkeys(("calibration", "data", "eval_data"), click.Path())
+
+
+def complete_by_name(params: Iterable[click.Parameter]) -> None:
+    """Have parameters that take any text, or a base, complete what their names say."""
+    for param in params:
+        text = isinstance(param.type, click.types.StringParamType)
+        if param.name in TYPES and (text or param.name == "base"):
+            param.type = TYPES[param.name]
+
+
+def _is_begun_path(text: str) -> bool:
+    """Whether something on this disk begins so."""
+    folder, begin = os.path.split(os.path.expanduser(text))
+    try:
+        return any(name.startswith(begin) for name in os.listdir(folder or "."))
+    except OSError:
+        return False
