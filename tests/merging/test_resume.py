@@ -218,7 +218,7 @@ def test_what_is_in_a_checkpoint_is_checked_beyond_its_hashes(stopped: tuple[Rec
         (lambda s: s["origin"]["base"].update({"model.safetensors": "0" * 64}), "base has changed since the run began"),
         (lambda s: s["origin"]["recipe"].update(momentum=1), "unknown key 'momentum'"),
         (lambda s: s["origin"]["recipe"].update(rank="many"), "rank is 'many'"),
-        (lambda s: s["origin"]["recipe"].update(rank=-1), "--rank -1: expected 1 or more"),
+        (lambda s: s["origin"]["recipe"].update(rank=-1), "`rank` -1: expected 1 or more"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
