@@ -447,7 +447,7 @@ def test_the_room_for_a_sidecars_header_is_enough_for_any_offset(size: int, dims
 
 def test_a_sidecar_of_too_many_entries_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sidecar, "MAX_HEADER_BYTES", 1000)
-    with pytest.raises(FormatError, match="12 entries are too many .* --no-receipt"):
+    with pytest.raises(FormatError, match="12 entries are too many .* `receipt=False`"):
         sidecar.SidecarWriter(tmp_path / "s.residuals", b"", {f"{number}:0-1": (1,) for number in range(12)})
     assert not list(tmp_path.iterdir())
 
