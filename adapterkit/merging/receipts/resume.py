@@ -37,7 +37,8 @@ def job_of(plan: MergePlan, options: RunOptions) -> str:
 
 def say_what_is_kept(building: Path) -> str:
     """What of an interrupted merge is worth keeping."""
-    return "finished shards are kept: run it again with `resume=True`" if any(building.glob(f"{RECORDS}/*.json")) else ""
+    kept = any(building.glob(f"{RECORDS}/*.json"))
+    return "finished shards are kept: run it again with `resume=True`" if kept else ""
 
 
 def record_done(building: Path, done: FileDone, adapters: AdapterHashes) -> None:
