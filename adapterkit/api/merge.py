@@ -25,6 +25,7 @@ from adapterkit.api.options import (
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizationSettings, Rounding, checked
 from adapterkit.errors import UsageError
+from adapterkit.files.garbage import uncollected
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_id, located, resolve
 from adapterkit.merging.options import RunOptions
@@ -72,11 +73,12 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         return _placed(plan, o.overwrite, checkpoint)
 
     specs = [o.base, *(what for what, _ in named), o.original]
-    with located([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
+    with uncollected(), located([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
         plan = made(places.path_of)
         if not (places.outlined and o.download):
             return plan
-    return made(resolve)
+    with uncollected():
+        return made(resolve)
 
 
 @takes(MergeCall)

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import adapterkit
 from adapterkit.algebra.updates import Retention
 from adapterkit.errors import FitError, NoSpaceError, UsageError
+from adapterkit.merging.plan import planner
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.run.finish import Merged
 from adapterkit.merging.run.run import TensorMerged
@@ -307,6 +308,19 @@ def test_a_thousand_shards_with_few_descriptors(make_adapter: Callable[..., Path
         assert merged.tensors == count // 2
         for shard in names.values():
             assert (base.with_name("again") / shard).read_bytes() == (base / shard).read_bytes()
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+def test_planning_looks_at_each_tensor_once(
+    shards: int, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Not once a shard, or the time that it takes would grow with the square of a model's size."""
+    base = make_base({f"layers.{i}.q.weight": torch.randn(6, 4) for i in range(8)}, shards=shards)
+    looked, stays = [], planner._stays
+    monkeypatch.setattr(planner, "_stays", lambda *args: looked.append(args) or stays(*args))
+    adapterkit.plan_merge(base, [make_adapter(factors("layers.0.q", 6, 4))], tmp_path / "out")
+    assert len(looked) == 8
 
 
 def test_the_stamps_of_many_adapters_are_gathered_once_a_shard(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -128,11 +129,24 @@ def _zstd() -> Any:
     return needed(module, "a receipt", instead="merge with `receipt=False`")
 
 
+_of_thread = threading.local()
+
+
+def _compressor() -> Any:
+    """One for each thread: to make it takes longer than to compress a small plane."""
+    if not hasattr(_of_thread, "compressor"):
+        _of_thread.compressor = _zstd().ZstdCompressor(LEVEL)
+    return _of_thread.compressor
+
+
 # --- planes ----------------------------------------------------------------------------------------------------------
 
 
 def _deflate(plane: np.ndarray) -> bytes:
-    packed = _zstd().compress(plane.tobytes(), LEVEL) if plane.any() else b""  # then it is all zero
+    packed = b""  # of what is all zero
+    if plane.any():
+        compressor = _compressor()
+        packed = compressor.compress(plane.tobytes(), compressor.FLUSH_FRAME)
     return _PLANE.pack(len(packed), len(plane)) + packed
 
 

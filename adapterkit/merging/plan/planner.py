@@ -148,7 +148,9 @@ class _Draft:
         self.notes += base.notes()
         new = [name for name in self.changes.replaced if name not in self.tensors]
         self.notes += [f"{name}: new in the output, since the base has no such tensor" for name in new]
-        entries = [list(_entries(header, self, new if header is base.shards[-1] else [])) for header in base.shards]
+        kept = {part.name for weight in self.tensors.values() if _stays(weight, self.packings) for part in weight.parts}
+        last = base.shards[-1]
+        entries = [list(_entries(header, self, kept, new if header is last else [])) for header in base.shards]
         names = Counter(name for file in entries for entry in file for name, *_ in entry.stored())
         for name, count in names.items():
             if count > 1:
@@ -247,8 +249,8 @@ def _stays(
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _entries(header: Header, draft: _Draft, new: Sequence[str]) -> Iterator[Entry]:
-    """The tensors of one output file, in the order of the base's."""
+def _entries(header: Header, draft: _Draft, kept: set[str], new: Sequence[str]) -> Iterator[Entry]:
+    """The tensors of one output file, in the order of the base's; those `kept` stay quantized as they are stored."""
     tensors, changes, packings = draft.tensors, draft.changes, draft.packings
 
     def entry(name: str, source: TensorInfo | QuantizedWeight | None, stored: str, shape: tuple[int, ...]) -> Entry:
@@ -258,7 +260,6 @@ def _entries(header: Header, draft: _Draft, new: Sequence[str]) -> Iterator[Entr
             tuple(changes.added.get(name, ())), packings.get(name), draft.twins.get(name),
         )  # fmt: skip
 
-    kept = {part.name for weight in tensors.values() if _stays(weight, packings) for part in weight.parts}
     for stored in sorted(header.tensors.values(), key=lambda info: (info.start, info.stop)):
         info = tensors.get(stored.name)
         if stored.name in kept:
