@@ -33,7 +33,7 @@ from adapterkit.merging.run.finish import Merged
 from adapterkit.merging.run.run import TensorMerged, run
 from adapterkit.merging.unmerge import check_fits, plan_copy, plan_subtraction, plan_undo
 from adapterkit.options import takes
-from adapterkit.text import argument, command, counted
+from adapterkit.text import argument, command, counted, visible
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class UnmergePlan:
             *(f"  {number}.      {step}" for number, step in enumerate(steps, 1)),
             self.first.lines()[-1],
         ]
+
+    def __str__(self) -> str:
+        return "\n".join(map(visible, self.lines()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.files.staging import Destination
-from adapterkit.text import counted
+from adapterkit.text import counted, visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +96,6 @@ class AdapterPlan:
             f"plan      {counted(self.work.modules, 'module')} to make; all that headers tell is checked, and fits",
             f"writes    {self.destination.out}",
         ]
+
+    def __str__(self) -> str:
+        return "\n".join(map(visible, self.lines()))

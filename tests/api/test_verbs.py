@@ -144,7 +144,7 @@ def test_a_plan_prints_pickles_and_runs_as_events(verb: str, folder: Path, monke
     with pytest.raises(AssertionError, match="ends with its result"):
         command()
     [plan] = plans
-    assert plan.lines()[0] == shown.out.splitlines()[0] and contents(folder) == before
+    assert str(plan).splitlines()[0] == shown.out.splitlines()[0] and contents(folder) == before
     *events, last = _frozen(adapterkit.run(pickle.loads(pickle.dumps(plan))))
     assert events and [event.done for event in events] == sorted(event.done for event in events)
     assert last.out == Path(f"out-{verb}") and last.out.exists()

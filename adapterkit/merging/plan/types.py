@@ -19,7 +19,7 @@ from adapterkit.files.staging import Destination
 from adapterkit.files.stamps import Stamp
 from adapterkit.files.workspace import receipt_of
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
-from adapterkit.text import counted, size
+from adapterkit.text import counted, size, visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +182,9 @@ class MergePlan:
             f"changes   {self.edits} of {tensors}, {stored}",
             writes,
         ]
+
+    def __str__(self) -> str:
+        return "\n".join(map(visible, self.lines()))
 
     def _landed(self, one: WeightedAdapter) -> str:
         total = len(one.adapter.modules) + len(one.adapter.replaced) + len(one.adapter.tokens)
