@@ -26,6 +26,14 @@ SHARED: tuple[click.Parameter, ...] = (
 )  # fmt: skip
 
 
+class GroupedOption(click.Option):
+    """An option that the help shows under the heading of its group."""
+
+    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
 class Command(click.Command):
     """A command of `adapterkit`, with the options that all share."""
 
@@ -62,6 +70,20 @@ class Command(click.Command):
             with formatter.indentation():
                 formatter.write_text(f"{self.short_help}.")
         super().format_help_text(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options by group: the command's own, those of its groups, and what every command has."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.params:
+            if isinstance(param, click.Option) and (line := param.get_help_record(ctx)) is not None:
+                group = param.group if isinstance(param, GroupedOption) else ""
+                sections.setdefault(group or "Options", []).append(line)
+        everywhere = self.get_params(ctx)[len(self.params) :]
+        sections["Global options"] = [line for param in everywhere if (line := param.get_help_record(ctx)) is not None]
+        for title, lines in sections.items():
+            if lines:
+                with formatter.section(title):
+                    formatter.write_dl(lines)
 
     def _no_such_choice(self, ctx: click.Context, args: list[str], error: click.BadParameter) -> UsageError:
         """The error of an option that has no such choice, and the choice that is most like it."""

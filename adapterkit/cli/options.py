@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.command import GroupedOption
 from adapterkit.errors import UsageError
 from adapterkit.options import Parameter, parameters
 
@@ -61,7 +62,7 @@ def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Cal
         settings["type"] = click.IntRange(one.about.least, one.about.most)
     else:
         settings["type"] = TYPES.get(one.kind)
-    return click.option(*flags, one.name, **settings)(command)
+    return click.option(*flags, one.name, cls=GroupedOption, group=one.about.group, **settings)(command)
 
 
 def _parsed(one: Parameter, value: Any) -> Any:

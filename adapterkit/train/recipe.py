@@ -24,6 +24,7 @@ INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
 MAX_INT = 2**31 - 1  # for counts and seeds
 DTYPES = ("auto", "bf16", "fp16", "fp32")
+ADAPTER, DATA, OPTIMIZATION, VALIDATION, COMPUTE = "Adapter", "Data", "Optimization", "Validation", "Compute"
 
 
 @dataclass(frozen=True)
@@ -34,47 +35,59 @@ class Recipe:
     data: str = argument("Training data: JSONL, JSON, CSV, Parquet or text, or the Hub id of a dataset", "")
     method: str = option("lora", "Training method", TRAIN_METHODS)
     quantize: str = option("none", "Load the base's linear layers in 4 bits (QLoRA)", QUANTIZE)
-    rank: int = option(8, "Rank of the factors")
-    alpha: float | None = option(None, "LoRA alpha; the scaling is alpha / rank [default: twice the rank]")
-    targets: str = option("q_proj,v_proj", "Target modules: names, all-linear, or a regular expression")
-    layers: str | None = option(None, "Train only these layers, such as 0-5,10")
+    rank: int = option(8, "Rank of the factors", group=ADAPTER)
+    alpha: float | None = option(
+        None, "LoRA alpha; the scaling is alpha / rank [default: twice the rank]", group=ADAPTER
+    )
+    targets: str = option("q_proj,v_proj", "Target modules: names, all-linear, or a regular expression", group=ADAPTER)
+    layers: str | None = option(None, "Train only these layers, such as 0-5,10", group=ADAPTER)
     rank_pattern: dict[str, int] | None = option(
-        None, "Rank for modules whose name ends with NAME", example="down_proj=16"
+        None, "Rank for modules whose name ends with NAME", example="down_proj=16", group=ADAPTER
     )
     alpha_pattern: dict[str, float] | None = option(
-        None, "Alpha for modules whose name ends with NAME", example="down_proj=32"
+        None, "Alpha for modules whose name ends with NAME", example="down_proj=32", group=ADAPTER
     )
-    init: str = option("kaiming", "Initialization of the factors", INITS)
-    init_from: str | None = option(None, "Continue training this adapter")
-    dropout: float = option(0.0, "Dropout on the inputs of the factors")
-    epochs: float = option(1.0, "Passes over the data")
-    max_steps: int | None = option(None, "Maximum number of steps")
-    batch_size: int = option(8, "Records per batch")
-    grad_accum: int = option(1, "Batches per step (gradient accumulation)")
-    max_length: int = option(1024, "Truncate records to this many tokens")
-    packing: bool = option(False, "Pack several records into each row of --max-length tokens; a batch counts rows")
-    lr: float = option(1e-4, "Learning rate (AdamW)")
-    lora_plus: float = option(1.0, "Learning-rate multiplier for B (LoRA+)")
-    schedule: str = option("cosine", "Learning-rate schedule", SCHEDULES)
-    warmup: float = option(0.03, "Warmup steps, or below 1 a share of all steps")
-    weight_decay: float = option(0.0, "Weight decay (AdamW)")
-    clip: float = option(1.0, "Maximum gradient norm; 0 disables clipping")
-    dtype: str = option("auto", "Compute dtype [auto: the base's stored dtype; fp32 for --method full]", DTYPES)
-    device: str = option("auto", "Compute device: cpu, cuda, cuda:N or auto")
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory")
-    compile: bool = option(False, "Compile the model (torch.compile)")
-    seed: int = option(0, "Random seed for the factors, the order of records and dropout")
-    eval_data: str | None = option(None, "Validation data")
-    eval_share: float = option(0.0, "Share of the data to hold out for validation")
-    eval_every: int | None = option(None, "Steps between validations [default: one epoch]")
-    patience: int | None = option(None, "Stop after this many validations in a row without improvement")
+    init: str = option("kaiming", "Initialization of the factors", INITS, group=ADAPTER)
+    init_from: str | None = option(None, "Continue training this adapter", group=ADAPTER)
+    dropout: float = option(0.0, "Dropout on the inputs of the factors", group=ADAPTER)
+    epochs: float = option(1.0, "Passes over the data", group=OPTIMIZATION)
+    max_steps: int | None = option(None, "Maximum number of steps", group=OPTIMIZATION)
+    batch_size: int = option(8, "Records per batch", group=OPTIMIZATION)
+    grad_accum: int = option(1, "Batches per step (gradient accumulation)", group=OPTIMIZATION)
+    max_length: int = option(1024, "Truncate records to this many tokens", group=DATA)
+    packing: bool = option(
+        False, "Pack several records into each row of --max-length tokens; a batch counts rows", group=DATA
+    )
+    lr: float = option(1e-4, "Learning rate (AdamW)", group=OPTIMIZATION)
+    lora_plus: float = option(1.0, "Learning-rate multiplier for B (LoRA+)", group=OPTIMIZATION)
+    schedule: str = option("cosine", "Learning-rate schedule", SCHEDULES, group=OPTIMIZATION)
+    warmup: float = option(0.03, "Warmup steps, or below 1 a share of all steps", group=OPTIMIZATION)
+    weight_decay: float = option(0.0, "Weight decay (AdamW)", group=OPTIMIZATION)
+    clip: float = option(1.0, "Maximum gradient norm; 0 disables clipping", group=OPTIMIZATION)
+    dtype: str = option(
+        "auto", "Compute dtype [auto: the base's stored dtype; fp32 for --method full]", DTYPES, group=COMPUTE
+    )
+    device: str = option("auto", "Compute device: cpu, cuda, cuda:N or auto", group=COMPUTE)
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory", group=COMPUTE
+    )
+    compile: bool = option(False, "Compile the model (torch.compile)", group=COMPUTE)
+    seed: int = option(0, "Random seed for the factors, the order of records and dropout", group=DATA)
+    eval_data: str | None = option(None, "Validation data", group=VALIDATION)
+    eval_share: float = option(0.0, "Share of the data to hold out for validation", group=VALIDATION)
+    eval_every: int | None = option(None, "Steps between validations [default: one epoch]", group=VALIDATION)
+    patience: int | None = option(
+        None, "Stop after this many validations in a row without improvement", group=VALIDATION
+    )
     save_every: int = option(100, "Steps between checkpoints for --resume")
-    skip_bad: bool = option(False, "Skip empty or malformed records instead of failing")
-    text_field: str = option("text", "Field that holds the text")
-    prompt_field: str = option("prompt", "Field that holds the prompt")
-    completion_field: str = option("completion", "Field that holds the completion")
-    messages_field: str = option("messages", "Field that holds the messages of a chat")
-    sample: tuple[str, ...] = option((), "Complete this prompt before and after training", metavar="PROMPT")
+    skip_bad: bool = option(False, "Skip empty or malformed records instead of failing", group=DATA)
+    text_field: str = option("text", "Field that holds the text", group=DATA)
+    prompt_field: str = option("prompt", "Field that holds the prompt", group=DATA)
+    completion_field: str = option("completion", "Field that holds the completion", group=DATA)
+    messages_field: str = option("messages", "Field that holds the messages of a chat", group=DATA)
+    sample: tuple[str, ...] = option(
+        (), "Complete this prompt before and after training", metavar="PROMPT", group=VALIDATION
+    )
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 

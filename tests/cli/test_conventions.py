@@ -187,3 +187,18 @@ def test_an_error_speaks_python_and_the_command_line_its_options() -> None:
     elsewhere = OutputExistsError("a: exists", hint="choose another `output`")
     speak_options(elsewhere, command_of("eval"))
     assert elsewhere.hint == "choose another output"
+
+
+def test_options_are_shown_by_group() -> None:
+    """Every option once: under its group, or with the command's own, or with what every command has."""
+    lines = adapterkit("merge", "--help").out.splitlines()
+    found, title = {}, ""
+    for line in lines:
+        title = line.rstrip(":") if line.endswith(":") and not line.startswith(" ") else title
+        if line.startswith("  -"):
+            assert found.setdefault(line.split()[0].rstrip(","), title) == title
+    assert found["--rounding"] == "Quantization" and found["--scale"] == "Adapters" and found["-o"] == "Output"
+    assert found["--threads"] == "Options" and found["-q"] == "Global options"
+    assert [line for line in lines if line.strip().startswith("BASE ")] == [
+        "  BASE is a directory, a .safetensors file or a Hub id. ADAPTER is a"
+    ]
