@@ -410,9 +410,9 @@ def examples_of(job: Job, count: int) -> Iterator[Example]:
 def by_adapterkit(job: Job, order: Order, meter: Meter) -> None:
     """The steps of `adapterkit train`."""
     from adapterkit.base.checkpoint import open_checkpoint
-    from adapterkit.train.causal import CausalModel
+    from adapterkit.train.causal_lm import CausalModel
     from adapterkit.train.loop import Loop
-    from adapterkit.train.runs.models import TORCH_DTYPES, choose_device, load_model
+    from adapterkit.train.runs.model_setup import TORCH_DTYPES, choose_device, load_model
     from adapterkit.train.runs.prepare import prepare
 
     recipe = recipe_of(job)
@@ -452,7 +452,7 @@ def by_trl(job: Job, order: Order, meter: Meter) -> None:
 
 def peer_model(job: Job) -> Any:
     """The model as the peers load it."""
-    from adapterkit.train.runs.models import TORCH_DTYPES
+    from adapterkit.train.runs.model_setup import TORCH_DTYPES
     from benchmarks.peers.peft_train import load
 
     return random_model(job) if job.shape else load(BASE, TORCH_DTYPES[job.dtype], job.device, job.method == "qlora")
@@ -463,7 +463,7 @@ def random_model(job: Job) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from adapterkit.train.runs.models import TORCH_DTYPES
+    from adapterkit.train.runs.model_setup import TORCH_DTYPES
 
     shape, attention = SHAPES[job.shape], cast(Any, {"attn_implementation": "sdpa"})
     config = LlamaConfig(

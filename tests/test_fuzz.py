@@ -41,7 +41,7 @@ from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.algebra.residual import Residual
 from adapterkit.base import quant
 from adapterkit.base.checkpoint import open_checkpoint
-from adapterkit.base.models.described import check_described
+from adapterkit.base.models.config_check import check_described
 from adapterkit.base.quant.schemes.bnb4.quantizer import Spec4bit
 from adapterkit.base.quant.schemes.bnb8 import Spec8bit
 from adapterkit.errors import AdapterkitError, FormatError
@@ -53,7 +53,7 @@ from adapterkit.merging.receipts.receipt import find_receipt
 from adapterkit.train.recipe import Recipe, read_recipe
 from adapterkit.train.runs import checkpoints
 from adapterkit.train.runs.checkpoints import Log, Progress, State
-from adapterkit.train.runs.origin import Origin
+from adapterkit.train.runs.fingerprint import Origin
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -20,11 +20,11 @@ text < errors < {packages options} < files < adapter < algebra < base < inspecti
 < {merging combining train} < api < tui < cli < __main__
 """
 INNER = {
-    "base": "{architectures checkpoint quant renames} < {models targets ties} < {placement rows}",
+    "base": "{architectures checkpoint quant rename_option} < {models targets ties} < {adapter_fit row_reader}",
     "hub": "{client names} < {remote upload} < download < locate < listing < removal",
-    "merging": "{options plan} < {blocks calibration receipts} < {card live verify} < run < unmerge",
+    "merging": "{options plan} < {blocks calibration receipts} < {companions live verify} < run < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < combine < {compare convert extract write}",
-    "train": "{products recipe} < {data initial loss} < {causal layers} < {injection loop} < runs",
+    "train": "{products recipe} < {data initial loss} < {causal_lm layers} < {injection loop} < runs",
     "cli": "{data_notes naming options signals} < output < {complete failures lookup progress} < {command run_plan views} < {main commands}",
 }
 
@@ -42,11 +42,11 @@ EAGER = {
     "rich": r"tui\..*",
     "textual": r"tui\..*",
     # Imported where weights are read, and nowhere on the way there.
-    "torch": r"""(?x) algebra\..* | kernels\..* | base\.(quant\.compensated | rows) | inspection\.match
+    "torch": r"""(?x) algebra\..* | kernels\..* | base\.(quant\.compensated | row_reader) | inspection\.match
         | combining\.(combine | compare | convert | elementwise | extract | whole_tensors)
         | merging\.(blocks\..* | calibration | live | verify)
-        | train\.(causal | initial | injection | layers | loop | loss | products)
-        | train\.runs\.(evaluate | memory | models | prepare | processes | result | run)""",
+        | train\.(causal_lm | initial | injection | layers | loop | loss | products)
+        | train\.runs\.(distributed | evaluate | export | memory | model_setup | prepare | run)""",
 }
 
 
@@ -121,8 +121,8 @@ def test_only_the_top_prints(name: str) -> None:
         ("errors", "from adapterkit.adapter import Adapter"),
         ("adapter.weights", "import adapterkit.algebra.lowrank"),
         ("algebra.lowrank", "from adapterkit import base"),
-        ("base.targets", "from adapterkit.base.placement import place"),
-        ("base.targets", "from adapterkit.base import placement"),
+        ("base.targets", "from adapterkit.base.adapter_fit import place"),
+        ("base.targets", "from adapterkit.base import adapter_fit"),
         ("merging.run.budget", "from adapterkit.combining import combine"),
         ("merging.plan.types", "def f():\n    from adapterkit.cli import main"),
         ("merging.plan.types", "from adapterkit.merging.run.budget import check_loss"),

@@ -15,7 +15,7 @@ import pytest
 from handmade import CONFIG, adapterkit, write_adapter, write_base
 
 from adapterkit import __version__ as version
-from adapterkit.adapter.patterns import compile_pattern
+from adapterkit.adapter.safe_regex import compile_pattern
 from adapterkit.cli.main import COMMANDS as ALL_COMMANDS
 from adapterkit.errors import AdapterkitError, MissingPackageError
 from adapterkit.packages import needed

@@ -17,7 +17,7 @@ from adapterkit.adapter.formats import holds_adapter, load
 from adapterkit.adapter.formats.table import weights_names
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint, is_base, open_checkpoint
-from adapterkit.base.renames import parse_rename
+from adapterkit.base.rename_option import parse_rename
 from adapterkit.errors import UsageError
 from adapterkit.hub import hub_id, resolve
 

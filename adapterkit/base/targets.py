@@ -12,7 +12,7 @@ from typing import Any
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
 from adapterkit.base.architectures import CONV1D_MODELS, CONV1D_NAMES, DRIFTS, FUSED, HEAD_MODULES, PER_EXPERT, SEGMENTS
-from adapterkit.base.renames import apply_rename
+from adapterkit.base.rename_option import apply_rename
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import Weight
 

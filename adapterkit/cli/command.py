@@ -11,6 +11,7 @@ from adapterkit import __version__
 from adapterkit.cli import output, progress
 from adapterkit.cli.complete import complete_by_name
 from adapterkit.cli.failures import speak_options
+from adapterkit.cli.options import GroupedOption
 from adapterkit.errors import UsageError
 from adapterkit.text import nearest
 
@@ -24,14 +25,6 @@ SHARED: tuple[click.Parameter, ...] = (
                  callback=lambda ctx, _, wanted: _print_version(ctx) if wanted else None,
                  help="Print the version and exit."),
 )  # fmt: skip
-
-
-class GroupedOption(click.Option):
-    """An option that the help shows under the heading of its group."""
-
-    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.group = group
 
 
 class Command(click.Command):

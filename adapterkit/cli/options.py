@@ -9,12 +9,19 @@ from typing import Any
 
 import click
 
-from adapterkit.cli.command import GroupedOption
 from adapterkit.errors import UsageError
 from adapterkit.options import Parameter, parameters
 
 TYPES: dict[str, Any] = {"int": int, "float": float, "path": click.Path()}
 SEVERAL = ("adapters", "words", "pairs")
+
+
+class GroupedOption(click.Option):
+    """An option that the help shows under the heading of its group."""
+
+    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
 
 
 def options_of(

@@ -11,11 +11,11 @@ import torch
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, load_weights, refuse_broken
 from adapterkit.algebra.lowrank import Limit, Product, decompose
 from adapterkit.algebra.sketch import Matrix, sketch
+from adapterkit.base.adapter_fit import place
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.placement import place
 from adapterkit.base.quant import weights as weights_in
-from adapterkit.base.renames import explain_missing
-from adapterkit.base.rows import Piece, check_readable, pieces
+from adapterkit.base.rename_option import explain_missing
+from adapterkit.base.row_reader import Piece, check_readable, pieces
 from adapterkit.base.targets import Target
 from adapterkit.combining.combine import best_of, weights_of
 from adapterkit.combining.plan import AdapterMade, ModuleDone

@@ -14,7 +14,7 @@ from adapterkit.algebra.sketch import Matrix, sketch
 from adapterkit.base.architectures import CONV1D_MODELS, is_linear
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_in
-from adapterkit.base.rows import reader
+from adapterkit.base.row_reader import reader
 from adapterkit.combining.combine import best_of
 from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.errors import FitError

@@ -10,10 +10,10 @@ from math import prod
 import torch
 
 from adapterkit.adapter.weights import Adapter
+from adapterkit.base.adapter_fit import explain, place
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.placement import explain, place
 from adapterkit.base.quant import QuantizedWeight, weights
-from adapterkit.base.rows import reader
+from adapterkit.base.row_reader import reader
 from adapterkit.base.targets import Fit, Target
 from adapterkit.files.safetensors import TensorInfo
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.base.models.described import check_described
+from adapterkit.base.models.config_check import check_described
 from adapterkit.base.models.loading import load_causal, load_tokenizer
 from adapterkit.base.models.tokenizing import tokenized
 from adapterkit.errors import FitError, UsageError

@@ -23,14 +23,14 @@ from adapterkit.algebra.residual import Residual, record, restore
 from adapterkit.algebra.rounding import as_bfloat16, round_once
 from adapterkit.algebra.updates import Update, add_updates, update_for
 from adapterkit.base.architectures import ALWAYS
-from adapterkit.base.quant.modules import dequantized, is_quantized
-from adapterkit.base.renames import explain_missing
+from adapterkit.base.quant.bnb_layers import dequantized, is_quantized
+from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.targets import Fit, Target, fit
 from adapterkit.base.ties import declared
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import TORCH_NAMES
 from adapterkit.merging.blocks.device import exact_products
-from adapterkit.merging.blocks.limits import check_finite, check_overflow
+from adapterkit.merging.blocks.overflow import check_finite, check_overflow
 
 BLOCK_ELEMENTS = 1 << 22  # of a weight, at a time
 GPU_FACTOR = 4  # so many times that on a GPU, where every launch costs some µs

@@ -18,7 +18,7 @@ from adapterkit.errors import FitError, FormatError, UsageError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.safetensors import Header, TensorInfo, Weight, read_header
 from adapterkit.files.staging import BEFORE, RECEIPT
-from adapterkit.merging.card import copy_others, keep_replaced, kept_before, others, replaced_in, restore_replaced
+from adapterkit.merging.companions import copy_others, keep_replaced, kept_before, others, replaced_in, restore_replaced
 from adapterkit.merging.plan.edits import ModuleUpdate, Recorded, RestoreEdit
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.planner import make_plan

@@ -20,7 +20,7 @@ from adapterkit.algebra.rounding import round_once
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
 from adapterkit.base.quant import weights as weights_in
-from adapterkit.base.rows import reader
+from adapterkit.base.row_reader import reader
 from adapterkit.base.ties import tie_of
 from adapterkit.errors import FitError
 from adapterkit.files.opening import open_regular

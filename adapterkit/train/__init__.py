@@ -8,7 +8,7 @@ Works on any torch model:
 >>> adapterkit.save(train.adapter_of(model), "adapter")
 
 `products` holds the arithmetic, `layers` the LoRA layers, `injection` puts them into a model, `initial` initializes
-them, `loss` is chunked cross entropy, `causal` handles batches without padding, `loop` the steps; `data/` reads
+them, `loss` is chunked cross entropy, `causal_lm` handles batches without padding, `loop` the steps; `data/` reads
 records, `runs/` does complete runs and writes their files.
 """
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from adapterkit.adapter.patterns import Patterns, compile_pattern
+from adapterkit.adapter.safe_regex import Patterns, compile_pattern
 from adapterkit.adapter.weights import Adapter
-from adapterkit.base.quant.modules import is_quantized
+from adapterkit.base.quant.bnb_layers import is_quantized
 from adapterkit.errors import FitError, FormatError, UsageError
 from adapterkit.train.initial import Factors, loftq, start
 from adapterkit.train.layers import LoraEmbedding, LoraLayer, LoraLinear, dense_of, is_linear, plain_layer

@@ -16,7 +16,7 @@ from torch import nn
 
 from adapterkit.algebra.counter_rng import seed_for
 from adapterkit.errors import AdapterkitError, FormatError
-from adapterkit.train.causal import Batch, CausalModel
+from adapterkit.train.causal_lm import Batch, CausalModel
 from adapterkit.train.data.order import Order, Row
 from adapterkit.train.data.tokenize import Example
 from adapterkit.train.recipe import Recipe

@@ -33,7 +33,7 @@ from adapterkit.tui.screens.detail import TABS, Detail
 from adapterkit.tui.screens.forms import AskScreen, ConfirmScreen, FormScreen
 from adapterkit.tui.screens.help import HelpScreen, keys_here
 from adapterkit.tui.screens.jobs import JobsScreen
-from adapterkit.tui.status import machine, who
+from adapterkit.tui.system_info import machine, who
 from adapterkit.tui.threads import hand_over
 from adapterkit.tui.widgets.adapter_table import AdapterTable
 from adapterkit.tui.widgets.job_bar import JobBar

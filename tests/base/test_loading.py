@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model
 
 from adapterkit.base.checkpoint import open_checkpoint
-from adapterkit.base.models import loading, tokenizer_program, tokenizing
+from adapterkit.base.models import loading, tokenizer_subprocess, tokenizing
 from adapterkit.base.models.loading import harmless, load_causal, load_tokenizer, quiet
 from adapterkit.base.models.tokenizing import decoded, tokenized
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files import limits
-from adapterkit.train.data import rendering, unpacking
+from adapterkit.train.data import chat_template_subprocess, parquet_subprocess
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 
@@ -466,9 +466,9 @@ def test_tokens_are_the_same_in_a_process(model: Path) -> None:
 @pytest.mark.parametrize(
     ("program", "arguments", "request_"),
     [
-        (rendering, ["5"], b'{"template": "x", "tokens": {}, "messages": []}\n'),
-        (tokenizer_program, ["5"], b'{"ids": []}\n'),
-        (unpacking, ["[]"], b"no Parquet"),
+        (chat_template_subprocess, ["5"], b'{"template": "x", "tokens": {}, "messages": []}\n'),
+        (tokenizer_subprocess, ["5"], b'{"ids": []}\n'),
+        (parquet_subprocess, ["[]"], b"no Parquet"),
     ],
 )
 def test_a_program_that_bounds_itself_may_be_bounded_already(

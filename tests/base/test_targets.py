@@ -13,7 +13,7 @@ from conftest import factors
 from safetensors.torch import load_file
 
 import adapterkit
-from adapterkit.base.renames import apply_rename, parse_rename
+from adapterkit.base.rename_option import apply_rename, parse_rename
 from adapterkit.errors import FitError, UsageError
 
 Make = Callable[..., Path]

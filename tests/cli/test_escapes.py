@@ -322,7 +322,7 @@ def test_cards_hold_names_as_text(workshop: Path, tmp_path: Path, hub: Hub) -> N
 def test_the_card_of_a_run_and_of_a_push_hold_names_as_text() -> None:
     from adapterkit.hub.upload.card import Facts, completed
     from adapterkit.train.recipe import Recipe
-    from adapterkit.train.runs.result import card
+    from adapterkit.train.runs.export import card
 
     text, _ = completed(
         None, Facts("me/repo", "adapter", "lab/base", (), None, None, "peft", (), {"targets": HOSTILE}), []

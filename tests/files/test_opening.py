@@ -59,7 +59,7 @@ def test_files_are_opened_in_one_place() -> None:
     """Elsewhere only what we made, behind a check of our own, or with the stream that `opening` gave."""
     known = {
         "files/opening.py",
-        "base/models/tokenizer_program.py",
+        "base/models/tokenizer_subprocess.py",
         "files/workspace.py",
         "files/system.py",
         "files/outfile.py",

@@ -23,10 +23,10 @@ from standins import failing, nth_call
 
 from adapterkit.cli.main import COMMANDS
 from adapterkit.errors import AdapterkitError, FormatError
-from adapterkit.files import bounded, system
-from adapterkit.files.bounded import Bounded
+from adapterkit.files import sandbox, system
 from adapterkit.files.opening import open_inside
 from adapterkit.files.outfile import OutputFile
+from adapterkit.files.sandbox import Bounded
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.workspace import Mark, Workspace
 
@@ -220,7 +220,7 @@ def main(limits, seconds):
 def test_memory_that_the_system_does_not_limit_is_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS, by the parent."""
     monkeypatch.setattr(system, "LIMITS_MEMORY", False)
-    monkeypatch.setattr(bounded, "ITSELF", 1 << 26)
+    monkeypatch.setattr(sandbox, "ITSELF", 1 << 26)
     (tmp_path / "greedy.py").write_text(GREEDY)
     with (
         Bounded(tmp_path / "greedy.py", 60, 1 << 20, "the program") as process,

@@ -33,10 +33,10 @@ from safetensors.torch import save_file
 
 from adapterkit.errors import UnsafeFileError
 from adapterkit.hub import resolve
-from adapterkit.hub.upload import contents as contents_of
+from adapterkit.hub.upload import content_scan as contents_of
 from adapterkit.hub.upload import push, secrets
 from adapterkit.hub.upload.card import Facts, base_of, completed
-from adapterkit.hub.upload.contents import is_pickle, why_not
+from adapterkit.hub.upload.content_scan import is_pickle, why_not
 from adapterkit.hub.upload.secrets import find_secret
 
 if sys.version_info >= (3, 14):

@@ -31,7 +31,7 @@ from adapterkit.errors import ChangedError, OutputExistsError
 from adapterkit.files import stamps, system
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.workspace import PREFIX
-from adapterkit.merging import card, verify
+from adapterkit.merging import companions, verify
 from adapterkit.merging.run import finish, making, run, scheduler
 from adapterkit.merging.run.inputs import Inputs
 
@@ -78,7 +78,7 @@ sys.path.insert(0, sys.argv[1])
 import torch  # now: parts of its import swallow a KeyboardInterrupt
 import adapterkit.merging.blocks.block, adapterkit.cli.main
 from adapterkit.files import staging, writing
-from adapterkit.merging import card
+from adapterkit.merging import companions
 from adapterkit.merging.run import finish, making, run, scheduler
 from adapterkit.__main__ import main
 
@@ -112,7 +112,7 @@ POINTS = [
     ("making.FileMaking._part_done", 3),
     ("making.FileMaking._part_done", 6),
     ("finish.finish_merge", 1),
-    ("card.copy_file", 1),
+    ("companions.copy_file", 1),
     ("writing.write_text", 2),
     ("staging._commit", 1),
 ]
@@ -439,7 +439,7 @@ def test_the_disk_fills_up_elsewhere(inputs: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("place", ["copy_file", "write_text"])
 def test_the_disk_fills_up_at_the_end(inputs: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    monkeypatch.setattr(card, place, nth_call(getattr(card, place), 1, failing(FULL)))
+    monkeypatch.setattr(companions, place, nth_call(getattr(companions, place), 1, failing(FULL)))
     assert "No space left on device" in merge(inputs).message(6)
     assert nothing_left(inputs)
 
@@ -684,7 +684,7 @@ def test_a_folder_that_becomes_a_link_before_it_is_copied(
         shutil.rmtree(folder)
         folder.symlink_to(secret)
 
-    monkeypatch.setattr(card, "copy_file", nth_call(card.copy_file, 1, swap))
+    monkeypatch.setattr(companions, "copy_file", nth_call(companions.copy_file, 1, swap))
     args = ["merge", "base", "adapter"] if command == "merge" else ["unmerge", "merged"]
     monkeypatch.chdir(tmp_path)
     assert f"{folder.name}/" in adapterkit(*args, "-o", "out").message(1)

@@ -24,6 +24,7 @@ from adapterkit.train.data.tokenize import encode_all
 pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from adapterkit.train.runs.answer_scores import answer_of, compared, f1, words
 from adapterkit.train.runs.evaluate import (
     Completed,
     Event,
@@ -36,7 +37,6 @@ from adapterkit.train.runs.evaluate import (
     prepared,
     read,
 )
-from adapterkit.train.runs.metrics import answer_of, compared, f1, words
 
 WORDS = [
     "ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay", "kite", "lynx", "mole", "newt", "owl", "pig",
@@ -326,7 +326,7 @@ def test_what_is_odd_about_an_adapter_is_noted(tiny: Path, prompted: Path, make_
 
 def test_doras_norms_are_computed_once(with_words: Path, prompted: Path) -> None:
     from adapterkit.train.layers import LoraLayer
-    from adapterkit.train.runs.models import load_model
+    from adapterkit.train.runs.model_setup import load_model
 
     loaded = load_model(open_checkpoint(with_words), torch.float32, torch.device("cpu"))
     loaded.model.train()
@@ -549,7 +549,7 @@ def test_a_default_length_that_stays_within_the_model(tiny: Path, tmp_path: Path
 
 
 def test_reading_takes_records_in_any_order(tiny: Path, prompted: Path) -> None:
-    from adapterkit.train.runs.models import load_model
+    from adapterkit.train.runs.model_setup import load_model
 
     model = prepared(load_model(open_checkpoint(tiny), torch.float32, torch.device("cpu")), None)
     data = encode_all(read_records(prompted), AutoTokenizer.from_pretrained(tiny), 64)

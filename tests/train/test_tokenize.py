@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from adapterkit.errors import FormatError, UsageError
-from adapterkit.train.data import chats
+from adapterkit.train.data import chat_template as chats
 from adapterkit.train.data import tokenize as examples
-from adapterkit.train.data.chats import Chats
+from adapterkit.train.data.chat_template import Chats
 from adapterkit.train.data.records import BadRecord, Fields, Record, read_records
 from adapterkit.train.data.tokenize import Encoded, Example, encode, encode_all, split
 

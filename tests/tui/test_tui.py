@@ -31,7 +31,7 @@ from adapterkit.inspection import cache
 from adapterkit.inspection.summary import ModuleRow
 from adapterkit.text import size
 from adapterkit.tui import app as module
-from adapterkit.tui import browser, status
+from adapterkit.tui import browser, system_info
 from adapterkit.tui.actions import ACTIONS, line
 from adapterkit.tui.app import AdapterkitApp
 from adapterkit.tui.details import Details, changes
@@ -573,7 +573,7 @@ async def test_a_hub_that_hangs_is_told_of(there: Hub, folder: Path, monkeypatch
 
 
 async def test_offline_is_told_in_a_banner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "who", status.who)
+    monkeypatch.setattr(module, "who", system_info.who)
     async with running(folder) as pilot:
         assert "offline" in text_of(pilot.app.query_one("#top", Static))
         banner = pilot.app.query_one("#banner", Static)
@@ -588,7 +588,7 @@ async def test_offline_is_told_in_a_banner(folder: Path, monkeypatch: pytest.Mon
 )
 def test_who_one_is(hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str, expected: str) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
-    assert status.who()[0] == expected
+    assert system_info.who()[0] == expected
 
 
 async def test_the_cache_is_a_source(there: Hub, folder: Path) -> None:

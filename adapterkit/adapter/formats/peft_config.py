@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter.formats.format import ConfigFacts
-from adapterkit.adapter.patterns import Patterns, compile_pattern
+from adapterkit.adapter.safe_regex import Patterns, compile_pattern
 from adapterkit.adapter.weights import Problem
 from adapterkit.errors import FormatError, UnknownStrengthError, UsageError
 

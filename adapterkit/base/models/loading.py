@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, SINGLE, Checkpoint
 from adapterkit.base.models.tokenizing import check_loading
-from adapterkit.base.quant.modules import has_scales, is_quantized
+from adapterkit.base.quant.bnb_layers import has_scales, is_quantized
 from adapterkit.errors import FormatError, MissingPackageError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import open_inside, read_up_to

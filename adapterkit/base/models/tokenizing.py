@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
-from adapterkit.base.models import tokenizer_program
+from adapterkit.base.models import tokenizer_subprocess
 from adapterkit.errors import FormatError
-from adapterkit.files.bounded import Bounded
 from adapterkit.files.opening import open_regular
+from adapterkit.files.sandbox import Bounded
 
 SECONDS = 10  # of processor time for a text, of which a real tokenizer takes megabytes in one
 MEMORY = 1 << 32  # bytes for all its texts
-PROGRAM = Path(tokenizer_program.__file__)
+PROGRAM = Path(tokenizer_subprocess.__file__)
 REGEX = re.compile(rb"Regex|\\u00(52|65|67|78)")  # the key of a regular expression, escaped or not
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
 SHOWN = 240  # characters of an error

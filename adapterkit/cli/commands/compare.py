@@ -38,7 +38,7 @@ def compare_command(adapters: tuple[str, ...], by: str, plot: str | None, as_jso
     adding the two up at the greater of their ranks would lose.
     """
     from adapterkit.api.adapters import compare
-    from adapterkit.cli.views.plot import check_plot, draw_likeness
+    from adapterkit.cli.views.figures import check_plot, draw_likeness
 
     if plot:
         check_plot(Path(plot))

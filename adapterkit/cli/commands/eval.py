@@ -26,8 +26,8 @@ from adapterkit.train.data.records import Fields
 from adapterkit.train.recipe import DTYPES, QUANTIZE, Recipe
 
 if TYPE_CHECKING:
+    from adapterkit.train.runs.answer_scores import Prediction
     from adapterkit.train.runs.evaluate import Request, Scored, Started
-    from adapterkit.train.runs.metrics import Prediction
 
 USAGE = "adapterkit eval BASE [ADAPTER] DATA"
 COLUMNS = ["where", "prompt", "expected", "completion", "exact", "f1"]  # of a prediction, in the order written

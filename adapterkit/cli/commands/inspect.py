@@ -134,7 +134,7 @@ def _row_facts(rows: list[ModuleRow], header_only: bool, modules: bool) -> dict[
 
 
 def _check_plot(plot: Path, header_only: bool) -> None:
-    from adapterkit.cli.views.plot import check_plot
+    from adapterkit.cli.views.figures import check_plot
 
     if header_only:
         raise UsageError(
@@ -144,7 +144,7 @@ def _check_plot(plot: Path, header_only: bool) -> None:
 
 
 def _draw(rows: list[ModuleRow], plot: Path, title: str) -> None:
-    from adapterkit.cli.views.plot import draw
+    from adapterkit.cli.views.figures import draw
 
     draw(rows, plot, title)
     say(f"drawn to {plot}", err=True)

@@ -18,7 +18,7 @@ from adapterkit.cli.data_notes import notes_of
 from adapterkit.cli.options import options_of
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import is_shown, progress
-from adapterkit.cli.views.curve import curve
+from adapterkit.cli.views.braille_plot import curve
 from adapterkit.errors import UsageError
 from adapterkit.files.staging import Destination
 from adapterkit.text import command, counted, size
@@ -64,7 +64,7 @@ def train_command(
     if recipe_file is not None and not resume:  # a resumed run has its own recipe in its folder
         Destination(Path(output), (Path(recipe_file),)).check_apart()
     if plot is not None:
-        from adapterkit.cli.views.plot import check_plot
+        from adapterkit.cli.views.figures import check_plot
 
         check_plot(Path(plot))
     from adapterkit.train.runs.run import RECIPE, Started, Stopped, Trained, read_metrics, train
@@ -82,7 +82,7 @@ def train_command(
                 metrics = read_metrics(trained.out)
                 _print_result(started, trained, metrics, as_json)
                 if plot is not None:
-                    from adapterkit.cli.views.plot import draw_losses
+                    from adapterkit.cli.views.figures import draw_losses
 
                     draw_losses(metrics, Path(plot), trained.out.name)
                     if not as_json:

@@ -10,7 +10,7 @@ from adapterkit.cli.lookup import fetched_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.errors import FormatError
 from adapterkit.hub.locate import Place
-from adapterkit.inspection.inventory import inventory, unsupported
+from adapterkit.inspection.base_summary import inventory, unsupported
 from adapterkit.text import counted, size
 
 

@@ -21,8 +21,8 @@ from adapterkit.files.staging import ADAPTER_RECORD, FOLDER, RECORD, TRAINING_RE
 from adapterkit.files.stamps import Stamp, stamps_of
 from adapterkit.hub.names import is_inner, public_name
 from adapterkit.hub.upload import card
-from adapterkit.hub.upload.contents import why_not
-from adapterkit.hub.upload.private import LOCAL, check_no_token, check_public, shortened
+from adapterkit.hub.upload.content_scan import why_not
+from adapterkit.hub.upload.redaction import LOCAL, check_no_token, check_public, shortened
 from adapterkit.inspection.summary import Summary, summarize
 from adapterkit.text import argument, command, counted
 

@@ -17,8 +17,8 @@ from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TORCH_NAMES
 from adapterkit.kernels.cpu import add_rounded
 from adapterkit.merging.blocks.device import Buffers
-from adapterkit.merging.blocks.limits import check_packable, check_range, check_scales
 from adapterkit.merging.blocks.loading import Loaded
+from adapterkit.merging.blocks.overflow import check_packable, check_range, check_scales
 from adapterkit.merging.blocks.reading import (
     GROUP_ROWS,
     base_rows,

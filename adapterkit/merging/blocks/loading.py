@@ -12,7 +12,7 @@ from adapterkit.adapter.weights import load_weights
 from adapterkit.algebra.updates import Update, measure_columns, update_for
 from adapterkit.base.quant.weight import Codes, QuantizedWeight, Quantizer, Rows
 from adapterkit.merging.blocks.device import CPU, ComputeDevice
-from adapterkit.merging.blocks.limits import check_finite
+from adapterkit.merging.blocks.overflow import check_finite
 from adapterkit.merging.blocks.reading import base_chunks, compute_dtype
 from adapterkit.merging.plan.edits import MergeEdit, ModuleUpdate, RestoreEdit
 

@@ -11,7 +11,7 @@ import torch
 from adapterkit.base.quant.weight import QuantizedWeight, Rows
 from adapterkit.files.safetensors import TensorInfo, read_span, tensor_bytes
 from adapterkit.merging.blocks.device import CPU, Buffers
-from adapterkit.merging.blocks.limits import check_finite
+from adapterkit.merging.blocks.overflow import check_finite
 from adapterkit.merging.plan.edits import Edit, MergeEdit, RestoreEdit
 
 GROUP_ROWS = 32  # how many rows the search for midpoints takes together

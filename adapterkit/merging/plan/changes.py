@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.base.adapter_fit import dequantizable, refuse_overlaps
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.placement import dequantizable, refuse_overlaps
 from adapterkit.base.quant.unread import unread_scheme
 from adapterkit.base.targets import Fit
 from adapterkit.errors import FitError

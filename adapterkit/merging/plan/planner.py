@@ -10,9 +10,9 @@ from typing import Any, TypeGuard
 
 from adapterkit import __version__
 from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
+from adapterkit.base.adapter_fit import dequantizable, missing, place
 from adapterkit.base.architectures import CONV1D_MODELS, HEAD_MODULES, is_linear
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.placement import dequantizable, missing, place
 from adapterkit.base.quant import (
     NEAREST,
     QuantizationSettings,

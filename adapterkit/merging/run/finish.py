@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import FitError
 from adapterkit.files.hub_cache import check_name
 from adapterkit.files.opening import sha256_of
-from adapterkit.merging.card import finish_merge
+from adapterkit.merging.companions import finish_merge
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import Hashes, MergePlan
 from adapterkit.merging.receipts.done import FileDone, fingerprint

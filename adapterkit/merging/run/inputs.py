@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adapterkit.errors import ChangedError
 from adapterkit.files.stamps import check_unchanged, stamps_of, with_links
-from adapterkit.merging.card import companions_of
+from adapterkit.merging.companions import companions_of
 from adapterkit.merging.plan.types import FilePlan, MergePlan
 
 

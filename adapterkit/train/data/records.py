@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from adapterkit.errors import FormatError, OfflineError, UsageError
-from adapterkit.files.bounded import start
 from adapterkit.files.opening import open_regular
+from adapterkit.files.sandbox import start
 from adapterkit.hub.names import parsed
 from adapterkit.packages import needed
-from adapterkit.train.data import unpacking
+from adapterkit.train.data import parquet_subprocess
 
+PARQUET = Path(parquet_subprocess.__file__)  # a program, which is run and not called
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
 LINE = 16_000_000  # maximum characters of a record in a file, unused fields included
 TOO_LONG = f"has more than {LINE:,} characters"
@@ -273,7 +274,9 @@ def _parquet_rows(file: Path, fields: Fields) -> RawRecords:
     names = json.dumps([name for name in astuple(fields) if name])
     with (
         open_regular(file) as stream,
-        start(Path(unpacking.__file__), names, memory=MEMORY, what=f"{file}: Parquet", stdin=stream) as process,
+        start(
+            Path(parquet_subprocess.__file__), names, memory=MEMORY, what=f"{file}: Parquet", stdin=stream
+        ) as process,
     ):
         room = UNPACKED + RATIO * os.fstat(stream.fileno()).st_size
         assert process.stdout is not None

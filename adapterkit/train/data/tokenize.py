@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from adapterkit.base.models.tokenizing import tokenized
 from adapterkit.errors import FormatError, UsageError
-from adapterkit.train.data.chats import Chats, RefusedError, Templated
+from adapterkit.train.data.chat_template import Chats, RefusedError, Templated
 from adapterkit.train.data.records import BadRecord, Record
 
 SHOWN = 10  # bad records listed in an error

@@ -22,7 +22,7 @@ from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import read_whole, sha256_of
 from adapterkit.files.safetensors import TORCH_NAMES, read_header, write_tensors
 from adapterkit.files.workspace import remove
-from adapterkit.train.runs.origin import Origin
+from adapterkit.train.runs.fingerprint import Origin
 
 if TYPE_CHECKING:
     import torch

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
+from adapterkit.base.adapter_fit import missing, place
 from adapterkit.base.checkpoint import CONFIG, Checkpoint, is_base, open_checkpoint
-from adapterkit.base.models.described import check_described
+from adapterkit.base.models.config_check import check_described
 from adapterkit.base.models.loading import SMALL_FILES
-from adapterkit.base.placement import missing, place
 from adapterkit.base.quant import weights as weights_of
 from adapterkit.base.ties import tie_of
 from adapterkit.errors import FitError, UsageError

@@ -23,16 +23,16 @@ from adapterkit.base.models.loading import load_tokenizer
 from adapterkit.base.models.tokenizing import decoded, tokenized
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.text import counted
-from adapterkit.train.causal import Batch, CausalModel
+from adapterkit.train.causal_lm import Batch, CausalModel
 from adapterkit.train.data.records import DEFAULT, Fields, Record, read_records
 from adapterkit.train.data.tokenize import Encoded, Example, encode_all
 from adapterkit.train.injection import inject_from, lora_layers
 from adapterkit.train.loss import IGNORED, perplexity
 from adapterkit.train.recipe import Recipe
+from adapterkit.train.runs.answer_scores import Prediction, answer_of, compared
 from adapterkit.train.runs.checks import check_sequences, open_base, open_fitting, refuse_twice_quantized, size_of
 from adapterkit.train.runs.memory import available, estimate
-from adapterkit.train.runs.metrics import Prediction, answer_of, compared
-from adapterkit.train.runs.models import choose_device, choose_dtype, load_model
+from adapterkit.train.runs.model_setup import choose_device, choose_dtype, load_model
 
 MARGIN = 8  # tokens that a completion may exceed the longest expected one
 

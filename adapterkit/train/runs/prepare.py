@@ -13,7 +13,7 @@ from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_of
 from adapterkit.errors import UsageError
 from adapterkit.files.safetensors import TensorInfo
-from adapterkit.train.causal import CausalModel
+from adapterkit.train.causal_lm import CausalModel
 from adapterkit.train.injection import ALL_LINEAR, Lora, inject, inject_from
 from adapterkit.train.recipe import Recipe
 

@@ -32,12 +32,12 @@ from adapterkit.train.recipe import Recipe, as_yaml
 from adapterkit.train.runs import checkpoints
 from adapterkit.train.runs.checkpoints import Log, Progress, State
 from adapterkit.train.runs.checks import check_sequences, open_base, open_fitting, refuse_twice_quantized
+from adapterkit.train.runs.distributed import StoppedError, check_run, folder_for, peak_memory, processes
+from adapterkit.train.runs.export import write_result
+from adapterkit.train.runs.fingerprint import Origin
 from adapterkit.train.runs.memory import Estimate, available, check, estimate, suggestion
-from adapterkit.train.runs.models import choose_device, choose_dtype, load_model
-from adapterkit.train.runs.origin import Origin
+from adapterkit.train.runs.model_setup import choose_device, choose_dtype, load_model
 from adapterkit.train.runs.prepare import prepare
-from adapterkit.train.runs.processes import StoppedError, check_run, folder_for, peak_memory, processes
-from adapterkit.train.runs.result import write_result
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.train.loop import Loop
     from adapterkit.train.recipe import Recipe
     from adapterkit.train.runs.checkpoints import Progress
-    from adapterkit.train.runs.origin import Origin
+    from adapterkit.train.runs.fingerprint import Origin
 
 
 def write_result(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adapterkit.adapter.patterns import Patterns, compile_pattern
+from adapterkit.adapter.safe_regex import Patterns, compile_pattern
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.train.injection import Lora, inject
 

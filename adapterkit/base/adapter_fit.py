@@ -10,7 +10,7 @@ from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import supported
 from adapterkit.base.quant.unread import unread_scheme
-from adapterkit.base.renames import explain_missing
+from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.targets import Fit, fit
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import Weight

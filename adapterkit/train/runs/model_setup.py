@@ -12,7 +12,7 @@ from adapterkit.base.quant import loading
 from adapterkit.errors import UsageError
 from adapterkit.files import system
 from adapterkit.packages import needed
-from adapterkit.train.causal import CausalModel
+from adapterkit.train.causal_lm import CausalModel
 from adapterkit.train.injection import quicken
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -12,7 +12,7 @@ import pytest
 from tiny import save_tiny_model
 
 from adapterkit.base.checkpoint import open_checkpoint
-from adapterkit.base.models.described import check_described
+from adapterkit.base.models.config_check import check_described
 from adapterkit.base.models.loading import load_tokenizer
 from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.train.data.records import Record

@@ -17,7 +17,7 @@ from torch import nn
 
 from adapterkit.errors import FormatError
 from adapterkit.train import Lora, inject, lora_layers, loss, quicken
-from adapterkit.train.causal import ATTENTION, Batch, CausalModel
+from adapterkit.train.causal_lm import ATTENTION, Batch, CausalModel
 from adapterkit.train.data.order import Order
 from adapterkit.train.data.tokenize import Example
 from adapterkit.train.loop import Loop
