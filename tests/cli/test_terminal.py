@@ -83,7 +83,7 @@ def test_browse_inspect_compare_merge_unmerge_quit(terminal: Terminal, tmp_path:
     terminal.press("3")
     terminal.see("90% of ‖ΔW‖²")
     terminal.press("1", "Space", "Space")
-    terminal.see("2 marked")
+    terminal.see("2 selected")
     terminal.press("c")
     terminal.see("126 modules in both; cosine +1.000")
     terminal.press("Escape")

@@ -34,6 +34,7 @@ from adapterkit.files.workspace import PREFIX
 from adapterkit.merging import companions, verify
 from adapterkit.merging.run import finish, making, run, scheduler
 from adapterkit.merging.run.inputs import Inputs
+from adapterkit.merging.run.making import FileMaking
 
 ROOT = Path(package.__file__).parents[1]
 KILLS = os.environ.get("STRESS_KILLS", "20")
@@ -878,6 +879,26 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 # --- single files ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker that needs the file as well must not find what the first had created, and say that."""
+    base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
+    real, seen = FileMaking.open, []
+
+    def both(file: FileMaking) -> None:
+        try:
+            real(file)
+        except OSError as error:
+            with pytest.raises(OSError) as second:
+                real(file)
+            seen.append(second.value is error)
+            raise
+
+    monkeypatch.setattr(FileMaking, "open", both)
+    monkeypatch.setattr(os, "pwrite", failing(FULL))
+    adapterkit("merge", base / "model.safetensors", adapter, "-o", tmp_path / "out.safetensors").message(6)
+    assert seen and all(seen)
 
 
 @pytest.mark.parametrize("name", ["pwrite", "fsync"])

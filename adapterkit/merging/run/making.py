@@ -96,6 +96,7 @@ class FileMaking:
         self._parts = 1 + len({id(block.work) for block in self.blocks})
         self._lock = threading.Lock()
         self._opened, self._opening = False, threading.Lock()
+        self._failure: BaseException | None = None  # of opening
         self._copies = sorted(file.copies, key=lambda copy: copy.start)
         self._copied = 0  # of them, those that the input's hash has passed
         self._place: Place | None = None  # where blocks were computed
@@ -115,20 +116,31 @@ class FileMaking:
         return isinstance(self.output, LinkedFile)
 
     def open(self) -> None:
-        """Open its files, and begin what is in none of the parts; the first who needs them does so."""
+        """Open its files, and begin what is in none of the parts; the first who needs them does so.
+
+        Where that fails, it fails in the same way for everyone: a second try would find what the first had created.
+        """
         with self._opening:
-            if self._opened:
-                return
-            self.input.open()
-            self.output.open()
-            if self.job.receipt or self.job.plan.restores:
-                self._hash = OutputHash(self.file, self.input.fd, self._part_done)
-                self._parts += self._hash.by_and_by
-            if self.job.records:
-                self._sidecar = self._begin_sidecar()
-            for one in self.file.kept:
-                self.output.write(memoryview(one.tensor.read_bytes()), one.at)
-            self._opened = True
+            if self._failure is not None:
+                raise self._failure
+            if not self._opened:
+                try:
+                    self._open()
+                except BaseException as error:
+                    self._failure = error
+                    raise
+                self._opened = True
+
+    def _open(self) -> None:
+        self.input.open()
+        self.output.open()
+        if self.job.receipt or self.job.plan.restores:
+            self._hash = OutputHash(self.file, self.input.fd, self._part_done)
+            self._parts += self._hash.by_and_by
+        if self.job.records:
+            self._sidecar = self._begin_sidecar()
+        for one in self.file.kept:
+            self.output.write(memoryview(one.tensor.read_bytes()), one.at)
 
     # --- read, and what stays as it is
 
