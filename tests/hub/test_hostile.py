@@ -324,7 +324,7 @@ def test_a_slow_line_is_no_fault(hub: Hub, adapter: Path) -> None:
 def test_headers_that_never_end(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.05)
     hub.fail(pattern, slow_headers=True, times=99)
-    assert "does not answer in time" in adapterkit("pull", ADAPTER).message_of_last(5)
+    assert "does not answer" in adapterkit("pull", ADAPTER).message_of_last(5)
 
 
 @pytest.mark.parametrize("of", ["GET /api/.*", "GET .*/resolve/.*"])
