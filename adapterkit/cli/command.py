@@ -10,9 +10,9 @@ import click
 from adapterkit import __version__
 from adapterkit.cli import output, progress
 from adapterkit.cli.complete import complete_by_name
-from adapterkit.cli.failures import speak_options
+from adapterkit.cli.failures import failure_of, speak_options
 from adapterkit.cli.options import GroupedOption
-from adapterkit.errors import UsageError
+from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.text import nearest
 
 LOG = logging.getLogger("adapterkit")
@@ -54,6 +54,9 @@ class Command(click.Command):
             return super().invoke(ctx)
         except BaseException as error:
             speak_options(error, self)
+            if isinstance(error, BrokenPipeError) and not output.is_of_stream(error):
+                failure = failure_of(error)  # click would take it for one of stdout, and say nothing
+                raise AdapterkitError(*failure.lines, hint=failure.hint) from error
             raise
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

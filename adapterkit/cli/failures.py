@@ -43,7 +43,7 @@ def failure_of(error: BaseException) -> Failure:
             said = ["interrupted", *filter(None, [str(error)]), *notes]
             return Failure(["; ".join(said)], code=getattr(error, "exit_code", 130))
         case OSError(filename=None):
-            return Failure([f"standard output: {error.strerror or error}"])
+            return Failure([error.strerror or str(error)], "-v shows where it happened")
         case OSError():
             return Failure([f"{error.filename}: {error.strerror}"])
         case ImportError() if error.name and not error.name.startswith("adapterkit"):

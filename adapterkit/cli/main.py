@@ -157,7 +157,7 @@ def _end(error: BaseException, as_json: bool) -> NoReturn:
         error = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else KeyboardInterrupt()
     if LOG.level == logging.DEBUG:
         output.say(*"".join(traceback.format_exception(error)).rstrip("\n").split("\n"), err=True)
-    if isinstance(error, OSError) and not error.filename:
+    if output.is_of_stream(error):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit works
         if isinstance(error, BrokenPipeError):  # the reader of a pipe went away: nothing to tell anyone
             sys.exit(1)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from adapterkit.text import visible, visible_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-
+T = TypeVar("T")
 SCHEMA = 1  # of the JSON; it grows when a field goes, or comes to mean something else
 COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36", "note": "1"}
+
+STDOUT, STDERR = "standard output", "standard error"  # as the file name of their errors
 
 _notes: list[str] = []  # of the command that runs, for its JSON
 _warnings: list[str] = []
@@ -105,15 +107,44 @@ def console(*, err: bool = False) -> Console:
 def guard() -> None:
     """Make stdout and stderr show what steers terminals, whoever prints it: also the warnings and bars of libraries."""
     sys.stdout, sys.stderr = (
-        cast(TextIO, Guarded(stream)) if stream is not None else stream for stream in (sys.stdout, sys.stderr)
+        cast(TextIO, Guarded(getattr(stream, "unguarded", None) or Named(stream, name)))
+        for stream, name in ((sys.stdout, STDOUT), (sys.stderr, STDERR))
     )
+
+
+def is_of_stream(error: BaseException) -> bool:
+    """Whether it was stdout or stderr that failed."""
+    return isinstance(error, OSError) and (error.filename is STDOUT or error.filename is STDERR)
+
+
+class Named:
+    """A stream whose errors name it: those of the system name files only."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+
+    def write(self, text: str) -> int:
+        return self._named(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._named(self._stream.flush)
+
+    def _named(self, call: Callable[..., T], *args: str) -> T:
+        try:
+            return call(*args)
+        except OSError as error:
+            error.filename = self._name
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Guarded:
     """A stream that writes lines of visible text; `unguarded` is the one below, for our own colours."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.unguarded: TextIO = getattr(stream, "unguarded", stream)
+        self.unguarded = stream
 
     def write(self, text: str) -> int:
         return self.unguarded.write(visible_lines(text))

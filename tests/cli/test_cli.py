@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from handmade import adapterkit, write_adapter, write_base
 import adapterkit as package
 from adapterkit import errors
 from adapterkit.cli import main as cli
+from adapterkit.cli.command import Command
 
 ROOT = Path(package.__file__).parents[1]
 HEAVY = {"torch", "numpy", "safetensors", "rich", "textual", "huggingface_hub", "matplotlib"}
@@ -93,6 +95,16 @@ def test_every_failure_is_one_line_and_its_exit_code(
     monkeypatch.setattr(cli, "group", fails)
     expected = "interrupted" if code == 130 else "a: b"
     assert adapterkit().message(code) == expected
+
+
+@pytest.mark.parametrize("said", ["No space left on device", "Broken pipe"])
+def test_what_the_system_says_of_no_file_is_not_said_of_stdout(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    @click.command(cls=Command)
+    def fails() -> None:
+        raise OSError({"Broken pipe": errno.EPIPE}.get(said, errno.ENOSPC), said)
+
+    monkeypatch.setattr(cli, "group", fails)
+    assert adapterkit().message(1) == f"{said}; -v shows where it happened"
 
 
 def test_control_characters_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
