@@ -27,14 +27,14 @@ AnyWeighted: TypeAlias = AnyAdapter | tuple[AnyAdapter, float]
 AnyAdapters: TypeAlias = AnyWeighted | Iterable[AnyWeighted] | Mapping[AnyPath, float]  # as `weighted` takes them
 
 
-def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve) -> Checkpoint:
-    """The model that `base` names, opened `where` it lies. Raises UsageError where it is an adapter."""
+def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve, *, hint: str = "") -> Checkpoint:
+    """The model that `base` names, opened `where` it lies. Raises UsageError, with `hint`, where it is an adapter."""
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise UsageError(f"base {base!r}: expected a path or a Hub id")
     path = where(base)
     checkpoint = open_checkpoint(path, hub_id(base))
     if holds_adapter(path, checkpoint.tensors):
-        raise UsageError(f"{base}: is an adapter, expected a model", hint="the base comes first, its adapters follow")
+        raise UsageError(f"{base}: is an adapter, expected a model", hint=hint)
     return checkpoint
 
 

@@ -61,7 +61,7 @@ def plan_merge(o: MergeOptions) -> MergePlan:
     named, rename = weighted(o.adapters), renaming(o.rename)
 
     def made(where: Callable[[AnyPath], Path]) -> MergePlan:
-        checkpoint = open_base(o.base, where)
+        checkpoint = open_base(o.base, where, hint="the base comes first, its adapters follow")
         given = open_adapters(named, o.scale, o.alpha, o.scaling, where)
         sixteen = None if o.original is None else open_base(o.original, where)
         into = (sixteen, o.original) if sixteen and o.original is not None else (checkpoint, o.base)
@@ -84,8 +84,7 @@ def plan_merge(o: MergeOptions) -> MergePlan:
 @takes(MergeCall)
 def merge(o: MergeCall) -> Merged:
     """Merge in one call: `plan_merge`, then `run` to its end."""
-    options = RunOptions(o.threads, str(o.device), o.report, o.resume, o.receipt, o.link, o.accept_loss)
-    *_, result = run(plan_merge.of(o), options)
+    *_, result = run(plan_merge.of(o), o.how)
     assert isinstance(result, Merged)
     return result
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath
 from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, writable_kinds
 from adapterkit.combining.methods import DEFAULT, METHODS, all_options
+from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.planner import DTYPES
 from adapterkit.options import Options, argument, option, output, overwrite, threads
 
@@ -188,6 +189,17 @@ class MergeRunOptions(DeviceOptions):
 @dataclass(frozen=True)
 class MergeCall(MergeRunOptions, MergeOptions):
     """Adapters into a base, and how that is computed"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.how.check(quantized=self.quantize is not None, resumable=self.calibration is None)
+
+    @property
+    def how(self) -> RunOptions:
+        """How the plan is run."""
+        return RunOptions(
+            self.threads, str(self.device), self.report, self.resume, self.receipt, self.link, self.accept_loss
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from adapterkit.errors import UsageError
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.run.finish import Merged
-from adapterkit.merging.run.run import TensorMerged
+from adapterkit.merging.run.run import TensorMerged, check_options
 from adapterkit.merging.run.run import run as run_merge
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def run(plan: Plan, **how: Any) -> Generator[Event, None, None]:
     where an input has changed, and UsageError where there is no such device.
     """
     if isinstance(plan, MergePlan):
-        return run_merge(plan, RunOptions(**how))
+        options = RunOptions(**how)
+        check_options(plan, options)
+        return run_merge(plan, options)
     if isinstance(plan, UnmergePlan):
         return run_steps(plan, RunOptions(**how))
     if how:

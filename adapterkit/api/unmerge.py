@@ -144,7 +144,7 @@ def _checked(
 ) -> tuple[Checkpoint, Path, list[WeightedAdapter]]:
     """What is to be undone, where that goes, and the adapters that are given, opened and checked to lie apart."""
     source, target = resolve(merged), Path(out).expanduser()
-    checkpoint = open_base(merged)
+    checkpoint = open_base(merged, hint="the merged model comes first; its adapters are named by `adapters`")
     told = find_receipt(source) is not None and not approximate
     given = open_adapters([(_opened(what), weight) for what, weight in weighted(adapters)] if told else adapters)
     named = [Path(what) for what, _ in weighted(adapters) if not isinstance(what, Adapter)]

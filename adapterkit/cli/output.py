@@ -143,7 +143,7 @@ class Named:
 class Guarded:
     """A stream that writes lines of visible text; `unguarded` is the one below, for our own colours."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Named) -> None:
         self.unguarded = stream
 
     def write(self, text: str) -> int:

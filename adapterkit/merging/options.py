@@ -41,3 +41,10 @@ class RunOptions:
             raise UsageError(f"threads {threads!r}: expected a whole number from 1 to {MAX_THREADS}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise UsageError(f"device {self.device!r}: expected auto, cpu, cuda or cuda:N")
+
+    def check(self, *, quantized: bool, resumable: bool) -> None:
+        """Raise UsageError for an option that does nothing: the output is not quantized, or the plan not resumable."""
+        if self.accept_loss and not quantized:
+            raise UsageError("only a quantized output can lose an update: `accept_loss` goes with `quantize`")
+        if self.resume and not (resumable and self.receipt):
+            raise UsageError("`resume` needs the hashes of a receipt and an unchanged plan", hint="omit `resume`")

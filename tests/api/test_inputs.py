@@ -156,6 +156,15 @@ def test_swapped_arguments_are_told(pair: tuple[Path, Path], tmp_path: Path) -> 
         adapterkit.merge(base, base, tmp_path / "out")
     with pytest.raises(UsageError, match="base: is a model, expected an adapter"):
         adapterkit.combine([base, adapter], tmp_path / "out")
+    with pytest.raises(UsageError, match="the merged model comes first; its adapters are named by `adapters`"):
+        adapterkit.unmerge(adapter, tmp_path / "out", adapters=base)
+    for call in (
+        lambda: adapterkit.quantize(adapter, tmp_path / "out", to="nf4"),
+        lambda: adapterkit.extract(adapter, base, tmp_path / "out", rank=1),
+        lambda: list(adapterkit.verify(adapter, base, adapter)),
+    ):  # where there is no other order
+        with pytest.raises(UsageError, match="a: is an adapter, expected a model$"):
+            call()
 
 
 def test_a_live_model_takes_an_opened_adapter(pair: tuple[Path, Path]) -> None:

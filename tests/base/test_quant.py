@@ -654,7 +654,7 @@ def test_quantizing_while_merging_is_merging_and_quantizing(
         ({"quantize": "int3"}, UsageError, "expected one of nf4, fp4, int8, same"),
         ({"quantize": "same"}, UsageError, "is not quantized"),
         ({"quantize": "nf4", "dtype": "fp32"}, UsageError, "not both"),
-        ({"accept_loss": True}, UsageError, "goes with quantize"),
+        ({"accept_loss": True}, UsageError, "goes with `quantize`"),
     ],
 )
 def test_what_cannot_be_asked_for(
@@ -662,6 +662,20 @@ def test_what_cannot_be_asked_for(
 ) -> None:
     with pytest.raises(error, match=message):
         adapterkit.merge(sixteen_bits, [make_adapter(factors("layers.0.q", 24, 40))], tmp_path / "out", **how)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [({"accept_loss": True}, "`accept_loss` goes with `quantize`"), ({"resume": True, "receipt": False}, "omit `resume`")],
+)  # fmt: skip
+def test_what_does_nothing_is_refused_before_anything_is_opened(
+    sixteen_bits: Path, make_adapter: Callable[..., Path], tmp_path: Path, how: Any, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        adapterkit.merge("no/base", "no/adapter", "out", **how)
+    plan = adapterkit.plan_merge(sixteen_bits, make_adapter(factors("layers.0.q", 24, 40)), tmp_path / "out")
+    with pytest.raises(UsageError, match=message):
+        adapterkit.run(plan, **how)  # when it is called, and not when its first event is asked for
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.api import merge
-from adapterkit.api.options import MergeOptions, MergeRunOptions
+from adapterkit.api.options import MergeCall, MergeOptions, MergeRunOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.cli.output import note, say, say_result
@@ -37,9 +37,7 @@ def merge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_
     report, resume = bool(how.get("report")), bool(how.get("resume"))
     if dry_run and (report or resume):
         raise UsageError("--report and --resume are about a merge, --dry-run makes none", hint="give one of them")
-    if resume and (not how.get("receipt", True) or "calibration" in given):
-        raise UsageError("--resume needs the hashes of a receipt and an unchanged plan", hint="omit --resume")
-    plan = merge.plan_merge(**given, download=not dry_run)
+    plan = merge.plan_merge.of(MergeCall(**given, **how, download=not dry_run))
     if dry_run:
         print_plan(plan, how, as_json)
         return

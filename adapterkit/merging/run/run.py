@@ -11,7 +11,6 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterkit.errors import UsageError
 from adapterkit.files.opening import sha256_of
 from adapterkit.files.staging import staged
 from adapterkit.merging.options import RunOptions
@@ -35,15 +34,19 @@ class TensorMerged:
     total: int
 
 
+def check_options(plan: MergePlan, options: RunOptions) -> None:
+    """Raise UsageError for options that do nothing for this plan."""
+    options.check(quantized=bool(plan.schemes), resumable=plan.undoable and plan.calibration is None)
+
+
 def check_run(plan: MergePlan, options: RunOptions) -> None:
     """Refuse what cannot work before anything is written.
 
     Raises UsageError for options that do not fit the plan, OutputExistsError where the output may not be written, and
     FormatError where the receipt could not be read back.
     """
+    check_options(plan, options)
     check_device(plan, options)
-    if options.accept_loss and not plan.schemes:
-        raise UsageError("only a quantized output can lose an update: accept_loss goes with quantize")
     receipt = plan.undoable and options.receipt
     plan.destination(receipt).check()
     if receipt:
