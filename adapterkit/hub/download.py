@@ -24,7 +24,7 @@ from adapterkit.files.staging import errors_of
 from adapterkit.hub.client.ask import ask, asking
 from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.client.session import MOST_BYTES
-from adapterkit.hub.names import HubId, cache_folder
+from adapterkit.hub.names import HubId, cache_folder, hub_cache
 from adapterkit.hub.remote import Remote, RemoteFile, opened
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,7 @@ def missing_of(remote: Remote, every_byte: bool = False) -> tuple[RemoteFile, ..
 
 def download_of(remote: Remote, every_byte: bool = False) -> Download:
     """What getting `remote` takes; with `every_byte` what is in the cache is read and compared with its hashes."""
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = hub_cache()
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
     missing = missing_of(remote, every_byte)
     left = (_partial(remote, file) for file in missing)

@@ -21,7 +21,7 @@ from adapterkit.files.opening import read_whole
 from adapterkit.hub.client.ask import WAITS, ask
 from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.download import cached
-from adapterkit.hub.names import HubId, parsed
+from adapterkit.hub.names import HubId, hub_cache, parsed
 from adapterkit.hub.remote import outlined, remote_of
 from adapterkit.inspection.summary import summarize
 
@@ -85,9 +85,7 @@ def in_folders(folders: Iterable[str | os.PathLike[str]]) -> Iterator[Found]:
 
 def in_cache() -> Iterator[Found]:
     """The adapters in the Hub cache: of every repository all revisions that are there, and their folders."""
-    from huggingface_hub import constants
-
-    for repo in sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*")):
+    for repo in sorted(hub_cache().glob("models--*--*")):
         name = repo.name.removeprefix("models--").replace("--", "/", 1)
         revisions = {
             read_whole(file, 1000).decode(errors="replace").strip(): file.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,18 +68,24 @@ def on_hub(spec: str | os.PathLike[str]) -> HubId | None:
     return found
 
 
+def hub_cache() -> Path:
+    """The Hub cache, where the client has it, or would have it: importing the client takes longer than all else."""
+    if client := sys.modules.get("huggingface_hub.constants"):
+        return Path(client.HF_HUB_CACHE)
+    set_, user = os.environ.get, os.path.expanduser
+    home = set_("HF_HOME", os.path.join(set_("XDG_CACHE_HOME", os.path.join(user("~"), ".cache")), "huggingface"))
+    old = set_("HUGGINGFACE_HUB_CACHE", os.path.join(os.path.expandvars(user(home)), "hub"))
+    return Path(os.path.expandvars(user(set_("HF_HUB_CACHE", old))))
+
+
 def cache_folder(id: HubId) -> Path:
     """The folder of the Hub cache that holds a repository, with all its revisions, or will hold it."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / f"models--{id.repo.replace('/', '--')}"
+    return hub_cache() / f"models--{id.repo.replace('/', '--')}"
 
 
 def names_in_cache() -> list[str]:
     """The repositories of models and adapters that the Hub cache holds, whole or in part."""
-    from huggingface_hub import constants
-
-    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*"))
+    folders = sorted(hub_cache().glob("models--*--*"))
     return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
 
 

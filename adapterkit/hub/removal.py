@@ -13,6 +13,7 @@ from adapterkit.adapter.formats import table as formats
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.files.staging import ADAPTER_RECORD, TRAINING_RECORD
 from adapterkit.hub.listing import Found, folders_below
+from adapterkit.hub.names import hub_cache
 from adapterkit.text import counted, size, visible
 
 if TYPE_CHECKING:
@@ -135,9 +136,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _in_cache(path: Path) -> tuple[Path, str] | None:
     """The folder of the repository and the commit where `path` lies in the Hub cache."""
-    from huggingface_hub import constants
-
-    cache, real = Path(os.path.realpath(constants.HF_HUB_CACHE)), Path(os.path.realpath(path))
+    cache, real = Path(os.path.realpath(hub_cache())), Path(os.path.realpath(path))
     if not real.is_relative_to(cache):
         return None
     parts = real.relative_to(cache).parts

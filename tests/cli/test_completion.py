@@ -20,7 +20,7 @@ from adapterkit.cli.complete import MODEL
 from adapterkit.combining.methods import METHODS
 
 ROOT = Path(package.__file__).parents[1]
-HEAVY = {"torch", "numpy", "safetensors", "rich", "textual", "matplotlib"}
+HEAVY = {"torch", "numpy", "safetensors", "rich", "textual", "matplotlib", "huggingface_hub"}
 
 
 def completed(*words: str) -> list[str]:
@@ -98,9 +98,10 @@ def test_bash_completes_with_the_script_and_imports_nothing_heavy(tmp_path: Path
     program.chmod(0o755)
     (tmp_path / "script").write_text(adapterkit("completion", "bash").out)
     asks = (
-        "compopt() { :; }; complete() { :; }; . ./script; COMP_WORDS=(adapterkit merge b a --dtype f); COMP_CWORD=5; "
+        "compopt() { :; }; complete() { :; }; . ./script; COMP_WORDS=(adapterkit merge or); COMP_CWORD=2; "
     )
     asks += "_adapterkit_completion ./adapterkit; echo ${COMPREPLY[@]}"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    (tmp_path / "hub" / "models--org--lora").mkdir(parents=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub")}
     done = subprocess.run([bash, "-c", asks], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("fp16 fp32\n", "")
+    assert (done.stdout, done.stderr) == ("org/lora\n", "")

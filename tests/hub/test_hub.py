@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from importlib.util import module_from_spec
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from safetensors.torch import load_file
 from adapterkit.errors import OfflineError
 from adapterkit.hub import HubId, hub_id, is_hub_id, on_hub, resolve
 from adapterkit.hub.locate import Place, locate
-from adapterkit.hub.names import parsed
+from adapterkit.hub.names import hub_cache, parsed
 
 ADAPTER = "someone/lora"
 BASE = "lab/base"
@@ -96,6 +99,26 @@ def test_what_lies_here_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 # --- headers alone ---------------------------------------------------------------------------------------------------
+
+
+CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+
+
+@pytest.mark.parametrize("value", ["", "/a", "~/a", "$HOME/a", "~nobody/${XDG_CACHE_HOME}", "a//../$UNSET/~"])
+def test_the_cache_is_where_the_client_has_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the client is not imported for that, since it takes longer than completing a name may."""
+    spec = constants.__spec__
+    assert spec is not None and spec.loader is not None
+    for some in (some for n in range(5) for some in combinations(CACHES, n)):
+        for name in CACHES:
+            monkeypatch.delenv(name, raising=False)
+        for name in some:
+            monkeypatch.setenv(name, f"{value}/{name}" if value else "")
+        again = module_from_spec(spec)
+        spec.loader.exec_module(again)
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "huggingface_hub.constants")
+            assert hub_cache() == Path(again.HF_HUB_CACHE), some
 
 
 def test_inspect_reads_headers_only(hub: Hub, adapter: Path) -> None:
