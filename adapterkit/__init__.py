@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     )
     from adapterkit.api.merge import merge, plan_merge, plan_quantize, quantize, verify
     from adapterkit.api.run import run
-    from adapterkit.api.unmerge import StepStarted, UnmergePlan, plan_unmerge, unmerge
+    from adapterkit.api.steps import StepStarted, UnmergePlan
+    from adapterkit.api.unmerge import plan_unmerge, unmerge
     from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
     from adapterkit.errors import AdapterkitError
     from adapterkit.merging.live import apply, remove
@@ -44,7 +45,8 @@ _EXPORTS = {
     **dict.fromkeys(("finish", "Merged"), "merging.run.finish"),
     **dict.fromkeys(("AdapterMade", "AdapterPlan", "ModuleDone"), "combining.plan"),
     **dict.fromkeys(("merge", "plan_merge", "plan_quantize", "quantize", "verify"), "api.merge"),
-    **dict.fromkeys(("StepStarted", "UnmergePlan", "plan_unmerge", "unmerge"), "api.unmerge"),
+    **dict.fromkeys(("StepStarted", "UnmergePlan"), "api.steps"),
+    **dict.fromkeys(("plan_unmerge", "unmerge"), "api.unmerge"),
     **dict.fromkeys(("combine", "compare", "convert", "extract", "resize"), "api.adapters"),
     **dict.fromkeys(("plan_combine", "plan_convert", "plan_extract", "plan_resize"), "api.adapters"),
     **dict.fromkeys(("apply", "remove"), "merging.live"),

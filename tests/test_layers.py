@@ -35,6 +35,7 @@ LIBRARIES = {
     "matplotlib": {"cli"},
     "rich": {"cli", "tui"},
     "textual": {"tui"},
+    "tqdm": {"api"},
     "transformers": {"base", "train"},
 }
 EAGER = {

@@ -12,8 +12,20 @@ from pathlib import Path
 
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.algebra.lowrank import Limit
-from adapterkit.api.inputs import AnyAdapters, AnyPath, open_adapters, open_base, open_one
-from adapterkit.api.options import CombineOptions, ConvertOptions, ExtractOptions, ResizeOptions
+from adapterkit.api.inputs import AnyPath, open_adapters, open_base, open_one
+from adapterkit.api.options import (
+    CombineCall,
+    CombineOptions,
+    CompareOptions,
+    ConvertCall,
+    ConvertOptions,
+    ExtractCall,
+    ExtractOptions,
+    ResizeCall,
+    ResizeOptions,
+)
+from adapterkit.api.progress import downloads_shown, progress_bar
+from adapterkit.api.run import in_one_call
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.combining.combine import check_limit, checked
 from adapterkit.combining.compare import Pair
@@ -21,7 +33,6 @@ from adapterkit.combining.compare import compare as run_compare
 from adapterkit.combining.convert import Rescale, ToDora, ToLora, placed_in
 from adapterkit.combining.extract import Extraction
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, Work
-from adapterkit.combining.write import make_adapter
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.files.staging import Destination
@@ -47,10 +58,10 @@ def plan_combine(o: CombineOptions) -> AdapterPlan:
     return AdapterPlan(work, f"combined by {how}", target, tuple(given))
 
 
-@takes(CombineOptions)
-def combine(o: CombineOptions) -> AdapterMade:
+@takes(CombineCall)
+def combine(o: CombineCall) -> AdapterMade:
     """Combine adapters in one call: `plan_combine`, then `run` to its end."""
-    return _made(plan_combine.of(o))
+    return in_one_call(plan_combine.of, o, AdapterMade)
 
 
 @takes(ResizeOptions)
@@ -73,17 +84,20 @@ def plan_resize(o: ResizeOptions) -> AdapterPlan:
     return AdapterPlan(work, f"resized{_of(limit)}{alike}", target, tuple(given))
 
 
-@takes(ResizeOptions)
-def resize(o: ResizeOptions) -> AdapterMade:
+@takes(ResizeCall)
+def resize(o: ResizeCall) -> AdapterMade:
     """Change an adapter's rank in one call: `plan_resize`, then `run` to its end."""
-    return _made(plan_resize.of(o))
+    return in_one_call(plan_resize.of, o, AdapterMade)
 
 
-def compare(adapters: AnyAdapters) -> list[Pair]:
+@takes(CompareOptions)
+def compare(o: CompareOptions) -> list[Pair]:
     """How alike every two of the adapters are, in all and module by module; see `combining.compare.Alike`."""
-    given = open_adapters(adapters)
+    with downloads_shown(o.progress):
+        given = open_adapters(o.adapters)
     check_cached(file for one in given for file in one.adapter.files)
-    return list(run_compare(given))
+    with progress_bar("comparing", "modules", o.progress) as show:
+        return list(run_compare(given, show))
 
 
 @takes(ConvertOptions)
@@ -132,10 +146,10 @@ def _check_conversion(o: ConvertOptions, one: WeightedAdapter, limit: Limit | No
     return back
 
 
-@takes(ConvertOptions)
-def convert(o: ConvertOptions) -> AdapterMade:
+@takes(ConvertCall)
+def convert(o: ConvertCall) -> AdapterMade:
     """Make an adapter another kind in one call: `plan_convert`, then `run` to its end."""
-    return _made(plan_convert.of(o))
+    return in_one_call(plan_convert.of, o, AdapterMade)
 
 
 @takes(ExtractOptions)
@@ -156,16 +170,10 @@ def plan_extract(o: ExtractOptions) -> AdapterPlan:
     )
 
 
-@takes(ExtractOptions)
-def extract(o: ExtractOptions) -> AdapterMade:
+@takes(ExtractCall)
+def extract(o: ExtractCall) -> AdapterMade:
     """Extract an adapter in one call: `plan_extract`, then `run` to its end."""
-    return _made(plan_extract.of(o))
-
-
-def _made(plan: AdapterPlan) -> AdapterMade:
-    *_, result = make_adapter(plan)
-    assert isinstance(result, AdapterMade)
-    return result
+    return in_one_call(plan_extract.of, o, AdapterMade)
 
 
 def _checked(out: AnyPath, overwrite: bool, *inputs: Checkpoint | WeightedAdapter) -> Destination:

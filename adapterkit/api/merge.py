@@ -22,6 +22,8 @@ from adapterkit.api.options import (
     QuantizingOptions,
     VerifyOptions,
 )
+from adapterkit.api.progress import downloads_shown, progress_bar
+from adapterkit.api.run import in_one_call
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizationSettings, Rounding, checked
 from adapterkit.errors import UsageError
@@ -34,7 +36,6 @@ from adapterkit.merging.plan.planner import plan_quantize as make_quantize_plan
 from adapterkit.merging.plan.types import MergePlan, inputs_of
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.merging.run.finish import Merged
-from adapterkit.merging.run.run import run
 from adapterkit.options import takes
 
 if TYPE_CHECKING:
@@ -84,9 +85,7 @@ def plan_merge(o: MergeOptions) -> MergePlan:
 @takes(MergeCall)
 def merge(o: MergeCall) -> Merged:
     """Merge in one call: `plan_merge`, then `run` to its end."""
-    *_, result = run(plan_merge.of(o), o.how)
-    assert isinstance(result, Merged)
-    return result
+    return in_one_call(plan_merge.of, o, Merged, o.how)
 
 
 @takes(VerifyOptions)
@@ -99,12 +98,18 @@ def verify(o: VerifyOptions) -> Iterator[Verdict]:
         raise UsageError(f"sample {o.sample}: expected a share above 0 and up to 1")
     from adapterkit.merging.verify import verify as run_verify
 
-    checkpoint, there = open_base(o.base), open_base(o.merged)
-    given = open_adapters(o.adapters, o.scale)
+    with downloads_shown(o.progress):
+        checkpoint, there = open_base(o.base), open_base(o.merged)
+        given = open_adapters(o.adapters, o.scale)
     check_cached(shard.file for model in (checkpoint, there) for shard in model.shards)
     check_cached(file for one in given for file in one.adapter.files)
     plan = make_plan(checkpoint, given, Path("never written"), rename=renaming(o.rename))
-    return run_verify(plan, there, share=o.sample, threads=o.threads or default_threads())
+
+    def verdicts() -> Iterator[Verdict]:
+        with progress_bar("verifying", "tensors", o.progress) as show:
+            yield from run_verify(plan, there, share=o.sample, threads=o.threads or default_threads(), on_tensor=show)
+
+    return verdicts()
 
 
 @takes(QuantizeOptions)
@@ -124,9 +129,7 @@ def plan_quantize(o: QuantizeOptions) -> MergePlan:
 @takes(QuantizeCall)
 def quantize(o: QuantizeCall) -> Merged:
     """Quantize in one call: `plan_quantize`, then `run` to its end."""
-    *_, result = run(plan_quantize.of(o), RunOptions(o.threads, str(o.device)))
-    assert isinstance(result, Merged)
-    return result
+    return in_one_call(plan_quantize.of, o, Merged, RunOptions(o.threads, str(o.device)))
 
 
 def _check_rounding(o: QuantizingOptions, quantized: bool) -> None:

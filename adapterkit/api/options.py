@@ -25,6 +25,14 @@ ENERGY = "Truncate each module to the lowest rank that keeps this share of ‖Δ
 
 
 @dataclass(frozen=True)
+class ProgressOptions(Options):
+    """Whether a call shows how far it is"""
+
+    _: KW_ONLY
+    progress: bool = option(False, "Draw a progress bar, in a notebook or on stderr", in_form=False, in_cli=False)
+
+
+@dataclass(frozen=True)
 class CombineOptions(Options):
     """Adapters into one"""
 
@@ -44,6 +52,18 @@ class CombineOptions(Options):
         in_form=False,
     )  # fmt: skip
     overwrite: bool = overwrite()
+
+
+@dataclass(frozen=True)
+class CombineCall(ProgressOptions, CombineOptions):
+    """Adapters into one, with a bar"""
+
+
+@dataclass(frozen=True)
+class CompareOptions(ProgressOptions):
+    """Adapters compared, two by two"""
+
+    adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,11 @@ class ResizeOptions(Options):
 
 
 @dataclass(frozen=True)
+class ResizeCall(ProgressOptions, ResizeOptions):
+    """An adapter with another rank, with a bar"""
+
+
+@dataclass(frozen=True)
 class ConvertOptions(Options):
     """An adapter of another kind"""
 
@@ -85,6 +110,11 @@ class ConvertOptions(Options):
 
 
 @dataclass(frozen=True)
+class ConvertCall(ProgressOptions, ConvertOptions):
+    """An adapter of another kind, with a bar"""
+
+
+@dataclass(frozen=True)
 class ExtractOptions(Options):
     """An adapter from the difference of two models"""
 
@@ -99,6 +129,11 @@ class ExtractOptions(Options):
     whole: bool = option(False, "Take embeddings, norms and heads that differ too, as modules_to_save", in_form=False)
     seed: int = option(0, "Random seed of the search for the best rank", in_form=False)
     overwrite: bool = overwrite()
+
+
+@dataclass(frozen=True)
+class ExtractCall(ProgressOptions, ExtractOptions):
+    """An adapter from the difference of two models, with a bar"""
 
 
 @dataclass(frozen=True)
@@ -187,7 +222,7 @@ class MergeRunOptions(DeviceOptions):
 
 
 @dataclass(frozen=True)
-class MergeCall(MergeRunOptions, MergeOptions):
+class MergeCall(ProgressOptions, MergeRunOptions, MergeOptions):
     """Adapters into a base, and how that is computed"""
 
     def __post_init__(self) -> None:
@@ -203,7 +238,7 @@ class MergeCall(MergeRunOptions, MergeOptions):
 
 
 @dataclass(frozen=True)
-class VerifyOptions(StrengthOptions):
+class VerifyOptions(ProgressOptions, StrengthOptions):
     """A merge checked"""
 
     merged: AnyPath = argument("Model to check", label="merged model")
@@ -238,7 +273,7 @@ class QuantizeOptions(QuantizingOptions):
 
 
 @dataclass(frozen=True)
-class QuantizeCall(DeviceOptions, QuantizeOptions):
+class QuantizeCall(ProgressOptions, DeviceOptions, QuantizeOptions):
     """A base quantized, and how that is computed"""
 
 
@@ -263,5 +298,5 @@ class UnmergeOptions(Options):
 
 
 @dataclass(frozen=True)
-class UnmergeCall(DeviceOptions, UnmergeOptions):
+class UnmergeCall(ProgressOptions, DeviceOptions, UnmergeOptions):
     """A merge undone, and how"""

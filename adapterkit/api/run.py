@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
-from adapterkit.api.unmerge import StepStarted, UnmergePlan, run_steps
+from adapterkit.api.options import ProgressOptions
+from adapterkit.api.progress import downloads_shown, progress_bar
+from adapterkit.api.steps import StepStarted, UnmergePlan, run_steps
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
 from adapterkit.combining.write import make_adapter
 from adapterkit.errors import UsageError
@@ -26,12 +30,17 @@ Plan: TypeAlias = MergePlan | UnmergePlan | AdapterPlan
 Event: TypeAlias = StepStarted | TensorMerged | Merged | ModuleDone | AdapterMade
 
 
+T = TypeVar("T", bound=ProgressOptions)
+R = TypeVar("R", Merged, AdapterMade)
+
+
 @overload
-def run(plan: AdapterPlan) -> Generator[ModuleDone | AdapterMade, None, None]: ...
+def run(plan: AdapterPlan, *, progress: bool = False) -> Generator[ModuleDone | AdapterMade, None, None]: ...
 @overload
 def run(
     plan: MergePlan | UnmergePlan,
     *,
+    progress: bool = False,
     threads: int | None = None,
     report: bool = False,
     device: str | torch.device = "auto",
@@ -41,16 +50,34 @@ def run(
     accept_loss: bool = False,
 ) -> Generator[StepStarted | TensorMerged | Merged, None, None]: ...
 @overload
-def run(plan: Plan, **how: Any) -> Generator[Event, None, None]: ...
-def run(plan: Plan, **how: Any) -> Generator[Event, None, None]:
+def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, None, None]: ...
+def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, None, None]:
     """Run `plan`, yielding an event for each tensor or module and the result last; on failure nothing is left behind.
 
     A merge takes the options of `RunOptions`: `threads` compute on a `device` (auto, cpu, cuda or cuda:N); `report`
     measures what rounding kept of every element instead of a sample; with `resume` files are taken over that an
-    interrupted run of this plan had finished. Raises NoSpaceError where the disk is too small, FitError where factors
-    are not finite or results exceed their dtype, LossError where quantizing leaves little of the update, ChangedError
-    where an input has changed, and UsageError where there is no such device.
+    interrupted run of this plan had finished. `progress` draws a bar beside the events. Raises NoSpaceError where the
+    disk is too small, FitError where factors are not finite or results exceed their dtype, LossError where quantizing
+    leaves little of the update, ChangedError where an input has changed, and UsageError where there is no such device.
     """
+    events = _events(plan, how)
+    return (
+        _with_bar(events, plan.out.name, "modules" if isinstance(plan, AdapterPlan) else "tensors")
+        if progress
+        else events
+    )
+
+
+def in_one_call(plan: Callable[[T], Plan], options: T, made: type[R], how: RunOptions | None = None) -> R:
+    """Plan what the `options` ask for and run it to its end; the result is of the type `made`."""
+    with downloads_shown(options.progress):
+        planned = plan(options)
+    *_, result = run(planned, progress=options.progress, **(asdict(how) if how else {}))
+    assert isinstance(result, made)
+    return result
+
+
+def _events(plan: Plan, how: dict[str, Any]) -> Generator[Event, None, None]:
     if isinstance(plan, MergePlan):
         options = RunOptions(**how)
         check_options(plan, options)
@@ -60,3 +87,14 @@ def run(plan: Plan, **how: Any) -> Generator[Event, None, None]:
     if how:
         raise UsageError(f"making an adapter takes no {next(iter(how))}: that is for merges")
     return make_adapter(plan)
+
+
+def _with_bar(events: Generator[Event, None, None], what: str, unit: str) -> Generator[Event, None, None]:
+    """The events, with a bar that counts them."""
+    with progress_bar(what, unit) as show, closing(events):
+        for event in events:
+            if isinstance(event, StepStarted):
+                show(0, event.plan.edits, f"{what}, merge {event.number} of {event.total}")
+            elif isinstance(event, TensorMerged | ModuleDone):
+                show(event.done, event.total)
+            yield event

@@ -8,103 +8,31 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
 from adapterkit.api.options import UnmergeCall, UnmergeOptions
-from adapterkit.base.checkpoint import Checkpoint, open_checkpoint
+from adapterkit.api.run import in_one_call
+from adapterkit.api.steps import UnmergePlan
+from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.errors import AdapterkitError, FitError, UsageError
 from adapterkit.files.opening import open_regular
-from adapterkit.files.staging import BEFORE, RECEIPT, Destination, staged
+from adapterkit.files.staging import BEFORE, RECEIPT, Destination
 from adapterkit.files.stamps import Stamp, stamps_of
 from adapterkit.hub import is_hub_id, resolve
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan, inputs_of
 from adapterkit.merging.receipts.receipt import Receipt, find_receipt, read_receipt
 from adapterkit.merging.run.finish import Merged
-from adapterkit.merging.run.run import TensorMerged, run
 from adapterkit.merging.unmerge import check_fits, plan_copy, plan_subtraction, plan_undo
 from adapterkit.options import takes
-from adapterkit.text import argument, command, counted, visible
-
-
-@dataclass(frozen=True)
-class UnmergePlan:
-    """Merges to be undone one after the other, the last one first; `first` is the plan that undoes that.
-
-    Each other one is planned on what the one before wrote; its receipt and adapters are there and known.
-    """
-
-    first: MergePlan
-    receipts: tuple[Receipt, ...]
-    adapters: tuple[tuple[Adapter, ...], ...]  # of each receipt
-
-    @property
-    def out(self) -> Path:
-        return self.first.out
-
-    @property
-    def destination(self) -> Destination:
-        """Where the base goes in the end."""
-        return replace(self.first.destination(receipt=False), beside=True)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return ()  # each step has its own
-
-    def facts(self) -> dict[str, Any]:
-        """The plan for programs: of the first step, and what undoes each."""
-        return self.first.facts() | {"steps": [[one.name for one in receipt.adapters] for receipt in self.receipts]}
-
-    def lines(self) -> list[str]:
-        """The plan for people."""
-        steps = [" and ".join(one.name for one in receipt.adapters) for receipt in self.receipts]
-        return [
-            f"undoes    {counted(len(steps), 'merge')}, one after the other:",
-            *(f"  {number}.      {step}" for number, step in enumerate(steps, 1)),
-            self.first.lines()[-1],
-        ]
-
-    def __str__(self) -> str:
-        return "\n".join(map(visible, self.lines()))
-
-
-@dataclass(frozen=True, slots=True)
-class StepStarted:
-    """The `number`-th of `total` merges is about to be undone, by its plan."""
-
-    plan: MergePlan
-    number: int
-    total: int
-
-
-def run_steps(plan: UnmergePlan, options: RunOptions) -> Generator[StepStarted | TensorMerged | Merged, None, None]:
-    """Undo every merge of `plan`: a step's events after its `StepStarted`, the result last."""
-    steps = len(plan.receipts)
-    with staged(plan.destination) as last:
-        between = [last.with_name(f"before-{number}") for number in range(1, steps)]
-        step = replace(plan.first, out=(*between, last)[0])
-        for number, out in enumerate((*between, last), 1):
-            if number > 1:
-                checkpoint = open_checkpoint(step.out)
-                receipt = read_receipt(find_receipt(checkpoint.path) or checkpoint.path)
-                step = plan_undo(checkpoint, receipt, plan.adapters[number - 1], out)
-            yield StepStarted(step, number, steps)
-            with closing(run(step, options)) as events:
-                for event in events:
-                    if isinstance(event, Merged):
-                        result = event
-                    else:
-                        yield event
-    yield replace(result, out=plan.out)
+from adapterkit.text import argument, command
 
 
 @takes(UnmergeOptions)
@@ -133,10 +61,7 @@ def plan_unmerge(o: UnmergeOptions) -> MergePlan | UnmergePlan:
 @takes(UnmergeCall)
 def unmerge(o: UnmergeCall) -> Merged:
     """Undo merges in one call: `plan_unmerge`, then `run` to its end."""
-    plan, options = plan_unmerge.of(o), RunOptions(o.threads, str(o.device))
-    *_, result = run_steps(plan, options) if isinstance(plan, UnmergePlan) else run(plan, options)
-    assert isinstance(result, Merged)
-    return result
+    return in_one_call(plan_unmerge.of, o, Merged, RunOptions(o.threads, str(o.device)))
 
 
 def _checked(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from adapterkit.api.run import Plan, run
-from adapterkit.api.unmerge import StepStarted
+from adapterkit.api.steps import StepStarted
 from adapterkit.cli.options import weighted
 from adapterkit.cli.output import note, say, say_result, warn
 from adapterkit.cli.progress import progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -48,18 +48,22 @@ class Pair:
     alone: tuple[int, int]
 
 
-def compare(given: Sequence[WeightedAdapter]) -> Iterator[Pair]:
+def compare(
+    given: Sequence[WeightedAdapter], on_module: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[Pair]:
     """Compare every two of the adapters by their weighted Δs.
 
-    Of DoRA modules it is the low-rank part that is compared. Raises FitError where shapes differ or no module is
-    shared.
+    Of DoRA modules it is the low-rank part that is compared. `on_module` is called with how many modules are done, of
+    how many in all pairs. Raises FitError where shapes differ or no module is shared.
     """
     if len(given) < 2:
         raise UsageError("give at least two adapters to compare")
     for one in given:
         refuse_broken(one)
-    for first, second in combinations(given, 2):
-        pair = (first, second)
+    pairs = list(combinations(given, 2))
+    done, total = 0, sum(len(a.adapter.modules.keys() & b.adapter.modules.keys()) for a, b in pairs)
+    for pair in pairs:
+        first, second = pair
         both = dict.fromkeys(name for name in first.adapter.modules if name in second.adapter.modules)
         check_fit(pair, dict.fromkeys((*first.adapter.modules, *second.adapter.modules)))
         if not both:
@@ -72,9 +76,10 @@ def compare(given: Sequence[WeightedAdapter]) -> Iterator[Pair]:
             a, b = parts_of(pair, batch)
             for name, found in zip(batch, _measure(a, b, len(batch)), strict=True):
                 rows[name] = found.as_row(name), found
+            on_module(done := done + len(batch), total)
         alone = (len(first.adapter.modules) - len(both), len(second.adapter.modules) - len(both))
-        total = _Sums.of([rows[name][1] for name in both])
-        yield Pair(first.label, second.label, total.as_row(None), tuple(rows[name][0] for name in both), alone)
+        in_all = _Sums.of([rows[name][1] for name in both]).as_row(None)
+        yield Pair(first.label, second.label, in_all, tuple(rows[name][0] for name in both), alone)
 
 
 @dataclass(frozen=True, slots=True)

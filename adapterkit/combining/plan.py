@@ -77,13 +77,17 @@ class AdapterPlan:
     models: tuple[Checkpoint, ...] = ()
 
     @property
+    def out(self) -> Path:
+        return self.destination.out
+
+    @property
     def notes(self) -> tuple[str, ...]:
         return self.work.notes
 
     def facts(self) -> dict[str, Any]:
         """The plan for programs."""
         return {
-            "output": str(self.destination.out),
+            "output": str(self.out),
             "made": self.made,
             "adapters": [{"name": one.label, "weight": one.weight} for one in self.given],
             "models": [model.name for model in self.models],
@@ -94,7 +98,7 @@ class AdapterPlan:
         """The plan for people."""
         return [
             f"plan      {counted(self.work.modules, 'module')} to make; all that headers tell is checked, and fits",
-            f"writes    {self.destination.out}",
+            f"writes    {self.out}",
         ]
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ squares, so that a merge applied twice, not at all, or by the wrong scaling is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -64,11 +64,19 @@ class Verdict:
         return self.kind in (EXACT, ROUNDED)
 
 
-def verify(plan: MergePlan, merged: Checkpoint, *, share: float = 1.0, threads: int = 1) -> Iterator[Verdict]:
+def verify(
+    plan: MergePlan,
+    merged: Checkpoint,
+    *,
+    share: float = 1.0,
+    threads: int = 1,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Verdict]:
     """Compare `merged` with what `plan` would write, tensor by tensor; with a `share`, some of the rows of each.
 
-    `plan` is never run. Raises FitError where tensors of the one are not in the other, or have other shapes, and at the
-    end ChangedError where a file changed meanwhile.
+    `plan` is never run. `on_tensor` is called with how many tensors are done, of how many. Raises FitError where
+    tensors of the one are not in the other, or have other shapes, and at the end ChangedError where a file changed
+    meanwhile.
     """
     after, before = _with_heads(plan, merged)
     edits = {
@@ -79,16 +87,17 @@ def verify(plan: MergePlan, merged: Checkpoint, *, share: float = 1.0, threads: 
     names = dict.fromkeys((*before, *touched))
     tie = tie_of(plan.base)
     if tie is not None and tie.implied and tie.head not in names and tie.head in merged.tensors:
-        yield _untouched(tie.head, after[tie.embedding], after[tie.head], share)  # written out, as some tools do
+        names, before[tie.head] = {tie.head: None, **names}, after[tie.embedding]  # written out, as some tools do
+
+    def compared(name: str) -> Verdict:
+        if name in touched:
+            return _touched(plan, *touched[name], after[name], share)
+        return _untouched(name, before[name], after[name], share)
+
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        yield from pool.map(
-            lambda name: (
-                _touched(plan, *touched[name], after[name], share)
-                if name in touched
-                else _untouched(name, before[name], after[name], share)
-            ),
-            names,
-        )
+        for done, verdict in enumerate(pool.map(compared, names), 1):
+            on_tensor(done, len(names))
+            yield verdict
     check_unchanged({**plan.stamps, **merged.stamps})
 
 

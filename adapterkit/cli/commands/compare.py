@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.api.options import CompareOptions
 from adapterkit.cli.command import Command
-from adapterkit.cli.options import weighted
+from adapterkit.cli.options import options_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.views.tables import common_prefix, print_table, table
 from adapterkit.inspection.summary import to_json
@@ -25,12 +26,12 @@ FIGURES = ("cosine", "distance", "norm_ratio", "overlap_in", "overlap_out", "sig
 
 
 @click.command("compare", cls=Command)
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@options_of(CompareOptions)
 @click.option("--by", type=click.Choice(["target", "layer", "module"]), default="target", show_default=True,
               help="What has a row of its own; by module, JSON has φ(i, j) too.")  # fmt: skip
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the cosines by layer to a .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def compare_command(adapters: tuple[str, ...], by: str, plot: str | None, as_json: bool) -> None:
+def compare_command(given: dict[str, Any], by: str, plot: str | None, as_json: bool) -> None:
     """Compare what adapters do to a base, two by two, module by module, by their factors alone.
 
     cosine and distance are those of the updates as vectors; overlap is the share of the subspaces of inputs (φ of the
@@ -42,7 +43,7 @@ def compare_command(adapters: tuple[str, ...], by: str, plot: str | None, as_jso
 
     if plot:
         check_plot(Path(plot))
-    pairs = compare([weighted(text) for text in adapters])
+    pairs = compare(**given)
     if plot:
         draw_likeness(pairs, Path(plot))
         say(f"drawn to {plot}", err=True)

@@ -1,0 +1,55 @@
+"""`progress=True`: how far a call is, by tqdm: a widget in a notebook, a line on stderr elsewhere.
+
+>>> adapterkit.merge("base", "adapter", "merged", progress=True)  # and of what it downloads first
+>>> for event in adapterkit.run(plan, progress=True): ...  # the same bar, beside the same events
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+from adapterkit.hub.locate import on_download
+from adapterkit.text import visible
+
+
+class Show(Protocol):
+    """What is called with how much is done of how much, and where that changes with what is being done."""
+
+    def __call__(self, done: int, total: int | None, what: str = "") -> None: ...
+
+
+@contextmanager
+def progress_bar(what: str, unit: str, shown: bool = True) -> Iterator[Show]:
+    """Yield what moves a bar of `what`, counted in `unit`: tensors, modules, B. Nothing is drawn unless `shown`."""
+    if not shown:
+        yield lambda done, total, what="": None
+        return
+    from tqdm.auto import tqdm
+
+    in_bytes = unit == "B"
+    with tqdm(desc=visible(what), unit=unit if in_bytes else f" {unit}", unit_scale=in_bytes) as line:
+
+        def show(done: int, total: int | None, what: str = "") -> None:
+            if what:
+                line.set_description(visible(what), refresh=False)
+            if total != line.total:
+                line.reset(total)
+            line.update(done - line.n)
+
+        yield show
+
+
+@contextmanager
+def downloads_shown(shown: bool) -> Iterator[None]:
+    """Have every download that begins meanwhile draw a bar, where `shown`."""
+    if not shown:
+        yield
+        return
+    token = on_download.set(partial(progress_bar, unit="B"))
+    try:
+        yield
+    finally:
+        on_download.reset(token)
