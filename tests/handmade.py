@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from adapterkit.cli.main import main
-from adapterkit.files.staging import work_left
+from adapterkit.files.staging import unfinished_work
 
 ROWS, COLUMNS, RANK, LAYERS = 48, 32, 4, 2
 MODULES = [f"model.layers.{layer}.self_attn.{leaf}" for layer in range(LAYERS) for leaf in ("q_proj", "o_proj")]
@@ -136,6 +136,6 @@ def adapterkit(*args: str | Path) -> Outcome:
 
 def run_left(out: Path) -> Path:
     """The folder of a training run that was interrupted."""
-    folder = work_left(out, "train")
+    folder = unfinished_work(out, "train")
     assert folder is not None
     return folder

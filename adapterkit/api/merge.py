@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +29,6 @@ from adapterkit.api.run import in_one_call
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizationSettings, Rounding, checked
 from adapterkit.errors import UsageError
-from adapterkit.files.garbage import uncollected
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_id, located, resolve
 from adapterkit.merging.options import RunOptions
@@ -74,12 +75,24 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         return _placed(plan, o.overwrite, checkpoint)
 
     specs = [o.base, *(what for what, _ in named), o.original]
-    with uncollected(), located([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
+    with _gc_paused(), located([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
         plan = made(places.path_of)
         if not (places.outlined and o.download):
             return plan
-    with uncollected():
+    with _gc_paused():
         return made(resolve)
+
+
+@contextmanager
+def _gc_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector, which would traverse a large plan's millions of objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @takes(MergeCall)

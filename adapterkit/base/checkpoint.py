@@ -12,7 +12,7 @@ from typing import Any
 from adapterkit.adapter.formats.table import are_adapter, config_names
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
-from adapterkit.files.opening import blob_of, files_below
+from adapterkit.files.opening import cache_blob, files_below
 from adapterkit.files.safetensors import Header, TensorInfo, read_header
 from adapterkit.files.staging import MAX_NAME_BYTES, RECEIPT
 from adapterkit.files.stamps import Stamp, stamps_of
@@ -79,7 +79,7 @@ class Checkpoint:
 
     def notes(self) -> list[str]:
         """What the user is to know of its files: those that are not copied, and weights that are elsewhere."""
-        linked = [shard.file for shard in self.shards if shard.file.is_symlink() and blob_of(shard.file) is None]
+        linked = [shard.file for shard in self.shards if shard.file.is_symlink() and cache_blob(shard.file) is None]
         return [
             *(f"{file.name}: is a link; the weights were read from where it leads" for file in linked),
             *(f"{file}: not copied, since {why}" for file, why in self.other_files()[1].items()),

@@ -38,7 +38,7 @@ def end_cleanly() -> None:
 
 def ignore() -> None:
     """Let nothing disturb the end."""
-    for number in system.ENDING:
+    for number in system.END_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if system.HAS_TIMER:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -46,7 +46,7 @@ def ignore() -> None:
 
 
 def _handle(handler: signal._HANDLER) -> None:
-    for number in system.ENDING:
+    for number in system.END_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as in the background, or under nohup
             signal.signal(number, handler)
 

@@ -12,7 +12,7 @@ from adapterkit.adapter.formats import save
 from adapterkit.adapter.formats.table import DEFAULT, format_named
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
-from adapterkit.files.hub_cache import check_cached, check_name
+from adapterkit.files.hub_cache import check_blob_hash, check_cached
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import ADAPTER_RECORD, staged
 from adapterkit.files.stamps import check_unchanged
@@ -79,5 +79,5 @@ def _card(
 def _digest(file: Path) -> str:
     with open_regular(file) as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    check_name(file, found)
+    check_blob_hash(file, found)
     return found

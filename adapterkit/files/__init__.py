@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors, JSON, strangers' files opened safely, and outputs that appear whole or not at all."""
+"""Bytes on disk: safetensors, JSON, safe reads of untrusted files, and all-or-nothing outputs."""

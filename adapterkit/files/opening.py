@@ -1,7 +1,7 @@
-"""Open strangers' files: regular ones only, whole ones up to a size, and from inside a folder without leaving it.
+"""Open untrusted files: regular files only, up to a size limit, and never outside their folder.
 
-A stranger's folder can hold named pipes, which block whoever opens them, devices, which never end, and links to files
-that were never meant to be copied, such as the environment of this process.
+An untrusted folder can hold named pipes, which block the reader, devices, which never end, and links to private files,
+such as the environment of this process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path, PurePath
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files import system
 
-PIECE = 1 << 20  # bytes read at a time
-MOST_NESTED = 100  # folders
+CHUNK_BYTES = 1 << 20
+MAX_FOLDER_DEPTH = 100
 FILE_KINDS = {
     stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link",
@@ -27,67 +27,67 @@ FILE_KINDS = {
 
 
 def open_regular(file: Path) -> BufferedReader:
-    """Open a file, or where a link leads; raises FormatError for anything but a regular file that can be read."""
-    return os.fdopen(descriptor_of(file), "rb")
+    """Open a regular file for reading, following links; raises FormatError if it isn't one or can't be read."""
+    return os.fdopen(open_descriptor(file), "rb")
 
 
-def descriptor_of(file: Path) -> int:
-    """The same as a descriptor, which is the caller's to close."""
-    with _errors_of(file):
+def open_descriptor(file: Path) -> int:
+    """Open a regular file as `open_regular` does; returns a file descriptor, which the caller closes."""
+    with _map_errors(file):
         return _open(file)
 
 
 def open_inside(folder: Path, name: str | PurePath) -> BufferedReader:
-    """Open the regular file `name` of `folder`, where no link is followed but of the Hub cache, to its own blobs.
+    """Open the regular file `name` in `folder`; the only links followed are those of the Hub cache to its own blobs.
 
-    Raises UnsafeFileError for other links, FormatError for what is not a regular file or cannot be read.
+    Raises UnsafeFileError for other links, FormatError if it isn't a regular file or can't be read.
     """
     *inner, last = PurePath(name).parts
-    with _errors_of(folder / name):
+    with _map_errors(folder / name):
         with _folder(folder, inner) as (path, at):
             if not stat.S_ISLNK(os.stat(path / last, dir_fd=at, follow_symlinks=False).st_mode):
                 return os.fdopen(_open(path / last, at, links=False), "rb")
-        if (blob := blob_of(folder / name)) is None:
-            raise UnsafeFileError(f"{folder / name}: is a link, which could lead to any file; replace it with the file")
+        if (blob := cache_blob(folder / name)) is None:
+            raise UnsafeFileError(f"{folder / name}: is a link and could point to any file; replace it with the file")
         with _folder(blob.parent.parent, [blob.parent.name]) as (path, at):
             return os.fdopen(_open(path / blob.name, at, links=False), "rb")
 
 
 def read_whole(file: Path, limit: int) -> bytes:
-    """All bytes of a regular file; raises FormatError where there are more than `limit`."""
+    """Read a whole regular file; raises FormatError if it has more than `limit` bytes."""
     with open_regular(file) as stream:
         return read_up_to(stream, limit, file)
 
 
 def read_up_to(stream: BufferedReader, limit: int, file: Path) -> bytes:
-    """All bytes of `stream`, which reads `file`; raises FormatError where there are more than `limit`."""
+    """Read the rest of `stream`, which reads `file`; raises FormatError if it has more than `limit` bytes."""
     data = bytearray()
-    with _errors_of(file):
-        while len(data) <= limit and (more := stream.read(PIECE)):
-            data += more  # asked for all at once, Python would take as much memory beforehand
+    with _map_errors(file):
+        while len(data) <= limit and (more := stream.read(CHUNK_BYTES)):
+            data += more  # in chunks, since read(limit) would allocate `limit` bytes first
     if len(data) > limit:
-        raise FormatError(f"{file}: is larger than {limit:,} bytes, the most that is read")
+        raise FormatError(f"{file}: is too large, expected at most {limit:,} bytes")
     return bytes(data)
 
 
 def sha256_of(file: Path) -> str:
-    """The SHA-256 of a regular file."""
+    """Return the SHA-256 of a regular file, in hexadecimal."""
     with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def files_below(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Every file below `folder`, relative to it and sorted, and what it is where `open_inside` would refuse it.
+    """Yield every file below `folder`, sorted, as its relative path and its `unsafe_kind`.
 
-    A link to a directory counts as a file; what is hidden is left out. Raises FormatError for what cannot be listed,
-    and for folders that are nested more than `MOST_NESTED` deep, which functions that call themselves cannot copy.
+    A link to a directory counts as a file; hidden files are skipped. Raises FormatError if a folder can't be listed, or
+    is nested more than `MAX_FOLDER_DEPTH` deep, where recursive copies would fail.
     """
     pending = [folder]
-    while pending:  # not os.walk, which calls itself, and is silent about what it cannot list
+    while pending:  # not os.walk, which ignores folders that it cannot list
         at = pending.pop()
-        if len(at.parts) - len(folder.parts) > MOST_NESTED:
-            raise FormatError(f"{at}: lies in folders nested more than {MOST_NESTED} deep; move it up")
-        with _errors_of(at):
+        if len(at.parts) - len(folder.parts) > MAX_FOLDER_DEPTH:
+            raise FormatError(f"{at}: is nested more than {MAX_FOLDER_DEPTH} folders deep; move it up")
+        with _map_errors(at):
             inner = []
             for entry in sorted(os.scandir(at), key=lambda entry: entry.name):
                 if entry.name.startswith("."):
@@ -95,20 +95,20 @@ def files_below(folder: Path) -> Iterator[tuple[Path, str | None]]:
                 if entry.is_dir(follow_symlinks=False):
                     inner.append(at / entry.name)
                 else:
-                    yield (at / entry.name).relative_to(folder), kind_of(at / entry.name)
+                    yield (at / entry.name).relative_to(folder), unsafe_kind(at / entry.name)
         pending += reversed(inner)
 
 
-def kind_of(file: Path) -> str | None:
-    """What `file` is where `open_inside` would refuse it for that."""
+def unsafe_kind(file: Path) -> str | None:
+    """Return the kind of a file that `open_inside` refuses, such as "a named pipe"; None for one that it opens."""
     mode = os.lstat(file).st_mode
-    return None if stat.S_ISREG(mode) or blob_of(file) is not None else _kind(mode)
+    return None if stat.S_ISREG(mode) or cache_blob(file) is not None else _kind(mode)
 
 
-def blob_of(file: Path) -> Path | None:
-    """Where a link of a snapshot in the Hub cache leads, if that is a blob of its own repository; else None.
+def cache_blob(file: Path) -> Path | None:
+    """Return the blob that a link in the Hub cache points to, or None if it points out of its own repository.
 
-    The cache has `models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH`.
+    The cache holds `models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH`.
     """
     if not file.is_symlink():
         return None
@@ -120,10 +120,9 @@ def blob_of(file: Path) -> Path | None:
 
 @contextmanager
 def _folder(folder: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int | None]]:
-    """Go down from `folder` through `inner`, where no link is followed; yields what paths in it begin with, and the
-    open folder that they are relative to.
+    """Descend from `folder` through `inner` without following links; yields a path prefix and the `dir_fd` for it.
 
-    Where nothing can be opened relative to a folder, links are refused only if they are there beforehand.
+    Without `dir_fd` support the check races with whoever replaces a folder by a link.
     """
     if not system.HAS_DIR_FD:
         for part in inner:
@@ -132,10 +131,10 @@ def _folder(folder: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int | No
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         yield folder, None
         return
-    at = os.open(folder, system.FOLDER)
+    at = os.open(folder, system.FOLDER_FLAGS)
     try:
         for part in inner:
-            above, at = at, os.open(part, system.FOLDER | system.NO_LINK, dir_fd=at)
+            above, at = at, os.open(part, system.FOLDER_FLAGS | system.NO_FOLLOW, dir_fd=at)
             os.close(above)
         yield Path(), at
     finally:
@@ -143,12 +142,12 @@ def _folder(folder: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int | No
 
 
 def _open(name: str | os.PathLike[str], at: int | None = None, links: bool = True) -> int:
-    """Open a regular file, checked both before, since opening a device can do things, and after.
+    """Open a regular file, checked before, because opening a device can have side effects, and again after.
 
-    `name` may be of the open folder `at`, and a link only with `links`.
+    `name` is relative to the open folder `at` if given; `links` allows it to be a link.
     """
     _check(os.stat(name, dir_fd=at, follow_symlinks=links).st_mode)
-    fd = os.open(name, system.READ | (0 if links else system.NO_LINK), dir_fd=at)  # waits for no pipe's writer
+    fd = os.open(name, system.READ_FLAGS | (0 if links else system.NO_FOLLOW), dir_fd=at)  # a pipe doesn't block
     try:
         _check(os.fstat(fd).st_mode)
     except BaseException:
@@ -163,11 +162,11 @@ def _check(mode: int) -> None:
 
 
 def _kind(mode: int) -> str:
-    return FILE_KINDS.get(stat.S_IFMT(mode), "no regular file")
+    return FILE_KINDS.get(stat.S_IFMT(mode), "a special file")
 
 
 @contextmanager
-def _errors_of(file: Path) -> Iterator[None]:
+def _map_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a null character in the name

@@ -1,8 +1,8 @@
-"""One output file while it is written: its space reserved, large spans straight to the disk, the header last.
+"""One output file while it is written: space reserved first, large spans by direct I/O, the header last.
 
-Writing past the page cache spares a copy of every byte and the kernel's work on its pages, and starts the
-disk at once instead of at the final flush. Linux wants offset, length and memory address in whole pages for that; the
-ends of a span, which share a page with their neighbours, go through the page cache.
+Direct I/O saves a copy of every byte and the kernel's page handling, and writes at once instead of at the final flush.
+On Linux it needs offset, length and memory address in whole pages; the ends of a span, which share a page with their
+neighbours, go through the page cache.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
 
 
 class PageBuffer:
-    """Memory that starts on a page and grows to the largest span asked of it."""
+    """A reusable page-aligned buffer that grows to the largest span requested."""
 
     def __init__(self) -> None:
         self._memory = self._map(PAGE)
 
     def view(self, size: int, at: int) -> memoryview:
-        """`size` bytes as far into a page as `at` is in the file, so that whole pages of the two coincide."""
+        """Return `size` bytes at the page offset of `at`, so that pages of the buffer and the file line up."""
         begin = at % PAGE
         if len(self._memory) < begin + size:
             self._memory = self._map(begin + size + PAGE)
         return memoryview(self._memory)[begin : begin + size]
 
     def _map(self, size: int) -> mmap:
-        return system.private_memory(size)
+        return system.page_aligned_memory(size)
 
 
 class OutputFile:
-    """A file of known size that loads as nothing until `finish` has written its header."""
+    """A file of known size, invalid until `finish` writes its header."""
 
     def __init__(self, path: Path, size: int) -> None:
-        """Create `path` and reserve `size` bytes, so that a full disk shows itself now. Raises OSError."""
+        """Create `path` and reserve `size` bytes, so that a full disk fails now. Raises OSError."""
         self.path, self._fd, self._direct = path, -1, -1
-        fd = os.open(path, system.NEW, 0o666)
+        fd = os.open(path, system.NEW_FLAGS, 0o666)
         try:
             if size:
                 system.reserve(fd, size)
@@ -51,16 +51,16 @@ class OutputFile:
             os.close(fd)
 
     def open(self) -> None:
-        """Open the file to be written, until `close`. Raises OSError."""
-        self._fd = os.open(self.path, system.WRITE)
+        """Open the file for writing. Raises OSError."""
+        self._fd = os.open(self.path, system.WRITE_FLAGS)
         self._direct = system.open_direct(self.path)
 
     def write(self, data: memoryview, at: int) -> None:
-        """Write `data` at `at`; its whole pages past the page cache where file system and buffer allow it."""
+        """Write `data` at offset `at`, its whole pages by direct I/O where the file system and the buffer allow it."""
         first, last = -at % PAGE, (at + len(data)) // PAGE * PAGE - at
         if self._direct < 0 or last <= first:
             system.write_at(self._fd, data, at)
-            system.start_disk(self._fd, len(data), at)
+            system.start_writeback(self._fd, len(data), at)
             return
         system.write_at(self._fd, data[:first], at)
         done = first
@@ -70,16 +70,16 @@ class OutputFile:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                break  # not aligned as this file system wants it, as after a short write
+                break  # misaligned for this file system, for example after a short write
         system.write_at(self._fd, data[done:], at + done)
 
     def finish(self, header: bytes) -> None:
-        """Write the header, and return when everything is on the disk."""
+        """Write the header and flush the file to the disk."""
         system.write_at(self._fd, memoryview(header), 0)
         system.flush(self._fd)
 
     def fileno(self) -> int:
-        """The open file, to read what was written."""
+        """Return the file descriptor, which can also be read from."""
         return self._fd
 
     def close(self) -> None:
@@ -91,20 +91,20 @@ class OutputFile:
 
 
 class LinkedFile(OutputFile):
-    """A file that shares the bytes of another: by a reflink, or where the file system has none by a hard link."""
+    """A file that shares the bytes of another, by a reflink, or by a hard link where reflinks aren't supported."""
 
     def __init__(self, path: Path, source: Path) -> None:
-        """Make `path` the same file as `source`. Raises OSError where it can be neither."""
+        """Link `path` to the contents of `source`. Raises OSError if neither kind of link is possible."""
         self.path, self._fd, self._direct = path, -1, -1
         with open_regular(source) as stream:
             if not system.clone(stream.fileno(), path):
                 os.link(source.resolve(), path)
 
     def open(self) -> None:
-        """Nothing: it is there."""
+        """Do nothing: the file is complete."""
 
     def write(self, data: memoryview, at: int) -> None:
-        """Nothing: it is there."""
+        """Do nothing: the file is complete."""
 
     def finish(self, header: bytes) -> None:
-        """Nothing: it is there."""
+        """Do nothing: the file is complete."""

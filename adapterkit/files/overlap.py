@@ -1,4 +1,4 @@
-"""Inputs and outputs kept apart: by resolved path and by inode, so that no link, mount or spelling joins them."""
+"""Overlap between inputs and outputs, found by inode, so that links, mounts and spellings can't hide it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from adapterkit.errors import UsageError
 Inode = tuple[int, int]
 
 
-def check_apart(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
-    """Raise UsageError where what is to be written, renamed or removed is an input, lies in one, or holds one.
+def check_disjoint(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Raise UsageError if an output, which is written, renamed or removed, is an input, is inside one, or contains one.
 
-    A file in an output may share its inode with a file in an input, as --link has it: its name goes, the bytes stay.
+    A file inside an output may share its inode with an input, as `link=True` makes it: removing it keeps the input.
     """
-    read = [_Tree.of(path, follow=True) for path in dict.fromkeys(inputs)]
+    trees = [_Tree.of(path, follow=True) for path in dict.fromkeys(inputs)]
     for path in outputs:
         out = _Tree.of(path, follow=False)
-        for one in read:
-            if one.top & out.above or (one.inside | one.top) & out.top:
-                raise UsageError(f"{path}: is or lies in the input {one.path}", hint="choose another `output`")
-            if (one.above | one.inside | one.top) & (out.folders | out.top):
+        for tree in trees:
+            if tree.top & out.above or (tree.inside | tree.top) & out.top:
+                raise UsageError(f"{path}: is the input {tree.path}, or inside it", hint="choose another `output`")
+            if (tree.above | tree.inside | tree.top) & (out.folders | out.top):
                 raise UsageError(
-                    f"{path}: holds the input {one.path}, or what it links to", hint="choose another `output`"
+                    f"{path}: contains the input {tree.path}, or a file that it links to",
+                    hint="choose another `output`",
                 )
 
 
 @dataclass(frozen=True)
 class _Tree:
-    """A path, and the inodes of what is there (one or none), of folders above, of folders in it and of all in it."""
+    """A path and sets of inodes: its own (`top`, at most one), its parents', its subfolders', and all inside it."""
 
     path: Path
     top: frozenset[Inode]
@@ -42,9 +43,9 @@ class _Tree:
 
     @classmethod
     def of(cls, path: Path, follow: bool) -> _Tree:
-        """Look at `path`; with `follow` what links in it lead to belongs to it."""
+        """Scan `path`; `follow` includes the targets of links inside it."""
         above, folders, inside = set(_above(path)), set[Inode](), set[Inode]()
-        for entry in below(path):
+        for entry in entries_below(path):
             target = Path(entry.path)
             if entry.is_symlink():
                 if follow:
@@ -61,10 +62,10 @@ def _above(path: Path) -> Iterator[Inode]:
         yield from _inode(folder)
 
 
-def below(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """All that lies in a folder and can be listed, links not followed."""
+def entries_below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield every entry below `folder` that can be listed, without following links."""
     pending = [str(folder)]
-    while pending:  # a function that calls itself would not get down to where a stranger's folders end
+    while pending:  # not recursive: untrusted folders can be nested deeper than Python's stack
         with suppress(OSError):
             for entry in list(os.scandir(pending.pop())):
                 yield entry
@@ -73,7 +74,7 @@ def below(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _inode(path: Path) -> frozenset[Inode]:
-    """The inode of what is at `path`, links followed; empty where there is nothing."""
+    """Return the inode at `path`, following links; empty if nothing exists there."""
     try:
         stats = path.stat()
     except (OSError, ValueError):

@@ -1,10 +1,11 @@
-"""safetensors as bytes: the header checked before anything is believed, and spans read without mapping the file.
+"""safetensors files as bytes: headers checked before use, spans read without mapping the file.
 
 A file is an 8-byte little-endian header length, a JSON header, then the tensors' bytes back to back
-(https://huggingface.co/docs/safetensors/index#format). Nothing here allocates by a size that the file has not proved.
+(https://huggingface.co/docs/safetensors/index#format). Sizes are checked against the file before memory is allocated.
 
-The package `safetensors` is an oracle of the tests alone. It maps files, so that one cut short meanwhile ends the
-process; does not tell where a tensor's bytes lie; has no tensor of 6 bits; and takes the last of two of one name.
+The package `safetensors` is only used in tests, as a reference. It maps files, so that a concurrent truncation crashes
+the process; it doesn't expose tensor offsets; it has no 6-bit dtypes; and it silently takes the last of two tensors of
+the same name.
 """
 
 from __future__ import annotations
@@ -26,30 +27,30 @@ from adapterkit.files.opening import open_regular
 if TYPE_CHECKING:
     import torch
 
-# Bits an element takes, by the name the header uses.
+# The dtypes of the format and their bits per element.
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 
-# The name torch has for each dtype that it can hold.
+# The dtypes that torch has, by their name in torch.
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
-# The dtypes that weights are merged in and written in.
+# The dtypes in which weights are merged and written.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-PAGE = 4096  # bytes; not this machine's page, so that the same tensors are the same file on every machine
-MAX_NAME = 1000  # characters; real names have at most some 200
-MAX_DIMS = 64  # as in numpy; the product of many more dimensions is a number too large to work with
+PAGE = 4096  # bytes; fixed rather than the machine's page size, so that every machine writes the same file
+MAX_NAME = 1000  # characters; real names have at most about 200
+MAX_DIMS = 64  # as in numpy; the product of many more is too large a number to compute with
 
 
 class Weight(Protocol):
-    """What a tensor is, whether it is stored as such or quantized."""
+    """The name, dtype and shape of a weight, stored plain or quantized."""
 
     @property
     def name(self) -> str: ...
@@ -61,7 +62,7 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: `file[start:stop]` holds its elements, row-major, of `dtype` and `shape`."""
+    """The location of a tensor: `file[start:stop]` holds its elements of `dtype`, row-major, in `shape`."""
 
     name: str
     dtype: str
@@ -75,18 +76,18 @@ class TensorInfo:
         return self.stop - self.start
 
     def read_bytes(self) -> bytearray:
-        """The tensor as it is stored."""
+        """Read the stored bytes."""
         data = bytearray(self.nbytes)
         with open_regular(self.file) as file:
             read_span(file.fileno(), memoryview(data), self.start, self.file)
         return data
 
     def read(self) -> torch.Tensor:
-        """Read the whole tensor into memory, in its own dtype."""
+        """Read the tensor into memory, in its stored dtype."""
         import torch
 
         if self.dtype not in TORCH_NAMES:
-            raise FormatError(f"{self.file}: {self.name} has dtype {self.dtype}, which torch cannot hold")
+            raise FormatError(f"{self.file}: {self.name} has dtype {self.dtype}, which torch does not support")
         data = self.read_bytes()
         dtype = getattr(torch, TORCH_NAMES[self.dtype])
         if not data:
@@ -99,14 +100,14 @@ class Header:
     """The checked header of one safetensors file: its tensors in file order, and its free-form metadata."""
 
     file: Path
-    nbytes: int  # the length prefix, the JSON and its padding: where the data begins
+    nbytes: int  # of the length prefix, the JSON and its padding: the offset of the data
     size: int
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
 
 def read_span(fd: int, into: memoryview, offset: int, file: Path) -> None:
-    """Fill `into` from `offset`, or raise FormatError where the file ends early."""
+    """Fill `into` from `offset`; raises FormatError if the file ends early or can't be read."""
     done = 0
     while done < len(into):
         try:
@@ -119,10 +120,10 @@ def read_span(fd: int, into: memoryview, offset: int, file: Path) -> None:
 
 
 def read_header(file: Path) -> Header:
-    """Read and check the header of `file`; the data itself is not read.
+    """Read and check the header of `file`, without its data.
 
-    Raises FormatError where the file is truncated, the JSON is invalid or has duplicate keys, a dtype is unknown, a
-    shape does not match its bytes, or the tensors do not tile the data section exactly.
+    Raises FormatError if the file is truncated, the JSON is invalid or has duplicate keys, a dtype is unknown, a shape
+    doesn't match its bytes, or the tensors don't cover the data section exactly.
     """
     try:
         with open_regular(file) as stream:
@@ -144,7 +145,7 @@ def read_header(file: Path) -> Header:
 
 
 def parse_header(file: Path, raw: bytes, size: int) -> Header:
-    """Check the JSON `raw` of the header of `file`, which has `size` bytes, as `read_header` does."""
+    """Parse the header JSON `raw` of a `file` of `size` bytes, with the checks of `read_header`."""
     entries = parse_object(file, raw, MAX_HEADER_ITEMS)
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # MLX writes null
@@ -157,11 +158,12 @@ def parse_header(file: Path, raw: bytes, size: int) -> Header:
 
 
 def encode_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], like: int = 0
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], align_to: int = 0
 ) -> tuple[bytes, list[tuple[int, int]]]:
-    """The header bytes for `(name, dtype, shape)` laid out back to back, and each tensor's absolute (start, stop).
+    """Lay out `(name, dtype, shape)` back to back; returns the header bytes and each tensor's absolute (start, stop).
 
-    With another header's size, `like`, tensors begin where in a page they do there, to be copied past the page cache.
+    Given the size of another header, `align_to`, the data starts at the same page offset as after that header, so that
+    spans can be copied by direct I/O.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     spans, at = [], 0
@@ -171,14 +173,14 @@ def encode_header(
         spans.append((at, stop))
         at = stop
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # readers may map the data, so it starts on a multiple of 8
-    text += b" " * ((like - 8 - len(text)) % PAGE if like else 0)
+    text += b" " * (-len(text) % 8)  # readers may map the data, so align it to 8 bytes
+    text += b" " * ((align_to - 8 - len(text)) % PAGE if align_to else 0)
     base = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, [(base + start, base + stop) for start, stop in spans]
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` to a new safetensors file and flush it to the disk; larger dtypes first, for alignment."""
+    """Write `tensors` to a safetensors file and flush it to the disk; larger dtypes first, for alignment."""
     import torch
 
     names = {getattr(torch, name): key for key, name in TORCH_NAMES.items()}
@@ -195,25 +197,23 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """How many bytes a tensor takes; sub-byte dtypes are packed without gaps."""
+    """Return the size of a tensor in bytes; sub-byte dtypes are packed without gaps."""
     return (prod(shape) * DTYPE_BITS[dtype] + 7) // 8
 
 
 def check_tensor_name(file: Path, name: str) -> None:
-    """Raise FormatError for the name of a tensor that no tool writes, and that could not be shown, or stored again."""
+    """Raise FormatError for a tensor name that is too long or unprintable, which no tool writes."""
     if len(name) > MAX_NAME:
         raise FormatError(
-            f"{file}: {name[:60]!r} … is not a tensor name: of {len(name):,} characters, expected {MAX_NAME:,} at most"
+            f"{file}: the tensor name {name[:60]!r} … has {len(name):,} characters, expected at most {MAX_NAME:,}"
         )
     if not name.isprintable():
         hidden = next(c for c in name if not c.isprintable())
-        raise FormatError(
-            f"{file}: {name[:60]!r} is not a tensor name: its character U+{ord(hidden):04X} cannot be shown"
-        )
+        raise FormatError(f"{file}: the tensor name {name[:60]!r} has the unprintable character U+{ord(hidden):04X}")
 
 
 def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
-    """One header entry, with every field's type and the shape's bytes checked."""
+    """Parse a header entry; raises FormatError if a field has the wrong type or the offsets don't match the shape."""
     check_tensor_name(file, name)
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -225,7 +225,7 @@ def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise FormatError(f"{file}: the header entry of {name!r} is malformed: {reprlib.repr(entry)}")
     shape = tuple(shape)
     if dtype not in DTYPE_BITS:
-        raise FormatError(f"{file}: {name} has the unknown dtype {dtype[:20]!r}")
+        raise FormatError(f"{file}: {name} has unknown dtype {dtype[:20]!r}")
     if stop - start != (size := tensor_bytes(dtype, shape)):
         raise FormatError(f"{file}: {name} is {dtype} {shape}, {size:,} bytes, but its offsets span {stop - start:,}")
     return TensorInfo(name, dtype, shape, file, base + start, base + stop)
@@ -236,13 +236,13 @@ def _is_index(value: Any) -> bool:
 
 
 def _check_tiling(file: Path, infos: list[TensorInfo], base: int, size: int) -> None:
-    """Every byte after the header belongs to exactly one tensor."""
-    at, before = base, "the header"
+    """Raise FormatError unless every byte after the header belongs to exactly one tensor."""
+    at, previous = base, "the header"
     for info in sorted(infos, key=lambda info: (info.start, info.stop)):
         if info.start != at:
-            what = "overlaps" if info.start < at else "leaves a hole after"
-            raise FormatError(f"{file}: {info.name} {what} {before}")
-        at, before = info.stop, info.name
+            relation = "overlaps" if info.start < at else "leaves a hole after"
+            raise FormatError(f"{file}: {info.name} {relation} {previous}")
+        at, previous = info.stop, info.name
     if at != size:
         raise FormatError(
             f"{file}: the header describes {at:,} bytes, the file has {size:,}. "

@@ -1,7 +1,8 @@
-"""All or nothing on disk: an output is made in a workspace beside its place, flushed, and renamed into it at the end.
+"""All-or-nothing outputs: written in a workspace beside their destination, flushed, and renamed into place at the end.
 
-Whenever a run ends, at its place is the old output or the new one, each with its receipt: where a kernel cannot swap
-directories, for a moment neither, and both in the workspace, from which the next run with this output restores the old.
+Whenever a run stops, the destination holds the old output or the new one, with its receipt. Only where the kernel
+cannot exchange directories is there a moment with neither; the next run for this output then restores the old one from
+the workspace.
 """
 
 from __future__ import annotations
@@ -17,25 +18,33 @@ from pathlib import Path
 
 from adapterkit.errors import AdapterkitError, FormatError, NoSpaceError, OutputExistsError, UsageError
 from adapterkit.files import system
-from adapterkit.files.overlap import Inode, check_apart
+from adapterkit.files.overlap import Inode, check_disjoint
 from adapterkit.files.safetensors import read_header
-from adapterkit.files.workspace import PREFIX, Mark, Workspace, left_by_others, receipt_of, remove_unmarked, seen
+from adapterkit.files.workspace import (
+    PREFIX,
+    Mark,
+    Workspace,
+    other_workspaces,
+    receipt_of,
+    remove_unmarked,
+    workspaces_of,
+)
 
-# In every directory that adapterkit makes, one of them; only such a directory may be replaced by --overwrite.
-RECORD = "adapterkit_merge.json"
+# Every directory that adapterkit writes has one of these; only such a directory may be overwritten.
+MERGE_RECORD = "adapterkit_merge.json"
 ADAPTER_RECORD = "adapterkit_adapter.json"
 RECEIPT = "adapterkit_receipt.json"
-FOLDER = "adapterkit_receipt"  # of what a receipt needs
-BEFORE = f"{FOLDER}/before"
+RECEIPT_FOLDER = "adapterkit_receipt"  # the receipt's sidecars
+BEFORE = f"{RECEIPT_FOLDER}/before"  # the base's small files that the merge replaced
 TRAINING_RECORD = "adapterkit_training.json"
-MADE_BY = "adapterkit"  # in the metadata of every .safetensors file that is an output by itself
-MAX_NAME_BYTES = 255  # of a file, on Linux
+MADE_BY = "adapterkit"  # a metadata key of every .safetensors file that is an output by itself
+MAX_NAME_BYTES = 255  # of a file name, on Linux
 
 
 def is_made_by_us(path: Path) -> bool:
-    """Whether a directory has one of our records, or a .safetensors file our name in its metadata."""
+    """Return whether a directory has one of our records, or a .safetensors file our metadata key."""
     if path.is_dir():
-        return any((path / name).is_file() for name in (RECORD, ADAPTER_RECORD, RECEIPT, TRAINING_RECORD))
+        return any((path / name).is_file() for name in (MERGE_RECORD, ADAPTER_RECORD, RECEIPT, TRAINING_RECORD))
     try:
         return MADE_BY in read_header(path).metadata
     except FormatError:
@@ -44,48 +53,54 @@ def is_made_by_us(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an output goes, what it is made from, and what may give way to it.
+    """The place of an output, and the rules for replacing an existing one.
 
-    `inputs` are paths of files and directories; a file may get a receipt `beside` it; `ours` tells what we made.
+    Args:
+        inputs: Files and directories that the output is made from, and must not overlap.
+        overwrite: Replace an existing output; None if the command has no such option.
+        beside: A single file gets a receipt beside it.
+        is_ours: Whether adapterkit wrote the existing output, so that it may be replaced.
     """
 
     out: Path
     inputs: tuple[Path, ...] = ()
     directory: bool = True
-    overwrite: bool | None = None  # None where the command cannot
+    overwrite: bool | None = None
     beside: bool = False
-    ours: Callable[[Path], bool] = is_made_by_us
+    is_ours: Callable[[Path], bool] = is_made_by_us
 
     @property
-    def places(self) -> tuple[Path, ...]:
-        """The names that the output takes, the last of them at the end."""
+    def paths(self) -> tuple[Path, ...]:
+        """The paths to write: the receipt's, if any, then the output's."""
         return (self.out,) if self.directory or self._has_long_name else (receipt_of(self.out), self.out)
 
     @property
     def _has_long_name(self) -> bool:
-        """Whether no receipt can lie beside the output."""
+        """Whether the name is too long to append the receipt's suffix."""
         return len(os.fsencode(receipt_of(self.out).name)) > MAX_NAME_BYTES
 
     def check(self) -> None:
-        """Raise OutputExistsError unless the output may be written: to a free place, or over what is ours.
+        """Check that the output can be written.
 
-        Raises UsageError where it would take the place of an input, lie in one, or hold one.
+        Raises:
+            OutputExistsError: Something exists there, and may not be overwritten.
+            UsageError: The output would be an input, be inside one, or contain one.
         """
-        left = self.check_apart()
+        left = self.check_disjoint()
         if os.path.ismount(self.out):
-            raise OutputExistsError(f"{self.out}: is a mount point, which nothing can replace; name a folder in it")
-        for path in self.places:
+            raise OutputExistsError(f"{self.out}: is a mount point and can't be replaced; name a folder inside it")
+        for path in self.paths:
             if path == self.out or not any(work.misplaced_receipt for work in left):
                 self._check_free(path)
         if self.beside and self._has_long_name:
-            raise UsageError(f"{self.out}: its name is too long for a receipt beside it, {receipt_of(self.out).name}")
+            raise UsageError(f"{self.out}: the name is too long to add a receipt, {receipt_of(self.out).name}")
 
-    def check_apart(self) -> list[Workspace]:
-        """Raise UsageError where an input would be written, renamed or removed; return what other runs have left."""
+    def check_disjoint(self) -> list[Workspace]:
+        """Raise UsageError if an input would be written, renamed or removed; returns the workspaces of other runs."""
         if self.out.name in ("", ".."):
             raise UsageError(f"{self.out}: name a new directory or file to write")
-        left = seen(self.out)
-        check_apart(self.inputs, (*reversed(self.places), *(work.path for work in left)))
+        left = workspaces_of(self.out)
+        check_disjoint(self.inputs, (*reversed(self.paths), *(work.path for work in left)))
         return left
 
     def _check_free(self, path: Path) -> None:
@@ -96,13 +111,13 @@ class Destination:
             return
         if not self.overwrite:
             instead = "" if self.overwrite is None else ", or replace it with `overwrite=True`"
-            raise OutputExistsError(f"{path}: exists already", hint=f"choose another `output`{instead}")
+            raise OutputExistsError(f"{path}: already exists", hint=f"choose another `output`{instead}")
         if path.is_dir() is not directory:
-            there, wanted = ("directory", "file") if path.is_dir() else ("file", "directory")
+            found, expected = ("directory", "file") if path.is_dir() else ("file", "directory")
             raise OutputExistsError(
-                f"{path}: is a {there}, the output is a {wanted}", hint="choose another `output`, or remove it"
+                f"{path}: is a {found}, but the output is a {expected}", hint="choose another `output`, or remove it"
             )
-        if not (self.ours if path == self.out else is_made_by_us)(path):
+        if not (self.is_ours if path == self.out else is_made_by_us)(path):
             raise OutputExistsError(
                 f"{path}: was not made by adapterkit, so `overwrite=True` will not delete it", hint="remove it first"
             )
@@ -110,77 +125,82 @@ class Destination:
 
 @contextmanager
 def staged(
-    place: Destination,
+    destination: Destination,
     *,
     job: str | None = None,
     resume: bool = False,
     precious: bool = False,
-    kept: Callable[[Path], str] = lambda _: "",
+    resume_hint: Callable[[Path], str] = lambda _: "",
 ) -> Iterator[Path]:
-    """Yield a new directory, or the path of a file to make, which takes the place of the output on success only.
+    """Yield a new directory, or the path of a new file, which becomes the output on success only.
 
-    What is made as `receipt` beside it goes beside the output. To `resume` is to go on with what a dead run of the same
-    `job` has left; what other dead runs left is removed, unless it is `precious`. On failure everything is removed,
-    unless `kept` says in words what of it stays. What became of it is a note of an interrupt, and of a full disk.
+    A folder `receipt` made beside it is moved along. On an interrupt or a full disk, the outcome is added to the
+    exception as a note.
+
+    Args:
+        job: The name of the job, which can resume its own unfinished work only.
+        resume: Continue with the work that an ended run of the same job left; that of other runs is removed.
+        precious: Only a run of the same job may remove this run's work.
+        resume_hint: On failure, returns how to resume from the work so far; if it returns "", the work is removed.
     """
     work: Workspace | None = None
-    with _parents(place.out):
+    with _parents(destination.out):
         try:
-            with errors_of(place.out):
-                with uninterrupted():
-                    work = _claim(place, Mark(place.out.name, job, place.beside, precious), resume)
-                    if place.directory:
+            with map_os_errors(destination.out):
+                with defer_signals():
+                    work = _claim(destination, Mark(destination.out.name, job, destination.beside, precious), resume)
+                    if destination.directory:
                         work.new.mkdir(exist_ok=True)
-                before = [_identity(path) for path in place.places]
+                before = [_identity(path) for path in destination.paths]
                 yield work.new
-                with uninterrupted():
-                    _commit(work, place, before)
-                    work.clear_away()
+                with defer_signals():
+                    _commit(work, destination, before)
+                    work.remove_or_warn()
         except BaseException as error:
-            with uninterrupted():
-                said = _given_up(work, place, kept)
+            with defer_signals():
+                outcome = _clean_up(work, destination, resume_hint)
                 if isinstance(error, KeyboardInterrupt | NoSpaceError):
-                    error.add_note(said)
+                    error.add_note(outcome)
             raise
 
 
-def work_left(out: Path, job: str) -> Path | None:
-    """What a dead run of that job has made of `out` so far."""
-    return next((work.new for work in seen(out) if work.mark.job == job and work.can_go_on), None)
+def unfinished_work(out: Path, job: str) -> Path | None:
+    """Return the unfinished output `out` that an ended run of `job` left, if any."""
+    return next((work.new for work in workspaces_of(out) if work.mark.job == job and work.resumable), None)
 
 
-def receipts_aside(out: Path) -> list[Path]:
-    """The receipts that a run which is swapping the file `out`, or died of it, has in its workspace."""
-    folders = [path for work in seen(out) for path in (work.receipt, work.old_receipt)]
+def workspace_receipts(out: Path) -> list[Path]:
+    """Return the receipts of the file `out` that are still in the workspace of a run that is replacing it, or died."""
+    folders = [path for work in workspaces_of(out) for path in (work.receipt, work.old_receipt)]
     return [path for path in folders if (path / RECEIPT).is_file()]
 
 
 @contextmanager
-def errors_of(out: Path) -> Iterator[None]:
-    """Turn what the file system says while `out` is written into our errors."""
+def map_os_errors(out: Path) -> Iterator[None]:
+    """Turn an OSError while `out` is written into NoSpaceError or AdapterkitError."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise NoSpaceError(f"{out}: the disk is full ({error.strerror}): free some space") from error
+            raise NoSpaceError(f"{out}: the disk is full ({error.strerror}); free some space") from error
         where = error.filename if error.filename and PREFIX not in str(error.filename) else out
         raise AdapterkitError(f"{where}: {error.strerror or error}") from error
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let the handlers of signals that arrive meanwhile run at the end, in the main thread, where Python runs them."""
+def defer_signals() -> Iterator[None]:
+    """Defer the handlers of terminating signals to the end of the block; only in the main thread, which runs them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: handler for number in system.ENDING if callable(handler := signal.getsignal(number))}
+    handlers = {number: handler for number in system.END_SIGNALS if callable(handler := signal.getsignal(number))}
     arrived: list[int] = []
     try:
         for number in handlers:
             signal.signal(number, lambda which, _: arrived.append(which))
         yield
     finally:
-        for number, handler in handlers.items():  # SIGINT last: until then it is still noted
+        for number, handler in handlers.items():  # SIGINT last, so that it is deferred until then
             signal.signal(number, handler)
         for which in arrived:
             signal.raise_signal(which)
@@ -188,10 +208,10 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def _parents(out: Path) -> Iterator[None]:
-    """Make the directories above `out`; on failure those that were made go again."""
+    """Make the directories above `out`; on failure, remove those that were made."""
     missing = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
-        with errors_of(out):
+        with map_os_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
@@ -201,23 +221,23 @@ def _parents(out: Path) -> Iterator[None]:
         raise
 
 
-def _claim(place: Destination, mark: Mark, resume: bool) -> Workspace:
-    """A workspace for the output, after what dead runs have left was put right."""
-    place.check_apart()
-    remove_unmarked(place.out.parent)
-    found = list(left_by_others(place.out))
+def _claim(destination: Destination, mark: Mark, resume: bool) -> Workspace:
+    """Recover from ended runs, then return a new or resumed workspace for the output."""
+    destination.check_disjoint()
+    remove_unmarked(destination.out.parent)
+    found = list(other_workspaces(destination.out))
     try:
         if any(work.alive for work in found):
-            raise OutputExistsError(f"{place.out}: another adapterkit is writing there right now")
+            raise OutputExistsError(f"{destination.out}: another adapterkit process is writing to it")
         for work in found:
-            work.undo(place.out)
-        place.check()  # whatever came between plan and run
-        taken = next((work for work in found if resume and mark.job and work.mark == mark and work.can_go_on), None)
+            work.undo(destination.out)
+        destination.check()  # again: something may have appeared since the plan was made
+        taken = next((work for work in found if resume and mark.job and work.mark == mark and work.resumable), None)
         for work in found:
             if work is not taken and (not work.mark.precious or work.mark.job == mark.job):
-                work.clear_away()
+                work.remove_or_warn()
         if taken is None:
-            taken = Workspace.create(place.out.parent, mark)
+            taken = Workspace.create(destination.out.parent, mark)
         else:
             found.remove(taken)
         return taken
@@ -226,18 +246,18 @@ def _claim(place: Destination, mark: Mark, resume: bool) -> Workspace:
             work.close()
 
 
-def _commit(work: Workspace, place: Destination, before: list[Inode | None]) -> None:
-    """Let what was made take the output's place: a receipt first, then in one step the output itself."""
-    out = place.out
+def _commit(work: Workspace, destination: Destination, before: list[Inode | None]) -> None:
+    """Move the work into place: the receipt first, then the output itself, in one step."""
+    out = destination.out
     _flush_all(work.path)
-    for path, inode in zip(place.places, before, strict=True):
+    for path, inode in zip(destination.paths, before, strict=True):
         if _identity(path) != inode:
-            raise OutputExistsError(f"{path}: appeared while it was being made", hint="choose another `output`")
-    for beside in place.places[:-1]:
+            raise OutputExistsError(f"{path}: appeared during the run", hint="choose another `output`")
+    for beside in destination.paths[:-1]:
         _put_receipt(work, beside)
     if before[-1] is None:
         system.rename_new(work.new, out)
-    elif not place.directory:
+    elif not destination.directory:
         work.new.replace(out)
     elif not system.exchange(work.new, out):
         out.rename(work.old)
@@ -247,39 +267,39 @@ def _commit(work: Workspace, place: Destination, before: list[Inode | None]) -> 
 
 
 def _put_receipt(work: Workspace, beside: Path) -> None:
-    """Put the old receipt aside and the new one in its place; that this was begun shows by `old_receipt`."""
-    there, new = os.path.lexists(beside), os.path.lexists(work.receipt)
-    if there:
+    """Move the old receipt to `old_receipt`, whose presence marks the swap as begun, and the new one into place."""
+    old, new = os.path.lexists(beside), os.path.lexists(work.receipt)
+    if old:
         beside.rename(work.old_receipt)
     elif new:
         work.old_receipt.mkdir()
     if new:
         system.rename_new(work.receipt, beside)
-    if there or new:
+    if old or new:
         system.flush_path(work.path)
         system.flush_path(beside.parent)
 
 
-def _given_up(work: Workspace | None, place: Destination, kept: Callable[[Path], str]) -> str:
-    """Clean up after a failure, and say what was kept."""
+def _clean_up(work: Workspace | None, destination: Destination, resume_hint: Callable[[Path], str]) -> str:
+    """Clean up after a failure, and return the outcome in words."""
     if work is None:
-        return "nothing was kept"
+        return "nothing was written"
     try:
         if not work.done:
-            work.undo(place.out)
-            if said := kept(work.new) if work.new.exists() else "":
-                return said
+            work.undo(destination.out)
+            if hint := resume_hint(work.new) if work.new.exists() else "":
+                return hint
         if work.path.exists():
             work.remove()
-        return f"{place.out} is complete" if work.done else "nothing was kept"
+        return f"{destination.out} is complete" if work.done else "nothing was written"
     except (OSError, OutputExistsError) as error:
-        return work.say_left(error)
+        return work.warn_left_behind(error)
     finally:
         work.close()
 
 
 def _identity(path: Path) -> Inode | None:
-    """Which file or directory `path` is at the moment, or None."""
+    """Return the device and inode of `path`, or None if it doesn't exist."""
     try:
         stats = path.lstat()
     except FileNotFoundError:

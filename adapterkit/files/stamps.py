@@ -1,8 +1,8 @@
-"""Inputs that must stay as they are while they are used.
+"""Detect changes to input files while they are used.
 
-A merge reads its inputs more than once: their headers, their bytes for the hash, their bytes to compute with. What it
-computed with is what it hashed only if no file has changed between its first reading and the last. A change always
-sets the time of the status (ctime), which nobody can set back, as they can the time of the contents (mtime).
+A merge reads its inputs more than once: for their headers, to hash them, and to compute. The hash describes the bytes
+that it computed with only if no file changed between the first read and the last. Every change updates the ctime,
+which, unlike the mtime, cannot be set back.
 """
 
 from __future__ import annotations
@@ -16,68 +16,68 @@ from pathlib import Path
 
 from adapterkit.errors import ChangedError
 
-TICK = 10_000_000  # nanoseconds; the clock of file times ticks at least so often
-PATIENCE = 500  # ticks
+TICK = 10_000_000  # nanoseconds; an upper bound on the resolution of file times
+MAX_TICKS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells a file in one state from any other file, and from itself in any later state."""
+    """The identity and the state of a file; any change to the file changes its stamp."""
 
     device: int
     inode: int
     size: int
-    modified: int
-    status: int
+    mtime: int
+    ctime: int
 
 
 def stamps_of(files: Iterable[Path]) -> dict[Path, Stamp]:
-    """What the `files` are now; to be taken before anything of them is read. Raises OSError.
+    """Return the stamps of `files`, to be taken before any of them is read. Raises OSError.
 
-    A second change within one tick of the clock has the same time, so one that has just changed is waited for. Raises
-    ChangedError where that does not end.
+    Waits for files that changed within the last tick, since a second change in it would get the same ctime. Raises
+    ChangedError if they keep changing.
     """
     names = list(files)
-    for _ in range(PATIENCE):
+    for _ in range(MAX_TICKS):
         found = {file: _stamp(file) for file in names}
         now = time.time_ns()
-        fresh = [file for file, stamp in found.items() if 0 <= now - stamp.status <= TICK]
+        fresh = [file for file, stamp in found.items() if 0 <= now - stamp.ctime <= TICK]
         if not fresh:
             return found
         threading.Event().wait(TICK / 1e9)
-    raise ChangedError(f"{fresh[0]}: is being written to all the time. Try again when nothing else writes to it.")
+    raise ChangedError(f"{fresh[0]}: keeps changing. Try again when no other program writes to it.")
 
 
 def check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
-    """Raise ChangedError where a file is not what it was."""
+    """Raise ChangedError if a file no longer matches its stamp."""
     for file, before in stamps.items():
         try:
             now = _stamp(file)
         except OSError as error:
-            raise ChangedError(f"{file}: {error.strerror}: it was there when this began") from error
+            raise ChangedError(f"{file}: was removed or became unreadable: {error.strerror}") from error
         if now != before:
             raise ChangedError(
-                f"{file}: has changed since it was first read ({_difference(before, now)}), so nothing was kept. "
-                "Try again when nothing else writes to it."
+                f"{file}: has changed since it was first read ({_difference(before, now)}); nothing was written. "
+                "Try again when no other program writes to it."
             )
 
 
-def with_links(stamps: Mapping[Path, Stamp], linked: Collection[Path]) -> dict[Path, Stamp]:
-    """The stamps after hard links to some of the files were made, which sets the time of their status alone."""
+def restamp_linked(stamps: Mapping[Path, Stamp], linked: Collection[Path]) -> dict[Path, Stamp]:
+    """Return the stamps after `linked` files got hard links, which changes their ctime only; raises ChangedError."""
     inodes = {(stamps[file].device, stamps[file].inode) for file in linked}
     renewed = {file: _stamp(file) for file, stamp in stamps.items() if (stamp.device, stamp.inode) in inodes}
-    check_unchanged({file: replace(stamps[file], status=now.status) for file, now in renewed.items()})
+    check_unchanged({file: replace(stamps[file], ctime=now.ctime) for file, now in renewed.items()})
     return {**stamps, **renewed}
 
 
 def _stamp(file: Path) -> Stamp:
-    found = os.stat(file)
-    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    stats = os.stat(file)
+    return Stamp(stats.st_dev, stats.st_ino, stats.st_size, stats.st_mtime_ns, stats.st_ctime_ns)
 
 
 def _difference(before: Stamp, now: Stamp) -> str:
     if (before.device, before.inode) != (now.device, now.inode):
-        return "it is another file"
+        return "it was replaced"
     if before.size != now.size:
         return f"{before.size:,} bytes before, {now.size:,} now"
-    return "by the times that the file system keeps"
+    return "its timestamps differ"

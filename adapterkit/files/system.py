@@ -1,8 +1,8 @@
-"""What operating systems do not all have: one name for each, and what comes nearest where it is missing.
+"""Operating system calls that not every platform has, each with a fallback.
 
-Linux has all of it. macOS has other calls for some, and does without the rest; that is tested by taking names away.
-Windows is not supported: the package imports there and shows its help, and everything beyond is untested.
-Only this module asks which system it runs on, and only light modules are imported at its top.
+Linux has them all. macOS has its own calls for some and does without the others; the tests cover that by removing
+names. Windows is not supported: the package imports and shows its help, the rest is untested. No other module checks
+for the platform. Imports at the top are few, because this loads before ctrl-C is handled.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ if TYPE_CHECKING:
 
 MACOS = sys.platform == "darwin"
 
-# Flags of os.open, which never hands a descriptor to a child process (PEP 446).
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-WRITE = os.O_RDWR | getattr(os, "O_BINARY", 0)
-NEW = WRITE | os.O_CREAT | os.O_EXCL
-FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", os.O_RDONLY)  # without O_PATH it must be readable, too
+# Flags for os.open, whose descriptors are never inherited by child processes (PEP 446).
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+WRITE_FLAGS = os.O_RDWR | getattr(os, "O_BINARY", 0)
+NEW_FLAGS = WRITE_FLAGS | os.O_CREAT | os.O_EXCL
+FOLDER_FLAGS = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", os.O_RDONLY)  # without O_PATH it must be readable
 HAS_DIR_FD = os.open in os.supports_dir_fd
 
-ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name))
+END_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name))
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 HAS_TIMER = hasattr(signal, "setitimer")
-OUT_OF_TIME = -getattr(signal, "SIGXCPU", 0)  # what a process ends with that took more processor time than it may
-LIMITS_MEMORY = os.path.exists("/proc/self/statm")  # macOS takes a limit on the address space, and may not keep it
+CPU_TIME_EXCEEDED = -getattr(signal, "SIGXCPU", 0)  # the exit code of a process that exceeded its limit
+LIMITS_MEMORY = os.path.exists("/proc/self/statm")  # macOS accepts a limit on the address space but may not enforce it
 
-# What kernels, file systems and sandboxes say of a call that they do not have. ENOTSUP is a number of its own on macOS.
+# Errors of kernels, file systems and sandboxes for a call that they don't support. On macOS ENOTSUP isn't EOPNOTSUPP.
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM)
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
-FICLONE = 0x40049409  # Linux's ioctl that makes a file share another's blocks
-AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # of renameat2(2)
-MACOS_AT_FDCWD, RENAME_SWAP, RENAME_EXCL = -2, 2, 4  # of macOS's fclonefileat(2) and renamex_np(2)
-F_PREALLOCATE, F_NOCACHE, F_FULLFSYNC = 42, 48, 51  # of macOS's fcntl(2)
+FICLONE = 0x40049409  # Linux, ioctl_ficlone(2)
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # Linux, renameat2(2)
+MACOS_AT_FDCWD, RENAME_SWAP, RENAME_EXCL = -2, 2, 4  # macOS, fclonefileat(2) and renamex_np(2)
+F_PREALLOCATE, F_NOCACHE, F_FULLFSYNC = 42, 48, 51  # macOS, fcntl(2)
 F_ALLOCATEALL, F_PEOFPOSMODE = 4, 3
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def read_at(fd: int, into: memoryview, at: int) -> int:
-    """Read from `at` on, at most as much as `into` holds; returns how much came. Threads may share `fd`."""
+    """Read into `into` from offset `at`; returns the number of bytes read. Threads may share `fd`."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, [into], at)
     if hasattr(os, "pread"):
         data = os.pread(fd, len(into), at)
     else:
-        with _seeking:
+        with _seek_lock:
             os.lseek(fd, at, os.SEEK_SET)
             data = os.read(fd, len(into))
     into[: len(data)] = data
@@ -71,38 +71,38 @@ def read_at(fd: int, into: memoryview, at: int) -> int:
 
 
 def write_at(fd: int, data: memoryview | bytes, at: int) -> None:
-    """Write all of `data` at `at`. Threads may share `fd`."""
+    """Write all of `data` at offset `at`. Threads may share `fd`."""
     left = memoryview(data)
     while left:
         if hasattr(os, "pwrite"):
             done = os.pwrite(fd, left, at)
         else:
-            with _seeking:
+            with _seek_lock:
                 os.lseek(fd, at, os.SEEK_SET)
                 done = os.write(fd, left)
         left, at = left[done:], at + done
 
 
-_seeking = _thread.allocate_lock()  # threading would take longer to import than all the rest here
+_seek_lock = _thread.allocate_lock()  # importing threading would take longer than the rest of this module
 
 
 def flush(fd: int) -> None:
-    """Wait until the disk has an open file. macOS's fsync leaves it in the drive's cache; F_FULLFSYNC does not."""
+    """Flush an open file to the disk. On macOS fsync leaves it in the drive's cache; F_FULLFSYNC doesn't."""
     if MACOS and fcntl is not None:
         try:
             fcntl.fcntl(fd, F_FULLFSYNC)
             return
-        except OSError as error:  # on a network share, say
+        except OSError as error:  # for example on a network share
             if error.errno not in (*UNSUPPORTED, errno.ENOTTY):
                 raise
     os.fsync(fd)
 
 
 def flush_path(path: Name) -> None:
-    """Wait until the disk has a file, or the names in a folder; Windows opens no folder, and keeps names by itself."""
+    """Flush a file, or the names in a folder, to the disk; Windows can't open folders and flushes names itself."""
     if not HAS_DIR_FD and os.path.isdir(path):
         return
-    fd = os.open(path, os.O_RDONLY if HAS_DIR_FD else WRITE)
+    fd = os.open(path, os.O_RDONLY if HAS_DIR_FD else WRITE_FLAGS)
     try:
         flush(fd)
     finally:
@@ -110,9 +110,9 @@ def flush_path(path: Name) -> None:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Make a new file `size` bytes long, and take the room on the disk. Raises OSError where there is too little.
+    """Extend a new file to `size` bytes and reserve the disk space. Raises OSError if there is too little.
 
-    A file system that cannot reserve gives a sparse file; a full disk then shows itself while it is written.
+    Where the file system can't reserve space the file is sparse, and a full disk fails later, on a write.
     """
     try:
         if hasattr(os, "posix_fallocate"):
@@ -129,9 +129,9 @@ def reserve(fd: int, size: int) -> None:
 
 
 def open_direct(path: Name) -> int:
-    """Open a file to be written past the page cache; -1 where that cannot be, which costs speed alone.
+    """Open a file for direct I/O; returns -1 where that isn't supported, which only costs speed.
 
-    Linux's O_DIRECT wants whole blocks, aligned; macOS's F_NOCACHE takes anything.
+    O_DIRECT on Linux needs whole, aligned blocks; F_NOCACHE on macOS takes any.
     """
     flags = os.O_WRONLY | getattr(os, "O_DIRECT", 0)
     if flags == os.O_WRONLY and not (MACOS and fcntl is not None):
@@ -139,7 +139,7 @@ def open_direct(path: Name) -> int:
     try:
         fd = os.open(path, flags)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems say that have no such thing
+        if error.errno != errno.EINVAL:  # not supported by the file system
             raise
         return -1
     if flags == os.O_WRONLY:
@@ -151,20 +151,20 @@ def open_direct(path: Name) -> int:
     return fd
 
 
-def start_disk(fd: int, count: int, at: int) -> None:
-    """Say that the page cache need not keep these bytes, which makes the disk start on them; speed alone is lost."""
+def start_writeback(fd: int, count: int, at: int) -> None:
+    """Start writing these bytes from the page cache to the disk, by advising the kernel to drop them."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, at, count, os.POSIX_FADV_DONTNEED)
 
 
 def clone(source: int, target: Name) -> bool:
-    """Make `target` share the blocks of the open file `source`; False, and no file, where the system cannot."""
+    """Make `target` a reflink of the open file `source`; returns False, and makes no file, if unsupported."""
     if MACOS:
         call = getattr(_libc(), "fclonefileat", None)
         return call is not None and call(source, MACOS_AT_FDCWD, os.fsencode(target), 0) == 0
     if fcntl is None:
         return False
-    fd = os.open(target, NEW, 0o666)
+    fd = os.open(target, NEW_FLAGS, 0o666)
     try:
         fcntl.ioctl(fd, FICLONE, source)
     except OSError:
@@ -176,9 +176,9 @@ def clone(source: int, target: Name) -> bool:
 
 
 def lock(fd: int, wait: bool = True) -> None:
-    """Take the lock of an open file, which its process gives back with its end. Raises BlockingIOError without `wait`.
+    """Lock an open file until it is closed or the process ends. Without `wait`, raises BlockingIOError if it is locked.
 
-    Raises OSError with one of NO_LOCKS where there are none, as on some file systems.
+    Raises OSError with an errno in NO_LOCKS where locks aren't supported, as on some file systems.
     """
     if fcntl is None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -189,21 +189,21 @@ def lock(fd: int, wait: bool = True) -> None:
 
 
 def exchange(one: Name, other: Name) -> bool:
-    """Swap two names in one step; False where kernel or file system cannot, and nothing was done. Raises OSError."""
+    """Swap two names atomically; returns False, and does nothing, if unsupported. Raises OSError."""
     return _rename(one, other, RENAME_EXCHANGE, RENAME_SWAP)
 
 
 def rename_new(source: Name, target: Name) -> None:
-    """Rename where nothing is called `target`; raises FileExistsError where something is."""
+    """Rename `source` to `target`; raises FileExistsError if `target` exists."""
     if _rename(source, target, RENAME_NOREPLACE, RENAME_EXCL):
         return
-    if os.path.lexists(target):  # a moment between this and the rename is left
+    if os.path.lexists(target):  # this check races with the rename, for lack of an atomic call
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     os.rename(source, target)
 
 
 def _rename(source: Name, target: Name, flag: int, macos_flag: int) -> bool:
-    """Rename by renameat2 or renamex_np; False where neither can, and nothing was done."""
+    """Rename by renameat2 or renamex_np; returns False, and does nothing, if neither is supported."""
     import ctypes
 
     libc, old, new = _libc(), os.fsencode(source), os.fsencode(target)
@@ -222,19 +222,19 @@ def _rename(source: Name, target: Name, flag: int, macos_flag: int) -> bool:
 
 
 def make_folder(path: Name, mode: int) -> None:
-    """Make a folder of that mode; macOS's mkdir drops the sticky bit, which then comes in a second step."""
+    """Make a folder with this mode; on macOS mkdir drops the sticky bit, so chmod sets it."""
     os.mkdir(path, mode)
     if MACOS:
         os.chmod(path, mode)
 
 
-def user() -> int:
-    """The number that new files have as their owner; 0 where files have none."""
+def user_id() -> int:
+    """Return the user id that owns new files; 0 where files have no owner."""
     return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 def _libc() -> Any:
-    """The C library, with whatever calls it has; None where it has no one name."""
+    """Return the C library, or None where it can't be loaded."""
     import ctypes
 
     try:
@@ -247,12 +247,12 @@ def _libc() -> Any:
 
 
 def usable_cpus() -> int:
-    """How many processors this process may use, or where the system does not say, how many there are."""
+    """Return the number of CPUs that this process may use, or of all CPUs where the affinity is unknown."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Return the name of the CPU."""
     import platform
 
     try:
@@ -263,8 +263,8 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def private_memory(size: int) -> mmap:
-    """Zeroed memory that starts on a page."""
+def page_aligned_memory(size: int) -> mmap:
+    """Return zeroed memory that starts on a page boundary."""
     import mmap
 
     if hasattr(mmap, "MAP_PRIVATE"):
@@ -273,7 +273,7 @@ def private_memory(size: int) -> mmap:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held."""
+    """Return the peak memory use of this process, in bytes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -284,12 +284,12 @@ def peak_memory() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: to give it back, and fault it in again, takes a tenth of every training step."""
+    """Make glibc keep freed memory: returning it and faulting it in again takes a tenth of every training step."""
     if mallopt := getattr(_libc(), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def signal_group(pid: int, number: int) -> None:
-    """Send a signal to a process and those that it started; to it alone where there are no groups."""
+    """Send a signal to the process group of `pid`, or to the process alone where there are no groups."""
     (os.killpg if hasattr(os, "killpg") else os.kill)(pid, number)

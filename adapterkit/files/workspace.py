@@ -1,7 +1,7 @@
-"""The hidden folder beside an output in which it is made: a random name, a mark inside, a lock while its process lives.
+"""The hidden folder in which an output is made: randomly named, with a mark file that the running process locks.
 
-`.adapterkit-1f9c2ab4/` holds the mark, `new`, which is to become the output, and `receipt`, which goes beside a single
-file; while names are swapped also `old` and `old-receipt`. What has no mark, or is another user's, is left alone.
+`.adapterkit-1f9c2ab4/` holds the mark, `new`, which will become the output, and `receipt`, which goes beside a single
+file; during the swap also `old` and `old-receipt`. Folders without a mark, or of another user, are left alone.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ from pathlib import Path
 from adapterkit import __version__
 from adapterkit.errors import OutputExistsError
 from adapterkit.files import system
-from adapterkit.files.overlap import below
+from adapterkit.files.overlap import entries_below
 
 PREFIX, MARK = ".adapterkit-", "adapterkit_workspace.json"
-MODE = 0o1700  # Linux's mkdir sets it in one step; the sticky bit marks the folder until the mark is there
+MODE = 0o1700  # the sticky bit identifies the folder until the mark is written
 MAX_MARK_BYTES = 10_000
-OPEN = system.WRITE | system.NO_LINK | system.READ  # a mark to read, and to lock
+MARK_FLAGS = system.WRITE_FLAGS | system.NO_FOLLOW | system.READ_FLAGS
 
 
 def receipt_of(out: Path) -> Path:
-    """The folder beside a single file that its receipt lies in."""
+    """Return the receipt folder beside a single-file output."""
     return out.with_name(f"{out.name}.receipt")
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What a workspace is for: an output's name, the job that may go on with it, and whether a receipt is made.
+    """The purpose of a workspace, stored in it as JSON.
 
-    A `precious` one is removed by its own job only.
+    Args:
+        output: The file name of the output.
+        job: The job that can resume the work.
+        beside: A receipt goes beside the output.
+        precious: Only a run of the same job may remove the workspace.
     """
 
     output: str
@@ -48,13 +52,13 @@ class Mark:
 
 @dataclass
 class Workspace:
-    """One such folder; `alive` where another process has it locked, else locked by this object until `close`."""
+    """An open workspace: locked by this object until `close`, or `alive` if another process has locked it."""
 
     path: Path
     mark: Mark
     fd: int = -1
     alive: bool = False
-    done: bool = False  # the output has its place
+    done: bool = False  # the output is in place
 
     def __post_init__(self) -> None:
         self.new, self.old = self.path / "new", self.path / "old"
@@ -62,7 +66,7 @@ class Workspace:
 
     @classmethod
     def create(cls, parent: Path, mark: Mark) -> Workspace:
-        """Make a locked and marked folder in `parent`. Raises OSError."""
+        """Make a workspace in `parent`, marked and locked. Raises OSError."""
         while True:
             path = parent / f"{PREFIX}{secrets.token_hex(4)}"
             with suppress(FileExistsError):
@@ -73,11 +77,11 @@ class Workspace:
 
     @classmethod
     def open(cls, path: Path) -> Workspace | None:
-        """The workspace at `path`, if it is a marked one of this user."""
+        """Open the workspace at `path`; returns None if it isn't a marked one of this user."""
         try:
             if not _is_ours(path):
                 return None
-            fd = os.open(path / MARK, OPEN)
+            fd = os.open(path / MARK, MARK_FLAGS)
         except OSError:
             return None
         mark, alive = _read_mark(fd), False
@@ -86,71 +90,71 @@ class Workspace:
         except BlockingIOError:
             alive = True
         except OSError:
-            mark = None  # nobody can tell whether its process lives
+            mark = None  # without locks, whether its process is running is unknown
         if mark is None or alive:
             os.close(fd)
         return None if mark is None else cls(path, mark, -1 if alive else fd, alive)
 
     def undo(self, out: Path) -> None:
-        """Put back what was put aside, where the run ended before `new` became `out`. Raises OutputExistsError."""
+        """Restore the old output and receipt if the run ended before `new` became `out`. Raises OutputExistsError."""
         if os.path.lexists(self.old) and os.path.lexists(self.new):
             if os.path.lexists(out):
                 raise OutputExistsError(
-                    f"{out}: was put aside as {self.old} by a run that ended there; move that or this away"
+                    f"{out}: a run that ended early had moved this output to {self.old}; move one of the two away"
                 )
             system.rename_new(self.old, out)
         if os.path.lexists(self.old_receipt) and os.path.lexists(self.new):
             beside = receipt_of(out)
             if self.misplaced_receipt and os.path.lexists(beside):
                 system.rename_new(beside, self.receipt)
-            if os.listdir(self.old_receipt):  # else there was none
+            if os.listdir(self.old_receipt):  # empty if there was no old receipt
                 system.rename_new(self.old_receipt, beside)
 
     @property
-    def can_go_on(self) -> bool:
-        """Whether a run may go on with what is here: no run makes a link, through which other files would change."""
-        return not self.alive and not any(entry.is_symlink() for entry in below(self.path))
+    def resumable(self) -> bool:
+        """Whether a run can resume here; a link, which no run makes, would let it change other files."""
+        return not self.alive and not any(entry.is_symlink() for entry in entries_below(self.path))
 
     @property
     def misplaced_receipt(self) -> bool:
-        """Whether the new receipt has its place, and the new output has not."""
+        """Whether the new receipt is in place, but the new output isn't yet."""
         swapping = self.mark.beside and os.path.lexists(self.old_receipt) and os.path.lexists(self.new)
         return swapping and not os.path.lexists(self.receipt)
 
-    def clear_away(self) -> None:
-        """Remove it as `remove` does; where that fails, say what is left, which hinders no other run."""
+    def remove_or_warn(self) -> None:
+        """Remove the workspace; warn if that fails, since what is left doesn't affect other runs."""
         try:
             self.remove()
         except OSError as error:
-            self.say_left(error)
+            self.warn_left_behind(error)
 
-    def say_left(self, error: Exception) -> str:
-        """Say, and return, that the folder is still there, and why."""
-        said = f"{self.path} could not be removed: {getattr(error, 'strerror', None) or error}"
-        logging.getLogger("adapterkit").warning(said)
-        return said
+    def warn_left_behind(self, error: Exception) -> str:
+        """Log and return a warning that the workspace could not be removed."""
+        warning = f"{self.path} could not be removed: {getattr(error, 'strerror', None) or error}"
+        logging.getLogger("adapterkit").warning(warning)
+        return warning
 
     def remove(self) -> None:
-        """Remove the folder with all in it, the mark last. Raises OSError."""
+        """Remove the workspace, its mark last. Raises OSError."""
         try:
             for path in self.path.iterdir():
                 if path.name != MARK:
-                    remove(path)
+                    remove_tree(path)
             (self.path / MARK).unlink()
-            with suppress(FileNotFoundError):  # another process took the empty folder for a dead one's
+            with suppress(FileNotFoundError):  # another process has removed the empty folder
                 self.path.rmdir()
         finally:
             self.close()
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
-def left_by_others(out: Path) -> Iterator[Workspace]:
-    """The workspaces for `out` that other processes have, or died with; each is to be closed."""
+def other_workspaces(out: Path) -> Iterator[Workspace]:
+    """Yield the workspaces for `out` of other processes, running or ended; the caller closes each."""
     for path in _candidates(out.parent):
         work = Workspace.open(path)
         if work is not None and work.mark.output == out.name:
@@ -159,23 +163,23 @@ def left_by_others(out: Path) -> Iterator[Workspace]:
             work.close()
 
 
-def seen(out: Path) -> list[Workspace]:
-    """The same, only looked at."""
+def workspaces_of(out: Path) -> list[Workspace]:
+    """Return the workspaces for `out`, closed."""
     found = []
-    for work in left_by_others(out):
+    for work in other_workspaces(out):
         work.close()
         found.append(work)
     return found
 
 
 def remove_unmarked(parent: Path) -> None:
-    """Remove the workspaces of this user's that never got a mark, and so have nothing in them."""
+    """Remove this user's workspaces that have no valid mark and are otherwise empty."""
     for path in _candidates(parent):
         with suppress(OSError):
             if not _is_ours(path) or os.listdir(path) not in ([], [MARK]):
                 continue
             if (path / MARK).exists():
-                fd = os.open(path / MARK, OPEN)
+                fd = os.open(path / MARK, MARK_FLAGS)
                 try:
                     system.lock(fd, wait=False)
                     if _read_mark(fd) is None:
@@ -185,13 +189,16 @@ def remove_unmarked(parent: Path) -> None:
             path.rmdir()
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a directory with all in it, if it is there."""
+def remove_tree(path: Path) -> None:
+    """Remove a file or a directory tree, if it exists."""
     if path.is_dir() and not path.is_symlink():
         try:
             shutil.rmtree(path)
-        except PermissionError:  # an old output's folders may be read-only
-            for folder in (path, *(Path(entry.path) for entry in below(path) if entry.is_dir(follow_symlinks=False))):
+        except PermissionError:  # an old output may have read-only folders
+            for folder in (
+                path,
+                *(Path(entry.path) for entry in entries_below(path) if entry.is_dir(follow_symlinks=False)),
+            ):
                 folder.chmod(0o700)
             shutil.rmtree(path)
     else:
@@ -205,15 +212,15 @@ def _candidates(parent: Path) -> list[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this user made the folder, and as a workspace is made."""
+    """Return whether the folder has the owner and the mode of this user's workspaces."""
     stats = path.lstat()
-    return stat.S_ISDIR(stats.st_mode) and stats.st_uid == system.user() and stats.st_mode & 0o1777 == MODE
+    return stat.S_ISDIR(stats.st_mode) and stats.st_uid == system.user_id() and stats.st_mode & 0o1777 == MODE
 
 
 def _create_mark(path: Path, mark: Mark) -> int | None:
-    """Write the mark and return it open and locked; None where another process removed the folder as a dead one's."""
+    """Write the mark; returns it open and locked, or None if another process removed the folder as abandoned."""
     try:
-        fd = os.open(path / MARK, system.NEW, 0o600)
+        fd = os.open(path / MARK, system.NEW_FLAGS, 0o600)
     except FileNotFoundError:
         return None
     except OSError:
@@ -239,15 +246,15 @@ def _create_mark(path: Path, mark: Mark) -> int | None:
 
 
 def _read_mark(fd: int) -> Mark | None:
-    """What an open mark says, if it is a whole one."""
+    """Parse an open mark; returns None if it is incomplete or of another user."""
     stats = os.fstat(fd)
-    if not stat.S_ISREG(stats.st_mode) or stats.st_uid != system.user():
+    if not stat.S_ISREG(stats.st_mode) or stats.st_uid != system.user_id():
         return None
     try:
-        found = bytearray(MAX_MARK_BYTES)
-        facts = json.loads(found[: system.read_at(fd, memoryview(found), 0)])
-        facts.pop("adapterkit")
-        mark = Mark(**facts)
+        data = bytearray(MAX_MARK_BYTES)
+        fields = json.loads(data[: system.read_at(fd, memoryview(data), 0)])
+        fields.pop("adapterkit")
+        mark = Mark(**fields)
     except (ValueError, TypeError, AttributeError, KeyError):
         return None
     return mark if isinstance(mark.output, str) else None

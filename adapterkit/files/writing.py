@@ -1,4 +1,4 @@
-"""Small files written and flushed to the disk."""
+"""Write small files and flush them to the disk."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.files import system
-from adapterkit.files.opening import PIECE, open_inside
+from adapterkit.files.opening import CHUNK_BYTES, open_inside
 
 
 def copy_file(source: Path, name: str, target: Path) -> str:
-    """Copy the regular file `name` of the folder `source` to `target` and flush it to the disk; returns its SHA-256.
+    """Copy the regular file `name` in the folder `source` to `target` and flush it to the disk; returns its SHA-256.
 
-    No link below `source` is followed, not of a folder either, except those of the Hub cache to its own blobs.
+    Links below `source` are not followed, except those of the Hub cache to its own blobs.
     """
     digest = hashlib.sha256()
     with open_inside(source, name) as stream:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target, "wb") as copy:
-            while piece := stream.read(PIECE):
+            while piece := stream.read(CHUNK_BYTES):
                 digest.update(piece)
                 copy.write(piece)
             copy.flush()
@@ -36,7 +36,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write `text` and flush it to the disk."""
-    write_bytes(file, text.encode("utf-8", "backslashreplace"))  # paths need not be UTF-8
+    write_bytes(file, text.encode("utf-8", "backslashreplace"))  # paths may not be UTF-8
 
 
 def write_bytes(file: Path, data: bytes) -> None:

@@ -20,7 +20,7 @@ from adapterkit.base.checkpoint import CONFIG
 from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError, UnsafeFileError
 from adapterkit.files import system
 from adapterkit.files.opening import open_regular
-from adapterkit.files.staging import errors_of
+from adapterkit.files.staging import map_os_errors
 from adapterkit.hub.client.ask import ask, asking
 from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.client.session import MOST_BYTES
@@ -123,7 +123,7 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
             raise
 
     try:
-        with errors_of(download.cache):
+        with map_os_errors(download.cache):
             parallel_map(get, download.missing, FILES_AT_ONCE)
     except KeyboardInterrupt as error:
         count.stopped = True
@@ -132,7 +132,7 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
     known = _kept(id.repo, first, id.revision)
     if known is None or remote.commit not in known.parts:
         # Asked by the name that was given, the cache learns what commit that is, and can answer without the Hub.
-        with errors_of(download.cache):
+        with map_os_errors(download.cache):
             known = ask(str(id), lambda _: _known(id, first, id.revision))
     root = known.parents[first.count("/")]
     if root.name != remote.commit:
@@ -150,7 +150,7 @@ def _place(remote: Remote, file: RemoteFile) -> None:
         str(id), lambda _: _known(id, file.name, remote.commit), most=file.size + MOST_BYTES, files=not _hash_of(file)
     )
     if not _hash_of(file):
-        log.warning("%s: %s was not checked, since the Hub names no hash of it", id, file.name)
+        log.warning("%s: %s could not be verified: the Hub gives no hash for it", id, file.name)
     elif not where.samefile(blob):
         raise AdapterkitError(
             f"{id}: the Hub says two things of {file.name}: it has two hashes; nothing is known of it"
@@ -232,7 +232,7 @@ def _held(partial: Path) -> Iterator[BufferedRandom]:
 
 def _open_here(path: str, flags: int) -> int:
     """Open or make the file at `path`; raises UnsafeFileError where that is also another's, or no regular file."""
-    fd = os.open(path, flags | system.NO_LINK | system.READ, 0o666)
+    fd = os.open(path, flags | system.NO_FOLLOW | system.READ_FLAGS, 0o666)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(fd)

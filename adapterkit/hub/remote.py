@@ -15,7 +15,7 @@ from adapterkit.adapter.formats import table as formats
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS
 from adapterkit.errors import AdapterkitError, FormatError, OfflineError, UnsafeFileError
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES
-from adapterkit.files.staging import errors_of
+from adapterkit.files.staging import map_os_errors
 from adapterkit.hub.client.ask import ask
 from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.client.session import FILE
@@ -194,7 +194,7 @@ def _outline(remote: Remote, file: RemoteFile, folder: Path) -> int:
     else:
         return 0
     target = folder / name
-    with errors_of(target):
+    with map_os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
         os.truncate(target, file.size)

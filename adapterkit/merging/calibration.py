@@ -23,7 +23,7 @@ from adapterkit.base.models.tokenizing import tokenized
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import TensorInfo, read_header, write_tensors
-from adapterkit.files.staging import errors_of
+from adapterkit.files.staging import map_os_errors
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.merging.plan.types import MergePlan
 
@@ -81,7 +81,7 @@ def _measure(plan: MergePlan, edits: dict[str, MergeEdit], folder: Path) -> dict
             raise FitError(f"{name}: the text never reaches that layer; calibrate with more of it, or without")
         if id(H) not in written:
             file = folder / f"{len(written)}.safetensors"
-            with errors_of(file):
+            with map_os_errors(file):
                 write_tensors(file, {"shares": shares_of(H)}, {})
             written[id(H)] = read_header(file).tensors["shares"]
     return {name: written[id(seen.moments[name])] for name in edits}

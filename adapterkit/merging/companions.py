@@ -11,8 +11,8 @@ from adapterkit import __version__
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, Checkpoint
 from adapterkit.errors import UnsafeFileError
-from adapterkit.files.opening import files_below, kind_of
-from adapterkit.files.staging import BEFORE, FOLDER, RECEIPT, RECORD
+from adapterkit.files.opening import files_below, unsafe_kind
+from adapterkit.files.staging import BEFORE, MERGE_RECORD, RECEIPT, RECEIPT_FOLDER
 from adapterkit.files.writing import copy_file, write_bytes, write_json, write_text
 from adapterkit.hub.names import public_name
 from adapterkit.merging.plan.types import Hashes, MergePlan, total_size
@@ -20,7 +20,7 @@ from adapterkit.merging.receipts.receipt import Companions, as_json, encode, fin
 from adapterkit.text import counted, file_rows, markdown
 
 README = "README.md"
-REPLACED = (README, RECORD, RECEIPT, CONFIG)  # and the index
+REPLACED = (README, MERGE_RECORD, RECEIPT, CONFIG)  # and the index
 
 
 def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes, receipt: bool) -> None:
@@ -36,7 +36,7 @@ def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes, receipt: bool) -
         write_bytes(folder / RECEIPT, encode(as_json(plan, hashes, companions)))
     if not base.is_directory:
         return
-    write_json(folder / RECORD, record(plan, hashes))
+    write_json(folder / MERGE_RECORD, record(plan, hashes))
     write_text(folder / README, card(plan, hashes))
     if base.index is not None:
         index = {"metadata": {"total_size": total_size(plan)}, "weight_map": dict(sorted(plan.weight_map.items()))}
@@ -47,7 +47,9 @@ def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes, receipt: bool) -
 
 def others(base: Checkpoint) -> list[str]:
     """List the files beside the weights that a merge copies, without those that it writes itself."""
-    return [str(file) for file in base.other_files()[0] if str(file) not in REPLACED and file.parts[0] != FOLDER]
+    return [
+        str(file) for file in base.other_files()[0] if str(file) not in REPLACED and file.parts[0] != RECEIPT_FOLDER
+    ]
 
 
 def companions_of(base: Checkpoint) -> list[Path]:
@@ -77,8 +79,8 @@ def replaced_in(base: Checkpoint) -> list[str]:
     """List the files that a merge replaces; anything but a regular file is already reported as left out."""
     folder = _beside(base)
     names = [*REPLACED, *([base.index.name] if base.index else [])]
-    names = [name for name in names if os.path.lexists(folder / name) and kind_of(folder / name) is None]
-    return names + [str(file.relative_to(folder)) for file in _files_below(folder / FOLDER)]
+    names = [name for name in names if os.path.lexists(folder / name) and unsafe_kind(folder / name) is None]
+    return names + [str(file.relative_to(folder)) for file in _files_below(folder / RECEIPT_FOLDER)]
 
 
 def restore_replaced(kept: Path, folder: Path) -> dict[str, str]:
@@ -90,7 +92,7 @@ def restore_replaced(kept: Path, folder: Path) -> dict[str, str]:
     for name in names:
         inner = Path(name)
         index = len(inner.parts) == 1 and name.endswith(INDEX_SUFFIX)
-        if not (index or name in REPLACED or inner.parts[0] == FOLDER):
+        if not (index or name in REPLACED or inner.parts[0] == RECEIPT_FOLDER):
             raise UnsafeFileError(f"{kept / BEFORE / name}: is nothing that a merge keeps; remove it")
     names.sort(key=lambda name: name == CONFIG)
     return {name: copy_file(kept, f"{BEFORE}/{name}", folder / name) for name in names}

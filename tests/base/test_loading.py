@@ -24,7 +24,7 @@ from adapterkit.base.models import loading, tokenizer_subprocess, tokenizing
 from adapterkit.base.models.loading import harmless, load_causal, load_tokenizer, quiet
 from adapterkit.base.models.tokenizing import decoded, tokenized
 from adapterkit.errors import FormatError, UnsafeFileError
-from adapterkit.files import limits
+from adapterkit.files import sandbox_subprocess
 from adapterkit.train.data import chat_template_subprocess, parquet_subprocess
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
@@ -423,12 +423,12 @@ def test_a_pattern_that_takes_hours_is_ended(
         change(model / "tokenizer.json", normalizer=replaced(SLOW))
         change(model / "tokenizer_config.json", extra_special_tokens={"token": "a" * 20_000})
     message = adapterkit("eval", model, text).message(1)
-    assert "model: its tokenizer takes more than 1 s of processor time for it" in message
+    assert "model: its tokenizer took more than 1 s of CPU time" in message
 
 
 def test_an_escaped_key_is_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(tokenizing.Bounded, "ask", lambda self, request, longest: asked.append(request) or {})
+    monkeypatch.setattr(tokenizing.Sandbox, "ask", lambda self, request, longest: asked.append(request) or {})
     file = model / "tokenizer.json"
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {"normalizer": replaced("a")}).replace("Reg", "R\\u0065g")
@@ -480,7 +480,7 @@ def test_a_program_that_bounds_itself_may_be_bounded_already(
     )
     command = [sys.executable, "-c", f"{bounds}; os.execv(sys.argv[1], sys.argv[1:])", sys.executable]
     ended = subprocess.run(
-        [*command, "-P", limits.__file__, program.__file__, str(1 << 40), *arguments],
+        [*command, "-P", sandbox_subprocess.__file__, program.__file__, str(1 << 40), *arguments],
         input=request_,
         capture_output=True,
         check=False,

@@ -104,7 +104,7 @@ def test_files_of_the_cache_with_other_bytes_than_on_the_hub(
             file.unlink()
             file.symlink_to(f"../../blobs/{blob.name}")
             result = adapterkit(*command.split())
-            assert result.code == 0 and f"{file.name}: was not checked, since the Hub names no hash" in result.err, (
+            assert result.code == 0 and f"{file.name}: could not be verified: the Hub gives no hash" in result.err, (
                 result
             )
             shutil.rmtree("out", ignore_errors=True)

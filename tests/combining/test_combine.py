@@ -559,10 +559,10 @@ def test_the_output_is_whole_ours_and_names_its_sources(two: tuple[Path, Path], 
     assert [one["weight"] for one in record["from"]] == [0.25, 1.0] and record["made"] == "combined by linear"
     assert record["from"][0]["files"]["adapter_model.safetensors"] in (out / "README.md").read_text()
     assert str(tmp_path) not in json.dumps(record) + (out / "README.md").read_text()
-    with pytest.raises(adapterkit.AdapterkitError, match="exists already"):
+    with pytest.raises(adapterkit.AdapterkitError, match="already exists"):
         adapterkit.combine([two[0]], out)
     adapterkit.combine([two[0]], out, overwrite=True)
-    with pytest.raises(UsageError, match="is or lies in the input"):
+    with pytest.raises(UsageError, match="is the input"):
         adapterkit.combine([out], out, overwrite=True)
     assert {file.name for file in out.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "adapterkit_adapter.json",
@@ -608,7 +608,7 @@ def test_a_dry_run_checks_and_makes_nothing(args: list[str], tmp_path: Path, mon
     assert json.loads(run_adapterkit(*args, "-o", "out", "--dry-run", "--json").out)["modules"] == 4
     assert contents(tmp_path) == before
     (tmp_path / "taken").write_text("")
-    assert "exists already" in run_adapterkit(*args, "-o", "taken", "--dry-run").message(7)
+    assert "already exists" in run_adapterkit(*args, "-o", "taken", "--dry-run").message(7)
     missing = [arg.replace("one", "none").replace("tuned", "none") for arg in args]
     assert run_adapterkit(*missing, "-o", "out", "--dry-run").code == 1
 

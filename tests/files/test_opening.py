@@ -16,9 +16,9 @@ import pytest
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files import opening
 from adapterkit.files.opening import (
-    MOST_NESTED,
-    PIECE,
-    blob_of,
+    CHUNK_BYTES,
+    MAX_FOLDER_DEPTH,
+    cache_blob,
     files_below,
     open_inside,
     open_regular,
@@ -97,15 +97,15 @@ def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
         open_inside(tmp_path, "x")
 
 
-@pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES])
 def test_as_many_bytes_as_the_limit_are_read_and_no_more(size: int, tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(data := bytes(range(256)) * (size // 256) + b"x" * (size % 256))
     assert read_whole(file, size) == read_whole(file, size + 1) == data
     assert sha256_of(file) == hashlib.sha256(data).hexdigest()
-    with pytest.raises(FormatError, match=f"x: is larger than {size - 1:,} bytes, the most that is read"):
+    with pytest.raises(FormatError, match=f"x: is too large, expected at most {size - 1:,} bytes"):
         read_whole(file, size - 1)
-    with open("/dev/zero", "rb") as endless, pytest.raises(FormatError, match="is larger than"):
+    with open("/dev/zero", "rb") as endless, pytest.raises(FormatError, match="is too large"):
         read_up_to(endless, size, file)
 
 
@@ -237,12 +237,12 @@ def test_what_lies_below_a_folder(tmp_path: Path) -> None:
 
 
 def test_folders_nested_as_deep_as_functions_that_call_themselves_can_copy(tmp_path: Path) -> None:
-    deepest = tmp_path.joinpath(*"d" * MOST_NESTED)
+    deepest = tmp_path.joinpath(*"d" * MAX_FOLDER_DEPTH)
     deepest.mkdir(parents=True)
     (deepest / "x").touch()
     assert list(files_below(tmp_path)) == [(deepest.relative_to(tmp_path) / "x", None)]
     (deepest / "d").mkdir()
-    with pytest.raises(FormatError, match="lies in folders nested more than 100 deep; move it up"):
+    with pytest.raises(FormatError, match="is nested more than 100 folders deep; move it up"):
         list(files_below(tmp_path))
 
 
@@ -255,10 +255,10 @@ def test_folders_deeper_than_a_path_can_be(tmp_path: Path) -> None:
     os.close(at)
     with pytest.raises(FormatError, match="cannot be read: File name too long"):
         list(files_below(tmp_path))
-    assert blob_of(tmp_path) is None
+    assert cache_blob(tmp_path) is None
 
 
 def test_a_link_is_named_as_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "x").symlink_to("/etc/passwd")
-    with pytest.raises(UnsafeFileError, match="x: is a link, which could lead to any file; replace it with the file"):
+    with pytest.raises(UnsafeFileError, match="x: is a link and could point to any file; replace it with the file"):
         open_inside(tmp_path, "x")

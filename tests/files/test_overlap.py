@@ -10,9 +10,9 @@ import pytest
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files import overlap
 from adapterkit.files.opening import files_below
-from adapterkit.files.overlap import check_apart
+from adapterkit.files.overlap import check_disjoint
 
-LIES, HOLDS, APART = "is or lies in the input", "holds the input", ""
+LIES, HOLDS, APART = "is the input", "contains the input", ""
 # What is made, in order: `folder/`, `file`, `link -> target`, `hard = file`; an input; an output; how they are.
 CASES = {
     "nothing of either": ([], "in", "out", APART),
@@ -66,9 +66,9 @@ def test_whether_an_output_is_apart_from_an_input(case: str, tmp_path: Path, mon
         paths = [Path(one) for one in inputs], [Path(one) for one in outputs]
         if expected:
             with pytest.raises(UsageError, match=f"{out}: {expected} .*{read}"):
-                check_apart(*paths)
+                check_disjoint(*paths)
         else:
-            check_apart(*paths)
+            check_disjoint(*paths)
 
 
 def test_inputs_of_any_depth(tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_inputs_of_any_depth(tmp_path: Path) -> None:
         deep.mkdir()
         deep /= "d"
     with pytest.raises(UsageError, match=HOLDS):
-        check_apart([deep.parent], [tmp_path / "in"])
-    check_apart([tmp_path / "in"], [tmp_path / "out"])
-    with pytest.raises(FormatError, match="nested more than 100 deep"):
+        check_disjoint([deep.parent], [tmp_path / "in"])
+    check_disjoint([tmp_path / "in"], [tmp_path / "out"])
+    with pytest.raises(FormatError, match="nested more than 100 folders deep"):
         list(files_below(tmp_path / "in"))
     for _ in range(depth):
         deep = deep.parent
@@ -97,7 +97,7 @@ def test_a_folder_in_the_output_that_is_another_by_a_mount(
     inode = overlap._inode
     monkeypatch.setattr(overlap, "_inode", lambda path: inode(tmp_path / "in" if path.name == "mount" else path))
     if read == "other":
-        check_apart([tmp_path / read], [tmp_path / "out"])
+        check_disjoint([tmp_path / read], [tmp_path / "out"])
     else:
         with pytest.raises(UsageError, match=f"out: {HOLDS}"):
-            check_apart([tmp_path / read], [tmp_path / "out"])
+            check_disjoint([tmp_path / read], [tmp_path / "out"])

@@ -171,7 +171,7 @@ def test_a_file_that_is_an_input_by_another_name(inputs: Path, monkeypatch: pyte
     result = adapterkit(
         "merge", "one.safetensors", "adapter", "-o", "out.safetensors", "--overwrite", "--allow-partial"
     )
-    assert "is or lies in the input" in result.message_of_last(2)
+    assert "is the input" in result.message_of_last(2)
     assert adapterkit("merge", "one.safetensors", "adapter", "-o", "new.safetensors", "--allow-partial").code == 0
     after = contents(inputs)
     assert {name: after[name] for name in before} == before
@@ -266,7 +266,7 @@ def test_another_kind_in_the_way_is_told_before_anything_is_computed(inputs: Pat
     out, base = inputs / "out", inputs / "base" / ("" if there == "file" else "model-00001-of-00002.safetensors")
     shutil.copytree(inputs / "merged", out) if there == "directory" else out.write_text("years of work")
     before = contents(inputs)
-    with pytest.raises(OutputExistsError, match=f"is a {there}, the output is a"):
+    with pytest.raises(OutputExistsError, match=f"is a {there}, but the output is a"):
         package.plan_merge(base, [inputs / "adapter"], out, overwrite=True, allow_partial=True)
     assert contents(inputs) == before
 
@@ -288,9 +288,9 @@ def test_long_names(inputs: Path) -> None:
     assert adapterkit("merge", inputs / "base", inputs / "adapter", "-o", long).code == 0
     file = inputs / "base" / "model-00001-of-00002.safetensors"
     result = adapterkit("merge", file, inputs / "adapter", "-o", inputs / ("x" * 250), "--allow-partial")
-    assert "too long for a receipt" in result.message_of_last(2)
+    assert "too long to add a receipt" in result.message_of_last(2)
     bare = adapterkit("merge", file, inputs / "adapter", "-o", inputs / ("x" * 255), "--allow-partial", "--no-receipt")
-    assert "exists already" in bare.message_of_last(7)
+    assert "already exists" in bare.message_of_last(7)
     shutil.rmtree(long)
     words = ["merge", file, inputs / "adapter", "-o", inputs / ("x" * 255), "--allow-partial", "--no-receipt"]
     assert adapterkit(*words).code == 0 and adapterkit(*words, "--overwrite").code == 0
@@ -314,7 +314,7 @@ def test_a_receipt_that_cannot_be_flushed(inputs: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", failing(OSError(errno.ENOSPC, "No space left on device")))
         said = adapterkit(*words, "--scale=2", "--overwrite").message_of_last(6)
-    assert said.endswith("free some space; nothing was kept")
+    assert said.endswith("free some space; nothing was written")
     assert contents(inputs) == before
     assert adapterkit("unmerge", out, "-o", inputs / "again").code == 0
     assert (inputs / "again").read_bytes() == file.read_bytes()
@@ -362,11 +362,11 @@ def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n")
     script = """
 from adapterkit.cli import signals
-from adapterkit.files.staging import uninterrupted
+from adapterkit.files.staging import defer_signals
 signals.end_cleanly()
 try:
     import slow
-    with uninterrupted():
+    with defer_signals():
         print("held")
     while True:
         pass

@@ -26,7 +26,7 @@ from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.files import sandbox, system
 from adapterkit.files.opening import open_inside
 from adapterkit.files.outfile import OutputFile
-from adapterkit.files.sandbox import Bounded
+from adapterkit.files.sandbox import Sandbox
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.workspace import Mark, Workspace
 
@@ -147,7 +147,7 @@ def test_ctrl_c_at_any_step_leaves_the_old_output_or_the_new(
     out = tmp_path / "out"
 
     def make(text: str) -> None:
-        with staged(Destination(out, overwrite=True, ours=lambda _: True)) as new:
+        with staged(Destination(out, overwrite=True, is_ours=lambda _: True)) as new:
             (new / "file").write_text(text)
 
     make("old")
@@ -220,21 +220,21 @@ def main(limits, seconds):
 def test_memory_that_the_system_does_not_limit_is_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS, by the parent."""
     monkeypatch.setattr(system, "LIMITS_MEMORY", False)
-    monkeypatch.setattr(sandbox, "ITSELF", 1 << 26)
+    monkeypatch.setattr(sandbox, "BASELINE_BYTES", 1 << 26)
     (tmp_path / "greedy.py").write_text(GREEDY)
     with (
-        Bounded(tmp_path / "greedy.py", 60, 1 << 20, "the program") as process,
-        pytest.raises(
-            FormatError, match="the program ends the process that it is given to, perhaps for want of memory"
-        ),
+        Sandbox(tmp_path / "greedy.py", 60, 1 << 20, "the program") as process,
+        pytest.raises(FormatError, match="the program crashed its sandbox process, possibly out of memory"),
     ):
         process.ask("{}", 100)
 
 
 def test_a_program_that_nothing_can_limit_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
-    with pytest.raises(AdapterkitError, match="the program needs limits on time and memory, which Python has on Linux"):
-        Bounded(tmp_path / "greedy.py", 60, 1 << 20, "the program").ask("{}", 100)
+    with pytest.raises(
+        AdapterkitError, match="the program needs limits on time and memory, which Python supports on Linux"
+    ):
+        Sandbox(tmp_path / "greedy.py", 60, 1 << 20, "the program").ask("{}", 100)
 
 
 # --- what is used where ----------------------------------------------------------------------------------------------
@@ -260,7 +260,12 @@ def used_elsewhere(file: Path) -> list[str]:
 def test_what_a_system_may_lack_is_used_in_one_module() -> None:
     """But for a program that imports nothing of the package, and what is asked for only where it is there."""
     timer = ("SIGALRM", "setitimer", "siginterrupt", "ITIMER_REAL")
-    known = {"files/system.py": "", "files/limits.py": "", "files/outfile.py": "pwrite", "cli/signals.py": timer}
+    known = {
+        "files/system.py": "",
+        "files/sandbox_subprocess.py": "",
+        "files/outfile.py": "pwrite",
+        "cli/signals.py": timer,
+    }
     found = [line for file in sorted(PACKAGE.rglob("*.py")) for line in used_elsewhere(file)]
     assert [line for line in found if not line.endswith(known.get(line.partition(":")[0], "nothing"))] == []
     assert len(used_elsewhere(Path(system.__file__))) > 10

@@ -21,8 +21,8 @@ from standins import failing, nth_call
 
 from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
 from adapterkit.files import system
-from adapterkit.files.staging import RECEIPT, Destination, receipts_aside, staged, work_left
-from adapterkit.files.workspace import MARK, Mark, Workspace, receipt_of, remove, remove_unmarked, seen
+from adapterkit.files.staging import RECEIPT, Destination, staged, unfinished_work, workspace_receipts
+from adapterkit.files.workspace import MARK, Mark, Workspace, receipt_of, remove_tree, remove_unmarked, workspaces_of
 
 IO = OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -46,7 +46,7 @@ def dead(out: Path, job: str | None = None, **how: Any) -> Workspace:
 
 def made(out: Path, text: str, **how: Any) -> None:
     """Make the directory `out`."""
-    with staged(Destination(out, overwrite=True, ours=lambda _: True), **how) as new:
+    with staged(Destination(out, overwrite=True, is_ours=lambda _: True), **how) as new:
         (new / "file").write_text(text)
 
 
@@ -82,7 +82,7 @@ SPOILED: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("how", SPOILED)
 def test_what_is_not_quite_a_workspace_stays(tmp_path: Path, how: str) -> None:
     work = dead(tmp_path / "out")
-    assert [one.path for one in seen(tmp_path / "out")] == [work.path]
+    assert [one.path for one in workspaces_of(tmp_path / "out")] == [work.path]
     SPOILED[how](work.path)
     names = sorted(os.listdir(tmp_path))
     assert Workspace.open(work.path) is None
@@ -119,11 +119,11 @@ def test_a_folder_is_removed_only_while_it_is_as_empty_as_at_the_start(tmp_path:
 
 def test_a_living_run_is_left_alone_and_a_dead_one_is_not(tmp_path: Path) -> None:
     work = Workspace.create(tmp_path, Mark("out"))
-    with pytest.raises(OutputExistsError, match="another adapterkit is writing there"):
+    with pytest.raises(OutputExistsError, match="another adapterkit process is writing to it"):
         made(tmp_path / "out", "second")
     assert work.path.exists() and not (tmp_path / "out").exists()
     made(tmp_path / "other", "beside it")
-    assert work_left(tmp_path / "out", "train") is None
+    assert unfinished_work(tmp_path / "out", "train") is None
     work.close()
     made(tmp_path / "out", "second")
     assert sorted(os.listdir(tmp_path)) == ["other", "out"]
@@ -161,7 +161,7 @@ def test_a_mark_is_for_its_user_alone(tmp_path: Path) -> None:
 
 def test_what_goes_away_meanwhile_need_not_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of an old output, and a mark that could not be written: the error is that of the disk."""
-    remove(tmp_path / "gone")
+    remove_tree(tmp_path / "gone")
 
     def fsync(_: int) -> None:
         [mark] = tmp_path.glob(f".adapterkit-*/{MARK}")
@@ -193,11 +193,11 @@ def test_a_workspace_that_cannot_be_marked_is_not_left(
 def test_a_run_goes_on_with_its_own_job_only(tmp_path: Path, job: str | None, precious: bool, resume: bool) -> None:
     """What is precious goes when its own job begins again; what is not goes with any."""
     work = dead(tmp_path / "out", "mine", precious=precious)
-    assert work_left(tmp_path / "out", "mine") == work.new and work_left(tmp_path / "out", "other") is None
+    assert unfinished_work(tmp_path / "out", "mine") == work.new and unfinished_work(tmp_path / "out", "other") is None
     with staged(Destination(tmp_path / "out"), job=job, resume=resume, precious=precious) as new:
         taken = job == "mine" and resume
         assert (new == work.new) is taken and (new / "begun").exists() is taken
-        assert [one.path for one in seen(tmp_path / "out") if one.alive] == [new.parent]
+        assert [one.path for one in workspaces_of(tmp_path / "out") if one.alive] == [new.parent]
         assert work.path.exists() is (taken or (precious and job != "mine"))
 
 
@@ -209,14 +209,14 @@ def test_what_was_kept_is_said_where_a_run_may_go_on(tmp_path: Path, error: Base
     error = type(error)(*error.args)  # notes add up
     with (
         pytest.raises((KeyboardInterrupt, AdapterkitError)) as raised,
-        staged(Destination(tmp_path / "new" / "out"), job="mine", kept=lambda _: kept),
+        staged(Destination(tmp_path / "new" / "out"), job="mine", resume_hint=lambda _: kept),
     ):
         raise error
     stopped = isinstance(raised.value, KeyboardInterrupt | NoSpaceError)
     assert stopped is (error.args != IO.args)
-    assert getattr(raised.value, "__notes__", []) == [kept or "nothing was kept"] * stopped
+    assert getattr(raised.value, "__notes__", []) == [kept or "nothing was written"] * stopped
     assert list(tmp_path.rglob("*") if not kept else tmp_path.glob("new/out")) == []
-    assert (work_left(tmp_path / "new" / "out", "mine") is not None) is bool(kept)
+    assert (unfinished_work(tmp_path / "new" / "out", "mine") is not None) is bool(kept)
 
 
 def test_a_workspace_that_cannot_be_removed_is_said(
@@ -283,7 +283,7 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path, directory: bool, pl
     """Nor with --overwrite, which was said of what was there at the start."""
     out = tmp_path / "out"
     with (
-        pytest.raises(OutputExistsError, match="appeared while it was being made; choose another `output`")
+        pytest.raises(OutputExistsError, match="appeared during the run; choose another `output`")
         if not directory or place == "out"
         else nullcontext(),
         staged(Destination(out, directory=directory, overwrite=True, beside=not directory)) as new,
@@ -318,7 +318,7 @@ def test_read_only_folders_are_opened_to_be_removed_and_no_others(
     monkeypatch.setattr(shutil, "rmtree", nth_call(shutil.rmtree, 1, failing(PermissionError(errno.EACCES, "no"))))
     changed, chmod = [], Path.chmod
     monkeypatch.setattr(Path, "chmod", lambda path, mode: (changed.append(path), chmod(path, mode)))
-    remove(tmp_path / "old")
+    remove_tree(tmp_path / "old")
     assert sorted(changed) == [tmp_path / "old", inner.parent, inner]
     assert os.listdir(tmp_path) == ["thesis"] and (tmp_path / "thesis").stat().st_mode & 0o777 == 0o755
 
@@ -330,11 +330,14 @@ def test_an_old_output_that_was_put_aside_and_another_in_its_place(tmp_path: Pat
     (work.old / "file").write_text("old")
     (tmp_path / "out").mkdir()
     before = contents(tmp_path)
-    with pytest.raises(OutputExistsError, match="was put aside as .*/old by a run that ended there"):
+    with pytest.raises(OutputExistsError, match="a run that ended early had moved this output to .*/old;"):
         made(tmp_path / "out", "new")
     assert contents(tmp_path) == before
     (tmp_path / "out").rmdir()
-    with pytest.raises(KeyboardInterrupt), staged(Destination(tmp_path / "out", overwrite=True, ours=lambda _: True)):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        staged(Destination(tmp_path / "out", overwrite=True, is_ours=lambda _: True)),
+    ):
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"out": None, "out/file": b"old"}
 
@@ -391,7 +394,7 @@ def test_a_run_that_ends_at_any_step(
     """The output is the old or the new, each with its receipt, at the latest when the next run has begun."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # which takes most of the time
     out = tmp_path / "out"
-    place = Destination(out, directory=directory, overwrite=True, beside=not directory, ours=lambda _: True)
+    place = Destination(out, directory=directory, overwrite=True, beside=not directory, is_ours=lambda _: True)
 
     def make(text: str, receipt: bool) -> None:
         with staged(place) as new:
@@ -419,7 +422,7 @@ def test_a_run_that_ends_at_any_step(
         ended, nth, found = steps() >= nth, nth + 1, state()
         if isinstance(error, Died):
             if before == ("old", "old") and found and found[0] != found[1]:
-                assert found[0] in [(path / RECEIPT).read_text() for path in receipts_aside(out)]
+                assert found[0] in [(path / RECEIPT).read_text() for path in workspace_receipts(out)]
         else:
             assert found == (before if raised else after), nth
         with pytest.raises(KeyboardInterrupt), staged(place):
@@ -461,7 +464,7 @@ def test_an_output_needs_a_name_of_its_own(out: str, tmp_path: Path, monkeypatch
 def test_another_kind_in_the_way_is_named(tmp_path: Path, directory: bool) -> None:
     out = tmp_path / "out"
     out.write_text("x") if directory else (out / "x").mkdir(parents=True)
-    said = "is a file, the output is a directory" if directory else "is a directory, the output is a file"
+    said = "is a file, but the output is a directory" if directory else "is a directory, but the output is a file"
     with pytest.raises(OutputExistsError, match=rf"out: {said}; choose another `output`, or remove it"):
         Destination(out, directory=directory, overwrite=True).check()
 
@@ -473,7 +476,7 @@ def test_only_commands_that_can_replace_offer_it(tmp_path: Path, overwrite: bool
     (tmp_path / "out" / "x").mkdir(parents=True)
     with pytest.raises(OutputExistsError) as raised:
         Destination(tmp_path / "out", overwrite=overwrite).check()
-    assert str(raised.value) == f"{tmp_path}/out: exists already; choose another {end}"
+    assert str(raised.value) == f"{tmp_path}/out: already exists; choose another {end}"
 
 
 @pytest.mark.parametrize("length", [247, 248, 255])
@@ -486,7 +489,7 @@ def test_only_a_receipt_needs_room_in_a_name(length: int, tmp_path: Path) -> Non
     if length == 247:
         place.check()
         return
-    with pytest.raises(UsageError, match="its name is too long for a receipt beside it"):
+    with pytest.raises(UsageError, match="the name is too long to add a receipt"):
         place.check()
 
 
@@ -539,7 +542,7 @@ def test_what_has_its_name_has_all_its_bytes_on_the_disk(
 
         return rename
 
-    place = Destination(out, directory=directory, overwrite=True, ours=lambda _: True)
+    place = Destination(out, directory=directory, overwrite=True, is_ours=lambda _: True)
     if old:
         with staged(place) as new:
             make(new)
@@ -566,14 +569,14 @@ def test_receipts_are_found_aside_while_a_file_is_swapped(
 ) -> None:
     """unmerge looks there where the receipt beside the file is of another state of it."""
     out = tmp_path / "out"
-    place = Destination(out, directory=False, overwrite=True, ours=lambda _: True)
+    place = Destination(out, directory=False, overwrite=True, is_ours=lambda _: True)
 
     def make(text: str) -> None:
         with staged(place) as new:
             new.write_text(text)
             (new.parent / "receipt").mkdir()
             (new.parent / "receipt" / RECEIPT).write_text(text)
-            assert [(path / RECEIPT).read_text() for path in receipts_aside(out)] == [text]
+            assert [(path / RECEIPT).read_text() for path in workspace_receipts(out)] == [text]
 
     if old:
         make("old")
@@ -583,12 +586,12 @@ def test_receipts_are_found_aside_while_a_file_is_swapped(
 
     def replacing(source: Path, target: Path) -> Any:
         if target == out:
-            found.extend((path / RECEIPT).read_text() for path in receipts_aside(out))
+            found.extend((path / RECEIPT).read_text() for path in workspace_receipts(out))
         return replace(source, target)
 
     monkeypatch.setattr(owner, name, replacing)
     make("new")
-    assert found == ["old"] * old and receipts_aside(out) == []
+    assert found == ["old"] * old and workspace_receipts(out) == []
     assert (receipt_of(out) / RECEIPT).read_text() == "new"
 
 

@@ -658,10 +658,10 @@ def test_a_flipped_bit_in_the_cache_does_not_get_into_a_merge(hub: Hub, adapter:
     before = contents(tmp_path)
     for command in (["merge", "lab/base", ADAPTER], ["merge", "lab/base", ADAPTER, "--no-receipt"]):
         message = adapterkit(*command, "-o", tmp_path / "out").message(1)
-        assert "is damaged" in message
+        assert "is corrupt" in message
         assert "`adapterkit pull` replaces it" in message
     if of == ADAPTER:
-        assert "is damaged" in adapterkit("combine", ADAPTER, "-o", tmp_path / "out").message(1)
+        assert "is corrupt" in adapterkit("combine", ADAPTER, "-o", tmp_path / "out").message(1)
     assert contents(tmp_path) == before
 
 
@@ -676,7 +676,7 @@ def test_a_hub_that_says_two_things_of_a_file(
         hub.fail("GET .*safetensors", body=b"x" * (1 << 16), endless=True, times=9)
         assert "the Hub sent more than 1,0" in adapterkit("pull", ADAPTER).message_of_last(1)
         hub.faults.clear()
-        assert f"{WEIGHTS} was not checked, since the Hub names no hash of it" in adapterkit("pull", ADAPTER).err
+        assert f"{WEIGHTS} could not be verified: the Hub gives no hash for it" in adapterkit("pull", ADAPTER).err
         return
     hub.fail("HEAD .*safetensors", 200, body=b"", headers=headers, times=9)
     assert adapterkit("pull", ADAPTER).code == 1

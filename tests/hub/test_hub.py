@@ -272,7 +272,7 @@ def test_pull_into_a_folder(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     assert adapterkit("pull", ADAPTER, "-o", out).out.strip() == str(out)
     assert files(out)["adapter_model.safetensors"] == files(adapter)["adapter_model.safetensors"]
     assert not any(path.is_symlink() for path in out.iterdir())
-    assert "exists already" in adapterkit("pull", ADAPTER, "-o", out).message(7)
+    assert "already exists" in adapterkit("pull", ADAPTER, "-o", out).message(7)
 
 
 @pytest.mark.parametrize("where", ["", "x", "../x", "../../blobs/x"])
@@ -293,7 +293,7 @@ def test_no_output_goes_where_the_cache_has_an_input(
         "eval ADAPTER": (base, ADAPTER, data, "--predictions", out / "p", "--overwrite"),
     }  # fmt: skip
     message = adapterkit(command.split()[0], *args[command]).message(2)
-    assert f"is or lies in the input {tmp_path / 'hub-cache' / 'models--'}" in message
+    assert f"is the input {tmp_path / 'hub-cache' / 'models--'}" in message
     assert contents(tmp_path) == before and len(hub.requests) == asked
 
 

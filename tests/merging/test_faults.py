@@ -175,7 +175,7 @@ def test_interrupted(inputs: Path, place: tuple[str, int]) -> None:
         assert result.stderr.strip() == f"error: interrupted; {inputs}/out is complete"
         assert loads(inputs / "out") and names(inputs) == ["adapter", "base", "out"]
     else:
-        assert result.stderr.strip() == "error: interrupted; nothing was kept"
+        assert result.stderr.strip() == "error: interrupted; nothing was written"
         assert nothing_left(inputs)
 
 
@@ -393,12 +393,12 @@ def test_two_that_make_one_output(inputs: Path) -> None:
     with staged(Destination(inputs / "out")) as new:
         for command in (("merge", inputs / "base", inputs / "adapter"), ("unmerge", inputs / "merged")):
             outcome = adapterkit(*command, "-o", inputs / "out")
-            assert "another adapterkit is writing there right now" in outcome.message(7)
+            assert "another adapterkit process is writing to it" in outcome.message(7)
         (new / "theirs").touch()
     assert names(inputs / "out") == ["theirs"]
     shutil.rmtree(inputs / "out")
     with (
-        pytest.raises(OutputExistsError, match="appeared while it was being made"),
+        pytest.raises(OutputExistsError, match="appeared during the run"),
         staged(Destination(inputs / "out")),
     ):
         workspace = building(inputs).parent
@@ -598,7 +598,7 @@ def test_a_file_that_appears_beside_the_base_meanwhile(tmp_path: Path, monkeypat
     write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
     late = partial((tmp_path / "base" / "merges.txt").write_text, "late")
     monkeypatch.setattr(finish, "finish_merge", nth_call(finish.finish_merge, 1, late))
-    assert "base/merges.txt: was not there when this began" in merge(tmp_path).message(1)
+    assert "base/merges.txt: appeared after the run began" in merge(tmp_path).message(1)
     assert nothing_left(tmp_path)
 
 
@@ -756,7 +756,7 @@ def test_an_empty_directory_is_no_obstacle(inputs: Path) -> None:
 def test_what_adapterkit_made_is_replaced_when_asked(inputs: Path) -> None:
     assert merge(inputs).code == 0
     first = contents(inputs / "out")
-    assert "exists already" in merge(inputs, "--scale=2").message(7)
+    assert "already exists" in merge(inputs, "--scale=2").message(7)
     assert contents(inputs / "out") == first
     assert merge(inputs, "--scale=2", "--overwrite").code == 0
     assert contents(inputs / "out") != first
@@ -785,7 +785,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(inputs: Path, monkeypa
         (inputs / "out" / "thesis.tex").write_text("years of work")
 
     monkeypatch.setattr(finish, "finish_merge", nth_call(finish.finish_merge, 1, appear))
-    assert "appeared while" in merge(inputs).message(7)
+    assert "appeared during" in merge(inputs).message(7)
     assert contents(inputs / "out") == {"thesis.tex": b"years of work"}
     assert names(inputs) == ["adapter", "base", "out"]
 
@@ -912,5 +912,5 @@ def test_a_single_file_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert adapterkit("merge", file, adapter, "-o", out).code == 0
     assert names(tmp_path) == ["adapter", "base", "out.safetensors", "out.safetensors.receipt"]
     assert load_file(out)["model.layers.0.self_attn.q_proj.weight"].shape[1] == COLUMNS
-    assert "exists already" in adapterkit("merge", file, adapter, "-o", out).message(7)
+    assert "already exists" in adapterkit("merge", file, adapter, "-o", out).message(7)
     assert adapterkit("merge", file, adapter, "-o", out, "--overwrite").code == 0

@@ -108,7 +108,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a FIFO for tensors": (lambda run: fifo(checkpoints.at(run, STEP) / TENSORS), "cannot be read: a named pipe"),
     "a FIFO for a state": (lambda run: fifo(checkpoints.at(run, STEP) / STATE), "cannot be read: a named pipe"),
     "no sums": (lambda run: (checkpoints.at(run, STEP) / SUMS).unlink(), "SHA256SUMS: cannot be read: No such file"),
-    "long sums": (lambda run: os.truncate(checkpoints.at(run, STEP) / SUMS, 1 << 30), "is larger than 1,000 bytes"),
+    "long sums": (lambda run: os.truncate(checkpoints.at(run, STEP) / SUMS, 1 << 30), "is too large, expected at most 1,000 bytes"),
     "truncated": (lambda run: os.truncate(checkpoints.at(run, STEP) / TENSORS, 99), "does not match its SHA-256"),
     "empty": (lambda run: shutil.rmtree(checkpoints.at(run, STEP)) or checkpoints.at(run, STEP).mkdir(), "cannot be read"),
 }  # fmt: skip
@@ -189,7 +189,7 @@ OTHER: dict[str, tuple[Callable[[Path], object], str]] = {
     "a log below 0": (state(lambda s: s["log"].update(size=-1)), "metrics.jsonl: has changed since the run wrote it"),
     "a list": (text("[4]"), "expected a JSON object, found list"),
     "no JSON": (text("{"), "is not valid JSON"),
-    "a name twice": (text('{"log": {}, "log": {}}'), "the JSON names 'log' twice"),
+    "a name twice": (text('{"log": {}, "log": {}}'), "the JSON has the duplicate key 'log'"),
     "JSON without end": (text('{"a":' * 50_000), "is not valid JSON"),
     "a long number": (state(lambda s: s["progress"].update(seconds=10**400)), "seconds is inf, expected 0 or more"),
 }  # fmt: skip

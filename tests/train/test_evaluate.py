@@ -433,7 +433,7 @@ def test_predictions_are_written_and_not_over_others(tiny: Path, prompted: Path,
     names = ("where", "prompt", "expected", "completion", "exact", "f1", "right")
     assert rows == [{name: getattr(one, name) for name in names} for one in wanted]
     before = out.read_bytes()
-    assert "exists already" in evaluated(tiny, prompted, "--predictions", out).message(7)
+    assert "already exists" in evaluated(tiny, prompted, "--predictions", out).message(7)
     assert out.read_bytes() == before
     assert evaluated(tiny, prompted, "--predictions", out, "--overwrite").code == 0
     assert "right" not in json.loads(out.read_text().splitlines()[0])
@@ -470,7 +470,7 @@ def test_a_bar_where_there_is_a_terminal(tiny: Path, prompted: Path, monkeypatch
         (["BASE", "DATA", "--max-new-tokens", "3", "--no-generate"], 2, "--max-new-tokens and --no-generate cannot be combined"),
         (["BASE", "DATA", "--predictions", "x", "--no-generate"], 2, "--predictions and --no-generate cannot be combined"),
         (["BASE", "DATA", "--overwrite"], 2, "--overwrite needs --predictions FILE"),
-        (["BASE", "DATA", "--predictions", "DATA", "--overwrite"], 2, "held_out.jsonl: is or lies in the input"),
+        (["BASE", "DATA", "--predictions", "DATA", "--overwrite"], 2, "held_out.jsonl: is the input"),
         (["BASE", "TEXTS", "--generate"], 2, "no record has a prompt with a completion"),
         (["BASE", "TEXTS", "--answer", "x"], 2, "no record has a prompt with a completion"),
         (["BASE", "TEXTS", "--predictions", "x"], 2, "no record has a prompt with a completion"),

@@ -29,7 +29,7 @@ import adapterkit
 from adapterkit.base.checkpoint import open_checkpoint
 from adapterkit.cli.main import group
 from adapterkit.errors import AdapterkitError, FitError, FormatError, NoSpaceError, OutputExistsError, UsageError
-from adapterkit.files.staging import work_left
+from adapterkit.files.staging import unfinished_work
 from adapterkit.train.injection import lora_layers
 from adapterkit.train.layers import LoraLinear
 from adapterkit.train.loop import Loop, Stepped
@@ -106,7 +106,7 @@ def test_a_run_teaches_and_peft_reads_what_it_leaves(
     files = {"adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.jsonl",
              "adapterkit_recipe.yaml", "adapterkit_training.json"}  # fmt: skip
     assert {file.name for file in (tmp_path / "out").iterdir()} == files
-    assert work_left(tmp_path / "out", "train") is None
+    assert unfinished_work(tmp_path / "out", "train") is None
 
     model = AutoModelForCausalLM.from_pretrained(base)
     ids = torch.arange(3, 12)[None]
@@ -540,7 +540,7 @@ def test_a_recipe_in_the_output_stays(base: Path, data: Path, tmp_path: Path) ->
     recipe.parent.mkdir()
     recipe.write_text(f"base: {base}\ndata: {data}\n")
     refused = invoke("train", "--recipe", recipe, "-o", recipe.parent, "--overwrite")
-    assert isinstance(refused.exception, UsageError) and "holds the input" in str(refused.exception)
+    assert isinstance(refused.exception, UsageError) and "contains the input" in str(refused.exception)
 
 
 @pytest.mark.parametrize(

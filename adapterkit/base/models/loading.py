@@ -22,7 +22,7 @@ from adapterkit.base.quant.bnb_layers import has_scales, is_quantized
 from adapterkit.errors import FormatError, MissingPackageError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import open_inside, read_up_to
-from adapterkit.files.staging import errors_of
+from adapterkit.files.staging import map_os_errors
 from adapterkit.packages import needed
 
 GROWN = 100  # times that a normalizer may make a text longer; of real ones a few
@@ -116,7 +116,7 @@ def _folder_for(base: Checkpoint) -> Iterator[Path]:
     """A folder with what transformers may load of `base`, for as long as it loads."""
     refuse_unknown(base)
     with TemporaryDirectory(prefix="adapterkit-") as name:
-        with errors_of(Path(name)):
+        with map_os_errors(Path(name)):
             _fill(Path(name), base)
         yield Path(name)
 

@@ -1,4 +1,4 @@
-"""A program for `files/limits.py` that makes tokens of texts by the regular expressions of a stranger's tokenizer.
+"""A sandboxed program that splits texts by the regular expressions of an untrusted tokenizer.
 
 They are matched by backtracking: one of twenty characters runs for hours over a page of text, and holds Python up, so
 that not even ctrl-C ends it. Here the operating system stops it. Nothing is imported from the package, so that it
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapterkit.files.limits import Limits
+    from adapterkit.files.sandbox_subprocess import Limits
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, finalize
 from adapterkit.base.models import tokenizer_subprocess
 from adapterkit.errors import FormatError
 from adapterkit.files.opening import open_regular
-from adapterkit.files.sandbox import Bounded
+from adapterkit.files.sandbox import Sandbox
 
 SECONDS = 10  # of processor time for a text, of which a real tokenizer takes megabytes in one
 MEMORY = 1 << 32  # bytes for all its texts
@@ -22,7 +22,7 @@ PARTS = ("normalizer", "pre_tokenizer", "decoder")
 SHOWN = 240  # characters of an error
 LONGEST = 1 << 30  # characters of an answer
 
-_processes: WeakKeyDictionary[Any, Bounded | None] = WeakKeyDictionary()  # by tokenizer; None for one without any
+_processes: WeakKeyDictionary[Any, Sandbox | None] = WeakKeyDictionary()  # by tokenizer; None for one without any
 
 
 def check_loading(folder: Path, name: str) -> None:
@@ -33,7 +33,7 @@ def check_loading(folder: Path, name: str) -> None:
     with open_regular(file) as stream:
         if not REGEX.search(stream.read()):
             return
-    with Bounded(PROGRAM, SECONDS, MEMORY, f"{name}: its tokenizer") as process:
+    with Sandbox(PROGRAM, SECONDS, MEMORY, f"{name}: its tokenizer") as process:
         process.ask(json.dumps({"folder": str(folder)}), LONGEST)  # what else is wrong with it shows when it is loaded
 
 
@@ -67,14 +67,14 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(_asked(tokenizer, process, {"ids": [int(number) for number in ids]})["text"])
 
 
-def _process_of(tokenizer: Any, name: str) -> Bounded | None:
+def _process_of(tokenizer: Any, name: str) -> Sandbox | None:
     """The process that a tokenizer with regular expressions works in, None for any other."""
     if tokenizer not in _processes:
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         parts = [getattr(backend, part, None) for part in PARTS]
         process = None
         if any(REGEX.search(part.__getstate__()) for part in parts if part is not None):
-            process = Bounded(PROGRAM, SECONDS, MEMORY, f"{name}: its tokenizer")
+            process = Sandbox(PROGRAM, SECONDS, MEMORY, f"{name}: its tokenizer")
             finalize(tokenizer, process.end)
             split = bool(getattr(tokenizer, "split_special_tokens", False))
             _asked(tokenizer, process, {"tokenizer": backend.to_str(), "split": split})
@@ -82,7 +82,7 @@ def _process_of(tokenizer: Any, name: str) -> Bounded | None:
     return _processes[tokenizer]
 
 
-def _asked(tokenizer: Any, process: Bounded, request: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(tokenizer: Any, process: Sandbox, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         answer = process.ask(json.dumps(request), LONGEST)
     except FormatError:

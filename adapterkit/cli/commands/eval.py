@@ -117,7 +117,7 @@ def _destination(out: Path, paths: Sequence[str], overwrite: bool) -> Destinatio
 
     *models, data = paths
     inputs = (*map(place_of, models), Path(data).expanduser())
-    destination = Destination(out, inputs, directory=False, overwrite=overwrite, ours=_are_predictions)
+    destination = Destination(out, inputs, directory=False, overwrite=overwrite, is_ours=_are_predictions)
     destination.check()
     return destination
 

@@ -62,7 +62,7 @@ def train_command(
     if output is None:
         raise UsageError("no output given: -o OUT")
     if recipe_file is not None and not resume:  # a resumed run has its own recipe in its folder
-        Destination(Path(output), (Path(recipe_file),)).check_apart()
+        Destination(Path(output), (Path(recipe_file),)).check_disjoint()
     if plot is not None:
         from adapterkit.cli.views.figures import check_plot
 

@@ -47,7 +47,7 @@ def check_plot(path: Path) -> None:
 
 def _destination(path: Path) -> Destination:
     """Where a plot goes: to a free place, or over an earlier plot of ours."""
-    return Destination(path, directory=False, overwrite=True, ours=_is_plot)
+    return Destination(path, directory=False, overwrite=True, is_ours=_is_plot)
 
 
 def _is_plot(path: Path) -> bool:

@@ -17,7 +17,7 @@ from adapterkit.errors import AdapterkitError, FitError, FormatError, UnsafeFile
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import read_whole
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, read_header
-from adapterkit.files.staging import ADAPTER_RECORD, FOLDER, RECORD, TRAINING_RECORD
+from adapterkit.files.staging import ADAPTER_RECORD, MERGE_RECORD, RECEIPT_FOLDER, TRAINING_RECORD
 from adapterkit.files.stamps import Stamp, stamps_of
 from adapterkit.hub.names import is_inner, public_name
 from adapterkit.hub.upload import card
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 README = "README.md"
 RECIPE = "adapterkit_recipe.yaml"
 OF_RUN = (TRAINING_RECORD, RECIPE)  # what adapterkit wrote of how it was trained, with the paths as they were given
-OURS = (RECORD, ADAPTER_RECORD, *OF_RUN)
+OURS = (MERGE_RECORD, ADAPTER_RECORD, *OF_RUN)
 OF_TRAINING = re.compile(
     r"(optimizer|scheduler|rng_state|random_states|scaler|trainer_state|training_args|events\.out\.tfevents)\b.*"
 )
@@ -124,7 +124,7 @@ def _named_base(path: Path, adapter: Adapter | None) -> str | None:
     """The base that the adapter, the record of a merge, the card or the config names."""
     if adapter is not None:
         return adapter.base_model
-    record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
+    record = read_json(path / MERGE_RECORD) if (path / MERGE_RECORD).is_file() else {}
     of_merge = record.get("base", {}).get("name") if isinstance(record.get("base"), dict) else None
     config = read_json(path / CONFIG).get("_name_or_path")
     names = (of_merge, card.base_of(_text(path / README)), config)
@@ -173,9 +173,9 @@ def _of_model(path: Path, repo: str, base: str | None, license: str | None) -> t
 
 def _made(path: Path) -> tuple[tuple[str, ...], card.Relation]:
     """Tags, and what a model is of its base: merged or quantized by adapterkit, or trained."""
-    if not (path / RECORD).is_file():
+    if not (path / MERGE_RECORD).is_file():
         return ("adapterkit",) if (path / TRAINING_RECORD).is_file() else (), "finetune"
-    if read_json(path / RECORD).get("adapters"):
+    if read_json(path / MERGE_RECORD).get("adapters"):
         return ("adapterkit", "merge"), "merge"
     return ("adapterkit",), "quantized"
 
@@ -281,7 +281,7 @@ def _made_public(found: Mapping[str, Path], base: str | None, named: str | None)
         plain, change = text, ""
         if name in OURS:
             plain, change = shortened(text, relative=name in OF_RUN), "paths without their folders"
-        elif name.endswith(".json") and not name.startswith(f"{FOLDER}/"):  # by which merges are undone
+        elif name.endswith(".json") and not name.startswith(f"{RECEIPT_FOLDER}/"):  # by which merges are undone
             plain, change = _with_base(file, plain, base, named)
         check_public(file, plain)
         yield Upload(name, file) if plain == text else Upload(name, file, plain.encode(), change)

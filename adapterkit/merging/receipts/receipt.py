@@ -23,7 +23,7 @@ from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files.jsonfile import parse_json, read_json
 from adapterkit.files.opening import sha256_of
 from adapterkit.files.safetensors import FLOAT_DTYPES
-from adapterkit.files.staging import FOLDER, MAX_NAME_BYTES, RECEIPT, receipts_aside
+from adapterkit.files.staging import MAX_NAME_BYTES, RECEIPT, RECEIPT_FOLDER, workspace_receipts
 from adapterkit.files.workspace import receipt_of
 from adapterkit.hub.names import public_name
 from adapterkit.merging.plan.edits import Edit, ModuleUpdate
@@ -97,7 +97,7 @@ def folder_of(out: Path, directory: bool) -> Path:
 
 def sidecar_name(shard: str) -> str:
     """Where the sidecar of a shard lies in the receipt's folder."""
-    return f"{FOLDER}/{with_ending(shard, '.residuals')}"
+    return f"{RECEIPT_FOLDER}/{with_ending(shard, '.residuals')}"
 
 
 def with_ending(shard: str, ending: str) -> str:
@@ -175,7 +175,7 @@ def check_receipt(plan: MergePlan) -> None:
     hashes = Hashes(base, adapters, {file.name: unknown for file in plan.files})
     folder = folder_of(plan.out, plan.base.is_directory)
     raw = encode(as_json(plan, hashes, Companions({}, {})))
-    _parse(folder, parse_json(folder / RECEIPT, raw, large=True, any_name=True))
+    _parse(folder, parse_json(folder / RECEIPT, raw, large=True, allow_surrogates=True))
 
 
 def _part(delta: ModuleUpdate) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def find_receipt(out: Path) -> Path | None:
     """
     folder = folder_of(out, out.is_dir())
     folders = [folder] if os.path.isfile(folder / RECEIPT) else []  # Path.is_file raises for names that are too long
-    if not out.is_dir() and (aside := receipts_aside(out)):
+    if not out.is_dir() and (aside := workspace_receipts(out)):
         found = sha256_of(out)
         fitting = [one for one in [*folders, *aside] if read_receipt(one).shards[0].after == found]
         folders = fitting or folders
@@ -207,7 +207,7 @@ def find_receipt(out: Path) -> Path | None:
 
 def read_receipt(folder: Path) -> Receipt:
     """The receipt in `folder`, every field checked. Raises FormatError, UnsafeFileError for other places."""
-    return _parse(folder, read_json(folder / RECEIPT, large=True, any_name=True))
+    return _parse(folder, read_json(folder / RECEIPT, large=True, allow_surrogates=True))
 
 
 def _parse(folder: Path, facts: dict[str, Any]) -> Receipt:

@@ -16,8 +16,8 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.files import system
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import sha256_of
-from adapterkit.files.staging import FOLDER
-from adapterkit.files.workspace import remove
+from adapterkit.files.staging import RECEIPT_FOLDER
+from adapterkit.files.workspace import remove_tree
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import FilePlan, MergePlan
 from adapterkit.merging.receipts.done import FileDone, fingerprint, sha256_of_json
@@ -35,7 +35,7 @@ def job_of(plan: MergePlan, options: RunOptions) -> str:
     return f"merge {sha256_of_json([__version__, options.receipt, files, given])}"
 
 
-def say_what_is_kept(building: Path) -> str:
+def resume_hint(building: Path) -> str:
     """What of an interrupted merge is worth keeping."""
     kept = any(building.glob(f"{RECORDS}/*.json"))
     return "finished shards are kept: run it again with `resume=True`" if kept else ""
@@ -58,18 +58,18 @@ def take_over(plan: MergePlan, options: RunOptions, building: Path, adapters: Ad
     kept = {building / done.name for done in found} | {building / sidecar_name(done.name) for done in found}
     kept |= {_record_of(building, done.name) for done in found}
     for path in building.iterdir():
-        if path in (building / FOLDER, building / RECORDS) and path.is_dir() and not path.is_symlink():
+        if path in (building / RECEIPT_FOLDER, building / RECORDS) and path.is_dir() and not path.is_symlink():
             for inner in path.iterdir():
                 if inner not in kept:
-                    remove(inner)
+                    remove_tree(inner)
         elif path not in kept:
-            remove(path)
+            remove_tree(path)
     return found
 
 
 def clear_records(building: Path) -> None:
     """Remove the records, when there is nothing to resume any more."""
-    remove(building / RECORDS)
+    remove_tree(building / RECORDS)
 
 
 def _done(
@@ -80,7 +80,7 @@ def _done(
     if not record.is_file():
         return None
     try:
-        facts = read_json(record, large=True, any_name=True)
+        facts = read_json(record, large=True, allow_surrogates=True)
         done = FileDone.from_json(facts["done"])
     except (AdapterkitError, TypeError, KeyError, AttributeError):  # cut short, or another version's
         return None

@@ -58,7 +58,7 @@ class SidecarWriter:
                 f"{file.name}: {len(expected):,} entries are too many for one file of a receipt; merge with "
                 "`receipt=False`, or into a base in more files"
             )
-        self._fd = os.open(file, system.NEW, 0o666)
+        self._fd = os.open(file, system.NEW_FLAGS, 0o666)
         self._entries: list[_Entry] = []
         self._size = self.room
         self._lock = threading.Lock()

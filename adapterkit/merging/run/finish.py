@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import FitError
-from adapterkit.files.hub_cache import check_name
+from adapterkit.files.hub_cache import check_blob_hash
 from adapterkit.files.opening import sha256_of
 from adapterkit.merging.companions import finish_merge
 from adapterkit.merging.options import RunOptions
@@ -96,7 +96,7 @@ def _hashes(plan: MergePlan, made: list[FileDone], adapters: Mapping[Path, str])
     """The hashes of it all, where files of the Hub cache have those that name them."""
     sources = {file.name: file.source for file in plan.files}
     for file, sha256 in [*((sources[one.name], one.before) for one in made), *adapters.items()]:
-        check_name(file, sha256)
+        check_blob_hash(file, sha256)
     base = {sources[one.name].name: one.before for one in made}
     given = tuple({file.name: adapters[file] for file in one.adapter.files} for one in plan.given)
     return Hashes(base, given, {one.name: one.after for one in made if one.after is not None})

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.files.opening import descriptor_of, open_regular
+from adapterkit.files.opening import open_descriptor, open_regular
 from adapterkit.files.safetensors import read_span
 from adapterkit.merging.plan.edits import MergeEdit
 from adapterkit.merging.plan.types import FilePlan
@@ -44,7 +44,7 @@ class InputHash:
     def open(self) -> None:
         """Open the file to be read, unless it is open."""
         if self.fd < 0:
-            self.fd = descriptor_of(self.file)
+            self.fd = open_descriptor(self.file)
 
     def take_next(self, page: PageBuffer) -> memoryview:
         """Read and hash the next bytes, in `page`."""

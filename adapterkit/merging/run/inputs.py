@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from adapterkit.errors import ChangedError
-from adapterkit.files.stamps import check_unchanged, stamps_of, with_links
+from adapterkit.files.stamps import check_unchanged, restamp_linked, stamps_of
 from adapterkit.merging.companions import companions_of
 from adapterkit.merging.plan.types import FilePlan, MergePlan
 
@@ -27,11 +27,13 @@ class Inputs:
 
     def link(self, files: Collection[Path]) -> None:
         """Some of them got a hard link, which changes their status, and nothing else. Raises ChangedError."""
-        self.stamps = with_links(self.stamps, files)
+        self.stamps = restamp_linked(self.stamps, files)
 
     def check(self) -> None:
         """Raise ChangedError where a file is not what it was, or there are others."""
         for file in companions_of(self._base) if self._base is not None else ():
             if file not in self.stamps:
-                raise ChangedError(f"{file}: was not there when this began. Try again when nothing else writes there.")
+                raise ChangedError(
+                    f"{file}: appeared after the run began. Try again when no other program writes there."
+                )
         check_unchanged(self.stamps)

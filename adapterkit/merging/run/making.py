@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.files.outfile import LinkedFile, OutputFile
 from adapterkit.files.safetensors import read_span
-from adapterkit.files.staging import FOLDER
+from adapterkit.files.staging import RECEIPT_FOLDER
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.edits import RestoreEdit
 from adapterkit.merging.plan.types import FilePlan, MergePlan
@@ -279,7 +279,7 @@ class FileMaking:
         gone = not_in_output(self._base, self.file)
         expected = {name: shape for block in self.blocks for name, shape in block.entries()}
         expected |= {kept(index): info.shape for index, info in gone.items()}
-        (self.job.folder / FOLDER).mkdir(exist_ok=True)
+        (self.job.folder / RECEIPT_FOLDER).mkdir(exist_ok=True)
         header = bytearray(self._base.nbytes)
         read_span(self.input.fd, memoryview(header), 0, self._base.file)
         sidecar = SidecarWriter(self.job.folder / sidecar_name(self.file.name), bytes(header), expected)

@@ -17,7 +17,7 @@ from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import FilePlan, MergePlan
 from adapterkit.merging.receipts.done import FileDone
 from adapterkit.merging.receipts.receipt import check_receipt
-from adapterkit.merging.receipts.resume import clear_records, job_of, record_done, say_what_is_kept, take_over
+from adapterkit.merging.receipts.resume import clear_records, job_of, record_done, resume_hint, take_over
 from adapterkit.merging.run.budget import check_device, check_space
 from adapterkit.merging.run.finish import Merged, finish_job
 from adapterkit.merging.run.inputs import Inputs
@@ -73,8 +73,8 @@ def run(plan: MergePlan, options: RunOptions | None = None) -> Generator[TensorM
     inputs, receipt = Inputs(plan), plan.undoable and options.receipt
     resumable = receipt and plan.base.is_directory
     job_name = job_of(plan, options) if resumable else None
-    kept = say_what_is_kept if options.resume else lambda _: ""
-    with staged(plan.destination(receipt), job=job_name, resume=options.resume, kept=kept) as building:
+    hint = resume_hint if options.resume else lambda _: ""
+    with staged(plan.destination(receipt), job=job_name, resume=options.resume, resume_hint=hint) as building:
         job = Job(plan, building, options)
         if job.folder != building:
             job.folder.mkdir()

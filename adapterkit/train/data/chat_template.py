@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adapterkit.errors import UsageError
-from adapterkit.files.sandbox import Bounded
+from adapterkit.files.sandbox import Sandbox
 from adapterkit.train.data import chat_template_subprocess
 from adapterkit.train.data.records import LINE
 
@@ -35,7 +35,7 @@ class Chats:
 
     def __init__(self, tokenizer: Templated) -> None:
         self.tokenizer = tokenizer
-        self.process = Bounded(Path(chat_template_subprocess.__file__), SECONDS, MEMORY, "the chat template")
+        self.process = Sandbox(Path(chat_template_subprocess.__file__), SECONDS, MEMORY, "the chat template")
 
     def __enter__(self) -> Chats:
         return self

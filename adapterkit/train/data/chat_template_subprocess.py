@@ -1,4 +1,4 @@
-"""A program for `files/limits.py` that renders chats with a transformers chat template.
+"""A sandboxed program that renders chats with a transformers chat template.
 
 A chat template is untrusted code: a few nested loops run for years, `"a" * 10**10` takes all memory, and no blocklist
 is complete. Here the operating system limits it, and transformers does the rendering. The program imports nothing from
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapterkit.files.limits import Limits
+    from adapterkit.files.sandbox_subprocess import Limits
 
 
 def main(limits: Limits, seconds: str) -> None:

@@ -1,4 +1,4 @@
-"""A program for `files/limits.py` that writes the rows of the Parquet file on stdin as JSON lines, in limited memory.
+"""A sandboxed program that writes the rows of the Parquet file on stdin as JSON lines, in limited memory.
 
 A few bytes of Parquet can claim any number of rows of any size, whatever the metadata says, and pyarrow allocates it.
 Here the operating system sets the limit. The program imports nothing from the package, only pyarrow.
@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapterkit.files.limits import Limits
+    from adapterkit.files.sandbox_subprocess import Limits
 
 ROWS = 64  # in memory at a time
 CHUNK = 1 << 20  # bytes read at a time

@@ -21,7 +21,7 @@ from adapterkit.files import system
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import read_whole, sha256_of
 from adapterkit.files.safetensors import TORCH_NAMES, read_header, write_tensors
-from adapterkit.files.workspace import remove
+from adapterkit.files.workspace import remove_tree
 from adapterkit.train.runs.fingerprint import Origin
 
 if TYPE_CHECKING:
@@ -79,19 +79,19 @@ def save(run: Path, state: State, tensors: Mapping[str, torch.Tensor]) -> Path:
     """Write a checkpoint into the folder of a run, and remove those that are neither the newest nor the best."""
     folder = at(run, state.progress.step)
     partial = folder.with_name(f".{folder.name}.partial")
-    remove(partial)
+    remove_tree(partial)
     partial.mkdir(parents=True)
     write_tensors(partial / TENSORS, tensors, {})
     (partial / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
     (partial / SUMS).write_text("".join(_sums(partial).values()), encoding="utf-8")
     for file in (partial / STATE, partial / SUMS, partial):
         system.flush_path(file)
-    remove(folder)
+    remove_tree(folder)
     partial.rename(folder)
     system.flush_path(folder.parent)
     for old in steps(run)[:-NEWEST]:
         if number(old) != state.progress.best_step:
-            remove(old)
+            remove_tree(old)
     return folder
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from adapterkit.errors import OutputExistsError, UsageError
 from adapterkit.files import system
-from adapterkit.files.staging import Destination, staged, work_left
+from adapterkit.files.staging import Destination, staged, unfinished_work
 from adapterkit.hub import place_of
 from adapterkit.train.recipe import Recipe
 from adapterkit.train.runs import checkpoints
@@ -37,7 +37,7 @@ def check_run(recipe: Recipe, out: Path, rank: int, resume: bool, overwrite: boo
     if rank:  # the first process checks, before it writes
         return place
     place.check()
-    folder = work_left(out, JOB)
+    folder = unfinished_work(out, JOB)
     left = checkpoints.steps(folder) if folder else []
     if resume and not left:
         raise UsageError(f"`resume=True`: no checkpoint beside {out}", hint="omit `resume=True` to start a new run")
@@ -56,7 +56,7 @@ def folder_for(place: Destination, rank: int, resume: bool) -> Iterator[Path]:
         if rank:
             yield place.out
         else:
-            with staged(place, job=JOB, resume=resume, precious=True, kept=_resume_hint) as folder:
+            with staged(place, job=JOB, resume=resume, precious=True, resume_hint=_resume_hint) as folder:
                 yield folder
 
 

@@ -15,8 +15,8 @@ from adapterkit.adapter.formats import save
 from adapterkit.adapter.formats.table import DEFAULT, format_named
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.files import system
-from adapterkit.files.staging import RECORD, TRAINING_RECORD
-from adapterkit.files.workspace import remove
+from adapterkit.files.staging import MERGE_RECORD, TRAINING_RECORD
+from adapterkit.files.workspace import remove_tree
 from adapterkit.files.writing import write_json, write_text
 from adapterkit.hub.names import public_name
 from adapterkit.text import counted, markdown, visible
@@ -56,7 +56,7 @@ def write_result(
         folder / TRAINING_RECORD, {"adapterkit": __version__, "command": command, **facts, "recipe": asdict(recipe)}
     )
     write_text(folder / "README.md", card(recipe, public, facts, command))
-    remove(folder / checkpoints.FOLDER)
+    remove_tree(folder / checkpoints.FOLDER)
 
 
 def base_id(base: Checkpoint) -> str | None:
@@ -70,7 +70,7 @@ def base_id(base: Checkpoint) -> str | None:
     named = public_name(found) if isinstance(found, str) else None
     if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):
         return public_name(path.parents[1].name.removeprefix("models--").replace("--", "/", 1))
-    return named if named and named.rpartition("/")[2] == path.name and not (path / RECORD).exists() else None
+    return named if named and named.rpartition("/")[2] == path.name and not (path / MERGE_RECORD).exists() else None
 
 
 def trained_adapter(model: nn.Module, recipe: Recipe, base: str | None) -> Adapter:
