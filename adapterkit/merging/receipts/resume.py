@@ -36,9 +36,9 @@ def job_of(plan: MergePlan, options: RunOptions) -> str:
 
 
 def resume_hint(building: Path) -> str:
-    """What of an interrupted merge is worth keeping."""
-    kept = any(building.glob(f"{RECORDS}/*.json"))
-    return "finished shards are kept: run it again with `resume=True`" if kept else ""
+    """Return how to resume an interrupted merge, or "" if none of its shards is finished."""
+    finished = any(building.glob(f"{RECORDS}/*.json"))
+    return "finished shards are saved: continue with `resume=True`" if finished else ""
 
 
 def record_done(building: Path, done: FileDone, adapters: AdapterHashes) -> None:
