@@ -23,7 +23,7 @@ INNER = {
     "base": "{architectures checkpoint quant rename_option} < {models targets ties} < {adapter_fit row_reader}",
     "hub": "{client names} < {remote upload} < download < locate < listing < removal",
     "merging": "{options plan} < {blocks calibration receipts} < {companions live verify} < run < unmerge",
-    "combining": "{method plan} < {elementwise whole_tensors} < methods < combine < {compare convert extract write}",
+    "combining": "{method plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract write}",
     "train": "{products recipe} < {data initial loss} < {causal_lm layers} < {injection loop} < runs",
     "cli": "{data_notes naming options signals} < output < {complete failures lookup progress} < {command run_plan views} < {main commands}",
 }
@@ -44,7 +44,7 @@ EAGER = {
     "textual": r"tui\..*",
     # Imported where weights are read, and nowhere on the way there.
     "torch": r"""(?x) algebra\..* | kernels\..* | base\.(quant\.compensated | row_reader) | inspection\.match
-        | combining\.(combine | compare | convert | elementwise | extract | whole_tensors)
+        | combining\.(batches | compare | convert | elementwise | extract)
         | merging\.(blocks\..* | calibration | live | verify)
         | train\.(causal_lm | initial | injection | layers | loop | loss | products)
         | train\.runs\.(distributed | evaluate | export | memory | model_setup | prepare | run)""",

@@ -27,7 +27,8 @@ from adapterkit.api.options import (
 from adapterkit.api.progress import downloads_shown, progress_bar
 from adapterkit.api.run import in_one_call
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.combining.combine import check_limit, checked
+from adapterkit.combining.checks import check_limit
+from adapterkit.combining.combine import plan_combination
 from adapterkit.combining.compare import Pair
 from adapterkit.combining.compare import compare as run_compare
 from adapterkit.combining.convert import Rescale, ToDora, ToLora, placed_in
@@ -53,7 +54,7 @@ def plan_combine(o: CombineOptions) -> AdapterPlan:
         raise UsageError("no adapter given: there is nothing to combine")
     limit = Limit(o.rank, o.energy) if o.rank is not None or o.energy is not None else None
     target = _checked(o.out, o.overwrite, *given)
-    work = checked(given, o.method, limit=limit, options=o.options, seed=o.seed, saved=o.saved)
+    work = plan_combination(given, o.method, limit=limit, options=o.options, seed=o.seed, saved=o.saved)
     how = f"{o.method}{_of(limit)}{''.join(f', {name} {value}' for name, value in (o.options or {}).items())}"
     return AdapterPlan(work, f"combined by {how}", target, tuple(given))
 
@@ -79,7 +80,7 @@ def plan_resize(o: ResizeOptions) -> AdapterPlan:
     check_limit(limit)
     given = open_one(o.adapter)
     target = _checked(o.out, o.overwrite, *given)
-    work = checked(given, limit=limit, pad=limit.rank is not None, uniform=o.uniform)
+    work = plan_combination(given, limit=limit, pad=limit.rank is not None, uniform=o.uniform)
     alike = ", the same rank for every module" if o.uniform else ""
     return AdapterPlan(work, f"resized{_of(limit)}{alike}", target, tuple(given))
 
@@ -92,7 +93,7 @@ def resize(o: ResizeCall) -> AdapterMade:
 
 @takes(CompareOptions)
 def compare(o: CompareOptions) -> list[Pair]:
-    """How alike every two of the adapters are, in all and module by module; see `combining.compare.Alike`."""
+    """Compare every pair of adapters, in total and per module; see `combining.compare.Similarity`."""
     with downloads_shown(o.progress):
         given = open_adapters(o.adapters)
     check_cached(file for one in given for file in one.adapter.files)
@@ -118,7 +119,7 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
     target = _checked(o.out, o.overwrite, one, *before, *models)
     work: Work
     if before:
-        work = checked(given, limit=limit, saved="first")
+        work = plan_combination(given, limit=limit, saved="first")
     elif not models:
         work = Rescale(one, o.to == "rslora")
     elif back:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath
 from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, writable_kinds
 from adapterkit.combining.methods import DEFAULT, METHODS, all_options
+from adapterkit.combining.whole_tensors import RULES
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.planner import DTYPES
 from adapterkit.options import Options, argument, option, output, overwrite, threads
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER_KINDS = ("dora", "lora", "rslora")
-SAVED = ("error", "first", "average")
 SIZE = "Size of the result"
 ADAPTERS = "Adapters"
 QUANTIZATION = "Quantization"
@@ -48,7 +48,7 @@ class CombineOptions(Options):
     energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
     seed: int | None = option(None, "Random seed, for methods that leave something to chance", in_form=False)
     saved: str = option(
-        "error", "For tensors that several adapters hold whole: error, first or average", SAVED, metavar="RULE",
+        "error", "For tensors that several adapters store whole: error, first or average", RULES, metavar="RULE",
         in_form=False,
     )  # fmt: skip
     overwrite: bool = overwrite()

@@ -1,1 +1,1 @@
-"""Adapters from adapters: combine, compare, convert, extract."""
+"""Make adapters from adapters or models, and compare them."""

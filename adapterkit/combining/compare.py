@@ -1,4 +1,4 @@
-"""How alike adapters are, module by module: angles, distances, subspaces and signs of their Δs, by their factors."""
+"""Compare adapters module by module: angles, distances, subspaces and signs of their Δs, from the factors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 
 from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
 from adapterkit.algebra.lowrank import Product, added, decompose, inner, overlaps
-from adapterkit.combining.combine import batches, check_fit, parts_of
+from adapterkit.combining.batches import batches, parts_of
+from adapterkit.combining.checks import check_fit
 from adapterkit.combining.method import Part
 from adapterkit.combining.plan import relative_error
 from adapterkit.errors import FitError, UsageError
 from adapterkit.inspection.summary import layer_of, target_of
 
-SAMPLED_ROWS = 32  # of each Δ, for the signs of its elements
+SAMPLED_ROWS = 32  # rows of each Δ whose signs are compared
 
 
 @dataclass(frozen=True, slots=True)
-class Alike:
-    """How two Δs agree: one module's, or with `name` None all of them together as one long vector."""
+class Similarity:
+    """Similarity of two Δs of one module, or of all modules as one vector, with `name` None."""
 
     name: str | None
     layer: int | None
@@ -30,37 +31,37 @@ class Alike:
     cosine: float  # ⟨Δ₁, Δ₂⟩ / (‖Δ₁‖·‖Δ₂‖)
     distance: float  # ‖Δ₁ − Δ₂‖ / ‖Δ₁‖
     norm_ratio: float  # ‖Δ₂‖ / ‖Δ₁‖
-    overlap_in: float  # φ of all right singular vectors: which inputs they listen to
-    overlap_out: float  # φ of all left ones: what they write
-    sign_conflict: float  # of the elements, whose signs differ; by a sample of rows
-    lost: float  # relative error of Δ₁ + Δ₂ at the greater of the two ranks
+    overlap_in: float  # φ of all right singular vectors: the input subspaces
+    overlap_out: float  # φ of all left singular vectors: the output subspaces
+    sign_conflict: float  # share of elements with different signs, in a sample of rows
+    lost: float  # relative error of Δ₁ + Δ₂ at the higher of the two ranks
     phi: tuple[tuple[float, ...], ...] = ()  # φ(i, j) of the right singular vectors (LoRA, arXiv 2106.09685, eq. 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two adapters compared: in all, and in each module that both have; how many modules only one of them has."""
+    """Two adapters compared: in total and per shared module, and the number of modules that only one of them has."""
 
     first: str
     second: str
-    total: Alike
-    modules: tuple[Alike, ...]
+    total: Similarity
+    modules: tuple[Similarity, ...]
     alone: tuple[int, int]
 
 
 def compare(
-    given: Sequence[WeightedAdapter], on_module: Callable[[int, int], None] = lambda done, total: None
+    adapters: Sequence[WeightedAdapter], on_module: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[Pair]:
-    """Compare every two of the adapters by their weighted Δs.
+    """Compare the weighted Δs of every pair of adapters; for DoRA modules, the low-rank part.
 
-    Of DoRA modules it is the low-rank part that is compared. `on_module` is called with how many modules are done, of
-    how many in all pairs. Raises FitError where shapes differ or no module is shared.
+    `on_module` is called with the number of modules done and the total over all pairs. Raises FitError if shapes differ
+    or a pair shares no module.
     """
-    if len(given) < 2:
+    if len(adapters) < 2:
         raise UsageError("give at least two adapters to compare")
-    for one in given:
+    for one in adapters:
         refuse_broken(one)
-    pairs = list(combinations(given, 2))
+    pairs = list(combinations(adapters, 2))
     done, total = 0, sum(len(a.adapter.modules.keys() & b.adapter.modules.keys()) for a, b in pairs)
     for pair in pairs:
         first, second = pair
@@ -69,9 +70,9 @@ def compare(
         if not both:
             whole = ", ".join(dict.fromkeys((*first.adapter.replaced, *second.adapter.replaced)))
             raise FitError(
-                f"{first.label} and {second.label}: hold no low-rank modules to compare, only {whole or 'tokens'}"
+                f"{first.label} and {second.label}: no low-rank modules to compare, only {whole or 'tokens'}"
             )
-        rows: dict[str, tuple[Alike, _Sums]] = {}
+        rows: dict[str, tuple[Similarity, _Sums]] = {}
         for batch in batches(pair, both):
             a, b = parts_of(pair, batch)
             for name, found in zip(batch, _measure(a, b, len(batch)), strict=True):
@@ -84,7 +85,7 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """What adds up over modules: squares, products, signs; overlaps as they are, weighted by nothing."""
+    """Sums over modules of squares, products and signs, and unweighted means of overlaps."""
 
     inner: float
     first: float
@@ -109,9 +110,9 @@ class _Sums:
             total("overlap_out") / len(parts),
         )  # fmt: skip
 
-    def as_row(self, name: str | None) -> Alike:
+    def as_row(self, name: str | None) -> Similarity:
         norms = math.sqrt(self.first * self.second)
-        return Alike(
+        return Similarity(
             name,
             None if name is None else layer_of(name),
             None if name is None else target_of(name),
@@ -127,7 +128,7 @@ class _Sums:
 
 
 def _measure(a: Part, b: Part, modules: int) -> Iterator[_Sums]:
-    """Every module of a batch; stacked experts count as one matrix with these blocks."""
+    """Compare each module of a batch; stacked experts count as one block-diagonal matrix."""
     one, other = a.delta.times(a.weight), b.delta.times(b.weight)
     experts = len(one.left) // modules
     products = inner(one, other)
@@ -155,7 +156,7 @@ def _measure(a: Part, b: Part, modules: int) -> Iterator[_Sums]:
 
 
 def _signs(one: Product, other: Product) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of how many elements, of a sample of rows, the signs differ, and how many are not zero in both."""
+    """Numbers of elements, in a sample of rows, whose signs differ, and that are nonzero in both."""
     step = max(1, one.left.shape[-2] // SAMPLED_ROWS)
     first, second = (product.left[..., ::step, :] @ product.right for product in (one, other))
     signs = first.sign() * second.sign()

@@ -1,4 +1,4 @@
-"""One kind of adapter made another: LoRA to DoRA exactly, DoRA to LoRA with its error, one scaling for another."""
+"""Convert adapters: LoRA to DoRA exactly, DoRA to LoRA with its error, and between LoRA and rsLoRA scaling."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from adapterkit.base.adapter_fit import place
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.rename_option import explain_missing
-from adapterkit.base.row_reader import Piece, check_readable, pieces
+from adapterkit.base.row_reader import Piece, check_readable
+from adapterkit.base.row_reader import pieces as pieces_of
 from adapterkit.base.targets import Target
-from adapterkit.combining.combine import best_of, weights_of
+from adapterkit.combining.batches import best_of, weights_of
 from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import Weight
@@ -27,7 +28,7 @@ Weights = LoraWeights[torch.Tensor]
 
 @dataclass(frozen=True)
 class Rescale:
-    """The same factors and the same Δ, described by `alpha / √rank` with rsLoRA, or by `alpha / rank`."""
+    """The same factors and the same Δ, with the scaling stored as `alpha / √rank` (rsLoRA) or `alpha / rank`."""
 
     one: WeightedAdapter
     rslora: bool
@@ -41,9 +42,9 @@ class Rescale:
         return len(self.one.adapter.modules)
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
-        """Every module as it is, the adapter last."""
+        """An event per module, all unchanged, then the adapter."""
         adapter = _like(self.one.adapter, self.one.adapter.modules)
-        rows = tuple(  # their norms are not read: nothing changes
+        rows = tuple(  # without norms, since nothing is read
             ModuleDone(name, weights.rank, math.nan, 0.0, done, self.modules)
             for done, (name, weights) in enumerate(adapter.modules.items(), 1)
         )
@@ -53,10 +54,10 @@ class Rescale:
 
 @dataclass(frozen=True)
 class ToDora:
-    """Give every module the magnitude `m = ‖W + s·B·A‖` of each output, by which DoRA's `m/n` is 1.
+    """Every module with the magnitude `m = ‖W + s·B·A‖` per output, so that DoRA's factor `m/n` is 1.
 
-    The norms are of `W + s·B·A` as merging forms it, in float64: as many operations as through `W·Aᵀ` and the Gram
-    matrices, and no cancellation.
+    The norms are computed from `W + s·B·A` in float64, as in merging. `W·Aᵀ` and Gram matrices would take as many
+    operations and suffer from cancellation.
     """
 
     placed: Placed
@@ -67,13 +68,13 @@ class ToDora:
         return len(self.placed.targets)
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
-        """Every module with its magnitude, the adapter last."""
+        """An event per module, then the adapter."""
         adapter = self.placed.one.adapter
         done: dict[str, LoraWeights[LazyTensor]] = {}
         rows = []
-        for name, weights, found in self.placed.read():
+        for name, weights, pieces in self.placed.read():
             stored = adapter.modules[name]
-            magnitude = torch.cat([piece.norms(Matrix(piece.shape, piece.before).spans()) for piece in found])
+            magnitude = torch.cat([piece.norms(Matrix(piece.shape, piece.before).spans()) for piece in pieces])
             energy = float(decompose(Product.of(weights)).sigma.square().sum()) * stored.scaling**2
             done[name] = replace(stored, magnitude=LazyTensor.of(magnitude.float()))
             rows.append(ModuleDone(name, stored.rank, energy, 0.0, len(done), self.modules))
@@ -85,7 +86,7 @@ class ToDora:
 class ToLora:
     """The best approximation of each DoRA module's effective `Δ = diag(g)·(W + s·B·A) − W`, `g = m/n`, as LoRA.
 
-    That Δ is of full rank: products with it are computed from rows of W and the factors (see `sketch`).
+    That Δ has full rank; products with it are computed from rows of W and the factors (see `sketch`).
     """
 
     placed: Placed
@@ -98,14 +99,14 @@ class ToLora:
         return len(self.placed.targets)
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
-        """Every module approximated, the adapter last."""
+        """An event per module, then the adapter."""
         adapter = self.placed.one.adapter
         done: dict[str, LoraWeights[LazyTensor]] = {}
         rows = []
-        for name, weights, found in self.placed.read():
-            best = sketch(_effective(weights, found), self.limit, self.seed, name)
+        for name, weights, pieces in self.placed.read():
+            best = sketch(_effective(weights, pieces), self.limit, self.seed, name)
             product, energy, discarded = best_of(*best.as_batch(), self.limit)
-            if found[0].transposed:
+            if pieces[0].transposed:
                 product = Product(product.right.mT, product.left.mT)
             new = weights_of(product, weights)
             bias = None if weights.bias is None else LazyTensor.of((weights.bias.double() * weights.scaling).float())
@@ -120,33 +121,32 @@ class ToLora:
 
 @dataclass(frozen=True)
 class Placed:
-    """An adapter whose modules all have their place in a base, where each can be read; made by `placed_in`."""
+    """An adapter and the tensors of a base that its modules act on, all readable; made by `placed_in`."""
 
     one: WeightedAdapter
     base: Checkpoint
     targets: dict[str, tuple[Target, ...]]
 
     def read(self) -> Iterator[tuple[str, Weights, Sequence[Piece]]]:
-        """Every module's weights, and where it lies in the base."""
+        """The name and weights of each module, and the pieces of the base that it acts on."""
         tensors = weights_in(self.base.tensors, self.base.config)
         for name, targets in self.targets.items():
             weights = load_weights(self.one.adapter.modules[name])
-            yield name, weights, pieces(name, weights, targets, tensors)
+            yield name, weights, pieces_of(name, weights, targets, tensors)
 
 
 def placed_in(base: Checkpoint, one: WeightedAdapter, dora: bool) -> Placed:
-    """Where the modules of an adapter lie in `base`, from headers.
+    """Find the modules of an adapter in `base`, from headers; `dora` is the kind that all modules must have.
 
-    Raises FitError where one has no place there or cannot be read, or is not the kind of module that `dora` says.
+    Raises FitError if a module has another kind, does not exist in the base, or cannot be read there.
     """
     refuse_broken(one)
     adapter = one.adapter
     wrong = [name for name, weights in adapter.modules.items() if (weights.magnitude is not None) is not dora]
     if wrong:
-        what = "is no DoRA" if dora else "is DoRA already"
-        raise FitError(f"{one.label}: {wrong[0]} {what}: nothing to convert")
+        raise FitError(f"{one.label}: {wrong[0]} is {'not' if dora else 'already'} DoRA")
     if not adapter.modules:
-        raise UsageError(f"{one.label}: has no low-rank modules to convert")
+        raise UsageError(f"{one.label}: no low-rank modules to convert")
     tensors: dict[str, Weight] = dict(weights_in(base.tensors, base.config))
     places = place(adapter, tensors, base)
     missing = [name for name in places.missing if name in adapter.modules]
@@ -160,12 +160,12 @@ def placed_in(base: Checkpoint, one: WeightedAdapter, dora: bool) -> Placed:
     return Placed(one, base, {name: tuple(targets) for name, targets in places.targets.items()})
 
 
-def _effective(weights: Weights, found: Sequence[Piece]) -> Matrix:
-    """`diag(g)·(W + s·B·A) − W` as its rows lie in the base: of several pieces one after the other."""
+def _effective(weights: Weights, pieces: Sequence[Piece]) -> Matrix:
+    """`diag(g)·(W + s·B·A) − W` in the layout of the base, with the pieces one after the other."""
     assert weights.magnitude is not None
     magnitude = weights.magnitude.double()
     ends, gains = [0], []
-    for piece in found:
+    for piece in pieces:
         norm = piece.norms(Matrix(piece.shape, piece.before).spans())
         gain = torch.where(norm > 0, magnitude[piece.of[0] : piece.of[1]] / norm, 0.0)
         gains.append(gain[None, :] if piece.transposed else gain[:, None])
@@ -173,17 +173,17 @@ def _effective(weights: Weights, found: Sequence[Piece]) -> Matrix:
 
     def rows(first: int, last: int) -> torch.Tensor:
         parts = []
-        for piece, gain, start, stop in zip(found, gains, ends, ends[1:], strict=False):
+        for piece, gain, start, stop in zip(pieces, gains, ends, ends[1:], strict=False):
             low, high = max(first, start) - start, min(last, stop) - start
             if low < high:
                 mine = gain if piece.transposed else gain[low:high]
                 parts.append(piece.direction(low, high) * mine - piece.before(low, high))
         return torch.cat(parts)
 
-    return Matrix((ends[-1], found[0].shape[1]), rows)
+    return Matrix((ends[-1], pieces[0].shape[1]), rows)
 
 
 def _like(adapter: Adapter, modules: dict[str, LoraWeights[LazyTensor]]) -> Adapter:
-    """`adapter` with other modules, whose config is to be written anew."""
+    """`adapter` with other modules and without its config, which no longer describes them."""
     ordered = {name: modules[name] for name in adapter.modules}
     return replace(adapter, format="", modules=ordered, rslora=False, config={})

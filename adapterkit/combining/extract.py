@@ -1,8 +1,8 @@
-"""The adapter that makes one checkpoint of another: the best low rank of every difference, streaming."""
+"""Extract an adapter from two checkpoints: the best low-rank approximation of each difference, streaming."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -15,7 +15,7 @@ from adapterkit.base.architectures import CONV1D_MODELS, is_linear
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.row_reader import reader
-from adapterkit.combining.combine import best_of
+from adapterkit.combining.batches import best_of
 from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo, Weight
@@ -26,8 +26,8 @@ from adapterkit.text import counted
 class Extraction:
     """`W_tuned − W_base ≈ B·A` for every linear layer that differs.
 
-    With `whole`, what differs beside them (embeddings, norms, heads) is taken over as modules_to_save; without, a note
-    names it. Raises FitError where the two do not have the same tensors.
+    Other tensors that differ (embeddings, norms, heads) are stored as modules_to_save with `whole`, and named in a note
+    without. Raises FitError if the two checkpoints have different tensors.
     """
 
     base: Checkpoint
@@ -45,7 +45,7 @@ class Extraction:
         return len(_linear(_weights(self.base)))
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
-        """An event for each layer that differs, the adapter last. Raises FitError where none does."""
+        """An event per layer that differs, then the adapter. Raises FitError if no layer differs."""
         before, after = _weights(self.base), _weights(self.tuned)
         transposed = self.base.config.get("model_type") in CONV1D_MODELS
         linear = _linear(before)
@@ -67,16 +67,19 @@ class Extraction:
             yield rows[-1]
         changed = [name for name in before if name not in set(linear) and _differs(before[name], after[name])]
         if not modules and not (self.whole and changed):
-            raise FitError(
-                f"{self.tuned.path}: its linear layers are those of {self.base.path}: there is nothing to extract"
-            )
+            raise FitError(f"{self.tuned.path}: nothing to extract: its linear layers equal those of {self.base.path}")
         replaced = {name: _whole(after[name]) for name in changed} if self.whole else {}
         saved = frozenset(name.rpartition(".")[0].rpartition(".")[2] for name in replaced)
         base_model = self.base.name if "/" in self.base.name else None
         adapter = Adapter("", modules, replaced, new_modules=saved, base_model=base_model)
-        what = f"{counted(len(changed), 'tensor')} beside linear layers changed"
-        notes = (f"{what}, {changed[0]} first: not in the adapter",) if changed and not self.whole else ()
-        yield AdapterMade(adapter, tuple(rows), notes)
+        yield AdapterMade(adapter, tuple(rows), self._notes_on(changed))
+
+    def _notes_on(self, changed: Sequence[str]) -> tuple[str, ...]:
+        """A note on changed tensors that are not in the adapter."""
+        if self.whole or not changed:
+            return ()
+        what = f"{counted(len(changed), 'changed tensor')} outside linear layers (first: {changed[0]})"
+        return (f"left out {what}; `whole=True` includes them",)
 
 
 def _weights(model: Checkpoint) -> dict[str, Weight]:
@@ -93,27 +96,27 @@ def _whole(weight: Weight) -> LazyTensor:
 
 def _check(base: Checkpoint, tuned: Checkpoint, before: dict[str, Weight], after: dict[str, Weight]) -> None:
     for one, ours, theirs in ((base, before, after), (tuned, after, before)):
-        lacking = [name for name in ours if name not in theirs]
-        if lacking:
-            other = tuned if one is base else base
-            raise FitError(f"{other.path}: has no {lacking[0]}, and {len(lacking) - 1} others that {one.path} has")
+        missing = [name for name in ours if name not in theirs]
+        if missing:
+            other, more = (tuned if one is base else base), f" and {len(missing) - 1} more tensors" * (len(missing) > 1)
+            raise FitError(f"{other.path}: has no {missing[0]}{more}, found in {one.path}")
     for name, weight in before.items():
         if weight.shape != after[name].shape:
             raise FitError(
-                f"{name}: is {weight.shape} in {base.path} and {after[name].shape} in {tuned.path}; was one retrained "
-                "with another vocabulary or layout?"
+                f"{name}: is {weight.shape} in {base.path} and {after[name].shape} in {tuned.path}; were they trained "
+                "with the same vocabulary and layout?"
             )
 
 
 def _difference(before: Weight, after: Weight) -> Matrix:
-    """In float32, where the difference of two 16-bit numbers nearly always is exact."""
+    """`after − before` in float32, which is nearly always exact for 16-bit numbers."""
     depth, columns = before.shape
     old, new = reader(before, columns), reader(after, columns)
     return Matrix((depth, columns), lambda first, last: new(first, last).float() - old(first, last).float())
 
 
 def _differs(before: Weight, after: Weight) -> bool:
-    """Whether two weights of one shape are not the same, a chunk of rows at a time."""
+    """Whether two weights of one shape differ, compared a chunk of rows at a time."""
     if not isinstance(before, TensorInfo) or before.dtype in ("I64", "I32", "U8", "BOOL"):
         return False
     columns = _columns(before)

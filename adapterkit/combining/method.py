@@ -1,10 +1,10 @@
-"""What a method is: a function of the adapters' parts in a module, whose signature says what options it has.
+"""Methods: functions that combine the adapters' parts of a module; the options are keywords of the function.
 
 >>> @method()
-... def mean(parts: Sequence[Part], *, power: Annotated[float, Range(0, 9), "Power to take the weights to"] = 1.0):
-...     '''The first line is its line of help.'''
+... def mean(parts: Sequence[Part], *, power: Annotated[float, Range(0, 9), "Exponent of the weights"] = 1.0):
+...     '''The first line is the method's help.'''
 
-Modules of `methods` are imported to list what there is, so they import torch where they compute, as this one does.
+Modules of `methods` are imported to list the methods, so they import torch inside functions, as this one does.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Result = TypeVar("Result", bound="Product | Matrix", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One adapter's share in a module, `Δ = scaling · left · right`, weighted.
+    """One adapter's part in a module, `Δ = scaling · left · right`, and its weight.
 
-    Methods on factors get a batch of modules of one shape at a time, elementwise ones a matrix: without a batch, and
-    with a `name` for what is random in it.
+    Methods on factors get a batch of modules of one shape. Elementwise methods get a single matrix, with a `name` that
+    seeds its random numbers.
     """
 
     factors: Product
@@ -64,18 +64,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """What a number may be: greater than `above`, and `most` at most."""
+    """Numbers greater than `above` and at most `most`."""
 
     above: float
     most: float
 
     def __str__(self) -> str:
-        return f"above {self.above:g} and up to {self.most:g}"
+        return f"above {self.above:g} and at most {self.most:g}"
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option of a method, as a keyword of it says: a `number`, float or int, or one of `choices`."""
+    """An option of a method, from a keyword of its function: a `number`, float or int, or one of `choices`."""
 
     name: str
     default: Value
@@ -86,7 +86,7 @@ class Option:
 
     @classmethod
     def of(cls, parameter: inspect.Parameter, names: Mapping[str, Any]) -> Option:
-        """From a keyword of a function, whose annotation is evaluated among the `names` of its module."""
+        """From a keyword of a function; its annotation is evaluated with the `names` of the module."""
         written = parameter.annotation
         kind, *facts = get_args(eval(written, dict(names)) if isinstance(written, str) else written)
         [text] = [fact for fact in facts if isinstance(fact, str)]
@@ -99,14 +99,14 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """The values it takes, as an error and the help say them."""
+        """The accepted values, for errors and help."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         number = "a whole number" if self.number is int else "a number"
         return f"{number} {self.range}" if self.range else number
 
     def checked(self, value: object) -> Value:
-        """`value` as the method takes it. Raises UsageError where it is none of those expected."""
+        """`value` as the type that the method takes. Raises UsageError if it is not accepted."""
         if self.number is None and value in self.choices:
             return str(value)
         if self.number is not None and isinstance(value, Real) and not isinstance(value, bool) and isfinite(value):
@@ -116,14 +116,14 @@ class Option:
         raise UsageError(f"{self.name} {value!r}: expected {self.expected}")
 
 
-# Options that several methods have.
+# Options shared by several methods.
 Density = Annotated[float, Range(0, 1), "Share of the elements of each update to keep"]
-Inner = Annotated[Literal["ties", "linear"], "Merge in the common basis by TIES, or add up"]
+Inner = Annotated[Literal["ties", "linear"], "Merge by TIES or sum, in the common basis"]
 
 
 @dataclass(frozen=True, slots=True)
 class Method(Generic[P, Result]):
-    """A function that combines parts, and what there is to know of it; see `method`."""
+    """A function that combines parts, and its properties; see `method`."""
 
     function: Callable[P, Result]
     truncate: Literal["if asked", "always", "never"]
@@ -139,18 +139,18 @@ class Method(Generic[P, Result]):
 
     @property
     def help(self) -> str:
-        """The first line of its docstring."""
+        """The first line of the docstring."""
         return (self.function.__doc__ or "").strip().partition("\n")[0].rstrip(".")
 
     @property
     def options(self) -> dict[str, Option]:
-        """Its keywords but for the seed, by name."""
+        """The keywords of the function except the seed, by name."""
         names = self.function.__globals__
         return {name: Option.of(keyword, names) for name, keyword in self._keywords.items() if name != "seed"}
 
     @property
     def seeded(self) -> bool:
-        """Whether its result depends on a seed."""
+        """Whether the result depends on a seed."""
         return "seed" in self._keywords
 
     @property
@@ -159,14 +159,14 @@ class Method(Generic[P, Result]):
         return {name: one for name, one in parameters.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def settings(self, given: Mapping[str, object], seed: int | None) -> dict[str, Value]:
-        """The keywords to call it with: its defaults but for what is given. Raises UsageError for what it has not."""
+        """All keywords for a call: `given` and defaults. Raises UsageError for unknown options and invalid values."""
         options = self.options
         for name in given:
             if name not in options:
                 takes = f"it takes {', '.join(options)}" if options else "it takes none"
                 raise UsageError(f"{self.name} has no option {name!r}: {takes}")
         if seed is not None and not self.seeded:
-            raise UsageError(f"{self.name} leaves nothing to chance: it takes no seed")
+            raise UsageError(f"{self.name} is deterministic and takes no seed")
         found = {name: option.checked(given.get(name, option.default)) for name, option in options.items()}
         return found | ({"seed": seed or 0} if self.seeded else {})
 
@@ -174,12 +174,12 @@ class Method(Generic[P, Result]):
 def method(
     truncate: Literal["if asked", "always", "never"] = "if asked", *, elementwise: bool = False, biases: bool = False
 ) -> Callable[[Callable[P, Result]], Method[P, Result]]:
-    """Make a function of `Sequence[Part]` a method by its name, docstring, and keywords annotated as an `Option`.
+    """Make a function of `Sequence[Part]` a method, named after it; annotated keywords are its options.
 
     Args:
-        truncate: whether its result is truncated, where no limit is asked for, to the greatest rank of the adapters.
-        elementwise: it gets one matrix at a time and gives a `Matrix` of no low rank, which is always truncated; else
-            it gets batches of factors and gives a `Product`.
-        biases: trained biases add up as the updates do: it is linear in the adapters.
+        truncate: "always" truncates to the highest rank among the adapters if there is no limit; "never" takes none.
+        elementwise: the function takes single matrices and returns a `Matrix` of full rank, which is always truncated;
+            otherwise it takes batches of factors and returns a `Product`.
+        biases: the method is linear in the adapters, so trained biases are summed like the updates.
     """
     return lambda function: Method(function, "always" if elementwise else truncate, elementwise, biases)

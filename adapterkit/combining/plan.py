@@ -1,4 +1,4 @@
-"""A new adapter, planned from headers and checked: how it is computed, what it is made from, and where it goes."""
+"""Plans of new adapters, checked from headers, and the events of carrying them out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adapterkit.text import counted, visible
 
 @dataclass(frozen=True, slots=True)
 class ModuleDone:
-    """One module of the result: its rank, `‖Δ‖_F²` as it was meant, and how much of that was left out."""
+    """A finished module: its rank, `‖Δ‖_F²` before truncation, and the part of it that truncation discarded."""
 
     name: str
     rank: int
@@ -32,13 +32,13 @@ class ModuleDone:
 
 
 def relative_error(discarded: float, energy: float) -> float:
-    """`√(discarded / energy)`, but zero where that is the rounding of float64."""
+    """`√(discarded / energy)`, or zero if that is only the rounding of float64."""
     return math.sqrt(discarded / energy) if discarded > 1e-28 * energy else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterMade:
-    """The last event: the new adapter, where it was written, and what a person should know of it."""
+    """The last event: the new adapter, its notes, and the path it was written to."""
 
     adapter: Adapter
     modules: tuple[ModuleDone, ...]
@@ -52,23 +52,23 @@ class AdapterMade:
 
 
 class Work(Protocol):
-    """How an adapter is computed: frozen plain data, checked as it is made."""
+    """The computation of a new adapter: frozen plain data, checked when it is constructed."""
 
     @property
     def modules(self) -> int:
-        """How many modules there are to compute."""
+        """The number of modules to compute."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know before it is computed."""
+        """Notes for the user, known before the computation."""
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
-        """Compute the adapter: an event for each module, the result last. Nothing is written."""
+        """Compute the adapter, without writing it: an event per module, then the result."""
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """An adapter to be made by `work`, and to be written where that may be done; `made` says how, for its card."""
+    """The computation of an adapter, its inputs and its destination; `made` describes it in the record and the card."""
 
     work: Work
     made: str
@@ -85,7 +85,7 @@ class AdapterPlan:
         return self.work.notes
 
     def facts(self) -> dict[str, Any]:
-        """The plan for programs."""
+        """The plan as JSON fields."""
         return {
             "output": str(self.out),
             "made": self.made,
@@ -95,9 +95,9 @@ class AdapterPlan:
         }
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """The plan as lines of text."""
         return [
-            f"plan      {counted(self.work.modules, 'module')} to make; all that headers tell is checked, and fits",
+            f"plan      {counted(self.work.modules, 'module')}, checked from headers",
             f"writes    {self.out}",
         ]
 

@@ -1,4 +1,4 @@
-"""A new adapter on disk: all or nothing, with a record of what it was made from and a card."""
+"""Write a new adapter, all or nothing, with a record of its inputs and a card."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from adapterkit.text import file_rows, markdown
 
 
 def make_adapter(plan: AdapterPlan) -> Generator[ModuleDone | AdapterMade, None, None]:
-    """Compute the adapter that `plan` describes and write it as PEFT reads it: an event a module, the result last.
+    """Compute the adapter of `plan` and write it in PEFT's format: an event per module, then the result.
 
-    Raises ChangedError where an input has changed since it was opened, OutputExistsError where there is something by
-    now that is not ours, NoSpaceError where the disk is full.
+    Raises ChangedError if an input has changed since it was opened, OutputExistsError if the output exists and was not
+    written by adapterkit, NoSpaceError if the disk is full.
     """
     plan.destination.check()
     for event in plan.work.steps():
@@ -61,7 +61,7 @@ def _card(
     hashes: Sequence[Mapping[str, str]],
     notes: Sequence[str],
 ) -> str:
-    """The adapter's card: YAML that the Hub reads, then what it was made from."""
+    """The adapter's card: metadata for the Hub, then the table of inputs."""
     base = public_name(adapter.base_model)
     lines = ["---", *([f"base_model: {base}"] if base else [])]
     lines += [f"library_name: {format_named(DEFAULT).LIBRARY}", "tags:", "- adapterkit", "- lora"]

@@ -97,9 +97,7 @@ def test_bash_completes_with_the_script_and_imports_nothing_heavy(tmp_path: Path
     program.write_text(f"#!{sys.executable}\n{says}\nfrom adapterkit.__main__ import main\nmain()\n")
     program.chmod(0o755)
     (tmp_path / "script").write_text(adapterkit("completion", "bash").out)
-    asks = (
-        "compopt() { :; }; complete() { :; }; . ./script; COMP_WORDS=(adapterkit merge or); COMP_CWORD=2; "
-    )
+    asks = "compopt() { :; }; complete() { :; }; . ./script; COMP_WORDS=(adapterkit merge or); COMP_CWORD=2; "
     asks += "_adapterkit_completion ./adapterkit; echo ${COMPREPLY[@]}"
     (tmp_path / "hub" / "models--org--lora").mkdir(parents=True)
     env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(tmp_path / "hub")}

@@ -169,7 +169,7 @@ def test_targets_with_long_names(tmp_path: Path, length: int) -> None:
 
 def test_adapters_of_whole_tensors_alone(tmp_path: Path) -> None:
     a, b = saved_alone(tmp_path / "a"), saved_alone(tmp_path / "b")
-    expected = "a and b: hold no low-rank modules to compare, only lm_head.weight"
+    expected = "a and b: no low-rank modules to compare, only lm_head.weight"
     assert adapterkit("compare", a, b).message(3) == expected
     assert "shares no module" in adapterkit("compare", a, write_adapter(tmp_path / "one")).message(3)
     result = adapterkit("combine", a, b, "-o", tmp_path / "c", "--saved", "first")

@@ -15,14 +15,14 @@ from test_combine import delta
 
 import adapterkit
 from adapterkit.combining import compare
-from adapterkit.combining.compare import Alike
+from adapterkit.combining.compare import Similarity
 from adapterkit.errors import FitError, UsageError
 
 MakeAdapter = Callable[..., Path]
 
 
-def check(row: Alike, a: torch.Tensor, b: torch.Tensor, ranks: tuple[int, int]) -> None:
-    """Every figure of a row, from the dense Δs."""
+def check(row: Similarity, a: torch.Tensor, b: torch.Tensor, ranks: tuple[int, int]) -> None:
+    """Check every figure of a row against the dense Δs."""
     na, nb = float(a.norm()), float(b.norm())
     assert row.cosine == pytest.approx(float((a * b).sum()) / na / nb, abs=1e-9)
     assert row.distance == pytest.approx(float((a - b).norm()) / na, rel=1e-6)
@@ -50,7 +50,7 @@ def two(make_adapter: MakeAdapter) -> tuple[Path, Path]:
     return make_adapter(one, "one", r=3, lora_alpha=5), make_adapter(other, "other", r=5, lora_alpha=5)
 
 
-def test_every_figure_is_that_of_the_dense_updates(two: tuple[Path, Path]) -> None:
+def test_figures_match_the_dense_updates(two: tuple[Path, Path]) -> None:
     [pair] = adapterkit.compare([(two[0], 1.0), (two[1], -0.5)])
     assert (pair.first, pair.second, pair.alone) == ("one", "other", (0, 1))
     names = ("layers.0.q", "layers.1.v")
@@ -65,7 +65,7 @@ def test_every_figure_is_that_of_the_dense_updates(two: tuple[Path, Path]) -> No
     assert pair.total.sign_conflict == pytest.approx(float(((a.sign() * b.sign()) < 0).double().mean()))
 
 
-def test_an_adapter_is_like_itself_and_against_its_opposite(two: tuple[Path, Path]) -> None:
+def test_adapter_compared_with_itself_and_its_negative(two: tuple[Path, Path]) -> None:
     pairs = adapterkit.compare([(two[0], 1.0), (two[0], 1.0), (two[0], -2.0)])
     assert [(pair.first, pair.second) for pair in pairs] == [
         ("one #1", "one #2"),
@@ -79,9 +79,7 @@ def test_an_adapter_is_like_itself_and_against_its_opposite(two: tuple[Path, Pat
     assert opposite.sign_conflict == 1 and opposite.overlap_out == pytest.approx(1)
 
 
-def test_signs_are_sampled_where_there_are_many_rows(
-    make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signs_are_compared_on_a_sample_of_rows(make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "SAMPLED_ROWS", 8)
     a, b = (make_adapter(factors("q", 96, 40), name) for name in ("a", "b"))
     [pair] = adapterkit.compare([a, b])
@@ -89,29 +87,29 @@ def test_signs_are_sampled_where_there_are_many_rows(
     assert pair.total.sign_conflict == pytest.approx(float((one.sign() * other.sign() < 0).double().mean()))
 
 
-def test_nothing_at_all_has_no_angle(make_adapter: MakeAdapter) -> None:
+def test_zero_update_has_no_cosine(make_adapter: MakeAdapter) -> None:
     zero = factors("q", 24, 40)
     zero["q.lora_B.weight"].zero_()
     [pair] = adapterkit.compare([make_adapter(zero, "zero"), make_adapter(factors("q", 24, 40), "some")])
     assert math.isnan(pair.total.cosine) and pair.total.sign_conflict == 0 and pair.total.lost == 0
 
 
-def test_what_cannot_be_compared_is_said(two: tuple[Path, Path], make_adapter: MakeAdapter) -> None:
+def test_invalid_comparisons_fail(two: tuple[Path, Path], make_adapter: MakeAdapter) -> None:
     with pytest.raises(UsageError, match="at least two"):
         adapterkit.compare([two[0]])
-    with pytest.raises(FitError, match=r"Δ is \(24, 40\) in one and \(20, 40\)"):
+    with pytest.raises(FitError, match=r"shape of Δ is \(24, 40\) in one and \(20, 40\)"):
         adapterkit.compare([two[0], make_adapter(factors("layers.0.q", 20, 40), "small")])
     with pytest.raises(FitError, match="shares no module"):
         adapterkit.compare([two[0], make_adapter(factors("z", 20, 40), "else")])
 
 
 @pytest.mark.parametrize("name", ["tiny-conv", "tiny-embed-save", "tiny-dora"])
-def test_every_kind_of_layer_can_be_compared(name: str) -> None:
+def test_all_kinds_of_layers_are_compared(name: str) -> None:
     [pair] = adapterkit.compare([FIXTURES / name, (FIXTURES / name, 0.5)])
     assert pair.total.cosine == pytest.approx(1) and pair.total.norm_ratio == pytest.approx(0.5)
 
 
-def test_the_command_line(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_compare_command(two: tuple[Path, Path], tmp_path: Path) -> None:
     done = run_adapterkit("compare", *two)
     assert done.code == 0 and "one and other: 2 modules in both, 0 and 1 in one only" in done.out
     assert "in all" in done.out and "cosine" in done.out

@@ -1,4 +1,4 @@
-"""Converting and extracting adapters, against dense float64 arithmetic written from the papers, and by merging."""
+"""Converting and extracting adapters, against dense float64 implementations of the papers, and by merging."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def merged(base: Path, adapter: Path, out: Path, **how: Any) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("name", ["tiny-rslora", "tiny-patterns", "tiny-conv", "tiny-conv1d"])
-def test_lora_and_the_dora_made_of_it_merge_alike(name: str, tmp_path: Path) -> None:
+def test_lora_and_converted_dora_merge_to_equal_weights(name: str, tmp_path: Path) -> None:
     base = base_of(name)
     adapterkit.convert(FIXTURES / name, tmp_path / "dora", to="dora", base=base)
     as_lora, as_dora = (
@@ -51,7 +51,7 @@ def test_lora_and_the_dora_made_of_it_merge_alike(name: str, tmp_path: Path) -> 
     assert sum(int((as_dora[key] != value).sum()) for key, value in short.items()) <= 1e-3 * total
 
 
-def test_the_magnitude_is_the_norm_of_each_output(tmp_path: Path) -> None:
+def test_magnitude_is_the_norm_per_output(tmp_path: Path) -> None:
     base, name = base_of("tiny-patterns"), "model.layers.0.self_attn.q_proj"
     adapterkit.convert(FIXTURES / "tiny-patterns", tmp_path / "dora", to="dora", base=base)
     got = adapterkit.load(tmp_path / "dora")
@@ -66,7 +66,7 @@ def test_the_magnitude_is_the_norm_of_each_output(tmp_path: Path) -> None:
         assert weights.scaling == pytest.approx(original.scaling)
 
 
-def test_peft_computes_the_same_with_either(tmp_path: Path) -> None:
+def test_peft_computes_equal_logits_with_both(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +81,7 @@ def test_peft_computes_the_same_with_either(tmp_path: Path) -> None:
     assert torch.allclose(logits[0], logits[1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_quantized_base_gives_the_norms_of_what_it_dequantizes_to(
+def test_quantized_base_gives_the_norms_of_dequantized_weights(
     make_base: Callable[..., Path], make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     base = make_base({"layers.0.q.weight": torch.randn(24, 64).bfloat16()})
@@ -96,7 +96,7 @@ def test_a_quantized_base_gives_the_norms_of_what_it_dequantizes_to(
     assert magnitude is not None and torch.equal(magnitude, (W + delta(adapter, "layers.0.q")).norm(dim=1).float())
 
 
-def test_small_chunks_give_the_same_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_does_not_change_the_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tiny-conv1d", "tiny-patterns"):
         adapterkit.convert(FIXTURES / name, tmp_path / f"{name}-a", to="dora", base=base_of(name))
         with monkeypatch.context() as patch:
@@ -110,7 +110,7 @@ def test_small_chunks_give_the_same_norms(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def effective(base: Path, adapter: Path, name: str) -> torch.Tensor:
-    """`diag(m / ‖V‖)·V − W` densely."""
+    """The dense `diag(m / ‖V‖)·V − W`."""
     weights = adapterkit.load(adapter)[name]
     W = load_file(base / "model.safetensors")[f"{name}.weight"].double()
     assert weights.magnitude is not None
@@ -122,7 +122,7 @@ def effective(base: Path, adapter: Path, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["tiny-dora", "tiny-conv-dora"])
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_dora_to_lora_is_within_a_percent_of_the_best(name: str, rank: int, tmp_path: Path) -> None:
+def test_dora_to_lora_is_within_a_percent_of_the_optimum(name: str, rank: int, tmp_path: Path) -> None:
     result = adapterkit.convert(FIXTURES / name, tmp_path / "lora", to="lora", base=base_of(name), rank=rank)
     got = adapterkit.load(tmp_path / "lora")
     for row in result.modules:
@@ -147,7 +147,7 @@ def test_dora_to_lora_at_full_rank_is_exact(name: str, tmp_path: Path) -> None:
     assert all(torch.allclose(lora[key], dora[key], rtol=1e-5, atol=1e-6) for key in lora)
 
 
-def test_there_and_back_is_the_same_adapter(tmp_path: Path) -> None:
+def test_lora_to_dora_and_back_is_lossless(tmp_path: Path) -> None:
     base, adapter = base_of("tiny-rslora"), FIXTURES / "tiny-rslora"
     adapterkit.convert(adapter, tmp_path / "dora", to="dora", base=base)
     rank = max(weights.rank for weights in adapterkit.load(adapter).modules.values())
@@ -157,7 +157,7 @@ def test_there_and_back_is_the_same_adapter(tmp_path: Path) -> None:
         assert relative(delta(tmp_path / "lora", name), delta(adapter, name)) < 1e-4
 
 
-def test_transposed_weights_come_back_too(tmp_path: Path) -> None:
+def test_transposed_weights_convert_to_dora_and_back(tmp_path: Path) -> None:
     base, adapter = base_of("tiny-conv1d"), FIXTURES / "tiny-conv1d"
     adapterkit.convert(adapter, tmp_path / "dora", to="dora", base=base)
     rank = max(weights.rank for weights in adapterkit.load(adapter).modules.values())
@@ -173,7 +173,7 @@ def test_transposed_weights_come_back_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "to"), [("tiny-rslora", "lora"), ("tiny-patterns", "rslora"), ("tiny-dora", "rslora")]
 )
-def test_another_scaling_describes_the_same_factors(name: str, to: str, tmp_path: Path) -> None:
+def test_converting_the_scaling_preserves_the_factors(name: str, to: str, tmp_path: Path) -> None:
     adapterkit.convert(FIXTURES / name, tmp_path / "out", to=to)
     before, after = adapterkit.load(FIXTURES / name), adapterkit.load(tmp_path / "out")
     assert after.config["use_rslora"] is (to == "rslora")
@@ -184,7 +184,7 @@ def test_another_scaling_describes_the_same_factors(name: str, to: str, tmp_path
         assert (new.magnitude is None) is (weights.magnitude is None)
 
 
-def test_an_initial_adapter_is_taken_off(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_initial_adapter_is_subtracted(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     trained, initial = (make_adapter(factors("q", 24, 40), name) for name in ("trained", "initial"))
     adapterkit.convert(trained, tmp_path / "lora", to="lora", initial=initial)
     assert relative(delta(tmp_path / "lora", "q"), delta(trained, "q") - delta(initial, "q")) < 1e-6
@@ -193,7 +193,7 @@ def test_an_initial_adapter_is_taken_off(make_adapter: MakeAdapter, tmp_path: Pa
     assert relative(delta(tmp_path / "small", "q"), expected) < 1e-6
 
 
-def test_what_does_not_go_together_is_said(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_invalid_conversions_fail(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     def fails(error: type[Exception], match: str, adapter: Path = FIXTURES / "tiny-patterns", **how: Any) -> None:
         with pytest.raises(error, match=match):
             adapterkit.convert(adapter, tmp_path / "out", **how)
@@ -208,7 +208,7 @@ def test_what_does_not_go_together_is_said(make_adapter: MakeAdapter, tmp_path: 
     fails(UsageError, "keeps everything", to="dora", base=base, rank=3)
     fails(UsageError, "takes a seed", to="rslora", seed=3)
     fails(UsageError, "initial adapter is taken off", to="dora", base=base, initial=FIXTURES / "tiny-patterns")
-    fails(FitError, "is DoRA already", adapter=dora, to="dora", base=base)
+    fails(FitError, "is already DoRA", adapter=dora, to="dora", base=base)
     elsewhere = make_adapter(factors("nowhere", 24, 40))
     fails(FitError, "nowhere", adapter=elsewhere, to="dora", base=base)
 
@@ -218,7 +218,7 @@ def test_what_does_not_go_together_is_said(make_adapter: MakeAdapter, tmp_path: 
 
 @pytest.fixture
 def tuned(make_base: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
-    """A base in two shards, and another that differs from it by a rank of 3, rounded, and in a norm."""
+    """A base in two shards, and a model that differs by a rounded rank-3 update and in a norm."""
     names = ("layers.0.q", "layers.1.q", "layers.1.k")
     tensors = {f"{name}.weight": torch.randn(56, 90).bfloat16() for name in names}
     tensors |= {"norm.weight": torch.ones(90).bfloat16(), "embed_tokens.weight": torch.randn(30, 90).bfloat16()}
@@ -237,19 +237,19 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_extraction_is_within_a_percent_of_the_best(tuned: tuple[Path, Path], tmp_path: Path, rank: int) -> None:
+def test_extraction_is_within_a_percent_of_the_optimum(tuned: tuple[Path, Path], tmp_path: Path, rank: int) -> None:
     result = adapterkit.extract(*tuned, tmp_path / "out", rank=rank)
     before, after = map(tensors_of, tuned)
-    assert [row.name for row in result.modules] == ["layers.0.q", "layers.1.q"]  # k is as it was
+    assert [row.name for row in result.modules] == ["layers.0.q", "layers.1.q"]  # k is unchanged
     for row in result.modules:
         whole = after[f"{row.name}.weight"].double() - before[f"{row.name}.weight"].double()
         got = delta(tmp_path / "out", row.name)
         assert relative(got, whole) <= 1.01 * relative(best(whole, rank), whole)
         assert row.error == pytest.approx(relative(got, whole), rel=1e-4)
-    assert any("1 tensor beside linear layers changed, norm.weight first" in note for note in result.notes)
+    assert any("left out 1 changed tensor outside linear layers (first: norm.weight)" in note for note in result.notes)
 
 
-def test_a_merged_adapter_is_recovered_to_rounding(tmp_path: Path) -> None:
+def test_merged_adapter_is_extracted_up_to_rounding(tmp_path: Path) -> None:
     base, adapter = base_of("tiny-rslora"), FIXTURES / "tiny-rslora"
     adapterkit.merge(base, [adapter], tmp_path / "merged", dtype="fp32")
     adapterkit.merge(base, [(adapter, 0.0)], tmp_path / "base", dtype="fp32")
@@ -259,7 +259,7 @@ def test_a_merged_adapter_is_recovered_to_rounding(tmp_path: Path) -> None:
         assert relative(delta(tmp_path / "out", name), delta(adapter, name)) < 1e-4
 
 
-def test_what_is_no_linear_layer_is_taken_over_whole(tuned: tuple[Path, Path], tmp_path: Path) -> None:
+def test_other_tensors_are_stored_whole(tuned: tuple[Path, Path], tmp_path: Path) -> None:
     result = adapterkit.extract(*tuned, tmp_path / "out", energy=1.0, whole=True)
     assert not result.notes and json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"]
     adapterkit.merge(tuned[0], [tmp_path / "out"], tmp_path / "again")
@@ -268,7 +268,7 @@ def test_what_is_no_linear_layer_is_taken_over_whole(tuned: tuple[Path, Path], t
         assert bool(((again[name].double() - value.double()).abs() <= value.double().abs() * 2**-8 + 1e-6).all()), name
 
 
-def test_chunks_and_memory_do_not_change_an_extraction(
+def test_chunk_size_and_cache_do_not_change_an_extraction(
     tuned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapterkit.extract(*tuned, tmp_path / "a", rank=2)
@@ -279,9 +279,7 @@ def test_chunks_and_memory_do_not_change_an_extraction(
     assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-5) for key in a)
 
 
-def test_what_cannot_be_extracted_is_said(
-    tuned: tuple[Path, Path], make_base: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_invalid_extractions_fail(tuned: tuple[Path, Path], make_base: Callable[..., Path], tmp_path: Path) -> None:
     def fails(error: type[Exception], match: str, base: Path, after: Path, **how: Any) -> None:
         with pytest.raises(error, match=match):
             adapterkit.extract(base, after, tmp_path / "out", **({"rank": 2} | how))
@@ -298,11 +296,11 @@ def test_what_cannot_be_extracted_is_said(
     fails(FitError, "has no norm.weight", tuned[0], make_base(tensors))
 
 
-# --- the search for the best rank ------------------------------------------------------------------------------------
+# --- sketches --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.95, 0.999])
-def test_the_sketch_is_near_the_optimum_for_every_spectrum(decay: float) -> None:
+def test_sketch_is_near_optimal_for_every_spectrum(decay: float) -> None:
     U, V = torch.linalg.qr(torch.randn(120, 90).double()).Q, torch.linalg.qr(torch.randn(90, 90).double()).Q
     sigma = decay ** torch.arange(90).double()
     whole = U * sigma @ V.T
@@ -312,7 +310,7 @@ def test_the_sketch_is_near_the_optimum_for_every_spectrum(decay: float) -> None
     assert found.energy == pytest.approx(float(sigma.square().sum()))
 
 
-def test_the_commands(tuned: tuple[Path, Path], tmp_path: Path) -> None:
+def test_extract_and_convert_commands(tuned: tuple[Path, Path], tmp_path: Path) -> None:
     done = run_adapterkit("extract", *tuned, "-o", tmp_path / "out", "--rank", "3")
     assert done.code == 0 and "extracted" in done.out and "norm.weight" in done.err
     done = run_adapterkit("convert", tmp_path / "out", "-o", tmp_path / "dora", "--to", "dora", "--base", tuned[0])

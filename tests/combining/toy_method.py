@@ -1,4 +1,4 @@
-"""A method of one file, to show that this is all it takes."""
+"""A method in one file: an example for CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 def powered(
     parts: Sequence[Part],
     *,
-    power: Annotated[float, Range(0, 9), "Power to take the weights to"] = 2.0,
-    repeat: Annotated[int, Range(0, 4), "Times to add the sum"] = 1,
-    sign: Annotated[Literal["kept", "turned"], "Sign of the sum"] = "kept",
+    power: Annotated[float, Range(0, 9), "Exponent of the weights"] = 2.0,
+    repeat: Annotated[int, Range(0, 4), "Factor of the sum"] = 1,
+    sign: Annotated[Literal["positive", "negative"], "Sign of the sum"] = "positive",
 ) -> Product:
     """Sum with powers of the weights."""
     from adapterkit.algebra.lowrank import added
 
-    strength = repeat * (1 if sign == "kept" else -1)
+    strength = repeat * (1 if sign == "positive" else -1)
     return added([part.delta.times(strength * part.weight**power) for part in parts])

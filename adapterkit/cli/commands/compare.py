@@ -19,7 +19,7 @@ from adapterkit.inspection.summary import to_json
 from adapterkit.text import counted, number
 
 if TYPE_CHECKING:
-    from adapterkit.combining.compare import Alike, Pair
+    from adapterkit.combining.compare import Pair, Similarity
 
 
 FIGURES = ("cosine", "distance", "norm_ratio", "overlap_in", "overlap_out", "sign_conflict", "lost")
@@ -62,7 +62,7 @@ def _show(pair: Pair, by: str, first: bool) -> None:
     alone = f", {pair.alone[0]} and {pair.alone[1]} in one only" if any(pair.alone) else ""
     say(*[""] * (not first), f"{pair.first} and {pair.second}: {counted(len(pair.modules), 'module')} in both{alone}")
     prefix = common_prefix([str(row.name) for row in pair.modules])
-    groups: dict[str, list[Alike]] = {}
+    groups: dict[str, list[Similarity]] = {}
     for row in pair.modules:
         name = {"target": row.target, "layer": "–" if row.layer is None else row.layer, "module": row.name}[by]
         groups.setdefault(str(name), []).append(row)
@@ -70,7 +70,7 @@ def _show(pair: Pair, by: str, first: bool) -> None:
     print_table(table(_columns(by), [*rows, replace(pair.total, name="in all")]))
 
 
-def _columns(first: str) -> dict[str, Callable[[Alike], str]]:
+def _columns(first: str) -> dict[str, Callable[[Similarity], str]]:
     return {
         first: lambda row: str(row.name),
         "cosine": lambda row: f"{row.cosine:+.3f}",
@@ -83,7 +83,7 @@ def _columns(first: str) -> dict[str, Callable[[Alike], str]]:
     }
 
 
-def _mean(name: str, rows: list[Alike]) -> Alike:
+def _mean(name: str, rows: list[Similarity]) -> Similarity:
     """The mean of each figure over some modules."""
     shares: Any = {name: fmean(getattr(row, name) for row in rows) for name in FIGURES}
     return replace(rows[0], name=name, **shares)

@@ -1,6 +1,7 @@
 """Core Space, "Accurate and Efficient Low-Rank Model Merging in Core Space" (arXiv 2509.17786).
 
-With U a basis of all Bs and V one of all As, `Mᵢ = Uᵀ·Δᵢ·V` loses nothing: merged elementwise to `M`, `Δ = U·M·Vᵀ`.
+With U a basis of all Bs and V a basis of all As, `Mᵢ = Uᵀ·Δᵢ·V` is lossless. The Mᵢ are merged elementwise to `M`, and
+`Δ = U·M·Vᵀ`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DARE, "Language Models are Super Mario: Absorbing Abilities from Homologous Models" (arXiv 2311.03099).
 
-`Δᵢ' = Mᵢ∘Δᵢ / p`, with each element of `Mᵢ` 1 by chance with probability p, the density, else 0: the mean stays. Then
-`Δ = Σ wᵢ·Δᵢ'`, or what `ties` makes of them.
+`Δᵢ' = Mᵢ∘Δᵢ / p`, where each element of `Mᵢ` is 1 with probability p, the density, and otherwise 0, so the mean is
+unchanged. Then `Δ = Σ wᵢ·Δᵢ'`, or the Δᵢ' are merged as in `ties`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @method(elementwise=True)
 def dare_linear(parts: Sequence[Part], *, density: Density = 0.5, seed: int) -> Matrix:
-    """Drop elements by chance, rescale, add up (arXiv 2311.03099)."""
+    """Drop random elements, rescale, sum (arXiv 2311.03099)."""
     from adapterkit.combining.elementwise import add, dropped, matrix_of
 
     return matrix_of(parts, [dropped(part, density, seed) for part in parts], add)
@@ -25,7 +25,7 @@ def dare_linear(parts: Sequence[Part], *, density: Density = 0.5, seed: int) -> 
 
 @method(elementwise=True)
 def dare_ties(parts: Sequence[Part], *, density: Density = 0.5, seed: int) -> Matrix:
-    """Drop elements by chance, rescale, elect signs, average."""
+    """Drop random elements, rescale, elect signs, average (arXiv 2311.03099)."""
     from adapterkit.combining.elementwise import dropped, elect, matrix_of
 
     return matrix_of(parts, [dropped(part, density, seed) for part in parts], elect)

@@ -1,6 +1,6 @@
 """KnOTS, "Model merging with SVD to tie the Knots" (arXiv 2410.19735).
 
-`[Δ₁ … Δ_T] = U·Σ·[V₁ … V_T]ᵀ`: the tasks' `Vᵢ` are merged elementwise to `V`, and `Δ = U·Σ·Vᵀ`.
+`[Δ₁ … Δ_T] = U·Σ·[V₁ … V_T]ᵀ`: the `Vᵢ` of the tasks are merged elementwise to `V`, and `Δ = U·Σ·Vᵀ`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @method()
 def knots(parts: Sequence[Part], *, inner: Inner = "ties", density: Density = 0.5) -> Product:
-    """Merge in the updates' common basis (arXiv 2410.19735)."""
+    """Merge in the common basis of the updates (arXiv 2410.19735)."""
     import torch
 
     from adapterkit.algebra.lowrank import Product
@@ -25,7 +25,7 @@ def knots(parts: Sequence[Part], *, inner: Inner = "ties", density: Density = 0.
     deltas = [part.delta for part in parts]
     left = torch.linalg.qr(torch.cat([delta.left for delta in deltas], dim=-1))
     cores = [R @ delta.right for R, delta in zip(left.R.split([d.rank for d in deltas], -1), deltas, strict=True)]
-    rows = torch.linalg.qr(torch.cat(cores, dim=-1).mT)  # of all tasks' inputs
+    rows = torch.linalg.qr(torch.cat(cores, dim=-1).mT)
     core = torch.linalg.svd(rows.R.mT, full_matrices=False)
     columns = deltas[0].right.shape[-1]
     aligned = (rows.Q @ core.Vh.mT).split(columns, dim=-2)

@@ -1,4 +1,4 @@
-"""The weighted sum of the updates: `Δ = Σ wᵢ·Δᵢ`, exactly, of all the ranks together or truncated."""
+"""The weighted sum of the updates, `Δ = Σ wᵢ·Δᵢ`: exact at the total rank, or truncated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @method(biases=True)
 def linear(parts: Sequence[Part]) -> Product:
-    """Weighted sum of the updates, exactly."""
+    """Weighted sum, exact unless a limit is given."""
     from adapterkit.algebra.lowrank import added
 
     return added([part.delta.times(part.weight) for part in parts])
@@ -21,11 +21,11 @@ def linear(parts: Sequence[Part]) -> Product:
 
 @method("always", biases=True)
 def svd(parts: Sequence[Part]) -> Product:
-    """The same, truncated to the greatest rank among the adapters."""
+    """Weighted sum, truncated to the highest rank among the adapters."""
     return linear(parts)
 
 
 @method("never", biases=True)
 def cat(parts: Sequence[Part]) -> Product:
-    """The same, never truncated."""
+    """Weighted sum, never truncated."""
     return linear(parts)

@@ -1,4 +1,4 @@
-"""Pruning by magnitude: `Δ = Σ wᵢ·Δᵢ'`, with `Δᵢ'` the Δᵢ of which all but the greatest elements are zero."""
+"""Pruning by magnitude: `Δ = Σ wᵢ·Δᵢ'`, where Δᵢ' is Δᵢ with all but its largest elements set to zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @method(elementwise=True)
 def magnitude_prune(parts: Sequence[Part], *, density: Density = 0.5) -> Matrix:
-    """Trim to the greatest elements, add up."""
+    """Trim small elements, sum."""
     from adapterkit.combining.elementwise import add, matrix_of, trimmed
 
     return matrix_of(parts, [trimmed(part, density) for part in parts], add)

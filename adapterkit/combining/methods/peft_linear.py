@@ -1,4 +1,4 @@
-"""PEFT's `linear`, for results that have to be its own: `B = Σ √|sᵢwᵢ|·Bᵢ`, `A = Σ ±√|sᵢwᵢ|·Aᵢ`, and `Δ = B·A`."""
+"""PEFT's `linear`, for the same results: `B = Σ √|sᵢwᵢ|·Bᵢ`, `A = Σ ±√|sᵢwᵢ|·Aᵢ`, and `Δ = B·A`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @method()
 def peft_linear(parts: Sequence[Part]) -> Product:
-    """Sum A's and B's apart, as PEFT's linear does: with cross terms.
+    """Sum A and B separately, as PEFT's linear does (adds cross terms).
 
-    They are `Bᵢ·Aⱼ`, which no adapter has learned. Raises FitError where ranks differ.
+    The cross terms `Bᵢ·Aⱼ` were not learned by any adapter. Raises FitError if ranks differ.
     """
     import torch
 
@@ -24,7 +24,7 @@ def peft_linear(parts: Sequence[Part]) -> Product:
 
     ranks = {part.factors.rank for part in parts}
     if len(ranks) > 1:
-        raise FitError(f"peft_linear adds factors of one rank, and these have {sorted(ranks)}; linear takes any")
+        raise FitError(f"peft_linear needs adapters of equal rank, found {sorted(ranks)}", hint="use linear")
     left = right = torch.zeros(())
     for part in parts:
         strength = part.scaling * part.weight

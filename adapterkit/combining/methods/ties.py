@@ -1,7 +1,7 @@
 """TIES, "TIES-Merging: Resolving Interference When Merging Models" (arXiv 2306.01708).
 
-`Δᵢ'` is Δᵢ with all but its greatest elements zero, and `γ = sign(Σ wᵢ·Δᵢ')` the elected signs: each element of Δ is
-the mean of those `wᵢ·Δᵢ'` that have the elected sign.
+`Δᵢ'` is Δᵢ with all but its largest elements set to zero, and `γ = sign(Σ wᵢ·Δᵢ')` are the elected signs. Each element
+of Δ is the mean of the `wᵢ·Δᵢ'` that have the elected sign.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @method(elementwise=True)
 def ties(parts: Sequence[Part], *, density: Density = 0.5) -> Matrix:
-    """Trim to the greatest elements, elect signs, average (arXiv 2306.01708)."""
+    """Trim small elements, elect signs, average (arXiv 2306.01708)."""
     from adapterkit.combining.elementwise import elect, matrix_of, trimmed
 
     return matrix_of(parts, [trimmed(part, density) for part in parts], elect)

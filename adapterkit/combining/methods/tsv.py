@@ -1,6 +1,6 @@
 """TSV-Merge, "Task Singular Vectors: Reducing Task Interference in Model Merging" (arXiv 2412.00081).
 
-With `Δᵢ = Uᵢ·Σᵢ·Vᵢᵀ`, and U and V the orthonormal matrices nearest to `[U₁ … U_T]` and `[V₁ … V_T]`:
+With `Δᵢ = Uᵢ·Σᵢ·Vᵢᵀ`, and U and V the orthonormal matrices nearest to `[U₁ … U_T]` and `[V₁ … V_T]`,
 `Δ = U·diag(w₁·Σ₁ … w_T·Σ_T)·Vᵀ`.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @method()
 def tsv(parts: Sequence[Part]) -> Product:
-    """Make the tasks' singular vectors orthogonal (arXiv 2412.00081)."""
+    """Sum, with the singular vectors of all tasks made orthogonal (arXiv 2412.00081)."""
     import torch
 
     from adapterkit.algebra.lowrank import Product, decompose
@@ -32,7 +32,7 @@ def tsv(parts: Sequence[Part]) -> Product:
 
 
 def _nearest_orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """`P·Qᵀ` of `P·D·Qᵀ`: orthonormal columns, as near as can be (Procrustes)."""
+    """The nearest matrix with orthonormal columns: `P·Qᵀ` for a matrix `P·D·Qᵀ` (Procrustes)."""
     import torch
 
     found = torch.linalg.svd(matrix, full_matrices=False)

@@ -23,7 +23,7 @@ from adapterkit.tui.widgets.charts import COLOURS, Plot
 from adapterkit.tui.widgets.plain import Static, Table
 
 if TYPE_CHECKING:
-    from adapterkit.combining.compare import Alike, Pair
+    from adapterkit.combining.compare import Pair, Similarity
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -115,11 +115,11 @@ class CompareScreen(Screen[None]):
         table.focus()
 
 
-def _layer(row: Alike) -> int:
+def _layer(row: Similarity) -> int:
     return -1 if row.layer is None else row.layer
 
 
-def _cells(name: str, rows: list[Alike]) -> list[str]:
+def _cells(name: str, rows: list[Similarity]) -> list[str]:
     def mean(field: str) -> float:
         return fmean(getattr(row, field) for row in rows)
 
