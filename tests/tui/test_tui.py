@@ -786,7 +786,7 @@ async def test_combine_takes_the_marked(folder: Path) -> None:
         assert form.argv == ["combine", "mine/one", "mine/two", "-o", "one-combine", "--method", "linear"]
         await pilot.press("ctrl+s")
         await settled(pilot)
-        assert "4 modules to make" in text_of(form.query_one("#plan", Static))
+        assert "4 modules, checked" in text_of(form.query_one("#plan", Static))
         await pilot.press("ctrl+s")
         job = await ended(pilot)
         assert job.state == "done", job
