@@ -34,7 +34,9 @@ def page() -> str:
 def described(command: click.Command, context: click.Context) -> list[str]:
     """One command: usage, text, options, lists and examples."""
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
-    return [block(usage), *paragraphs(command.help or ""), options_table(command, context), *rest(command, context)]
+    summary = [f"{escaped(command.short_help)}."] if command.short_help else []
+    details = paragraphs(command.help or "")
+    return [block(usage), *summary, *details, options_table(command, context), *rest(command, context)]
 
 
 def rest(command: click.Command, context: click.Context) -> list[str]:

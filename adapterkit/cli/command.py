@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -28,10 +29,11 @@ SHARED: tuple[click.Parameter, ...] = (
 
 
 class Command(click.Command):
-    """A command of `adapterkit`, with the options that all share."""
+    """A command of `adapterkit`, with the shared options, examples and the page of docs/ that describes it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, docs: str, examples: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.docs, self.examples = docs, examples
         complete_by_name(self.params)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -80,6 +82,14 @@ class Command(click.Command):
             if lines:
                 with formatter.section(title):
                     formatter.write_dl(lines)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, unwrapped so that they can be copied, and the page of the documentation."""
+        with formatter.section("Examples"):
+            for line in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        formatter.write_paragraph()
+        formatter.write(f"Docs: docs/{self.docs}\n")
 
     def _no_such_choice(self, ctx: click.Context, args: list[str], error: click.BadParameter) -> UsageError:
         """The error of an option that has no such choice, and the choice that is most like it."""

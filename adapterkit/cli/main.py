@@ -54,13 +54,6 @@ GROUPS = {
     },
 }
 COMMANDS = {name: line for commands in GROUPS.values() for name, line in commands.items()}
-EXAMPLES = """\b
-Examples:
-  adapterkit list --hub --base HuggingFaceTB/SmolLM2-135M-Instruct
-  adapterkit pull HuggingFaceTB/SmolLM2-135M-Instruct -o base
-  adapterkit train base data.jsonl -o adapter
-  adapterkit merge base adapter -o merged
-  adapterkit unmerge merged -o restored --adapter adapter"""
 LOG = logging.getLogger("adapterkit")
 
 
@@ -104,7 +97,14 @@ class LazyGroup(Command, click.Group):
 
 
 @click.group(
-    cls=LazyGroup, invoke_without_command=True, epilog=EXAMPLES,
+    cls=LazyGroup, invoke_without_command=True, docs="index.md",
+    examples=[
+        "adapterkit list --hub --base HuggingFaceTB/SmolLM2-135M-Instruct",
+        "adapterkit pull HuggingFaceTB/SmolLM2-135M-Instruct -o base",
+        "adapterkit train base data.jsonl -o adapter",
+        "adapterkit merge base adapter -o merged",
+        "adapterkit unmerge merged -o restored --adapter adapter",
+    ],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )  # fmt: skip
 @click.pass_context

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from conftest import ROOT
 from handmade import Outcome, Terminal, adapterkit, write_adapter, write_base
 
 import adapterkit as package
@@ -48,11 +52,53 @@ def test_help_begins_with_the_same_line(name: str) -> None:
         assert any(line.startswith(f"  {option}") for line in rest), option
 
 
-def test_the_examples_are_of_commands_that_take_them() -> None:
-    examples = [line.split()[1:] for line in cli.EXAMPLES.splitlines() if line.startswith("  adapterkit ")]
-    assert len(examples) >= 3
-    for name, *args in examples:
-        command_of(name).make_context(name, args)
+@every_command
+def test_help_does_not_repeat_its_first_line(name: str) -> None:
+    assert (command_of(name).help or "").split()[0] != cli.COMMANDS[name].split()[0]
+
+
+@every_command
+def test_help_ends_with_examples_and_a_page_of_the_documentation(name: str) -> None:
+    command, lines = command_of(name), adapterkit(name, "--help").out.splitlines()
+    count = len(command.examples)
+    assert 2 <= count <= 3
+    assert lines[-count - 3 :] == ["Examples:", *(f"  {line}" for line in command.examples), "", lines[-1]]
+    assert lines[-1] == f"Docs: docs/{command.docs}" and (ROOT / "docs" / command.docs).is_file()
+    assert max(map(len, lines)) <= 80
+
+
+EXAMPLES = [line for name in [*cli.COMMANDS, ""] for line in (command_of(name) if name else cli.group).examples]
+NOT_RUN = {"train", "eval", "tui", "pull", "push"}  # each takes a model, a terminal or the Hub, and has its own tests
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that examples name."""
+    folder = tmp_path_factory.mktemp("examples")
+    write_base(folder / "base")
+    for name in ("adapter", "other", "adapters/one"):
+        write_adapter(folder / name)
+    for name in ("merged", "finetuned"):
+        assert adapterkit("merge", folder / "base", folder / "adapter", "-o", folder / name).code == 0
+    assert (
+        adapterkit("convert", folder / "adapter", "-o", folder / "dora", "--to", "dora", "--base", folder / "base").code
+        == 0
+    )
+    return folder
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(EXAMPLES))
+def test_examples_run_as_printed(line: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(scratch)
+    program, name, *words = shlex.split(re.sub(" >.*", "", line))
+    assert program == "adapterkit"
+    command_of(name).make_context(name, list(words))
+    if name in NOT_RUN or "--hub" in words:
+        return
+    if "-o" in words:
+        shutil.rmtree(words[words.index("-o") + 1], ignore_errors=True)
+    result = adapterkit(name, *words)
+    assert result.code == 0, result
 
 
 # --- the options that all share --------------------------------------------------------------------------------------

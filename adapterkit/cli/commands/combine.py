@@ -24,18 +24,25 @@ class CombineCommand(Command):
             formatter.write_dl(
                 [(str(one), f"{one.help}: {one.expected} ({', '.join(names)})") for one, names in all_options().items()]
             )
+        super().format_epilog(ctx, formatter)
 
 
-@click.command("combine", cls=CombineCommand)
+@click.command(
+    "combine",
+    cls=CombineCommand,
+    docs="combine.md",
+    examples=[
+        "adapterkit combine adapter:0.7 other:0.3 -o sum",
+        "adapterkit combine adapter other -o small --method svd --rank 8",
+        "adapterkit combine adapter other -o ties --method ties --set density=0.2",
+    ],
+)
 @options_of(CombineOptions)
 @click.option("--inner", help="Short for --set inner=VALUE")
 @dry_run
 @as_json("Print the plan or the result as JSON, with every module")
 def combine_command(given: dict[str, Any], inner: str | None, dry_run: bool, as_json: bool) -> None:
-    """Combine adapters into one, e.g. `a:0.7 b:0.3`; different ranks, scalings and targets go together.
-
-    Prints how far the result is from what was meant, where that has too high a rank to be kept.
-    """
+    """Ranks, scalings and targets may differ. If the result is truncated, its error is printed."""
     from adapterkit.api.adapters import plan_combine
     from adapterkit.cli.run_plan import print_plan, run_with_bar, show_adapter
     from adapterkit.combining.plan import AdapterMade

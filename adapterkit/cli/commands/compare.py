@@ -25,18 +25,26 @@ if TYPE_CHECKING:
 FIGURES = ("cosine", "distance", "norm_ratio", "overlap_in", "overlap_out", "sign_conflict", "lost")
 
 
-@click.command("compare", cls=Command)
+@click.command(
+    "compare",
+    cls=Command,
+    docs="combine.md",
+    examples=[
+        "adapterkit compare adapter other",
+        "adapterkit compare adapter:0.7 other:0.3 --by layer",
+    ],
+)
 @options_of(CompareOptions)
 @click.option("--by", type=click.Choice(["target", "layer", "module"]), default="target", show_default=True,
               help="What has a row of its own; by module, JSON has φ(i, j) too.")  # fmt: skip
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the cosines by layer to a .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def compare_command(given: dict[str, Any], by: str, plot: str | None, as_json: bool) -> None:
-    """Compare what adapters do to a base, two by two, module by module, by their factors alone.
+    """Every pair of adapters is compared module by module, from the factors alone.
 
-    cosine and distance are those of the updates as vectors; overlap is the share of the subspaces of inputs (φ of the
-    LoRA paper) and outputs that both use; signs is how many of the elements pull against each other; lost is what
-    adding the two up at the greater of their ranks would lose.
+    cosine and distance treat the updates as vectors; overlap is the share of the subspaces of inputs (φ of the LoRA
+    paper) and outputs that both use; signs is the share of elements with opposite signs; lost is the relative error of
+    the sum, truncated to the higher of the two ranks.
     """
     from adapterkit.api.adapters import compare
     from adapterkit.cli.views.figures import check_plot, draw_likeness

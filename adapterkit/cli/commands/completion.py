@@ -9,17 +9,20 @@ from adapterkit.cli.command import Command
 from adapterkit.cli.output import say
 
 
-@click.command("completion", cls=Command)
+@click.command(
+    "completion",
+    cls=Command,
+    docs="index.md",
+    examples=[
+        "adapterkit completion bash >> ~/.bashrc",
+        "adapterkit completion zsh >> ~/.zshrc",
+        "adapterkit completion fish > ~/.config/fish/completions/adapterkit.fish",
+    ],
+)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str) -> None:
-    """It completes commands, options and their values, paths, and names in the Hub cache.
-
-    \b
-    bash:  adapterkit completion bash >> ~/.bashrc
-    zsh:   adapterkit completion zsh >> ~/.zshrc
-    fish:  adapterkit completion fish > ~/.config/fish/completions/adapterkit.fish
-    """
+    """The script completes commands, options and their values, paths, and names in the Hub cache."""
     kind = get_completion_class(shell)
     assert kind is not None
     script = kind(ctx.find_root().command, {}, "adapterkit", "_ADAPTERKIT_COMPLETE").source()

@@ -11,16 +11,24 @@ from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, dry_run, options_of
 
 
-@click.command("convert", cls=Command)
+@click.command(
+    "convert",
+    cls=Command,
+    docs="convert.md",
+    examples=[
+        "adapterkit convert adapter -o dora --to dora --base base",
+        "adapterkit convert dora -o lora --to lora --base base --rank 8",
+        "adapterkit convert adapter -o rslora --to rslora",
+    ],
+)
 @options_of(ConvertOptions)
 @dry_run
 @as_json("Print the plan or the result as JSON, with every module")
 def convert_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
-    """Make ADAPTER another kind.
+    """LoRA to DoRA is exact: the magnitudes are the norms of W + s·B·A.
 
-    LoRA to DoRA is exact: the magnitudes are the norms of W + s·B·A. DoRA to LoRA is the best approximation of the
-    rank or energy asked for. lora and rslora otherwise describe the same update by another scaling; with --initial,
-    what a PiSSA or OLoRA adapter changed in the base is taken off.
+    DoRA to LoRA is the best approximation at the given rank or energy. LoRA and rsLoRA store the same update with a
+    different scaling. --initial subtracts the initial state of a PiSSA or OLoRA adapter.
     """
     from adapterkit.api.adapters import plan_convert
     from adapterkit.cli.run_plan import print_plan, run_with_bar, show_adapter

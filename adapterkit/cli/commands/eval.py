@@ -44,7 +44,15 @@ def _field_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command("eval", cls=Command)
+@click.command(
+    "eval",
+    cls=Command,
+    docs="train.md",
+    examples=[
+        "adapterkit eval base data.jsonl",
+        "adapterkit eval base adapter data.jsonl --limit 100",
+    ],
+)
 @click.argument("paths", nargs=-1, metavar="BASE [ADAPTER] DATA")
 @click.option("--max-length", type=int, default=1024, show_default=True,
               help="Truncate records to this many tokens")  # fmt: skip
@@ -73,11 +81,11 @@ def eval_command(
     quantize: str, skip_bad: bool, generate: bool | None, max_new_tokens: int | None, answer: str | None,
     predictions: str | None, overwrite: bool, as_json: bool, **names: str,
 ) -> None:  # fmt: skip
-    """Evaluate BASE, with or without ADAPTER, on the records of DATA.
+    """DATA has the formats of `train`: texts, prompts with completions, or chats.
 
-    DATA has the same formats as for `train`: texts, prompts with completions, or chats. Prints the perplexity and the
-    next-token accuracy over the tokens that `train` would count. Completes prompts and compares with the expected
-    completion: exact match, answer (`--answer '####\\s*(\\S+)'`), and word overlap (F1 as in SQuAD).
+    Prints the perplexity and the next-token accuracy over the tokens that count in the loss of `train`. Completes the
+    prompts and compares with the expected completions: exact match, answer (`--answer '####\\s*(\\S+)'`), and word
+    overlap (F1 as in SQuAD).
     """
     if not 2 <= len(paths) <= 3:
         raise UsageError(f"expected two or three arguments, found {len(paths)}: {USAGE}")

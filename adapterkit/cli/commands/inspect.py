@@ -32,9 +32,19 @@ class InspectCommand(Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Adapter formats"):
             formatter.write_dl([(format.NAME, ", ".join(table.names_of(format))) for format in table.FORMATS])
+        super().format_epilog(ctx, formatter)
 
 
-@click.command("inspect", cls=InspectCommand)
+@click.command(
+    "inspect",
+    cls=InspectCommand,
+    docs="inspect.md",
+    examples=[
+        "adapterkit inspect adapter",
+        "adapterkit inspect adapter --against base",
+        "adapterkit inspect base",
+    ],
+)
 @click.argument("path", metavar="ADAPTER|BASE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--modules", is_flag=True, help="A row for every module; in JSON, its singular values too.")
@@ -48,12 +58,12 @@ def inspect_command(
     path: str, as_json: bool, modules: bool, against: str | None, header_only: bool, full: bool, plot: str | None,
     alpha: float | None, scaling: float | None,
 ) -> None:  # fmt: skip
-    """Show an adapter's rank, scaling, targets and problems, and how large its updates ΔW are by layer and target.
+    """The size of the updates ΔW is shown by layer and target.
 
     ADAPTER is a directory, a .safetensors or .bin file, or a Hub id; BASE a checkpoint directory or file, or a Hub id.
-    Of a BASE itself, shows how its weights are stored and what merging does with them. What is on the Hub and not in
-    its cache is not downloaded: headers and configs are read, some kilobytes.
-    Ends with 3 where part of the adapter has no place in BASE.
+    For a BASE itself, shows the storage of its weights and the effect of merging on it. Of a repository on the Hub that
+    is not in the cache, only headers and configs are read, some kilobytes. Exits with 3 if part of the adapter does not
+    exist in the BASE of --against.
     """
     if header_only and full:
         raise UsageError("--full downloads what --header-only does not read", hint="give one of them")

@@ -24,7 +24,16 @@ CUT, LEAST = ("base", "targets"), 8  # the columns that give way on a narrow ter
 ON_THE_LEFT = (NAME, "kind", "targets", "base")
 
 
-@click.command("list", cls=Command)
+@click.command(
+    "list",
+    cls=Command,
+    docs="hub.md",
+    examples=[
+        "adapterkit list",
+        "adapterkit list adapters --base SmolLM2-135M-Instruct --sort rank",
+        "adapterkit list --hub --search sql --limit 10",
+    ],
+)
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path())
 @click.option("--hub", is_flag=True, help="What is on the Hub, too.")
 @click.option("--base", help="Only adapters of this base: its Hub id, or the last part of its path.")
@@ -38,9 +47,9 @@ def list_command(
     folders: tuple[str, ...], hub: bool, base: str | None, search: str, sort: str | None, limit: int, details: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Show the adapters in the folders DIR and below and in the Hub cache, and with --hub those on the Hub.
+    """Searches the folders DIR and below, by default the current folder, and the Hub cache; with --hub also the Hub.
 
-    Without DIR, of the current folder. What is read are headers and configs.
+    Only headers and configs are read.
     """
     if sort == "trending" and not hub:
         raise UsageError("--sort trending needs --hub", hint="say --hub")

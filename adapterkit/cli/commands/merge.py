@@ -23,16 +23,25 @@ if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
 
 
-@click.command("merge", cls=Command)
+@click.command(
+    "merge",
+    cls=Command,
+    docs="merge.md",
+    examples=[
+        "adapterkit merge base adapter -o merged",
+        "adapterkit merge base adapter:0.7 other:0.3 -o both",
+        "adapterkit merge base adapter --dry-run",
+    ],
+)
 @options_of(MergeOptions)
 @options_of(MergeRunOptions, "how")
 @dry_run
 @as_json("Print the plan or the result as JSON")
 def merge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:
-    """Merge one or several adapters into BASE: W + Σ weight · scaling · B·A, summed in fp32 and rounded once.
+    """W + Σ weight · scaling · B·A is summed in fp32 and rounded once.
 
-    BASE is a directory, a .safetensors file or a Hub id. ADAPTER is a directory, a .safetensors or a .bin file;
-    several are added up: `a:0.7 b:0.3`.
+    BASE is a directory, a .safetensors file or a Hub id. ADAPTER is a directory, a .safetensors or .bin file, or a Hub
+    id; several are summed.
     """
     report, resume = bool(how.get("report")), bool(how.get("resume"))
     if dry_run and (report or resume):

@@ -17,15 +17,23 @@ if TYPE_CHECKING:
     from adapterkit.files.staging import Destination
 
 
-@click.command("pull", cls=Command)
+@click.command(
+    "pull",
+    cls=Command,
+    docs="hub.md",
+    examples=[
+        "adapterkit pull HuggingFaceTB/SmolLM2-135M-Instruct -o base",
+        "adapterkit pull HuggingFaceTB/SmolLM2-135M-Instruct --dry-run",
+    ],
+)
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @click.option("-o", "--output", type=click.Path(), help="Copy it to this new folder, besides keeping it in the cache.")
 @click.option("--dry-run", is_flag=True, help="Say what would be downloaded, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def pull_command(ids: tuple[str, ...], output: str | None, dry_run: bool, as_json: bool) -> None:
-    """Download adapters or bases: org/name, org/name@revision, org/name:folder.
+    """ID is org/name, org/name@revision or org/name:folder.
 
-    Every byte is checked against the Hub's hashes, in the cache too. What was interrupted goes on where it was.
+    Files in the cache are verified too. Interrupted downloads are resumed.
     """
     from adapterkit.files.staging import Destination
     from adapterkit.hub.download import download_of, fetch

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from adapterkit.hub.upload.push import Push
 
 
-@click.command("push", cls=Command)
+@click.command(
+    "push",
+    cls=Command,
+    docs="hub.md",
+    examples=[
+        "adapterkit push adapter me/adapter --dry-run",
+        "adapterkit push adapter me/adapter --private",
+    ],
+)
 @click.argument("path", type=click.Path())
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make the repository private, where it is new.")
@@ -31,11 +39,11 @@ def push_command(
     path: str, repo: str, private: bool, pr: bool, base_id: str | None, license: str | None, message: str | None,
     dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Send the folder PATH, of an adapter or a model, to REPO on the Hub in one commit.
+    """PATH is the folder of an adapter or a model; it is uploaded to REPO in one commit.
 
-    First it is checked that it loads and is finite, that its base is on the Hub, that no byte of any file belongs to a
-    secret, nor text to a local path, and that the token may write there. State of training and pickles, whatever their
-    names, stay here. The card is completed; what it says already stays. Weights that the Hub has are not sent again.
+    First it is checked: it loads and is finite, its base is on the Hub, no file contains a secret or a local path, and
+    the token has write access. Training state and pickle files are never uploaded. The card is completed, and its
+    content is preserved. Weights that are already on the Hub are not uploaded again.
     """
     from adapterkit.hub.upload.push import plan_push, push
 

@@ -16,16 +16,21 @@ from adapterkit.merging.run.finish import Merged
 from adapterkit.text import counted, size
 
 
-@click.command("quantize", cls=Command)
+@click.command(
+    "quantize",
+    cls=Command,
+    docs="quantized.md",
+    examples=[
+        "adapterkit quantize base -o base-nf4 --to nf4",
+        "adapterkit quantize base --to int8 --dry-run",
+    ],
+)
 @options_of(QuantizeOptions)
 @options_of(DeviceOptions, "how")
 @dry_run
 @as_json("Print the plan or the result as JSON")
 def quantize_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:
-    """Quantize the linear layers of BASE, a few rows at a time; everything else stays.
-
-    transformers loads the output like one that it quantized itself.
-    """
+    """Other tensors are unchanged. transformers loads the output like a model that it quantized itself."""
     plan = merge.plan_quantize(**given)
     if dry_run:
         print_plan(plan, how, as_json)

@@ -31,7 +31,16 @@ ARGUMENTS = ("base", "data")
 CURVE = (60, 8)
 
 
-@click.command("train", cls=Command)
+@click.command(
+    "train",
+    cls=Command,
+    docs="train.md",
+    examples=[
+        "adapterkit train base data.jsonl -o trained",
+        "adapterkit train base data.jsonl -o all --targets all-linear --epochs 2",
+        "adapterkit train base data.jsonl --memory",
+    ],
+)
 @click.option("-o", "--output", type=click.Path(), help="Output directory")
 @click.option(
     "--recipe",
@@ -49,11 +58,11 @@ def train_command(
     given: dict[str, Any], output: str | None, recipe_file: str | None, resume: bool, overwrite: bool, memory: bool,
     plot: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Train a LoRA adapter for BASE on DATA.
+    """DATA is JSONL, JSON, CSV, Parquet or text.
 
-    DATA is JSONL, JSON, CSV, Parquet or text; its records have `text`, or `prompt` and `completion` (the loss counts
-    the completion), or `messages` (the loss counts the assistant's turns). Ctrl-C saves a checkpoint for --resume.
-    Under torchrun the same command divides every step among all processes.
+    Its records have `text`, or `prompt` and `completion` (only the completion counts in the loss), or `messages` (only
+    the assistant's turns count). Ctrl-C saves a checkpoint for --resume. Under torchrun, each step is divided among all
+    processes.
     """
     recipe = _recipe(given, recipe_file)
     if memory:

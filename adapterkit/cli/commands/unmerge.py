@@ -17,16 +17,23 @@ from adapterkit.merging.run.finish import Merged
 from adapterkit.text import counted, size
 
 
-@click.command("unmerge", cls=Command)
+@click.command(
+    "unmerge",
+    cls=Command,
+    docs="undo.md",
+    examples=[
+        "adapterkit unmerge merged -o restored",
+        "adapterkit unmerge merged -o again --adapter adapter",
+    ],
+)
 @options_of(UnmergeOptions)
 @options_of(DeviceOptions, "how")
 @dry_run
 @as_json("Print the plan or the result as JSON")
 def unmerge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:
-    """Take the adapters out of MERGED again: every file of the base as it was, bit for bit.
+    """Every file of the base is restored bit for bit, from the receipt that `merge` wrote and from the adapters.
 
-    What that needs stands in the receipt that `merge` writes, and in the adapters, which are found by their names and
-    SHA-256. Nothing is written unless every hash fits.
+    The adapters are found by name and SHA-256. Nothing is written unless every hash matches.
     """
     plan = plan_unmerge(**given)
     if dry_run:

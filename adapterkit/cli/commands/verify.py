@@ -31,14 +31,22 @@ SAYS = {
 }
 
 
-@click.command("verify", cls=Command)
+@click.command(
+    "verify",
+    cls=Command,
+    docs="verify.md",
+    examples=[
+        "adapterkit verify merged --base base --adapter adapter",
+        "adapterkit verify merged --base base --adapter adapter --sample 0.1",
+    ],
+)
 @options_of(VerifyOptions)
 @as_json("Print every tensor's verdict as JSON")
 def verify_command(given: dict[str, Any], as_json: bool) -> None:
-    """Check that MERGED is just BASE with just these adapters in it, whichever tool merged them.
+    """MERGED may be the output of any tool.
 
-    Every tensor is replayed a few rows at a time and compared. Ends with 0 where all fit, else with 3, saying what is
-    there instead: another strength and how much, an update that is missing, elements that are off.
+    Every tensor is recomputed a few rows at a time and compared. Exits with 0 if all match, else with 3, and describes
+    the difference: an update at a different scale, a missing update, damaged elements.
     """
     found = list(merge.verify(**given))
     fits = all(verdict.fits for verdict in found)
