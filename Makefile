@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 # Modules are compiled when they are first imported, which most never are.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
+# Where this is set, each of the hundreds of processes that the tests start would compile torch again: 2 s of CPU.
+unexport PYTHONDONTWRITEBYTECODE
+
 # pytest workers; 3 for two cores, since a test waits a fifth of its time
 JOBS ?= 3
 

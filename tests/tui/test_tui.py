@@ -21,6 +21,7 @@ import toyformat
 from handmade import CONFIG, adapterkit, contents, write_adapter, write_base
 from hostile import FOLDER, steering, write_hostile_adapter, write_hostile_base
 from hubserver import Hub
+from textual._compositor import Compositor
 from textual.pilot import Pilot
 from textual.widgets import Button, DataTable, Input, Markdown, Select, Static, TabbedContent
 from textual.worker import WorkerCancelled
@@ -64,6 +65,19 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
+@pytest.fixture(autouse=True)
+def seldom_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pictures are drawn, where one is asked for; to draw each change, unseen, takes half of a test's time."""
+    draw = Compositor.render_update
+
+    def render_update(self: Compositor, full: bool = False, **how: Any) -> Any:
+        if full:
+            return draw(self, full, **how)
+        self._dirty_regions.clear()
+
+    monkeypatch.setattr(Compositor, "render_update", render_update)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three adapters of one base, one of which is broken; and the base."""
@@ -79,13 +93,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def settled(pilot: Pilot[None]) -> None:
-    """Until nothing is going on any more but jobs."""
-    for _ in range(4):
+    """Until nothing is going on any more but jobs: no worker is there after timers and messages had their turn, twice."""
+    quiet = 0
+    while quiet < 2:
         await pilot.pause(0.002)
-        for worker in [worker for worker in pilot.app.workers if worker.group != "jobs"]:
+        workers = [worker for worker in pilot.app.workers if worker.group != "jobs"]
+        for worker in workers:
             with suppress(WorkerCancelled):  # where another took its place
                 await worker.wait()
         await pilot.pause()
+        quiet = 0 if workers else quiet + 1
 
 
 async def ended(pilot: Pilot[None]) -> Job:
@@ -99,11 +116,13 @@ async def ended(pilot: Pilot[None]) -> Job:
 
 @asynccontextmanager
 async def running(*folders: Path, base: str = "", size: tuple[int, int] = USUAL) -> AsyncIterator[Pilot[None]]:
-    """The app, with what is in `folders` read."""
+    """The app, with what is in `folders` read; how a test leaves it must be drawable."""
     app = AdapterkitApp(folders, base)
     async with app.run_test(size=size) as pilot:
         await settled(pilot)
         yield pilot
+        if app.is_running:
+            app.export_screenshot()
 
 
 def text_of(widget: Static) -> str:
@@ -400,13 +419,15 @@ async def test_a_hub_that_answers_none_of_many_keeps_nothing_else_waiting(folder
         held.go.set()
 
 
-@pytest.mark.parametrize("size", [TINY, (1, 1), (40, 6)])
+@pytest.mark.parametrize("size", [(1, 1), (40, 6)])
 async def test_almost_no_terminal(folder: Path, size: tuple[int, int]) -> None:
     async with running(folder, size=size) as pilot:
         for key in ("j", "2", "m", "escape", "question_mark", "escape", "space", "J", "escape"):
             await pilot.press(key)
-        await pilot.resize_terminal(*WIDE)
-        await pilot.resize_terminal(2, 1)
+            pilot.app.export_screenshot()  # which must not fail
+        for other in (WIDE, TINY, (2, 1)):
+            await pilot.resize_terminal(*other)
+            pilot.app.export_screenshot()
         await pilot.resize_terminal(*NARROW)
         await settled(pilot)
         assert names(pilot)
@@ -1088,6 +1109,7 @@ def test_pictures(snap_compare: Any, monkeypatch: pytest.MonkeyPatch, name: str,
             await settled(pilot)
         for one in pilot.app.screen.query(Input):
             one.cursor_blink = False
+        pilot.app.export_screenshot()  # a plot knows its margins when it was drawn once
         await settled(pilot)
 
     assert snap_compare(AdapterkitApp([Path("fixtures")]), terminal_size=size, run_before=before)
