@@ -122,7 +122,7 @@ def test_only_the_top_prints(name: str) -> None:
         ("errors", "from adapterkit.adapter import Adapter"),
         ("adapter.weights", "import adapterkit.algebra.lowrank"),
         ("algebra.lowrank", "from adapterkit import base"),
-        ("base.targets", "from adapterkit.base.adapter_fit import place"),
+        ("base.targets", "from adapterkit.base.adapter_fit import place_adapter"),
         ("base.targets", "from adapterkit.base import adapter_fit"),
         ("merging.run.budget", "from adapterkit.combining import combine"),
         ("merging.plan.types", "def f():\n    from adapterkit.cli import main"),

@@ -1,1 +1,1 @@
-"""A checkpoint: its tensors, where modules land in it, and how its weights are stored."""
+"""Base checkpoints: their tensors, the targets of adapter modules in them, and quantized weights."""

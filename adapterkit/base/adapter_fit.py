@@ -1,4 +1,4 @@
-"""An adapter placed in a base: every module has a place of its own there, or it is explained why not."""
+"""Fit an adapter to a base: find a target for every module, or explain why there is none."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from typing import Any
 
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import supported
-from adapterkit.base.quant.unread import unread_scheme
+from adapterkit.base.quant import supported_schemes
+from adapterkit.base.quant.unsupported import unsupported_scheme
 from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.targets import Fit, fit
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import Weight
 
 
-def place(
+def place_adapter(
     adapter: Adapter, tensors: Mapping[str, Weight], base: Checkpoint, rename: tuple[str, str] | None = None
 ) -> Fit:
-    """Where `adapter` lands, as `targets.fit` finds it.
+    """Find the targets of `adapter` in the base, as `targets.fit` does.
 
-    Raises FitError, which names the scheme where the base is quantized by one that is not read.
+    Raises FitError, which names the quantization scheme if the base uses an unsupported one.
     """
     try:
         return fit(adapter, tensors, base.config, rename)
     except FitError as error:
-        if scheme := unread_scheme(tensors, base.quantization):
-            raise FitError(f"{base.path}: is quantized ({scheme}); {dequantizable()}") from error
+        if scheme := unsupported_scheme(tensors, base.quantization):
+            raise FitError(f"{base.path}: is quantized ({scheme}); {merge_into_original()}") from error
         raise
 
 
-def dequantizable() -> str:
-    """What to say of a base that is quantized by a scheme that is not read."""
-    return f"what can be dequantized is {supported()}. Merge into the 16-bit original it was made from."
+def merge_into_original() -> str:
+    """Return the advice for a base quantized by an unsupported scheme."""
+    return f"supported schemes: {supported_schemes()}. Merge into the 16-bit model that it was made from."
 
 
-def missing(
+def check_missing(
     one: WeightedAdapter, found: Fit, base: Checkpoint, tensors: Mapping[str, Weight], allow_partial: bool
 ) -> list[str]:
-    """What of an adapter is skipped; raises FitError unless that is allowed and something is left."""
-    landed = found.targets or found.replaced or found.tokens
-    if found.missing and (scheme := unread_scheme(tensors, base.quantization)):
-        raise FitError(f"{base.path}: is quantized ({scheme}); {dequantizable()}")
-    if found.missing and not (allow_partial and landed):
+    """Return the parts of an adapter to skip; raises FitError unless that is allowed and others remain."""
+    matched = found.targets or found.replaced or found.tokens
+    if found.missing and (scheme := unsupported_scheme(tensors, base.quantization)):
+        raise FitError(f"{base.path}: is quantized ({scheme}); {merge_into_original()}")
+    if found.missing and not (allow_partial and matched):
         raise FitError(
-            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} have no place in {base.name}: "
-            f"{explain(one.adapter, found, tensors, base.config)}"
+            f"{one.label}: {len(found.missing)} of {_count(one.adapter)} not found in {base.name}: "
+            f"{explain_misfit(one.adapter, found, tensors, base.config)}"
         )
     return [f"{one.label}: {name}" for name in found.missing]
 
 
-def explain(adapter: Adapter, found: Fit, tensors: Mapping[str, Weight], config: Mapping[str, Any]) -> str:
-    """Why names have no place, with a rename that was tried and gives everything one, if there is such."""
+def explain_misfit(adapter: Adapter, found: Fit, tensors: Mapping[str, Weight], config: Mapping[str, Any]) -> str:
+    """Explain why names are missing from the base; suggests a rename if one was tried and makes everything fit."""
 
     def fits(rename: tuple[str, str]) -> bool:
         try:
             places = fit(adapter, tensors, config, rename)
-            refuse_overlaps("the adapter", places)
+            check_overlaps("the adapter", places)
         except FitError:
             return False
         saved = ((adapter.replaced[name], tensors.get(at)) for name, at in places.replaced.items())
@@ -66,14 +66,14 @@ def explain(adapter: Adapter, found: Fit, tensors: Mapping[str, Weight], config:
     return explain_missing(found.missing, tensors, fits)
 
 
-def refuse_overlaps(label: str, found: Fit) -> None:
-    """Raise FitError where two modules of one adapter land in the same rows of a tensor."""
+def check_overlaps(label: str, found: Fit) -> None:
+    """Raise FitError if two modules of one adapter map to the same rows of a tensor."""
     taken: dict[str, list[tuple[tuple[int, int] | None, str]]] = defaultdict(list)
     for module, targets in found.targets.items():
         for target in targets:
             for rows, other in taken[target.tensor]:
                 if rows is None or target.rows is None or (rows[0] < target.rows[1] and target.rows[0] < rows[1]):
-                    raise FitError(f"{label}: {other} and {module} both land in {target.tensor}")
+                    raise FitError(f"{label}: {other} and {module} both map to {target.tensor}")
             taken[target.tensor].append((target.rows, module))
 
 

@@ -1,7 +1,7 @@
-"""Facts about architectures: the names of their modules, how their weights are stored, whether their heads are tied.
+"""Tables of architectures: module names, weight layouts, and tied embeddings.
 
-Whatever is known by `model_type` or by name stands here and nowhere else. tests/base/test_ties.py holds the tables of
-ties against transformers.
+All knowledge that depends on `model_type` or on names is here. tests/base/test_ties.py checks the tables of ties
+against transformers.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from adapterkit.files.safetensors import FLOAT_DTYPES, Weight
 
 # --- names and layouts -----------------------------------------------------------------------------------------------
 
-# Prefixes that differ between the model in memory and the checkpoint on disk; the first row with which every module
-# lands is taken. Each row maps the adapter's prefix to the base's, the longest first.
-DRIFTS: tuple[dict[str, str], ...] = (
+# Prefixes that differ between the model in memory and the checkpoint on disk. Each row maps an adapter's prefixes to
+# the base's, longest match first; the first row that finds every module is used.
+PREFIX_MAPS: tuple[dict[str, str], ...] = (
     {},
     {"": "model."},
     {"model.": ""},
     {"": "transformer."},
     {"transformer.": ""},
-    {"model.language_model.": "model.", "model.visual.": "visual."},  # Qwen2-VL as transformers holds it
+    {"model.language_model.": "model.", "model.visual.": "visual."},  # Qwen2-VL in memory
     {"model.": "model.language_model.", "visual.": "model.visual."},
-    {  # LLaVA as transformers holds it
+    {  # LLaVA in memory
         "model.language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",
         "model.vision_tower.": "vision_tower.",
@@ -32,19 +32,19 @@ DRIFTS: tuple[dict[str, str], ...] = (
         "vision_tower.": "model.vision_tower.",
         "multi_modal_projector.": "model.multi_modal_projector.",
     },
-    {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},  # on the text-only checkpoint, and back
+    {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},  # to a text-only checkpoint, and back
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
-    {"lm_head.": "embed_out."},  # GPT-NeoX as transformers 5 holds it
+    {"lm_head.": "embed_out."},  # GPT-NeoX in memory, transformers 5
     {"embed_out.": "lm_head."},
 )
 
-# Heads, which lie beside the model that a drift may put a prefix before.
+# Heads are outside the base model, so that the "" prefix does not apply to them.
 HEAD_MODULES = ("lm_head", "score", "embed_out", "proj_out", "output_projection")
 
-# Parts of names that some checkpoints spell otherwise than the model in memory; taken where the base has only theirs.
+# Name segments that differ between the model in memory and some checkpoints; applied if the base has only the latter.
 SEGMENTS = {"mlp": "block_sparse_moe"}  # Mixtral
 
-# A fused projection holds these parts, one row range after the other.
+# Fused projections and their parts, in row order.
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "W_pack": ("q_proj", "k_proj", "v_proj"),
@@ -52,18 +52,18 @@ FUSED: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 
-# Stacked experts whose checkpoint has one tensor for each expert and part: `experts.3.w1.weight`.
+# Stacked experts whose checkpoints have one tensor per expert and part: `experts.3.w1.weight`.
 PER_EXPERT: dict[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
 
-# Architectures whose linear layers are Conv1D: the weight is stored (in, out).
+# Architectures with Conv1D layers, whose weights are stored (in, out).
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
-# --- ties, by model_type: the defaults of `tie_word_embeddings` ------------------------------------------------------
+# --- ties: the defaults of `tie_word_embeddings` by model_type -------------------------------------------------------
 
 
 def _types(names: str) -> frozenset[str]:
@@ -107,25 +107,25 @@ UNTIED = _types(
     unlimited_ocr video_llama_3 video_llava vipllava xlstm
     """
 )
-# Tied whatever the key says; of T5's family it says something else (whether the output is scaled).
-ALWAYS = _types("longt5 mt5 pop2piano t5 udop umt5")
-# Tied also where only the text model's config says so.
-OR_TEXT = _types(
+# Tied regardless of the key, which in the T5 family controls output scaling instead.
+ALWAYS_TIED = _types("longt5 mt5 pop2piano t5 udop umt5")
+# Tied if either the config or its text_config says so.
+TIED_IF_EITHER = _types(
     """
     fast_vlm glm4v glm4v_moe glm_ocr hunyuan_vl llava llava_next_video llava_onevision minimax_m3_vl paddleocr_vl
     qwen2_5_vl qwen2_vl shieldgemma2 video_llama_3
     """
 )
-# A whole language model lies inside, head and all: its own config decides.
-TEXT = _types(
+# The text model includes the head, so that its text_config decides.
+TEXT_CONFIG_DECIDES = _types(
     """
     audioflamingo3 blip-2 inkling2 inkling_mm_model instructblip instructblipvideo mllama muse_glimmer muse_spark
     musicflamingo nemo_speechlm nemotron_h_omni pp_formulanet qwen2_audio vibevoice vibevoice_asr voxtral
     """
 )
-LFM2 = _types("lfm2 lfm2_moe lfm2_vl")  # which call the key tie_embedding
+LFM2_MODELS = _types("lfm2 lfm2_moe lfm2_vl")  # whose key is tie_embedding
 
-# The head's tensor where that is not lm_head.weight.
+# The tensor of the head, where it isn't lm_head.weight.
 HEADS = {
     model: head
     for head, models in {
@@ -154,7 +154,7 @@ HEADS = {
     for model in models.split()
 }  # fmt: skip
 
-# What input embeddings are called: the end of their tensors' names. The first is one of several models at once.
+# Suffixes of the names of input embeddings. The first is shared by an encoder and a decoder.
 INPUT_EMBEDDINGS = (
     "shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
     "tokens_embed.weight", "tok_embeddings.weight", "word_embedding.weight", "backbone.embeddings.weight",
@@ -164,7 +164,7 @@ INPUT_EMBEDDINGS = (
 
 # --- linear layers ---------------------------------------------------------------------------------------------------
 
-# Not linear layers, though their weights are matrices; and heads, which transformers leaves as they are.
+# Matrices that aren't linear layers, and heads, which transformers doesn't quantize.
 NOT_LINEAR = (
     *INPUT_EMBEDDINGS, "wpe.weight", "position_embeddings.weight", "token_type_embeddings.weight",
     "embed_positions.weight", "relative_attention_bias.weight", "lm_head.weight", "embed_out.weight", "score.weight",
@@ -173,6 +173,6 @@ NOT_LINEAR = (
 
 
 def is_linear(name: str, weight: Weight) -> bool:
-    """Whether a tensor is the weight of a linear layer that transformers would quantize."""
+    """Return whether a tensor is the weight of a linear layer that transformers would quantize."""
     matrix = weight.dtype in FLOAT_DTYPES and len(weight.shape) == 2 and 0 not in weight.shape
     return matrix and name.endswith(".weight") and not name.endswith(NOT_LINEAR)

@@ -1,4 +1,4 @@
-"""A base model on disk: its shards, its index, its config, and every tensor by name. Only headers are read."""
+"""A base model on disk: its config, its index, and the headers of its shards."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from adapterkit.files.stamps import Stamp, stamps_of
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-# Weights in other formats: never copied along, since they would still hold the unmerged model.
+# Weights in other formats, which aren't copied, since they would still be of the unmerged model.
 OTHER_WEIGHTS = (
     ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".keras", ".msgpack", ".onnx", ".ot", ".npz", ".tflite",
     ".safetensors",
 )  # fmt: skip
-# Their names, and those of indexes, of which variants have another word in the middle.
+# Their names and those of indexes, such as `model.safetensors.index.fp16.json`.
 OTHER_WEIGHTS_NAME = re.compile(
     rf"({'|'.join(map(re.escape, OTHER_WEIGHTS))}|\.index(\.[\w-]+)?\.json)$", re.IGNORECASE
 )
@@ -36,12 +36,12 @@ class Checkpoint:
     """A safetensors checkpoint: a Hugging Face directory, or a single file."""
 
     path: Path
-    name: str  # what to call it: a Hub id, or the last part of its path
+    name: str  # for messages: a Hub id, or the last part of the path
     shards: tuple[Header, ...]
     tensors: dict[str, TensorInfo]
     config: dict[str, Any] = field(default_factory=dict)
     index: Path | None = None
-    stamps: dict[Path, Stamp] = field(default_factory=dict)  # of these files, before they were read
+    stamps: dict[Path, Stamp] = field(default_factory=dict)  # taken before the files were read
 
     @property
     def is_directory(self) -> bool:
@@ -49,7 +49,7 @@ class Checkpoint:
 
     @property
     def quantization(self) -> str | None:
-        """The name of the scheme its config declares, if any, and which of its kinds."""
+        """The quantization method and format declared in the config, if any."""
         declared = self.config.get("quantization_config")
         if not isinstance(declared, dict):
             return None
@@ -58,19 +58,19 @@ class Checkpoint:
         return f"{method} {kind}" if isinstance(kind, str) else method
 
     def other_files(self) -> tuple[list[Path], dict[Path, str]]:
-        """The files beside the weights, relative to the directory: those to copy, and why the rest is not copied."""
+        """List the files beside the weights, by relative path: those to copy, and the others with the reason."""
         copied: list[Path] = []
         left_out: dict[Path, str] = {}
         read = {CONFIG, *(shard.file.name for shard in self.shards), *([self.index.name] if self.index else [])}
         for file, kind in files_below(self.path) if self.is_directory else ():
             first, *inner = file.parts
-            if str(file) in read or (first == Path(RECEIPT).stem and inner):  # a receipt's folder has its own rules
+            if str(file) in read or (first == Path(RECEIPT).stem and inner):  # copied with the receipt
                 continue
-            # Beside a model, transformers would load the adapter that a config speaks of.
+            # transformers would load an adapter that lies beside the model.
             if OTHER_WEIGHTS_NAME.search(file.name) or are_adapter([file.name]):
                 left_out[file] = "it belongs to the unmerged model"
             elif first == Path(RECEIPT).stem:
-                left_out[file] = "a receipt's folder has that name"
+                left_out[file] = "the name is reserved for a receipt's folder"
             elif kind is not None:
                 left_out[file] = f"it is {kind}"
             else:
@@ -78,33 +78,33 @@ class Checkpoint:
         return copied, left_out
 
     def notes(self) -> list[str]:
-        """What the user is to know of its files: those that are not copied, and weights that are elsewhere."""
+        """List notes for the user: weights that are links, and files that are not copied."""
         linked = [shard.file for shard in self.shards if shard.file.is_symlink() and cache_blob(shard.file) is None]
         return [
-            *(f"{file.name}: is a link; the weights were read from where it leads" for file in linked),
-            *(f"{file}: not copied, since {why}" for file, why in self.other_files()[1].items()),
+            *(f"{file.name}: is a link; the weights were read from its target" for file in linked),
+            *(f"{file}: not copied: {why}" for file, why in self.other_files()[1].items()),
         ]
 
 
 def is_base(path: Path) -> bool:
-    """Whether the directory at `path` holds a model, and not an adapter."""
+    """Return whether the directory at `path` holds a model rather than an adapter."""
     return (path / CONFIG).is_file() and not any((path / name).is_file() for name in config_names())
 
 
 def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     """Open the base model at `path` by reading its headers.
 
-    Raises FormatError where a shard is missing or broken, two shards hold one tensor, or the index disagrees with
-    them; UnsafeFileError where the index names files outside the directory.
+    Raises FormatError if a shard is missing or corrupt, two shards hold the same tensor, or the index disagrees with
+    the shards; UnsafeFileError if the index lists files outside the directory.
     """
     try:
         path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for symlink loops
-        reason = "there is no such file or directory" if isinstance(error, FileNotFoundError) else str(error)
+        reason = "no such file or directory" if isinstance(error, FileNotFoundError) else str(error)
         raise FormatError(f"{path}: {reason}") from error
     if path.is_file():
         if path.suffix == ".json":
-            raise FormatError(f"{path}: is not a file of weights; give the directory that it lies in")
+            raise FormatError(f"{path}: is not a weights file; give its directory")
         stamps = stamps_of([path])
         header = read_header(path)
         return Checkpoint(path, name or path.name, (header,), header.tensors, stamps=stamps)
@@ -118,8 +118,8 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     _check_named(path, config, index or path / names[0])
     for file in names:
         if not os.path.exists(path / file):
-            named = f"the shard that {index.name} names" if index else "the file of the weights"
-            raise FormatError(f"{path / file}: {named} is missing. Download it again.")
+            missing = f"the shard listed in {index.name}" if index else "the weights file"
+            raise FormatError(f"{path / file}: {missing} is missing. Download it again.")
     stamps |= stamps_of(path / file for file in names)
     shards = [read_header(path / file) for file in names]
     tensors: dict[str, TensorInfo] = {}
@@ -135,54 +135,57 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
 
 
 def _weight_files(path: Path) -> tuple[Path | None, dict[str, str], list[str]]:
-    """The index, its weight map and the files of the weights: those that transformers reads, or FormatError."""
+    """Return the index, its weight map and the weight files that transformers would load.
+
+    Raises FormatError if that is ambiguous.
+    """
     indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) > 1:
-        raise FormatError(f"{path}: two indexes, {indexes[0].name} and {indexes[1].name}: keep the one that is right")
+        raise FormatError(f"{path}: has two indexes, {indexes[0].name} and {indexes[1].name}; remove the wrong one")
     if not indexes:
         return None, {}, [_only_file(path).name]
     weight_map = _read_index(indexes[0])
     names = sorted(set(weight_map.values()))
     if names != [SINGLE] and os.path.lexists(path / SINGLE):
         raise FormatError(
-            f"{path}: has {SINGLE}, which transformers reads, and {indexes[0].name}, which names other files: remove "
-            "the one that is wrong"
+            f"{path}: has {SINGLE}, which transformers loads, and {indexes[0].name}, which lists other files; remove "
+            "the wrong one"
         )
     return indexes[0], weight_map, names
 
 
 def _check_named(path: Path, config: Mapping[str, Any], entry: Path) -> None:
-    """Raise FormatError where the config has transformers read other weights than those of `entry`."""
+    """Raise FormatError if the config makes transformers load other weights than those of `entry`."""
     named = config.get("transformers_weights")
     if named is not None and named != entry.name:
         raise FormatError(
-            f"{path / CONFIG}: names {str(named)[:80]!r} as the weights (transformers_weights), but {entry.name} is "
-            "beside it: remove the one that is wrong"
+            f"{path / CONFIG}: transformers_weights is {str(named)[:80]!r}, but the directory has {entry.name}; remove "
+            "the wrong one"
         )
 
 
 def _only_file(path: Path) -> Path:
-    """The weights of a directory without an index."""
+    """Return the weight file of a directory without an index."""
     files = sorted(path.glob("*.safetensors"))
     named = [file for file in files if file.name == SINGLE]
     if len(files) == 1 or named:
         return (named or files)[0]
     if files:
         shown = ", ".join(file.name for file in files[:3])
-        raise FormatError(f"{path}: several safetensors files ({shown} …) and no index that says which belong together")
+        raise FormatError(f"{path}: has several safetensors files ({shown} …) but no index")
     others = [file.name for file in sorted(path.iterdir()) if file.name.endswith(OTHER_WEIGHTS)]
     hint = f" It holds {others[0]}: convert it to safetensors first." if others else ""
     raise FormatError(f"{path}: no safetensors weights in this directory.{hint}")
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    """The weight map, with every file name checked to be a plain name inside the directory."""
+    """Read the weight map; raises unless every file in it is a plain name of a safetensors file."""
     weight_map = read_json(file, large=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{file}: weight_map must map tensor names to file names")
     for name in set(weight_map.values()):
         if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
-            raise UnsafeFileError(f"{file}: names the shard {name[:80]!r}, which is not a plain file name beside it")
+            raise UnsafeFileError(f"{file}: lists the shard {name[:80]!r}, expected a file name without a path")
         if not name.endswith(".safetensors") or len(name.encode()) > MAX_NAME_BYTES:
-            raise FormatError(f"{file}: names the shard {name[:80]!r}, which is not a safetensors file")
+            raise FormatError(f"{file}: lists the shard {name[:80]!r}, expected a .safetensors file")
     return weight_map

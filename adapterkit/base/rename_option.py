@@ -1,4 +1,4 @@
-"""Renaming modules: what `--map` does, and which rename would make an adapter's names fit a base."""
+"""Renaming modules: the option `rename`, and suggestions for it when an adapter's names don't match a base."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from adapterkit.errors import UsageError
 from adapterkit.files.safetensors import Weight
 
-RENAMES_TRIED = 3
+MAX_RENAMES_TRIED = 3
 
 
 def explain_missing(
     missing: Sequence[str], tensors: Mapping[str, Weight], fits: Callable[[tuple[str, str]], bool] = lambda _: False
 ) -> str:
-    """Why names have no place: the nearest names in the base, and a rename with which all of the adapter `fits`."""
+    """Explain missing names by the nearest names in the base, and a rename with which the whole adapter `fits`."""
     stems = [re.sub(r"\.(weight|bias)$", "", name) for name in tensors]
     nearest = {name: _nearest(name, stems) for name in missing[:500]}
     renames = Counter(rename for name, near in nearest.items() if near and (rename := _rename(name, near)))
-    lines = [f"{name}: not in the base; nearest: {nearest[name] or 'nothing like it'}" for name in missing[:3]]
+    similar = {name: f"nearest: {near}" if near else "no similar module" for name, near in nearest.items()}
+    lines = [f"{name}: not in the base ({similar[name]})" for name in missing[:3]]
     if len(missing) > 3:
         lines.append(f"and {len(missing) - 3} more")
-    for (old, new), _ in renames.most_common(RENAMES_TRIED):
+    for (old, new), _ in renames.most_common(MAX_RENAMES_TRIED):
         if fits((old, new)):
             return "; ".join(lines) + f". One rename fixes all of them: `rename={old}={new}`"
     return "; ".join(lines) + ". Was this adapter trained on another base?"
 
 
 def parse_rename(text: str) -> tuple[str, str]:
-    """`old=new` as --map takes it; raises UsageError."""
+    """Parse the option's value `old=new`; raises UsageError."""
     old, equals, new = text.partition("=")
     if not equals or not old.strip(".") or "=" in new:
         raise UsageError(f"`rename={text}`: expected OLD=NEW", hint="for example `rename=attn=self_attn`")
@@ -38,7 +39,7 @@ def parse_rename(text: str) -> tuple[str, str]:
 
 
 def apply_rename(name: str, rename: tuple[str, str] | None) -> str:
-    """Replace whole dotted segments `old` by `new` in `name`."""
+    """Replace the whole dotted segments `old` by `new` in `name`."""
     if rename is None:
         return name
     old, new = rename
@@ -47,17 +48,17 @@ def apply_rename(name: str, rename: tuple[str, str] | None) -> str:
 
 
 def _nearest(name: str, stems: Iterable[str]) -> str | None:
-    """The base name most like `name`: same last part and numbers first, then by spelling."""
+    """Return the most similar base name with the same numbers, and if possible the same last segment."""
     numbers = re.findall(r"\d+", name)
     leaf = name.rpartition(".")[2]
-    alike = [stem for stem in stems if re.findall(r"\d+", stem) == numbers]
-    same_leaf = [stem for stem in alike if stem.rpartition(".")[2] == leaf]
-    close = difflib.get_close_matches(name, same_leaf or alike, n=1, cutoff=0.4)
+    same_numbers = [stem for stem in stems if re.findall(r"\d+", stem) == numbers]
+    same_leaf = [stem for stem in same_numbers if stem.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(name, same_leaf or same_numbers, n=1, cutoff=0.4)
     return close[0] if close else None
 
 
 def _rename(name: str, near: str) -> tuple[str, str] | None:
-    """The dotted segments that differ between two names, widened until they can be replaced; None if numbers do."""
+    """Return the dotted segments that differ between two names, as a rename; None if they differ in numbers."""
     a, b = name.split("."), near.split(".")
     start = 0
     while start < min(len(a), len(b)) and a[start] == b[start]:
@@ -65,7 +66,7 @@ def _rename(name: str, near: str) -> tuple[str, str] | None:
     end = 0
     while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
         end += 1
-    if start == len(a) - end and end > 0:  # a pure insertion: carry the next segment along
+    if start == len(a) - end and end > 0:  # a pure insertion: include the next segment
         end -= 1
     old, new = a[start : len(a) - end], b[start : len(b) - end]
     if not old or any(part.isdigit() for part in (*old, *new)):

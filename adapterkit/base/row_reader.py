@@ -1,4 +1,4 @@
-"""A module's weight in a base, read a few rows at a time as its Δ sees it; quantized bases dequantized."""
+"""Read a module's base weight a few rows at a time, in the layout of its Δ, dequantized if needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from adapterkit.adapter.weights import LazyTensor, LoraWeights
 from adapterkit.algebra.updates import Update, update_for
-from adapterkit.base.quant import QuantizedWeight, supported
+from adapterkit.base.quant import QuantizedWeight, supported_schemes
 from adapterkit.base.targets import Target
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, Weight
@@ -20,31 +20,31 @@ RowReader = Callable[[int, int], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where (part of) a module lies: rows `update.start …` of a tensor seen as a matrix, and what the module adds.
+    """(Part of) a module's base weight, rows `update.start:update.stop` of a tensor viewed as a matrix, and its update.
 
-    `of` are the rows of Δ itself that lie there, or its columns where it is stored `transposed`.
+    `delta_rows` is the range of rows of Δ that these are, or of its columns if stored `transposed`.
     """
 
     read: RowReader
     update: Update
-    of: tuple[int, int]
+    delta_rows: tuple[int, int]
     transposed: bool
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.update.stop - self.update.start, self.update.right.shape[1]
 
-    def before(self, first: int, last: int) -> torch.Tensor:
-        """Rows `first:last` of this piece of the base, float64."""
+    def base_rows(self, first: int, last: int) -> torch.Tensor:
+        """Read rows `first:last` of this piece of the base, in float64."""
         return self.read(self.update.start + first, self.update.start + last).double()
 
     def direction(self, first: int, last: int) -> torch.Tensor:
-        """`W + s·B·A` there."""
+        """Compute rows `first:last` of `W + s·B·A`."""
         update = self.update
-        return torch.addmm(self.before(first, last), update.left[first:last], update.right, alpha=update.strength)
+        return torch.addmm(self.base_rows(first, last), update.left[first:last], update.right, alpha=update.strength)
 
     def norms(self, chunks: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """`‖W + s·B·A‖` for each output: of its rows, or where transposed of its columns."""
+        """Compute `‖W + s·B·A‖` for each output: by row, or by column if transposed."""
         if not self.transposed:
             return torch.cat([torch.linalg.vector_norm(self.direction(*chunk), dim=1) for chunk in chunks])
         squares = torch.zeros(self.shape[1], dtype=torch.float64)
@@ -56,39 +56,41 @@ class Piece:
 def pieces(
     module: str, weights: LoraWeights[torch.Tensor], targets: Sequence[Target], tensors: Mapping[str, Weight]
 ) -> list[Piece]:
-    """Where the module lies in the base, in the order of its outputs, once `check_readable` has nothing against it."""
+    """Return the pieces of a module's base weight in the order of its outputs; `check_readable` must have passed."""
     found = []
     for target in targets:
         columns = weights.out_features if target.transposed else weights.in_features
         info = tensors[target.tensor]
         depth = prod(info.shape) // columns
         update = update_for(
-            weights, 1.0, target.rows or (0, depth), target.of, None, target.transposed, torch.float64, module
+            weights, 1.0, target.rows or (0, depth), target.delta_rows, None, target.transposed, torch.float64, module
         )  # fmt: skip
-        found.append(Piece(reader(info, columns), update, target.of or (0, weights.out_features), target.transposed))
-    return sorted(found, key=lambda piece: piece.of)
+        found.append(
+            Piece(reader(info, columns), update, target.delta_rows or (0, weights.out_features), target.transposed)
+        )
+    return sorted(found, key=lambda piece: piece.delta_rows)
 
 
 def check_readable(
     module: str, weights: LoraWeights[LazyTensor], targets: Sequence[Target], tensors: Mapping[str, Weight]
 ) -> None:
-    """Raise FitError where a module cannot be read as `pieces` of the base, as far as headers tell."""
+    """Raise FitError if the base weight of a module can't be read as `pieces`; looks at headers only."""
     if weights.experts > 1 or any(target.expert is not None for target in targets):
         raise FitError(f"{module}: DoRA of stacked experts is not supported")
     if len(targets) > 1 and any(target.transposed for target in targets):
-        raise FitError(f"{module}: lies in several tensors that are stored transposed: not supported")
+        raise FitError(f"{module}: spans several transposed tensors, which is not supported")
     for target in targets:
         reader(tensors[target.tensor], weights.out_features if target.transposed else weights.in_features)
 
 
 def reader(info: Weight, columns: int) -> RowReader:
-    """What reads rows of `columns` elements of a weight, dequantized where it is quantized."""
+    """Return a function that reads (and dequantizes) rows of `columns` elements of a weight."""
     if isinstance(info, QuantizedWeight):
         return info.open(columns)
     if not isinstance(info, TensorInfo) or info.dtype not in FLOAT_DTYPES:
         raise FitError(
-            f"{info.name}: is stored as {info.dtype}, so its numbers are not the weights; "
-            f"what can be dequantized is {supported()}"
+            f"{info.name}: is stored as {info.dtype} by an unsupported quantization scheme; "
+            f"supported schemes: {supported_schemes()}"
         )
     depth = prod(info.shape) // columns if columns else 0
     return LazyTensor.of(replace(info, shape=(depth, columns))).read_rows

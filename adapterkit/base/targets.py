@@ -1,7 +1,7 @@
-"""Where each module of an adapter lands in a base: which tensor, which rows, which expert, which way round.
+"""Find the target of each adapter module in a base: the tensor, its rows, the expert, and the orientation.
 
-Names come first (exactly, then by known drifts between training and checkpoint names, then by the tables of fused and
-per-expert layouts), shapes decide everything else, and what neither decides is refused.
+Modules are found by name (exact, then by known prefix differences, then by the tables of fused and per-expert layouts).
+Shapes decide the rest; ambiguous cases are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
-from adapterkit.base.architectures import CONV1D_MODELS, CONV1D_NAMES, DRIFTS, FUSED, HEAD_MODULES, PER_EXPERT, SEGMENTS
+from adapterkit.base.architectures import (
+    CONV1D_MODELS,
+    CONV1D_NAMES,
+    FUSED,
+    HEAD_MODULES,
+    PER_EXPERT,
+    PREFIX_MAPS,
+    SEGMENTS,
+)
 from adapterkit.base.rename_option import apply_rename
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import Weight
@@ -21,29 +29,32 @@ from adapterkit.files.safetensors import Weight
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A place for (part of) a module's Δ: `tensor[rows] += Δ[of]`, transposed where the base is stored (in, out).
+    """The target of (part of) a module's Δ: `tensor[rows] += Δ[delta_rows]`.
 
-    `rows` are rows of the tensor seen as a matrix (an expert is a range of them); None means all. `of` are rows of Δ
-    itself, before any transposition; `expert` says which one's factors.
+    Args:
+        rows: Rows of the tensor viewed as a matrix, of which an expert is a range; None means all.
+        delta_rows: Rows of Δ before any transposition; None means all.
+        expert: The expert whose factors make Δ.
+        transposed: The base weight is stored (in, out).
     """
 
     tensor: str
     rows: tuple[int, int] | None = None
-    of: tuple[int, int] | None = None
+    delta_rows: tuple[int, int] | None = None
     expert: int | None = None
     transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter lands on a base: targets by module, and by tensor what is replaced; the rest has no place."""
+    """The targets of an adapter in a base, by module and by replaced tensor, and the names without one."""
 
     targets: dict[str, tuple[Target, ...]]
     biases: dict[str, str] = field(default_factory=dict)  # module -> the base's bias tensor
     replaced: dict[str, str] = field(default_factory=dict)  # the adapter's tensor -> the base's
     tokens: dict[str, str] = field(default_factory=dict)  # the adapter's embedding -> the base's tensor
-    missing: tuple[str, ...] = ()  # modules and tensors that the base has no place for
-    drift: dict[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()  # modules and tensors that are not in the base
+    prefix_map: dict[str, str] = field(default_factory=dict)  # the row of PREFIX_MAPS that was used
 
 
 def fit(
@@ -52,14 +63,14 @@ def fit(
     config: Mapping[str, Any],
     rename: tuple[str, str] | None = None,
 ) -> Fit:
-    """Find the place of everything in `adapter` among the base's `tensors`.
+    """Find the targets of everything in `adapter` among the base's `tensors`.
 
-    Raises FitError where a name is found but its shape does not fit, or where shapes cannot decide the orientation.
+    Raises FitError if a name matches but its shape doesn't, or if the orientation is ambiguous.
     """
     best: Fit | None = None
-    least = (0, 0)  # names without a place, and tensors that would be new
-    for drift in DRIFTS:
-        names = _Names(tensors, drift, rename)
+    least = (0, 0)  # missing names, and tensors that would be new
+    for prefix_map in PREFIX_MAPS:
+        names = _Names(tensors, prefix_map, rename)
         try:
             candidate = _fit_names(adapter, names, config)
         except FitError:
@@ -80,28 +91,28 @@ def fit(
 
 @dataclass(frozen=True)
 class _Names:
-    """Looks the adapter's names up in the base, by one drift and the user's rename."""
+    """Looks up the adapter's names in the base, through one prefix map and the user's rename."""
 
     tensors: Mapping[str, Weight]
-    drift: dict[str, str]
+    prefix_map: dict[str, str]
     rename: tuple[str, str] | None
-    segments: dict[str, bool] = field(default_factory=dict)  # what `lacks` found
+    segments: dict[str, bool] = field(default_factory=dict)  # a cache for `lacks`
 
     def to_base(self, name: str) -> str:
         name = apply_rename(name, self.rename)
-        for ours, theirs in SEGMENTS.items():
-            if f".{ours}." in f"{name}." and self.lacks(f".{ours}.") and not self.lacks(f".{theirs}."):
-                name = apply_rename(name, (ours, theirs))
-        for old in sorted(self.drift, key=len, reverse=True):
+        for in_memory, on_disk in SEGMENTS.items():
+            if f".{in_memory}." in f"{name}." and self.lacks(f".{in_memory}.") and not self.lacks(f".{on_disk}."):
+                name = apply_rename(name, (in_memory, on_disk))
+        for old in sorted(self.prefix_map, key=len, reverse=True):
             if f"{name}.".startswith(old) and not (old == "" and name.split(".")[0] in HEAD_MODULES):
-                return (self.drift[old] + f"{name}.".removeprefix(old)).removesuffix(".")
+                return (self.prefix_map[old] + f"{name}.".removeprefix(old)).removesuffix(".")
         return name
 
     def find(self, name: str) -> Weight | None:
         return self.tensors.get(name)
 
     def lacks(self, segment: str) -> bool:
-        """Whether no tensor of the base has `segment` in its name."""
+        """Return whether no tensor name of the base contains `segment`."""
         if segment not in self.segments:
             self.segments[segment] = not any(segment in name for name in self.tensors)
         return self.segments[segment]
@@ -123,8 +134,10 @@ def _fit_names(adapter: Adapter, names: _Names, config: Mapping[str, Any]) -> Fi
         if weights.bias is not None:
             bias = names.to_base(module) + ".bias"
             if (info := names.find(bias)) is None or info.shape != weights.bias.shape:
-                at = "no bias" if info is None else f"a bias of {info.shape}"
-                raise FitError(f"{module}: the adapter has a lora_bias of {weights.bias.shape}, the base has {at}")
+                base_bias = "no bias" if info is None else f"a bias of {info.shape}"
+                raise FitError(
+                    f"{module}: the adapter has a lora_bias of {weights.bias.shape}, but the base has {base_bias}"
+                )
             biases[module] = bias
     for name in adapter.replaced:
         base = names.to_base(name)
@@ -138,7 +151,7 @@ def _fit_names(adapter: Adapter, names: _Names, config: Mapping[str, Any]) -> Fi
             tokens[module] = base
         else:
             missing.append(module)
-    return Fit(targets, biases, replaced, tokens, tuple(missing), names.drift)
+    return Fit(targets, biases, replaced, tokens, tuple(missing), names.prefix_map)
 
 
 def _is_new(tensor: str, adapter: Adapter) -> bool:
@@ -146,7 +159,7 @@ def _is_new(tensor: str, adapter: Adapter) -> bool:
 
 
 def _find(base: str, weights: LoraWeights[LazyTensor], names: _Names) -> list[Weight]:
-    """The base tensors by the module's own name that its Δ could be meant for."""
+    """Return the base tensors of the module's own name that Δ may apply to."""
     base = base.replace(".base_layer", "")
     if weights.parameters != ("weight",):
         return [info for leaf in weights.parameters if (info := names.find(f"{base}.{leaf}"))]
@@ -157,7 +170,7 @@ def _find(base: str, weights: LoraWeights[LazyTensor], names: _Names) -> list[We
 
 
 class _Orientations:
-    """Whether linear weights are stored (out, in) or (in, out), learned from the modules that are not square."""
+    """Determines whether linear weights are stored (out, in) or (in, out), from the modules that are not square."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.model_type = config.get("model_type")
@@ -165,20 +178,20 @@ class _Orientations:
 
     def learn(self, weights: LoraWeights[LazyTensor], found: list[Weight]) -> None:
         shape = (weights.out_features, weights.in_features)
-        telling = weights.kind == "linear" and len(found) == 1 and shape[0] != shape[1]
-        if telling and found[0].shape in (shape, shape[::-1]):
+        conclusive = weights.kind == "linear" and len(found) == 1 and shape[0] != shape[1]
+        if conclusive and found[0].shape in (shape, shape[::-1]):
             self.seen.add(found[0].shape != shape)
 
     def of_square(self, module: str, weights: LoraWeights[LazyTensor]) -> bool:
-        """Whether a square weight is stored transposed: by architecture, else by all the evidence there is."""
+        """Return whether a square weight is stored transposed, by architecture or else by the other modules."""
         if self.model_type is not None:
             return self.model_type in CONV1D_MODELS and module.rpartition(".")[2] in CONV1D_NAMES
         evidence = self.seen | {weights.fan_in_fan_out}
         if len(evidence) == 1:
             return evidence.pop()
         raise FitError(
-            f"{module}: the weight is square, and other modules and fan_in_fan_out disagree about which way round "
-            "it is stored. Put the base's config.json beside its weights: the architecture decides."
+            f"{module}: the weight is square, and other modules and fan_in_fan_out disagree about whether it is stored "
+            "transposed. Put the base's config.json beside its weights, so that the architecture is known."
         )
 
 
@@ -191,7 +204,7 @@ def _places(
     config: Mapping[str, Any],
     orientations: _Orientations,
 ) -> tuple[Target, ...]:
-    """Every target of one module; empty where the base has no such name."""
+    """Return the targets of one module; empty if the base has no such name."""
     if weights.kind == "experts" or (weights.parameters != ("weight",) and not found):
         return _place_experts(module, base.replace(".base_layer", ""), weights, found, names)
     if weights.parameters != ("weight",):  # target_parameters on a plain matrix
@@ -204,7 +217,7 @@ def _places(
 
 
 def _transposed(module: str, weights: LoraWeights[LazyTensor], info: Weight, orientations: _Orientations) -> bool:
-    """Whether Δ is added transposed; raises FitError where the shapes do not fit at all."""
+    """Return whether Δ is added transposed; raises FitError if the shapes don't match."""
     delta = (weights.out_features, weights.in_features)
     if weights.kind == "embedding":
         if info.shape == delta[::-1]:
@@ -214,7 +227,7 @@ def _transposed(module: str, weights: LoraWeights[LazyTensor], info: Weight, ori
             return False
         groups = weights.A.shape[1] // info.shape[1] if len(info.shape) == len(weights.A.shape) and info.shape[1] else 0
         if groups > 1 and groups * info.shape[1] == weights.A.shape[1]:
-            raise FitError(f"{module}: a convolution in {groups} groups ({info.shape}); merging those is not supported")
+            raise FitError(f"{module}: is a convolution with {groups} groups ({info.shape}), which is not supported")
     elif info.shape in (delta, (*delta, 1), (*delta, 1, 1)):
         return orientations.of_square(module, weights) if info.shape == delta == delta[::-1] else False
     elif info.shape == delta[::-1]:
@@ -228,7 +241,7 @@ def _transposed(module: str, weights: LoraWeights[LazyTensor], info: Weight, ori
 def _place_in_fused(
     module: str, base: str, weights: LoraWeights[LazyTensor], names: _Names, config: Mapping[str, Any]
 ) -> tuple[Target, ...]:
-    """A split module on a fused base: q_proj is a row range of qkv_proj."""
+    """Place a split module in a fused base: q_proj is a row range of qkv_proj."""
     parent, _, leaf = base.rpartition(".")
     for fused, parts in FUSED.items():
         info = names.find(f"{parent}.{fused}.weight") or names.find(f"{parent}.{fused}_weight")
@@ -239,7 +252,7 @@ def _place_in_fused(
         if sizes is None or sizes[index] != weights.out_features or info.shape[1:] != (weights.in_features,):
             raise FitError(
                 f"{module}: Δ is {(weights.out_features, weights.in_features)}; in the base it is part of {info.name} "
-                f"{info.shape}, " + (f"rows split {sizes}" if sizes else "whose split its config does not tell")
+                f"{info.shape}, " + (f"rows split {sizes}" if sizes else "but its config does not define the row split")
             )
         start = sum(sizes[:index])
         return (Target(info.name, rows=(start, start + sizes[index])),)
@@ -247,7 +260,7 @@ def _place_in_fused(
 
 
 def _part_sizes(parts: tuple[str, ...], rows: int, config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """How many rows each part of a fused projection has, or None where the config does not say."""
+    """Return the number of rows of each part of a fused projection, or None if the config doesn't define it."""
     if len(parts) == 2:
         return (rows // 2, rows // 2)
     text = config.get("text_config")
@@ -264,7 +277,7 @@ def _part_sizes(parts: tuple[str, ...], rows: int, config: Mapping[str, Any]) ->
 
 
 def _place_over_parts(base: str, weights: LoraWeights[LazyTensor], names: _Names) -> tuple[Target, ...]:
-    """A fused module on a split base: each part takes its rows of Δ."""
+    """Place a fused module in a split base: each part gets its rows of Δ."""
     parent, _, leaf = base.rpartition(".")
     infos = [names.find(f"{parent}.{part}.weight") for part in FUSED.get(leaf, ())]
     found = [info for info in infos if info is not None and len(info.shape) > 1]
@@ -275,10 +288,10 @@ def _over_rows(infos: list[Weight], weights: LoraWeights[LazyTensor], expert: in
     rows, width = sum(info.shape[0] for info in infos), weights.in_features
     if rows != weights.out_features or any(info.shape[1:] != (width,) for info in infos):
         shapes = ", ".join(f"{info.name} {info.shape}" for info in infos)
-        raise FitError(f"Δ is {(weights.out_features, width)}, which does not split over {shapes}")
+        raise FitError(f"Δ is {(weights.out_features, width)}, which cannot be split into {shapes}")
     targets, start = [], 0
     for info in infos:
-        targets.append(Target(info.name, of=(start, start + info.shape[0]), expert=expert))
+        targets.append(Target(info.name, delta_rows=(start, start + info.shape[0]), expert=expert))
         start += info.shape[0]
     return tuple(targets)
 
@@ -286,12 +299,14 @@ def _over_rows(infos: list[Weight], weights: LoraWeights[LazyTensor], expert: in
 def _place_experts(
     module: str, base: str, weights: LoraWeights[LazyTensor], found: list[Weight], names: _Names
 ) -> tuple[Target, ...]:
-    """Stacked experts: one range of rows for each in a 3-d tensor, or one tensor for each expert and part."""
+    """Place stacked experts: a range of rows of a 3-d tensor each, or one tensor per expert and part."""
     delta, experts = (weights.out_features, weights.in_features), weights.experts
     fitting = [info for info in found if info.shape in ((experts, *delta), (experts, *delta[::-1]))]
     if len(fitting) > 1 or (fitting and delta[0] == delta[1]):
-        which = " or ".join(info.name for info in fitting)
-        raise FitError(f"{module}: {experts} experts of {delta} fit {which} in more than one way; refused, not guessed")
+        names_ = " or ".join(info.name for info in fitting)
+        raise FitError(
+            f"{module}: {experts} experts of {delta} are ambiguous: they match {names_} in more than one way"
+        )
     if fitting:
         info = fitting[0]
         height = info.shape[1]
@@ -301,18 +316,21 @@ def _place_experts(
         )
     if found:
         shapes = ", ".join(f"{info.name} {info.shape}" for info in found)
-        raise FitError(f"{module}: {experts} experts of Δ {delta} fit none of {shapes}. Trained on another base?")
+        raise FitError(
+            f"{module}: {experts} experts of Δ {delta} do not match {shapes}. Was this adapter trained on another base?"
+        )
     layouts = [parts for leaf in weights.parameters for parts in PER_EXPERT.get(leaf, ())]
     split = [rows for parts in layouts if (rows := _per_expert(base, parts, weights, names))]
     if len(split) > 1:
-        raise FitError(f"{module}: {experts} experts of {delta} fit {split[0][0][0].name} and {split[1][0][0].name}")
+        both = f"{split[0][0][0].name} and {split[1][0][0].name}"
+        raise FitError(f"{module}: {experts} experts of {delta} are ambiguous: they match both {both}")
     return tuple(target for e, row in enumerate(split[0]) for target in _over_rows(row, weights, e)) if split else ()
 
 
 def _per_expert(
     base: str, parts: tuple[str, ...], weights: LoraWeights[LazyTensor], names: _Names
 ) -> list[list[Weight]]:
-    """The tensors of each expert, where the checkpoint has them apart and they add up to Δ; else nothing."""
+    """Return the tensors of each expert, if the checkpoint has one per expert and they add up to Δ; else nothing."""
     rows = [[names.find(f"{base}.{e}.{part}.weight") for part in parts] for e in range(weights.experts)]
     found = [[info for info in row if info and info.shape[1:] == (weights.in_features,)] for row in rows]
     whole = all(len(row) == len(parts) and sum(i.shape[0] for i in row) == weights.out_features for row in found)

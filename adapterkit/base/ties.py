@@ -1,7 +1,7 @@
 """Tied embeddings: whether a base's input embedding is also its head.
 
-transformers leaves `tie_word_embeddings` out of config.json where it has the architecture's default, and for many
-architectures the default is true: `architectures.py` has the defaults.
+transformers omits `tie_word_embeddings` from config.json if it has the architecture's default, which for many
+architectures is true; `architectures.py` has the defaults.
 """
 
 from __future__ import annotations
@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapterkit.base.architectures import ALWAYS, HEADS, INPUT_EMBEDDINGS, LFM2, OR_TEXT, TEXT, TIED, UNTIED
+from adapterkit.base.architectures import (
+    ALWAYS_TIED,
+    HEADS,
+    INPUT_EMBEDDINGS,
+    LFM2_MODELS,
+    TEXT_CONFIG_DECIDES,
+    TIED,
+    TIED_IF_EITHER,
+    UNTIED,
+)
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.files.safetensors import TensorInfo
 
@@ -18,18 +27,18 @@ from adapterkit.files.safetensors import TensorInfo
 
 
 def declared(config: Mapping[str, Any]) -> bool | None:
-    """Whether a model of this config has its head tied, as transformers resolves it; None where that is not known."""
+    """Return whether a model with this config ties its head, as transformers resolves it; None if unknown."""
     model, nested = config.get("model_type"), config.get("text_config")
     text = declared(nested) if isinstance(nested, dict) else None
-    if model in TEXT:
+    if model in TEXT_CONFIG_DECIDES:
         return text
-    if model in ALWAYS:
+    if model in ALWAYS_TIED:
         return True
-    key = config.get("tie_embedding") if model in LFM2 else None
+    key = config.get("tie_embedding") if model in LFM2_MODELS else None
     key = config.get("tie_word_embeddings") if key is None else key
     default = True if model in TIED else False if model in UNTIED else None
     outer = bool(key) if key is not None else default
-    if model in OR_TEXT:
+    if model in TIED_IF_EITHER:
         return outer or bool(text)
     return text if outer is None else outer
 
@@ -39,38 +48,38 @@ def declared(config: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """An input embedding and the head that is the same tensor, or, with `certain` false, may be."""
+    """An input embedding and the head tied to it; unless `certain`, it is unknown whether they are tied."""
 
     base: Checkpoint
     embedding: str
     head: str
-    others: tuple[str, ...]  # more embeddings, with which the head, or an encoder and a decoder, may be one
+    others: tuple[str, ...]  # more embeddings, which may be tied to it too, as those of an encoder and a decoder
     stored: bool  # whether the head has a tensor of its own
     certain: bool
 
     @property
     def implied(self) -> bool:
-        """Whether the base has a head without a tensor for it."""
+        """Whether the head exists only as the embedding."""
         return self.certain and not self.stored
 
     @property
     def shared(self) -> bool:
-        """Whether an encoder and a decoder have the embedding in common, or may have."""
+        """Whether an encoder and a decoder share the embedding, or may."""
         return bool(self.others) or self.embedding.endswith("shared.weight")
 
     def equal(self, other_name: str | None = None) -> bool:
-        """Whether the head, or the other tensor, is the embedding bit for bit; transformers ties only such."""
+        """Return whether the head, or another tensor, equals the embedding bit for bit, as transformers requires."""
         one, other = self.base.tensors[self.embedding], self.base.tensors[other_name or self.head]
         return (one.dtype, one.shape) == (other.dtype, other.shape) and _same_bytes(one, other)
 
     def untie(self, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """The config of an output that has both tensors, and a note about it.
+        """Return the config of an output that stores both tensors, and a note about it.
 
-        The key stays where more than the head goes by it: T5's scaling, BERT's biases, an encoder's embedding.
+        The key is unchanged if it controls more than the head: T5's scaling, BERT's biases, an encoder's embedding.
         """
-        note = f"the base ties {self.head} to {self.embedding}, the adapter changes them apart: the output "
+        note = f"the base ties {self.head} to {self.embedding}, but the adapter changes them separately: the output "
         inseparable = self.embedding.endswith("shared.weight") or self.head.endswith(".decoder.weight")
-        if inseparable or config.get("model_type") in ALWAYS:
+        if inseparable or config.get("model_type") in ALWAYS_TIED:
             return config, note + "stores both, which transformers 5 and later load"
         nested = config.get("text_config")
         if isinstance(nested, dict) and ("tie_word_embeddings" in nested or declared(nested)):
@@ -79,17 +88,19 @@ class Tie:
         return config | dict.fromkeys(keys, False), note + "unties them"
 
 
-def tie_of(base: Checkpoint) -> Tie | None:
-    """The embedding and the head that `base` ties, or may tie; None where it surely ties none."""
+def find_tie(base: Checkpoint) -> Tie | None:
+    """Return the embedding and the head that `base` ties, or may tie; None if it certainly ties none."""
     tied = declared(base.config)
     found = [name for name in base.tensors if f".{name}".endswith(tuple(f".{end}" for end in INPUT_EMBEDDINGS))]
-    found = [name for name in found if not any(part.isdecimal() for part in name.split("."))]  # else some layer's own
+    found = [
+        name for name in found if not any(part.isdecimal() for part in name.split("."))
+    ]  # the others belong to a layer
     if tied is False or not found:
         return None
     embedding = min(found, key=lambda name: (not name.endswith("shared.weight"), found.index(name)))
     head = HEADS.get(base.config.get("model_type", ""), "lm_head.weight")
     stored = next((name for name in base.tensors if f".{name}".endswith(f".{head}")), None)
-    if stored is None and head.endswith(".decoder.weight"):  # one that has more tensors, without which there is none
+    if stored is None and head.endswith(".decoder.weight"):  # a head with more tensors, without which it doesn't exist
         within = head.removesuffix("decoder.weight")
         if not any(name.startswith(within) for name in base.tensors):
             return None
@@ -99,7 +110,7 @@ def tie_of(base: Checkpoint) -> Tie | None:
 
 
 def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors hold the same bytes, compared some megabytes at a time."""
+    """Return whether two tensors hold the same bytes, compared a few megabytes at a time."""
     step = 1 << 24
     for at in range(0, one.nbytes, step):
         pieces = []
@@ -114,14 +125,14 @@ def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
 # --- an adapter's changes --------------------------------------------------------------------------------------------
 
 
-def undecided(tie: Tie) -> str:
-    """Why it is not known whether the head is tied, and what to do."""
-    unknown = f"whether {tie.base.name} ties {tie.head} to {tie.embedding} is not known: "
+def unknown_tie(tie: Tie) -> str:
+    """Return the error message for a head that may or may not be tied, with the remedy."""
+    unknown = f"cannot determine whether {tie.base.name} ties {tie.head} to {tie.embedding}: "
     if not tie.base.config:
-        return f"{unknown}there is no config.json. Give the directory of the model, with its config."
+        return f"{unknown}it has no config.json. Give the model's directory, with its config."
     model = tie.base.config.get("model_type")
-    known = f"model_type {model[:60]!r} is not known here" if model else "has no model_type"
+    reason = f"its model_type {model[:60]!r} is unknown" if model else "no model_type"
     return (
-        f"{unknown}its config.json has no tie_word_embeddings, and {known}. Add the key to config.json: true if the "
-        "model's output embedding is its input embedding, else false."
+        f"{unknown}its config.json has no tie_word_embeddings, and {reason}. Add the key to config.json: true if the "
+        "model's output embedding is its input embedding, otherwise false."
     )

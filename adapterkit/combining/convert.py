@@ -11,7 +11,7 @@ import torch
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, load_weights, refuse_broken
 from adapterkit.algebra.lowrank import Limit, Product, decompose
 from adapterkit.algebra.sketch import Matrix, sketch
-from adapterkit.base.adapter_fit import place
+from adapterkit.base.adapter_fit import place_adapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.rename_option import explain_missing
@@ -148,7 +148,7 @@ def placed_in(base: Checkpoint, one: WeightedAdapter, dora: bool) -> Placed:
     if not adapter.modules:
         raise UsageError(f"{one.label}: no low-rank modules to convert")
     tensors: dict[str, Weight] = dict(weights_in(base.tensors, base.config))
-    places = place(adapter, tensors, base)
+    places = place_adapter(adapter, tensors, base)
     missing = [name for name in places.missing if name in adapter.modules]
     if missing:
         raise FitError(f"{one.label}: {explain_missing(tuple(missing), tensors)}")
@@ -167,7 +167,7 @@ def _effective(weights: Weights, pieces: Sequence[Piece]) -> Matrix:
     ends, gains = [0], []
     for piece in pieces:
         norm = piece.norms(Matrix(piece.shape, piece.before).spans())
-        gain = torch.where(norm > 0, magnitude[piece.of[0] : piece.of[1]] / norm, 0.0)
+        gain = torch.where(norm > 0, magnitude[piece.delta_rows[0] : piece.delta_rows[1]] / norm, 0.0)
         gains.append(gain[None, :] if piece.transposed else gain[:, None])
         ends.append(ends[-1] + piece.shape[0])
 
@@ -177,7 +177,7 @@ def _effective(weights: Weights, pieces: Sequence[Piece]) -> Matrix:
             low, high = max(first, start) - start, min(last, stop) - start
             if low < high:
                 mine = gain if piece.transposed else gain[low:high]
-                parts.append(piece.direction(low, high) * mine - piece.before(low, high))
+                parts.append(piece.direction(low, high) * mine - piece.base_rows(low, high))
         return torch.cat(parts)
 
     return Matrix((ends[-1], pieces[0].shape[1]), rows)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from adapterkit.base.quant import needs_values
+from adapterkit.base.quant import shapes_need_values
 from adapterkit.errors import OfflineError
 from adapterkit.files.safetensors import read_header
 from adapterkit.hub.download import OnBytes, cached, download_of, fetch
@@ -108,7 +108,7 @@ def located(specs: Sequence[Spec]) -> Iterator[Places]:
             place = places[str(spec)] = locate(spec, stack)
             if place.headers_only:
                 names = (name for file in place.path.glob("*.safetensors") for name in read_header(file).tensors)
-                if needs_values(names):
+                if shapes_need_values(names):
                     places.clear()
                     break
         yield Places(places)

@@ -64,7 +64,7 @@ def on_hub(spec: str | os.PathLike[str]) -> HubId | None:
     if os.path.lexists(path) or found is None:  # Path's own raise for names that are too long
         return None
     if (os.path.isdir(path.parent) and path.parent != Path()) or path.suffix in weights_suffixes():
-        raise FormatError(f"{spec}: there is no such file or directory")
+        raise FormatError(f"{spec}: no such file or directory")
     return found
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import prod
 
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import QuantizedWeight, supported, weights
-from adapterkit.base.quant.unread import unread_scheme
+from adapterkit.base.quant import QuantizedWeight, supported_schemes, weights
+from adapterkit.base.quant.unsupported import unsupported_scheme
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo
 
 
@@ -50,10 +50,10 @@ def inventory(checkpoint: Checkpoint) -> list[StoredAs]:
 
 def unsupported(checkpoint: Checkpoint, rows: list[StoredAs]) -> str | None:
     """What to say where the base is quantized by a scheme that no weight was read by."""
-    scheme = unread_scheme(checkpoint.tensors, checkpoint.quantization)
+    scheme = unsupported_scheme(checkpoint.tensors, checkpoint.quantization)
     if scheme is None or any(row.merge.startswith("dequantized") for row in rows):
         return None
-    return f"quantized ({scheme}): merge reaches only what is not; it can dequantize {supported()}"
+    return f"quantized ({scheme}): merge reaches only what is not; it can dequantize {supported_schemes()}"
 
 
 def _bytes(weight: TensorInfo | QuantizedWeight) -> int:

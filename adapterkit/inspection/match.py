@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from adapterkit.adapter.weights import Adapter
-from adapterkit.base.adapter_fit import explain, place
+from adapterkit.base.adapter_fit import explain_misfit, place_adapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight, weights
 from adapterkit.base.row_reader import reader
@@ -37,8 +37,8 @@ def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, F
     Raises FitError where a name is found but its shape does not fit.
     """
     tensors = weights(checkpoint.tensors, checkpoint.config)
-    places = place(adapter, tensors, checkpoint)
-    hint = explain(adapter, places, tensors, checkpoint.config) if places.missing else ""
+    places = place_adapter(adapter, tensors, checkpoint)
+    hint = explain_misfit(adapter, places, tensors, checkpoint.config) if places.missing else ""
     total = len(adapter.modules)
     return Match(name, len(places.targets), total, places.missing, hint), places
 

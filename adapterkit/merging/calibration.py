@@ -19,7 +19,7 @@ from torch import nn
 
 from adapterkit.base.models.config_check import check_described
 from adapterkit.base.models.loading import load_causal, load_tokenizer
-from adapterkit.base.models.tokenizing import tokenized
+from adapterkit.base.models.tokenizing import encode_text
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import TensorInfo, read_header, write_tensors
@@ -63,7 +63,7 @@ def _measure(plan: MergePlan, edits: dict[str, MergeEdit], folder: Path) -> dict
         text = stream.read(TEXT)
     check_described(plan.base)
     tokenizer, model = load_tokenizer(plan.base), load_causal(plan.base, dtype="auto", device_map="cpu")
-    ids = torch.tensor(tokenized(tokenizer, text)["input_ids"])
+    ids = torch.tensor(encode_text(tokenizer, text)["input_ids"])
     if len(ids) < 2:
         raise UsageError(f"{plan.calibration}: holds {len(ids)} tokens, from which there is nothing to learn")
     seen = _Seen()

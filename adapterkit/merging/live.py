@@ -22,8 +22,8 @@ from adapterkit.adapter.weights import Adapter, load_weights
 from adapterkit.algebra.residual import Residual, record, restore
 from adapterkit.algebra.rounding import as_bfloat16, round_once
 from adapterkit.algebra.updates import Update, add_updates, update_for
-from adapterkit.base.architectures import ALWAYS
-from adapterkit.base.quant.bnb_layers import dequantized, is_quantized
+from adapterkit.base.architectures import ALWAYS_TIED
+from adapterkit.base.quant.quantized_layers import dequantized, is_quantized
 from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.targets import Fit, Target, fit
 from adapterkit.base.ties import declared
@@ -260,8 +260,8 @@ def _updates(
             depth = shape[0] * shape[1] if target.expert is not None and target.rows is not None else shape[0]
             wide = parameter.dtype in (torch.float32, torch.float64) or weights.magnitude is not None
             update = update_for(
-                load_weights(weights), weight, target.rows or (0, depth), target.of, target.expert, target.transposed,
-                torch.float64 if wide else torch.float32, where=module,
+                load_weights(weights), weight, target.rows or (0, depth), target.delta_rows, target.expert,
+                target.transposed, torch.float64 if wide else torch.float32, where=module,
             )  # fmt: skip
             updates.append(update.to(parameter.device))
     return updates
@@ -401,6 +401,6 @@ def _tie(model: nn.Module, layer: nn.Module, leaf: str, other: str) -> None:
 def _declare_untied(model: nn.Module, undo: list[Callable[[], object]]) -> None:
     """Have the model's config say so, by which a saved model is loaded again."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False) and getattr(config, "model_type", None) not in ALWAYS:
+    if getattr(config, "tie_word_embeddings", False) and getattr(config, "model_type", None) not in ALWAYS_TIED:
         undo.append(partial(setattr, config, "tie_word_embeddings", True))
         config.tie_word_embeddings = False

@@ -68,7 +68,7 @@ def _not_restored(told: Companions | None, source: Checkpoint) -> Iterator[str]:
             f"{name}: not restored, since the merge left it out" for name in told.left_out if name not in left_out
         )
         extra = (name for name in others(source) if name not in told.copied)
-        yield from (f"{name}: not copied, since the receipt does not name it" for name in extra)
+        yield from (f"{name}: not copied: the receipt does not name it" for name in extra)
     yield from source.notes()
 
 
@@ -193,7 +193,7 @@ def _recorded(edit: RestoreEdit, blocks: Sequence[Recorded], sidecar: Header) ->
     for delta in edit.deltas:
         target, weights = delta.target, delta.weights
         start, stop = target.rows or (0, rows)
-        first, last = target.of or (0, weights.out_features)
+        first, last = target.delta_rows or (0, weights.out_features)
         size = (weights.in_features, last - first) if target.transposed else (last - first, weights.in_features)
         inside = 0 <= start < stop <= rows and 0 <= first < last <= weights.out_features
         expert = target.expert is None or target.expert < weights.experts

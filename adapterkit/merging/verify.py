@@ -21,7 +21,7 @@ from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.row_reader import reader
-from adapterkit.base.ties import tie_of
+from adapterkit.base.ties import find_tie
 from adapterkit.errors import FitError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo, Weight
@@ -85,7 +85,7 @@ def verify(
     touched = {name: pair for name, pair in edits.items() if pair[0].changes}
     _check_names(plan, merged, before, after, touched)
     names = dict.fromkeys((*before, *touched))
-    tie = tie_of(plan.base)
+    tie = find_tie(plan.base)
     if tie is not None and tie.implied and tie.head not in names and tie.head in merged.tensors:
         names, before[tie.head] = {tie.head: None, **names}, after[tie.embedding]  # written out, as some tools do
 
@@ -109,7 +109,7 @@ def _with_heads(plan: MergePlan, merged: Checkpoint) -> tuple[dict[str, Weight],
     """
     after: dict[str, Weight] = {**weights_in(merged.tensors, merged.config)}
     before: dict[str, Weight] = {**weights_in(plan.base.tensors, plan.base.config)}
-    tie, now = tie_of(plan.base), tie_of(replace(merged, config=merged.config or plan.base.config))
+    tie, now = find_tie(plan.base), find_tie(replace(merged, config=merged.config or plan.base.config))
     if tie is not None and tie.implied and tie.head in plan.weight_map:
         before[tie.head] = before[tie.embedding]
     if now is not None and now.implied and (now.head in before or (tie is not None and now.head == tie.head)):
@@ -125,7 +125,7 @@ def _check_names(
     touched: Mapping[str, object],
 ) -> None:
     """Refuse a checkpoint of another model; a head that is the embedding may be left out, or written out."""
-    tie = tie_of(plan.base)
+    tie = find_tie(plan.base)
     tied = {tie.head} if tie is not None and tie.certain else set()
     implied = [tie.head] if tie is not None and tie.implied else []
     lacking = [name for name in dict.fromkeys((*before, *touched, *implied)) if name not in after]

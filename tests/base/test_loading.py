@@ -21,8 +21,8 @@ from tiny import save_tiny_model
 
 from adapterkit.base.checkpoint import open_checkpoint
 from adapterkit.base.models import loading, tokenizer_subprocess, tokenizing
-from adapterkit.base.models.loading import harmless, load_causal, load_tokenizer, quiet
-from adapterkit.base.models.tokenizing import decoded, tokenized
+from adapterkit.base.models.loading import load_causal, load_tokenizer, quiet, sanitized
+from adapterkit.base.models.tokenizing import decode_text, encode_text
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files import sandbox_subprocess
 from adapterkit.train.data import chat_template_subprocess, parquet_subprocess
@@ -234,7 +234,7 @@ def test_calibration_needs_all_weights(model: Path, text: Path) -> None:
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     before = contents(model)
     for command in commands(model, text)[1:]:
-        assert "lacks 1 tensor that its config speaks of" in adapterkit(*command).message(1)
+        assert "lacks 1 tensor that its config requires" in adapterkit(*command).message(1)
     assert contents(model) == before
 
 
@@ -249,8 +249,8 @@ def lacking(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (narrow, r"model\.norm\.weight is \(\d+,\), its config makes it \(\d+,\)"),
-        (lacking, rf"lacks 2 tensors that its config speaks of, such as {FIRST}"),
+        (narrow, r"model\.norm\.weight has shape \(\d+,\), but its config expects \(\d+,\)"),
+        (lacking, rf"lacks 2 tensors that its config requires, such as {FIRST}"),
     ],
 )
 def test_what_transformers_would_fill_with_random_numbers(
@@ -270,7 +270,7 @@ def test_a_config_keeps_all_but_what_loads_more() -> None:
         "text_config": {"transformers_weights": "x", "auto_map": 1, "attn_implementation": "org/kernel@main", "dim": 4},
     }  # fmt: skip
     left = {"hidden_size": 8, "attn_implementation": "sdpa", "layers": [{"a": None}], "note": "org/kernel"}
-    assert harmless(config) == left | {"text_config": {"dim": 4}}
+    assert sanitized(config) == left | {"text_config": {"dim": 4}}
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -308,11 +308,11 @@ class Panics(BaseException):
     [
         ([0, 2**31 - 1], None),
         ([], None),
-        ([1, 2**31], "has a token beyond 2,147,483,647"),
+        ([1, 2**31], "returned a token id above 2,147,483,647"),
         ([-1], "has a token beyond"),
-        (ValueError("a\nb  c"), "its tokenizer fails: a b c$"),
-        (Panics("index out of bounds"), "its tokenizer fails: index out of bounds$"),
-        (ValueError("x" * 10_000), "its tokenizer fails: x{240}$"),
+        (ValueError("a\nb  c"), "its tokenizer failed: a b c$"),
+        (Panics("index out of bounds"), "its tokenizer failed: index out of bounds$"),
+        (ValueError("x" * 10_000), "its tokenizer failed: x{240}$"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -329,10 +329,10 @@ def test_what_a_tokenizer_makes_is_checked(made: list[int] | BaseException, said
     if name:
         tokenizer.name_or_path = name  # type: ignore[attr-defined]
     if said is None:
-        assert tokenized(tokenizer, "text", more=1)["input_ids"] == made
+        assert encode_text(tokenizer, "text", more=1)["input_ids"] == made
         return
     with pytest.raises(FormatError, match=f"^{name or 'the base'}: .*{said}"):
-        tokenized(tokenizer, "text", more=1)
+        encode_text(tokenizer, "text", more=1)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -341,7 +341,7 @@ def test_ctrl_c_in_a_tokenizer_is_none_of_its_errors(error: type[BaseException])
         raise error
 
     with pytest.raises(error):
-        tokenized(interrupted, "text")
+        encode_text(interrupted, "text")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_how_much_a_normalizer_may_make_a_text_longer(contents: list[str], model
     if grown <= 100:
         assert load_tokenizer(base) is not None
     else:
-        with pytest.raises(FormatError, match=r"tokenizer\.json: its normalizer makes a text more than 100 times"):
+        with pytest.raises(FormatError, match=r"tokenizer\.json: its normalizer makes text more than 100 times"):
             load_tokenizer(base)
 
 
@@ -454,13 +454,13 @@ def test_tokens_are_the_same_in_a_process(model: Path) -> None:
     for special in (True, False):
         options = {"add_special_tokens": special, "return_offsets_mapping": True}
         for sample in ("w1  w2\nw59 <eos> é w7", "", "<pad>w3"):
-            expected, found = tokenizer(sample, **options), tokenized(tokenizer, sample, **options)
+            expected, found = tokenizer(sample, **options), encode_text(tokenizer, sample, **options)
             assert found["input_ids"] == expected["input_ids"]
             assert [tuple(span) for span in found["offset_mapping"]] == expected["offset_mapping"]
-    with pytest.raises(FormatError, match="model: its tokenizer fails: Onig"):
-        tokenized(tokenizer, "a" * 50)
-    ids = tokenized(tokenizer, "w1 w2 <eos>")["input_ids"]
-    assert decoded(tokenizer, ids) == tokenizer.decode(ids, skip_special_tokens=True) == "w1 w2"
+    with pytest.raises(FormatError, match="model: its tokenizer failed: Onig"):
+        encode_text(tokenizer, "a" * 50)
+    ids = encode_text(tokenizer, "w1 w2 <eos>")["input_ids"]
+    assert decode_text(tokenizer, ids) == tokenizer.decode(ids, skip_special_tokens=True) == "w1 w2"
 
 
 @pytest.mark.parametrize(

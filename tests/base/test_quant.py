@@ -301,7 +301,7 @@ def restated(**facts: Any) -> Callable[[dict[str, torch.Tensor]], None]:
         (replaced(".absmax", torch.zeros(14, dtype=torch.uint8)), r"U8 \(14,\), expected U8 with 15 elements"),
         (replaced(".absmax", torch.zeros(15)), "F32 .* expected U8 with 15"),
         (replaced(".quant_map", torch.zeros(15)), "expected F32 with 16"),
-        (replaced(".quant_state.bitsandbytes__nf4", torch.zeros(4, dtype=torch.uint8)), "is not the JSON object"),
+        (replaced(".quant_state.bitsandbytes__nf4", torch.zeros(4, dtype=torch.uint8)), "is not a valid quant_state"),
         (replaced(".quant_state.bitsandbytes__int3", torch.tensor([123, 125], dtype=torch.uint8)), "expected nf4 or"),
         (restated(blocksize=63), "blocksize 63"),
         (restated(blocksize=0), "blocksize 0"),
@@ -400,7 +400,7 @@ def test_unknown_schemes_are_named_with_what_is_supported(
 ) -> None:
     config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     base = make_base({"m.qweight": torch.zeros(5, 24, dtype=torch.int32), "n.weight": torch.ones(4, 4)}, config)
-    with pytest.raises(FitError, match="quantized .gptq.; what can be dequantized is bitsandbytes NF4"):
+    with pytest.raises(FitError, match="quantized .gptq.; supported schemes: bitsandbytes NF4"):
         adapterkit.plan_merge(base, [make_adapter(factors("m", 24, 40))], tmp_path / "out")
     # What such a base stores as it is can be merged into, and the rest stays quantized.
     adapterkit.merge(base, [make_adapter(factors("n", 4, 4), "other")], tmp_path / "out")
@@ -683,7 +683,7 @@ def test_what_does_nothing_is_refused_before_anything_is_opened(
     [
         ({"to": "int4"}, "expected one of nf4, fp4, int8"),
         ({"to": "nf4", "blocksize": 48}, "block size 48"),
-        ({"to": "int8", "nested": True}, "one scale a row"),
+        ({"to": "int8", "nested": True}, "one scale per row"),
     ],
 )
 def test_what_quantize_cannot_do(sixteen_bits: Path, tmp_path: Path, how: Any, message: str) -> None:

@@ -102,7 +102,9 @@ def test_help_errors_and_the_app_list_it(base: Path, stored: Path, tmp_path: Pat
     assert "toy" in field.choices
     with pytest.raises(package.errors.UsageError, match=r"to 'int3': expected one of nf4, fp4, int8, toy"):
         package.plan_quantize(base, tmp_path / "out", to="int3")
-    with pytest.raises(package.errors.UsageError, match=r"toy has a low and a step a row: block size and nesting are"):
+    with pytest.raises(
+        package.errors.UsageError, match=r"toy has a low and a step a row; block size and nesting apply to"
+    ):
         package.plan_quantize(base, tmp_path / "out", to="toy", nested=True)
     assert "is quantized already (toy, affine by row)" in adapterkit("quantize", stored, "--to", "nf4").err
-    assert "the toy's 8 bits" in quant.supported()
+    assert "the toy's 8 bits" in quant.supported_schemes()

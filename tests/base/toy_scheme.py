@@ -118,7 +118,7 @@ class ToyQuantizer(Quantizer):
     def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
         return self.low[first:last, None] + packed.view(last - first, -1) * self.step[first:last, None]
 
-    def most(self) -> float:
+    def max_magnitude(self) -> float:
         return float(torch.maximum(self.low.abs(), (self.low + LEVELS * self.step).abs()).max())
 
 

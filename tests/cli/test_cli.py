@@ -131,10 +131,10 @@ def test_a_list_of_what_is_wrong_has_a_line_each(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("base", "expected"),
     [
-        ("nothing", "nothing: there is no such file or directory"),
-        ("./no/thing", "no/thing: there is no such file or directory"),
-        ("no/thing.safetensors", "no/thing.safetensors: there is no such file or directory"),
-        ("../no/thing", "../no/thing: there is no such file or directory"),
+        ("nothing", "nothing: no such file or directory"),
+        ("./no/thing", "no/thing: no such file or directory"),
+        ("no/thing.safetensors", "no/thing.safetensors: no such file or directory"),
+        ("../no/thing", "../no/thing: no such file or directory"),
         ("a--b/-c", "a--b/-c: neither a local path nor a name that the Hub allows"),
     ],
 )

@@ -569,8 +569,8 @@ def test_what_is_not_restored_is_said(merged: Path, tmp_path: Path) -> None:
     assert outcome.code == 0
     assert outcome.err.splitlines() == [
         "note: pytorch_model.bin: not restored, since the merge left it out",
-        "note: notes.txt: not copied, since the receipt does not name it",
-        "note: model.gguf: not copied, since it belongs to the unmerged model",
+        "note: notes.txt: not copied: the receipt does not name it",
+        "note: model.gguf: not copied: it belongs to the unmerged model",
     ]
     (tmp_path / "base" / "pytorch_model.bin").unlink()
     assert same(tmp_path / "out", tmp_path / "base")

@@ -546,9 +546,9 @@ def test_a_recipe_in_the_output_stays(base: Path, data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_hidden_layers": 3}, r"lacks 9 tensors that its config speaks of, such as model\.layers\.2\."),
-        ({"intermediate_size": 64}, r"mlp\.\w+\.weight is \(\d+, \d+\), its config makes it"),
-        ({"model_type": "nonsense"}, "model_type is 'nonsense', which transformers [0-9.]+ does not know"),
+        ({"num_hidden_layers": 3}, r"lacks 9 tensors that its config requires, such as model\.layers\.2\."),
+        ({"intermediate_size": 64}, r"mlp\.\w+\.weight has shape \(\d+, \d+\), but its config expects"),
+        ({"model_type": "nonsense"}, "model_type is 'nonsense', which transformers [0-9.]+ does not support"),
     ],
     ids=str,
 )

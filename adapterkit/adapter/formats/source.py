@@ -62,7 +62,7 @@ def _read_header(weights: Path) -> tuple[Mapping[str, TensorInfo | torch.Tensor]
 
 def _find_weights(path: Path) -> Path:
     if not path.exists():
-        raise FormatError(f"{path}: there is no such file or directory")
+        raise FormatError(f"{path}: no such file or directory")
     if path.is_file():
         if path.suffix == ".json":
             raise FormatError(f"{path}: is not a file of weights; give the directory that it lies in")

@@ -1,1 +1,1 @@
-"""A checkpoint as a model and a tokenizer of transformers, from checked files alone and without code of theirs."""
+"""Load checkpoints as transformers models and tokenizers, from checked files only and without running their code."""

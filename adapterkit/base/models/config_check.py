@@ -1,4 +1,4 @@
-"""Whether a config describes the weights beside it, found out from headers before anything of its size is made."""
+"""Check that a config describes the stored weights, from headers, before memory for the model is allocated."""
 
 from __future__ import annotations
 
@@ -9,49 +9,51 @@ from math import prod
 from typing import Any
 
 from adapterkit.base.checkpoint import CONFIG, Checkpoint
-from adapterkit.base.models.loading import harmless, quiet, refuse_unknown
+from adapterkit.base.models.loading import check_model_type, quiet, sanitized
 from adapterkit.base.quant import weights as weights_of
 from adapterkit.errors import FormatError
 
-COUNTS = re.compile("layer|expert|block|num_labels")  # in keys that say how many modules or names there are
+COUNTS = re.compile("layer|expert|block|num_labels")  # in keys that count modules or names
 POSITIVE = ("num_hidden_layers", "n_layer", "max_position_embeddings", "n_positions")
-LEAST = 4096  # that is not too much for such a key in any model
+MIN_COUNT_LIMIT = 4096  # a count up to this is accepted for any model
 NUMBER = re.compile(r"\.[0-9]+\.")
-MOST = 2**40  # of any other number, beyond which lie overflows
-MODULES = 20  # that a model may have for each tensor, and `SPARE` more
-PARAMETERS = 4  # elements that a model may have for each that is stored
-SPARE = 1000
-SHOWN = 240
+MAX_NUMBER = 2**40  # of other keys, to avoid overflows
+MODULES_PER_TENSOR = 20
+PARAMETERS_PER_STORED = 4
+SPARE = 1000  # modules or parameters on top
+MAX_ERROR_CHARS = 240
 
 
 def check_described(base: Checkpoint) -> None:
-    """Raise FormatError where the config of `base` makes no model, or one with other sizes than its weights have."""
+    """Raise FormatError if the config of `base` is invalid, or describes other shapes than the weights have."""
     with quiet():
-        refuse_unknown(base)
+        check_model_type(base)
     file, tensors = base.path / CONFIG, weights_of(base.tensors, base.config)
-    most = max(LEAST, len(tensors), *(size for info in tensors.values() for size in info.shape))
+    max_count = max(MIN_COUNT_LIMIT, len(tensors), *(size for info in tensors.values() for size in info.shape))
     for key, value in _numbers(base.config):
-        limit = most if COUNTS.search(key) else MOST
-        if not (1 if key in POSITIVE else -MOST) <= value <= limit:
-            held = f", the weights beside it are {len(tensors):,} tensors" if limit == most else ""
-            raise FormatError(f"{file}: {key} is {_short(value)}{held}")
-    model = _built(base, MODULES * len(tensors) + SPARE)
+        limit = max_count if COUNTS.search(key) else MAX_NUMBER
+        if not (1 if key in POSITIVE else -MAX_NUMBER) <= value <= limit:
+            stored = f", but the checkpoint has {len(tensors):,} tensors" if limit == max_count else ""
+            raise FormatError(f"{file}: {key} is {_short(value)}{stored}")
+    model = _build(base, MODULES_PER_TENSOR * len(tensors) + SPARE)
     described = dict(model.named_parameters())
     elements = sum(prod(info.shape) for info in tensors.values())
-    if sum(prod(one.shape) for one in described.values()) > PARAMETERS * elements + SPARE:
-        raise FormatError(f"{file}: describes a model of far more parameters than the {elements:,} that are stored")
+    if sum(prod(parameter.shape) for parameter in described.values()) > PARAMETERS_PER_STORED * elements + SPARE:
+        raise FormatError(f"{file}: describes a model with far more parameters than the {elements:,} that are stored")
     for name, info in tensors.items():
-        one = described.get(name)
-        if one is not None and not base.quantization and tuple(info.shape) != tuple(one.shape):
-            raise FormatError(f"{base.path}: {name} is {tuple(info.shape)}, its config makes it {tuple(one.shape)}")
-        alike = NUMBER.sub(".0.", name)
+        parameter = described.get(name)
+        if parameter is not None and not base.quantization and tuple(info.shape) != tuple(parameter.shape):
+            raise FormatError(
+                f"{base.path}: {name} has shape {tuple(info.shape)}, but its config expects {tuple(parameter.shape)}"
+            )
+        in_first_layer = NUMBER.sub(".0.", name)
         ignored = any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
-        if one is None and alike != name and alike in described and not ignored:
-            raise FormatError(f"{base.path}: {name} is stored, and its config has no such layer")
+        if parameter is None and in_first_layer != name and in_first_layer in described and not ignored:
+            raise FormatError(f"{base.path}: {name} is stored, but its config has no such layer")
 
 
 def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number in a config, with the key that it is below."""
+    """Yield every integer in a config with its key."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             yield from _numbers(value, str(name))
@@ -62,8 +64,8 @@ def _numbers(node: Any, key: str = "") -> Iterator[tuple[str, int]]:
         yield key, node
 
 
-def _built(base: Checkpoint, most: int) -> Any:
-    """The model that the config describes, without memory for its weights."""
+def _build(base: Checkpoint, max_modules: int) -> Any:
+    """Build the model that the config describes, without memory for its weights."""
     import torch
 
     with quiet():
@@ -71,28 +73,28 @@ def _built(base: Checkpoint, most: int) -> Any:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         try:
-            config = CONFIG_MAPPING[base.config["model_type"]].from_dict(harmless(base.config))
-            with torch.device("meta"), _at_most(most):
+            config = CONFIG_MAPPING[base.config["model_type"]].from_dict(sanitized(base.config))
+            with torch.device("meta"), _limit_modules(max_modules):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
-        except Exception as error:  # of a stranger's config transformers raises all kinds
-            text = " ".join(str(error).split())[:SHOWN] or type(error).__name__
-            raise FormatError(f"{base.path / CONFIG}: transformers makes no model of it: {text}") from error
+        except Exception as error:  # an untrusted config can make transformers raise anything
+            text = " ".join(str(error).split())[:MAX_ERROR_CHARS] or type(error).__name__
+            raise FormatError(f"{base.path / CONFIG}: transformers cannot build a model from it: {text}") from error
 
 
 @contextmanager
-def _at_most(count: int) -> Iterator[None]:
-    """Let no more than `count` modules become part of others."""
+def _limit_modules(limit: int) -> Iterator[None]:
+    """Raise ValueError when more than `limit` modules are registered."""
     from torch.nn.modules.module import register_module_module_registration_hook
 
-    made = 0
+    registered = 0
 
-    def note(*_: object) -> None:
-        nonlocal made
-        made += 1
-        if made > count:
-            raise ValueError(f"it has more than {count:,} modules")
+    def count(*_: object) -> None:
+        nonlocal registered
+        registered += 1
+        if registered > limit:
+            raise ValueError(f"it has more than {limit:,} modules")
 
-    hook = register_module_module_registration_hook(note)
+    hook = register_module_module_registration_hook(count)
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
 """A sandboxed program that splits texts by the regular expressions of an untrusted tokenizer.
 
-They are matched by backtracking: one of twenty characters runs for hours over a page of text, and holds Python up, so
-that not even ctrl-C ends it. Here the operating system stops it. Nothing is imported from the package, so that it
-starts at once.
+The tokenizers library matches them by backtracking: one of twenty characters can run for hours on a page of text, and
+blocks Python, so that ctrl-C has no effect. Here the operating system stops it. Nothing is imported from the package,
+so that the process starts fast.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json
 
 
 def main(limits: Limits, seconds: str) -> None:
-    """Answer every request.
+    """Answer requests.
 
-    `{"folder"}` loads what is there. `{"tokenizer", "split"}` is what texts are for, `{"text", "special"}` is answered
-    by `{"ids", "offsets"}`, `{"ids"}` by `{"text"}`; what fails by `{"error"}`.
+    `{"folder"}` does the slow steps of loading a tokenizer. `{"tokenizer", "split"}` sets the tokenizer for later
+    requests: `{"text", "special"}` gets `{"ids", "offsets"}`, and `{"ids"}` gets `{"text"}`. Failures get `{"error"}`.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
@@ -41,11 +41,11 @@ def main(limits: Limits, seconds: str) -> None:
                 tokenizer.no_padding()
                 tokenizer.encode_special_tokens = request["split"]
             elif "text" in request:
-                made = tokenizer.encode(request["text"], add_special_tokens=request["special"])
-                return {"ids": made.ids, "offsets": made.offsets}
+                encoding = tokenizer.encode(request["text"], add_special_tokens=request["special"])
+                return {"ids": encoding.ids, "offsets": encoding.offsets}
             else:
                 return {"text": tokenizer.decode(request["ids"], skip_special_tokens=True)}
-        except BaseException as error:  # Rust's panics among them
+        except BaseException as error:  # including Rust panics
             return {"error": str(error)}
         return {}
 
@@ -53,7 +53,7 @@ def main(limits: Limits, seconds: str) -> None:
 
 
 def load(folder: Path) -> None:
-    """Do what takes time where transformers loads a tokenizer: its normalizer is given every token that is added."""
+    """Normalize every added token, the slow step when transformers loads a tokenizer."""
     from tokenizers import Tokenizer
 
     normalizer = Tokenizer.from_file(str(folder / "tokenizer.json")).normalizer
@@ -64,7 +64,7 @@ def load(folder: Path) -> None:
 
 
 def strings(node: Any) -> Iterator[str]:
-    """Every text in a JSON value."""
+    """Yield every string in a JSON value."""
     if isinstance(node, str):
         yield node
     elif isinstance(node, list | dict):

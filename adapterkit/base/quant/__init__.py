@@ -1,4 +1,4 @@
-"""Quantized weights: one file a scheme in `schemes`, found by the tensors that they are stored in."""
+"""Quantized weights: one module per scheme in `schemes`, which recognizes its weights by their tensors."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ __all__ = [
     "checked",
     "declaration",
     "float_dtype",
-    "kinds_of_any_size",
     "loadable_kinds",
     "loading",
-    "needs_values",
+    "shapes_need_values",
     "spec_for",
-    "supported",
+    "supported_schemes",
+    "unbounded_kinds",
     "weights",
     "writable_kinds",
 ]
 
-# Module -> scheme, found in the files of `schemes`.
+# The scheme of each module in `schemes`.
 SCHEMES: dict[str, Scheme] = {
     module.name: import_module(f"{schemes.__name__}.{module.name}").SCHEME for module in iter_modules(schemes.__path__)
 }
@@ -51,9 +51,9 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorInfo | QuantizedWeight]:
-    """The weights as the model has them: those stored quantized by their real shape, and without their parts.
+    """Return the model's weights: plain tensors, and quantized weights in place of the tensors they are stored in.
 
-    Raises FormatError where one is broken, or where only some can be read.
+    Raises FormatError if a weight is corrupt, or if only some can be read.
     """
     dtype = float_dtype(config, tensors)
     packed = {weight.name: weight for scheme in SCHEMES.values() for weight in scheme.find(tensors, config, dtype)}
@@ -69,7 +69,7 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dic
 
 
 def float_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """The dtype to dequantize to where the weights do not say: the model's own, else that of its other weights."""
+    """Return the dtype to dequantize to if a scheme doesn't store it: the config's, else that of the other weights."""
     text = config.get("text_config")
     for section in (config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
@@ -81,18 +81,18 @@ def float_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
     for info in tensors.values():
         if info.dtype in sizes and not info.name.endswith(suffixes):
             sizes[info.dtype] += info.nbytes
-    most = max(sizes, key=lambda dtype: sizes[dtype])
-    return most if sizes[most] else "BF16"
+    dominant = max(sizes, key=lambda dtype: sizes[dtype])
+    return dominant if sizes[dominant] else "BF16"
 
 
-def needs_values(names: Iterable[str]) -> bool:
-    """Whether among tensors of these names are some whose values, and not only headers, say the shapes of weights."""
-    marks = [scheme.in_values for scheme in SCHEMES.values() if scheme.in_values is not None]
-    return any(mark in name for name in names for mark in marks)
+def shapes_need_values(names: Iterable[str]) -> bool:
+    """Return whether weights with these tensor names store their shapes in tensor values rather than in headers."""
+    markers = [scheme.shape_marker for scheme in SCHEMES.values() if scheme.shape_marker is not None]
+    return any(marker in name for name in names for marker in markers)
 
 
-def supported() -> str:
-    """What can be dequantized, in words."""
+def supported_schemes() -> str:
+    """Return the names of the schemes that can be dequantized, as a list in words."""
     return ", ".join(scheme.label for scheme in SCHEMES.values())
 
 
@@ -100,27 +100,27 @@ def supported() -> str:
 
 
 def _writers() -> dict[str, Writer]:
-    """Kind -> how to quantize to it."""
+    """Return the writer of each kind that can be written."""
     return {kind: scheme.writer for scheme in SCHEMES.values() if scheme.writer for kind in scheme.kinds}
 
 
 def writable_kinds() -> tuple[str, ...]:
-    """What weights can be quantized to."""
+    """Return the kinds that weights can be quantized to."""
     return tuple(_writers())
 
 
-def kinds_of_any_size() -> tuple[str, ...]:
-    """The kinds that weights of any magnitude can be quantized to, since they are taken in float32."""
-    return tuple(kind for kind, writer in _writers().items() if writer.spec.taken_as == "F32")
+def unbounded_kinds() -> tuple[str, ...]:
+    """Return the kinds that can hold weights of any magnitude, since they quantize from float32."""
+    return tuple(kind for kind, writer in _writers().items() if writer.spec.source_dtype == "F32")
 
 
 def blocksizes() -> tuple[int, ...]:
-    """The block sizes that one kind or another can have."""
+    """Return all block sizes that some kind supports."""
     return tuple(sorted({size for writer in _writers().values() for size in writer.blocksizes}))
 
 
 def checked(settings: QuantizationSettings) -> QuantizationSettings:
-    """`settings`, which must be ones that its kind has. Raises UsageError where they are not."""
+    """Return `settings`; raises UsageError if its kind doesn't support them."""
     writers = _writers()
     writer = writers.get(settings.kind)
     if writer is None:
@@ -129,12 +129,12 @@ def checked(settings: QuantizationSettings) -> QuantizationSettings:
         raise UsageError(f"block size {settings.blocksize}: expected one of {', '.join(map(str, blocksizes()))}")
     if (settings.blocksize != DEFAULT_BLOCKSIZE and not writer.blocksizes) or (settings.nested and not writer.nests):
         others = " and ".join(kind for kind, other in writers.items() if other.blocksizes)
-        raise UsageError(f"{settings.kind} has {writer.scales}: block size and nesting are for {others}")
+        raise UsageError(f"{settings.kind} has {writer.scales}; block size and nesting apply to {others} only")
     return settings
 
 
 def spec_for(weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings) -> QuantizationSpec:
-    """How to quantize `weight`; one that is stored by the same kind keeps its block size and nesting."""
+    """Return the spec to quantize `weight`; one already of the same kind keeps its block size and nesting."""
     rounding = settings.rounding.of(weight.name)
     if isinstance(weight, QuantizedWeight) and weight.kind == settings.kind and (own := weight.spec()):
         return replace(own, rounding=rounding)  # type: ignore[type-var]
@@ -142,7 +142,7 @@ def spec_for(weight: TensorInfo | QuantizedWeight, settings: QuantizationSetting
 
 
 def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
-    """The `quantization_config` by which transformers loads the output; `dtype` is what weights dequantize to."""
+    """Return the `quantization_config` for transformers to load the output and dequantize its weights to `dtype`."""
     return _writers()[settings.kind].declaration(settings, dtype)
 
 
@@ -150,13 +150,13 @@ def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
 
 
 def loadable_kinds() -> tuple[str, ...]:
-    """What a model's linear layers can be quantized to as it is loaded."""
+    """Return the kinds that transformers can quantize linear layers to while it loads a model."""
     layers = ((scheme.layer, scheme.kinds) for scheme in SCHEMES.values())
     return tuple(kind for layer, kinds in layers if layer and layer.loading for kind in kinds)
 
 
 def loading(kind: str, dtype: torch.dtype) -> Any:
-    """The config by which transformers does it, computing in `dtype`."""
+    """Return the config for transformers to quantize a model to `kind` while loading, computing in `dtype`."""
     scheme = next(scheme for scheme in SCHEMES.values() if kind in scheme.kinds)
     assert scheme.layer is not None and scheme.layer.loading is not None
     return scheme.layer.loading(kind, dtype)

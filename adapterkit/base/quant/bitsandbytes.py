@@ -1,4 +1,4 @@
-"""What the schemes of bitsandbytes declare in a model's config, for transformers to load them."""
+"""The `quantization_config` of bitsandbytes schemes, by which transformers loads them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def quantization_config(bits: int, quant_type: str, nested: bool, compute_dtype: str) -> dict[str, Any]:
-    """What transformers' `BitsAndBytesConfig` writes; of 8 bits it is the default but for `bits`."""
+    """Return the keys that transformers' `BitsAndBytesConfig` writes; for 8 bits the 4-bit keys have their defaults."""
     four = bits == 4
     return {
         "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four, "_load_in_4bit": four,

@@ -1,4 +1,4 @@
-"""The code books of bitsandbytes: what 4 bits stand for, and the 8 bits of nested scales."""
+"""The codebooks of bitsandbytes: the values of 4-bit codes, and of the 8-bit codes of nested scales."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# NF4: quantiles of the normal distribution, scaled to ±1 (arXiv 2305.14314, appendix E). FP4: sign, 2 exponent and
-# 1 mantissa bits, in the order of the bits, over 12.
+# NF4: quantiles of the normal distribution, scaled to ±1 (arXiv 2305.14314, appendix E). FP4: 1 sign, 2 exponent and
+# 1 mantissa bits, in that order, divided by 12.
 CODES = {
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -20,7 +20,7 @@ CODES = {
 
 
 def dynamic_code() -> torch.Tensor:
-    """The 256 values of the dynamic data type that nests the scales (arXiv 1511.04561; arXiv 2110.02861)."""
+    """Return the 256 values of the dynamic data type of nested scales (arXiv 1511.04561; arXiv 2110.02861)."""
     import torch
 
     values = [0.0, 1.0]

@@ -1,4 +1,4 @@
-"""The loops of compensated rounding, compiled: a call a column is thousands of calls a weight."""
+"""The loops of compensated rounding, compiled, since there are thousands of columns per weight."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ import torch
 def _compensated_next(
     columns: torch.Tensor, units: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor
 ) -> torch.Tensor:
-    """The index of a code for `columns (columns, rows)`, each with the error of the one before, in `units` of its own.
+    """Round each of `columns (columns, rows)` to the index of a code, carrying its error over to the next column.
 
-    At most half of the greatest step is carried on, so that what is beyond the codes does not pile up.
+    Values are in `units` of their own. At most half of the largest step is carried over, so that the errors of values
+    outside the range of codes don't accumulate.
     """
-    most = float((code[1:] - code[:-1]).max()) / 2
+    limit = float((code[1:] - code[:-1]).max()) / 2
     index = torch.empty_like(columns, dtype=torch.int32)
     error = torch.zeros_like(columns[0])
     for j in range(columns.shape[0]):
         value = columns[j] + torch.where(units[j] > 0, error / units[j], torch.zeros_like(error))
         torch.bucketize(value, bounds, out_int32=True, out=index[j])
-        error = (value - code.index_select(0, index[j])).clamp_(-most, most) * units[j]
+        error = (value - code.index_select(0, index[j])).clamp_(-limit, limit) * units[j]
     return index
 
 
 def _compensated_all(
     columns: torch.Tensor, units: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor, shares: torch.Tensor
 ) -> torch.Tensor:
-    """The same, each with its share of the errors of all before it (GPTQ, arXiv 2210.17323, algorithm 1).
+    """Round like `_compensated_next`, but distribute each error over all later columns of its span (GPTQ, algorithm 1).
 
-    `shares (columns, width)`: row j holds by what the error of column j is multiplied for each column of its span of
-    `width`. A batch of columns is settled before its errors reach those behind it in one product.
+    arXiv 2210.17323. `shares (columns, width)`: row j holds the factors of column j's error for the columns of its span
+    of `width`. The errors of a batch of columns reach the columns after it in one matrix product.
     """
     batch, width, count = 64, shares.shape[1], columns.shape[0]
     values = columns * units
@@ -60,7 +61,7 @@ with warnings.catch_warnings():
 def compensated_codes(
     scaled: torch.Tensor, unit: torch.Tensor, code: torch.Tensor, bounds: torch.Tensor, shares: torch.Tensor | None
 ) -> torch.Tensor:
-    """`choose_codes` for compensated rounding: `scaled` and `unit` are `(rows, columns)`."""
+    """Do `choose_codes` with compensated rounding: `scaled` and `unit` are `(rows, columns)`."""
     columns, units = scaled.T.contiguous(), unit.T.contiguous()
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
         if shares is None:

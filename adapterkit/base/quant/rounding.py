@@ -1,9 +1,9 @@
-"""Which code to take for a weight between two of them.
+"""Rounding of weights to quantization codes.
 
-`nearest` has the least error. `stochastic` takes one of the two neighbours by chance, the nearer the likelier: an
-update smaller than a step then survives on average, as noise. `compensated` makes up for each weight's error in those
-of its row that are rounded later: with nothing known of the inputs in the next one, so that a row keeps its sum; with a
-calibration (see `calibration.py`) in all of them, so that what the row computes changes least (GPTQ, arXiv 2210.17323).
+`nearest` has the smallest error. `stochastic` picks one of the two neighbours at random, the nearer with the higher
+probability, so that an update smaller than a step survives on average, as noise. `compensated` adds each weight's error
+to weights of its row that are rounded later: without calibration data to the next one, so that a row keeps its sum;
+with calibration (see `calibration.py`) to all of them, so that the row's output changes least (GPTQ, arXiv 2210.17323).
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from adapterkit.files.safetensors import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-BINS = 1 << 12  # a table of them stays in the L1 cache
+BINS = 1 << 12  # so that their table fits in the L1 cache
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """One of `ROUNDINGS`; the seed of its chance; where calibrated, what shares of an error later columns take over."""
+    """A rounding mode of `ROUNDINGS`, its random seed, and if calibrated the `shares` of errors for later columns."""
 
     kind: str = "nearest"
     seed: int = 0
     shares: TensorInfo | None = None
 
     def of(self, name: str) -> Rounding:
-        """The same, by a seed of weight `name`'s own."""
+        """Return the same rounding with a seed derived for the weight `name`."""
         return Rounding(self.kind, seed_for(self.seed, name))
 
     def read_shares(self) -> torch.Tensor | None:
-        """The shares in memory, if there are any."""
+        """Read the shares into memory, if there are any."""
         return None if self.shares is None else self.shares.read()
 
 
@@ -50,10 +50,13 @@ def choose_codes(
     at: int,
     shares: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The int32 index of a code for each of `scaled (rows, columns)`.
+    """Round each element of `scaled (rows, columns)` to the int32 index of a code.
 
-    `unit`, of the same shape, is what 1 is worth there; `code` is sorted; `at` says how many elements of the weight
-    came before, so that chance does not depend on how it is divided; `shares` are those of `rounding`, read.
+    Args:
+        unit: The scale of each element: `scaled · unit` is the weight.
+        code: The codebook, sorted.
+        at: The offset of `scaled` in the weight, so that random numbers don't depend on the chunking.
+        shares: The shares of `rounding`, in memory.
     """
     bounds = (code[:-1] + code[1:]) / 2
     if rounding.kind == "nearest":
@@ -69,26 +72,27 @@ def choose_codes(
 
 
 def search(values: torch.Tensor, edges: torch.Tensor, *, right: bool = False) -> torch.Tensor:
-    """`torch.bucketize(values, edges, right=right)`, several times faster where edges are a few thousandths apart.
+    """Compute `torch.bucketize(values, edges, right=right)`, several times faster.
 
-    Values are sorted into equal bins first. A bin holds one edge at most, and only there is anything compared.
+    Values are first sorted into bins of equal width. If no bin holds more than one edge, one comparison per value is
+    enough; otherwise this falls back to bucketize.
     """
     import torch
 
-    most = float(edges.abs().max())
-    if not 1e-30 < most < inf:  # NaN, or nothing to scale by: codes as only a stranger's file has them
+    largest = float(edges.abs().max())
+    if not 1e-30 < largest < inf:  # NaN or zero: only an untrusted file has such a codebook
         return torch.bucketize(values, edges, right=right, out_int32=True)
     half = BINS / 2 - 0.5
-    scale = half / most
+    scale = half / largest
 
-    def bins(x: torch.Tensor) -> torch.Tensor:  # never falls where x rises, which is all that this rests on
+    def bins(x: torch.Tensor) -> torch.Tensor:  # monotonic, which is all that is needed
         return (x * scale).add_(half).clamp_(0, BINS - 1).int()
 
-    one = torch.ones_like(edges, dtype=torch.int32)
-    held = one.new_zeros(BINS + 1).index_add_(0, bins(edges) + 1, one)
-    if int(held.max()) > 1:
+    ones = torch.ones_like(edges, dtype=torch.int32)
+    counts = ones.new_zeros(BINS + 1).index_add_(0, bins(edges) + 1, ones)
+    if int(counts.max()) > 1:
         return torch.bucketize(values, edges, right=right, out_int32=True)
     flat = values.reshape(-1)
-    index = held.cumsum(0, dtype=torch.int32).index_select(0, bins(flat))  # edges in the bins before
+    index = counts.cumsum(0, dtype=torch.int32).index_select(0, bins(flat))  # the number of edges in earlier bins
     edge = torch.cat([edges, edges.new_tensor([inf])]).index_select(0, index)
     return index.add_(flat >= edge if right else flat > edge).view(values.shape)

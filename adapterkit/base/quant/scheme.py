@@ -1,6 +1,6 @@
-"""What a scheme says of itself: how its weights are found, and where it can be written, how.
+"""The interface of a quantization scheme: how to find its weights, and optionally how to write them.
 
-A module of `schemes` holds one as `SCHEME`; all that lists, names or chooses schemes is made from the table of these.
+Each module of `schemes` defines one as `SCHEME`; everything that lists or chooses schemes uses the table of these.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """How weights are quantized to the kinds of a scheme.
+    """The support for quantizing weights to the kinds of a scheme.
 
     Args:
-        spec: how to quantize a weight.
-        declaration: the `quantization_config` by which transformers loads the output; the dtype is what weights
-            dequantize to, as safetensors names it.
-        blocksizes: how many elements can share a scale, where that can be chosen.
-        nests: whether the scales can be quantized themselves.
-        scales: what share a scale, in words, where neither can be chosen.
+        spec: The class that plans the quantization of a weight.
+        declaration: Returns the `quantization_config` for transformers to load the output, given the safetensors
+            dtype that weights dequantize to.
+        blocksizes: The supported block sizes; empty if it can't be chosen.
+        nests: Whether the scales can be quantized themselves.
+        scales: A description of the scales, for errors, if neither can be chosen: "one scale per row".
     """
 
     spec: type[QuantizationSpec]
@@ -38,12 +38,12 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The layer by which a library computes with weights of a scheme in memory: the name of its class.
+    """The layer class that a library uses for weights of a scheme in memory.
 
     Args:
-        has_scales: whether a layer came with what dequantizes its weight.
-        dequantized: the weight `(out, in)` that a layer computes with.
-        loading: transformers' config that quantizes a model to a kind as it loads, computing in a dtype.
+        has_scales: Returns whether a layer has the scales to dequantize its weight.
+        dequantized: Returns the weight `(out, in)` that a layer computes with.
+        loading: Returns the config for transformers to quantize a model to a kind on loading, computing in a dtype.
     """
 
     library: str
@@ -55,21 +55,21 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A way to store weights quantized.
+    """A quantization scheme.
 
     Args:
-        label: what to call it where the schemes are listed.
-        kinds: what `QuantizedWeight.kind` can be.
-        suffixes: how the names of the tensors end that hold scales, code books and the like.
-        find: every weight of the scheme among a checkpoint's tensors, by its config and the dtype to dequantize to
-            where nothing says one. Raises FormatError where a weight's parts are missing or do not fit each other.
-        in_values: what stands in the names of tensors whose values, and not headers, say the shapes of weights.
+        label: The name to list it by.
+        kinds: The values of `QuantizedWeight.kind`.
+        suffixes: The name suffixes of tensors that hold scales, codebooks and the like.
+        find: Yields the scheme's weights among a checkpoint's tensors, given its config and the dtype to dequantize to
+            if the weights don't store one. Raises FormatError if a weight's parts are missing or inconsistent.
+        shape_marker: A substring of the names of tensors whose values, rather than headers, hold weights' shapes.
     """
 
     label: str
     kinds: tuple[str, ...]
     suffixes: tuple[str, ...]
     find: Callable[[Mapping[str, TensorInfo], Mapping[str, Any], str], Iterator[QuantizedWeight]]
-    in_values: str | None = None
+    shape_marker: str | None = None
     writer: Writer | None = None
     layer: Layer | None = None

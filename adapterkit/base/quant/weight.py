@@ -1,4 +1,4 @@
-"""A weight that is stored quantized: what it is once dequantized, and how its rows are read."""
+"""The interfaces of quantized weights: reading them, and quantizing to them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 DEFAULT_BLOCKSIZE = 64
 
-# What reads a tensor, onto the device where it is computed with.
+# Reads a tensor onto the device for the computation.
 Read = Callable[[TensorInfo], "torch.Tensor"]
 
 
 class Rows(Protocol):
-    """Rows `first:last` of a weight seen as a matrix, dequantized where `read` puts what is stored."""
+    """Reads and dequantizes rows `first:last` of a weight viewed as a matrix, on the device that `read` reads to."""
 
     def __call__(self, first: int, last: int, read: Read = TensorInfo.read) -> torch.Tensor: ...
 
 
 class Codes(Protocol):
-    """The codes that dequantize to `rows`, which begin with row `first`, as they are stored: the inverse of `Rows`.
+    """The inverse of `Rows`: returns the stored codes that dequantize to `rows`, which start at row `first`.
 
-    Where a scale is zero, several codes mean one value, and it is any of them.
+    If a scale is zero, all codes dequantize to the same value, and any of them is returned.
     """
 
     def __call__(self, rows: torch.Tensor, first: int) -> torch.Tensor: ...
@@ -37,13 +37,13 @@ class Codes(Protocol):
 
 @dataclass(frozen=True)
 class QuantizedWeight(ABC):
-    """One quantized weight, by its logical `shape` and the `dtype` that its scheme dequantizes to.
+    """A quantized weight, with its logical `shape` and the `dtype` that it dequantizes to.
 
-    Plain data, so that plans pickle; `stored` holds the codes, `parts` are all the tensors it is made from.
+    Plain data, so that plans pickle. `stored` holds the codes; `parts` are all tensors of the weight.
     """
 
     name: str
-    kind: str  # one of its scheme's
+    kind: str  # one of `Scheme.kinds`
     shape: tuple[int, ...]
     dtype: str
     stored: TensorInfo
@@ -51,7 +51,7 @@ class QuantizedWeight(ABC):
     @property
     @abstractmethod
     def scheme(self) -> str:
-        """What to call the scheme, with its block size and nesting."""
+        """The name of the scheme, with its block size and nesting."""
 
     @property
     @abstractmethod
@@ -59,23 +59,23 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def open(self, columns: int) -> Rows:
-        """Read the scales, and return what reads and dequantizes rows of `columns` elements, from any thread."""
+        """Read the scales, and return a thread-safe function to read and dequantize rows of `columns` elements."""
 
     @abstractmethod
     def codes(self, columns: int) -> Codes:
-        """Read the scales, and return what tells from dequantized rows how they are stored."""
+        """Read the scales, and return a function that encodes dequantized rows as stored."""
 
     @abstractmethod
     def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
-        """How far weights of rows `first:last` can be, in float32, from what they dequantize to: half a step."""
+        """Return a function for the largest quantization error in rows `first:last`, in float32: half a step."""
 
     @abstractmethod
     def spec(self) -> QuantizationSpec | None:
-        """How to quantize another weight to just this, or None where that is not supported."""
+        """Return the spec to quantize another weight in the same way, or None if unsupported."""
 
     @property
     def bits(self) -> int:
-        """What an element takes where the codes are stored."""
+        """The bits per element of the stored codes."""
         return 8
 
     @property
@@ -93,39 +93,39 @@ class QuantizedWeight(ABC):
 
 @dataclass(frozen=True, slots=True)
 class QuantizationSettings:
-    """What weights are to be quantized to: a kind of some scheme, the options of that scheme, and the rounding."""
+    """Options for quantizing weights: the kind, its block size and nesting, and the rounding."""
 
     kind: str
     blocksize: int = DEFAULT_BLOCKSIZE
-    nested: bool = False  # the scales are quantized, too
+    nested: bool = False  # quantize the scales too
     rounding: Rounding = NEAREST
 
 
 class QuantizationSpec(ABC):
-    """How one weight is to be quantized: which tensors that makes, known before any weight is read."""
+    """A plan to quantize one weight, with the layout of its tensors, made before the weight is read."""
 
-    bits: ClassVar[int]  # that an element of the weight itself takes
-    taken_as: ClassVar[str] = "F32"  # the dtype that weights are quantized from
-    dtype: str  # that it dequantizes to
+    bits: ClassVar[int]  # per element, without scales
+    source_dtype: ClassVar[str] = "F32"  # that weights are quantized from
+    dtype: str  # that the weight dequantizes to
     rounding: Rounding
 
     @classmethod
     @abstractmethod
     def of(cls, weight: TensorInfo | QuantizedWeight, settings: QuantizationSettings) -> QuantizationSpec:
-        """How to quantize `weight` by settings whose rounding has the weight's own seed."""
+        """Make the spec for `weight`; the rounding in `settings` already has the weight's own seed."""
 
     @property
     @abstractmethod
     def scheme(self) -> str:
-        """What to call the scheme, as `QuantizedWeight.scheme` does."""
+        """The name of the scheme, as in `QuantizedWeight.scheme`."""
 
     @abstractmethod
     def layout(self, name: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """Name, dtype and shape of every tensor that weight `name` is stored in, itself first."""
+        """Return name, dtype and shape of every tensor of the weight `name`, its codes first."""
 
     @abstractmethod
     def rows_together(self, columns: int) -> int:
-        """How many rows of `columns` elements, or a multiple, are packed at a time, so that no block is cut."""
+        """Return the number of rows of `columns` elements to pack together (or a multiple), so that no block is split."""
 
     @abstractmethod
     def start(self, columns: int) -> Quantizer: ...
@@ -136,16 +136,16 @@ class Quantizer(ABC):
 
     @abstractmethod
     def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
-        """The packed bytes of `rows`, float32, which begin with row `first`; their scales are kept."""
+        """Pack float32 `rows`, which start at row `first`, to bytes, and remember their scales."""
 
     @abstractmethod
     def finish(self) -> list[bytes]:
-        """The other tensors of the layout, when all rows are packed."""
+        """Return the other tensors of the layout, after all rows are packed."""
 
     @abstractmethod
     def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """What rows `first:last` dequantize to, in float32, after `finish`."""
+        """Dequantize the packed rows `first:last` to float32, after `finish`."""
 
     @abstractmethod
-    def most(self) -> float:
-        """The greatest magnitude that anything dequantizes to, after `finish`."""
+    def max_magnitude(self) -> float:
+        """Return the largest magnitude that any code dequantizes to, after `finish`."""

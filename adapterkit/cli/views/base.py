@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from adapterkit.base.checkpoint import open_checkpoint
-from adapterkit.base.quant import needs_values
+from adapterkit.base.quant import shapes_need_values
 from adapterkit.cli.lookup import fetched_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.errors import FormatError
@@ -17,7 +17,7 @@ from adapterkit.text import counted, size
 def show_base(there: Place, given: str, as_json: bool) -> None:
     """Print the base that is `there`, which the user calls `given`."""
     checkpoint = open_checkpoint(there.path)
-    if there.headers_only and needs_values(checkpoint.tensors):
+    if there.headers_only and shapes_need_values(checkpoint.tensors):
         raise FormatError(
             f"{given}: how its weights are quantized stands among the weights, not in a header; say --full"
         )

@@ -148,7 +148,7 @@ def finish_packing(loaded: Loaded[MergeEdit], buffers: Buffers) -> tuple[list[by
     edit, packer, depth = loaded.edit, loaded.packer, loaded.edit.matrix[0]
     assert packer is not None and edit.packing is not None
     parts = packer.finish()
-    check_scales(edit.name, packer.most(), edit.packing)
+    check_scales(edit.name, packer.max_magnitude(), edit.packing)
     if not edit.deltas or edit.replaced:
         return parts, None
     kept, step = Retention(), rows_at_a_time(edit, buffers.place.chunk)

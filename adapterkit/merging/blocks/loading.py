@@ -95,6 +95,6 @@ def load_restore(edit: RestoreEdit, fd: int) -> Loaded[RestoreEdit]:
 def _update(edit: MergeEdit | RestoreEdit, delta: ModuleUpdate) -> Update:
     target = delta.target
     return update_for(
-        load_weights(delta.weights), delta.weight, target.rows or (0, edit.matrix[0]), target.of, target.expert,
+        load_weights(delta.weights), delta.weight, target.rows or (0, edit.matrix[0]), target.delta_rows, target.expert,
         target.transposed, compute_dtype(edit), where=delta.module,
     )  # fmt: skip

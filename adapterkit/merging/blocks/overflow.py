@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from adapterkit.base.quant import QuantizationSpec, QuantizedWeight, kinds_of_any_size
+from adapterkit.base.quant import QuantizationSpec, QuantizedWeight, unbounded_kinds
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TORCH_NAMES
 from adapterkit.merging.plan.edits import MergeEdit
@@ -69,9 +69,9 @@ def check_packable(name: str, values: torch.Tensor, packing: QuantizationSpec) -
         raise FitError(f"{name}: holds NaN or Inf, which cannot be quantized")
     for stored, why, instead in (
         (
-            packing.taken_as,
+            packing.source_dtype,
             f"from which {packing.scheme} is quantized",
-            f"quantize to {' or '.join(kinds_of_any_size())}",
+            f"quantize to {' or '.join(unbounded_kinds())}",
         ),
         (packing.dtype, "to which it dequantizes", "use a smaller `scale`, or a base in bf16"),
     ):

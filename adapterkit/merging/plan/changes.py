@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from adapterkit.adapter.weights import WeightedAdapter
-from adapterkit.base.adapter_fit import dequantizable, refuse_overlaps
+from adapterkit.base.adapter_fit import check_overlaps, merge_into_original
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant.unread import unread_scheme
+from adapterkit.base.quant.unsupported import unsupported_scheme
 from adapterkit.base.targets import Fit
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, Weight
@@ -44,8 +44,8 @@ def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, cha
     """The tensor can be computed with, and no two modules of one adapter, nor two replacements, meet in it."""
     info = tensors.get(name)
     if info is not None and info.dtype not in FLOAT_DTYPES:
-        scheme = unread_scheme(tensors, base.quantization) or f"{info.dtype} weights"
-        raise FitError(f"{name}: is {info.dtype}: the base is quantized ({scheme}); {dequantizable()}")
+        scheme = unsupported_scheme(tensors, base.quantization) or f"{info.dtype} weights"
+        raise FitError(f"{name}: is {info.dtype}: the base is quantized ({scheme}); {merge_into_original()}")
     whole = [change for change in changes.replaced.get(name, ()) if change.rows is None]
     if len(whole) > 1:
         raise FitError(f"{name}: {len(whole)} adapters replace it outright (modules_to_save); merge one of them only")
@@ -63,8 +63,8 @@ def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, cha
             raise FitError(f"{name}: trained token {max(change.rows)} is beyond the base's {info.shape[0]} rows")
 
 
-def drift_note(one: WeightedAdapter, found: Fit) -> list[str]:
-    renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.drift.items())
+def prefix_note(one: WeightedAdapter, found: Fit) -> list[str]:
+    renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.prefix_map.items())
     prefix = f"{one.label}: names its modules by another prefix than the base; matched by "
     return [prefix + renames] if renames else []
 
@@ -84,7 +84,7 @@ def idle_note(one: WeightedAdapter) -> list[str]:
 def gather(number: int, one: WeightedAdapter, found: Fit) -> Changes:
     """What the adapter of that `number` changes; two of its modules in the same rows are refused."""
     changes = Changes()
-    refuse_overlaps(one.label, found)
+    check_overlaps(one.label, found)
     for module, targets in found.targets.items():
         weights = one.adapter.modules[module]
         for target in targets:

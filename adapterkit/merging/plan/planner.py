@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from adapterkit import __version__
 from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
-from adapterkit.base.adapter_fit import dequantizable, missing, place
+from adapterkit.base.adapter_fit import check_missing, merge_into_original, place_adapter
 from adapterkit.base.architectures import CONV1D_MODELS, HEAD_MODULES, is_linear
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import (
@@ -26,11 +26,11 @@ from adapterkit.base.quant import (
     writable_kinds,
 )
 from adapterkit.base.targets import Fit
-from adapterkit.base.ties import Tie, tie_of, undecided
+from adapterkit.base.ties import Tie, find_tie, unknown_tie
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 from adapterkit.files.staging import MADE_BY
-from adapterkit.merging.plan.changes import Changes, check_target, drift_note, gather, idle_note, ledger_of
+from adapterkit.merging.plan.changes import Changes, check_target, gather, idle_note, ledger_of, prefix_note
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.ties import follow, refuse_shared
 from adapterkit.merging.plan.types import MergePlan
@@ -65,22 +65,22 @@ class _Draft:
 
     def fit(self, given: Sequence[WeightedAdapter], rename: tuple[str, str] | None, allow_partial: bool) -> None:
         """Find a place for everything that the adapters bring."""
-        tie, parted = tie_of(self.base), False
+        tie, parted = find_tie(self.base), False
         if tie is not None and tie.implied:
             self.tensors[tie.head] = replace(self.tensors[tie.embedding], name=tie.head)
         for one in given:
             self.notes += [f"{one.label}: {problem}" for problem in one.adapter.problems if not problem.fatal]
             self.notes += idle_note(one)
         for number, one in enumerate(given):
-            found = place(one.adapter, self.tensors, self.base, rename)
+            found = place_adapter(one.adapter, self.tensors, self.base, rename)
             if tie is not None and not (tie.certain or tie.stored or allow_partial):
                 self._refuse_unknown_head(one, found, tie)
             if tie is not None and tie.shared and not allow_partial:
                 for name in found.missing:
                     if name.endswith("coder.embed_tokens"):
                         raise refuse_shared(tie, one.label, f"{name}.weight")
-            self.skipped += missing(one, found, self.base, self.tensors, allow_partial)
-            self.notes += drift_note(one, found)
+            self.skipped += check_missing(one, found, self.base, self.tensors, allow_partial)
+            self.notes += prefix_note(one, found)
             mine = gather(number, one, found)
             if tie is not None:
                 parted |= follow(tie, mine, one.label, one.adapter.keeps_tie)
@@ -97,7 +97,7 @@ class _Draft:
     def _refuse_unknown_head(self, one: WeightedAdapter, found: Fit, tie: Tie) -> None:
         head = next((name for name in found.missing if name.split(".")[0] in HEAD_MODULES), None)
         if head is not None:
-            raise FitError(f"{one.label}: changes {head}, which has no tensor in the base, and {undecided(tie)}")
+            raise FitError(f"{one.label}: changes {head}, which has no tensor in the base, and {unknown_tie(tie)}")
 
     def compare(self, quantized: Checkpoint) -> None:
         """Have every weight checked to be what `quantized` was made from."""
@@ -123,7 +123,7 @@ class _Draft:
     def convert(self, dtype: str) -> None:
         """Store every floating point tensor as `dtype`."""
         if self.base.quantization and not self.schemes:
-            raise FitError(f"{self.base.path}: is quantized ({self.base.quantization}); {dequantizable()}")
+            raise FitError(f"{self.base.path}: is quantized ({self.base.quantization}); {merge_into_original()}")
         self.dtype = DTYPES[dtype]
         key = "dtype" if "dtype" in self.config else "torch_dtype"
         self.config = _with_nested(self.config, key, TORCH_NAMES[self.dtype])

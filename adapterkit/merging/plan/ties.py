@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adapterkit.base.ties import Tie, undecided
+from adapterkit.base.ties import Tie, unknown_tie
 from adapterkit.errors import FitError
 from adapterkit.merging.plan.changes import Changes
 
@@ -20,7 +20,7 @@ def follow(tie: Tie, mine: Changes, label: str, keeps: bool) -> bool:
         return False
     if not tie.certain:
         if touched and not tie.stored:
-            raise FitError(f"{label}: changes {touched[0]}, and {undecided(tie)}")
+            raise FitError(f"{label}: changes {touched[0]}, and {unknown_tie(tie)}")
         return False  # transformers ties two stored tensors only where it is told to
     if touched and tie.shared:
         _follow_shared(tie, mine, label, touched)

@@ -86,7 +86,7 @@ def _edit(edit: MergeEdit | RestoreEdit, in_memory: Iterable[int]) -> list[Any]:
     deltas = []
     for delta in edit.deltas:
         target, weights = delta.target, delta.weights
-        place = (target.rows, target.of, target.expert, target.transposed)
+        place = (target.rows, target.delta_rows, target.expert, target.transposed)
         factors = list(weights.tensors()) if delta.adapter in in_memory else None
         deltas.append((delta.adapter, delta.module, weights.scaling, delta.weight, place, factors))
     source = None if edit.source is None else (edit.source.name, edit.source.start, edit.source.dtype)

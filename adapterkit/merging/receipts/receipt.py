@@ -181,7 +181,12 @@ def check_receipt(plan: MergePlan) -> None:
 def _part(delta: ModuleUpdate) -> dict[str, Any]:
     """What is at its default is left out."""
     target = delta.target
-    place = {"rows": target.rows, "of": target.of, "expert": target.expert, "transposed": target.transposed or None}
+    place = {
+        "rows": target.rows,
+        "of": target.delta_rows,
+        "expert": target.expert,
+        "transposed": target.transposed or None,
+    }
     return {
         "adapter": delta.adapter, "module": delta.module, "scaling": delta.weights.scaling, "weight": delta.weight,
         **{name: value for name, value in place.items() if value is not None},

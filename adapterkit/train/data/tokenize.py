@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from adapterkit.base.models.tokenizing import tokenized
+from adapterkit.base.models.tokenizing import encode_text
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.train.data.chat_template import Chats, RefusedError, Templated
 from adapterkit.train.data.records import BadRecord, Record
@@ -147,10 +147,10 @@ def _plain(record: Record, tokenizer: Tokenizer, limit: int) -> tuple[Ids, Mask]
     _check_size(record.text or f"{record.prompt or ''}{record.completion or ''}", limit)
     prompt: list[int] = []
     if record.text is None:
-        prompt = tokenized(tokenizer, record.prompt or "")["input_ids"]
-        body = tokenized(tokenizer, record.completion or "", add_special_tokens=False)["input_ids"]
+        prompt = encode_text(tokenizer, record.prompt or "")["input_ids"]
+        body = encode_text(tokenizer, record.completion or "", add_special_tokens=False)["input_ids"]
     else:
-        body = tokenized(tokenizer, record.text)["input_ids"]
+        body = encode_text(tokenizer, record.text)["input_ids"]
     eos = tokenizer.eos_token_id
     if eos is not None and body[-1:] != [eos]:
         body = [*body, eos]
@@ -162,7 +162,7 @@ def _chat(messages: tuple[Mapping[str, Any], ...], tokenizer: Tokenizer, chats: 
     """A chat rendered by its template; tokens that begin in an assistant's turn count."""
     whole, spans = chats.text_of(messages)
     _check_size(whole, limit)
-    encoding = tokenized(tokenizer, whole, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = encode_text(tokenizer, whole, add_special_tokens=False, return_offsets_mapping=True)
     begins = np.array([begin for begin, _ in encoding["offset_mapping"]], np.int64)
     counted = np.zeros(len(begins), np.bool_)
     for begin, end in spans:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
-from adapterkit.base.adapter_fit import missing, place
+from adapterkit.base.adapter_fit import check_missing, place_adapter
 from adapterkit.base.checkpoint import CONFIG, Checkpoint, is_base, open_checkpoint
 from adapterkit.base.models.config_check import check_described
 from adapterkit.base.models.loading import SMALL_FILES
 from adapterkit.base.quant import weights as weights_of
-from adapterkit.base.ties import tie_of
+from adapterkit.base.ties import find_tie
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_id, resolve
@@ -52,9 +52,9 @@ def open_fitting(spec: str, base: Checkpoint) -> WeightedAdapter:
             f"{given.label}: {whole[0]}: the adapter trains this tensor in full; only factors and magnitudes can be "
             "added to a base. Merge the adapter and use the result."
         )
-    if (tie := tie_of(base)) is not None and tie.implied:
+    if (tie := find_tie(base)) is not None and tie.implied:
         tensors[tie.head] = replace(tensors[tie.embedding], name=tie.head)
-    missing(given, place(adapter, tensors, base), base, tensors, allow_partial=False)
+    check_missing(given, place_adapter(adapter, tensors, base), base, tensors, allow_partial=False)
     return given
 
 

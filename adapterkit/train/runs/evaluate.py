@@ -20,7 +20,7 @@ import torch
 from adapterkit.adapter.weights import Adapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.models.loading import load_tokenizer
-from adapterkit.base.models.tokenizing import decoded, tokenized
+from adapterkit.base.models.tokenizing import decode_text, encode_text
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.text import counted
 from adapterkit.train.causal_lm import Batch, CausalModel
@@ -249,7 +249,7 @@ def complete(
         ids = [torch.tensor(prompts[at].ids) for at in indices]
         completions = model.complete(ids, max_new_tokens, tokenizer.eos_token_id)
         for at, completion in zip(indices, completions, strict=True):
-            predictions[at] = compared(prompts[at].record, decoded(tokenizer, completion), answer)
+            predictions[at] = compared(prompts[at].record, decode_text(tokenizer, completion), answer)
         yield Completed(len(predictions), len(prompts))
     return tuple(predictions[at] for at in range(len(prompts)))
 
@@ -263,7 +263,7 @@ def _prompts(request: Request, data: Encoded, tokenizer: Any) -> list[Prompt]:
         return []
     prompts: list[Prompt] = []
     for record, example in zip(data.records, data.examples, strict=True):
-        if record.prompt is not None and (ids := tokenized(tokenizer, record.prompt)["input_ids"]):
+        if record.prompt is not None and (ids := encode_text(tokenizer, record.prompt)["input_ids"]):
             prompts.append(Prompt(record, tuple(ids), len(example.ids) + example.cut - len(ids)))
     if not prompts and (request.generate or request.answer is not None or request.max_new_tokens is not None):
         raise UsageError(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from adapterkit.base.models.loading import load_tokenizer
-from adapterkit.base.models.tokenizing import decoded, tokenized
+from adapterkit.base.models.tokenizing import decode_text, encode_text
 from adapterkit.errors import FormatError
 from adapterkit.files import system
 from adapterkit.files.opening import open_regular
@@ -278,9 +278,9 @@ class _Run:
     def samples(self, when: str) -> Iterator[Sampled]:
         """Complete the recipe's sample prompts."""
         for prompt in self.recipe.sample:
-            ids = torch.tensor(tokenized(self.tokenizer, prompt)["input_ids"])
+            ids = torch.tensor(encode_text(self.tokenizer, prompt)["input_ids"])
             [completion] = self.loop.model.complete([ids], SAMPLE_TOKENS, self.tokenizer.eos_token_id)
-            yield Sampled(when, prompt, decoded(self.tokenizer, completion))
+            yield Sampled(when, prompt, decode_text(self.tokenizer, completion))
 
     def _measure(self) -> Iterator[Evaluated]:
         if self.held_back is None:

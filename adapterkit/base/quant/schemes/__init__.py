@@ -1,1 +1,1 @@
-"""The schemes: each module holds one as `SCHEME`, and nothing else has to name it."""
+"""The schemes: each module defines one as `SCHEME`, which registers it."""

@@ -1,6 +1,6 @@
-"""LLM.int8 weights, as bitsandbytes saves them (arXiv 2208.07339): `W = q · SCB / 127` by row.
+"""LLM.int8 weights, as bitsandbytes saves them (arXiv 2208.07339): `W = q · SCB / 127` per row.
 
-bitsandbytes multiplies by the float32 nearest 1/127, after `q · SCB`; so does this, bit for bit.
+Like bitsandbytes, this multiplies `q · SCB` by the float32 nearest 1/127, so that results agree bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCALE, LAYOUT = "SCB", "weight_format"
 
 @dataclass(frozen=True)
 class Quantized8bit(QuantizedWeight):
-    """A weight in signed bytes `(out, in)`, and its rows' greatest magnitudes `(out,)`."""
+    """An int8 weight `(out, in)` with the largest magnitude of each row `(out,)`."""
 
     scale: TensorInfo
     layout: TensorInfo | None
@@ -78,7 +78,7 @@ class Quantized8bit(QuantizedWeight):
 
 
 def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: str) -> Iterator[Quantized8bit]:
-    """Every LLM.int8 weight. Raises FormatError where its scale does not fit or it is not stored by rows."""
+    """Yield every LLM.int8 weight; raises FormatError if its scale doesn't match or it isn't stored by rows."""
     for name, stored in tensors.items():
         module, _, leaf = name.rpartition(".")
         scale = tensors.get(f"{module}.{SCALE}")
@@ -101,10 +101,10 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: st
 
 @dataclass(frozen=True)
 class Spec8bit(QuantizationSpec):
-    """To LLM.int8. bitsandbytes takes the weight in float16, so that is what is quantized here too."""
+    """LLM.int8, quantized from float16 as in bitsandbytes."""
 
     bits = 8
-    taken_as = "F16"
+    source_dtype = "F16"
 
     shape: tuple[int, ...]
     dtype: str
@@ -132,7 +132,7 @@ class Spec8bit(QuantizationSpec):
 
 
 class Quantizer8bit(Quantizer):
-    """One weight on its way to 8 bits."""
+    """Quantizes one weight to 8 bits."""
 
     def __init__(self, spec: Spec8bit) -> None:
         import torch
@@ -164,12 +164,12 @@ class Quantizer8bit(Quantizer):
         scale = self.scale[first:last, None].to(packed.device)
         return packed.view(torch.int8).view(last - first, -1) * scale * (1 / 127)
 
-    def most(self) -> float:
+    def max_magnitude(self) -> float:
         return float(self.scale.max())
 
 
 def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
-    """The `quantization_config` of a model in LLM.int8."""
+    """Return the `quantization_config` of a model in LLM.int8."""
     return quantization_config(8, "fp4", nested=False, compute_dtype="float32")
 
 
@@ -177,7 +177,7 @@ def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
 
 
 def layer_weight(layer: Any) -> torch.Tensor:
-    """The weight of a Linear8bitLt."""
+    """Dequantize the weight of a Linear8bitLt."""
     import torch
 
     scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
@@ -191,7 +191,7 @@ SCHEME = Scheme(
     kinds=("int8",),
     suffixes=(f".{SCALE}", f".{LAYOUT}"),
     find=find,
-    writer=Writer(Spec8bit, declaration, scales="one scale a row"),
+    writer=Writer(Spec8bit, declaration, scales="one scale per row"),
     layer=Layer(
         "bitsandbytes", "Linear8bitLt", lambda layer: getattr(layer.weight, "SCB", None) is not None, layer_weight
     ),

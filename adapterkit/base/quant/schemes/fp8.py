@@ -1,7 +1,7 @@
-"""Block-scaled FP8 (DeepSeek-V3, arXiv 2412.19437; transformers' `fp8`): `W = q · scale` by square block.
+"""Block-scaled FP8 (DeepSeek-V3, arXiv 2412.19437; transformers' `fp8`): `W = q · scale` per square block.
 
-`q` is e4m3 `(out, in)`, `weight_scale_inv (⌈out/b⌉, ⌈in/b⌉)` multiplies it, whatever its name says. The scale can
-lie in another shard.
+`q` is e4m3 `(out, in)`; `weight_scale_inv (⌈out/b⌉, ⌈in/b⌉)` multiplies it, despite its name, and can be in another
+shard.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCALE = "_scale_inv"
 
 @dataclass(frozen=True)
 class QuantizedFP8(QuantizedWeight):
-    """A weight in e4m3, and one scale for each `block` of rows and columns."""
+    """A weight in e4m3 with one scale per `block` (rows, columns)."""
 
     scale: TensorInfo
     block: tuple[int, int]
@@ -38,8 +38,8 @@ class QuantizedFP8(QuantizedWeight):
 
     def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         values = self.open(columns)
-        least = float(self.scale.read().abs().max()) * 2**-10  # half of e4m3's least step
-        return lambda first, last: values(first, last).float().abs() * 2**-4 + least
+        smallest = float(self.scale.read().abs().max()) * 2**-10  # half of e4m3's smallest step
+        return lambda first, last: values(first, last).float().abs() * 2**-4 + smallest
 
     def spec(self) -> None:
         return None
@@ -68,17 +68,17 @@ class QuantizedFP8(QuantizedWeight):
         return codes
 
     def _scales(self, columns: int) -> Callable[[int, int], torch.Tensor]:
-        """The scale of every element of rows `first:last`, in float32."""
+        """Return a function for the float32 scales of all elements of rows `first:last`."""
         import torch
 
         height, width = (min(size, each) for size, each in zip(self.shape, self.block, strict=True))
-        # One scale a column from here on: as many as the weight has rows of blocks.
+        # Expanded to columns here, to rows on demand.
         scale = self.scale.read().float().repeat_interleave(width, dim=1)[:, :columns]
         return lambda first, last: scale[torch.arange(first, last) // height]
 
 
 def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: str) -> Iterator[QuantizedFP8]:
-    """Every block-scaled FP8 weight among `tensors`. Raises FormatError where its scales do not fit its blocks."""
+    """Yield every block-scaled FP8 weight among `tensors`; raises FormatError if its scales don't match its blocks."""
     declared = config.get("quantization_config")
     block = declared.get("weight_block_size") if isinstance(declared, dict) else None
     for name, scale in tensors.items():
@@ -91,7 +91,7 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: st
         if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
             raise FormatError(
                 f"{scale.file}: {name}: the config's quantization_config has weight_block_size {block!r}, expected two "
-                "sizes: without them blocks cannot be told where they do not divide the weight"
+                "sizes, which are needed where blocks do not divide the weight evenly"
             )
         shape = tuple(-(-size // each) for size, each in zip(stored.shape, block, strict=False))
         if (

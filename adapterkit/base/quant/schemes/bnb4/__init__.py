@@ -1,7 +1,7 @@
 """bitsandbytes 4-bit, NF4 and FP4, as transformers saves it (arXiv 2305.14314; bitsandbytes `QuantState.as_dict`).
 
-`w = dtype(code[nibble] · absmax[block])`: one product in float32, rounded once more. Blocks run over the flattened
-weight; the high nibble comes first. With nesting, `absmax = nested_code[q] · nested_absmax[nested_block] + offset`.
+`w = dtype(code[nibble] · absmax[block])`: a float32 product, rounded to dtype. Blocks span the flattened weight, with
+the high nibble first. With nesting, `absmax = nested_code[q] · nested_absmax[nested_block] + offset`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUFFIXES = (
 
 
 def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
-    """The `quantization_config` of a model in NF4 or FP4."""
+    """Return the `quantization_config` of a model in NF4 or FP4."""
     return quantization_config(4, settings.kind, settings.nested, TORCH_NAMES[dtype])
 
 
@@ -35,7 +35,7 @@ def declaration(settings: QuantizationSettings, dtype: str) -> dict[str, Any]:
 
 
 def layer_weight(layer: Any) -> torch.Tensor:
-    """The weight of a Linear4bit; bitsandbytes' CPU kernel is wrong where blocks straddle rows (see tests)."""
+    """Dequantize the weight of a Linear4bit; bitsandbytes' CPU kernel is wrong if blocks span rows (see tests)."""
     import torch
 
     state, stored = layer.weight.quant_state, layer.weight.data
@@ -56,7 +56,7 @@ def layer_weight(layer: Any) -> torch.Tensor:
 
 
 def loading(kind: str, dtype: torch.dtype) -> Any:
-    """The config by which transformers quantizes a model as it loads."""
+    """Return the config for transformers to quantize a model while loading."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -69,7 +69,7 @@ SCHEME = Scheme(
     kinds=KINDS,
     suffixes=SUFFIXES,
     find=find,
-    in_values=".quant_state.",
+    shape_marker=".quant_state.",
     writer=Writer(Spec4bit, declaration, BLOCKSIZES, nests=True),
     layer=Layer(
         "bitsandbytes",

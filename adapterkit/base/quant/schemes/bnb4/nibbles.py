@@ -1,4 +1,4 @@
-"""Two 4-bit codes a byte, the first one high: packed, and looked up in a code book."""
+"""Pack two 4-bit codes per byte, the first in the high nibble, and look them up in a codebook."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def pair_table(code: torch.Tensor) -> torch.Tensor:
-    """The two values in each of the 256 bytes, as one 8-byte element each, which torch looks up fastest."""
+    """Return the two values of each of the 256 bytes, as one 8-byte element, which torch looks up fastest."""
     import torch
 
     byte = torch.arange(256, device=code.device)
@@ -18,17 +18,23 @@ def pair_table(code: torch.Tensor) -> torch.Tensor:
 
 
 def pairs(nibbles: torch.Tensor) -> torch.Tensor:
-    """Two codes a byte, the first one high; a last one alone has a zero beside it."""
+    """Pack two codes per byte, the first in the high nibble; an odd last one is paired with zero."""
     import torch
 
     if len(nibbles) % 2:
         nibbles = torch.cat([nibbles, nibbles.new_zeros(1)])
-    both = nibbles.view(torch.int16)  # the first of two in the low byte
+    both = nibbles.view(torch.int16)  # little-endian: the first code is in the low byte
     return (both << 4 | both >> 8).to(torch.uint8)
 
 
 def dequantize(raw: torch.Tensor, absmax: torch.Tensor, pairs: torch.Tensor, blocksize: int) -> torch.Tensor:
-    """Float32 values of whole blocks, the last of which may be short: `raw` uint8, two a byte; `absmax` one a block."""
+    """Dequantize whole blocks to float32; the last may be short.
+
+    Args:
+        raw: uint8, two codes per byte.
+        absmax: One per block.
+        pairs: The table from `pair_table`.
+    """
     import torch
 
     values = torch.index_select(pairs, 0, raw.int()).view(torch.float32)
@@ -42,7 +48,7 @@ def dequantize(raw: torch.Tensor, absmax: torch.Tensor, pairs: torch.Tensor, blo
 def kernel(
     raw: torch.Tensor, absmax: torch.Tensor, blocksize: int, kind: str, count: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The same by bitsandbytes' CUDA kernel, the `count` values rounded to `dtype` already."""
+    """Dequantize `count` values to `dtype` with bitsandbytes' CUDA kernel."""
     import torch
 
     done: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(raw, absmax, blocksize, kind, (count,), dtype)
@@ -51,9 +57,9 @@ def kernel(
 
 @cache
 def has_kernels() -> bool:
-    """Whether bitsandbytes is there and loads."""
+    """Return whether bitsandbytes is installed and can be imported."""
     try:
         import bitsandbytes  # noqa: F401
-    except Exception:  # it has many ways to fail beside a CUDA that it was not built for
+    except Exception:  # built for another CUDA version, it can fail in many ways
         return False
     return True

@@ -1,4 +1,4 @@
-"""Weights quantized to NF4 or FP4, in the arithmetic of bitsandbytes' reference."""
+"""Quantize weights to NF4 or FP4, with the arithmetic of bitsandbytes' reference."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 NESTED_BLOCK = 256
-OFFSET_DIGITS = 25  # what a float32 takes in JSON, at most
-TINY = 1e-38  # stands in for the scale of a block of zeros
+OFFSET_DIGITS = 25  # the most that a float32 takes in JSON
+TINY = 1e-38  # the scale of a block of zeros
 
 
 def scheme_name(kind: str, blocksize: int, nested: bool) -> str:
@@ -27,9 +27,9 @@ def scheme_name(kind: str, blocksize: int, nested: bool) -> str:
 
 
 def scale(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`values / absmax`, in [−1, 1], and `absmax`, one a block.
+    """Return `values / absmax`, in [−1, 1], and `absmax`, one per block.
 
-    In the arithmetic of bitsandbytes' reference: full blocks times the reciprocal, a last, short one divided.
+    As in bitsandbytes' reference, full blocks are multiplied by the reciprocal, a short last block is divided.
     """
     import torch
 
@@ -45,7 +45,7 @@ def scale(values: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, torch.Ten
 
 @dataclass(frozen=True)
 class Spec4bit(QuantizationSpec):
-    """To NF4 or FP4 as bitsandbytes stores it, packed into elements of `storage`."""
+    """NF4 or FP4 as bitsandbytes stores it, packed into elements of the dtype `storage`."""
 
     bits = 4
 
@@ -80,7 +80,7 @@ class Spec4bit(QuantizationSpec):
         return (*tensors, (f"{name}.quant_state.bitsandbytes__{self.kind}", "U8", (room,)))
 
     def state(self, offset: float) -> bytes:
-        """The quant_state as JSON."""
+        """Return the quant_state as JSON."""
         dtype = next(name for name, stored in DTYPES.items() if stored == self.dtype)
         facts = {"quant_type": self.kind, "blocksize": self.blocksize, "dtype": dtype, "shape": list(self.shape)}
         if self.nested:
@@ -95,7 +95,7 @@ class Spec4bit(QuantizationSpec):
 
 
 class Quantizer4bit(Quantizer):
-    """One weight on its way to 4 bits."""
+    """Quantizes one weight to 4 bits."""
 
     def __init__(self, spec: Spec4bit, columns: int) -> None:
         import torch
@@ -104,7 +104,7 @@ class Quantizer4bit(Quantizer):
         self.code = torch.tensor(CODES[spec.kind])
         self.order = self.code.argsort()
         self.absmax = torch.empty(-(-self.count // spec.blocksize))
-        self.restored = self.absmax  # as a reader finds it: after nesting another
+        self.restored = self.absmax  # as a reader restores it, which nesting changes
         self.shares = spec.rounding.read_shares()
 
     def pack(self, rows: torch.Tensor, first: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ class Quantizer4bit(Quantizer):
 
     @property
     def zero(self) -> torch.Tensor:
-        """What fills up the last byte."""
+        """The code of 0, which pads the last byte."""
         import torch
 
         return (self.code == 0).nonzero()[:1, 0].to(torch.uint8)
@@ -147,7 +147,7 @@ class Quantizer4bit(Quantizer):
         values = dequantize(packed, absmax, pair_table(self.code.to(packed.device)), self.spec.blocksize)
         return values[: end - begin].view(last - first, self.columns)
 
-    def most(self) -> float:
+    def max_magnitude(self) -> float:
         return float(self.restored.abs().max() * self.code.abs().max())
 
 

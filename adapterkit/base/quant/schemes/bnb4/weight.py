@@ -1,4 +1,4 @@
-"""Weights stored in NF4 or FP4: found by their quant_state, and dequantized."""
+"""Find NF4 and FP4 weights by their quant_state, and dequantize them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>.+)")
 KINDS = ("nf4", "fp4")
-MAX_STATE_BYTES = 4096  # real ones have some 150
-MAX_OFFSET = 3e38  # what float32 holds; an offset is a mean of scales
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
-KERNEL_BLOCKSIZES = BLOCKSIZES[1:]  # that it has CUDA kernels for in every version
+MAX_STATE_BYTES = 4096  # real ones have about 150
+MAX_OFFSET = 3e38  # the range of float32; an offset is a mean of scales
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes supports
+KERNEL_BLOCKSIZES = BLOCKSIZES[1:]  # that every version of it has CUDA kernels for
 
 
 @dataclass(frozen=True)
 class Nested:
-    """How the scales are quantized themselves: `absmax = code[q] · scales[i // blocksize] + offset`."""
+    """Quantized scales: `absmax = code[q] · scales[i // blocksize] + offset`."""
 
     scales: TensorInfo
     code: TensorInfo
@@ -40,7 +40,7 @@ class Nested:
 
 @dataclass(frozen=True)
 class Quantized4bit(QuantizedWeight):
-    """A weight in 4 bits: 16 values of `code`, times one `absmax` for each `blocksize` elements."""
+    """A 4-bit weight: values from a `code` of 16, times one `absmax` per `blocksize` elements."""
 
     blocksize: int
     absmax: TensorInfo
@@ -64,16 +64,16 @@ class Quantized4bit(QuantizedWeight):
     def slack(self, columns: int) -> Callable[[int, int], torch.Tensor]:
         absmax, code = self._scales(), self.code.read().sort().values
         steps = absmax.abs() * (code[1:] - code[:-1]).max() / 2
-        if self.nested is not None:  # by how much the scale itself is off
+        if self.nested is not None:  # plus the error of the scale itself
             nested, scales = self.nested.code.read(), self.nested.scales.read()
-            off = scales * (nested[1:] - nested[:-1]).max() / 2
-            steps += off.repeat_interleave(self.nested.blocksize)[: len(steps)]
+            scale_error = scales * (nested[1:] - nested[:-1]).max() / 2
+            steps += scale_error.repeat_interleave(self.nested.blocksize)[: len(steps)]
 
         return lambda first, last: self._by_element(steps, first * columns, last * columns).view(-1, columns)
 
     def spec(self) -> Spec4bit:
         whole = (prod(self.shape) + 1) // 2 * 8 % DTYPE_BITS[self.stored.dtype] == 0
-        storage = self.stored.dtype if whole else "U8"  # rather than pad
+        storage = self.stored.dtype if whole else "U8"  # avoids padding
         return Spec4bit(self.shape, self.dtype, self.kind, self.blocksize, bool(self.nested), storage)
 
     def open(self, columns: int) -> Rows:
@@ -86,11 +86,11 @@ class Quantized4bit(QuantizedWeight):
 
         def rows(first: int, last: int, read: Read = TensorInfo.read) -> torch.Tensor:
             begin, end = first * columns, last * columns
-            block, behind = begin // self.blocksize, -(-end // self.blocksize)  # whole blocks
-            start, stop = block * self.blocksize, min(behind * self.blocksize, count)
+            first_block, stop_block = begin // self.blocksize, -(-end // self.blocksize)
+            start, stop = first_block * self.blocksize, min(stop_block * self.blocksize, count)
             low, high = self.stored.start + start // 2, self.stored.start + (stop + 1) // 2
             raw = read(replace(self.stored, start=low, stop=high, dtype="U8", shape=(high - low,)))
-            scales = absmax[block:behind].to(raw.device)
+            scales = absmax[first_block:stop_block].to(raw.device)
             if raw.is_cuda and known and has_kernels():
                 values = kernel(raw, scales, self.blocksize, self.kind, stop - start, dtype)
             else:
@@ -118,13 +118,13 @@ class Quantized4bit(QuantizedWeight):
         return codes
 
     def _by_element(self, per_block: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """What each block has, for each of elements `begin:end`."""
+        """Expand per-block values to elements `begin:end`."""
         block = begin // self.blocksize
         found = per_block[block : -(-end // self.blocksize)].repeat_interleave(self.blocksize)
         return found[begin - block * self.blocksize :][: end - begin]
 
     def _scales(self) -> torch.Tensor:
-        """`absmax` in float32, un-nested: a product, then a sum, each rounded, as bitsandbytes does it."""
+        """Return `absmax` in float32; nested ones by a product, then a sum, each rounded, as in bitsandbytes."""
         absmax, nested = self.absmax.read(), self.nested
         if nested is None:
             return absmax.float()
@@ -136,7 +136,7 @@ class Quantized4bit(QuantizedWeight):
 
 
 def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: str) -> Iterator[Quantized4bit]:
-    """Every 4-bit weight among `tensors`. Raises FormatError where its parts are missing or do not fit each other."""
+    """Yield every 4-bit weight among `tensors`; raises FormatError if its parts are missing or inconsistent."""
     found = set()
     for name, state in tensors.items():
         if match := STATE.fullmatch(name):
@@ -145,7 +145,7 @@ def find(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], dtype: st
     for name, info in tensors.items():
         weight = name.removesuffix(".absmax")
         if weight != name and weight not in found and weight in tensors:
-            raise FormatError(f"{info.file}: {weight} has an absmax, but no quant_state that says how to read it")
+            raise FormatError(f"{info.file}: {weight} has an absmax, but no quant_state")
 
 
 def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Quantized4bit:
@@ -163,7 +163,7 @@ def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, Ten
         name = weight + suffix
         info = tensors.get(name)
         if info is None:
-            raise FormatError(f"{state.file}: {name} is missing: {weight} is {kind.upper()} and cannot be read without")
+            raise FormatError(f"{state.file}: {name} is missing; {weight} is {kind.upper()} and requires it")
         if (dtype is not None and info.dtype != dtype) or prod(info.shape) != count:
             raise FormatError(
                 f"{info.file}: {name} is {info.dtype} {info.shape}, expected {dtype} with {count} elements"
@@ -174,8 +174,8 @@ def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, Ten
     count = prod(shape)
     needed = (count + 1) // 2
     if stored is None or stored.nbytes < needed or stored.nbytes - needed >= 8:  # padded to its storage dtype
-        have = "missing" if stored is None else f"{stored.nbytes:,} bytes"
-        raise FormatError(f"{state.file}: {weight} is {have}; {shape} in 4 bits take {needed:,}")
+        found = "is missing" if stored is None else f"has {stored.nbytes:,} bytes"
+        raise FormatError(f"{state.file}: {weight} {found}, expected {needed:,} bytes for {shape} in 4 bits")
     blocks = -(-count // blocksize)
     nested = None
     if f"{weight}.nested_absmax" in tensors or f"{weight}.nested_quant_map" in tensors:
@@ -190,13 +190,15 @@ def _packed(weight: str, kind: str, state: TensorInfo, tensors: Mapping[str, Ten
         )
     absmax = part(".absmax", "U8" if nested else None, blocks)
     if nested is None and absmax.dtype not in ("F32", "F16", "BF16"):
-        raise FormatError(f"{absmax.file}: {absmax.name} is {absmax.dtype}: nested, but its nested_absmax is missing")
+        raise FormatError(
+            f"{absmax.file}: {absmax.name} is {absmax.dtype}, so nested, but its nested_absmax is missing"
+        )
     code = part(".quant_map", "F32", 16)
     return Quantized4bit(weight, kind, tuple(shape), DTYPES[dtype], stored, blocksize, absmax, code, state, nested)
 
 
 def _facts(state: TensorInfo) -> dict[str, Any]:
-    """The JSON object in a quant_state tensor."""
+    """Parse the JSON object in a quant_state tensor."""
     try:
         if state.dtype != "U8" or state.nbytes > MAX_STATE_BYTES:
             raise ValueError
@@ -204,7 +206,7 @@ def _facts(state: TensorInfo) -> dict[str, Any]:
         if not isinstance(facts, dict):
             raise ValueError
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{state.file}: {state.name} is not the JSON object of a quantized weight") from error
+        raise FormatError(f"{state.file}: {state.name} is not a valid quant_state, expected a JSON object") from error
     return facts
 
 

@@ -1,4 +1,4 @@
-"""Quantized layers in a model in memory, by the schemes that have one, and the weight that they compute with."""
+"""Quantized layers of a model in memory, and the weights that they compute with."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether `layer` computes with a quantized weight."""
+    """Return whether `layer` computes with a quantized weight."""
     return _layer_of(layer) is not None
 
 
 def has_scales(layer: nn.Module) -> bool:
-    """Whether the weight of a quantized layer came with what dequantizes it."""
+    """Return whether a quantized layer has the scales to dequantize its weight."""
     return _known(layer).has_scales(layer)
 
 
 def dequantized(layer: nn.Module) -> torch.Tensor:
-    """The weight `(out, in)` that a quantized layer computes with."""
+    """Return the weight `(out, in)` that a quantized layer computes with."""
     return _known(layer).dequantized(layer)
 
 

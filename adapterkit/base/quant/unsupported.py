@@ -1,4 +1,4 @@
-"""Quantized layouts that are not read yet: what gives them away, so that an error can name them."""
+"""Quantization schemes that are recognized, so that errors can name them, but not supported."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from adapterkit.base.quant.weight import QuantizedWeight
 
-# The last part of a tensor's name in each, or its end; the first that a base has decides.
-LAYOUTS = {
+# Last segment of a tensor's name, or its suffix if it starts with an underscore -> scheme; the first match counts.
+UNSUPPORTED = {
     "weight_scale_2": "NVFP4",
     "weight_packed": "compressed-tensors",
     "qweight": "GPTQ or AWQ",
@@ -20,12 +20,12 @@ LAYOUTS = {
 }
 
 
-def unread_scheme(tensors: Mapping[str, Any], declared: str | None) -> str | None:
-    """The scheme of a quantized base of which no weight is read; `declared` is what its config calls it."""
+def unsupported_scheme(tensors: Mapping[str, Any], declared: str | None) -> str | None:
+    """Return the scheme of a base that is quantized in an unsupported way; `declared` is its name in the config."""
     if any(isinstance(weight, QuantizedWeight) for weight in tensors.values()):
         return None
     leaves = {name.rpartition(".")[2] for name in tensors}
-    found = (scheme for end, scheme in LAYOUTS.items() if any(_ends(leaf, end) for leaf in leaves))
+    found = (scheme for end, scheme in UNSUPPORTED.items() if any(_ends(leaf, end) for leaf in leaves))
     return declared or next(found, None)
 
 
