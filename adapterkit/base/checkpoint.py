@@ -187,5 +187,5 @@ def _read_index(file: Path) -> dict[str, str]:
         if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
             raise UnsafeFileError(f"{file}: lists the shard {name[:80]!r}, expected a file name without a path")
         if not name.endswith(".safetensors") or len(name.encode()) > MAX_NAME_BYTES:
-            raise FormatError(f"{file}: lists the shard {name[:80]!r}, expected a .safetensors file")
+            raise FormatError(f"{file}: lists the shard {name[:80]!r}, expected a .safetensors file name")
     return weight_map

@@ -127,7 +127,7 @@ def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
 
 def unknown_tie(tie: Tie) -> str:
     """Return the error message for a head that may or may not be tied, with the remedy."""
-    unknown = f"cannot determine whether {tie.base.name} ties {tie.head} to {tie.embedding}: "
+    unknown = f"it is unknown whether {tie.base.name} ties {tie.head} to {tie.embedding}: "
     if not tie.base.config:
         return f"{unknown}it has no config.json. Give the model's directory, with its config."
     model = tie.base.config.get("model_type")

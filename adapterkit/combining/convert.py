@@ -74,7 +74,7 @@ class ToDora:
         rows = []
         for name, weights, pieces in self.placed.read():
             stored = adapter.modules[name]
-            magnitude = torch.cat([piece.norms(Matrix(piece.shape, piece.before).spans()) for piece in pieces])
+            magnitude = torch.cat([piece.norms(Matrix(piece.shape, piece.base_rows).spans()) for piece in pieces])
             energy = float(decompose(Product.of(weights)).sigma.square().sum()) * stored.scaling**2
             done[name] = replace(stored, magnitude=LazyTensor.of(magnitude.float()))
             rows.append(ModuleDone(name, stored.rank, energy, 0.0, len(done), self.modules))
@@ -166,7 +166,7 @@ def _effective(weights: Weights, pieces: Sequence[Piece]) -> Matrix:
     magnitude = weights.magnitude.double()
     ends, gains = [0], []
     for piece in pieces:
-        norm = piece.norms(Matrix(piece.shape, piece.before).spans())
+        norm = piece.norms(Matrix(piece.shape, piece.base_rows).spans())
         gain = torch.where(norm > 0, magnitude[piece.delta_rows[0] : piece.delta_rows[1]] / norm, 0.0)
         gains.append(gain[None, :] if piece.transposed else gain[:, None])
         ends.append(ends[-1] + piece.shape[0])

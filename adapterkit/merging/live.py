@@ -85,7 +85,9 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
     config = _config_of(model)
     places = fit(adapter, found, config)
     if places.missing:
-        raise FitError(f"{len(places.missing)} modules have no place: {explain_missing(places.missing, found)}")
+        raise FitError(
+            f"{len(places.missing)} modules not found in the model: {explain_missing(places.missing, found)}"
+        )
     targeted = dict.fromkeys(target.tensor for targets in places.targets.values() for target in targets)
     tokens = [(tensor, *adapter.tokens[module]) for module, tensor in places.tokens.items()]
     tokens += [(head, *rest) for tensor, *rest in tokens if (head := _head_of(model, config, tensor, places))]

@@ -48,8 +48,8 @@ BROKEN_INDEXES = {
     ),
     "a tensor elsewhere": (TWO, {"a": "2.safetensors", "b": "1.safetensors"}, "a should be in 2.safetensors, but is not"),
     "a tensor nowhere": (TWO, {"a": "1.safetensors", "c": "1.safetensors"}, "c should be in 1.safetensors, but is not"),
-    "a name too long for a file": (TWO, {"a": "a" * 300 + ".safetensors"}, "which is not a safetensors file"),
-    "another format": (TWO, {"a": "pytorch_model.bin"}, "'pytorch_model.bin', which is not a safetensors file"),
+    "a name too long for a file": (TWO, {"a": "a" * 300 + ".safetensors"}, "expected a .safetensors file name"),
+    "another format": (TWO, {"a": "pytorch_model.bin"}, "'pytorch_model.bin', expected a .safetensors file name"),
     "no weight map": (TWO, {}, "weight_map must map"),
     "a list": (TWO, ["a"], "weight_map must map"),
     "numbers": (TWO, {"a": 1}, "weight_map must map"),
@@ -226,7 +226,7 @@ def test_an_index_beside_the_file_that_transformers_reads(tmp_path: Path, named:
     shards = {"model.safetensors": ["a"], "2.safetensors": ["b"]}
     write(tmp_path, shards, {tensor: file for file in named for tensor in shards[file]})
     with pytest.raises(
-        FormatError, match="has model.safetensors, which transformers reads, and model.safetensors.index"
+        FormatError, match="has model.safetensors, which transformers loads, and model.safetensors.index"
     ):
         open_checkpoint(tmp_path)
 
@@ -240,7 +240,7 @@ def test_weights_that_the_config_names(tmp_path: Path) -> None:
     write(tmp_path, TWO, {"a": "1.safetensors", "b": "2.safetensors"}, {"transformers_weights": INDEX})
     assert list(open_checkpoint(tmp_path).tensors) == ["a", "b"]
     (tmp_path / "config.json").write_text('{"transformers_weights": "adapter_model.bin"}')
-    with pytest.raises(FormatError, match=f"names 'adapter_model.bin' as the weights .* but {INDEX} is beside it"):
+    with pytest.raises(FormatError, match=f"transformers_weights is 'adapter_model.bin', but .* has {INDEX}"):
         open_checkpoint(tmp_path)
 
 

@@ -50,11 +50,11 @@ def test_a_whole_one_is_what_its_config_describes(base: Path) -> None:
     ("key", "value", "said"),
     [
         ("num_hidden_layers", 20_000, "num_hidden_layers is 20,000, but the checkpoint has 21 tensors"),
-        ("num_hidden_layers", 2**62, "num_hidden_layers is 4,611,686,018,427,387,904, the weights"),
+        ("num_hidden_layers", 2**62, "num_hidden_layers is 4,611,686,018,427,387,904, but the checkpoint has"),
         ("num_hidden_layers", 4000, "it has more than 1,420 modules"),
         ("num_hidden_layers", 1, r"model\.layers\.1\.\S+ is stored, but its config has no such layer"),
         ("num_hidden_layers", 0, "num_hidden_layers is 0"), ("num_hidden_layers", -1, "num_hidden_layers is -1"),
-        *(("num_hidden_layers", odd, "no model of it: .*num_hidden_layers")
+        *(("num_hidden_layers", odd, "cannot build a model from it: .*num_hidden_layers")
           for odd in ("many", None, NAN, [2], {"a": 1}, True, 2.5, "")),
         ("num_hidden_layers", HUGE, "num_hidden_layers is a number of more than 30 digits"),
         ("hidden_size", 10**6, "far more parameters than the 19,552 that are stored"),
@@ -66,10 +66,10 @@ def test_a_whole_one_is_what_its_config_describes(base: Path) -> None:
         ("num_attention_heads", 0, "cannot build a model from it"), ("num_attention_heads", 2**62, "num_attention_heads is"),
         ("num_key_value_heads", 0, "cannot build a model from it"), ("num_key_value_heads", 4, "but its config expects"),
         ("head_dim", 10**9, "far more parameters"), ("hidden_act", "boom", "cannot build a model from it"),
-        ("max_position_embeddings", 0, "max_position_embeddings is 0"), ("max_position_embeddings", "x", "no model of it"),
+        ("max_position_embeddings", 0, "max_position_embeddings is 0"), ("max_position_embeddings", "x", "cannot build a model from it"),
         ("rms_norm_eps", "x", "cannot build a model from it"), ("rope_parameters", [1], "cannot build a model from it"),
-        ("layer_types", {"a": HUGE}, "a is a number"), ("num_experts", 10**9, "num_experts is 1,000,000,000, the weights"),
-        ("num_labels", 10**9, "num_labels is 1,000,000,000, the weights"), ("use_return_dict", "x", "no model of it"),
+        ("layer_types", {"a": HUGE}, "a is a number"), ("num_experts", 10**9, "num_experts is 1,000,000,000, but the checkpoint has"),
+        ("num_labels", 10**9, "num_labels is 1,000,000,000, but the checkpoint has"), ("use_return_dict", "x", "cannot build a model from it"),
         ("model_type", "nonsense", "model_type is 'nonsense', which transformers"),
     ],
 )  # fmt: skip

@@ -215,7 +215,7 @@ def test_weights_that_are_not_quantized_as_the_config_says(model: Path, text: Pa
     change(model / "config.json", quantization_config={"quant_method": "bitsandbytes", bits: True})
     for command in commands(model, text)[:2]:
         message = adapterkit(*command).message(1)
-        assert message.endswith("_proj.weight is not quantized, as the config says it is; remove quantization_config")
+        assert message.endswith("_proj.weight is not quantized, but the config says so; remove quantization_config")
 
 
 def test_what_is_saved_names_no_folder_of_this_machine(model: Path, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ class Panics(BaseException):
         ([0, 2**31 - 1], None),
         ([], None),
         ([1, 2**31], "returned a token id above 2,147,483,647"),
-        ([-1], "has a token beyond"),
+        ([-1], "returned a token id above"),
         (ValueError("a\nb  c"), "its tokenizer failed: a b c$"),
         (Panics("index out of bounds"), "its tokenizer failed: index out of bounds$"),
         (ValueError("x" * 10_000), "its tokenizer failed: x{240}$"),
@@ -394,7 +394,7 @@ def test_what_transformers_prints_is_as_before_at_the_end(bars: bool) -> None:
 def test_an_error_of_transformers_is_one_short_line_of_the_users_folder(said: str, shown: str, model: Path) -> None:
     base = open_checkpoint(model)
     error = ValueError(said.format(ours="/tmp/adapterkit-x")) if said else ValueError()
-    assert loading._shortened(error, Path("/tmp/adapterkit-x"), base) == shown.format(theirs=base.path)
+    assert loading._shorten(error, Path("/tmp/adapterkit-x"), base) == shown.format(theirs=base.path)
 
 
 # --- regular expressions ---------------------------------------------------------------------------------------------

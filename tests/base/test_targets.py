@@ -300,7 +300,7 @@ def test_squares_that_nothing_decides_are_refused(make_base: Make, make_adapter:
 def test_grouped_convolutions_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({"conv.weight": torch.randn(8, 2, 3, 3)})
     parts = {"conv.lora_A.weight": torch.randn(4, 4, 3, 3), "conv.lora_B.weight": torch.randn(8, 4, 1, 1)}
-    with pytest.raises(FitError, match="in 2 groups"):
+    with pytest.raises(FitError, match="with 2 groups"):
         adapterkit.plan_merge(base, [make_adapter(parts)], tmp_path / "out")
 
 

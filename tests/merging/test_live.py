@@ -125,7 +125,7 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(make_adapter: Callable[...
     model = Model()
     before = bits(model)
     for tensors, message in [
-        (factors("q", 24, 40) | factors("nowhere", 24, 40), "have no place"),
+        (factors("q", 24, 40) | factors("nowhere", 24, 40), "not found in the model"),
         (factors("q", 24, 40) | factors("k", 25, 40), "the base weight is"),
         (factors("q", 24, 40) | {"k.lora_A.weight": torch.full((4, 40), torch.nan), "k.lora_B.weight": torch.ones(24, 4)},
          "is NaN or Inf"),

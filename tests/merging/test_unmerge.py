@@ -399,7 +399,7 @@ def test_a_receipt_that_could_not_be_read_is_refused_first(
     before, giving = contents(tmp_path), [(tmp_path / "adapter", 1.0)] * 3
     monkeypatch.setattr(jsonfile, "MAX_HEADER_ITEMS", 60)  # more than any header has, fewer than the receipt
     with pytest.raises(
-        FormatError, match=r"adapterkit_receipt.json: its JSON has up to \d+ values, expected at most 60"
+        FormatError, match=r"adapterkit_receipt.json: the JSON has up to \d+ values, expected at most 60"
     ):
         adapterkit.merge(tmp_path / "base", giving, tmp_path / "out")
     assert contents(tmp_path) == before

@@ -125,7 +125,7 @@ class QuantizationSpec(ABC):
 
     @abstractmethod
     def rows_together(self, columns: int) -> int:
-        """Return the number of rows of `columns` elements to pack together (or a multiple), so that no block is split."""
+        """Return a number of rows of `columns` elements that can be packed together without splitting a block."""
 
     @abstractmethod
     def start(self, columns: int) -> Quantizer: ...
