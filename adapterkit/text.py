@@ -30,6 +30,17 @@ def span(values: Sequence[float]) -> str:
     return between(values[0], values[-1], given) if values else ""
 
 
+def runs(numbers: Sequence[int]) -> str:
+    """`0–3, 8, 10–11`."""
+    found: list[list[int]] = []
+    for at in numbers:
+        if found and at == found[-1][1] + 1:
+            found[-1][1] = at
+        else:
+            found.append([at, at])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in found)
+
+
 def short(targets: Sequence[str]) -> str:
     """`q,k,v,o` for the field's usual names."""
     return ",".join(name.removesuffix("_proj") for name in targets[:7]) + ("…" if len(targets) > 7 else "")

@@ -16,7 +16,7 @@ PACKAGE = Path(adapterkit.__file__).parent
 
 # What stands to the left knows nothing of what stands to the right; braces hold what do not know each other.
 ORDER = """
-text < errors < {packages options} < files < adapter < algebra < base < inspection < hub < kernels
+text < {display errors} < {packages options} < files < adapter < algebra < base < inspection < hub < kernels
 < {merging combining train} < api < tui < cli < __main__
 """
 INNER = {

@@ -6,15 +6,19 @@ So `LoraWeights` is generic: over `LazyTensor` as found in a file, over `torch.T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
+from adapterkit.adapter.module_names import layer_of, target_of
+from adapterkit.adapter.summary import Summary, distinct
+from adapterkit.display import Displayed
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo, tensor_bytes
 from adapterkit.files.stamps import Stamp
+from adapterkit.text import given
 
 if TYPE_CHECKING:
     import torch
@@ -23,17 +27,20 @@ Kind = Literal["linear", "embedding", "conv", "experts"]
 
 
 class Shaped(Protocol):
-    """Anything with a shape: a tensor, or one still on disk."""
+    """Anything with a shape and a dtype: a tensor, or one still on disk."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> object: ...
 
 
 T = TypeVar("T", bound=Shaped)
+V = TypeVar("V")
 
 
-@dataclass(frozen=True, slots=True)
-class LazyTensor:
+@dataclass(frozen=True, slots=True, repr=False)
+class LazyTensor(Displayed):
     """A tensor that is read when asked for; `view` turns what is stored into the form adapterkit uses."""
 
     source: TensorInfo | torch.Tensor
@@ -55,6 +62,9 @@ class LazyTensor:
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
 
+    def brief(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
     def read(self) -> torch.Tensor:
         """The tensor, in its stored dtype."""
         stored = self.source.read() if isinstance(self.source, TensorInfo) else self.source
@@ -69,8 +79,8 @@ class LazyTensor:
         return replace(info, start=start, stop=start + (last - first) * row, shape=shape).read()
 
 
-@dataclass(frozen=True, slots=True)
-class LoraWeights(Generic[T]):
+@dataclass(frozen=True, slots=True, repr=False)
+class LoraWeights(Displayed, Generic[T]):
     """The low-rank update of one module: `Δ = scaling · B · A`, and with a magnitude (DoRA) its direction.
 
     `A (rank, in)` and `B (out, rank)`; for a convolution `A (rank, in, k…)` and `B (out, rank, 1…)`; for an embedding
@@ -109,6 +119,17 @@ class LoraWeights(Generic[T]):
             yield self.magnitude
         if self.bias is not None:
             yield self.bias
+
+    def brief(self) -> str:
+        return "; ".join(self.lines())
+
+    def lines(self) -> list[str]:
+        alpha = "" if self.alpha is None else f", alpha {given(self.alpha)}"
+        tensors = {"A": self.A, "B": self.B, "magnitude": self.magnitude, "bias": self.bias}
+        return [
+            f"rank {self.rank}, scaling {given(self.scaling)}{alpha}",
+            *(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items() if tensor is not None),
+        ]
 
     def problem(self) -> str | None:
         """What is wrong with the shapes, or None."""
@@ -149,9 +170,16 @@ class Problem:
         return f"{self.where}: {self.what}"
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter: its modules by the name of the module they act on, and what it replaces outright."""
+@dataclass(frozen=True, repr=False)
+class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
+    """A LoRA adapter: a mapping of module names to their weights, and what it replaces outright.
+
+    >>> adapter = adapterkit.load("adapter")  # headers only
+    >>> adapter["model.layers.0.self_attn.q_proj"].A  # read now, (rank, in)
+    >>> {name: weights.rank for name, weights in adapter.modules.items()}  # nothing is read
+
+    Equal are adapters whose headers and files are; their weights are not compared.
+    """
 
     format: str
     modules: dict[str, LoraWeights[LazyTensor]]
@@ -177,6 +205,43 @@ class Adapter:
         """The weights of `module`, read into memory."""
         return load_weights(self.modules[module])
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.modules
+
+    @property
+    def kind(self) -> str:
+        """LoRA, rsLoRA, DoRA, or rsLoRA + DoRA."""
+        dora = any(weights.magnitude is not None for weights in self.modules.values())
+        return " + ".join(["rsLoRA"] * self.rslora + ["DoRA"] * dora) or "LoRA"
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of every module; None where they differ: `summary().ranks` has them all."""
+        return _only(weights.rank for weights in self.modules.values())
+
+    @property
+    def alpha(self) -> float | None:
+        """The alpha of every module; None where they differ, or the files give none."""
+        return _only(weights.alpha for weights in self.modules.values())
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The last parts of the modules' names, such as q_proj."""
+        return distinct(map(target_of, self.modules))
+
+    @property
+    def num_parameters(self) -> int:
+        """How many parameters were trained; whole tensors that replace the base's are not counted."""
+        weights = (tensor for one in self.modules.values() for tensor in one.tensors())
+        trained = (*weights, *(delta for _, delta in self.tokens.values()))
+        return sum(prod(tensor.source.shape) for tensor in trained)
+
     def tensors(self) -> Iterator[LazyTensor]:
         """Every tensor the adapter brings, header facts only."""
         for weights in self.modules.values():
@@ -184,6 +249,41 @@ class Adapter:
         yield from self.replaced.values()
         for _, delta in self.tokens.values():
             yield delta
+
+    def summary(self) -> Summary:
+        """What the headers say about it, as `adapterkit inspect` prints it."""
+        weights, layers = self.modules.values(), map(layer_of, self.modules)
+        stored = [*(tensor.source for tensor in self.tensors()), *self.unread]
+        return Summary(
+            format=self.format,
+            kind=self.kind,
+            base_model=self.base_model,
+            modules=len(self.modules),
+            ranks=distinct(one.rank for one in weights),
+            alphas=distinct(one.alpha for one in weights if one.alpha is not None),
+            scalings=distinct(one.scaling for one in weights),
+            targets=self.targets,
+            layers=distinct(layer for layer in layers if layer is not None),
+            parameters=self.num_parameters,
+            bytes=sum(tensor.nbytes for tensor in stored),
+            dtypes=distinct(tensor.dtype for tensor in self.tensors()),
+            replaced={name: tensor.shape for name, tensor in self.replaced.items()},
+            tokens={name: delta.shape[0] for name, (_, delta) in self.tokens.items()},
+            problems=tuple(asdict(problem) for problem in self.problems),
+            unread=tuple(info.name for info in self.unread),
+        )
+
+    def brief(self) -> str:
+        return self.summary().brief()
+
+    def lines(self) -> list[str]:
+        return self.summary().lines()
+
+
+def _only(values: Iterable[V]) -> V | None:
+    """The value that all of `values` are, or None."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)

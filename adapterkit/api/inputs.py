@@ -63,10 +63,10 @@ def weighted(adapters: AnyAdapters) -> list[tuple[AnyAdapter, float]]:
 
     Raises UsageError for anything else.
     """
-    if isinstance(adapters, Mapping):
-        return [_pair(entry) for entry in adapters.items()]
     if isinstance(adapters, str | os.PathLike | Adapter) or _is_pair(adapters):
         return [_pair(adapters)]
+    if isinstance(adapters, Mapping):
+        return [_pair(entry) for entry in adapters.items()]
     if not isinstance(adapters, Iterable) or isinstance(adapters, bytes | Set):  # a set has no order
         raise _no_adapter(adapters)
     return [_pair(entry) for entry in adapters]

@@ -10,6 +10,7 @@ from typing import Any
 
 from adapterkit.adapter.weights import Adapter
 from adapterkit.base.checkpoint import open_checkpoint
+from adapterkit.display import Displayed
 from adapterkit.files.staging import Destination, staged
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan
@@ -17,11 +18,11 @@ from adapterkit.merging.receipts.receipt import Receipt, find_receipt, read_rece
 from adapterkit.merging.run.finish import Merged
 from adapterkit.merging.run.run import TensorMerged, run
 from adapterkit.merging.unmerge import plan_undo
-from adapterkit.text import counted, visible
+from adapterkit.text import counted
 
 
-@dataclass(frozen=True)
-class UnmergePlan:
+@dataclass(frozen=True, repr=False)
+class UnmergePlan(Displayed):
     """Merges to be undone one after the other, the last one first; `first` is the plan that undoes that.
 
     Each other one is planned on what the one before wrote; its receipt and adapters are there and known.
@@ -48,6 +49,9 @@ class UnmergePlan:
         """The plan for programs: of the first step, and what undoes each."""
         return self.first.facts() | {"steps": [[one.name for one in receipt.adapters] for receipt in self.receipts]}
 
+    def brief(self) -> str:
+        return f"{self.first.base.name} → {self.out}, {counted(len(self.receipts), 'merge')} to undo"
+
     def lines(self) -> list[str]:
         """The plan for people."""
         steps = [" and ".join(one.name for one in receipt.adapters) for receipt in self.receipts]
@@ -56,9 +60,6 @@ class UnmergePlan:
             *(f"  {number}.      {step}" for number, step in enumerate(steps, 1)),
             self.first.lines()[-1],
         ]
-
-    def __str__(self) -> str:
-        return "\n".join(map(visible, self.lines()))
 
 
 @dataclass(frozen=True, slots=True)

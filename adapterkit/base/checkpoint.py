@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter.formats.table import are_adapter, config_names
+from adapterkit.display import Displayed
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import cache_blob, files_below
 from adapterkit.files.safetensors import Header, TensorInfo, read_header
 from adapterkit.files.staging import MAX_NAME_BYTES, RECEIPT
 from adapterkit.files.stamps import Stamp, stamps_of
+from adapterkit.text import counted
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -31,8 +33,8 @@ OTHER_WEIGHTS_NAME = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Displayed):
     """A safetensors checkpoint: a Hugging Face directory, or a single file."""
 
     path: Path
@@ -42,6 +44,9 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     index: Path | None = None
     stamps: dict[Path, Stamp] = field(default_factory=dict)  # taken before the files were read
+
+    def brief(self) -> str:
+        return f"{self.name}, {counted(len(self.tensors), 'tensor')} in {counted(len(self.shards), 'file')}"
 
     @property
     def is_directory(self) -> bool:

@@ -9,20 +9,22 @@ from itertools import combinations
 
 import torch
 
+from adapterkit.adapter.module_names import layer_of, target_of
 from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
 from adapterkit.algebra.lowrank import Product, added, decompose, inner, overlaps
 from adapterkit.combining.batches import batches, parts_of
 from adapterkit.combining.checks import check_fit
 from adapterkit.combining.method import Part
 from adapterkit.combining.plan import relative_error
+from adapterkit.display import Displayed
 from adapterkit.errors import FitError, UsageError
-from adapterkit.inspection.summary import layer_of, target_of
+from adapterkit.text import counted, number
 
 SAMPLED_ROWS = 32  # rows of each Δ whose signs are compared
 
 
-@dataclass(frozen=True, slots=True)
-class Similarity:
+@dataclass(frozen=True, slots=True, repr=False)
+class Similarity(Displayed):
     """Similarity of two Δs of one module, or of all modules as one vector, with `name` None."""
 
     name: str | None
@@ -37,9 +39,22 @@ class Similarity:
     lost: float  # relative error of Δ₁ + Δ₂ at the higher of the two ranks
     phi: tuple[tuple[float, ...], ...] = ()  # φ(i, j) of the right singular vectors (LoRA, arXiv 2106.09685, eq. 4)
 
+    def brief(self) -> str:
+        return f"{self.name or 'in all'}, cosine {self.cosine:+.3f}"
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+    def lines(self) -> list[str]:
+        return [
+            f"cosine    {self.cosine:+.3f}",
+            f"distance  {number(self.distance)} × the first norm",
+            f"norm      {number(self.norm_ratio)} × the first norm",
+            f"overlap   {self.overlap_in:.3f} of inputs, {self.overlap_out:.3f} of outputs",
+            f"signs     {self.sign_conflict:.1%} in conflict",
+            f"sum       loses {self.lost:.1%} at the higher rank",
+        ]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Pair(Displayed):
     """Two adapters compared: in total and per shared module, and the number of modules that only one of them has."""
 
     first: str
@@ -47,6 +62,16 @@ class Pair:
     total: Similarity
     modules: tuple[Similarity, ...]
     alone: tuple[int, int]
+
+    def brief(self) -> str:
+        return (
+            f"{self.first} and {self.second}, {counted(len(self.modules), 'module')}, cosine {self.total.cosine:+.3f}"
+        )
+
+    def lines(self) -> list[str]:
+        alone = f", {self.alone[0]} and {self.alone[1]} in one only" if any(self.alone) else ""
+        modules = f"{counted(len(self.modules), 'module')} in both{alone}"
+        return [f"{self.first} and {self.second}: {modules}", *self.total.lines()]
 
 
 def compare(

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
+from adapterkit.display import Displayed
 from adapterkit.files.staging import Destination
-from adapterkit.text import counted, visible
+from adapterkit.text import counted, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,8 @@ def relative_error(discarded: float, energy: float) -> float:
     return math.sqrt(discarded / energy) if discarded > 1e-28 * energy else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterMade:
+@dataclass(frozen=True, slots=True, repr=False)
+class AdapterMade(Displayed):
     """The last event: the new adapter, its notes, and the path it was written to."""
 
     adapter: Adapter
@@ -49,6 +50,13 @@ class AdapterMade:
     def error(self) -> float:
         """`‖Δ' − Δ‖_F / ‖Δ‖_F` over all modules."""
         return relative_error(*(math.fsum(getattr(row, of) for row in self.modules) for of in ("discarded", "energy")))
+
+    def brief(self) -> str:
+        return f"{self.adapter.brief()}, relative error {number(self.error)}"
+
+    def lines(self) -> list[str]:
+        wrote = [f"wrote     {self.out}"] if self.out else []
+        return [f"adapter   {self.adapter.brief()}", f"error     {number(self.error)}, relative", *wrote, *self.notes]
 
 
 class Work(Protocol):
@@ -66,8 +74,8 @@ class Work(Protocol):
         """Compute the adapter, without writing it: an event per module, then the result."""
 
 
-@dataclass(frozen=True)
-class AdapterPlan:
+@dataclass(frozen=True, repr=False)
+class AdapterPlan(Displayed):
     """The computation of an adapter, its inputs and its destination; `made` describes it in the record and the card."""
 
     work: Work
@@ -94,12 +102,12 @@ class AdapterPlan:
             "modules": self.work.modules,
         }
 
+    def brief(self) -> str:
+        return f"{self.made} → {self.out}, {counted(self.work.modules, 'module')} to make"
+
     def lines(self) -> list[str]:
         """The plan as lines of text."""
         return [
             f"plan      {counted(self.work.modules, 'module')}, checked from headers",
             f"writes    {self.out}",
         ]
-
-    def __str__(self) -> str:
-        return "\n".join(map(visible, self.lines()))

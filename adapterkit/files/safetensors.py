@@ -19,10 +19,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from adapterkit.display import Displayed
 from adapterkit.errors import FormatError
 from adapterkit.files import system
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES, MAX_HEADER_ITEMS, parse_object
 from adapterkit.files.opening import open_regular
+from adapterkit.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -95,8 +97,8 @@ class TensorInfo:
         return torch.frombuffer(data, dtype=dtype).reshape(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+@dataclass(frozen=True, slots=True, repr=False)
+class Header(Displayed):
     """The checked header of one safetensors file: its tensors in file order, and its free-form metadata."""
 
     file: Path
@@ -104,6 +106,9 @@ class Header:
     size: int
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+
+    def brief(self) -> str:
+        return f"{self.file}, {counted(len(self.tensors), 'tensor')}"
 
 
 def read_span(fd: int, into: memoryview, offset: int, file: Path) -> None:

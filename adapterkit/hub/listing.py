@@ -23,7 +23,6 @@ from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.download import cached
 from adapterkit.hub.names import HubId, hub_cache, parsed
 from adapterkit.hub.remote import outlined, remote_of
-from adapterkit.inspection.summary import summarize
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -145,7 +144,7 @@ def describe(path: Path) -> Found:
             row = replace(row, size=facts.st_size, modified=facts.st_mtime)
         if weights is None or weights.name in formats.pickled_names():  # what is pickled is not opened to be listed
             return _by_config(row, path, weights)
-        summary = summarize(load(path))
+        summary = load(path).summary()
     except (AdapterkitError, OSError) as error:
         return replace(row, problem=str(error).removeprefix(f"{path}/").removeprefix(f"{path}: "))
     problem = next((str(one["what"]) for one in summary.problems if one["fatal"]), None)

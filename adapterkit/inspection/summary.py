@@ -1,6 +1,6 @@
-"""An adapter as the rows that inspect, the terminal app and JSON show.
+"""The modules of an adapter as the rows that inspect, the terminal app and JSON show.
 
-`summarize` and `header_rows` need headers only; `measure` reads the weights, some megabytes at a time.
+`header_rows` needs headers only; `measure` reads the weights, some megabytes at a time.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from math import prod
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapter.module_names import layer_of, target_of
+from adapterkit.adapter.summary import distinct
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, load_weights
 
 if TYPE_CHECKING:
@@ -22,31 +23,6 @@ if TYPE_CHECKING:
     from adapterkit.algebra.lowrank import Spectrum
 
 WINDOW_BYTES = 64 << 20  # the factors in memory at once, as float32
-NAMES = 1 << 15  # that are remembered: the adapters of one base have the same
-
-V = TypeVar("V", int, float, str)
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What the headers say about an adapter; `scalings` and `alphas` are the different values, in order."""
-
-    format: str
-    kind: str
-    base_model: str | None
-    modules: int
-    ranks: tuple[int, ...]
-    alphas: tuple[float, ...]
-    scalings: tuple[float, ...]  # empty where no config gives the alpha
-    targets: tuple[str, ...]
-    layers: tuple[int, ...]
-    parameters: int  # trained ones: whole tensors that replace the base's are counted apart
-    bytes: int
-    dtypes: tuple[str, ...]
-    replaced: dict[str, tuple[int, ...]]  # tensor -> shape
-    tokens: dict[str, int]  # embedding -> rows trained
-    problems: tuple[dict[str, Any], ...]  # where, what, fatal
-    unread: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,31 +79,6 @@ class Grid:
     targets: tuple[str, ...]
     layers: tuple[int, ...]
     cells: tuple[tuple[float | None, ...], ...]
-
-
-def summarize(adapter: Adapter, *, strength_known: bool = True) -> Summary:
-    """The header-only facts of `adapter`; with `strength_known` false its scalings and alphas are left out."""
-    weights, names = adapter.modules.values(), list(adapter.modules)
-    trained = [tensor for one in weights for tensor in one.tensors()] + [delta for _, delta in adapter.tokens.values()]
-    stored = [*(tensor.source for tensor in adapter.tensors()), *adapter.unread]
-    return Summary(
-        format=adapter.format,
-        kind=_kind(adapter),
-        base_model=adapter.base_model,
-        modules=len(names),
-        ranks=_distinct(one.rank for one in weights),
-        alphas=_distinct(one.alpha for one in weights if one.alpha is not None and strength_known),
-        scalings=_distinct(one.scaling for one in weights if strength_known),
-        targets=_distinct(map(target_of, names)),
-        layers=_distinct(layer for name in names if (layer := layer_of(name)) is not None),
-        parameters=sum(prod(tensor.source.shape) for tensor in trained),
-        bytes=sum(tensor.nbytes for tensor in stored),
-        dtypes=_distinct(tensor.dtype for tensor in adapter.tensors()),
-        replaced={name: tensor.shape for name, tensor in adapter.replaced.items()},
-        tokens={name: delta.shape[0] for name, (_, delta) in adapter.tokens.items()},
-        problems=tuple(asdict(problem) for problem in adapter.problems),
-        unread=tuple(info.name for info in adapter.unread),
-    )
 
 
 def header_rows(adapter: Adapter, *, strength_known: bool = True) -> list[ModuleRow]:
@@ -196,7 +147,7 @@ def grid(rows: Sequence[ModuleRow], *, relative: bool = False) -> Grid:
         return math.sqrt(delta) if not relative else math.sqrt(delta / base) if base else math.nan
 
     targets = tuple(dict.fromkeys(row.target for row in rows))
-    layers = _distinct(row.layer for row in rows if row.layer is not None)
+    layers = distinct(row.layer for row in rows if row.layer is not None)
     return Grid(targets, layers, tuple(tuple(value(target, layer) for layer in layers) for target in targets))
 
 
@@ -215,32 +166,6 @@ def finite(value: Any) -> Any:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _kind(adapter: Adapter) -> str:
-    dora = any(weights.magnitude is not None for weights in adapter.modules.values())
-    names = ["rsLoRA"] * adapter.rslora + ["DoRA"] * dora
-    return " + ".join(names) or "LoRA"
-
-
-@lru_cache(NAMES)
-def layer_of(name: str) -> int | None:
-    """The first number in a dotted path."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
-@lru_cache(NAMES)
-def target_of(name: str) -> str:
-    """The last part of a path that is no number; what PEFT nests under base_layer stays apart from its wrapper."""
-    parts = [part for part in name.split(".") if not part.isdecimal()] or [name]
-    last = max((at for at, part in enumerate(parts) if part != "base_layer"), default=0)
-    return ".".join(parts[last:])
-
-
-def _distinct(values: Iterable[V]) -> tuple[V, ...]:
-    """The different values; numbers in order, names in order of appearance."""
-    seen = list(dict.fromkeys(values))
-    return tuple(seen if seen and isinstance(seen[0], str) else sorted(seen))
 
 
 def _windows(modules: Iterable[LoraWeights[LazyTensor]]) -> Iterator[list[LoraWeights[LazyTensor]]]:
@@ -291,8 +216,8 @@ def _target_row(target: str, rows: Sequence[ModuleRow]) -> TargetRow:
     return TargetRow(
         target=target,
         modules=len(rows),
-        ranks=_distinct(row.rank for row in rows),
-        scalings=_distinct(row.scaling for row in rows if row.scaling is not None),
+        ranks=distinct(row.rank for row in rows),
+        scalings=distinct(row.scaling for row in rows if row.scaling is not None),
         frobenius_min=min(frobenius),
         frobenius_max=max(frobenius),
         frobenius_mean=fmean(frobenius),

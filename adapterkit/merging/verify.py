@@ -22,6 +22,7 @@ from adapterkit.base.quant import QuantizedWeight
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.row_reader import reader
 from adapterkit.base.ties import find_tie
+from adapterkit.display import Displayed
 from adapterkit.errors import FitError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo, Weight
@@ -43,8 +44,8 @@ EXACT, ROUNDED, SCALED, MISSING, QUANTIZED, DAMAGED, DIFFERENT = VERDICTS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+@dataclass(frozen=True, slots=True, repr=False)
+class Verdict(Displayed):
     """One tensor: what it is found to be, how many of the elements looked at are off, and by which scales it fits.
 
     `scales` are λ by adapter, where the tensor is touched by some; `first` describes the first element that is off.
@@ -58,6 +59,9 @@ class Verdict:
     scales: tuple[tuple[str, float], ...] = ()
     first: str = ""
     explanation: str = ""
+
+    def brief(self) -> str:
+        return ", ".join(filter(None, (self.name, self.kind, self.explanation)))
 
     @property
     def fits(self) -> bool:

@@ -12,11 +12,12 @@ from typing import Any
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.formats.table import find_weights, read_config
+from adapterkit.adapter.summary import Summary
 from adapterkit.errors import AdapterkitError
 from adapterkit.files.opening import open_regular
 from adapterkit.hub.listing import Found, describe, folders_below
 from adapterkit.hub.locate import locate
-from adapterkit.inspection.summary import ModuleRow, Summary, summarize
+from adapterkit.inspection.summary import ModuleRow
 from adapterkit.text import counted, size, span, visible_lines
 
 TEXT_BYTES = 200_000  # maximum shown of a card or config
@@ -112,7 +113,7 @@ def _read(row: Found, path: Path, base: str, fetched: str) -> Details:
     if row.state == "partial":
         return Details(row, config=config, card=card, problem=row.problem or "some weights are missing")
     adapter = load(path)
-    return Details(row, summarize(adapter), _fit(adapter, base), config, card, fetched)
+    return Details(row, adapter.summary(), _fit(adapter, base), config, card, fetched)
 
 
 def _fit(adapter: Any, base: str) -> str:

@@ -16,7 +16,7 @@ from adapterkit.cli.options import options_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.views.tables import common_prefix, print_table, table
 from adapterkit.inspection.summary import to_json
-from adapterkit.text import counted, number
+from adapterkit.text import number
 
 if TYPE_CHECKING:
     from adapterkit.combining.compare import Pair, Similarity
@@ -67,8 +67,7 @@ def compare_command(given: dict[str, Any], by: str, plot: str | None, as_json: b
 
 
 def _show(pair: Pair, by: str, first: bool) -> None:
-    alone = f", {pair.alone[0]} and {pair.alone[1]} in one only" if any(pair.alone) else ""
-    say(*[""] * (not first), f"{pair.first} and {pair.second}: {counted(len(pair.modules), 'module')} in both{alone}")
+    say(*[""] * (not first), pair.lines()[0])
     prefix = common_prefix([str(row.name) for row in pair.modules])
     groups: dict[str, list[Similarity]] = {}
     for row in pair.modules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from adapterkit.cli.views.base import show_base
 from adapterkit.errors import FitError, UnknownStrengthError, UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub.locate import Place
-from adapterkit.inspection.summary import ModuleRow, by_target, header_rows, measure, summarize, to_json
+from adapterkit.inspection.summary import ModuleRow, by_target, header_rows, measure, to_json
 
 if TYPE_CHECKING:
     from adapterkit.adapter.weights import Adapter
@@ -94,7 +95,9 @@ def _show(
     header_only, strength_known = header_only or there.headers_only, unknown is None
     if not header_only:
         check_cached(adapter.files)
-    summary = summarize(adapter, strength_known=strength_known)
+    summary = adapter.summary()
+    if not strength_known:
+        summary = replace(summary, alphas=(), scalings=())
     if not as_json:
         adapter_view.show_header(path, summary, match, unknown=unknown, fetched=fetched_of(there))
     rows = header_rows(adapter, strength_known=strength_known)

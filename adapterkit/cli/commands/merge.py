@@ -108,8 +108,8 @@ def _result_lines(
 
 def _report(result: Merged) -> list[str]:
     """What rounding kept, a line for each layer; --json has every tensor."""
+    from adapterkit.adapter.module_names import layer_of
     from adapterkit.algebra.updates import Retention
-    from adapterkit.inspection.summary import layer_of
 
     parts: dict[int | str, list[Retention]] = {}
     for name, kept in result.retention.items():

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from adapterkit.adapter.summary import LABEL, Summary
 from adapterkit.cli.output import say
 from adapterkit.cli.views.tables import common_prefix, padded, print_table, print_wrapped, table, width
-from adapterkit.inspection.summary import ModuleRow, Summary, TargetRow, by_target, grid
-from adapterkit.text import between, counted, given, number, size, span, visible
+from adapterkit.inspection.summary import ModuleRow, TargetRow, by_target, grid
+from adapterkit.text import between, counted, given, number, runs, span, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,38 +21,21 @@ if TYPE_CHECKING:
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 1.005  # a row that varies less than this is drawn flat
 BESIDE_BARS = 18  # columns of spaces and the range at the end
-LABEL = 12  # columns of the names on the left of the header
 
 
 def show_header(path: str, summary: Summary, match: Match | None, *, unknown: str | None, fetched: str = "") -> None:
     """Print the facts that headers tell, then what is wrong; rich is not needed for it."""
-    scaling = f"unknown: {unknown}; give --alpha"
-    lines = {
-        "adapter": path,
-        "format": f"{summary.format}, {summary.kind}",
-        "base": summary.base_model or "not named",
-        "rank": span(summary.ranks),
-        "alpha": span(summary.alphas) or (scaling if unknown else "not given") if summary.modules else "",
-        "scaling": span(summary.scalings) or scaling if summary.modules else "",
-        "targets": ", ".join(summary.targets),
-        "layers": f"{_runs(summary.layers)} ({len(summary.layers)})" if summary.layers else "",
-        "modules": str(summary.modules),
-        "parameters": f"{summary.parameters:,}",
-        "size": f"{size(summary.bytes)}, {', '.join(summary.dtypes)}",
-        "replaced": ", ".join(f"{name} {list(shape)}" for name, shape in summary.replaced.items()),
-        "tokens": ", ".join(f"{counted(rows, 'row')} of {name}" for name, rows in summary.tokens.items()),
-        "unread": ", ".join(summary.unread),
-        "against": f"{match.base}: {match.found} of {counted(match.total, 'module')} found" if match else "",
-        "fetched": fetched,
-    }
-    for label, text in lines.items():
-        if text:
-            print_wrapped(f"{label:{LABEL}}", text)
-    for problem in summary.problems:
-        refused = "; merge refuses it" if problem["fatal"] else ""
-        print_wrapped("⚠ ", f"{problem['where']}: {problem['what']}{refused}")
-    if summary.unread:
-        print_wrapped("⚠ ", f"{counted(len(summary.unread), 'tensor')} of no known kind; merge refuses them")
+    rows = {"adapter": path, **summary.rows()}
+    if unknown and summary.modules:
+        rows |= dict.fromkeys(("alpha", "scaling"), f"unknown: {unknown}; give --alpha")
+    if match:
+        rows["against"] = f"{match.base}: {match.found} of {counted(match.total, 'module')} found"
+    if fetched:
+        rows["fetched"] = fetched
+    for label, text in rows.items():
+        print_wrapped(f"{label:{LABEL}}", text)
+    for warning in summary.warnings():
+        print_wrapped("⚠ ", warning)
     if match and match.missing:
         print_wrapped("⚠ ", match.hint)
 
@@ -138,7 +122,7 @@ def _print_bars(rows: Sequence[ModuleRow], delta: str) -> None:
     name = min(max(map(cell_len, map(visible, cells_of.targets))), width() // 2)
     each = math.ceil(len(cells_of.layers) / max(1, width() - name - BESIDE_BARS))
     every = f", {each} layers a bar" if each > 1 else ""
-    say("", f"‖{delta}‖_F over layers {_runs(cells_of.layers)}{every}; ▁ is the row's least, █ its most")
+    say("", f"‖{delta}‖_F over layers {runs(cells_of.layers)}{every}; ▁ is the row's least, █ its most")
     for target, cells in zip(cells_of.targets, cells_of.cells, strict=True):
         means = [_mean(cells[at : at + each]) for at in range(0, len(cells), each)]
         known = [value for value in means if value is not None and math.isfinite(value)]
@@ -160,17 +144,3 @@ def _bar(value: float | None, low: float, high: float) -> str:
         return "x"
     share = (value - low) / (high - low) if high > FLAT * low else 0.5
     return BARS[min(int(share * len(BARS)), len(BARS) - 1)]
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """`0–3, 8, 10–11`."""
-    runs: list[list[int]] = []
-    for at in numbers:
-        if runs and at == runs[-1][1] + 1:
-            runs[-1][1] = at
-        else:
-            runs.append([at, at])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)

@@ -23,11 +23,11 @@ from adapterkit.hub.names import is_inner, public_name
 from adapterkit.hub.upload import card
 from adapterkit.hub.upload.content_scan import why_not
 from adapterkit.hub.upload.redaction import LOCAL, check_no_token, check_public, shortened
-from adapterkit.inspection.summary import Summary, summarize
 from adapterkit.text import argument, command, counted
 
 if TYPE_CHECKING:
-    from adapterkit.adapter.weights import Adapter
+    from adapterkit.adapter.summary import Summary
+from adapterkit.adapter.weights import Adapter
 
 README = "README.md"
 RECIPE = "adapterkit_recipe.yaml"
@@ -141,7 +141,7 @@ def _of_adapter(
             f"{path}: its weights are pickled, and pickles are not sent. Make them safetensors: `{_saved_again(path)}`"
         )
     _check_finite(path, {t.source.name: t.source for t in adapter.tensors() if isinstance(t.source, TensorInfo)})
-    summary = summarize(adapter)
+    summary = adapter.summary()
     kind = "dora" if "DoRA" in summary.kind else "lora"
     tags = ("adapterkit", "lora", *(("dora",) if kind == "dora" else ()))
     causal = adapter.task in (None, "CAUSAL_LM")

@@ -14,12 +14,13 @@ from typing import Any
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
+from adapterkit.display import Displayed
 from adapterkit.files.safetensors import Header, TensorInfo
 from adapterkit.files.staging import Destination
 from adapterkit.files.stamps import Stamp
 from adapterkit.files.workspace import receipt_of
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
-from adapterkit.text import counted, size, visible
+from adapterkit.text import counted, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ class BytesFromSidecar:
     at: int
 
 
-@dataclass(frozen=True)
-class FilePlan:
+@dataclass(frozen=True, repr=False)
+class FilePlan(Displayed):
     """One output file: its header, the spans copied from `source`, and the tensors that are computed."""
 
     name: str
@@ -51,6 +52,9 @@ class FilePlan:
     copies: tuple[Copy, ...]
     edits: tuple[MergeEdit | RestoreEdit, ...]
     kept: tuple[BytesFromSidecar, ...] = ()
+
+    def brief(self) -> str:
+        return f"{self.name}, {size(self.size)}, {len(self.edits)} of {counted(len(self.tensors), 'tensor')} computed"
 
     @property
     def copies_all(self) -> bool:
@@ -71,8 +75,8 @@ class Hashes:
 WriteCompanions = Callable[["MergePlan", Path, Hashes], None]
 
 
-@dataclass(frozen=True)
-class MergePlan:
+@dataclass(frozen=True, repr=False)
+class MergePlan(Displayed):
     """What a merge makes: every tensor of every file, and where the output goes. `RunOptions` say how it is made.
 
     Plain data that pickles: `run_file` makes one file of it, in any process.
@@ -117,7 +121,7 @@ class MergePlan:
         """Of everything that was read to make the plan."""
         stamps: dict[Path, Stamp] = {}
         for one in (*(one.adapter for one in reversed(self.given)), self.quantized, self.base):
-            stamps |= one.stamps if one else {}
+            stamps |= one.stamps if one is not None else {}
         return stamps
 
     @property
@@ -166,6 +170,10 @@ class MergePlan:
             "skipped": list(self.skipped),
         }
 
+    def brief(self) -> str:
+        adapters = "".join(f" {'−' if self.restores else '+'} {one.label}" for one in self.given)
+        return f"{self.base.name}{adapters} → {self.out}, {counted(self.edits, 'tensor')} to compute"
+
     def lines(self) -> list[str]:
         """The plan for people."""
         facts = self.facts()
@@ -182,9 +190,6 @@ class MergePlan:
             f"changes   {self.edits} of {tensors}, {stored}",
             writes,
         ]
-
-    def __str__(self) -> str:
-        return "\n".join(map(visible, self.lines()))
 
     def _landed(self, one: WeightedAdapter) -> str:
         total = len(one.adapter.modules) + len(one.adapter.replaced) + len(one.adapter.tokens)

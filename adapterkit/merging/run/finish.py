@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.display import Displayed
 from adapterkit.errors import FitError
 from adapterkit.files.hub_cache import check_blob_hash
 from adapterkit.files.opening import sha256_of
@@ -17,13 +18,14 @@ from adapterkit.merging.receipts.done import FileDone, fingerprint
 from adapterkit.merging.run.budget import check_loss, warnings_of
 from adapterkit.merging.run.inputs import Inputs
 from adapterkit.merging.run.making import Job
+from adapterkit.text import counted, size
 
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
+@dataclass(frozen=True, slots=True, repr=False)
+class Merged(Displayed):
     """The last event: what was made. `retention` by tensor covers its first rows, or all of them with a report."""
 
     out: Path
@@ -34,6 +36,18 @@ class Merged:
     place: str  # where it was computed in the end
     notes: tuple[str, ...]  # what was done otherwise than asked for
     warnings: tuple[str, ...] = ()  # where the result is hardly what was meant: little or nothing is left of the update
+
+    def brief(self) -> str:
+        return f"{self.out}, {counted(self.tensors, 'tensor')} computed, {size(self.bytes_written)}"
+
+    def lines(self) -> list[str]:
+        wrote = f"wrote     {self.out}: {size(self.bytes_written)}"
+        return [
+            f"computed  {counted(self.tensors, 'tensor')} on {self.place}",
+            wrote,
+            *(f"note      {note}" for note in self.notes),
+            *(f"warning   {warning}" for warning in self.warnings),
+        ]
 
 
 def finish(plan: MergePlan, done: Iterable[FileDone], where: Path, options: RunOptions | None = None) -> Merged:

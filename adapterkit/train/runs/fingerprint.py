@@ -39,7 +39,7 @@ class Origin:
         files = [base.path / CONFIG, *(shard.file for shard in base.shards)]
         return cls(
             asdict(recipe), digest(data), digest(held_back) if held_back else None, _hashes(files),
-            _hashes(first.files) if first else {},
+            _hashes(first.files) if first is not None else {},
         )  # fmt: skip
 
     def check_same(self, then: Origin) -> None:

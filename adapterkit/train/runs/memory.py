@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from adapterkit.adapter.module_names import layer_of
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
 from adapterkit.base.quant import weights as weights_of
 from adapterkit.errors import UsageError
-from adapterkit.inspection.summary import layer_of
 from adapterkit.packages import needed
 from adapterkit.train.data.order import Order
 from adapterkit.train.data.tokenize import Example

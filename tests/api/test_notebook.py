@@ -1,0 +1,142 @@
+"""What a notebook shows: adapters as mappings, results in a line and in a few, and nothing of theirs as markup."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from handmade import CONFIG, MODULES, RANK, factors, write_adapter, write_base
+from hostile import FOLDER, steering, write_hostile_adapter, write_hostile_base
+
+import adapterkit
+from adapterkit.display import Displayed
+from adapterkit.errors import ChangedError
+from adapterkit.files.safetensors import TensorInfo
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every read of a tensor fail."""
+
+    def read(info: TensorInfo) -> None:
+        raise AssertionError(f"{info.name} is read")
+
+    monkeypatch.setattr(TensorInfo, "read_bytes", read)
+
+
+# --- an adapter is a mapping -----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_maps_names_to_weights(tmp_path: Path) -> None:
+    adapter = adapterkit.load(write_adapter(tmp_path / "one"))
+    assert isinstance(adapter, Mapping) and len(adapter) == len(MODULES) and set(adapter) == set(MODULES)
+    expected = factors()
+    for name, weights in adapter.items():
+        assert torch.equal(weights.A, expected[f"base_model.model.{name}.lora_A.weight"])
+    assert adapter.get("q_proj") is None
+    with pytest.raises(KeyError, match="q_proj"):
+        adapter["q_proj"]
+    again = adapterkit.load(tmp_path / "one")
+    assert adapter == again == pickle.loads(pickle.dumps(adapter)) and adapter != replace(again, task="SEQ_CLS")
+
+
+def test_facts_of_an_adapter_are_those_of_its_headers(tmp_path: Path, unread: None) -> None:
+    adapter = adapterkit.load(write_adapter(tmp_path / "one"))
+    assert MODULES[0] in adapter and "q_proj" not in adapter and 3 not in adapter and list(adapter.keys())
+    assert (adapter.rank, adapter.alpha, adapter.targets) == (RANK, 6, ("o_proj", "q_proj"))
+    assert adapter.num_parameters == sum(tensor.numel() for tensor in factors().values())
+    pattern = CONFIG | {"alpha_pattern": {"q_proj": 3}}
+    assert adapterkit.load(write_adapter(tmp_path / "two", config=pattern)).alpha is None
+    wide = factors()
+    first = f"base_model.model.{MODULES[0]}.lora_{{}}.weight"
+    wide |= {first.format("A"): torch.ones(1, 32), first.format("B"): torch.ones(48, 1)}
+    mixed = adapterkit.load(write_adapter(tmp_path / "three", wide, CONFIG | {"rank_pattern": {MODULES[0]: 1}}))
+    assert mixed.rank is None and mixed.summary().ranks == (1, RANK)
+    assert adapterkit.load(write_adapter(tmp_path / "four", config=None), scaling=2.0).alpha is None
+
+
+def test_an_adapter_of_no_modules_counts_as_one(tmp_path: Path) -> None:
+    """A mapping without items is false, and still an adapter whose files are watched."""
+    base = write_base(tmp_path / "base")
+    name = "model.layers.0.norm.weight"
+    whole = write_adapter(tmp_path / "whole", {f"base_model.model.{name}": torch.ones(32)},
+                          CONFIG | {"modules_to_save": ["norm"]})  # fmt: skip
+    adapter = adapterkit.load(whole)
+    assert not adapter and adapter.rank is None and "no modules" in repr(adapter)
+    adapterkit.merge(base, adapter, tmp_path / "merged")
+    plan = adapterkit.plan_merge(base, adapter, tmp_path / "again")
+    (whole / "adapter_model.safetensors").touch()
+    write_adapter(tmp_path / "other", {f"base_model.model.{name}": torch.zeros(32)})
+    (whole / "adapter_model.safetensors").write_bytes((tmp_path / "other/adapter_model.safetensors").read_bytes())
+    with pytest.raises(ChangedError):
+        list(adapterkit.run(plan))
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One of everything that shows itself, made of what is hostile in every string."""
+    folder = tmp_path_factory.mktemp("shown") / FOLDER
+    base, one, two = write_hostile_base(folder / "base"), write_hostile_adapter(folder / "one"), folder / "two"
+    write_hostile_adapter(two, alpha=3)
+    adapter = adapterkit.load(one)
+    plan = adapterkit.plan_merge(base, [one], folder / "merged")
+    *_, merged = adapterkit.run(plan)
+    adapterkit.merge(folder / "merged", two, folder / "twice")
+    combined = adapterkit.plan_combine([one, two], folder / "sum")
+    *_, made = adapterkit.run(combined)
+    [pair] = adapterkit.compare([one, two])
+    name = next(iter(adapter))
+    found = [
+        adapter, adapter.summary(), adapter.modules[name], adapter[name], adapter.modules[name].A, plan, plan.base,
+        plan.files[0], plan.base.shards[0], merged, combined, made, pair, pair.modules[0],
+        adapterkit.plan_unmerge(folder / "twice", folder / "back", every=True, adapters=[one, two]),
+        *list(adapterkit.verify(folder / "merged", base, one))[-1:],
+    ]  # fmt: skip
+    return {type(one).__name__: one for one in found}
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_everything_shows_itself_and_nothing_of_theirs(shown: dict[str, Any], unread: None) -> None:
+    classes = {one.__name__ for one in Displayed.__subclasses__() if one.__module__.startswith("adapterkit.")}
+    assert classes == set(shown), "what shows itself and is not tried here: add one to `shown`"
+    for name, one in shown.items():
+        line, page = repr(one), Tags(one._repr_html_())
+        assert line.startswith(f"<{name}: ") and line.endswith(">") and "\n" not in line and len(line) < 1000, name
+        assert page.tags == ["pre"] and page.text == str(one), name
+        assert not steering(line) | steering(str(one)) | steering(one._repr_html_()), name
+        assert not any(text.startswith("FORGED") for text in str(one).split("\n")), name
+
+
+def test_an_adapter_is_short(tmp_path: Path, unread: None) -> None:
+    config = CONFIG | {"base_model_name_or_path": "lab/base"}
+    adapter = adapterkit.load(write_adapter(tmp_path / "one", config=config))
+    assert repr(adapter) == "<Adapter: LoRA, rank 4, 4 modules, 1,280 parameters, for lab/base>"
+    weights = adapter.modules[MODULES[0]]
+    assert repr(weights) == "<LoraWeights: rank 4, scaling 1.5, alpha 6; A (4, 32) F32; B (48, 4) F32>"
+    assert str(adapter) == str(adapter.summary())
+    assert str(adapter).splitlines()[2:5] == ["rank        4", "alpha       6", "scaling     1.5"]
