@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from adapterkit.api.run import Plan, run
 from adapterkit.api.steps import StepStarted
-from adapterkit.cli.options import weighted
+from adapterkit.cli.next_commands import merge_command, next_lines, push_command
 from adapterkit.cli.output import note, say, say_result, warn
 from adapterkit.cli.progress import progress
 from adapterkit.combining.plan import AdapterMade, ModuleDone
+from adapterkit.hub.names import public_name
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import Hashes, MergePlan
 from adapterkit.merging.run.budget import default_threads, estimate_memory
 from adapterkit.merging.run.finish import Merged
 from adapterkit.merging.run.run import TensorMerged, check_run
-from adapterkit.text import argument, command, counted, size
+from adapterkit.text import counted, size
 
 R = TypeVar("R", Merged, AdapterMade)
 
@@ -75,8 +75,8 @@ def _tell(plan: Plan) -> None:
     note(*plan.notes, *(f"skipped: {name}" for name in skipped))
 
 
-def show_adapter(ran: Ran[AdapterMade], what: str, as_json: bool) -> None:
-    """Print what making an adapter came to, and how near the result is to what was meant."""
+def show_adapter(ran: Ran[AdapterMade], what: str, as_json: bool, base: str | None = None) -> None:
+    """Print a new adapter, the error of truncation, and the commands to merge it into `base` and to push it."""
     result = ran.result
     if as_json:
         rows = [
@@ -101,17 +101,14 @@ def show_adapter(ran: Ran[AdapterMade], what: str, as_json: bool) -> None:
             f"(worst: {worst.name}, {worst.error:.3g})"
         )
     say(f"wrote     {result.out}")
+    assert result.out is not None
+    base = base or public_name(result.adapter.base_model)
+    if base is not None:
+        say(*next_lines("merge", merge_command(base, result.out)))
+    say(*next_lines("push", push_command(result.out)))
 
 
 def hashes_by_label(plan: MergePlan, hashes: Hashes) -> dict[str, dict[str, Any]]:
     """The SHA-256 of every file of a run, for `--json`; those of adapters by label."""
     labels = [one.label for one in plan.given]
     return asdict(hashes) | {"adapters": dict(zip(labels, hashes.adapters, strict=True))}
-
-
-def undo_command(merged: Path, adapters: Sequence[str]) -> list[str]:
-    """The command that undoes a merge, from where one stands: its parts, quoted for a shell."""
-    new = "NEW" if merged.is_dir() else f"NEW{merged.suffix}"
-    named = [one if weighted(one) == (one, 1.0) else f"{one}:1" for one in dict.fromkeys(adapters)]
-    words = [["adapterkit", "unmerge"], [argument(merged)], ["-o", new]]
-    return [command(group) for group in [*words, *(["--adapter", argument(one)] for one in named)]]

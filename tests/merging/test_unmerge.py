@@ -29,7 +29,7 @@ import adapterkit
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.algebra import residual
 from adapterkit.api import inputs
-from adapterkit.cli.run_plan import undo_command
+from adapterkit.cli.next_commands import undo_command
 from adapterkit.errors import AdapterkitError, FitError, FormatError, UsageError
 from adapterkit.files import jsonfile
 from adapterkit.files.safetensors import encode_header, read_header

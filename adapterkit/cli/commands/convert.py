@@ -38,4 +38,5 @@ def convert_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None
     if dry_run:
         print_plan(plan, {}, as_json)
         return
-    show_adapter(run_with_bar(plan, "converting", AdapterMade), f"converted to {given['to']}", as_json)
+    ran = run_with_bar(plan, "converting", AdapterMade)
+    show_adapter(ran, f"converted to {given['to']}", as_json, given.get("base"))

@@ -36,4 +36,4 @@ def extract_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None
     if dry_run:
         print_plan(plan, {}, as_json)
         return
-    show_adapter(run_with_bar(plan, "extracting", AdapterMade), "extracted", as_json)
+    show_adapter(run_with_bar(plan, "extracting", AdapterMade), "extracted", as_json, given["base"])

@@ -10,14 +10,15 @@ import click
 from adapterkit.api import merge
 from adapterkit.api.options import MergeCall, MergeOptions, MergeRunOptions
 from adapterkit.cli.command import Command
+from adapterkit.cli.next_commands import next_lines, push_command, undo_command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.cli.output import note, say, say_result
-from adapterkit.cli.run_plan import Ran, hashes_by_label, print_plan, run_with_bar, undo_command
+from adapterkit.cli.run_plan import Ran, hashes_by_label, print_plan, run_with_bar
 from adapterkit.errors import UsageError
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.receipts.receipt import irreversible
 from adapterkit.merging.run.finish import Merged
-from adapterkit.text import LONGEST, counted, size
+from adapterkit.text import counted, size
 
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
@@ -100,9 +101,10 @@ def _result_lines(
         f"{size(facts['bytes_written'])}"
     )
     lines.append(f"wrote     {result.out}")
+    if result.out.is_dir():
+        lines += next_lines("push", push_command(result.out))
     if facts["undone_by"]:
-        between = " " if len(facts["undone_by"]) < LONGEST else " \\\n  "  # a longer line would be cut
-        lines += f"undo      {between.join(undo)}".split("\n")
+        lines += next_lines("undo", undo)
     return lines
 
 

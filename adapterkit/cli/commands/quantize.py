@@ -9,6 +9,7 @@ import click
 from adapterkit.api import merge
 from adapterkit.api.options import DeviceOptions, QuantizeOptions
 from adapterkit.cli.command import Command
+from adapterkit.cli.next_commands import next_lines, push_command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.run_plan import hashes_by_label, print_plan, run_with_bar
@@ -48,3 +49,5 @@ def quantize_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, 
     what = f"{counted(result.tensors, 'weight')} in {ran.seconds:.1f} s"
     say(f"quantized {what}, {size(before)} to {size(result.bytes_written)}")
     say(f"wrote     {result.out}")
+    if result.out.is_dir():
+        say(*next_lines("push", push_command(result.out)))

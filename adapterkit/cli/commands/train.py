@@ -15,6 +15,7 @@ import click
 
 from adapterkit.cli.command import Command
 from adapterkit.cli.data_notes import notes_of
+from adapterkit.cli.next_commands import merge_command, next_lines, push_command
 from adapterkit.cli.options import options_of
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import is_shown, progress
@@ -89,7 +90,7 @@ def train_command(
         case [Started() as started, Trained() as trained]:
             if started.first_process:
                 metrics = read_metrics(trained.out)
-                _print_result(started, trained, metrics, as_json)
+                _print_result(recipe, started, trained, metrics, as_json)
                 if plot is not None:
                     from adapterkit.cli.views.figures import draw_losses
 
@@ -190,7 +191,9 @@ def _print_start(event: Started) -> None:
     )
 
 
-def _print_result(started: Started, trained: Trained, metrics: list[dict[str, Any]], as_json: bool) -> None:
+def _print_result(
+    recipe: Recipe, started: Started, trained: Trained, metrics: list[dict[str, Any]], as_json: bool
+) -> None:
     from adapterkit.train.loss import perplexity
 
     if trained.unmoved:
@@ -218,6 +221,9 @@ def _print_result(started: Started, trained: Trained, metrics: list[dict[str, An
             f"perplexity {perplexity(first):.2f} → {perplexity(best):.2f}"
         )
     say(f"wrote      {trained.out}")
+    if recipe.method != "full":
+        say(*next_lines("merge", merge_command(recipe.base, trained.out), 11))
+    say(*next_lines("push", push_command(trained.out), 11))
 
 
 def _print_memory(recipe: Recipe, as_json: bool) -> None:
