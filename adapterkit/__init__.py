@@ -23,12 +23,16 @@ if TYPE_CHECKING:
         plan_resize,
         resize,
     )
+    from adapterkit.api.hub import plan_pull, plan_push, pull, push
     from adapterkit.api.merge import merge, plan_merge, plan_quantize, quantize, verify
     from adapterkit.api.run import run
     from adapterkit.api.steps import StepStarted, UnmergePlan
     from adapterkit.api.unmerge import plan_unmerge, unmerge
     from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
     from adapterkit.errors import AdapterkitError
+    from adapterkit.hub.events import BytesDone, Fetched, Pulled, Pushed
+    from adapterkit.hub.pull import PullPlan
+    from adapterkit.hub.upload.push import PushPlan
     from adapterkit.merging.live import apply, remove
     from adapterkit.merging.options import RunOptions
     from adapterkit.merging.plan.types import MergePlan
@@ -50,14 +54,18 @@ _EXPORTS = {
     **dict.fromkeys(("combine", "compare", "convert", "extract", "resize"), "api.adapters"),
     **dict.fromkeys(("plan_combine", "plan_convert", "plan_extract", "plan_resize"), "api.adapters"),
     **dict.fromkeys(("apply", "remove"), "merging.live"),
+    **dict.fromkeys(("plan_pull", "plan_push", "pull", "push"), "api.hub"),
+    **dict.fromkeys(("BytesDone", "Fetched", "Pulled", "Pushed"), "hub.events"),
+    "PullPlan": "hub.pull", "PushPlan": "hub.upload.push",
 }  # fmt: skip
 
 __all__ = [
-    "Adapter", "AdapterMade", "AdapterPlan", "AdapterkitError", "LazyTensor", "LoraWeights", "MergePlan", "Merged",
-    "ModuleDone", "RunOptions", "StepStarted", "TensorMerged", "UnmergePlan", "__version__", "apply", "combine",
-    "compare", "convert", "extract", "finish", "load", "merge", "plan_combine", "plan_convert", "plan_extract",
-    "plan_merge", "plan_quantize", "plan_resize", "plan_unmerge", "quantize", "remove", "resize", "run", "run_file",
-    "save", "unmerge", "verify",
+    "Adapter", "AdapterMade", "AdapterPlan", "AdapterkitError", "BytesDone", "Fetched", "LazyTensor", "LoraWeights",
+    "MergePlan", "Merged", "ModuleDone", "PullPlan", "Pulled", "PushPlan", "Pushed", "RunOptions", "StepStarted",
+    "TensorMerged", "UnmergePlan", "__version__", "apply", "combine", "compare", "convert", "extract", "finish", "load",
+    "merge", "plan_combine", "plan_convert", "plan_extract", "plan_merge", "plan_pull", "plan_push", "plan_quantize",
+    "plan_resize", "plan_unmerge", "pull", "push", "quantize", "remove", "resize", "run", "run_file", "save", "unmerge",
+    "verify",
 ]  # fmt: skip
 
 

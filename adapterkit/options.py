@@ -21,12 +21,13 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 from adapterkit.errors import UsageError
 from adapterkit.text import nearest
 
-Kind = Literal["text", "int", "float", "flag", "path", "adapters", "words", "pairs"]
+Kind = Literal["text", "int", "float", "flag", "path", "paths", "adapters", "words", "pairs"]
 
 # How the type of a field begins -> what is asked for.
 KINDS: dict[str, Kind] = {
-    "bool": "flag", "int": "int", "float": "float", "str": "text", "AnyPath": "path", "AnyAdapter": "text",
-    "AnyAdapters": "adapters", "tuple": "words", "dict": "pairs", "Mapping": "pairs",
+    "bool": "flag", "int": "int", "float": "float", "str": "text", "AnyPath": "path", "AnyPaths": "paths",
+    "AnyModel": "text", "AnyAdapter": "text", "AnyAdapters": "adapters", "AnyNames": "words", "tuple": "words",
+    "dict": "pairs", "Mapping": "pairs",
 }  # fmt: skip
 
 P = ParamSpec("P")
@@ -65,9 +66,9 @@ def option(default: Any, help: str, choices: Collection[Any] | Callable[[], Coll
     return field(default=default, metadata={"about": About(help, choices, **more), "by_position": False})
 
 
-def output(default: Any = MISSING, help: str = "Output directory", **more: Any) -> Any:
+def output(default: Any = MISSING, help: str = "Output directory", label: str = "write to", **more: Any) -> Any:
     """The field of where the result goes."""
-    return argument(help, default, flags=("-o", "--output"), label="write to", group="Output", **more)
+    return argument(help, default, flags=("-o", "--output"), label=label, group="Output", **more)
 
 
 def overwrite() -> Any:

@@ -21,7 +21,7 @@ text < {display errors} < {packages options} < files < adapter < algebra < base 
 """
 INNER = {
     "base": "{architectures checkpoint quant rename_option} < {models targets ties} < {adapter_fit row_reader}",
-    "hub": "{client names} < {remote upload} < download < locate < listing < removal",
+    "hub": "{client events names} < {remote upload} < download < {locate pull} < listing < removal",
     "merging": "{options plan} < {blocks calibration receipts} < {companions live verify} < run < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract write}",
     "train": "{products recipe} < {data initial loss} < {causal_lm layers} < {injection loop} < runs",

@@ -13,7 +13,7 @@ from pathlib import Path
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.algebra.lowrank import Limit
 from adapterkit.api.inputs import AnyPath, open_adapters, open_base, open_one
-from adapterkit.api.options import (
+from adapterkit.api.options.adapters import (
     CombineCall,
     CombineOptions,
     CompareOptions,

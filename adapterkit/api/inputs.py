@@ -22,6 +22,9 @@ from adapterkit.errors import UsageError
 from adapterkit.hub import hub_id, resolve
 
 AnyPath: TypeAlias = str | os.PathLike[str]
+AnyModel: TypeAlias = AnyPath  # or a Hub id
+AnyNames: TypeAlias = str | Iterable[str]
+AnyPaths: TypeAlias = AnyPath | Iterable[AnyPath]
 AnyAdapter: TypeAlias = AnyPath | Adapter
 AnyWeighted: TypeAlias = AnyAdapter | tuple[AnyAdapter, float]
 AnyAdapters: TypeAlias = AnyWeighted | Iterable[AnyWeighted] | Mapping[AnyPath, float]  # as `weighted` takes them

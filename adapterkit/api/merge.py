@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.api.inputs import AnyPath, number, open_adapters, open_base, renaming, weighted
-from adapterkit.api.options import (
+from adapterkit.api.options.merges import (
     MergeCall,
     MergeOptions,
     QuantizeCall,

@@ -11,12 +11,13 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
-from adapterkit.api.options import ProgressOptions
+from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.api.progress import downloads_shown, progress_bar
 from adapterkit.api.steps import StepStarted, UnmergePlan, run_steps
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
 from adapterkit.combining.write import make_adapter
 from adapterkit.errors import UsageError
+from adapterkit.hub.events import BytesDone, Fetched, Pulled, Pushed
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.run.finish import Merged
@@ -26,14 +27,19 @@ from adapterkit.merging.run.run import run as run_merge
 if TYPE_CHECKING:
     import torch
 
-Plan: TypeAlias = MergePlan | UnmergePlan | AdapterPlan
-Event: TypeAlias = StepStarted | TensorMerged | Merged | ModuleDone | AdapterMade
+    from adapterkit.hub.pull import PullPlan
+    from adapterkit.hub.upload.push import PushPlan
 
-
+HubPlan: TypeAlias = "PullPlan | PushPlan"
+Plan: TypeAlias = "MergePlan | UnmergePlan | AdapterPlan | HubPlan"
+HubEvent: TypeAlias = BytesDone | Fetched | Pulled | Pushed
+Event: TypeAlias = StepStarted | TensorMerged | Merged | ModuleDone | AdapterMade | HubEvent
 T = TypeVar("T", bound=ProgressOptions)
-R = TypeVar("R", Merged, AdapterMade)
+R = TypeVar("R", Merged, AdapterMade, Pulled, Pushed)
 
 
+@overload
+def run(plan: HubPlan, *, progress: bool = False) -> Generator[HubEvent, None, None]: ...
 @overload
 def run(plan: AdapterPlan, *, progress: bool = False) -> Generator[ModuleDone | AdapterMade, None, None]: ...
 @overload
@@ -52,7 +58,7 @@ def run(
 @overload
 def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, None, None]: ...
 def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, None, None]:
-    """Run `plan`, yielding an event for each tensor or module and the result last; on failure nothing is left behind.
+    """Run `plan`, yielding an event for each tensor, module or file and the result last; nothing is left on failure.
 
     A merge takes the options of `RunOptions`: `threads` compute on a `device` (auto, cpu, cuda or cuda:N); `report`
     measures what rounding kept of every element instead of a sample; with `resume` files are taken over that an
@@ -61,11 +67,7 @@ def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, N
     leaves little of the update, ChangedError where an input has changed, and UsageError where there is no such device.
     """
     events = _events(plan, how)
-    return (
-        _with_bar(events, plan.out.name, "modules" if isinstance(plan, AdapterPlan) else "tensors")
-        if progress
-        else events
-    )
+    return _with_bar(events, plan) if progress else events
 
 
 def in_one_call(plan: Callable[[T], Plan], options: T, made: type[R], how: RunOptions | None = None) -> R:
@@ -85,16 +87,19 @@ def _events(plan: Plan, how: dict[str, Any]) -> Generator[Event, None, None]:
     if isinstance(plan, UnmergePlan):
         return run_steps(plan, RunOptions(**how))
     if how:
-        raise UsageError(f"making an adapter takes no {next(iter(how))}: that is for merges")
-    return make_adapter(plan)
+        raise UsageError(f"this plan takes no {next(iter(how))}: that is for merges")
+    return make_adapter(plan) if isinstance(plan, AdapterPlan) else plan.steps()
 
 
-def _with_bar(events: Generator[Event, None, None], what: str, unit: str) -> Generator[Event, None, None]:
+def _with_bar(events: Generator[Event, None, None], plan: Plan) -> Generator[Event, None, None]:
     """The events, with a bar that counts them."""
-    with progress_bar(what, unit) as show, closing(events):
+    what = plan.out.name if isinstance(plan, MergePlan | UnmergePlan | AdapterPlan) else ""
+    with progress_bar(what, plan.unit) as show, closing(events):
         for event in events:
             if isinstance(event, StepStarted):
                 show(0, event.plan.edits, f"{what}, merge {event.number} of {event.total}")
             elif isinstance(event, TensorMerged | ModuleDone):
                 show(event.done, event.total)
+            elif isinstance(event, BytesDone):
+                show(event.done, event.total, event.what)
             yield event

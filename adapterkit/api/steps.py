@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from adapterkit.adapter.weights import Adapter
 from adapterkit.base.checkpoint import open_checkpoint
@@ -28,6 +28,7 @@ class UnmergePlan(Displayed):
     Each other one is planned on what the one before wrote; its receipt and adapters are there and known.
     """
 
+    unit: ClassVar[str] = "tensors"
     first: MergePlan
     receipts: tuple[Receipt, ...]
     adapters: tuple[tuple[Adapter, ...], ...]  # of each receipt

@@ -17,7 +17,7 @@ from pathlib import Path
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
-from adapterkit.api.options import UnmergeCall, UnmergeOptions
+from adapterkit.api.options.merges import UnmergeCall, UnmergeOptions
 from adapterkit.api.run import in_one_call
 from adapterkit.api.steps import UnmergePlan
 from adapterkit.base.checkpoint import Checkpoint

@@ -41,14 +41,13 @@ class Method(click.types.StringParamType):
 
 MODEL = Model()
 TYPES: dict[str, Any] = dict.fromkeys(MODELS, MODEL)
-TYPES |= {"method": Method()} | dict.fromkeys(("calibration", "data", "eval_data"), click.Path())
+TYPES |= {"method": Method()} | dict.fromkeys(("data", "eval_data"), click.Path())
 
 
 def complete_by_name(params: Iterable[click.Parameter]) -> None:
-    """Have parameters that take any text, or a base, complete what their names say."""
+    """Have parameters that take any text complete what their names say."""
     for param in params:
-        text = isinstance(param.type, click.types.StringParamType)
-        if param.name in TYPES and (text or param.name == "base"):
+        if param.name in TYPES and isinstance(param.type, click.types.StringParamType):
             param.type = TYPES[param.name]
 
 

@@ -12,8 +12,8 @@ import click
 from adapterkit.errors import UsageError
 from adapterkit.options import Parameter, parameters
 
-TYPES: dict[str, Any] = {"int": int, "float": float, "path": click.Path()}
-SEVERAL = ("adapters", "words", "pairs")
+TYPES: dict[str, Any] = {"int": int, "float": float, "path": click.Path(), "paths": click.Path()}
+SEVERAL = ("adapters", "words", "pairs", "paths")
 
 
 class GroupedOption(click.Option):
@@ -53,7 +53,8 @@ def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Cal
     metavar = one.about.metavar
     if one.by_position:
         many = -1 if one.kind in SEVERAL else 1
-        return click.argument(one.name, nargs=many, required=one.required and not negatable, metavar=metavar)(command)
+        required, kind = one.required and not negatable, TYPES.get(one.kind)
+        return click.argument(one.name, nargs=many, required=required, metavar=metavar, type=kind)(command)
     settings: dict[str, Any] = {"help": one.help, "default": None, "required": one.required, "metavar": metavar}
     flags = one.flags
     if one.kind == "flag":
@@ -107,7 +108,7 @@ def _pair(one: Parameter, text: str) -> tuple[str, float | str]:
 
 def dry_run(command: Callable[..., None]) -> Callable[..., None]:
     """`--dry-run`, as every command has it that writes."""
-    return click.option("--dry-run", is_flag=True, help="Print the plan, made from headers only, and stop")(command)
+    return click.option("--dry-run", is_flag=True, help="Check everything, print the plan, and stop")(command)
 
 
 def as_json(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
-from adapterkit.api.run import Plan, run
+from adapterkit.api.run import Event, Plan, run
 from adapterkit.api.steps import StepStarted
 from adapterkit.cli.next_commands import merge_command, next_lines, push_command
 from adapterkit.cli.output import note, say, say_result, warn
 from adapterkit.cli.progress import progress
 from adapterkit.combining.plan import AdapterMade, ModuleDone
+from adapterkit.hub.events import BytesDone, Pulled, Pushed
 from adapterkit.hub.names import public_name
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import Hashes, MergePlan
@@ -22,11 +23,11 @@ from adapterkit.merging.run.finish import Merged
 from adapterkit.merging.run.run import TensorMerged, check_run
 from adapterkit.text import counted, size
 
-R = TypeVar("R", Merged, AdapterMade)
+R = TypeVar("R", Merged, AdapterMade, Pulled, Pushed)
 
 
-def print_plan(plan: Plan, how: Mapping[str, Any], as_json: bool) -> None:
-    """Print what `plan` would do, and what running it so would take."""
+def print_plan(plan: Plan, how: Mapping[str, Any], as_json: bool, done: str = "written") -> None:
+    """Print what `plan` would do, what running it so would take, and that nothing was `done`."""
     _tell(plan)
     facts, lines = plan.facts(), plan.lines()
     if isinstance(plan, MergePlan):
@@ -39,7 +40,7 @@ def print_plan(plan: Plan, how: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         say_result(facts)
     else:
-        say(*lines, "nothing was written (--dry-run)")
+        say(*lines, f"nothing was {done} (--dry-run)")
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,25 @@ class Ran(Generic[R]):
     last: Plan
 
 
-def run_with_bar(plan: Plan, what: str, made: type[R], **how: Any) -> Ran[R]:
+def run_with_bar(
+    plan: Plan, what: str, made: type[R], on_event: Callable[[Event], None] = lambda _: None, **how: Any
+) -> Ran[R]:
     """Run `plan` to its end, show how far it is, and say what was done otherwise than asked for."""
     began, last = time.perf_counter(), plan
     _tell(plan)
-    with progress(what) as show, closing(run(plan, **how)) as events:  # ctrl-C may come while the bar is drawn
+    bar = progress(what, in_bytes=plan.unit == "B")
+    with bar as show, closing(run(plan, **how)) as events:  # ctrl-C may come while the bar is drawn
         for event in events:
+            on_event(event)
             if isinstance(event, TensorMerged | ModuleDone):
                 show(event.done, event.total)
+            elif isinstance(event, BytesDone):
+                show(event.done, event.total, event.what)
             elif isinstance(event, StepStarted):
                 last = event.plan
                 _tell(last)
             elif isinstance(event, made):
-                note(*(line for line in event.notes if line not in plan.notes))
+                note(*(line for line in getattr(event, "notes", ()) if line not in plan.notes))
                 warn(*getattr(event, "warnings", ()))
                 return Ran(event, time.perf_counter() - began, last)
     raise AssertionError("a run ends with its result")

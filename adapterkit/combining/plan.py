@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
@@ -83,6 +83,7 @@ class AdapterPlan(Displayed):
     destination: Destination
     given: tuple[WeightedAdapter, ...] = ()
     models: tuple[Checkpoint, ...] = ()
+    unit: ClassVar[str] = "modules"
 
     @property
     def out(self) -> Path:

@@ -22,8 +22,9 @@ from adapterkit.files import system
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import map_os_errors
 from adapterkit.hub.client.ask import ask, asking
-from adapterkit.hub.client.parallel import parallel_map
+from adapterkit.hub.client.parallel import in_parallel
 from adapterkit.hub.client.session import MOST_BYTES
+from adapterkit.hub.events import BytesDone
 from adapterkit.hub.names import HubId, cache_folder, hub_cache
 from adapterkit.hub.remote import Remote, RemoteFile, opened
 
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 FILES_AT_ONCE = 4
 POINTER = b"version https://git-lfs.github.com/spec/"
+SHOWN_EVERY = 0.1  # seconds
 OnBytes = Callable[[int, int], None]  # bytes that are here, and all
 
 
@@ -101,10 +103,20 @@ def download_of(remote: Remote, every_byte: bool = False) -> Download:
 
 
 def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
-    """Get what is missing, and return the folder that has everything; what was interrupted goes on where it was.
+    """Get what is missing, and return the folder that has everything; see `fetching`."""
+    for event in fetching(download):
+        if isinstance(event, Path):
+            return event
+        if on_bytes is not None:
+            on_bytes(event.done, event.total)
+    raise AssertionError("a download ends with its folder")
 
-    Raises NoSpaceError before the first byte where the disk is too small, AdapterkitError where other bytes came than
-    the Hub names by their SHA-256; those are not kept.
+
+def fetching(download: Download) -> Iterator[BytesDone | Path]:
+    """Get what is missing, and yield the bytes that are here, last the folder that has everything.
+
+    What was interrupted goes on where it was. Raises NoSpaceError before the first byte where the disk is too small,
+    AdapterkitError where other bytes came than the Hub names by their SHA-256; those are not kept.
     """
     remote, id = download.remote, download.remote.id
     if download.to_get > download.free:
@@ -112,7 +124,7 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
             f"{id}: {download.to_get:,} bytes are to be got, and {download.cache} has room for {download.free:,}; "
             "free some space, or set HF_HOME to a larger disk"
         )
-    count = _Count(download.size, on_bytes)
+    count = _Count()
 
     def get(file: RemoteFile) -> None:
         try:
@@ -124,7 +136,11 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
 
     try:
         with map_os_errors(download.cache):
-            parallel_map(get, download.missing, FILES_AT_ONCE)
+            for _ in in_parallel(get, download.missing, FILES_AT_ONCE, SHOWN_EVERY):
+                yield BytesDone(count.done, download.size, f"getting {id.repo}")
+    except GeneratorExit:
+        count.stopped = True
+        raise
     except KeyboardInterrupt as error:
         count.stopped = True
         raise KeyboardInterrupt(f"what came of {id} is kept, and getting it again goes on from there") from error
@@ -137,7 +153,7 @@ def fetch(download: Download, on_bytes: OnBytes | None = None) -> Path:
     root = known.parents[first.count("/")]
     if root.name != remote.commit:
         raise AdapterkitError(f"{id}: changed on the Hub while it was got; do it again")
-    return root / id.folder
+    yield root / id.folder
 
 
 def _place(remote: Remote, file: RemoteFile) -> None:
@@ -168,11 +184,11 @@ def _known(id: HubId, name: str, revision: str | None) -> Path:
 
 
 class _Count:
-    """The bytes that are here, of all; from any thread."""
+    """The bytes that are here; from any thread."""
 
-    def __init__(self, total: int, on_bytes: OnBytes | None) -> None:
-        self.total, self.done, self.stopped = total, 0, False
-        self._on_bytes, self._lock = on_bytes, threading.Lock()
+    def __init__(self) -> None:
+        self.done, self.stopped = 0, False
+        self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
         """Count some more, or fewer; raises InterruptedError where another thread failed."""
@@ -180,8 +196,6 @@ class _Count:
             raise InterruptedError
         with self._lock:
             self.done += count
-            if self._on_bytes is not None:
-                self._on_bytes(self.done, self.total)
 
 
 def _get_blob(remote: Remote, file: RemoteFile, count: _Count) -> None:

@@ -7,15 +7,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from adapterkit.api.options import (
-    CombineOptions,
-    ConvertOptions,
-    ExtractOptions,
-    MergeOptions,
-    ResizeOptions,
-    UnmergeOptions,
-    VerifyOptions,
-)
+from adapterkit.api.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, ResizeOptions
+from adapterkit.api.options.hub import PullOptions, PushOptions
+from adapterkit.api.options.merges import MergeOptions, UnmergeOptions, VerifyOptions
 from adapterkit.options import Parameter, parameters
 from adapterkit.text import command
 
@@ -102,14 +96,8 @@ ACTIONS = {
              Field("--overwrite", "replace an output that adapterkit wrote", "flag")),
             ("--memory",),
         ),
-        Action("pull", "d", "Download", (Field("id", "Hub id", needed=True), Field("-o", "copy to")), ("--dry-run",)),
-        Action(
-            "push", "P", "Push to the Hub",
-            (Field("path", "folder", needed=True), Field("repo", "repository", needed=True),
-             Field("--base-id", "base on the Hub"), Field("--license", "license"), Field("--message", "message"),
-             Field("--private", "private", "flag"), Field("--pr", "as a pull request", "flag")),
-            ("--dry-run",),
-        ),
+        Action("pull", "d", "Download", form_of(PullOptions), PLAN),
+        Action("push", "P", "Push to the Hub", form_of(PushOptions), PLAN),
     )
 }  # fmt: skip
 

@@ -143,10 +143,11 @@ class AdapterkitApp(App[None]):
         first = chosen[0] if chosen else ""
         short = first.rstrip("/").rpartition("/")[2]
         where = f"{short or 'adapter'}-{'merged' if action.command == 'merge' else action.command}"
+        quoted = [shlex.quote(name) for name in chosen]
         values = {
-            "base": self.base, "adapter": first, "adapters": " ".join(map(shlex.quote, chosen)), "-o": where,
-            "--base": self.base if action.command in ("verify", "convert") else "", "id": first, "path": first,
-            "--adapter": " ".join(map(shlex.quote, chosen)), "repo": short,
+            "base": self.base, "adapter": first, "adapters": " ".join(quoted), "-o": where,
+            "--base": self.base if action.command in ("verify", "convert") else "", "ids": "".join(quoted[:1]),
+            "path": first, "--adapter": " ".join(quoted), "repo": short,
         }  # fmt: skip
         if action.command in ("pull", "train"):
             values["-o"] = ""

@@ -16,7 +16,7 @@ from handmade import Outcome, contents, write_adapter, write_base
 from handmade import adapterkit as run_adapterkit
 
 import adapterkit
-from adapterkit.api.options import MergeRunOptions
+from adapterkit.api.options.merges import MergeRunOptions
 from adapterkit.cli.main import COMMANDS, group
 from adapterkit.cli.options import options_of
 from adapterkit.errors import UsageError
@@ -90,7 +90,7 @@ def _toy(given: list[dict[str, Any]]) -> Any:
     return toy
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "verify"])
+@pytest.mark.parametrize("verb", [*VERBS, "verify", "pull", "push"])
 def test_call_command_and_form_have_the_same_options(verb: str) -> None:
     call = getattr(adapterkit, verb if verb == "verify" else f"plan_{verb}")
     known = {one.name: one for one in parameters(call.options)}

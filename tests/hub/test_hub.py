@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from hubserver import Hub, Token
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from adapterkit.errors import OfflineError
+import adapterkit as package
+from adapterkit.errors import OfflineError, UsageError
 from adapterkit.hub import HubId, hub_id, is_hub_id, on_hub, resolve
 from adapterkit.hub.locate import Place, locate
 from adapterkit.hub.names import hub_cache, parsed
@@ -295,6 +297,21 @@ def test_no_output_goes_where_the_cache_has_an_input(
     message = adapterkit(command.split()[0], *args[command]).message(2)
     assert f"is the input {tmp_path / 'hub-cache' / 'models--'}" in message
     assert contents(tmp_path) == before and len(hub.requests) == asked
+
+
+def test_a_pull_is_planned_and_run_in_python(hub: Hub, adapter: Path, base: Path, tmp_path: Path) -> None:
+    plan = package.plan_pull([ADAPTER, BASE])
+    assert str(plan).splitlines() == adapterkit("pull", ADAPTER, BASE, "--dry-run").out.splitlines()[:2]
+    assert not hub.asked("GET .*/resolve/.*")
+    *moved, last = package.run(pickle.loads(pickle.dumps(plan)))
+    counts = [event for event in moved if isinstance(event, package.BytesDone)]
+    assert all(one.done <= one.total for one in counts) and counts[-1].what == f"getting {BASE}"
+    assert [event.id for event in moved if isinstance(event, package.Fetched)] == [ADAPTER, BASE]
+    assert last == package.Pulled((resolve(ADAPTER), resolve(BASE)))
+    assert package.pull(ADAPTER, tmp_path / "copy").path == tmp_path / "copy"
+    assert files(tmp_path / "copy").items() >= files(adapter).items()
+    with pytest.raises(UsageError, match="one ID at a time"):
+        package.pull([ADAPTER, BASE], "x")
 
 
 def test_pull_dry_run_gets_nothing(hub: Hub, adapter: Path) -> None:

@@ -31,6 +31,7 @@ from handmade import CONFIG, adapterkit, contents, factors, packed, write_adapte
 from hubserver import Hub, Token
 from safetensors.torch import save_file
 
+import adapterkit as package
 from adapterkit.errors import UnsafeFileError
 from adapterkit.hub import resolve
 from adapterkit.hub.upload import content_scan as contents_of
@@ -156,6 +157,20 @@ def test_dry_run_sends_nothing(there: Hub, adapter: Path) -> None:
     assert "adapter_model.safetensors" in result.out
     assert REPO not in there.repos
     assert not there.asked("(POST|PUT) ")
+
+
+def test_a_push_is_planned_and_run_in_python(there: Hub, adapter: Path) -> None:
+    plan = package.plan_push(adapter, "lora", message="hello", license="mit")
+    assert (
+        str(plan).splitlines()
+        == adapterkit("push", adapter, REPO, "--license", "mit", "--dry-run").out.splitlines()[:-1]
+    )
+    assert not there.asked("(POST|PUT) ")
+    *moved, last = package.run(pickle.loads(pickle.dumps(plan)))
+    assert [event.done for event in moved][-1] == plan.size == moved[-1].total
+    repo = there.repos[REPO]
+    assert repo.commits[repo.branches["main"]][1] == "hello" and last.commit == repo.branches["main"]
+    assert package.push(adapter, REPO, license="mit").commit is None  # nothing has changed
 
 
 def test_a_pull_request(there: Hub, adapter: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from adapterkit.api.options import CombineOptions
+from adapterkit.api.options.adapters import CombineOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.combining.methods import METHODS, all_options

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.api.options import CompareOptions
+from adapterkit.api.options.adapters import CompareOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import options_of
 from adapterkit.cli.output import say, say_result

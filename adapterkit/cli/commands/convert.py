@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from adapterkit.api.options import ConvertOptions
+from adapterkit.api.options.adapters import ConvertOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, dry_run, options_of
 

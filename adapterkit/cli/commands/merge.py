@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.api import merge
-from adapterkit.api.options import MergeCall, MergeOptions, MergeRunOptions
+from adapterkit.api.options.merges import MergeCall, MergeOptions, MergeRunOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.next_commands import next_lines, push_command, undo_command
 from adapterkit.cli.options import as_json, dry_run, options_of

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from adapterkit.api import merge
-from adapterkit.api.options import DeviceOptions, QuantizeOptions
+from adapterkit.api.options.merges import DeviceOptions, QuantizeOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.next_commands import next_lines, push_command
 from adapterkit.cli.options import as_json, dry_run, options_of

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from adapterkit.api.options import DeviceOptions, UnmergeOptions
+from adapterkit.api.options.merges import DeviceOptions, UnmergeOptions
 from adapterkit.api.unmerge import plan_unmerge
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, dry_run, options_of

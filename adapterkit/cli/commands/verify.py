@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.api import merge
-from adapterkit.api.options import VerifyOptions
+from adapterkit.api.options.merges import VerifyOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, options_of
 from adapterkit.cli.output import say, say_result

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -16,7 +16,15 @@ R = TypeVar("R")
 
 
 def parallel_map(work: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
-    """What `work` makes of each of `items`, in their order.
+    """What `work` makes of each of `items`, in their order; see `in_parallel`."""
+    results = dict(filter(None, in_parallel(work, items, threads)))
+    return [results[at] for at in range(len(items))]
+
+
+def in_parallel(
+    work: Callable[[T], R], items: Sequence[T], threads: int, every: float | None = None
+) -> Iterator[tuple[int, R] | None]:
+    """What `work` makes of each of `items`, with its place, as it is done; None where that takes `every` seconds.
 
     The first failure is raised once the others that had begun are done; ctrl-C at once.
     """
@@ -39,17 +47,21 @@ def parallel_map(work: Callable[[T], R], items: Sequence[T], threads: int) -> li
     workers = [threading.Thread(target=take, daemon=True) for _ in range(min(threads, len(items)))]
     for worker in workers:
         worker.start()
-    results: dict[int, R] = {}
+    left = len(items)
     try:
-        for _ in items:
-            at, result, error = done.get()
+        while left:
+            try:
+                at, result, error = done.get(timeout=every)
+            except queue.Empty:
+                yield None
+                continue
             if error is not None:
                 raise error
-            results[at] = result  # type: ignore[assignment]
+            left -= 1
+            yield at, result  # type: ignore[misc]
     except BaseException as error:
         ended.set()
         if isinstance(error, Exception):
             for worker in workers:
                 worker.join()
         raise
-    return [results[at] for at in range(len(items))]

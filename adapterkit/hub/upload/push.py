@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.adapter.formats.table import weights_suffixes
 from adapterkit.base.checkpoint import INDEX_SUFFIX
 from adapterkit.errors import AdapterkitError, FormatError, NotAllowedError, OfflineError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.hub.client.ask import ask, clean, page
+from adapterkit.hub.events import BytesDone, Pushed
 from adapterkit.hub.names import HubId, parsed
 from adapterkit.hub.upload.parcel import README, Parcel, Upload, check_unchanged, pack
+from adapterkit.text import size, visible
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
 
-OnBytes = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
-class Push:
+class PushPlan:
     """What would be sent where: plain data, made and checked before a byte of it is."""
 
     repo: str
@@ -35,25 +35,59 @@ class Push:
     changed: tuple[Upload, ...]
     removed: tuple[str, ...]  # weights that are there and belong to nothing here
     pull_request: bool = False
+    message: str | None = None  # of the commit
+    unit: ClassVar[str] = "B"
 
     @property
     def size(self) -> int:
         """Bytes to send, at most."""
         return sum(upload.size for upload in self.changed)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
-@dataclass(frozen=True)
-class Pushed:
-    """Where it is now; `commit` is None where nothing had changed."""
+    def facts(self) -> dict[str, Any]:
+        """The plan for programs."""
+        changed = {upload.name for upload in self.changed}
+        return {
+            "repo": self.repo, "base": self.parcel.base, "private": self.private, "bytes": self.size,
+            "files": [
+                {"name": one.name, "bytes": one.size, "sent": one.name in changed, "change": one.change}
+                for one in self.parcel.uploads
+            ],
+            "removed": list(self.removed), "left_out": self.parcel.left_out,
+        }  # fmt: skip
 
-    url: str
-    commit: str | None
+    def lines(self) -> list[str]:
+        """The plan for people: what goes where, and how each file does."""
+        state = f"{'private' if self.private else 'public'}{'' if self.exists else ', new'}"
+        changed = {upload.name for upload in self.changed}
+        files = [
+            (one.name, size(one.size), one.change if one.name in changed else "unchanged")
+            for one in self.parcel.uploads
+        ]
+        files += [(name, "", "removed: weights of before") for name in self.removed]
+        files += [(name, "", f"left out: {why}") for name, why in self.parcel.left_out.items()]
+        wide = max(len(visible(name)) for name, _, _ in files)
+        return [
+            f"sends     {self.parcel.what}",
+            f"to        {self.repo} ({state}{', as a pull request' if self.pull_request else ''})",
+            *(f"  {visible(name):{wide}}  {bytes_:>8}  {how}".rstrip() for name, bytes_, how in files),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(map(visible, self.lines()))
+
+    def steps(self) -> Generator[BytesDone | Pushed, None, None]:
+        """Send everything; see `send`."""
+        return send(self)
 
 
 def plan_push(
     path: Path, repo: str, *, private: bool = False, pull_request: bool = False, base_id: str | None = None,
-    license: str | None = None,
-) -> Push:  # fmt: skip
+    license: str | None = None, message: str | None = None,
+) -> PushPlan:  # fmt: skip
     """Check everything that can be: the folder, the token, the repository, the base, and what has changed.
 
     `repo` is ORG/NAME, or NAME of the user's own. Raises what `pack` does, NotAllowedError where the token may not
@@ -79,12 +113,13 @@ def plan_push(
         and name.endswith((*weights_suffixes(), INDEX_SUFFIX, ".bin.index.json"))
     )  # fmt: skip
     is_private = bool(info.private) if info else private
-    return Push(repo, parcel, info is not None, is_private, info.sha if info else None, changed, removed, pull_request)
+    parent = info.sha if info else None
+    return PushPlan(repo, parcel, info is not None, is_private, parent, changed, removed, pull_request, message)
 
 
-def push(plan: Push, message: str | None = None, on_bytes: OnBytes | None = None) -> Pushed:
+def send(plan: PushPlan) -> Generator[BytesDone | Pushed, None, None]:
     """Send what `plan` says: weights one after the other, of which those that arrived need not be sent again, then all
-    in one commit.
+    in one commit; yield the bytes that are there, the result last.
 
     Raises AdapterkitError where the repository changed since the plan was made, and OfflineError.
     """
@@ -93,18 +128,19 @@ def push(plan: Push, message: str | None = None, on_bytes: OnBytes | None = None
 
     url = page(plan.repo)
     if plan.exists and not plan.changed and not plan.removed:
-        return Pushed(url, None)
+        yield Pushed(url, None)
+        return
     _check_card(plan)
     if not plan.exists:
         ask(plan.repo, lambda api: api.create_repo(plan.repo, private=plan.private, exist_ok=True))
     try:
-        adds = _upload(plan, on_bytes)
+        adds = yield from _upload(plan)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(
             f"{plan.repo} has nothing new; weights that arrived are not sent again by the next push"
         ) from error
     operations: list[Any] = [*adds, *(CommitOperationDelete(name) for name in plan.removed)]
-    subject = message or f"{'Update' if plan.exists else 'Add'} {plan.parcel.what.partition(':')[2].strip()}"
+    subject = plan.message or f"{'Update' if plan.exists else 'Add'} {plan.parcel.what.partition(':')[2].strip()}"
 
     def question(api: HfApi) -> tuple[str | None, str]:
         try:
@@ -121,10 +157,10 @@ def push(plan: Push, message: str | None = None, on_bytes: OnBytes | None = None
         request, commit = ask(plan.repo, question)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"the commit to {plan.repo} was made or not; pushing again tells") from error
-    return Pushed(request or url, commit)
+    yield Pushed(request or url, commit)
 
 
-def _check_card(plan: Push) -> None:
+def _check_card(plan: PushPlan) -> None:
     """Raise FormatError for a card that the Hub does not take, before any weights are sent."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -143,7 +179,7 @@ def _check_card(plan: Push) -> None:
             raise FormatError(f"README.md: the Hub does not take it: {' '.join(' '.join(wrong).split())[:300]}")
 
 
-def _upload(plan: Push, on_bytes: OnBytes | None) -> list[CommitOperationAdd]:
+def _upload(plan: PushPlan) -> Generator[BytesDone, None, list[CommitOperationAdd]]:
     """Send the bytes that are kept by their SHA-256, where the Hub lacks them; what is left to do is the commit."""
     from huggingface_hub import CommitOperationAdd
 
@@ -155,13 +191,12 @@ def _upload(plan: Push, on_bytes: OnBytes | None) -> list[CommitOperationAdd]:
             ask(plan.repo, partial(_upload_lfs, plan, add), waits=())
         adds.append(add)
         done += one.size
-        if on_bytes is not None:
-            on_bytes(done, plan.size)
+        yield BytesDone(done, plan.size, f"sending {plan.repo}")
     check_unchanged(plan.changed)
     return adds
 
 
-def _upload_lfs(plan: Push, add: CommitOperationAdd, api: HfApi) -> None:
+def _upload_lfs(plan: PushPlan, add: CommitOperationAdd, api: HfApi) -> None:
     try:
         api.preupload_lfs_files(plan.repo, [add], create_pr=plan.pull_request, free_memory=False, num_threads=1)
     except RuntimeError as error:  # the client's wrapping of what happened

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import Any, ClassVar
 
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
@@ -82,6 +82,7 @@ class MergePlan(Displayed):
     Plain data that pickles: `run_file` makes one file of it, in any process.
     """
 
+    unit: ClassVar[str] = "tensors"  # of its progress
     base: Checkpoint
     out: Path
     given: tuple[WeightedAdapter, ...]

@@ -1,15 +1,12 @@
-"""What each verb takes: one table, of which its Python call, its command's options and its form in the app are made"""
+"""Adapters into a base and out of it, and a base quantized: what each verb takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath
+from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, writable_kinds
-from adapterkit.combining.methods import DEFAULT, METHODS, all_options
-from adapterkit.combining.whole_tensors import RULES
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.planner import DTYPES
 from adapterkit.options import Options, argument, option, output, overwrite, threads
@@ -17,123 +14,10 @@ from adapterkit.options import Options, argument, option, output, overwrite, thr
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_KINDS = ("dora", "lora", "rslora")
-SIZE = "Size of the result"
+    from adapterkit.api.inputs import AnyAdapters, AnyModel, AnyPath
+
 ADAPTERS = "Adapters"
 QUANTIZATION = "Quantization"
-ENERGY = "Truncate each module to the lowest rank that keeps this share of ‖Δ‖²"
-
-
-@dataclass(frozen=True)
-class ProgressOptions(Options):
-    """Whether a call shows how far it is"""
-
-    _: KW_ONLY
-    progress: bool = option(False, "Draw a progress bar, in a notebook or on stderr", in_form=False, in_cli=False)
-
-
-@dataclass(frozen=True)
-class CombineOptions(Options):
-    """Adapters into one"""
-
-    adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
-    out: AnyPath = output()
-    _: KW_ONLY
-    method: str = option(DEFAULT, "Method; see below", METHODS, metavar="METHOD")
-    options: Mapping[str, float | str] | None = option(
-        None, "Set an option of the method, as in density=0.5", flags=("--set",), example="density=0.5",
-        label="method options", hint=lambda: " ".join(map(str, all_options())),
-    )  # fmt: skip
-    rank: int | None = option(None, "Truncate the result to this rank, optimally", group=SIZE)
-    energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
-    seed: int | None = option(None, "Random seed, for methods that leave something to chance", in_form=False)
-    saved: str = option(
-        "error", "For tensors that several adapters store whole: error, first or average", RULES, metavar="RULE",
-        in_form=False,
-    )  # fmt: skip
-    overwrite: bool = overwrite()
-
-
-@dataclass(frozen=True)
-class CombineCall(ProgressOptions, CombineOptions):
-    """Adapters into one, with a bar"""
-
-
-@dataclass(frozen=True)
-class CompareOptions(ProgressOptions):
-    """Adapters compared, two by two"""
-
-    adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
-
-
-@dataclass(frozen=True)
-class ResizeOptions(Options):
-    """An adapter with another rank"""
-
-    adapter: AnyAdapter = argument("Adapter to resize")
-    out: AnyPath = output()
-    _: KW_ONLY
-    rank: int | None = option(None, "Rank of every module; lower ones are padded", group=SIZE)
-    energy: float | None = option(
-        None, "Lowest rank of each module that keeps this share of ‖Δ‖²", group=SIZE, label="or energy to retain"
-    )
-    error: float | None = option(
-        None, "Lowest rank of each module with no more than this relative error", group=SIZE, in_form=False
-    )
-    uniform: bool = option(
-        False, "Give every module the highest rank that one of them needs", group=SIZE, in_form=False
-    )
-    overwrite: bool = overwrite()
-
-
-@dataclass(frozen=True)
-class ResizeCall(ProgressOptions, ResizeOptions):
-    """An adapter with another rank, with a bar"""
-
-
-@dataclass(frozen=True)
-class ConvertOptions(Options):
-    """An adapter of another kind"""
-
-    adapter: AnyAdapter = argument("Adapter to convert")
-    out: AnyPath = output()
-    _: KW_ONLY
-    to: str = option(MISSING, "Kind to convert to", ADAPTER_KINDS)
-    base: AnyPath | None = option(None, "Base model, needed to and from DoRA", metavar="BASE")
-    initial: AnyAdapter | None = option(
-        None, "The adapter before its training, of PiSSA or OLoRA", metavar="ADAPTER", in_form=False
-    )
-    rank: int | None = option(None, "From DoRA, or with --initial: truncate to this rank, optimally", group=SIZE)
-    energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
-    seed: int | None = option(None, "Random seed of the search for the best rank, from DoRA", in_form=False)
-    overwrite: bool = overwrite()
-
-
-@dataclass(frozen=True)
-class ConvertCall(ProgressOptions, ConvertOptions):
-    """An adapter of another kind, with a bar"""
-
-
-@dataclass(frozen=True)
-class ExtractOptions(Options):
-    """An adapter from the difference of two models"""
-
-    base: AnyPath = argument("The model before fine-tuning")
-    finetuned: AnyPath = argument("The model after it", label="fine-tuned model")
-    out: AnyPath = output()
-    _: KW_ONLY
-    rank: int | None = option(None, "Rank of every module", group=SIZE)
-    energy: float | None = option(
-        None, "Lowest rank of each module that keeps this share of ‖Δ‖²", group=SIZE, in_form=False
-    )
-    whole: bool = option(False, "Take embeddings, norms and heads that differ too, as modules_to_save", in_form=False)
-    seed: int = option(0, "Random seed of the search for the best rank", in_form=False)
-    overwrite: bool = overwrite()
-
-
-@dataclass(frozen=True)
-class ExtractCall(ProgressOptions, ExtractOptions):
-    """An adapter from the difference of two models, with a bar"""
 
 
 @dataclass(frozen=True)
@@ -178,7 +62,7 @@ class StrengthOptions(Options):
 class MergeOptions(StrengthOptions, QuantizingOptions):
     """Adapters into a base"""
 
-    base: AnyPath = argument("Base model: a directory, a .safetensors file or a Hub id")
+    base: AnyModel = argument("Base model: a directory, a .safetensors file or a Hub id")
     adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
     out: AnyPath | None = output(None, "Output directory or file [default: BASE-merged beside the base]", asked=True)
     _: KW_ONLY
@@ -191,7 +75,7 @@ class MergeOptions(StrengthOptions, QuantizingOptions):
     quantize: str | None = option(
         None, "Quantize the output; by default it is not", lambda: (*writable_kinds(), "same"), group=QUANTIZATION
     )
-    original: AnyPath | None = option(
+    original: AnyModel | None = option(
         None, "Merge into the unquantized model that BASE was made from", metavar="BASE16", group=QUANTIZATION,
         in_form=False,
     )  # fmt: skip
@@ -241,8 +125,8 @@ class MergeCall(ProgressOptions, MergeRunOptions, MergeOptions):
 class VerifyOptions(ProgressOptions, StrengthOptions):
     """A merge checked"""
 
-    merged: AnyPath = argument("Model to check", label="merged model")
-    base: AnyPath = argument("Base that it should be made of", flags=("--base",), metavar="BASE")
+    merged: AnyModel = argument("Model to check", label="merged model")
+    base: AnyModel = argument("Base that it should be made of", flags=("--base",), metavar="BASE")
     adapters: AnyAdapters = argument(
         "An adapter that should be in it; can be given several times", flags=("--adapter",),
         metavar="ADAPTER[:WEIGHT]",
@@ -256,7 +140,7 @@ class VerifyOptions(ProgressOptions, StrengthOptions):
 class QuantizeOptions(QuantizingOptions):
     """A base quantized"""
 
-    base: AnyPath = argument("Base model to quantize")
+    base: AnyModel = argument("Base model to quantize")
     out: AnyPath | None = output(None, "Output directory or file [default: BASE-KIND beside the base]", asked=True)
     _: KW_ONLY
     to: str = option(MISSING, "Kind to quantize to", writable_kinds, group=QUANTIZATION)
@@ -281,7 +165,7 @@ class QuantizeCall(ProgressOptions, DeviceOptions, QuantizeOptions):
 class UnmergeOptions(Options):
     """A merge undone"""
 
-    merged: AnyPath = argument("Model to undo the merge of", label="merged model")
+    merged: AnyModel = argument("Model to undo the merge of", label="merged model")
     out: AnyPath = output(help="Output directory or file")
     _: KW_ONLY
     adapters: AnyAdapters = option(
@@ -291,7 +175,7 @@ class UnmergeOptions(Options):
     every: bool = option(
         False, "Undo every merge, one after the other, not only the last", flags=("--all",), in_form=False
     )
-    base: AnyPath | None = option(
+    base: AnyModel | None = option(
         None, "Restore from this base, checked to be the one", metavar="BASE", label="restore from base"
     )
     approximate: bool = option(False, "Subtract the adapters, whatever MERGED is", in_form=False)

@@ -1,0 +1,100 @@
+"""What `import adapterkit` offers for the Hub: models and adapters downloaded, checked and uploaded.
+
+>>> adapterkit.pull("HuggingFaceTB/SmolLM2-135M-Instruct", "base").path  # every byte checked against its hash
+>>> plan = adapterkit.plan_push("adapter", "me/lora")  # everything checked; nothing is sent
+>>> for event in adapterkit.run(plan): ...  # BytesDone …, then Pushed
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.api.options.hub import PullCall, PullOptions, PushCall, PushOptions
+from adapterkit.api.run import in_one_call
+from adapterkit.hub.events import Pulled, Pushed
+from adapterkit.options import takes
+
+if TYPE_CHECKING:
+    from adapterkit.hub.pull import PullPlan
+    from adapterkit.hub.upload.push import PushPlan
+
+
+@takes(PullOptions)
+def plan_pull(o: PullOptions) -> PullPlan:
+    """Plan a download: the files that the Hub cache lacks, by their hashes; nothing is downloaded but headers.
+
+    Args:
+        ids: `org/name`, `org/name@revision` or `org/name:folder`; or several.
+        out: a new directory to copy the only one to; None leaves it in the Hub cache.
+
+    Raises:
+        FormatError: an id is no name on the Hub, or the Hub has neither an adapter nor a base there.
+        OfflineError, NotAllowedError: the Hub cannot be reached, or does not let this token in.
+        OutputExistsError: `out` is there already.
+    """
+    from adapterkit.hub.pull import plan_pull as make_plan
+
+    ids = [o.ids] if isinstance(o.ids, str) else list(o.ids)
+    return make_plan(ids, None if o.out is None else Path(o.out).expanduser())
+
+
+@takes(PullCall)
+def pull(o: PullCall) -> Pulled:
+    """Download in one call: `plan_pull`, then `run` to its end.
+
+    Args:
+        ids, out: as `plan_pull` takes them.
+        progress: draw a bar.
+
+    Returns:
+        The local folders, one an id: `path` is the first, or only, one.
+
+    Raises:
+        NoSpaceError: the disk is too small.
+        AdapterkitError: other bytes came than the Hub names by their SHA-256; and what `plan_pull` raises.
+    """
+    return in_one_call(plan_pull.of, o, Pulled)
+
+
+@takes(PushOptions)
+def plan_push(o: PushOptions) -> PushPlan:
+    """Plan an upload: the folder, its base, the token and the repository are checked; nothing is sent.
+
+    Args:
+        path: the folder of an adapter or a model.
+        repo: `ORG/NAME`, or `NAME` for one of the token's owner.
+        base_id: Hub id of the base, where the adapter names a local path.
+        license: for the card.
+        message: of the commit.
+        private: make the repository private, if it is new.
+        pr: open a pull request instead of changing the main branch.
+
+    Raises:
+        FormatError, FitError: the folder does not load, holds NaN or Inf, or its base is not on the Hub.
+        UnsafeFileError: a file holds a secret or a local path.
+        NotAllowedError: the token may not write there.
+    """
+    from adapterkit.hub.upload.push import plan_push as make_plan
+
+    return make_plan(
+        Path(o.path).expanduser(), o.repo, private=o.private, pull_request=o.pr, base_id=o.base_id, license=o.license,
+        message=o.message,
+    )  # fmt: skip
+
+
+@takes(PushCall)
+def push(o: PushCall) -> Pushed:
+    """Upload in one call: `plan_push`, then `run` to its end, in one commit.
+
+    Args:
+        path, repo, base_id, license, message, private, pr: as `plan_push` takes them.
+        progress: draw a bar.
+
+    Returns:
+        Where it is: `url`, and `commit`, which is None where nothing had changed.
+
+    Raises:
+        AdapterkitError: the repository changed meanwhile; and what `plan_push` raises.
+    """
+    return in_one_call(plan_push.of, o, Pushed)

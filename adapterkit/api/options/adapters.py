@@ -1,0 +1,124 @@
+"""Adapters from adapters, or compared: what each verb takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass
+from typing import TYPE_CHECKING
+
+from adapterkit.api.options.progress import ProgressOptions
+from adapterkit.combining.methods import DEFAULT, METHODS, all_options
+from adapterkit.combining.whole_tensors import RULES
+from adapterkit.options import Options, argument, option, output, overwrite
+
+if TYPE_CHECKING:
+    from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyModel, AnyPath
+
+ADAPTER_KINDS = ("dora", "lora", "rslora")
+
+SIZE = "Size of the result"
+ENERGY = "Truncate each module to the lowest rank that keeps this share of ‖Δ‖²"
+
+
+@dataclass(frozen=True)
+class CombineOptions(Options):
+    """Adapters into one"""
+
+    adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
+    out: AnyPath = output()
+    _: KW_ONLY
+    method: str = option(DEFAULT, "Method; see below", METHODS, metavar="METHOD")
+    options: Mapping[str, float | str] | None = option(
+        None, "Set an option of the method, as in density=0.5", flags=("--set",), example="density=0.5",
+        label="method options", hint=lambda: " ".join(map(str, all_options())),
+    )  # fmt: skip
+    rank: int | None = option(None, "Truncate the result to this rank, optimally", group=SIZE)
+    energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
+    seed: int | None = option(None, "Random seed, for methods that leave something to chance", in_form=False)
+    saved: str = option(
+        "error", "For tensors that several adapters store whole: error, first or average", RULES, metavar="RULE",
+        in_form=False,
+    )  # fmt: skip
+    overwrite: bool = overwrite()
+
+
+@dataclass(frozen=True)
+class CombineCall(ProgressOptions, CombineOptions):
+    """Adapters into one, with a bar"""
+
+
+@dataclass(frozen=True)
+class ResizeOptions(Options):
+    """An adapter with another rank"""
+
+    adapter: AnyAdapter = argument("Adapter to resize")
+    out: AnyPath = output()
+    _: KW_ONLY
+    rank: int | None = option(None, "Rank of every module; lower ones are padded", group=SIZE)
+    energy: float | None = option(
+        None, "Lowest rank of each module that keeps this share of ‖Δ‖²", group=SIZE, label="or energy to retain"
+    )
+    error: float | None = option(
+        None, "Lowest rank of each module with no more than this relative error", group=SIZE, in_form=False
+    )
+    uniform: bool = option(
+        False, "Give every module the highest rank that one of them needs", group=SIZE, in_form=False
+    )
+    overwrite: bool = overwrite()
+
+
+@dataclass(frozen=True)
+class ResizeCall(ProgressOptions, ResizeOptions):
+    """An adapter with another rank, with a bar"""
+
+
+@dataclass(frozen=True)
+class ConvertOptions(Options):
+    """An adapter of another kind"""
+
+    adapter: AnyAdapter = argument("Adapter to convert")
+    out: AnyPath = output()
+    _: KW_ONLY
+    to: str = option(MISSING, "Kind to convert to", ADAPTER_KINDS)
+    base: AnyModel | None = option(None, "Base model, needed to and from DoRA", metavar="BASE")
+    initial: AnyAdapter | None = option(
+        None, "The adapter before its training, of PiSSA or OLoRA", metavar="ADAPTER", in_form=False
+    )
+    rank: int | None = option(None, "From DoRA, or with --initial: truncate to this rank, optimally", group=SIZE)
+    energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
+    seed: int | None = option(None, "Random seed of the search for the best rank, from DoRA", in_form=False)
+    overwrite: bool = overwrite()
+
+
+@dataclass(frozen=True)
+class ConvertCall(ProgressOptions, ConvertOptions):
+    """An adapter of another kind, with a bar"""
+
+
+@dataclass(frozen=True)
+class ExtractOptions(Options):
+    """An adapter from the difference of two models"""
+
+    base: AnyModel = argument("The model before fine-tuning")
+    finetuned: AnyModel = argument("The model after it", label="fine-tuned model")
+    out: AnyPath = output()
+    _: KW_ONLY
+    rank: int | None = option(None, "Rank of every module", group=SIZE)
+    energy: float | None = option(
+        None, "Lowest rank of each module that keeps this share of ‖Δ‖²", group=SIZE, in_form=False
+    )
+    whole: bool = option(False, "Take embeddings, norms and heads that differ too, as modules_to_save", in_form=False)
+    seed: int = option(0, "Random seed of the search for the best rank", in_form=False)
+    overwrite: bool = overwrite()
+
+
+@dataclass(frozen=True)
+class ExtractCall(ProgressOptions, ExtractOptions):
+    """An adapter from the difference of two models, with a bar"""
+
+
+@dataclass(frozen=True)
+class CompareOptions(ProgressOptions):
+    """Adapters compared, two by two"""
+
+    adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
