@@ -99,7 +99,7 @@ def test_every_failure_is_one_line_and_its_exit_code(
 
 @pytest.mark.parametrize("said", ["No space left on device", "Broken pipe"])
 def test_what_the_system_says_of_no_file_is_not_said_of_stdout(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
-    @click.command(cls=Command)
+    @click.command(cls=Command, docs="index.md", examples=[])
     def fails() -> None:
         raise OSError({"Broken pipe": errno.EPIPE}.get(said, errno.ENOSPC), said)
 
