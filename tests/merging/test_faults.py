@@ -284,11 +284,9 @@ def test_resume_needs_hashes(inputs: Path) -> None:
 
 # Fork children that are killed at a random call of the operating system's, from a process that has imported torch.
 KILLER = """
-import gc, os, random, signal, sys, threading
+import gc, os, random, shutil, signal, sys, threading
+from contextlib import redirect_stdout, suppress
 sys.path.insert(0, sys.argv[1])
-import torch
-from pathlib import Path
-import adapterkit.merging.blocks.block
 from adapterkit.cli.main import main
 CALLS = ["pwrite", "preadv", "fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "posix_fallocate", "open", "close"]
 
@@ -320,9 +318,13 @@ def run(args, fatal=None):
 
 os.chdir(sys.argv[2])
 os.fsync = lambda _: None  # what a killed process wrote stays with the kernel, on the disk or not
-gc.freeze()  # as above
 rng, kills = random.Random(int(sys.argv[4])), 0
 command, resume, total = sys.argv[5].split(), sys.argv[6].split(), int(sys.argv[3])
+sys.argv = ["adapterkit", *command]
+with redirect_stdout(sys.stderr), suppress(SystemExit):
+    main()  # here, so that all is imported before anything is forked
+shutil.rmtree("out")
+gc.freeze()  # or each fork would copy what it only counts
 while kills < total:
     status = run(command if rng.random() < 0.5 else [*command, *resume], rng.randrange(1, 120))
     kills += os.WIFSIGNALED(status)
