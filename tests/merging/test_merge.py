@@ -70,14 +70,18 @@ def test_a_real_merge_is_correctly_rounded_and_better_than_peft(smollm2: Path, t
     from transformers import AutoModelForCausalLM
 
     adapter, out = FIXTURES / "smollm2-wikisql", tmp_path / "out"
-    adapterkit.merge(smollm2, [adapter], out)
-    wrong, total = misrounded(smollm2, adapter, out)
-    assert wrong <= 1e-6 * total
-
+    adapterkit.merge(smollm2, [adapter], out, receipt=False)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     peft = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
-    expected = oracle.merged(weights(smollm2), adapter)
-    theirs = sum(int((peft[n] != oracle.rounded(e.exact, torch.bfloat16)).sum()) for n, e in expected.items())
+
+    before, after = weights(smollm2), weights(out)
+    expected = oracle.merged(before, adapter)
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - expected.keys())
+    wrong = theirs = total = 0
+    for name, value in expected.items():
+        wrong, total = wrong + oracle.check(after[name], value), total + after[name].numel()
+        theirs += int((peft[name] != oracle.rounded(value.exact, torch.bfloat16)).sum())
+    assert wrong <= 1e-6 * total
     assert wrong <= theirs
 
 
@@ -283,10 +287,10 @@ def elsewhere(stats: os.stat_result, moved: bool) -> os.stat_result:
     return os.stat_result([*stats[:2], stats.st_dev + moved, *stats[3:]])
 
 
-def test_a_thousand_shards_with_few_descriptors(make_adapter: Callable[..., Path]) -> None:
-    """In memory, where files are fast: a merge of every second shard, and undone, in a process that may open 256."""
+def test_hundreds_of_shards_with_few_descriptors(make_adapter: Callable[..., Path]) -> None:
+    """In memory, where files are fast: a merge of every second shard, and undone, in a process that may open 128."""
     shm = "/dev/shm"
-    names, count = {}, 1000
+    names, count = {}, 400
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None) as folder:
         base = Path(folder) / "base"
@@ -299,7 +303,7 @@ def test_a_thousand_shards_with_few_descriptors(make_adapter: Callable[..., Path
         adapter = make_adapter(
             {key: value for i in range(0, count, 2) for key, value in factors(f"layers.{i}.q", 6, 4).items()}
         )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
         try:
             merged = adapterkit.merge(base, [adapter], base.with_name("merged"), threads=16)
             adapterkit.unmerge(merged.out, base.with_name("again"), adapters=[adapter], threads=16)
