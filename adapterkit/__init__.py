@@ -1,12 +1,10 @@
-"""adapterkit: inspect LoRA adapters and merge them into base weights, exactly and streaming."""
+"""Inspect LoRA adapters, and merge them into base weights, exactly and in a stream."""
 
 from __future__ import annotations
 
 __version__ = "0.1.0"
 
-TYPE_CHECKING = (
-    False  # as `typing` has it, which takes as long to import as all else that comes before ctrl-C is handled
-)
+TYPE_CHECKING = False  # importing typing would take as long as everything else before ctrl-C is handled
 if TYPE_CHECKING:
     from typing import Any
 

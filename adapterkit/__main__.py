@@ -1,4 +1,4 @@
-"""`python -m adapterkit`, and the script `adapterkit`: signals are handled before what takes time is imported."""
+"""The entry point of `adapterkit` and `python -m adapterkit`: sets up signal handlers before slow imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main() -> NoReturn:
     try:
         signals.end_cleanly()
         run()
-    except KeyboardInterrupt as error:  # just before `run` looks out for it, or while it says how it ended
+    except KeyboardInterrupt as error:  # before `run` handles it, or while it reports an error
         sys.stderr.write("error: interrupted\n")
         sys.exit(getattr(error, "exit_code", 130))
     finally:

@@ -1,30 +1,30 @@
-"""What can go wrong, and the exit code each kind ends with.
+"""Exceptions and their exit codes.
 
-    AdapterkitError          1   anything below; catch this one
-    ├── UsageError           2   the call itself makes no sense
-    │   └── UnknownStrengthError 2   neither an adapter's files nor the call give its alpha
-    ├── FormatError          1   a file is not what it claims to be
+    AdapterkitError          1   the base class; catch this one
+    ├── UsageError           2   invalid arguments
+    │   └── UnknownStrengthError 2   neither an adapter's files nor the call define its alpha
+    ├── FormatError          1   a file is corrupt or unsupported
     │   └── UnsafeFileError  1   a file that would run code, or reach outside its folder
     ├── ChangedError         1   an input changed while it was being read
     ├── LossError            1   quantizing would erase the update
-    ├── MissingPackageError  1   a package that is not installed; an ImportError, too
-    ├── FitError             3   adapter and base do not belong together
-    ├── NotAllowedError      4   the Hub wants a login, or a permission
-    ├── OfflineError         5   the Hub cannot be reached
-    ├── NoSpaceError         6   the disk is too small
-    └── OutputExistsError    7   there is something where the output should go
+    ├── MissingPackageError  1   a package is not installed; also an ImportError
+    ├── FitError             3   adapter and base don't match
+    ├── NotAllowedError      4   the Hub requires a login or a permission
+    ├── OfflineError         5   the Hub is unreachable
+    ├── NoSpaceError         6   the disk is full
+    └── OutputExistsError    7   the output already exists
 
-Every message says where, what was found and what was expected; its hint says what to do next. Ctrl-C ends with 130.
+Every message says where, what was found and what was expected; its hint says what to do next. Ctrl-C exits with 130.
 """
 
 from adapterkit.text import visible
 
 
 class AdapterkitError(Exception):
-    """The root of everything adapterkit raises on purpose; each of its arguments is a line of the message.
+    """The base class of all adapterkit errors; each argument is a line of the message.
 
-    `hint` says what to do next. Both name a parameter as Python does, in backticks: `overwrite=True`, `rank`;
-    the command line puts its own option there.
+    `hint` says what to do next. Both write parameters as in Python, in backticks: `overwrite=True`, `rank`; the command
+    line replaces them by its options.
     """
 
     exit_code = 1
@@ -35,23 +35,23 @@ class AdapterkitError(Exception):
 
     @property
     def lines(self) -> list[str]:
-        """The lines of the message, in which nothing that strangers' files hold ends a line or steers a terminal."""
+        """The lines of the message, with control characters from untrusted files escaped."""
         return [visible(str(line)) for line in self.args]
 
     def __str__(self) -> str:
-        """The message, and the hint after it."""
+        """Return the message, followed by the hint."""
         between = "; " if len(self.args) == 1 else "\n"
         return between.join(filter(None, ["\n".join(self.lines), visible(self.hint)]))
 
 
 class UsageError(AdapterkitError):
-    """The call itself makes no sense: contradicting options, an output inside its own input."""
+    """The arguments are invalid: contradictory options, an output inside an input."""
 
     exit_code = 2
 
 
 class UnknownStrengthError(UsageError):
-    """Neither an adapter's files nor the call give its alpha; `reason` names what is missing."""
+    """Neither an adapter's files nor the call define its alpha; `reason` says which part is missing."""
 
     def __init__(self, message: str, *, reason: str = "", hint: str = "") -> None:
         super().__init__(message, hint=hint)
@@ -59,15 +59,15 @@ class UnknownStrengthError(UsageError):
 
 
 class FormatError(AdapterkitError):
-    """A file is not what it claims to be: truncated, corrupt, or of a kind no reader knows."""
+    """A file is truncated, corrupt, or in an unsupported format."""
 
 
 class UnsafeFileError(FormatError):
-    """A file that would run code when loaded, or that points outside its own folder."""
+    """A file would run code when loaded, or points outside its own folder."""
 
 
 class ChangedError(AdapterkitError):
-    """An input changed while it was being read, so that the result would fit neither of its states."""
+    """An input changed while it was being read, so that the result would be inconsistent."""
 
 
 class LossError(AdapterkitError):
@@ -75,34 +75,34 @@ class LossError(AdapterkitError):
 
 
 class MissingPackageError(AdapterkitError, ImportError):
-    """A package that this needs is not installed, or cannot be imported."""
+    """A required package is not installed or can't be imported."""
 
 
 class FitError(AdapterkitError):
-    """Adapter and base do not belong together: names, shapes, ranks or numbers disagree."""
+    """Adapter and base don't match: names, shapes, ranks or values disagree."""
 
     exit_code = 3
 
 
 class NotAllowedError(AdapterkitError):
-    """The Hub wants a login or a permission that is not there."""
+    """The Hub requires a login or a permission."""
 
     exit_code = 4
 
 
 class OfflineError(AdapterkitError):
-    """The Hub cannot be reached and the local cache does not hold what was asked for."""
+    """The Hub is unreachable, and the file is not in the local cache."""
 
     exit_code = 5
 
 
 class NoSpaceError(AdapterkitError):
-    """The disk has no room for the output."""
+    """The disk has too little space for the output."""
 
     exit_code = 6
 
 
 class OutputExistsError(AdapterkitError):
-    """There is something where the output should go."""
+    """The output already exists."""
 
     exit_code = 7

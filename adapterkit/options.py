@@ -1,4 +1,4 @@
-"""One table of options a verb, from which its Python call, its command and its form in the app are made.
+"""One options class per verb, which defines its Python call, its command and its form in the app.
 
 >>> @dataclass(frozen=True)
 ... class GreetOptions(Options):
@@ -23,7 +23,7 @@ from adapterkit.text import nearest
 
 Kind = Literal["text", "int", "float", "flag", "path", "paths", "adapters", "words", "pairs"]
 
-# How the type of a field begins -> what is asked for.
+# The start of a field's type -> the kind of its value.
 KINDS: dict[str, Kind] = {
     "bool": "flag", "int": "int", "float": "float", "str": "text", "AnyPath": "path", "AnyPaths": "paths",
     "AnyModel": "text", "AnyAdapter": "text", "AnyAdapters": "adapters", "AnyNames": "words", "tuple": "words",
@@ -39,68 +39,68 @@ R_co = TypeVar("R_co", covariant=True)
 
 @dataclass(frozen=True)
 class About:
-    """What a field means: its line of help, what it may be, and how the command line and the app ask for it."""
+    """The metadata of a field: help, valid values, and its presentation on the command line and in the app."""
 
     help: str
-    choices: Collection[Any] | Callable[[], Collection[Any]] = ()  # called where they depend on what modules there are
+    choices: Collection[Any] | Callable[[], Collection[Any]] = ()  # a function if they are found at run time
     least: int | None = None
     most: int | None = None
     group: str = ""
-    flags: tuple[str, ...] = ()  # by default --name, or for what is true by default --no-name
+    flags: tuple[str, ...] = ()  # by default --name, or --no-name if the default is True
     metavar: str | None = None
     example: str = ""  # of NAME=VALUE
     label: str = ""  # in the app, by default the name
-    hint: Callable[[], str] = str  # what the app shows where nothing is filled in
-    in_form: bool = True  # whether the app's form has it
-    in_cli: bool = True  # whether the command has it as an option
-    asked: bool = False  # whether the form wants it filled in, though it has a default
+    hint: Callable[[], str] = str  # the placeholder in the app
+    in_form: bool = True  # part of the app's form
+    in_cli: bool = True  # an option of the command
+    asked: bool = False  # required in the form, despite a default
 
 
 def argument(help: str, default: Any = MISSING, *, flags: tuple[str, ...] = (), **more: Any) -> Any:
-    """A field that the Python call takes by position, and the command too unless it has `flags`."""
+    """Define a field that is positional in the Python call, and in the command unless it has `flags`."""
     return field(default=default, metadata={"about": About(help, flags=flags, **more), "by_position": not flags})
 
 
 def option(default: Any, help: str, choices: Collection[Any] | Callable[[], Collection[Any]] = (), **more: Any) -> Any:
-    """A field that is given by its name."""
+    """Define a field that is passed by name."""
     return field(default=default, metadata={"about": About(help, choices, **more), "by_position": False})
 
 
 def output(default: Any = MISSING, help: str = "Output directory", label: str = "write to", **more: Any) -> Any:
-    """The field of where the result goes."""
+    """Define the field for the output's path."""
     return argument(help, default, flags=("-o", "--output"), label=label, group="Output", **more)
 
 
 def overwrite() -> Any:
-    """The field that says whether what is there gives way."""
+    """Define the field for replacing an existing output."""
     label = "replace an output that adapterkit wrote"
     return option(False, "Replace an output that adapterkit wrote", group="Output", label=label)
 
 
 def threads() -> Any:
-    """The field of how many workers there are."""
-    help = "Number of workers [default: one a core, at most 8]"
+    """Define the field for the number of workers."""
+    help = "Number of workers [default: one per core, at most 8]"
     return option(None, help, least=1, most=256, metavar="N", in_form=False)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A field of an options class, as those that ask for it see it."""
+    """A field of an options class."""
 
     name: str
     kind: Kind
-    default: Any  # MISSING where it has to be given
+    default: Any  # MISSING if required
     by_position: bool
     about: About
 
     @property
     def required(self) -> bool:
-        """Whether it has to be given."""
+        """Whether it has no default."""
         return self.default is MISSING
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Its names on the command line; none for an argument."""
+        """Its option names on the command line; empty for an argument."""
         if self.by_position:
             return ()
         dashed = self.name.replace("_", "-")
@@ -108,22 +108,22 @@ class Parameter:
 
     @property
     def help(self) -> str:
-        """Its line of help, with the default where that says something."""
+        """Its help line, with the default if that is informative."""
         plain = self.default in (None, (), "", MISSING) or isinstance(self.default, bool) or "[" in self.about.help
         return self.about.help if plain else f"{self.about.help}  [default: {self.default}]"
 
     @property
     def choices(self) -> Collection[Any]:
-        """What it may be; nothing where it may be anything."""
+        """Its valid values; empty if there is no restriction."""
         return self.about.choices() if callable(self.about.choices) else self.about.choices
 
     @property
     def label(self) -> str:
-        """What it is called in the app and in errors."""
+        """Its name in the app and in errors."""
         return self.about.label or self.name.replace("_", " ")
 
     def check(self, value: Any) -> None:
-        """Raise UsageError where the value is none of the choices, with the nearest of them."""
+        """Raise UsageError, suggesting the nearest choice, if the value isn't one of the choices."""
         choices = self.choices
         if choices and value not in choices and value is not self.default:
             words = [str(choice) for choice in choices]
@@ -132,7 +132,7 @@ class Parameter:
 
 
 class Options:
-    """The base of options classes, frozen dataclasses: what is given is checked against the choices."""
+    """The base class of options classes, which are frozen dataclasses; checks values against their choices."""
 
     def __post_init__(self) -> None:
         for one in parameters(type(self)):
@@ -140,7 +140,7 @@ class Options:
 
 
 def parameters(options: type[Any]) -> tuple[Parameter, ...]:
-    """The parameters of an options class, those that are given by position first."""
+    """Return the parameters of an options class, positional ones first."""
     return tuple(_parameters(options))
 
 
@@ -151,7 +151,7 @@ def _parameters(options: type[Any]) -> Iterator[Parameter]:
 
 
 class Call(Protocol[P, T_contra, R_co]):
-    """A function of the fields of an options class."""
+    """A function that takes the fields of an options class as arguments."""
 
     @property
     def options(self) -> Callable[P, Any]:
@@ -159,13 +159,13 @@ class Call(Protocol[P, T_contra, R_co]):
 
     @property
     def of(self) -> Callable[[T_contra], R_co]:
-        """The same function of an instance of it."""
+        """The same function, taking an instance of it."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 def takes(options: Callable[P, T]) -> Callable[[Callable[[T], R]], Call[P, T, R]]:
-    """Make a function of an options class one of its fields: the same arguments, keywords, defaults and types."""
+    """Make a function of an options instance accept the fields as arguments, with their defaults and types."""
 
     def decorate(function: Callable[[T], R]) -> Call[P, T, R]:
         @wraps(function)

@@ -1,6 +1,6 @@
-"""Packages that are imported when they are first used, and what to install where one is missing.
+"""Import optional packages on first use, with an error that says what to install.
 
-Nothing but torch, numpy and click is needed for a merge; whoever lacks another package is told so by its first use.
+A merge only needs torch, numpy and click.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from adapterkit.errors import MissingPackageError
 
-# What pip installs a module by, where that is not its own name; what trains and runs models is installed together.
+# The distribution that provides a module, if its name differs; packages for training come with an extra.
 INSTALLED_BY = {
     "backports": "backports.zstd", "compression": "backports.zstd", "huggingface_hub": "huggingface-hub",
     "re2": "google-re2", "textual_plot": "textual-plot", "yaml": "pyyaml",
@@ -19,7 +19,7 @@ INSTALLED_BY = {
 
 
 def needed(module: str, what: str, instead: str = "") -> Any:
-    """Import `module`; raises MissingPackageError, which says that `what` needs it, and what can be done `instead`."""
+    """Import `module`; raises MissingPackageError, which says that `what` needs it and what to do `instead`."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -27,7 +27,7 @@ def needed(module: str, what: str, instead: str = "") -> Any:
 
 
 def missing(error: ImportError, module: str, what: str = "this command", instead: str = "") -> MissingPackageError:
-    """The error to raise where `module` cannot be imported."""
+    """Return the error to raise if `module` can't be imported."""
     package = module.partition(".")[0]
     if not isinstance(error, ModuleNotFoundError):
         return MissingPackageError(f"{what} needs {package}, which is installed but cannot be imported: {error}")

@@ -1,1 +1,1 @@
-"""An adapter in memory, and the files it comes in."""
+"""Adapters in memory, and their file formats."""

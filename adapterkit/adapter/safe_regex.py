@@ -1,8 +1,8 @@
-"""Regular expressions that strangers write, matched without backtracking.
+"""Untrusted regular expressions, matched without backtracking.
 
-Python's matcher takes exponential time for some patterns of a few characters; RE2 takes as many steps as the pattern's
-program times the name. It has no lookarounds and no back references, which PEFT's patterns do not need, and what it
-reads otherwise than Python, as PEFT does, is refused.
+Python's `re` takes exponential time for some short patterns; RE2 takes time proportional to the sizes of pattern and
+name. RE2 has no lookarounds or backreferences, which PEFT's patterns don't need; patterns that it would interpret
+differently from Python are refused.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from adapterkit.packages import needed
 T = TypeVar("T")
 
 MAX_PATTERN = 500  # characters
-MAX_PATTERNS = 2000  # each takes some kilobytes
-MAX_MATCHES, MAX_STEPS = 3_000_000, 10**10  # of all patterns and names: some seconds
-READ_OTHERWISE = re.compile(r"\{,|\[[:.=]")  # x{,3} and [[:alpha:]]
-MEMORY = 1 << 18  # bytes of one pattern
+MAX_PATTERNS = 2000  # each takes a few kilobytes
+MAX_MATCHES, MAX_STEPS = 3_000_000, 10**10  # a few seconds for all patterns and names
+DIFFERS_FROM_PYTHON = re.compile(r"\{,|\[[:.=]")  # x{,3} and [[:alpha:]]
+MEMORY = 1 << 18  # bytes per pattern
 
 
 @dataclass(frozen=True, slots=True)
 class Matcher:
-    """A compiled pattern: `matches(name)` says whether a name is one; `size` is that of its program."""
+    """A compiled pattern: `matches(name)` returns whether a name matches; `size` is the size of the RE2 program."""
 
     matches: Callable[[str], bool]
     size: int
@@ -35,9 +35,9 @@ class Matcher:
 
 @lru_cache(MAX_PATTERNS)
 def compile_pattern(text: str, ends: bool = False) -> Matcher:
-    """Compile a pattern for ASCII names, or, as PEFT's `rank_pattern` has them, for what follows a dot at their ends.
+    """Compile a pattern for ASCII names; `ends` matches a whole name or a suffix after a dot, as PEFT's `rank_pattern`.
 
-    Raises FormatError, without saying where, for what is no pattern, or none that is matched in bounded time.
+    Raises FormatError, without the file's name, if the pattern is invalid or can't be matched in bounded time.
     """
     if len(text) > MAX_PATTERN:
         raise FormatError(f"the pattern {text[:60]!r} … has {len(text)} characters, expected at most {MAX_PATTERN}")
@@ -45,8 +45,8 @@ def compile_pattern(text: str, ends: bool = False) -> Matcher:
     whole = rf"(.*\.)?({text})$" if ends else text
     try:
         re.compile(whole)
-        if READ_OTHERWISE.search(text):
-            raise re2.error("has {,n} or a named class of characters")
+        if DIFFERS_FROM_PYTHON.search(text):
+            raise re2.error("has {,n} or a named character class")
         options = re2.Options()
         options.log_errors, options.never_capture, options.max_mem = False, True, MEMORY
         compiled = re2.compile(whole.encode(), options)
@@ -55,18 +55,18 @@ def compile_pattern(text: str, ends: bool = False) -> Matcher:
     except re2.error as error:
         reason = error.args[0].decode() if isinstance(error.args[0], bytes) else error
         raise FormatError(
-            f"the pattern {text[:60]!r} cannot be matched in bounded time ({reason}): write it without lookarounds and "
-            "back references"
+            f"the pattern {text[:60]!r} cannot be matched in bounded time ({reason}); rewrite it without lookarounds "
+            "and backreferences"
         ) from error
-    match = compiled.match if ends else compiled.fullmatch  # as PEFT does, where a key can close our parenthesis
+    match = compiled.match if ends else compiled.fullmatch  # like PEFT: a key may close our parenthesis
     return Matcher(lambda name: match(name.encode()) is not None, compiled.programsize)
 
 
 @dataclass(frozen=True)
 class Patterns(Generic[T]):
-    """PEFT's `rank_pattern` and `alpha_pattern`: values by patterns for the ends of modules' names, the first counts.
+    """PEFT's `rank_pattern` and `alpha_pattern`: values by patterns for suffixes of module names; first match wins.
 
-    What PEFT and `adapterkit` write most, `^` and an escaped name, is looked up.
+    Keys of the form that PEFT and adapterkit write, `^` and an escaped name, are looked up in `names`.
     """
 
     values: tuple[T, ...] = ()
@@ -75,7 +75,7 @@ class Patterns(Generic[T]):
 
     @classmethod
     def of(cls, entries: Mapping[str, T]) -> Patterns[T]:
-        """Compile the keys of `entries`; raises FormatError, without saying where, for what is no pattern."""
+        """Compile the keys of `entries`; raises FormatError, without the file's name, for an invalid pattern."""
         names: dict[str, int] = {}
         matchers: list[tuple[int, Matcher]] = []
         for number, key in enumerate(entries):
@@ -83,21 +83,21 @@ class Patterns(Generic[T]):
             if key == f"^{re.escape(name)}":
                 names.setdefault(name, number)
             elif len(matchers) == MAX_PATTERNS:
-                raise FormatError(f"more than {MAX_PATTERNS} patterns that are not `^` and an escaped name")
+                raise FormatError(f"has more than {MAX_PATTERNS} patterns that are not `^` and an escaped name")
             else:
                 matchers.append((number, compile_pattern(key, ends=True)))
         return cls(tuple(entries.values()), names, tuple(matchers))
 
     def check(self, names: Collection[str]) -> None:
-        """Raise FormatError where matching `names` could take minutes, or where RE2 would read them otherwise."""
+        """Raise FormatError if matching `names` could take minutes, or if RE2 would differ from Python on them."""
         steps = sum(matcher.size for _, matcher in self.matchers) * sum(map(len, names))
         if steps > MAX_STEPS or len(self.matchers) * len(names) > MAX_MATCHES:
-            raise FormatError(f"{len(self.matchers)} patterns could take for ever to match against {len(names)} names")
+            raise FormatError(f"{len(self.matchers)} patterns would take too long to match against {len(names)} names")
         if self.matchers and (other := next((name for name in names if not name.isascii()), None)):
-            raise FormatError(f"{other[:60]!r} is not ASCII, and is not matched against patterns")
+            raise FormatError(f"{other[:60]!r} is not ASCII, so it cannot be matched against patterns")
 
     def first(self, name: str, default: T) -> T:
-        """The value of the first pattern that `name` matches."""
+        """Return the value of the first pattern that `name` matches."""
         exact = self.names.get(name, len(self.values))
         earlier = (number for number, matcher in self.matchers if number < exact and matcher.matches(name))
         number = next(earlier, exact)

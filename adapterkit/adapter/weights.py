@@ -1,7 +1,7 @@
-"""The one in-memory form of an adapter, whatever file it came from.
+"""The in-memory form of adapters, independent of file formats.
 
-An adapter is opened from its headers: names, shapes and scalings are known at once, weights are read when asked for.
-So `LoraWeights` is generic: over `LazyTensor` as found in a file, over `torch.Tensor` once `load()`ed.
+Opening an adapter reads only headers: names, shapes and scalings are known, weights are read on demand. So
+`LoraWeights` is generic: over `LazyTensor` for weights in a file, over `torch.Tensor` for weights in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adapterkit.display import Displayed
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo, tensor_bytes
 from adapterkit.files.stamps import Stamp
-from adapterkit.text import given
+from adapterkit.text import counted, given
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class LazyTensor(Displayed):
-    """A tensor that is read when asked for; `view` turns what is stored into the form adapterkit uses."""
+    """A tensor that is read on demand; `view` converts the stored tensor to adapterkit's layout."""
 
     source: TensorInfo | torch.Tensor
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class LazyTensor(Displayed):
 
     @classmethod
     def of(cls, source: TensorInfo | torch.Tensor) -> LazyTensor:
-        """Wrap a tensor as it is stored, on disk or in memory."""
+        """Wrap a tensor, on disk or in memory, in its stored layout."""
         if isinstance(source, TensorInfo):
             return cls(source, source.shape, source.dtype)
         from adapterkit.files.safetensors import TORCH_NAMES
@@ -66,12 +66,12 @@ class LazyTensor(Displayed):
         return f"{self.shape} {self.dtype}"
 
     def read(self) -> torch.Tensor:
-        """The tensor, in its stored dtype."""
+        """Read the tensor, in its stored dtype."""
         stored = self.source.read() if isinstance(self.source, TensorInfo) else self.source
         return self.view(stored) if self.view else stored
 
     def read_rows(self, first: int, last: int) -> torch.Tensor:
-        """Rows `first:last`, without reading the others where they lie as stored."""
+        """Read rows `first:last`; only those, if there is no `view`."""
         if self.view is not None or not isinstance(self.source, TensorInfo):
             return self.read()[first:last]
         info, row = self.source, tensor_bytes(self.dtype, self.shape[1:])
@@ -81,11 +81,11 @@ class LazyTensor(Displayed):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class LoraWeights(Displayed, Generic[T]):
-    """The low-rank update of one module: `Δ = scaling · B · A`, and with a magnitude (DoRA) its direction.
+    """The low-rank update of one module: `Δ = scaling · B · A`; with a `magnitude` (DoRA), Δ updates the direction.
 
-    `A (rank, in)` and `B (out, rank)`; for a convolution `A (rank, in, k…)` and `B (out, rank, 1…)`; for an embedding
-    `in` is the vocabulary and `Δ` is added transposed; for stacked experts `A (experts·rank, in)` and
-    `B (out, rank·experts)`, the expert running fastest in B. `magnitude (out,)`, `bias (out,)`.
+    Shapes: `A (rank, in)`, `B (out, rank)`, `magnitude (out,)`, `bias (out,)`. For a convolution `A (rank, in, k…)` and
+    `B (out, rank, 1…)`. For an embedding, `in` is the vocabulary and Δ is added transposed. For stacked experts
+    `A (experts·rank, in)` and `B (out, rank·experts)`, with the expert as the fastest index of B's columns.
     """
 
     A: T
@@ -96,8 +96,8 @@ class LoraWeights(Displayed, Generic[T]):
     bias: T | None = None
     kind: Kind = "linear"
     experts: int = 1
-    fan_in_fan_out: bool = False  # what the file claims about a transposed base weight; shapes decide where they can
-    parameters: tuple[str, ...] = ("weight",)  # the parameters of the module that Δ may be meant for
+    fan_in_fan_out: bool = False  # as in the file; only used for square weights
+    parameters: tuple[str, ...] = ("weight",)  # the module's parameters that Δ may apply to
 
     @property
     def rank(self) -> int:
@@ -112,7 +112,7 @@ class LoraWeights(Displayed, Generic[T]):
         return self.B.shape[0]
 
     def tensors(self) -> Iterator[T]:
-        """Every tensor there is, factors first."""
+        """Yield every tensor, factors first."""
         yield self.A
         yield self.B
         if self.magnitude is not None:
@@ -132,7 +132,7 @@ class LoraWeights(Displayed, Generic[T]):
         ]
 
     def problem(self) -> str | None:
-        """What is wrong with the shapes, or None."""
+        """Describe what is wrong with the shapes, or return None."""
         a, b = self.A.shape, self.B.shape
         if len(a) < 2 or len(b) < 2 or 0 in a or 0 in b:
             return f"A is {a} and B is {b}: expected (rank, in) and (out, rank). Was a sharded model saved ungathered?"
@@ -144,7 +144,7 @@ class LoraWeights(Displayed, Generic[T]):
             return f"A is {a} and B is {b}: their ranks differ, {a[0]} and {b[1]}"
         for name, vector in (("magnitude", self.magnitude), ("bias", self.bias)):
             if vector is not None and vector.shape != (self.out_features,):
-                return f"the {name} is {vector.shape}, B has {self.out_features} rows"
+                return f"the {name} is {vector.shape}, but B has {self.out_features} rows"
         return None
 
 
@@ -160,7 +160,7 @@ def load_weights(weights: LoraWeights[LazyTensor]) -> LoraWeights[torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something about an adapter that a person should know, and whether merging must refuse it."""
+    """A problem of an adapter; merging refuses adapters with a fatal one."""
 
     where: str
     what: str
@@ -172,37 +172,35 @@ class Problem:
 
 @dataclass(frozen=True, repr=False)
 class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
-    """A LoRA adapter: a mapping of module names to their weights, and what it replaces outright.
+    """A LoRA adapter: a mapping of module names to weights, and the tensors that it replaces.
 
     >>> adapter = adapterkit.load("adapter")  # headers only
-    >>> adapter["model.layers.0.self_attn.q_proj"].A  # read now, (rank, in)
-    >>> {name: weights.rank for name, weights in adapter.modules.items()}  # nothing is read
+    >>> adapter["model.layers.0.self_attn.q_proj"].A  # reads weights: (rank, in)
+    >>> {name: weights.rank for name, weights in adapter.modules.items()}  # headers only
 
-    Equal are adapters whose headers and files are; their weights are not compared.
+    Adapters are equal if their headers and files are; weights are not compared.
     """
 
     format: str
     modules: dict[str, LoraWeights[LazyTensor]]
-    replaced: dict[str, LazyTensor] = field(default_factory=dict)  # tensors that take the place of the base's
-    tokens: dict[str, tuple[tuple[int, ...], LazyTensor]] = field(default_factory=dict)  # rows of an embedding
-    new_modules: frozenset[str] = frozenset()  # modules_to_save: the only ones a base may lack
-    keeps_tie: bool = False  # trained with input and output embedding held equal
+    replaced: dict[str, LazyTensor] = field(default_factory=dict)  # tensors that replace the base's
+    tokens: dict[str, tuple[tuple[int, ...], LazyTensor]] = field(default_factory=dict)  # embedding -> rows, deltas
+    new_modules: frozenset[str] = frozenset()  # modules_to_save: only these may be missing from the base
+    ensure_weight_tying: bool = False  # trained with input and output embeddings tied
     base_model: str | None = None
-    rslora: bool = False  # described by alpha / √rank
-    target_parameters: tuple[str, ...] = ()  # paths of the parameters that factors of stacked experts are for
+    rslora: bool = False  # scaling is alpha / √rank
+    target_parameters: tuple[str, ...] = ()  # paths of the parameters that stacked experts apply to
     task: str | None = None  # as PEFT names it: CAUSAL_LM, SEQ_CLS …
-    dropout: float | None = None  # that it was trained with
-    target_suffixes: tuple[str, ...] = ()  # ends of names that mean just these modules, where all of the model is known
-    config: dict[str, Any] = field(
-        default_factory=dict
-    )  # as the file said it: for round trips, nothing computes from it
+    dropout: float | None = None  # during training
+    target_suffixes: tuple[str, ...] = ()  # name suffixes that select exactly these modules in their model, if known
+    config: dict[str, Any] = field(default_factory=dict)  # the file's content, for round trips only
     files: tuple[Path, ...] = ()
-    stamps: dict[Path, Stamp] = field(default_factory=dict)  # of the files, before they were read
+    stamps: dict[Path, Stamp] = field(default_factory=dict)  # taken before the files were read
     problems: tuple[Problem, ...] = ()
-    unread: tuple[TensorInfo, ...] = ()  # tensors that no reader knows what to do with
+    unrecognized: tuple[TensorInfo, ...] = ()
 
     def __getitem__(self, module: str) -> LoraWeights[torch.Tensor]:
-        """The weights of `module`, read into memory."""
+        """Read the weights of `module` into memory."""
         return load_weights(self.modules[module])
 
     def __iter__(self) -> Iterator[str]:
@@ -222,28 +220,28 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
 
     @property
     def rank(self) -> int | None:
-        """The rank of every module; None where they differ: `summary().ranks` has them all."""
+        """The rank of all modules; None if they differ (see `summary().ranks`)."""
         return _only(weights.rank for weights in self.modules.values())
 
     @property
     def alpha(self) -> float | None:
-        """The alpha of every module; None where they differ, or the files give none."""
+        """The alpha of all modules; None if they differ, or the files don't define it."""
         return _only(weights.alpha for weights in self.modules.values())
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The last parts of the modules' names, such as q_proj."""
+        """The last segments of the module names, such as q_proj."""
         return distinct(map(target_of, self.modules))
 
     @property
     def num_parameters(self) -> int:
-        """How many parameters were trained; whole tensors that replace the base's are not counted."""
+        """The number of trained parameters, without replaced tensors."""
         weights = (tensor for one in self.modules.values() for tensor in one.tensors())
         trained = (*weights, *(delta for _, delta in self.tokens.values()))
         return sum(prod(tensor.source.shape) for tensor in trained)
 
     def tensors(self) -> Iterator[LazyTensor]:
-        """Every tensor the adapter brings, header facts only."""
+        """Yield every tensor of the adapter, unread."""
         for weights in self.modules.values():
             yield from weights.tensors()
         yield from self.replaced.values()
@@ -253,7 +251,7 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
     def summary(self) -> Summary:
         """What the headers say about it, as `adapterkit inspect` prints it."""
         weights, layers = self.modules.values(), map(layer_of, self.modules)
-        stored = [*(tensor.source for tensor in self.tensors()), *self.unread]
+        stored = [*(tensor.source for tensor in self.tensors()), *self.unrecognized]
         return Summary(
             format=self.format,
             kind=self.kind,
@@ -270,7 +268,7 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
             replaced={name: tensor.shape for name, tensor in self.replaced.items()},
             tokens={name: delta.shape[0] for name, (_, delta) in self.tokens.items()},
             problems=tuple(asdict(problem) for problem in self.problems),
-            unread=tuple(info.name for info in self.unread),
+            unread=tuple(info.name for info in self.unrecognized),
         )
 
     def brief(self) -> str:
@@ -288,7 +286,7 @@ def _only(values: Iterable[V]) -> V | None:
 
 @dataclass(frozen=True, slots=True)
 class WeightedAdapter:
-    """One adapter of a merge: opened, how much of it, and what to call it in messages and in the card."""
+    """An adapter of a merge with its weight, and its label in messages and cards."""
 
     adapter: Adapter
     weight: float = 1.0
@@ -296,13 +294,14 @@ class WeightedAdapter:
     path: Path | None = None  # the file or directory that it was opened from
 
 
-def refuse_broken(one: WeightedAdapter) -> None:
+def check_mergeable(one: WeightedAdapter) -> None:
+    """Raise FitError if an adapter has fatal problems, unrecognized tensors, or no weights."""
     fatal = [problem for problem in one.adapter.problems if problem.fatal]
     if fatal:
         more = f" (and {len(fatal) - 1} more: see adapterkit inspect)" if len(fatal) > 1 else ""
         raise FitError(f"{one.label}: {fatal[0]}{more}")
-    if one.adapter.unread:
-        names = ", ".join(info.name for info in one.adapter.unread[:3])
-        raise FitError(f"{one.label}: {len(one.adapter.unread)} tensors that no reader knows what to do with: {names}")
+    if one.adapter.unrecognized:
+        names = ", ".join(info.name for info in one.adapter.unrecognized[:3])
+        raise FitError(f"{one.label}: has {counted(len(one.adapter.unrecognized), 'unrecognized tensor')}: {names}")
     if not (one.adapter.modules or one.adapter.replaced or one.adapter.tokens):
-        raise FitError(f"{one.label}: holds no weights at all")
+        raise FitError(f"{one.label}: has no weights")

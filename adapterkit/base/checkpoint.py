@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter.formats.table import are_adapter, config_names
+from adapterkit.adapter.formats.table import config_names, has_adapter_file
 from adapterkit.display import Displayed
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
@@ -72,7 +72,7 @@ class Checkpoint(Displayed):
             if str(file) in read or (first == Path(RECEIPT).stem and inner):  # copied with the receipt
                 continue
             # transformers would load an adapter that lies beside the model.
-            if OTHER_WEIGHTS_NAME.search(file.name) or are_adapter([file.name]):
+            if OTHER_WEIGHTS_NAME.search(file.name) or has_adapter_file([file.name]):
                 left_out[file] = "it belongs to the unmerged model"
             elif first == Path(RECEIPT).stem:
                 left_out[file] = "the name is reserved for a receipt's folder"

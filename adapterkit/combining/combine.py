@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, refuse_broken
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable
 from adapterkit.algebra.lowrank import Limit, Product
 from adapterkit.combining.batches import Weights, batches, combine_batch, weights_of
 from adapterkit.combining.checks import check_fit, check_rank, check_supported, check_truncation
@@ -78,7 +78,7 @@ def plan_combination(
     settings = chosen.settings(options or {}, seed)
     check_truncation(chosen, limit)
     for one in adapters:
-        refuse_broken(one)
+        check_mergeable(one)
     modules = _modules(adapters)
     check_supported(adapters, chosen)
     check_fit(adapters, modules)
@@ -109,7 +109,8 @@ def _adapter_of(plan: Combination, modules: dict[str, LoraWeights[LazyTensor]]) 
     replaced, tokens = plan.whole_tensors.read()
     return Adapter(
         "", modules, replaced, tokens, frozenset().union(*(one.new_modules for one in sources)),
-        any(one.keeps_tie for one in sources), next((one.base_model for one in sources if one.base_model), None),
+        any(one.ensure_weight_tying for one in sources),
+        next((one.base_model for one in sources if one.base_model), None),
         target_parameters=tuple(dict.fromkeys(name for one in sources for name in one.target_parameters)),
     )  # fmt: skip
 

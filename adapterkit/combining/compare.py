@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 
 from adapterkit.adapter.module_names import layer_of, target_of
-from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
+from adapterkit.adapter.weights import WeightedAdapter, check_mergeable
 from adapterkit.algebra.lowrank import Product, added, decompose, inner, overlaps
 from adapterkit.combining.batches import batches, parts_of
 from adapterkit.combining.checks import check_fit
@@ -85,7 +85,7 @@ def compare(
     if len(adapters) < 2:
         raise UsageError("give at least two adapters to compare")
     for one in adapters:
-        refuse_broken(one)
+        check_mergeable(one)
     pairs = list(combinations(adapters, 2))
     done, total = 0, sum(len(a.adapter.modules.keys() & b.adapter.modules.keys()) for a, b in pairs)
     for pair in pairs:

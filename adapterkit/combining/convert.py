@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, load_weights, refuse_broken
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable, load_weights
 from adapterkit.algebra.lowrank import Limit, Product, decompose
 from adapterkit.algebra.sketch import Matrix, sketch
 from adapterkit.base.adapter_fit import place_adapter
@@ -35,7 +35,7 @@ class Rescale:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        refuse_broken(self.one)
+        check_mergeable(self.one)
 
     @property
     def modules(self) -> int:
@@ -140,7 +140,7 @@ def placed_in(base: Checkpoint, one: WeightedAdapter, dora: bool) -> Placed:
 
     Raises FitError if a module has another kind, does not exist in the base, or cannot be read there.
     """
-    refuse_broken(one)
+    check_mergeable(one)
     adapter = one.adapter
     wrong = [name for name, weights in adapter.modules.items() if (weights.magnitude is not None) is not dora]
     if wrong:

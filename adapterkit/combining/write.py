@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adapterkit import __version__
 from adapterkit.adapter.formats import save
-from adapterkit.adapter.formats.table import DEFAULT, format_named
+from adapterkit.adapter.formats.table import DEFAULT, get_format
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
 from adapterkit.files.hub_cache import check_blob_hash, check_cached
@@ -64,7 +64,7 @@ def _card(
     """The adapter's card: metadata for the Hub, then the table of inputs."""
     base = public_name(adapter.base_model)
     lines = ["---", *([f"base_model: {base}"] if base else [])]
-    lines += [f"library_name: {format_named(DEFAULT).LIBRARY}", "tags:", "- adapterkit", "- lora"]
+    lines += [f"library_name: {get_format(DEFAULT).LIBRARY}", "tags:", "- adapterkit", "- lora"]
     title = " + ".join(one.label for one in given) or "Extracted adapter"
     lines += ["---", "", f"# {markdown(title)}", "", f"Made by adapterkit {__version__}: {markdown(made)}."]
     if given:

@@ -193,7 +193,7 @@ def folders_below(folder: Path) -> Iterator[Path | Found]:
         while unread:
             error = unread.pop()
             yield Found(str(error.filename), Path(error.filename), "here", problem=f"cannot be read: {error.strerror}")
-        if formats.are_adapter(names):
+        if formats.has_adapter_file(names):
             yield Path(at)
     for error in unread:
         yield Found(str(error.filename), Path(error.filename), "here", problem=f"cannot be read: {error.strerror}")

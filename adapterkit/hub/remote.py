@@ -94,7 +94,7 @@ def remote_of(id: HubId) -> Remote:
 
 def _chosen(id: HubId, here: dict[str, RemoteFile]) -> tuple[list[str], bool]:
     """The files of the adapter, or of the base, and whether it is an adapter."""
-    if formats.are_adapter(here):
+    if formats.has_adapter_file(here):
         there = here.keys() & formats.weights_names()
         wanted = there.difference(formats.pickled_names()) or there
         return [name for name in here if "/" not in name and (name in wanted or _wanted(name))], True

@@ -367,7 +367,7 @@ def _untie(model: nn.Module, adapter: Adapter, places: Fit, undo: list[Callable[
         parameter = model.get_parameter(name)
         tied = [other for other, one in model.named_parameters(remove_duplicate=False) if one is parameter]
         others = [other for other in tied if other != name]
-        if others and not (adapter.keeps_tie and changed.keys().isdisjoint(others)):
+        if others and not (adapter.ensure_weight_tying and changed.keys().isdisjoint(others)):
             path, _, leaf = name.rpartition(".")
             layer = model.get_submodule(path)
             undo.append(partial(_tie, model, layer, leaf, others[0]))

@@ -68,7 +68,7 @@ def test_code_in_a_pickle_does_not_run(base: Path, how: str) -> None:
     if how == "plain pickle":
         (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Touch(proof)))
     message = refused(base, adapter, 1)
-    assert "nothing in it was run" in message
+    assert "none of its code was run" in message
     assert "safetensors" in message
     assert not proof.exists()
 
@@ -89,9 +89,9 @@ STATES = {
     "nested": ({"model": factors()}, "model is a dict, expected a tensor"),
     "numpy": ({"a": np.zeros(2)}, "not a plain dictionary of tensors"),
     "huge by stride 0": ({f"{FIRST}.lora_A.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, "more than a file of"),
-    "sparse": ({"a": torch.zeros(2, 2).to_sparse()}, "it names 'torch._utils _rebuild_sparse_tensor'"),
-    "without storage": ({"a": torch.zeros(2, device="meta")}, "a is no plain tensor"),
-    "complex128": ({"a": torch.zeros(2, dtype=torch.complex128)}, "a is no plain tensor"),
+    "sparse": ({"a": torch.zeros(2, 2).to_sparse()}, "it uses 'torch._utils _rebuild_sparse_tensor'"),
+    "without storage": ({"a": torch.zeros(2, device="meta")}, "expected a plain CPU tensor"),
+    "complex128": ({"a": torch.zeros(2, dtype=torch.complex128)}, "expected a plain CPU tensor"),
 }
 
 
@@ -104,7 +104,7 @@ def test_a_bin_of_something_else(base: Path, state: Any, expected: str) -> None:
 def test_a_pickle_that_takes_all_memory(base: Path, zipped: bool) -> None:
     """torch.load runs no code of such a file, but it makes bytearrays of the size that it asks for."""
     adapter = make_bin(base.parent / "a", {"a": bytearray(3)}, _use_new_zipfile_serialization=zipped)
-    assert "it names " in refused(base, adapter, 1)
+    assert "it uses " in refused(base, adapter, 1)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -118,7 +118,7 @@ def test_a_zip_that_inflates(base: Path) -> None:
     adapter = make_bin(base.parent / "a", factors())
     with zipfile.ZipFile(adapter / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(1 << 24))
-    assert "inflate to 16,777,216 bytes" in refused(base, adapter, 1)
+    assert "decompress to 16,777,216 bytes" in refused(base, adapter, 1)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -163,7 +163,7 @@ def test_a_real_adapter_of_an_unknown_format(
     base: Path, material: Callable[[str], Path], name: str, options: list[str]
 ) -> None:
     message = refused(base, material(name), 1, *options)
-    assert "no reader knows these tensors: " in message
+    assert "unsupported adapter format (tensors: " in message
     assert "Formats read: peft" in message
 
 
@@ -184,7 +184,7 @@ def test_no_adapter_there(base: Path, kind: str) -> None:
         (adapter / "y.safetensors").touch()
     if kind == "nested":
         write_adapter(adapter / "checkpoint-10")
-    expected = {"nested": "Did you mean", "two files": "(x.safetensors, y.safetensors): name one of them"}
+    expected = {"nested": "Did you mean", "two files": "(x.safetensors, y.safetensors); give the path of one of them"}
     assert expected.get(kind, str(adapter)) in refused(base, adapter, 1)
 
 
@@ -301,7 +301,7 @@ def test_more_patterns_than_are_matched(base: Path) -> None:
     tensors = {f"base_model.model.{name}.lora_{k}.weight": torch.ones(RANK, RANK) for name in names for k in "AB"}
     patterns = {f"({i}" + "a{0,90}" * 9 + ")x": 2 for i in range(400)}
     adapter = write_adapter(base.parent / "a", tensors, CONFIG | {"alpha_pattern": patterns})
-    assert "400 patterns could take for ever to match against 40 names" in refused(base, adapter, 1)
+    assert "400 patterns would take too long to match against 40 names" in refused(base, adapter, 1)
 
 
 UNMERGEABLE = {
@@ -329,7 +329,7 @@ def test_alpha_is_asked_for_where_no_config_gives_it(base: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--alpha", "--scaling"])
 def test_alpha_beside_a_config_that_gives_it(base: Path, option: str) -> None:
-    assert "already gives the alpha" in refused(base, write_adapter(base.parent / "a"), 2, option, "1")
+    assert "already defines lora_alpha" in refused(base, write_adapter(base.parent / "a"), 2, option, "1")
 
 
 @pytest.mark.parametrize("option", ["--alpha", "--scaling"])
@@ -370,7 +370,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, torch.Tensor | None], int, str]] = {
     "ranks differ": ({f"{FIRST}.lora_A.weight": torch.ones(RANK + 1, COLUMNS)}, 3, "ranks differ, 5 and 4"),
     "rank 0": (
         {f"{FIRST}.lora_A.weight": torch.ones(0, COLUMNS), f"{FIRST}.lora_B.weight": torch.ones(ROWS, 0)},
-        3, "a rank of 0",
+        3, "the rank is 0",
     ),
     "another rank than the config's": (
         {f"{FIRST}.lora_A.weight": torch.ones(3, COLUMNS), f"{FIRST}.lora_B.weight": torch.ones(ROWS, 3)},
@@ -385,7 +385,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, torch.Tensor | None], int, str]] = {
     "a magnitude without use_dora": ({f"{FIRST}.lora_magnitude_vector": torch.ones(ROWS)}, 3, "use_dora"),
     "a short magnitude": ({f"{FIRST}.lora_magnitude_vector": torch.ones(ROWS - 1)}, 3, "the magnitude is (47,)"),
     "a short bias": ({f"{FIRST}.lora_B.bias": torch.ones(ROWS - 1)}, 3, "the bias is (47,)"),
-    "a tensor of no kind": ({"base_model.model.mystery": torch.ones(1)}, 3, "no reader knows what to do with"),
+    "a tensor of no kind": ({"base_model.model.mystery": torch.ones(1)}, 3, "1 unrecognized tensor: "),
     "a 0-d token delta": ({"base_model.model.e.token_adapter.trainable_tokens_delta": torch.tensor(1.0)}, 3, "e: "),
 }  # fmt: skip
 
@@ -402,7 +402,7 @@ def test_two_adapters_in_one_file(base: Path) -> None:
         for adapter in ("default", "other"):
             tensors[name.removesuffix("weight") + f"{adapter}.weight"] = tensor.clone()
     message = refused(base, write_adapter(base.parent / "a", tensors), 3)
-    assert "a second adapter" in message or "several adapters (default, other)" in message
+    assert "several adapters for this module" in message or "several adapters (default, other)" in message
 
 
 PAIR = {"lora_A.weight": torch.ones(RANK, 6), "lora_B.weight": torch.ones(8, RANK)}
@@ -426,7 +426,7 @@ READ: dict[str, tuple[list[str], dict[str, Any], list[str], list[str], list[str]
     "tokens as the config names them": (["q", f"=e.{TOKENS}"], {"trainable_token_indices": [*range(8)]}, ["q"], [], [], []),
     "half an embedding": (["q", "=e.lora_embedding_B"], {}, ["q"], [], [], ["lora_embedding_A missing, found embedding_B"]),
     "the other half": (["q", "=e.lora_embedding_A"], {}, ["q"], [], [], ["lora_embedding_B missing, found embedding_A"]),
-    "fewer tokens than it names": (["q", f"=e.{TOKENS}"], {"trainable_token_indices": [*range(9)]}, ["q"], [], [], ["8 trained tokens, trainable_token_indices names 9"]),
+    "fewer tokens than it names": (["q", f"=e.{TOKENS}"], {"trainable_token_indices": [*range(9)]}, ["q"], [], [], ["has 8 trained tokens, but trainable_token_indices lists 9"]),
 }  # fmt: skip
 
 
@@ -441,7 +441,7 @@ def test_each_tensor_is_read_as_what_it_is_for(tmp_path: Path, case: str) -> Non
     adapter = package.load(folder)
     assert (list(adapter.modules), sorted(adapter.replaced)) == (modules, sorted(replaced))
     assert [
-        info.name.removeprefix("base_model.model.").replace("modules_to_save.x.", "") for info in adapter.unread
+        info.name.removeprefix("base_model.model.").replace("modules_to_save.x.", "") for info in adapter.unrecognized
     ] == unread
     assert [problem.what for problem in adapter.problems] == problems
     assert all(problem.fatal is not problem.what.endswith("has no tensors") for problem in adapter.problems)

@@ -206,7 +206,7 @@ def test_it_is_on_the_hub(hub: Hub, toy: Path, twin: Path, base: Path, tmp_path:
     assert [row.name for row in on_the_hub(BASE, "toy", "trending")] == ["me/toy"]
     seen = done("inspect", "me/toy")
     assert seen["summary"]["format"] == "toy" and seen["fetched"] == sum(
-        len(sent[name].data) for name in table.names_of(toyformat) if name in sent
+        len(sent[name].data) for name in table.names_of_format(toyformat) if name in sent
     )
     hub.repos["me/toy"].commit(dict(sent) | {"twigs.pickle": sent["README.md"]}, "an older one beside it")
     assert adapterkit("pull", "me/toy").code == 0

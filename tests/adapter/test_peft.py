@@ -242,7 +242,7 @@ def test_what_we_write_has_the_names_shapes_and_strengths_of_peft(kind: str, our
     model = get_peft_model(Odd(), LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **config))
     model.save_pretrained(tmp_path / "theirs")
     adapter = adapterkit.load(tmp_path / "theirs")
-    assert not adapter.unread and not [problem for problem in adapter.problems if problem.fatal]
+    assert not adapter.unrecognized and not [problem for problem in adapter.problems if problem.fatal]
     if ours:
         adapter = replace(adapter, format="memory", config={})
     adapterkit.save(adapter, tmp_path / "ours")
@@ -290,7 +290,7 @@ def test_adapters_of_other_people_are_read(
 ) -> None:
     adapter = adapterkit.load(material(folder))
     assert len(adapter.modules) == modules and {w.rank for w in adapter.modules.values()} == {rank}
-    assert not adapter.unread and not [problem for problem in adapter.problems if problem.fatal]
+    assert not adapter.unrecognized and not [problem for problem in adapter.problems if problem.fatal]
     assert {name: tensor.shape for name, tensor in adapter.replaced.items()} == (
         {"score.weight": (33, 640), "score.bias": (33,)} if folder == "sift-opf-zh" else {}
     )

@@ -78,14 +78,14 @@ def test_targets_that_are_no_pattern(lora: dict[str, str]) -> None:
 def test_names_are_bounded_where_they_are_matched_and_only_there() -> None:
     most = Patterns.of({f"a{number}": number for number in range(2000)})
     most.check(["b"] * 1500)
-    with pytest.raises(FormatError, match="2000 patterns could take for ever to match against 1501 names"):
+    with pytest.raises(FormatError, match="2000 patterns would take too long to match against 1501 names"):
         most.check(["b"] * 1501)
     with pytest.raises(FormatError, match="could take for ever"):
         most.check(["b" * 10**6])
     for patterns in (Patterns.of({}), Patterns.of({"^é": 1})):
         patterns.check(["é"] * 10**5)
         assert patterns.first("é", 2) == (1 if patterns.values else 2)
-    with pytest.raises(FormatError, match="'é' is not ASCII, and is not matched against patterns"):
+    with pytest.raises(FormatError, match="'é' is not ASCII, so it cannot be matched against patterns"):
         Patterns.of({"^é": 1, "q": 2}).check(["q", "é"])
 
 

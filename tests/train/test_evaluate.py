@@ -463,7 +463,7 @@ def test_a_bar_where_there_is_a_terminal(tiny: Path, prompted: Path, monkeypatch
         (["ADAPTER", "DATA"], 2, "adapter: not a transformers model"),
         (["ADAPTER", "BASE", "DATA"], 2, "adapter: not a transformers model"),
         (["none", "DATA"], 1, "none: no such file or directory"),
-        (["BASE", "BASE", "DATA"], 1, "no reader knows these tensors"),
+        (["BASE", "BASE", "DATA"], 1, "unsupported adapter format"),
         (["BASE", "DATA", "--answer", "("], 2, "--answer (: invalid regular expression"),
         (["BASE", "DATA", "--answer", "#### (.*)"], 2, "no match in the completions of 12 records, the first at held_out.jsonl:1"),
         (["BASE", "DATA", "--answer", "x", "--no-generate"], 2, "--answer and --no-generate cannot be combined"),
@@ -503,7 +503,7 @@ def test_adapters_that_do_not_fit(
     for number, (tensors, config, message) in enumerate([
         (factors("model.layers.7.self_attn.q_proj", 64, 64), {}, "1 of 1 modules and tensors not found in model"),
         (factors("model.layers.1.self_attn.q_proj", 65, 64), {}, "65"),
-        (factors("model.layers.1.self_attn.q_proj", 64, 64) | {"nonsense": torch.ones(2)}, {}, "no reader knows"),
+        (factors("model.layers.1.self_attn.q_proj", 64, 64) | {"nonsense": torch.ones(2)}, {}, "1 unrecognized tensor: "),
         (factors("model.layers.1.self_attn.q_proj", 64, 64), {"use_dora": True}, "have no magnitude"),
     ]):  # fmt: skip
         adapter = make_adapter(tensors, f"adapter{number}", **config)

@@ -1,4 +1,4 @@
-"""Adapter files, one module a format. To add one, write its module (see `format.py`) and name it in `table.py`."""
+"""Adapter files, one module per format. To add one, write its module (see `format.py`) and list it in `table.py`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 
 def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: float | None = None) -> Adapter:
-    """Open the adapter at `path`, a directory or a file; its headers are read now, its weights when asked for.
+    """Open the adapter at `path`, a directory or a file. Reads the headers now, and weights on demand.
 
-    `alpha` (with `scaling = alpha / rank`) or `scaling` itself stand in for a missing config; either overrides
-    nothing, so giving one beside a config is an error. Raises FormatError for files that are no adapter, or are broken,
-    and UnknownStrengthError where neither they nor the call say how strong it is.
+    `alpha` (with `scaling = alpha / rank`) or `scaling` replaces a missing config; with a config it is an error.
+
+    Raises:
+        FormatError: The files are not an adapter, or are corrupt.
+        UnknownStrengthError: Neither the files nor the call define alpha or scaling.
     """
     if alpha is not None and scaling is not None:
-        raise UsageError("`alpha` and `scaling` both say how strong the adapter is", hint="give one of them")
+        raise UsageError("`alpha` and `scaling` cannot be combined", hint="give one of them")
     for name, value in (("alpha", alpha), ("scaling", scaling)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise UsageError(f"{name} {value!r}: expected a number")
@@ -34,25 +36,27 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
         if format.detect(source):
             return replace(format.read(source, alpha, scaling), stamps=dict(source.stamps))
     raise FormatError(
-        f"{source.weights}: no reader knows these tensors: {_shown(source.tensors)}. "
-        f"Formats read: {', '.join(table.format_names())}."
+        f"{source.weights}: unsupported adapter format (tensors: {_shown(source.tensors)}); "
+        f"supported formats: {', '.join(table.format_names())}"
     )
 
 
 def holds_adapter(path: Path, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a folder, or a file that holds `tensors`, is an adapter and not a model."""
-    alone = any((path / name).is_file() for name in table.config_names()) and not (path / "config.json").exists()
+    """Return whether a folder, or a file with these `tensors`, is an adapter rather than a model."""
+    has_config = any((path / name).is_file() for name in table.config_names()) and not (path / "config.json").exists()
     source = Source(path, tensors, {}, None, path, {})
-    return alone or any(format.detect(source) for format in table.FORMATS)
+    return has_config or any(format.detect(source) for format in table.FORMATS)
 
 
 def save(adapter: Adapter, directory: str | os.PathLike[str], *, format: str = table.DEFAULT) -> None:
-    """Write `adapter` to a new directory, in the format called `format`.
+    """Write `adapter` to a new directory, in the format named `format`.
 
-    Raises UsageError for a format that there is not, FitError for an adapter that it cannot hold, and
-    OutputExistsError where the directory is there already and not empty.
+    Raises:
+        UsageError: The format is unknown.
+        FitError: The format can't represent the adapter.
+        OutputExistsError: The directory exists and is not empty.
     """
-    writer, folder = table.format_named(format), Path(directory)
+    writer, folder = table.get_format(format), Path(directory)
     if folder.exists() and any(folder.iterdir()):
         raise OutputExistsError(f"{folder}: is not empty; choose another directory for the adapter")
     writer.write(adapter, folder)

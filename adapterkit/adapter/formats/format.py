@@ -1,4 +1,4 @@
-"""What the module of a format offers. Nothing outside `adapter/formats` knows more of a format than this."""
+"""The interface of a format's module, which is all that code outside `adapter/formats` uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ConfigFacts:
-    """The facts that a config alone gives about its adapter, unchecked; unknown ones are empty."""
+    """The facts about an adapter in its config alone, unchecked; unknown ones are empty."""
 
     kind: str = "LoRA"
     ranks: tuple[int, ...] = ()
@@ -24,43 +24,43 @@ class ConfigFacts:
 
 
 class Format(Protocol):
-    """A module with these names; its files, on the Hub and in folders, are known by their names."""
+    """A module with these attributes; its files, on the Hub and in folders, are recognized by their names."""
 
     @property
     def NAME(self) -> str:
-        """The name that users give it."""
+        """The name of the format, for users."""
 
     @property
     def WEIGHTS(self) -> Sequence[str]:
-        """The names of its weights file, best first."""
+        """The names of its weights file, in order of preference."""
 
     @property
     def PICKLED(self) -> Sequence[str]:
-        """The names of weights files that are pickles: read where there are no others, never opened to be listed."""
+        """The names of pickled weights files: read only if there is no other, and never opened for listings."""
 
     @property
     def CONFIG(self) -> str | None:
-        """The JSON file beside the weights, if the format has one."""
+        """The name of the JSON config beside the weights, if the format has one."""
 
     @property
     def BASE_KEY(self) -> str | None:
-        """The key of the config that names the base, which `push` makes a Hub id."""
+        """The config key of the base model, in which `push` stores its Hub id."""
 
     @property
     def LIBRARY(self) -> str:
-        """The library that loads it, as cards name it and as the Hub tags its adapters."""
+        """The library that loads it, as in model cards and tags on the Hub."""
 
     def detect(self, source: Source) -> bool:
-        """Whether `source` is in this format; called with the tensors alone to tell adapters from models."""
+        """Return whether `source` is in this format; called with tensors only to distinguish adapters from models."""
 
     def read(self, source: Source, alpha: float | None, scaling: float | None) -> Adapter:
-        """Read the headers; raises UnknownStrengthError where neither the files nor the caller give the strength."""
+        """Read the headers; raises UnknownStrengthError if neither the files nor the caller define the scaling."""
 
     def write(self, adapter: Adapter, directory: Path) -> None:
-        """Write `adapter` to `directory`, which is empty or not there yet; raises FitError for what it cannot hold."""
+        """Write `adapter` to `directory`, which is empty or new; raises FitError if the format can't represent it."""
 
     def describe_config(self, config: Mapping[str, Any]) -> ConfigFacts | None:
-        """What `config` says; None where it is of another format whose config has the same name."""
+        """Return the facts in `config`, or None if it belongs to another format with the same config name."""
 
     def example(self, repo: str) -> Sequence[str]:
-        """Lines of Python that load the adapter from the Hub, for its card."""
+        """Return lines of Python that load the adapter from the Hub, for its model card."""

@@ -1,7 +1,7 @@
 """PEFT: `adapter_config.json` beside `adapter_model.safetensors` (or a legacy `.bin`).
 
-Keys are `base_model.model.<module>.lora_A.weight` and so on; the config's patterns, rsLoRA and DoRA flags change the
-numbers. Source: the saving and loading code of huggingface/peft, 0.3 to 0.21.
+Keys are `base_model.model.<module>.lora_A.weight` and so on; the config's patterns, rsLoRA and DoRA flags affect the
+update. Source: the saving and loading code of huggingface/peft, 0.3 to 0.21.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from adapterkit.adapter.formats.source import Source
 
 NAME = LIBRARY = "peft"
-# The names that training tools give the weights file, best first.
+# The names of the weights file in training tools, in order of preference.
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
 PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
 
 
 def detect(source: Source) -> bool:
-    """Any tensor with a PEFT role, or a config that says so."""
+    """Return whether the config has a `peft_type`, or a tensor has a LoRA role."""
     if source.config and "peft_type" in source.config:
         return True
     return any(".lora_A" in name or ".lora_embedding_A" in name for name in source.tensors)
@@ -44,8 +44,8 @@ def detect(source: Source) -> bool:
 def read(source: Source, alpha: float | None = None, scaling: float | None = None) -> Adapter:
     """Read the headers of a PEFT adapter.
 
-    Raises FormatError for configs with wrong types or another PEFT method, UnknownStrengthError where no config says
-    the alpha.
+    Raises FormatError for configs with wrong types or another PEFT method, UnknownStrengthError if no config has the
+    alpha.
     """
     config = PeftConfig.parse(source)
     scale = Strength(config, source, alpha, scaling)
@@ -68,7 +68,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         replaced=found.replaced,
         tokens=tokens,
         new_modules=frozenset(config.modules_to_save),
-        keeps_tie=config.keeps_tie,
+        ensure_weight_tying=config.ensure_weight_tying,
         base_model=config.raw.get(BASE_KEY) or None,
         rslora=config.rslora,
         target_parameters=config.target_parameters,
@@ -76,12 +76,12 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         config=config.raw,
         files=source.files,
         problems=tuple(problems),
-        unread=tuple(found.unread),
+        unrecognized=tuple(found.unrecognized),
     )
 
 
 def write(adapter: Adapter, directory: Path) -> None:
-    """Write `adapter` to the new `directory` so that PEFT loads it and gets the same Δ."""
+    """Write `adapter` to the new `directory`, so that PEFT computes the same Δ from it."""
     text = json.dumps(_config_for(adapter), indent=2, sort_keys=True)
     tensors: dict[str, torch.Tensor] = {}
     for name, weights in adapter.modules.items():
@@ -106,7 +106,7 @@ def write(adapter: Adapter, directory: Path) -> None:
 
 
 def example(repo: str) -> list[str]:
-    """Python that loads the adapter from the Hub."""
+    """Return Python code that loads the adapter from the Hub."""
     call = f'model = AutoPeftModelForCausalLM.from_pretrained("{repo}")'
     return ["from peft import AutoPeftModelForCausalLM", "", call]
 
@@ -117,7 +117,7 @@ def example(repo: str) -> list[str]:
 def _weights(
     name: str, roles: dict[str, LazyTensor], config: PeftConfig, scale: Strength
 ) -> LoraWeights[LazyTensor] | Problem:
-    """Bring the tensors of one module into adapterkit's form, or say why they do not make one."""
+    """Convert the tensors of one module to LoraWeights, or return the problem."""
     embedding = "embedding_A" in roles or "embedding_B" in roles
     a, b = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     missing = [f"lora_{role}" for role in (a, b) if role not in roles]
@@ -136,7 +136,7 @@ def _weights(
     if isinstance(enabled, list) and len(A.shape) == 2 and len(B.shape) == 3:
         groups = sum(map(bool, enabled))
         if groups == 0 or B.shape[0] % groups or B.shape[1] * groups != A.shape[0]:
-            return Problem(name, f"A {A.shape} and B {B.shape} do not split into enable_lora {enabled}")
+            return Problem(name, f"A {A.shape} and B {B.shape} do not match enable_lora {enabled}")
         B, rank = _merged_linear(B, tuple(map(bool, enabled))), B.shape[1]
     else:
         rank = A.shape[0] // experts
@@ -144,7 +144,7 @@ def _weights(
     if magnitude is not None and len(magnitude.shape) > 1:
         magnitude = LazyTensor(magnitude.source, (prod(magnitude.shape),), magnitude.dtype, _flatten)
     if rank < 1:
-        return Problem(name, f"A is {A.shape}: a rank of 0")
+        return Problem(name, f"A is {A.shape}: the rank is 0")
     scaling, alpha = scale.of(name, rank)
     weights = LoraWeights(
         A, B, scaling, alpha, magnitude, roles.get("bias"), kind, experts,
@@ -154,12 +154,12 @@ def _weights(
         return Problem(name, problem)
     configured = config.rank(name)
     if configured is not None and configured != rank and scale.scaling is None:
-        return Problem(name, f"the tensors have rank {rank}, {CONFIG} says {configured:g}: the scaling is unclear")
+        return Problem(name, f"the tensors have rank {rank}, {CONFIG} says {configured:g}: the scaling is ambiguous")
     return weights
 
 
 def _parameters(name: str, config: PeftConfig) -> tuple[str, ...]:
-    """The parameters a module's factors may be meant for: `weight`, or those that target_parameters names."""
+    """Return the parameters that a module's factors may apply to: `weight`, or those in target_parameters."""
     if not config.target_parameters:
         return ("weight",)
     bare = name.replace(".base_layer", "")
@@ -169,19 +169,19 @@ def _parameters(name: str, config: PeftConfig) -> tuple[str, ...]:
 
 
 def _experts(A: LazyTensor, rank: float | None) -> int:
-    """How many experts are stacked in `A (experts·rank, in)`, given the configured rank."""
+    """Return the number of experts stacked in `A (experts·rank, in)`, given the configured rank."""
     return max(1, A.shape[0] // int(rank)) if rank and A.shape[0] % int(rank) == 0 else 1
 
 
 def _merged_linear(B: LazyTensor, enabled: tuple[bool, ...]) -> LazyTensor:
-    """loralib's MergedLinear: one group of factors for each enabled part of a fused projection, as one block B."""
+    """Convert loralib's MergedLinear, which has factors for each enabled part of a fused projection, to one block B."""
     groups = sum(enabled)
     shape = (B.shape[0] // groups * len(enabled), groups * B.shape[1])
     return LazyTensor(B.source, shape, B.dtype, partial(_block_rows, enabled))
 
 
 def _block_rows(enabled: tuple[bool, ...], B: torch.Tensor) -> torch.Tensor:
-    """Spread grouped `B (groups·part, r, 1)` to `(parts·part, groups·r)`: zero where a part is not enabled."""
+    """Expand grouped `B (groups·part, r, 1)` to `(parts·part, groups·r)`, with zeros for disabled parts."""
     groups = sum(enabled)
     part, rank = B.shape[0] // groups, B.shape[1]
     full = B.new_zeros(len(enabled), part, groups, rank)
@@ -195,18 +195,18 @@ def _flatten(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _token_problems(tokens: Mapping[str, tuple[tuple[int, ...], LazyTensor]]) -> Iterable[Problem]:
-    """Where the trained rows are not what the config says of them."""
+    """Yield the trained tokens that contradict the config."""
     for name, (rows, delta) in tokens.items():
         if delta.dtype not in FLOAT_DTYPES or len(delta.shape) != 2:
             yield Problem(name, f"the trained tokens are {delta.dtype} {delta.shape}, expected (tokens, dim)")
         elif len(rows) != delta.shape[0]:
-            yield Problem(name, f"{delta.shape[0]} trained tokens, trainable_token_indices names {len(rows)}")
+            yield Problem(name, f"has {delta.shape[0]} trained tokens, but trainable_token_indices lists {len(rows)}")
 
 
 def _disagreements(
     config: PeftConfig, modules: Mapping[str, LoraWeights[LazyTensor]], found: SortedTensors
 ) -> Iterable[Problem]:
-    """Where the config and the tensors tell different stories."""
+    """Yield the contradictions between the config and the tensors."""
     targets = config.raw.get("target_modules")
     names = [*modules, *found.tokens]
     if isinstance(targets, list):
@@ -228,7 +228,7 @@ def _disagreements(
 
 @lru_cache(NAMES)
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Sort layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return tuple((int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split("."))
 
 
@@ -236,7 +236,7 @@ def _natural(name: str) -> tuple[tuple[int, str], ...]:
 
 
 def _config_for(adapter: Adapter) -> dict[str, Any]:
-    """The config with which PEFT computes each module's own scaling."""
+    """Return the config with which PEFT computes each module's scaling."""
     if adapter.format == NAME and "lora_alpha" in adapter.config:
         return adapter.config
     ranks = {name: weights.rank for name, weights in adapter.modules.items()}
@@ -273,12 +273,12 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
         "target_parameters": list(adapter.target_parameters) or None,
         "trainable_token_indices": {name: list(rows) for name, (rows, _) in adapter.tokens.items()} or None,
         "lora_bias": any(weights.bias is not None for weights in adapter.modules.values()),
-        **({"ensure_weight_tying": True} if adapter.keeps_tie else {}),
+        **({"ensure_weight_tying": True} if adapter.ensure_weight_tying else {}),
     }
 
 
 def _saved_name(tensor: str, adapter: Adapter) -> str:
-    """PEFT's name for a replaced tensor: one of a module that also has factors is that module's base layer."""
+    """Return PEFT's name for a replaced tensor: with base_layer, if its module also has factors."""
     module, _, leaf = tensor.rpartition(".")
     return f"{module}.base_layer.{leaf}" if module in adapter.modules else tensor
 

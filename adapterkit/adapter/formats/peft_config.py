@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: the fields that change numbers, checked, and the scaling that follows from them."""
+"""PEFT's `adapter_config.json`: the fields that affect the update, checked, and the scaling computed from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 BASE_KEY = "base_model_name_or_path"
-# Fields that change what the factors mean in ways that no merged weight can express.
+# Fields that change the computation in ways that merged weights can't represent.
 UNMERGEABLE = {
     "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens, so no merged weight equals it",
     "layer_replication": "the adapter belongs to a model with repeated layers, which the base does not have",
@@ -28,19 +28,19 @@ UNMERGEABLE = {
     "arrow_config": "Arrow routes between adapters at run time",
     "use_bdlora": "BD-LoRA's factors are block diagonal",
     "velora_config": "VeLoRA is not LoRA at inference",
-    "kasa_config": "KaSA brings singular values of its own",
+    "kasa_config": "KaSA adds its own singular values",
     "monteclora_config": "MonteCLoRA samples its factors",
 }
 # Initializations that also change the base weights, unless PEFT converted the adapter when saving it.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
-EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT knows an embedding or a head
+EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT recognizes an embedding or a head
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields of adapter_config.json that change numbers, with their types checked."""
+    """The fields of adapter_config.json that affect the update, with their types checked."""
 
     raw: dict[str, Any]
     r: int | None = None
@@ -56,13 +56,15 @@ class PeftConfig:
 
     @classmethod
     def parse(cls, source: Source) -> PeftConfig:
-        """Read what matters from the config beside the weights; raises FormatError for wrong types or other methods."""
+        """Parse the config beside the weights; raises FormatError for wrong types or other PEFT methods."""
         if source.config is None:
             return cls({})
         given = _Fields(source.config, source.config_file)
         kind = given.value("peft_type", str, "LORA")
         if kind.upper() != "LORA":
-            raise FormatError(f"{given.file}: peft_type is {kind[:40]!r}; adapterkit reads LORA (with rsLoRA and DoRA)")
+            raise FormatError(
+                f"{given.file}: peft_type is {kind[:40]!r}; only LORA (with rsLoRA and DoRA) is supported"
+            )
         for name in (BASE_KEY, "bias"):
             given.value(name, str, None)
         for name in ("fan_in_fan_out", "ensure_weight_tying"):
@@ -89,8 +91,8 @@ class PeftConfig:
         return None if task is None else str(task)
 
     @property
-    def keeps_tie(self) -> bool:
-        """Whether PEFT trains tied embeddings as one: it looks for them by these names only."""
+    def ensure_weight_tying(self) -> bool:
+        """Whether PEFT trains tied embeddings as one; it finds them by the names in EMBEDDINGS only."""
         if not self.raw.get("ensure_weight_tying"):
             return False
         targets = self.raw.get("target_modules") or []
@@ -100,7 +102,7 @@ class PeftConfig:
         return any(name.split(".")[-1] in EMBEDDINGS for name in (*targets, *self.modules_to_save))
 
     def check_patterns(self, modules: Collection[str]) -> None:
-        """Raise FormatError where matching them against the names of all modules could take minutes."""
+        """Raise FormatError if matching the patterns against all module names could take minutes."""
         for patterns in (self.rank_pattern, self.alpha_pattern):
             with _errors_in(CONFIG):
                 patterns.check(modules)
@@ -112,13 +114,13 @@ class PeftConfig:
         return self.alpha_pattern.first(module, self.alpha)
 
     def token_indices(self, module: str) -> tuple[int, ...]:
-        """The rows of `module` that were trained; a bare list in the config means the input embedding."""
+        """Return the trained rows of `module`; a bare list in the config means the input embedding."""
         rows = self.tokens
         if isinstance(rows, dict):
             rows = next((rows[key] for key in rows if module == key or module.endswith("." + key)), ())
         if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
             return ()
-        return tuple(dict.fromkeys(rows))  # a row named twice is one row: the counts then disagree
+        return tuple(dict.fromkeys(rows))  # without duplicates, so that a mismatch with the tensor shows
 
     def problems(self) -> Iterable[Problem]:
         for name, reason in UNMERGEABLE.items():
@@ -136,7 +138,7 @@ class PeftConfig:
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong each module is: from the config, or from the caller where there is none; never guessed."""
+    """The scaling of each module, from the config or from the caller, but never guessed."""
 
     config: PeftConfig
     source: Source
@@ -150,7 +152,7 @@ class Strength:
         given = self.alpha is not None or self.scaling is not None
         if self.config.present and self.config.alpha is not None and given:
             raise UsageError(
-                f"{self.source.config_file} already gives the alpha",
+                f"{self.source.config_file} already defines lora_alpha",
                 hint="omit `alpha` and `scaling`, or change the strength with `scale`",
             )
         if not given and self.config.alpha is None:
@@ -163,7 +165,7 @@ class Strength:
             )
 
     def of(self, module: str, rank: int) -> tuple[float, float | None]:
-        """(scaling, alpha) of `module`: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732)."""
+        """Return (scaling, alpha) of `module`: alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732)."""
         if self.scaling is not None:
             return self.scaling, None
         alpha = self.alpha if self.alpha is not None else self.config.alpha_of(module)
@@ -172,9 +174,9 @@ class Strength:
 
 
 def describe_config(config: Mapping[str, Any]) -> ConfigFacts:
-    """What `config` says of its adapter, where what it says has the right type."""
+    """Return the facts in `config`, ignoring values of the wrong type."""
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    enabled = config.get("enable_lora")  # parts of a fused layer, each with a rank of its own
+    enabled = config.get("enable_lora")  # parts of a fused layer, each of this rank
     if isinstance(rank, int) and isinstance(enabled, list):
         rank *= sum(part is True for part in enabled)
     base = config.get(BASE_KEY)
@@ -192,7 +194,7 @@ Kinds = type | tuple[type, ...]
 
 @dataclass(frozen=True)
 class _Fields:
-    """The raw config, read with its types checked; every method raises FormatError naming the field."""
+    """Reads the raw config with type checks; every method raises FormatError with the field's name."""
 
     raw: dict[str, Any]
     file: Path
@@ -234,7 +236,7 @@ class _Fields:
 
 @contextmanager
 def _errors_in(where: object) -> Iterator[None]:
-    """Say where a pattern stands that is wrong."""
+    """Prefix `where` to the FormatError of an invalid pattern."""
     try:
         yield
     except FormatError as error:

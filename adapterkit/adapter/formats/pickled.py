@@ -1,4 +1,4 @@
-"""Pickled tensors, read without running what a pickle names."""
+"""Pickled tensors, read without running their code."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from adapterkit.files.safetensors import TORCH_NAMES, check_tensor_name
 if TYPE_CHECKING:
     import torch
 
-# The names in what torch.save makes of plain tensors. torch's unpickler for those runs no code, but it also knows names
-# by which a file of a hundred bytes takes any amount of memory, such as bytearray.
+# The globals in pickles of plain tensors. torch's weights_only unpickler runs no code, but allows more, such as
+# bytearray, with which a file of a hundred bytes can allocate any amount of memory.
 PLAIN = re.compile(
     r"collections OrderedDict|torch (?:\w+Storage|Size|[a-z]\w*)|torch\.storage UntypedStorage"
     r"|torch\._utils _rebuild_(?:tensor(?:_v2|_v3)?|parameter(?:_with_state)?|meta_tensor_no_storage)"
     r"|torch\._tensor _rebuild_from_type_v2|torch\.nn\.parameter Parameter"
 )
-MAX_OPERATIONS = 1_000_000  # of a pickle; a tensor takes some thirty
+MAX_OPERATIONS = 1_000_000  # of a pickle; a tensor takes about thirty
 
 
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a legacy `.bin`, by torch's unpickler for plain tensors, which runs no code."""
+    """Read the tensors of a legacy `.bin` with torch's weights_only unpickler, which runs no code."""
     import torch
 
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 6):  # CVE-2025-32434: before 2.6 a crafted file could run code even so
+    if version < (2, 6):  # CVE-2025-32434: code execution despite weights_only
         raise UnsafeFileError(f"{file}: pickled weights are only safe to read with torch 2.6 or newer")
     try:
         with open_regular(file) as stream:
@@ -46,22 +46,22 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
                     inflated = sum(entry.file_size for entry in archive.infolist())
                 if inflated > size:
                     raise UnsafeFileError(
-                        f"{file}: its contents inflate to {inflated:,} bytes, more than the file's {size:,}; "
+                        f"{file}: its contents decompress to {inflated:,} bytes, more than the file's {size:,}; "
                         "torch writes no such file. Ask its author for a .safetensors file."
                     )
             _check_operations(stream)
             stream.seek(0)
-            with warnings.catch_warnings(action="ignore"):  # on an unusual pickle: refused, or it is plain tensors
+            with warnings.catch_warnings(action="ignore"):  # about unusual pickles, which are harmless or refused
                 state = torch.load(stream, map_location="cpu", weights_only=True)
     except FormatError:
         raise
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0][:200]
         raise UnsafeFileError(
-            f"{file}: not a plain dictionary of tensors, so it was not loaded and nothing in it was run ({reason}). "
+            f"{file}: is not a plain dictionary of tensors ({reason}); it was not loaded and none of its code was run. "
             "Ask its author for a .safetensors file."
         ) from error
-    except Exception as error:  # torch raises many kinds for broken archives
+    except Exception as error:  # torch raises many kinds for corrupt archives
         reason = (str(error) or type(error).__name__).split("\n")[0][:200]
         raise FormatError(f"{file}: cannot be read as a torch file: {reason}. Is it complete?") from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
@@ -71,19 +71,19 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
         if not isinstance(tensor, torch.Tensor):
             raise FormatError(f"{file}: {name} is a {type(tensor).__name__}, expected a tensor")
         if tensor.numel() * tensor.element_size() > size:
-            raise UnsafeFileError(f"{file}: {name} is {tuple(tensor.shape)}, more than a file of {size:,} bytes holds")
+            raise UnsafeFileError(f"{file}: {name} is {tuple(tensor.shape)}, more than fits in {size:,} bytes")
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or str(tensor.dtype).removeprefix("torch.") not in TORCH_NAMES.values():
             raise FormatError(
-                f"{file}: {name} is no plain tensor, but {tensor.layout}, {tensor.dtype} on {tensor.device}"
+                f"{file}: {name} is {tensor.layout}, {tensor.dtype} on {tensor.device}, expected a plain CPU tensor"
             )
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _check_operations(stream: BufferedReader) -> None:
-    """Raise UnpicklingError where a torch file has other names than plain tensors need, before torch acts on any.
+    """Raise UnpicklingError if a torch file uses globals that plain tensors don't need, before it is unpickled.
 
-    So it is where its pickles have more operations than the tensors of any adapter: each can make an object.
+    Also if its pickles have more operations, each of which can allocate an object, than any adapter needs.
     """
     import torch
 
@@ -93,7 +93,7 @@ def _check_operations(stream: BufferedReader) -> None:
         if data[:4] == b"PK\x03\x04":
             stream.seek(0)
             pickles, count = io.BytesIO(torch._C.PyTorchFileReader(stream).get_record("data.pkl")), 1
-        else:  # before torch 1.6: three pickles that say what it is, the tensors, the keys of their storages
+        else:  # before torch 1.6: three pickles of metadata, the tensors, and the keys of their storages
             pickles, count = data, 5
         for _ in range(count):
             for code, name, _ in pickletools.genops(pickles):
@@ -101,4 +101,4 @@ def _check_operations(stream: BufferedReader) -> None:
                 if left < 0:
                     raise pickle.UnpicklingError(f"it has more than {MAX_OPERATIONS:,} operations")
                 if code.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not PLAIN.fullmatch(str(name)):
-                    raise pickle.UnpicklingError(f"it names {str(name)[:60]!r}")
+                    raise pickle.UnpicklingError(f"it uses {str(name)[:60]!r}")

@@ -1,4 +1,4 @@
-"""What is on disk where an adapter should be: its weights file, the config beside it, and the tensors by name."""
+"""The files of an adapter before their format is known: the weights, the config, and the tensors by name."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """The files of one adapter, opened but not interpreted, with the config that one of the formats gives it."""
+    """The files of one adapter, opened but not interpreted, with the config of one of the formats."""
 
     weights: Path
     tensors: Mapping[str, TensorInfo | torch.Tensor]
     metadata: Mapping[str, str]
     config: dict[str, Any] | None
-    config_file: Path  # also where there is none
-    stamps: Mapping[Path, Stamp]  # of the files, before they were read
+    config_file: Path  # may not exist
+    stamps: Mapping[Path, Stamp]  # taken before the files were read
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -37,12 +37,12 @@ class Source:
 
 
 def open_sources(path: Path) -> Iterator[tuple[Format, Source]]:
-    """Find the weights at `path`, read their header, and yield them as each format has them: with its own config.
+    """Find the weights at `path`, read their header, and yield them for each format with its config.
 
-    Formats that know the file by its name come first: the folder may hold configs of others.
+    Formats that use this file name come first, since the folder may have configs of several formats.
     """
     weights = _find_weights(path)
-    formats = sorted(table.FORMATS, key=lambda format: weights.name not in table.names_of(format))
+    formats = sorted(table.FORMATS, key=lambda format: weights.name not in table.names_of_format(format))
     configs = [weights.parent / (format.CONFIG or weights.name) for format in formats]
     stamps = stamps_of(file for file in dict.fromkeys([weights, *configs]) if os.path.exists(file))
     tensors, metadata = _read_header(weights)
@@ -53,7 +53,7 @@ def open_sources(path: Path) -> Iterator[tuple[Format, Source]]:
 
 
 def _read_header(weights: Path) -> tuple[Mapping[str, TensorInfo | torch.Tensor], Mapping[str, str]]:
-    """The tensors by name, and what the file says beside them."""
+    """Read the tensors by name, and the metadata."""
     if weights.suffix != ".safetensors":
         return read_pickle(weights), {}
     header = read_header(weights)
@@ -65,7 +65,7 @@ def _find_weights(path: Path) -> Path:
         raise FormatError(f"{path}: no such file or directory")
     if path.is_file():
         if path.suffix == ".json":
-            raise FormatError(f"{path}: is not a file of weights; give the directory that it lies in")
+            raise FormatError(f"{path}: is not a weights file; give its directory")
         return path
     if (weights := table.find_weights(path)) is not None:
         return weights
@@ -74,7 +74,7 @@ def _find_weights(path: Path) -> Path:
         return found[0]
     if found:
         names = ", ".join(file.name for file in found[:4])
-        raise FormatError(f"{path}: several files could be the adapter ({names}): name one of them")
+        raise FormatError(f"{path}: has several possible adapter files ({names}); give the path of one of them")
     nested = sorted(file for name in table.config_names() for file in path.glob(f"*/{name}"))
     expected = " or ".join(format.WEIGHTS[0] for format in table.FORMATS)
     hint = f" Did you mean {nested[0].parent}?" if nested else f" Expected {expected}."

@@ -1,4 +1,4 @@
-"""The formats there are, and the questions that are asked of all of them: names of files, whose a config is."""
+"""The table of formats, and lookups across all of them: file names, and the format of a config."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from adapterkit.adapter.formats.format import ConfigFacts, Format
 from adapterkit.errors import UsageError
 from adapterkit.files.jsonfile import read_json
 
-# A file is read by the first whose `detect` says yes, those first that know its name; a config is described by the
-# first whose `describe_config` answers.
+# A file is read by the first format whose `detect` accepts it, starting with those that use its name; a config is
+# described by the first whose `describe_config` accepts it.
 FORMATS: tuple[Format, ...] = (peft,)
-DEFAULT = peft.NAME  # what is written unless another is asked for
+DEFAULT = peft.NAME  # for writing
 
 
-def format_named(name: str) -> Format:
-    """The format that is called `name`. Raises UsageError where there is none."""
+def get_format(name: str) -> Format:
+    """Return the format named `name`; raises UsageError if there is none."""
     for format in FORMATS:
         if name == format.NAME:
             return format
@@ -31,7 +31,7 @@ def format_names() -> list[str]:
 
 
 def config_names() -> tuple[str, ...]:
-    """The names of the configs of all formats."""
+    """Return the config names of all formats."""
     return tuple(dict.fromkeys(format.CONFIG for format in FORMATS if format.CONFIG))
 
 
@@ -40,43 +40,43 @@ def pickled_names() -> tuple[str, ...]:
 
 
 def weights_names() -> tuple[str, ...]:
-    """The names of the weights files of all formats, best first: pickles last."""
+    """Return the weights file names of all formats in order of preference, pickles last."""
     safe = dict.fromkeys(name for format in FORMATS for name in format.WEIGHTS)
     return (*safe, *(name for name in pickled_names() if name not in safe))
 
 
 def weights_suffixes() -> tuple[str, ...]:
-    """The suffixes of weights files, as in `.safetensors`."""
+    """Return the suffixes of weights files, such as `.safetensors`."""
     return tuple(dict.fromkeys(PurePath(name).suffix for name in weights_names()))
 
 
-def names_of(format: Format) -> tuple[str, ...]:
-    """The names of a format's files, its weights first."""
+def names_of_format(format: Format) -> tuple[str, ...]:
+    """Return the file names of a format, weights first."""
     return *format.WEIGHTS, *format.PICKLED, *([format.CONFIG] if format.CONFIG else [])
 
 
 def file_names() -> tuple[str, ...]:
-    """The names of the files of all formats, weights first."""
+    """Return the file names of all formats, weights first."""
     return *weights_names(), *config_names()
 
 
-def are_adapter(names: Iterable[str]) -> bool:
-    """Whether the files called `names`, of one folder, are an adapter or part of one."""
+def has_adapter_file(names: Iterable[str]) -> bool:
+    """Return whether any of the file `names` of a folder belongs to an adapter."""
     return not set(file_names()).isdisjoint(names)
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The weights file in `folder` that has the best name, or None."""
+    """Return the weights file in `folder` with the preferred name, or None."""
     return next((folder / name for name in weights_names() if (folder / name).is_file()), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config in `folder` as it stands there, empty where there is none."""
+    """Read the adapter's config in `folder`; empty if there is none."""
     return next((config for _, config in _configs(folder)), {})
 
 
 def describe_config(folder: Path) -> ConfigFacts:
-    """What the adapter's config in `folder` says, without the weights."""
+    """Return the facts in the adapter's config in `folder`, without reading the weights."""
     for name, config in _configs(folder):
         if (format := format_of_config(name, config)) and (facts := format.describe_config(config)):
             return facts
@@ -84,11 +84,11 @@ def describe_config(folder: Path) -> ConfigFacts:
 
 
 def format_of_config(name: str, config: Mapping[str, Any]) -> Format | None:
-    """The format that a config called `name` belongs to."""
-    of_name = (format for format in FORMATS if name == format.CONFIG)
-    return next((format for format in of_name if format.describe_config(config) is not None), None)
+    """Return the format of a config named `name`."""
+    same_name = (format for format in FORMATS if name == format.CONFIG)
+    return next((format for format in same_name if format.describe_config(config) is not None), None)
 
 
 def _configs(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The configs in `folder`, each read when it comes: a later one may be broken, or of something else."""
+    """Read the configs in `folder` lazily, since a later one may be corrupt or of another tool."""
     return ((name, read_json(folder / name)) for name in config_names() if os.path.lexists(folder / name))

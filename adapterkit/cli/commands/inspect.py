@@ -32,7 +32,7 @@ class InspectCommand(Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Adapter formats"):
-            formatter.write_dl([(format.NAME, ", ".join(table.names_of(format))) for format in table.FORMATS])
+            formatter.write_dl([(format.NAME, ", ".join(table.names_of_format(format))) for format in table.FORMATS])
         super().format_epilog(ctx, formatter)
 
 

@@ -150,7 +150,7 @@ def _of_adapter(
         "targets": ", ".join(summary.targets), "parameters": f"{summary.parameters:,}", **_provenance(path),
     }  # fmt: skip
     pipeline = "text-generation" if causal else None
-    format = formats.format_named(adapter.format)
+    format = formats.get_format(adapter.format)
     facts = card.Facts(
         repo, "adapter", base, tags, pipeline, license, format.LIBRARY, format.example(repo),
         {name: text for name, text in rows.items() if text},

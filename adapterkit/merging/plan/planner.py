@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from adapterkit import __version__
-from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
+from adapterkit.adapter.weights import WeightedAdapter, check_mergeable
 from adapterkit.base.adapter_fit import check_missing, merge_into_original, place_adapter
 from adapterkit.base.architectures import CONV1D_MODELS, HEAD_MODULES, is_linear
 from adapterkit.base.checkpoint import Checkpoint
@@ -83,7 +83,7 @@ class _Draft:
             self.notes += prefix_note(one, found)
             mine = gather(number, one, found)
             if tie is not None:
-                parted |= follow(tie, mine, one.label, one.adapter.keeps_tie)
+                parted |= follow(tie, mine, one.label, one.adapter.ensure_weight_tying)
             self.changes.add(mine)
             self.ledger[one.label] = ledger_of(found)
         for name in (*self.changes.deltas, *self.changes.replaced, *self.changes.added):
@@ -186,7 +186,7 @@ def make_plan(
     if not given:
         raise UsageError("no adapter given: there is nothing to merge")
     for one in given:
-        refuse_broken(one)
+        check_mergeable(one)
     draft = _Draft.of(original or base)
     if original is not None:
         draft.compare(base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.weights import WeightedAdapter, refuse_broken
+from adapterkit.adapter.weights import WeightedAdapter, check_mergeable
 from adapterkit.base.adapter_fit import check_missing, place_adapter
 from adapterkit.base.checkpoint import CONFIG, Checkpoint, is_base, open_checkpoint
 from adapterkit.base.models.config_check import check_described
@@ -40,7 +40,7 @@ def open_fitting(spec: str, base: Checkpoint) -> WeightedAdapter:
     path = resolve(spec)
     given = WeightedAdapter(load(path), label=hub_id(spec) or path.resolve().name)
     check_cached(given.adapter.files)
-    refuse_broken(given)
+    check_mergeable(given)
     adapter, tensors = given.adapter, weights_of(base.tensors, base.config)
     whole = [
         *adapter.replaced,

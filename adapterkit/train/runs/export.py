@@ -12,7 +12,7 @@ from torch import nn
 
 from adapterkit import __version__
 from adapterkit.adapter.formats import save
-from adapterkit.adapter.formats.table import DEFAULT, format_named
+from adapterkit.adapter.formats.table import DEFAULT, get_format
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.files import system
 from adapterkit.files.staging import MERGE_RECORD, TRAINING_RECORD
@@ -110,7 +110,7 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
     """The model card: YAML metadata for the Hub, then the details of the training run."""
     full, data = recipe.method == "full", facts["data"]
     lines = ["---", *([f"base_model: {base}"] if base else [])]
-    library = "transformers" if full else format_named(DEFAULT).LIBRARY
+    library = "transformers" if full else get_format(DEFAULT).LIBRARY
     lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
     lines += ["- adapterkit", *([] if full else ["- lora"]), "---", ""]
     lines += [f"# {markdown(base or 'A model')} fine-tuned on {markdown(data['name'])}", ""]
