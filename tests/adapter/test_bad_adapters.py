@@ -164,7 +164,7 @@ def test_a_real_adapter_of_an_unknown_format(
 ) -> None:
     message = refused(base, material(name), 1, *options)
     assert "unsupported adapter format (tensors: " in message
-    assert "Formats read: peft" in message
+    assert "supported formats: peft" in message
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

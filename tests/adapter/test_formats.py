@@ -222,7 +222,7 @@ def test_help_and_errors_name_it(tmp_path: Path) -> None:
     shown = adapterkit("inspect", "--help").out
     assert "toy" in shown and "twigs.safetensors" in shown
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(AdapterkitError, match=r"Formats read: peft, toy\.$"):
+    with pytest.raises(AdapterkitError, match=r"supported formats: peft, toy$"):
         kit.load(tmp_path / "x.safetensors")
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdapterkitError, match=r"Expected adapter_model\.safetensors or twigs\.safetensors\.$"):

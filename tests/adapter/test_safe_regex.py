@@ -64,7 +64,7 @@ def test_thousands_of_exact_names_are_looked_up() -> None:
 
 def test_patterns_of_a_recipe_that_would_take_minutes() -> None:
     model = nn.ModuleList(nn.Identity() for _ in range(1600))
-    with pytest.raises(UsageError, match="patterns: 1999 patterns could take for ever"):
+    with pytest.raises(UsageError, match="patterns: 1999 patterns would take too long"):
         inject(model, Lora("all-linear", rank_pattern={f".*{number}": 1 for number in range(1999)}))
 
 
@@ -80,7 +80,7 @@ def test_names_are_bounded_where_they_are_matched_and_only_there() -> None:
     most.check(["b"] * 1500)
     with pytest.raises(FormatError, match="2000 patterns would take too long to match against 1501 names"):
         most.check(["b"] * 1501)
-    with pytest.raises(FormatError, match="could take for ever"):
+    with pytest.raises(FormatError, match="would take too long"):
         most.check(["b" * 10**6])
     for patterns in (Patterns.of({}), Patterns.of({"^é": 1})):
         patterns.check(["é"] * 10**5)
