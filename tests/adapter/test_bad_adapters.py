@@ -88,7 +88,7 @@ STATES = {
     ),
     "nested": ({"model": factors()}, "model is a dict, expected a tensor"),
     "numpy": ({"a": np.zeros(2)}, "not a plain dictionary of tensors"),
-    "huge by stride 0": ({f"{FIRST}.lora_A.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, "more than a file of"),
+    "huge by stride 0": ({f"{FIRST}.lora_A.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, "more than fits in"),
     "sparse": ({"a": torch.zeros(2, 2).to_sparse()}, "it uses 'torch._utils _rebuild_sparse_tensor'"),
     "without storage": ({"a": torch.zeros(2, device="meta")}, "expected a plain CPU tensor"),
     "complex128": ({"a": torch.zeros(2, dtype=torch.complex128)}, "expected a plain CPU tensor"),
