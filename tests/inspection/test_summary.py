@@ -55,7 +55,7 @@ def test_every_module_has_its_own_numbers(name: str) -> None:
     tensors = load_file(FIXTURES / name / "adapter_model.safetensors")
     config = json.loads((FIXTURES / name / "adapter_config.json").read_text())
     assert len(found) == sum(".lora_A" in key for key in tensors)
-    for row in found:
+    for row in found[:: 1 + len(found) // 20]:  # of many, some: the dense matrix takes its time
         A, B = (tensors[f"base_model.model.{row['name']}.lora_{x}.weight"].double().flatten(1) for x in "AB")
         scaling = oracle.scaling_of(config, row["name"], A.shape[0])
         sigma = torch.linalg.svdvals(scaling * B @ A)
