@@ -6,7 +6,7 @@ Opening an adapter reads only headers: names, shapes and scalings are known, wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from adapterkit.adapter.module_names import layer_of, target_of
 from adapterkit.adapter.summary import Summary, distinct
 from adapterkit.display import Displayed
 from adapterkit.errors import FitError
-from adapterkit.files.safetensors import TensorInfo, tensor_bytes
+from adapterkit.files.safetensors import TensorInfo, read_tensors, tensor_bytes
 from adapterkit.files.stamps import Stamp
 from adapterkit.text import counted, given
 
@@ -77,6 +77,13 @@ class LazyTensor(Displayed):
         info, row = self.source, tensor_bytes(self.dtype, self.shape[1:])
         start, shape = info.start + first * row, (last - first, *self.shape[1:])
         return replace(info, start=start, stop=start + (last - first) * row, shape=shape).read()
+
+
+def read_all(tensors: Sequence[LazyTensor]) -> list[torch.Tensor]:
+    """Read many tensors, each in its stored dtype; neighbours in a file in a single read."""
+    read = iter(read_tensors([tensor.source for tensor in tensors if isinstance(tensor.source, TensorInfo)]))
+    stored = [next(read) if isinstance(tensor.source, TensorInfo) else tensor.source for tensor in tensors]
+    return [tensor.view(raw) if tensor.view else raw for tensor, raw in zip(tensors, stored, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -69,11 +69,15 @@ def record(
     return Residual(at.int(), before.reshape(-1)[at], reach.short())
 
 
-def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update], at: torch.Tensor) -> Residual:
+def marked(
+    before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update], at: torch.Tensor, count: int = 1
+) -> Residual:
     """The residual of the elements `at` of 16-bit weights: those that subtracting plain updates may not restore.
 
     The rounding error of W' is at most half its last place, which is 2^k times that of W, k the difference of their
     exponents. The error of Δ adds to it; and below a power of two, values are twice as dense.
+
+    The rows may be those of `count` weights of one shape, stacked; then every update belongs to one of them.
     """
     values, others = (one.reshape(-1).index_select(0, at).cpu() for one in (before, after))
     mantissa = 7 if before.dtype is torch.bfloat16 else 10
@@ -81,19 +85,26 @@ def marked(before: torch.Tensor, after: torch.Tensor, updates: Sequence[Update],
     old, new = values.view(torch.int16).numpy(), others.view(torch.int16).numpy()
     exponent, other = (np.maximum(bits >> mantissa & most, 1) for bits in (old, new))
     k = np.clip(other - exponent, 1, 10)
-    reach = (np.int16(1) << k - 1) + _steps_off(updates, before.dtype)[exponent]
+    weight = at.cpu().numpy() // (before.numel() // count or 1)
+    reach = (np.int16(1) << k - 1) + _steps_off(updates, before.dtype, count, len(before) // count)[weight, exponent]
     reach += ((old & (1 << mantissa) - 1) <= reach) * (reach + 1)  # half a step is a whole one there, and −0 adds one
     reach[exponent == most] = FAR
     return Residual(at.cpu(), values, torch.from_numpy(reach))
 
 
-def _steps_off(updates: Sequence[Update], dtype: torch.dtype) -> np.ndarray:
-    """The error bound of the sums in steps of a 16-bit weight, by its exponent, rounded, at most FAR."""
-    sizes = [float(by_row.max()) * float(by_column.max()) for by_row, by_column in map(norms, updates)]
+def _steps_off(updates: Sequence[Update], dtype: torch.dtype, count: int, depth: int) -> np.ndarray:
+    """The error bound of the sums in steps of a 16-bit weight, rounded, at most FAR: `(count, exponents)`.
+
+    The weights have `depth` rows each; a single one may have more.
+    """
+    sizes = np.zeros((count, 1))
+    for numbers, by_row, by_column in _norms_by_shape(updates):
+        weights = [min(updates[number].start // depth, count - 1) for number in numbers]
+        np.add.at(sizes[:, 0], weights, (by_row.amax(1).double() * by_column.amax(1).double()).cpu().numpy())
     finfo = torch.finfo(dtype)
     exponents = np.arange(256 if dtype is torch.bfloat16 else 32)
     of_boundary, of_delta = spread(updates, dtype)
-    steps = of_delta * sum(sizes) / (finfo.tiny * finfo.eps) * np.exp2(1.0 - exponents) + of_boundary / 2 + 0.5
+    steps = of_delta * sizes / (finfo.tiny * finfo.eps) * np.exp2(1.0 - exponents) + of_boundary / 2 + 0.5
     least: np.ndarray = np.fmin(steps, FAR / 4).astype(np.int16)
     return least
 
@@ -115,20 +126,31 @@ def gamma(count: int, dtype: torch.dtype) -> float:
     return off / (1 - off) if off < 1 else inf
 
 
-def norms(update: Update) -> tuple[torch.Tensor, torch.Tensor]:
-    """`|s|·‖B_i‖` and `‖A_:j‖`; their product bounds an element of Δ.
+def norms(updates: Sequence[Update]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`|s|·‖B_i‖` and `‖A_:j‖` of each update; their product bounds an element of Δ.
 
     Nonzero norms are clamped so that values flushed to zero do not matter beside them; norms are float64, since squares
     could underflow in float32.
     """
-    by_row, by_column = (
-        torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64)
-        for factor, dim in ((update.left, 1), (update.right, 0))
-    )
-    strength, dtype = abs(update.strength), update.left.dtype
-    least = FLUSHED * max(1.0, strength)
-    rows, columns = (by_row * strength).clamp_(min=least) * (by_row > 0), by_column.clamp(min=FLUSHED) * (by_column > 0)
-    return rows.to(dtype), columns.to(dtype)
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for numbers, by_row, by_column in _norms_by_shape(updates):
+        found |= zip(numbers, zip(by_row.unbind(), by_column.unbind(), strict=True), strict=True)
+    return [found[number] for number in range(len(updates))]
+
+
+def _norms_by_shape(updates: Sequence[Update]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """The `norms` of all updates whose factors have the same shapes, stacked, with the numbers of the updates."""
+    by_shape: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for number, update in enumerate(updates):
+        by_shape.setdefault((update.left.shape, update.right.shape), []).append(number)
+    for numbers in by_shape.values():
+        left, right = (torch.stack([getattr(updates[n], side) for n in numbers]) for side in ("left", "right"))
+        strength = left.new_tensor([abs(updates[n].strength) for n in numbers], dtype=torch.float64)[:, None]
+        by_row = torch.linalg.vector_norm(left, dim=-1, dtype=torch.float64)
+        by_column = torch.linalg.vector_norm(right, dim=-2, dtype=torch.float64)
+        rows = (by_row * strength).maximum(FLUSHED * strength.clamp(min=1.0)) * (by_row > 0)
+        columns = by_column.clamp(min=FLUSHED) * (by_column > 0)
+        yield numbers, rows.to(left.dtype), columns.to(left.dtype)
 
 
 def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]:
@@ -141,10 +163,18 @@ def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]
     roundings of W: its own, and those where it or the subtraction lands on a boundary that it is only close to.
     """
     kind = updates[0].left.dtype
-    met = [[len(u.right) + 3 for u in updates if u.start <= one.start < u.stop] for one in updates]
-    terms, count = max(map(sum, met)), max(map(len, met))
+    terms, count = _most_on_a_row(updates)
     share = gamma(terms + count + 2, kind) * 2 ** SPARSEST[dtype]
     return share / (1 - share) if share < 1 else inf, 2 * gamma(terms, kind)
+
+
+def _most_on_a_row(updates: Sequence[Update]) -> tuple[int, int]:
+    """The most terms on one row, `r + 3` of each update of rank r, and the most updates."""
+    rows, which = np.unique([(update.start, update.stop) for update in updates], return_inverse=True)
+    terms = np.array([update.right.shape[0] + 3 for update in updates])
+    added = (np.stack([values, -values], axis=1) for values in (terms, np.ones_like(terms)))
+    most = [np.bincount(which.reshape(-1), change.reshape(-1), len(rows)).cumsum().max() for change in added]
+    return int(most[0]), int(most[1])
 
 
 def restore(after: torch.Tensor, first: int, updates: Sequence[Update], residual: Residual) -> torch.Tensor:
@@ -182,7 +212,7 @@ def _reach(
     sizes = torch.zeros_like(back)  # Σ |s|·‖B_i‖·‖A_:j‖, which bounds |Δ|
     roundings = -1 if gain is None else 0  # of the rest of W', without the last, which is monotonic
     for update, part, _ in _inside(off, first, updates):
-        by_row, by_column = norms(update)
+        [(by_row, by_column)] = norms([update])
         start = max(update.start, first)
         rows = slice(start - update.start, start - update.start + len(part))
         size = by_row[rows, None] * by_column

@@ -6,6 +6,7 @@ in the orientation of the stored weight.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import nan
@@ -79,13 +80,20 @@ def update_for(
     if expert is not None:
         A = A.reshape(weights.experts, weights.rank, -1)[expert]
         B = B.reshape(B.shape[0], weights.rank, weights.experts)[:, :, expert]
-    A, B = A.flatten(1), B.flatten(1)
-    if of is not None:
-        B = B[of[0] : of[1]]
-        magnitude = None if magnitude is None else magnitude[of[0] : of[1]]
-    left, right = (A.T, B.T) if transposed else (B, A)
+    if of is not None and magnitude is not None:
+        magnitude = magnitude[of[0] : of[1]]
     share = 1.0 if magnitude is None else weight
-    return Update(*rows, left.contiguous(), right.contiguous(), strength, magnitude, None, share)
+    return Update(*rows, *oriented(A.flatten(1), B.flatten(1), of, transposed), strength, magnitude, None, share)
+
+
+def oriented(
+    A: torch.Tensor, B: torch.Tensor, of: tuple[int, int] | None, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`left` and `right` of an `Update` by rows `of` of Δ, from `A (…, rank, in)` and `B (…, out, rank)`."""
+    if of is not None:
+        B = B[..., of[0] : of[1], :]
+    left, right = (A.mT, B.mT) if transposed else (B, A)
+    return left.contiguous(), right.contiguous()
 
 
 def add_updates(matrix: torch.Tensor, first: int, updates: Sequence[Update]) -> None:
@@ -174,7 +182,11 @@ def exact_sum(
     The elements are rows `i (hits, depth)` of `base` and columns `j (hits, 1)`.
     """
     total = base[i, j].double()
+    groups, depth = sorted({*i[:, 0].tolist()}), i.shape[1]
     for update in updates:
+        before = bisect_left(groups, update.stop - first)  # groups that begin before its end
+        if not before or groups[before - 1] + depth <= update.start - first:
+            continue
         at = i + (first - update.start)
         inside = (at >= 0) & (at < update.stop - update.start)
         left, right = update.left[at.where(inside, 0)].double(), update.right[:, j].permute(1, 0, 2).double()
@@ -225,8 +237,11 @@ class Retention:
 
 def retention(before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> Retention:
     """Compare the rounded output with the exact one; `before` and `exact` float32, `rounded` in the output dtype."""
-    delta = exact.double() - before.double()
-    applied = rounded.double() - before.double()
-    return Retention(
-        float((applied * delta).sum()), float(delta.square().sum()), float((applied - delta).square().sum())
-    )
+    return retentions(before, exact, rounded, 1)[0]
+
+
+def retentions(before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, count: int) -> list[Retention]:
+    """The `retention` of each of `count` weights of one shape, stacked."""
+    delta, applied = ((after.double() - before.double()).view(count, -1) for after in (exact, rounded))
+    sums = (applied * delta).sum(1), delta.square().sum(1), (applied - delta).square().sum(1)
+    return [Retention(*each) for each in torch.stack(sums, dim=1).tolist()]

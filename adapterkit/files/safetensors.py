@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -122,6 +122,27 @@ def read_span(fd: int, into: memoryview, offset: int, file: Path) -> None:
         if got == 0:
             raise FormatError(f"{file}: ended at byte {offset + done} while being read. Did something truncate it?")
         done += got
+
+
+def read_tensors(infos: Sequence[TensorInfo]) -> list[torch.Tensor]:
+    """Read whole tensors; neighbours of one dtype in a single read."""
+    import torch
+
+    found: dict[int, torch.Tensor] = {}
+    runs: list[list[int]] = []
+    stop: object = None
+    for number in sorted(range(len(infos)), key=lambda number: (str(infos[number].file), infos[number].start)):
+        info = infos[number]
+        if (info.file, info.dtype, info.start) != stop:
+            runs.append([])
+        runs[-1].append(number)
+        stop = (info.file, info.dtype, info.stop)
+    for run in runs:
+        sizes = [prod(infos[number].shape) for number in run]
+        whole = replace(infos[run[0]], shape=(sum(sizes),), stop=infos[run[-1]].stop)
+        for number, part in zip(run, torch.split(whole.read(), sizes), strict=True):
+            found[number] = part.view(infos[number].shape)
+    return [found[number] for number in range(len(infos))]
 
 
 def read_header(file: Path) -> Header:

@@ -69,7 +69,7 @@ def add_rounded(
     """
     bits = sums.view(torch.int32)
     marked = [] if doubts is None else [doubts.marks, doubts.marks.view(torch.int16), base.view(torch.int16)]
-    sizes = [] if doubts is None else [norms(update) for update in updates]
+    sizes = [] if doubts is None else norms(updates)
     with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # avoids recompiling for each shape
         return _loop(  # type: ignore[no-any-return]
             base, out, sums, products, bits, bits.view(torch.int16), midpoint_shift(out.dtype), depth,

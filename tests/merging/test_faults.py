@@ -77,7 +77,7 @@ FORKING = """
 import gc, json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch  # now: parts of its import swallow a KeyboardInterrupt
-import adapterkit.merging.blocks.block, adapterkit.cli.main
+import adapterkit.merging.blocks.bundle, adapterkit.cli.main
 from adapterkit.files import staging, writing
 from adapterkit.merging import companions
 from adapterkit.merging.run import finish, making, run, scheduler
@@ -108,8 +108,8 @@ for line in sys.stdin:
 POINTS = [
     ("scheduler.Scheduler._create", 1),
     ("making.FileMaking._copy", 1),
-    ("making.FileMaking.make_block", 1),
-    ("making.FileMaking.make_block", 4),
+    ("making.FileMaking.make", 1),
+    ("making.FileMaking.make", 2),
     ("making.FileMaking._part_done", 3),
     ("making.FileMaking._part_done", 6),
     ("finish.finish_merge", 1),
@@ -159,7 +159,7 @@ def test_killed(inputs: Path, place: tuple[str, int]) -> None:
 
 def test_a_shard_in_the_making_opens_as_nothing(inputs: Path) -> None:
     """Shards load without a config too, so a header must not be there before its tensors are."""
-    ended_by(("making.FileMaking.make_block", 1), "SIGKILL", inputs)
+    ended_by(("making.FileMaking.make", 1), "SIGKILL", inputs)
     shards = sorted(building(inputs).glob("*.safetensors"))
     assert len(shards) == 2
     for shard in shards:
@@ -192,7 +192,7 @@ def test_interrupted_while_progress_is_drawn(inputs: Path, monkeypatch: pytest.M
 def test_an_interrupted_overwrite_keeps_the_old_output(inputs: Path, which: str) -> None:
     assert merge(inputs).code == 0
     old = contents(inputs / "out")
-    assert ended_by(("making.FileMaking.make_block", 2), which, inputs, "--overwrite", "--scale=2").returncode != 0
+    assert ended_by(("making.FileMaking.make", 2), which, inputs, "--overwrite", "--scale=2").returncode != 0
     assert contents(inputs / "out") == old
     assert merge(inputs, "--overwrite", "--scale=2").code == 0
     assert contents(inputs / "out") != old
@@ -580,7 +580,7 @@ def test_an_input_that_changes_while_it_is_merged(
 ) -> None:
     """Whatever changes and whenever, no receipt is written that fits neither state."""
     owner, name, nth = {
-        "begun": (scheduler.Scheduler, "_create", 1), "block": (making.FileMaking, "make_block", 3),
+        "begun": (scheduler.Scheduler, "_create", 1), "block": (making.FileMaking, "make", 2),
         "end": (Inputs, "check", 2),
     }[point]  # fmt: skip
     for number, file in enumerate(INPUTS):

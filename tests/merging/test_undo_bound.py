@@ -44,7 +44,7 @@ def marked_by(W: torch.Tensor, S: torch.Tensor, updates: list[Update]) -> torch.
     doubts, error = DoubtMask(torch.empty_like(W)), S.to(W.dtype).float() - S
     _mark(
         0, torch.empty_like(S), error, W, doubts.marks, doubts.marks.view(torch.int16), W.view(torch.int16),
-        [(0, len(W))] * len(updates), [norms(update) for update in updates], spread(updates, W.dtype),
+        [(0, len(W))] * len(updates), norms(updates), spread(updates, W.dtype),
     )  # fmt: skip
     return doubts.found(W, S)
 

@@ -174,25 +174,51 @@ def replayed(loaded: Loaded[MergeEdit], first: int, last: int, buffers: Buffers)
 def _merge_plain(
     source: torch.Tensor, first: int, updates: Sequence[Update], out: torch.Tensor, buffers: Buffers, undoable: bool
 ) -> tuple[torch.Tensor, Undo | None]:
-    """Plain updates of 16-bit weights in float32, which rounds twice: what lands on a midpoint is settled after.
-
-    Returns the sum of squares of each chunk, and what undoes it all.
-    """
+    """Plain updates of 16-bit weights: the sum of squares of each chunk, and what undoes it all."""
     rows, columns = out.shape
     here = [update for update in updates if update.start < first + rows and first < update.stop]
-    step = chunk_rows(columns, buffers.place.chunk)
-    depth = gcd(rows, step, GROUP_ROWS)
-    sums, products = buffers.sums(min(rows, step), columns), buffers.products(min(rows, step), columns)
-    doubts = buffers.doubts(source) if undoable and here else None
-    squares, least = add_rounded(source, first, here, out, sums, products, depth, doubts)
-    i, j = on_midpoints(least, depth)
-    settled = round_once(exact_sum(source, first, here, i, j), out.dtype)
-    if doubts is not None:
-        doubts.changed(i, j, out[i, j], settled)
-    out[i, j] = settled
+    step = min(rows, chunk_rows(columns, buffers.place.chunk))
+    squares, doubtful = add_plain(
+        source,
+        first,
+        here,
+        out,
+        buffers,
+        step=step,
+        depth=gcd(rows, step, GROUP_ROWS),
+        undoable=undoable and bool(here),
+    )
     if not undoable:
         return squares, None
-    return squares, undo_marked(here, source, out, doubts.found(source, squares)) if doubts else undo_nothing(source)
+    return squares, undo_nothing(source) if doubtful is None else undo_marked(here, source, out, doubtful)
+
+
+def add_plain(
+    source: torch.Tensor,
+    first: int,
+    updates: Sequence[Update],
+    out: torch.Tensor,
+    buffers: Buffers,
+    *,
+    step: int,
+    depth: int,
+    undoable: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Add plain updates in float32, `step` rows at a time; rounding twice, so sums on a midpoint are settled after.
+
+    Midpoints are searched for in groups of `depth` rows, which divides both `step` and the number of rows. Returns the
+    sum of squares of each chunk, and if `undoable` the flat positions that subtracting may not restore.
+    """
+    sums, products = buffers.sums(step, out.shape[1]), buffers.products(step, out.shape[1])
+    doubts = buffers.doubts(source) if undoable else None
+    squares, least = add_rounded(source, first, updates, out, sums, products, depth, doubts)
+    i, j = on_midpoints(least, depth)
+    if len(i):
+        settled = round_once(exact_sum(source, first, updates, i, j), out.dtype)
+        if doubts is not None:
+            doubts.changed(i, j, out[i, j], settled)
+        out[i, j] = settled
+    return squares, None if doubts is None else doubts.found(source, squares)
 
 
 def _sums(

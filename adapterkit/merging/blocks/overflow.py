@@ -20,6 +20,12 @@ def check_finite(values: torch.Tensor, name: str) -> None:
         raise FitError(f"{name}: the adapter brings NaN or Inf for it: the adapter is broken")
 
 
+def in_range(squares: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether sums of squares show that no result is beyond `dtype`."""
+    limit = torch.finfo(dtype).max
+    return float(squares.max()) < limit * limit  # false for NaN
+
+
 def check_range(
     edit: MergeEdit, squares: torch.Tensor, out: torch.Tensor, base: torch.Tensor | None, first: int
 ) -> None:
@@ -28,8 +34,7 @@ def check_range(
     No square exceeds the sum of them all, `squares` by chunk, which is the cheapest pass there is; it is NaN or Inf
     where one of them is, and may be Inf where none is.
     """
-    limit = torch.finfo(out.dtype).max
-    if float(squares.max()) < limit * limit:  # false for NaN
+    if in_range(squares, out.dtype):
         return
     broken = ~torch.isfinite(out)
     if base is not None:

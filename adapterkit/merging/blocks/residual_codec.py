@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -36,14 +36,29 @@ _SYMBOL_BITS = np.repeat(np.array([*_BITS, 0], np.uint8), [*(2**bits for bits in
 
 def encode(residual: Residual) -> bytes:
     """A residual of up to 2³² elements."""
+    return encode_each(residual, [0])[0]
+
+
+def encode_each(residual: Residual, starts: Sequence[int]) -> list[bytes]:
+    """A code for each part of a residual, whose positions count from the part's start."""
     residual = residual.to(torch.device("cpu"))
     bits = _ENOUGH[np.minimum(residual.reach.numpy(), len(_ENOUGH) - 1)]
     lowest = _bits(ordered(residual.values)).astype(np.uint8)
     symbols = _FIRST[bits] + (lowest & _MASKS[bits])
-    gaps = np.diff(residual.at.numpy(), prepend=-1).astype(np.uint32)
-    values = _bits(residual.values)[bits == 0]
-    planes = [*_planes(gaps), symbols, *_planes(values)]
-    return _COUNTS.pack(RESIDUAL, len(gaps), len(values)) + b"".join(map(_deflate, planes))
+    whole = bits == 0
+    at = residual.at.numpy()
+    ends = [*np.searchsorted(at, starts).tolist(), len(at)]  # of the elements before each part, and of all
+    whole_ends = np.append(0, np.cumsum(whole))[ends].tolist()
+    gaps = np.diff(at, prepend=-1)
+    for start, first, last in zip(starts, ends, ends[1:], strict=False):
+        if first < last:
+            gaps[first] = at[first] - start + 1
+    by_element, by_whole = [*_planes(gaps.astype(np.uint32)), symbols.tobytes()], _planes(_bits(residual.values)[whole])
+    codes = []
+    for first, last, begin, end in zip(ends, ends[1:], whole_ends, whole_ends[1:], strict=False):
+        planes = [*(plane[first:last] for plane in by_element), *(plane[begin:end] for plane in by_whole)]
+        codes.append(_COUNTS.pack(RESIDUAL, last - first, end - begin) + b"".join(map(_deflate, planes)))
+    return codes
 
 
 def encode_difference(before: torch.Tensor, after: torch.Tensor) -> bytes:
@@ -100,7 +115,7 @@ def encode_bytes(wanted: torch.Tensor, found: torch.Tensor) -> bytes:
     at = (wanted != found).nonzero()[:, 0].cpu().numpy()
     if not len(at):
         return b""
-    planes = [*_planes(np.diff(at, prepend=-1).astype(np.uint32)), wanted.cpu().numpy()[at]]
+    planes = [*_planes(np.diff(at, prepend=-1).astype(np.uint32)), wanted.cpu().numpy()[at].tobytes()]
     return _COUNTS.pack(BYTES, len(at), 0) + b"".join(map(_deflate, planes))
 
 
@@ -142,11 +157,11 @@ def _compressor() -> Any:
 # --- planes ----------------------------------------------------------------------------------------------------------
 
 
-def _deflate(plane: np.ndarray) -> bytes:
+def _deflate(plane: bytes) -> bytes:
     packed = b""  # of what is all zero
-    if plane.any():
+    if plane != bytes(len(plane)):
         compressor = _compressor()
-        packed = compressor.compress(plane.tobytes(), compressor.FLUSH_FRAME)
+        packed = compressor.compress(plane, compressor.FLUSH_FRAME)
     return _PLANE.pack(len(packed), len(plane)) + packed
 
 
@@ -204,9 +219,9 @@ def _unzigzag(values: np.ndarray) -> np.ndarray:
     return signed
 
 
-def _planes(values: np.ndarray) -> list[np.ndarray]:
+def _planes(values: np.ndarray) -> list[bytes]:
     """The lowest byte of every value, then the next …"""
-    return list(np.ascontiguousarray(values.view(np.uint8).reshape(-1, values.itemsize).T))
+    return [plane.tobytes() for plane in values.view(np.uint8).reshape(-1, values.itemsize).T]
 
 
 def _joined(planes: list[np.ndarray]) -> np.ndarray:

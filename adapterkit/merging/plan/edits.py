@@ -72,7 +72,7 @@ class Edit:
     def matrix(self) -> tuple[int, int]:
         if len(self.shape) < 2:
             return (self.shape[0] if self.shape else 1, 1)
-        depth = self.shape[0] * self.shape[1] if self.by_expert else self.shape[0]
+        depth = self.shape[0] * self.shape[1] if len(self.shape) > 2 and self.by_expert else self.shape[0]
         return (depth, prod(self.shape) // depth if depth else 0)
 
     @property

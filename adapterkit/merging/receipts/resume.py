@@ -47,7 +47,7 @@ def record_done(building: Path, done: FileDone, adapters: AdapterHashes) -> None
     record.parent.mkdir(exist_ok=True)
     system.flush_path(building)
     with open(record, "w", encoding="utf-8") as stream:
-        json.dump({"adapters": adapters, "done": done.to_json()}, stream)
+        stream.write(json.dumps({"adapters": adapters, "done": done.to_json()}))  # `dump` is several times slower
         stream.flush()
         system.flush(stream.fileno())
 

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adapterkit.errors import FormatError
@@ -39,8 +39,8 @@ def entry(number: int, first: int, last: int) -> str:
 
 def not_in_output(base: Header, plan: FilePlan) -> dict[int, TensorInfo]:
     """By number the tensors of the base's file that have no place in the output: the parts of quantized weights."""
-    numbered = enumerate(base.tensors.values())
-    return {number: info for number, info in numbered if info.name not in plan.tensors}
+    there = set(plan.tensors)
+    return {number: info for number, info in enumerate(base.tensors.values()) if info.name not in there}
 
 
 class SidecarWriter:
@@ -66,9 +66,13 @@ class SidecarWriter:
 
     def add(self, name: str, data: bytes, dtype: str = "U8", shape: tuple[int, ...] | None = None) -> None:
         """Append one entry."""
+        self.add_all([(name, dtype, (len(data),) if shape is None else shape)], data)
+
+    def add_all(self, entries: Sequence[_Entry], data: bytes) -> None:
+        """Append entries whose bytes, one after the other, are `data`."""
         with self._lock:
             at, self._size = self._size, self._size + len(data)
-            self._entries.append((name, dtype, (len(data),) if shape is None else shape))
+            self._entries += entries
         system.write_at(self._fd, data, at)
 
     def finish(self) -> int:

@@ -1,7 +1,7 @@
 """One output file in the making, from the first byte read to the last one flushed.
 
     read     `hash_next` reads the input in order, for its SHA-256, and has what stays as it is written from there
-    change   `make_block` reads rows again, from the page cache, and computes them as the output stores them
+    change   `make` reads rows again, from the page cache, and computes them as the output stores them
     hash     what is written is fed to the output's SHA-256, which takes it in the output's order
     write    another thread writes, so that a worker computes while its last block is on its way to the disk
     record   what restores a block goes to the sidecar; what became of the file is its `FileDone`
@@ -25,13 +25,13 @@ from adapterkit.files.outfile import LinkedFile, OutputFile
 from adapterkit.files.safetensors import read_span
 from adapterkit.files.staging import RECEIPT_FOLDER
 from adapterkit.merging.options import RunOptions
-from adapterkit.merging.plan.edits import RestoreEdit
+from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.merging.plan.types import FilePlan, MergePlan
 from adapterkit.merging.receipts.done import FileDone, fingerprint
 from adapterkit.merging.receipts.receipt import irreversible, sidecar_name
 from adapterkit.merging.receipts.sidecar import GAINS, NUMBERS, SidecarWriter, kept, not_in_output
 from adapterkit.merging.run.hashing import InputHash, OutputHash, is_copy
-from adapterkit.merging.run.pieces import Block, EditWork, blocks_of
+from adapterkit.merging.run.pieces import Block, Bundle, EditWork, pieces_of
 from adapterkit.merging.run.place import Place
 from adapterkit.merging.run.worker import Worker
 
@@ -88,12 +88,12 @@ class FileMaking:
         self.input = InputHash(self._base.file, self._base.size)  # as planned: if it shrank since, reading it fails
         self._notes: list[str] = []
         self.output = self._create()
-        self.blocks = tuple(blocks_of(file, job.records))
+        self.pieces = tuple(pieces_of(file, job.records))
         self._hash: OutputHash | None = None
         self._sidecar: SidecarWriter | None = None
         self._retention: dict[str, Retention] = {}
         self._unchanged: list[str] = []
-        self._parts = 1 + len({id(block.work) for block in self.blocks})
+        self._parts = 1 + len({id(work) for piece in self.pieces for work in piece.works})
         self._lock = threading.Lock()
         self._opened, self._opening = False, threading.Lock()
         self._failure: BaseException | None = None  # of opening
@@ -183,10 +183,8 @@ class FileMaking:
 
     # --- change
 
-    def make_block(self, block: Block, place: Place, worker: Worker) -> None:
-        """Compute a block, and leave the writing to another thread."""
-        edit = block.work.edit
-        at = edit.offset(block.first)
+    def make(self, piece: Block | Bundle, place: Place, worker: Worker) -> None:
+        """Compute a piece, and leave the writing to another thread."""
         self.open()
         self._place = place
         while True:
@@ -194,19 +192,36 @@ class FileMaking:
             try:
                 buffers = worker.move_to(device)
                 page = worker.free_page()
-                data = page.view(edit.offset(block.last) - at, at)
+                data = page.view(piece.stop - piece.start, piece.start)
                 with buffers.at_work():
-                    kept = self._compute(block, buffers, data)
+                    if isinstance(piece, Bundle):
+                        kept = self._bundle(piece, buffers, data)
+                    else:
+                        kept = [self._block(piece, buffers, data)]
             except RuntimeError as error:
                 if page is not None:
                     worker.keep(page)
                 place.retreat(device, error)
             else:
-                worker.send(page, partial(self._write, block.work, kept, data, at))
+                worker.send(page, partial(self._write, piece, kept, data))
                 return
 
-    def _compute(self, block: Block, buffers: Buffers, data: memoryview) -> Retention | None:
-        """The rows as bytes `data`, and what is kept of the update as far as it is measured."""
+    def _bundle(self, bundle: Bundle, buffers: Buffers, data: memoryview) -> list[Retention | None]:
+        """Small tensors as bytes `data`, and what is kept of their updates."""
+        from adapterkit.merging.blocks.bundle import merge_bundle
+
+        edits = [work.edit for work in bundle.works if isinstance(work.edit, MergeEdit)]
+        made = merge_bundle(edits, self.input.fd, buffers, data, undoable=self._sidecar is not None)
+        for work, merged in zip(bundle.works, made, strict=True):
+            work.changed = merged.changed
+        if self._sidecar is not None:
+            codes = [merged.undo.code for merged in made if merged.undo is not None]
+            entries = [(name, "U8", (len(code),)) for name, code in zip(bundle.names, codes, strict=True)]
+            self._sidecar.add_all(entries, b"".join(codes))
+        return [merged.kept for merged in made]
+
+    def _block(self, block: Block, buffers: Buffers, data: memoryview) -> Retention | None:
+        """Rows of a tensor as bytes `data`, and what is kept of the update as far as it is measured."""
         from adapterkit.merging.blocks.block import merge_rows, pack_rows, restore_rows
         from adapterkit.merging.blocks.loading import load
 
@@ -249,17 +264,18 @@ class FileMaking:
 
     # --- write and hash
 
-    def _write(self, work: EditWork, kept: Retention | None, data: memoryview, at: int) -> Future[None] | None:
-        """Write bytes of an edit; returns what else needs them."""
-        self.output.write(data, at)
-        needed = self._hash.feed(data, at) if self._hash is not None else None
-        with work.lock:
-            if kept is not None:
-                work.retention = kept if work.retention is None else work.retention + kept
-            work.written += 1
-            ended = work.written == work.total
-        if ended:
-            self._end(work)
+    def _write(self, piece: Block | Bundle, kept: list[Retention | None], data: memoryview) -> Future[None] | None:
+        """Write bytes of a piece; returns what else needs them."""
+        self.output.write(data, piece.start)
+        needed = self._hash.feed(data, piece.start) if self._hash is not None else None
+        for work, measured in zip(piece.works, kept, strict=True):
+            with work.lock:
+                if measured is not None:
+                    work.retention = measured if work.retention is None else work.retention + measured
+                work.written += 1
+                ended = work.written == work.total
+            if ended:
+                self._end(work)
         return needed
 
     def _end(self, work: EditWork) -> None:
@@ -277,7 +293,7 @@ class FileMaking:
     def _begin_sidecar(self) -> SidecarWriter:
         """The sidecar, with what the base has and the output has not."""
         gone = not_in_output(self._base, self.file)
-        expected = {name: shape for block in self.blocks for name, shape in block.entries()}
+        expected = {name: shape for piece in self.pieces for name, shape in piece.entries()}
         expected |= {kept(index): info.shape for index, info in gone.items()}
         (self.job.folder / RECEIPT_FOLDER).mkdir(exist_ok=True)
         header = bytearray(self._base.nbytes)

@@ -20,14 +20,14 @@ from adapterkit.merging.run.budget import default_threads
 from adapterkit.merging.run.hashing import InputHash
 from adapterkit.merging.run.inputs import Inputs
 from adapterkit.merging.run.making import FileMaking, Job
-from adapterkit.merging.run.pieces import Block
+from adapterkit.merging.run.pieces import Block, Bundle
 from adapterkit.merging.run.place import Place
 from adapterkit.merging.run.worker import Worker
 
 HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
 MOST_OPEN = 24  # files at a time, with four descriptors each: a process may have 1024, on some systems 256
 
-_Piece = Callable[[Worker], None]
+_Task = Callable[[Worker], None]
 
 
 class Scheduler:
@@ -49,7 +49,7 @@ class Scheduler:
         self._threads = job.options.threads or default_threads()
         self._begins: dict[FileMaking, int] = {}  # in the bytes of all inputs, one after the other
         self._hashes: list[tuple[InputHash, FileMaking | None]] = []  # not ended, in the order that they are due
-        self._blocks: deque[tuple[FileMaking, Block]] = deque()
+        self._pieces: deque[tuple[FileMaking, Block | Bundle]] = deque()
         self._open: set[FileMaking] = set()
         self._changed = threading.Condition()  # what there is to do
         self._torch_ready = self._stopped = False
@@ -64,7 +64,7 @@ class Scheduler:
             self.made.append(making)
             self._begins[making] = begin
             self._hashes.append((making.input, making))
-            self._blocks.extend((making, block) for block in making.blocks)
+            self._pieces.extend((making, piece) for piece in making.pieces)
             begin += making.input.left
         self._inputs.link([making.input.file for making in self.made if making.linked])
 
@@ -97,7 +97,7 @@ class Scheduler:
     def _with_torch(self, workers: Sequence[Future[None]]) -> Iterator[str]:
         import torch
 
-        import adapterkit.merging.blocks.block  # noqa: F401  (here, so that no worker imports while another waits)
+        import adapterkit.merging.blocks.bundle  # noqa: F401  (here, so that no worker imports while another waits)
         from adapterkit.merging.blocks.device import choose, exact_products
 
         self.place.device = choose(self.job.options.device, self.job.plan, self._threads)
@@ -131,35 +131,34 @@ class Scheduler:
 
     def _work(self, worker: Worker) -> None:
         try:
-            while (piece := self._next_piece()) is not None:
-                piece(worker)
+            while (task := self._next_task()) is not None:
+                task(worker)
         finally:
             worker.leave()
 
-    def _next_piece(self) -> _Piece | None:
+    def _next_task(self) -> _Task | None:
         """Hashing while torch is on its way; then blocks, and hashing just ahead of them; None when all is begun."""
         with self._changed:
             while not self._stopped:
-                making, block = self._blocks[0] if self._torch_ready and self._blocks else (None, None)
-                piece = self._due_hash(making, block)
-                if piece is not None:
-                    return piece
-                if making is not None and block is not None and self._may_open(making):
+                making, piece = self._pieces[0] if self._torch_ready and self._pieces else (None, None)
+                if (due := self._due_hash(making, piece)) is not None:
+                    return due
+                if making is not None and piece is not None and self._may_open(making):
                     self._open.add(making)
-                    self._blocks.popleft()
-                    return partial(making.make_block, block, self.place)
+                    self._pieces.popleft()
+                    return partial(making.make, piece, self.place)
                 if (
                     self._torch_ready
-                    and not self._blocks
+                    and not self._pieces
                     and all(hash_.busy or not hash_.left for hash_, _ in self._hashes)
                 ):
                     return None
                 self._changed.wait()
         return None
 
-    def _due_hash(self, next_making: FileMaking | None, next_block: Block | None) -> _Piece | None:
+    def _due_hash(self, of: FileMaking | None, following: Block | Bundle | None) -> _Task | None:
         """The first hash to go on with; only as far ahead of the next block as its input stays in the page cache."""
-        limit = self._begins[next_making] + next_block.begin + HASH_AHEAD if next_making and next_block else None
+        limit = self._begins[of] + following.begin + HASH_AHEAD if of and following else None
         while self._hashes and not self._hashes[0][0].left:
             self._hashes.pop(0)
         for hash_, making in self._hashes:
