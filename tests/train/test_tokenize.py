@@ -321,7 +321,7 @@ def test_a_template_that_writes_too_much(tokenizer: Any, monkeypatch: pytest.Mon
     tokenizer.chat_template = "{{ 'a ' * 3000000 }}" + CHATML
     assert refused(chat("a", "b"), tokenizer).startswith("has 6,000,0")
     monkeypatch.setattr(chats, "LINE", 5_000_000)
-    with pytest.raises(FormatError, match="c:1: the chat template writes more than 5,000,000 characters for it"):
+    with pytest.raises(FormatError, match="c:1: the chat template produced more than 5,000,000 characters"):
         encode_all([chat("a", "b")], tokenizer, 64)
 
 
