@@ -1,1 +1,1 @@
-"""What measures adapterkit, beside other tools: each script runs as `python -m benchmarks.NAME`, or by its path."""
+"""Benchmarks of adapterkit against other tools; each script runs as `python -m benchmarks.NAME`, or by its path."""

@@ -1,6 +1,7 @@
-"""Time the terminal app in a terminal of its own: the first paint, a folder of 1 000 adapters, a 7B adapter's layers.
+"""Time the terminal app in a pseudoterminal: the first paint, a folder of 1 000 adapters, a 7B adapter's layers.
 
-Each figure is a process of its own, in a pseudoterminal, watched for what it writes; the app's own cache is empty.
+Each figure is measured in a new process, with an empty cache of the app, by watching its output.
+
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PATIENCE = 60.0
 
 
 class Screen:
-    """A command in a pseudoterminal, and the seconds until it wrote something."""
+    """A command in a pseudoterminal, timed by its output."""
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         self.began = time.perf_counter()
@@ -47,7 +48,7 @@ class Screen:
         self._text = b""
 
     def until(self, pattern: str) -> float:
-        """Seconds from the start, or from the last key, until `pattern` was written."""
+        """Return the seconds from the start, or from the last key, until `pattern` was written."""
         wanted = re.compile(pattern.encode())
         while not wanted.search(ESCAPES.sub(b"", self._text)):
             left = PATIENCE - (time.perf_counter() - self.began)
@@ -57,21 +58,21 @@ class Screen:
         return time.perf_counter() - self.began
 
     def press(self, key: str) -> None:
-        """Type a key; the clock begins anew."""
+        """Type a key and restart the clock."""
         self._text, self.began = b"", time.perf_counter()
         os.write(self._fd, key.encode())
 
     def close(self) -> None:
-        """End it."""
+        """Terminate the command."""
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         os.close(self._fd)
 
 
 def main() -> None:
-    """Measure, print the table and the targets, and record them if asked."""
+    """Run the benchmark, print the table and the targets, and record them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of each figure (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each figure (default %(default)s)")
     parser.add_argument("--record", action="store_true", help="append the outcome to benchmarks/RESULTS.md")
     args = parser.parse_args()
     many, large = thousand(), cached_adapter(32, 64, LLAMA2_7B, "BF16").resolve()
@@ -90,14 +91,14 @@ def main() -> None:
     lines += [f"| {name} | {median(v):.2f} [{min(v):.2f}-{max(v):.2f}] |" for name, v in figures.items()]
     note = (
         f"All listed: {COUNT} adapters of 448 tensors each, from the first paint. Layers: from the key to the picture, "
-        "`import torch` included; kept: the same again in another process."
+        "`import torch` included; cached: the same again in another process."
     )
     title = f"the app, {COUNT} adapters, and one of 7B and rank 64"
     report(title, ["\n".join(lines), note, targets_table(targets)], output=CACHE, record=args.record)
 
 
 def one_round(many: Path, large: Path) -> dict[str, float]:
-    """Each figure once."""
+    """Measure each figure once."""
     figures = {}
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import textual.app"], check=True, env=child_environment())
@@ -109,7 +110,7 @@ def one_round(many: Path, large: Path) -> dict[str, float]:
         figures["first paint"] = app.until("sources")
         figures["all listed"] = app.until(f" {COUNT} ") - figures["first paint"]
         app.close()
-        for name in ("layers", "layers, kept"):
+        for name in ("layers", "layers, cached"):
             app = Screen([*command, str(large)], env)
             app.until("parameters")
             app.press("2")
@@ -119,7 +120,7 @@ def one_round(many: Path, large: Path) -> dict[str, float]:
 
 
 def thousand() -> Path:
-    """A folder of many small adapters with as many tensors as those of a 7B model."""
+    """Write a folder of many small adapters with as many tensors as those of a 7B model."""
     folder = CACHE / f"adapters-{COUNT}"
     if not (folder / "done").exists():
         one = cached_adapter(32, 2, LLAMA2_7B, "BF16")
@@ -134,7 +135,7 @@ def thousand() -> Path:
 
 
 def _narrow(file: Path) -> bytes:
-    """The same names with matrices of 2 × 8 and 8 × 2, so that a thousand of them fit on a disk."""
+    """Return the same tensor names with matrices of 2 × 8 and 8 × 2, so that a thousand adapters fit on the disk."""
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header, at = json.loads(raw[8 : 8 + length]), 0

@@ -41,21 +41,21 @@ def main() -> None:
 
 
 def pairs(layers: int, work: Path) -> tuple[Path, Path]:
-    """A base of 1.1B's shapes, and the same with an adapter merged into it."""
+    """Write a base of 1.1B's shapes, and the same with an adapter merged into it."""
     base, tuned = cached_llama(layers, shards=min(5, layers)), work / f"{layers}.tuned"
     argv = python("adapterkit", "merge", base, cached_adapter(layers, RANK), "-o", tuned)
-    subprocess.run(argv, check=True, capture_output=True)  # by a process of its own: see `measure` on peaks
+    subprocess.run(argv, check=True, capture_output=True)  # in another process: see `measure` on peaks
     return base, tuned
 
 
 def adapterkit_of(name: str, work: Path, *words: object) -> Command:
-    """A command of adapterkit's own; those that write an adapter write it to the same place."""
+    """Return an adapterkit command; those that write an adapter use the same output."""
     argv = python("adapterkit", *words)
     return Command(name, argv, before=partial(forget, work))
 
 
 def forget(work: Path) -> None:
-    """Delete what a command made."""
+    """Delete the output of a command."""
     for path in work.iterdir():
         if path.name == "out" and path.is_dir():
             clean(path)
@@ -65,7 +65,7 @@ def forget(work: Path) -> None:
 
 
 def combining(small: list[Path], large: list[Path], work: Path, rounds: int) -> tuple[list[Result], list[Target]]:
-    """Two adapters of SmolLM2 and of a 7B model; PEFT does the first only, once."""
+    """Combine two adapters of SmolLM2 and of a 7B model; PEFT does the first only, once."""
     out = work / "out"
 
     def both(paths: list[Path]) -> tuple[object, ...]:
@@ -103,7 +103,7 @@ def combining(small: list[Path], large: list[Path], work: Path, rounds: int) -> 
 
 
 def off(adapters: list[Path], result: Path | None) -> float:
-    """The relative error of a combination at this rank against the exact sum; of our own where there is no `result`."""
+    """Return the error of a combination at this rank relative to the exact sum; of ours if there is no `result`."""
     import adapterkit
 
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
@@ -119,7 +119,7 @@ def off(adapters: list[Path], result: Path | None) -> float:
 def extracting(
     whole: tuple[Path, Path], few: tuple[Path, Path], work: Path, rounds: int
 ) -> tuple[list[Result], list[Target]]:
-    """Extract what was merged into a model of 1.1B's shapes; full SVDs of a model of few layers only, once."""
+    """Extract an adapter merged into a model of 1.1B's shapes; full SVDs from few layers only, once."""
     out = work / "out"
     svd = python("benchmarks.peers.full_svd", *few, work / "svd.safetensors", RANK)
     results = alternate(
@@ -140,7 +140,7 @@ def extracting(
 
 
 def errors_of_extraction(few: tuple[Path, Path], work: Path) -> tuple[float, float]:
-    """Our relative error at this rank, and that of the full SVDs, from the same differences."""
+    """Return our relative error at this rank, and that of full SVDs, from the same differences."""
     from safetensors.torch import load_file
 
     import adapterkit

@@ -1,13 +1,13 @@
-"""The table that articles on fine-tuning print, measured: full, LoRA, QLoRA and DoRA on WikiSQL; see --help.
+"""Compare full fine-tuning, LoRA, QLoRA and DoRA on WikiSQL in one table; see --help.
 
 SmolLM2-135M learns to write queries for questions: each text of WikiSQL is a prompt, up to its last `A:`, and a
-completion, which alone the loss is for. Every configuration is trained in a process of its own, by
-`adapterkit.train.runs.train`, and scored by `adapterkit eval`; three seeds each in the table, one where a setting is
-varied.
-The table is of the test records, what settings do of the validation records. What is done is kept as JSON under
-.cache/bench, so that an interrupted run goes on; what is to be measured anew is removed there by hand.
+completion, on which alone the loss is computed. Every configuration is trained in a process of its own, by
+`adapterkit.train.runs.train`, and scored by `adapterkit eval`, with three seeds in the table and one for each varied
+setting. The table is for the test records, the varied settings for the validation records. Results are stored as JSON
+in .cache/bench, so that an interrupted run continues; remove a file there to measure it again.
 
---reduced takes about 40 minutes on two quiet cores, --full is for a GPU, --quick only tries everything out.
+--reduced takes about 40 minutes on two idle cores, --full is for a GPU, --quick only tries the script.
+
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Varied = dict[str, dict[float | str, Facts]]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained and read; the middle of each range is where the others are varied."""
+    """The amounts to train and read; the middle of each range is used while others are varied."""
 
     records: int
     epochs: float
@@ -52,9 +52,9 @@ class Scale:
     full_rates: tuple[float, ...]
 
 
-# A record has 93 tokens, and two quiet cores train about 500 a second: 240 records are 45 s, 55 s with what it takes to
-# begin. Writing 100 queries and reading the records takes 45 s, only reading 12 s. So of --reduced the table takes
-# 3 · (4 · 55 s + 4 · 45 s) = 20 min, and the 17 settings beside it 17 · (55 s + 12 s) = 19 min.
+# A record has 93 tokens, and two idle cores train about 500 a second: 240 records take 45 s, 55 s with startup.
+# Generating 100 queries and reading the records takes 45 s, reading alone 12 s. So with --reduced the table takes
+# 3 · (4 · 55 s + 4 · 45 s) = 20 min, and the 17 varied settings 17 · (55 s + 12 s) = 19 min.
 SCALES = {
     "reduced": Scale(
         240, 1, 100, "fp32", 3, (1, 2, 4, 16, 32, 64), (0.5, 1, 4, 8), (60, 120, 480), (1e-4, 2e-3), (1e-5, 2e-4)
@@ -69,7 +69,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained: a row of the table, or one with something varied."""
+    """A training configuration: a row of the table, or one with a varied setting."""
 
     method: str = "lora"
     rank: int = 8
@@ -81,13 +81,13 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """The stem of its file names."""
         factors = "" if self.method == "full" else f"-r{self.rank}-x{self.ratio:g}-{self.targets.replace(',', '+')}"
         return f"{self.method}{factors}-n{self.records}-lr{self.lr:g}-s{self.seed}"
 
     @property
     def quantize(self) -> str:
-        """How the base is held."""
+        """The storage of the base."""
         return "nf4" if self.method == "qlora" else "none"
 
     def recipe(self, data: Path, scale: Scale) -> Facts:
@@ -101,11 +101,11 @@ class Setting:
 
 
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA (NF4)", "dora": "DoRA"}
-FULL_RATE = 5e-5  # what is trained whole takes smaller steps
+FULL_RATE = 5e-5  # full fine-tuning needs smaller steps
 
 
 def main() -> None:
-    """Measure what is not kept from before, print the tables and record them if asked; or train as a worker."""
+    """Measure what is not stored yet, print the tables and record them if asked; or train as a worker."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = Path("/dev/nvidia0").exists()
     parser.set_defaults(scale="full" if on_gpu else "reduced")
@@ -122,7 +122,7 @@ def main() -> None:
     scale, work = SCALES[args.scale], CACHE / f"finetune-{args.scale}"
     bench = Bench(scale, work)
     rows: dict[str, list[Facts]] = {method: [] for method in NAMES}
-    for seed in range(scale.seeds):  # methods take turns, so that a drift of the machine touches all of them
+    for seed in range(scale.seeds):  # methods alternate, so that drift of the machine affects all of them
         for method in NAMES:
             rows[method].append(bench.measured(replace(default_of(method, scale), seed=seed), "test"))
     before = {quantize: bench.score([], quantize, "test") for quantize in ("none", "nf4")}
@@ -148,13 +148,13 @@ def main() -> None:
 
 
 def default_of(method: str, scale: Scale) -> Setting:
-    """A row of the table, with the first seed."""
+    """Return a row of the table with the first seed."""
     lr = FULL_RATE if method == "full" else Setting().lr
     return Setting(method, records=scale.records, lr=lr)
 
 
 def variations(scale: Scale) -> dict[str, dict[float | str, Setting]]:
-    """LoRA with one thing varied at a time, in order; and the learning rate of full fine-tuning."""
+    """Return LoRA settings with one value varied at a time, in order, and learning rates of full fine-tuning."""
     lora, full = default_of("lora", scale), default_of("full", scale)
 
     def vary(one: Setting, field: str, values: Sequence[float]) -> dict[float | str, Setting]:
@@ -174,38 +174,38 @@ def variations(scale: Scale) -> dict[str, dict[float | str, Setting]]:
 
 
 class Bench:
-    """What was measured at one scale, in a folder."""
+    """The measurements at one scale, stored in a folder."""
 
     def __init__(self, scale: Scale, work: Path) -> None:
         self.scale, self.work = scale, work
         work.mkdir(parents=True, exist_ok=True)
         for name in ("train", "valid", "test"):
             texts = [json.loads(line)["text"] for line in (TEXTS / f"mlx_wikisql_{name}.jsonl").open(encoding="utf-8")]
-            random.Random(0).shuffle(texts)  # neighbours ask about one table
+            random.Random(0).shuffle(texts)  # adjacent texts are about the same table
             write_records(work / f"{name}.jsonl", texts if name == "train" else texts[: scale.tests])
 
     def measured(self, setting: Setting, data: str) -> Facts:
-        """What training took, and under the name of `data` how it scored there."""
-        out, kept = self.work / setting.name, self.work / f"{setting.name}.json"
+        """Return the measurements of training, and the scores on `data`."""
+        out, stored = self.work / setting.name, self.work / f"{setting.name}.json"
         records = self.work / f"train-{setting.records}.jsonl"
         recipe = setting.recipe(records, self.scale)
-        facts: Facts = json.loads(kept.read_text()) if kept.is_file() else {}
+        facts: Facts = json.loads(stored.read_text()) if stored.is_file() else {}
         if facts.get("recipe") != recipe or (data not in facts and not out.is_dir()):
             lines = (self.work / "train.jsonl").read_text().splitlines(keepends=True)
             records.write_text("".join(lines[: setting.records]))
             worker = python("benchmarks.finetune_table", "--worker", json.dumps(recipe), out)
             facts = {"recipe": recipe, **run(worker, setting.name)}
-            save(kept, facts)
+            save(stored, facts)
         if data not in facts:
             facts[data] = self.score([setting.name], setting.quantize, data)
-            save(kept, facts)
+            save(stored, facts)
         return facts
 
     def score(self, names: list[str], quantize: str, data: str) -> Facts:
-        """What `adapterkit eval` says of the base, or of what was trained; of the test records also what it writes."""
-        kept = self.work / f"base-{quantize}-{data}.json"
-        if not names and kept.is_file():
-            found: Facts = json.loads(kept.read_text())
+        """Return the scores of the base or a trained model by `adapterkit eval`; generates text for test records."""
+        stored = self.work / f"base-{quantize}-{data}.json"
+        if not names and stored.is_file():
+            found: Facts = json.loads(stored.read_text())
             return found
         models = [self.work / name for name in names]
         if not names or not names[0].startswith("full-"):
@@ -215,12 +215,12 @@ class Bench:
         argv += ["--max-length", str(ROOM), "--generate" if data == "test" else "--no-generate"]
         found = run(argv, f"{' '.join(names) or 'base'} on {data}")
         if not names:
-            save(kept, found)
+            save(stored, found)
         return found
 
 
 def write_records(file: Path, texts: Sequence[str]) -> None:
-    """Texts as prompts with completions."""
+    """Write texts as prompts with completions."""
     rows = []
     for text in texts:
         prompt, answer, completion = text.rpartition(ANSWER)
@@ -229,7 +229,7 @@ def write_records(file: Path, texts: Sequence[str]) -> None:
 
 
 def run(argv: Sequence[str], name: str) -> Facts:
-    """Run a process that prints JSON; one that fails ends the benchmark."""
+    """Run a process that prints JSON; if it fails, so does the benchmark."""
     start = time.perf_counter()
     done = subprocess.run(argv, cwd=ROOT, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -240,14 +240,14 @@ def run(argv: Sequence[str], name: str) -> Facts:
 
 
 def save(file: Path, facts: Facts) -> None:
-    """All of it or nothing."""
+    """Write a JSON file atomically."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(facts, indent=1))
     partial.replace(file)
 
 
 def train_one(recipe: Facts, out: Path) -> None:
-    """Train by `recipe`, and print what it took as JSON."""
+    """Train by `recipe`, and print the measurements as JSON."""
     from adapterkit.train.recipe import Recipe
     from adapterkit.train.runs import train
     from adapterkit.train.runs.run import Started, Trained
@@ -266,14 +266,14 @@ def train_one(recipe: Facts, out: Path) -> None:
 
 
 def spread(values: Iterable[float], form: str) -> str:
-    """The median and, of several values, the least and the greatest."""
+    """Format the median and, of several values, the minimum and the maximum."""
     found = sorted(values)
     middle = format(median(found), form)
     return middle if len(found) == 1 else f"{middle} [{found[0]:{form}}-{found[-1]:{form}}]"
 
 
 def table(rows: dict[str, list[Facts]], before: dict[str, Facts], whole: int) -> str:
-    """The table, beside the bases that methods begin from; shares are of the model's `whole` parameters."""
+    """Return the table, with rows for the untrained bases; shares are of the model's `whole` parameters."""
     lines = [
         "| method | trained | of all | peak MB | time / full | perplexity | exact match | F1 |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -292,7 +292,7 @@ def table(rows: dict[str, list[Facts]], before: dict[str, Facts], whole: int) ->
 
 
 def scores(found: Sequence[Facts]) -> list[str]:
-    """Perplexity, exact match and F1."""
+    """Return perplexity, exact match and F1."""
     return [
         spread((one["perplexity"]["by_token"] for one in found), ".3f"),
         spread((one["completed"]["exact"] for one in found), ".1%"),
@@ -301,7 +301,7 @@ def scores(found: Sequence[Facts]) -> list[str]:
 
 
 def varied_table(varied: Varied) -> str:
-    """What was varied, and what became of it."""
+    """Return the table of varied settings and their scores."""
     lines = ["| varied | | trained | perplexity, validation | seconds |", "|---|--:|--:|--:|--:|"]
     for what, found in varied.items():
         for value, facts in found.items():
@@ -312,11 +312,11 @@ def varied_table(varied: Varied) -> str:
 
 
 def draw(varied: Varied, file: Path) -> None:
-    """Perplexity over each number that was varied."""
+    """Plot perplexity over each varied number."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = "adapterkit"  # the same picture is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "adapterkit"  # makes the file reproducible
     figure = Figure(figsize=(11, 3), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
     for panel, what in zip(panels, ("rank", "alpha / rank", "records", "learning rate"), strict=True):
@@ -329,7 +329,7 @@ def draw(varied: Varied, file: Path) -> None:
             panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel(what)
         panel.grid(alpha=0.3)
-    panels[1].legend(*panels[-1].get_legend_handles_labels(), frameon=False)  # where there is room
+    panels[1].legend(*panels[-1].get_legend_handles_labels(), frameon=False)
     panels[0].set_ylabel("perplexity, validation")
     figure.savefig(file, metadata={"Date": None})
 

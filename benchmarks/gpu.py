@@ -1,7 +1,8 @@
-"""Merging on a GPU: exactness, resident weights, files, 4 bits, memory; see --help.
+"""Benchmark merging on a GPU: exactness, resident weights, files, 4 bits, memory; see --help.
 
-Needs torch and safetensors; what compares with PEFT or bitsandbytes is left out, and said so, where they are not
-installed. The whole of it takes about ten minutes and 50 GB of disk at the shape of Llama 3 (8B).
+Needs torch and safetensors; comparisons with PEFT and bitsandbytes are skipped, with a note, if they are not installed.
+Takes about ten minutes and 50 GB of disk for the shape of Llama 3 (8B).
+
 """
 
 from __future__ import annotations
@@ -35,18 +36,23 @@ from benchmarks.merge import PEFT_MERGE
 
 SHAPES = {"8b": LLAMA3_8B, "1b": TINYLLAMA, "tiny": Llama(hidden=64, intermediate=160, heads=4, kv_heads=2, vocab=96)}
 RANK = 16
-PARTS = ("files", "exactness", "resident", "four-bits")  # files first: later this process itself is a large one
+PARTS = (
+    "files",
+    "exactness",
+    "resident",
+    "four-bits",
+)  # files first: peaks are inherited from this process, which grows
 Part = tuple[list[str], list[Target]]
 
 
 def main() -> None:
     """Run the parts, print tables and targets, and record them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help="whose sizes (default %(default)s)")
-    parser.add_argument("--layers", type=int, default=32, help="layers of it (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the part with files (default %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run (default: all)")
-    parser.add_argument("--device", default="cuda", help="cpu tries out the benchmark itself (default %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="model shape (default %(default)s)")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the files part (default %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
+    parser.add_argument("--device", default="cuda", help="cpu only tries the script (default %(default)s)")
     parser.add_argument("--record", action="store_true", help="append the outcome to benchmarks/RESULTS.md")
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -77,7 +83,7 @@ def main() -> None:
 
 
 def exactness(device: torch.device, shape: Llama) -> Part:
-    """Count the elements that are not the exact sum in float64, rounded once: by each way to merge."""
+    """Count the elements that differ from the exact float64 sum, rounded once, for each way to merge."""
     lines = ["| merge of one bf16 weight | rank | factors | not correctly rounded | off by more than an ulp |"]
     lines.append("|---|--:|---|--:|--:|")
     worst = 0.0
@@ -103,7 +109,7 @@ def exactness(device: torch.device, shape: Llama) -> Part:
 def random_update(
     device: torch.device, rows: int, columns: int, rank: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, Update]:
-    """A bf16 weight, and an update of the usual size whose factors fit `dtype`."""
+    """Return a bf16 weight, and an update of typical size whose factors fit `dtype`."""
     rng = torch.Generator(device).manual_seed(0)
     weight = torch.randn(rows, columns, generator=rng, device=device).mul_(WEIGHT_STD).bfloat16()
     left = torch.randn(rows, rank, generator=rng, device=device).to(dtype).float()
@@ -116,7 +122,7 @@ def exact_of(weight: torch.Tensor, update: Update) -> torch.Tensor:
 
 
 def ways_to_merge(weight: torch.Tensor, update: Update) -> dict[str, torch.Tensor]:
-    """The weight merged by adapterkit as in a live model, and as PEFT does it."""
+    """Return the weight merged by adapterkit's live merge, and by PEFT."""
     ours = weight.clone()
     with exact_products():
         live.adder(ours, [update])(0, len(ours))
@@ -128,7 +134,7 @@ def ways_to_merge(weight: torch.Tensor, update: Update) -> dict[str, torch.Tenso
 
 
 class Resident(nn.Module):
-    """The linear layers of a model, with random weights."""
+    """The linear layers of a model with random weights on the device."""
 
     def __init__(self, shape: Llama, layers: int, device: torch.device) -> None:
         super().__init__()
@@ -140,7 +146,7 @@ class Resident(nn.Module):
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """An adapter of every layer, in memory."""
+    """Return an adapter of every layer, in memory."""
     rng = torch.Generator().manual_seed(1)
     modules = {}
     for name, layer in model.named_children():
@@ -152,7 +158,7 @@ def adapter_for(model: nn.Module) -> Adapter:
 
 
 def resident(device: torch.device, shape: Llama, layers: int) -> Part:
-    """Merge into weights that are on the GPU: as a share of what copying them takes, and with the receipt."""
+    """Time merging into weights on the GPU, relative to copying them, with and without a receipt."""
     model = Resident(shape, layers, device)
     adapter = adapter_for(model)
     total = sum(parameter.nbytes for parameter in model.parameters())
@@ -192,7 +198,7 @@ def resident(device: torch.device, shape: Llama, layers: int) -> Part:
 
 
 def seconds_a_byte(device: torch.device, size: int) -> float:
-    """What it takes to read or write a byte when a tensor of `size` bytes is copied."""
+    """Return the time per byte read or written when a tensor of `size` bytes is copied."""
     one = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
     other = torch.empty_like(one)
     return timed(lambda: other.copy_(one), device) / (2 * one.nbytes)
@@ -209,7 +215,7 @@ def beside(device: torch.device, total: int) -> int:
 
 
 def timed(work: Callable[[], object], device: torch.device, times: int = 5) -> float:
-    """Median seconds of `times` runs after a warm-up where there are several."""
+    """Return the median seconds of `times` runs, after a warm-up if there are several."""
 
     def once() -> float:
         if device.type == "cuda":
@@ -229,7 +235,7 @@ def timed(work: Callable[[], object], device: torch.device, times: int = 5) -> f
 
 
 def four_bits(device: torch.device, shape: Llama) -> Part:
-    """Dequantize one NF4 weight and add to it: by torch's operations, and by bitsandbytes' kernel if there is one."""
+    """Dequantize an NF4 weight and add an update, by torch operations and by bitsandbytes' kernel if installed."""
     rows, columns = shape.linears()["mlp.gate_proj"]
     _, update = random_update(device, rows, columns, RANK, torch.float32)
     raw = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, device=device)
@@ -271,7 +277,7 @@ def four_bits(device: torch.device, shape: Llama) -> Part:
 
 
 def files(args: argparse.Namespace, shape: Llama, work: Path) -> Part:
-    """Merge from file to file on the GPU, against the CPU, copying, and PEFT on the same GPU."""
+    """Time merging files on the GPU against the CPU, copying, and PEFT on the same GPU."""
     base = cached_llama(args.layers, shards=min(4, args.layers), shape=shape)
     adapter, output = cached_adapter(args.layers, RANK, shape), work / "merged"
     copy = ["cp", "-r", str(base), str(output)]
@@ -302,7 +308,7 @@ def files(args: argparse.Namespace, shape: Llama, work: Path) -> Part:
 
 
 def device_memory(args: argparse.Namespace, base: Path, adapter: Path, work: Path) -> Iterator[str]:
-    """What a merge of files holds on the device at most."""
+    """Measure the peak device memory of merging files."""
     clean(work)
     if args.device != "cpu":
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Time `adapterkit --help` and `adapterkit inspect` of a 7B model's rank-64 adapter; see --help."""
 
-# Not called inspect.py: beside a running script, that name would hide the standard library's module.
+# Not named inspect.py, which would shadow the standard library's module for scripts in this folder.
 
 from __future__ import annotations
 

@@ -15,14 +15,14 @@ from benchmarks.common.paths import CACHE
 from benchmarks.common.report import Target, report, targets_table
 
 PEFT_MERGE = "benchmarks.peers.peft_merge"
-SHARD_MB = 500  # about what the five shards of the base have, so that every tool writes files alike
+SHARD_MB = 500  # about the size of the base's five shards, so that every tool writes similar files
 
 
 def main() -> None:
     """Run the benchmark, print the tables and the targets, and record them if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default %(default)s)")
-    parser.add_argument("--peer-rounds", type=int, default=2, help="of them, with PEFT and mergekit (default 2)")
+    parser.add_argument("--peer-rounds", type=int, default=2, help="rounds that include PEFT and mergekit (default 2)")
     parser.add_argument("--layers", type=int, default=22, help="layers of the base; 22 is TinyLlama (1.1B)")
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter (default %(default)s)")
     parser.add_argument(
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def quantized(args: argparse.Namespace) -> None:
-    """Merge into an NF4 base on the CPU, against PEFT's two ways."""
+    """Time merging into an NF4 base on the CPU, against PEFT's two ways."""
     base, adapter = cached_nf4(args.layers), cached_adapter(args.layers, args.rank)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="out-") as directory:
         work = Path(directory)
@@ -98,7 +98,7 @@ def quantized(args: argparse.Namespace) -> None:
 
 
 def merge_commands(base: Path, adapter: Path, work: Path, peer_rounds: int) -> list[Command]:
-    """Return the commands of the comparison: five that always run, then mergekit where it is installed."""
+    """Return the commands to compare: five that always run, and mergekit if it is installed."""
     output = work / "merged"
     copy = ["cp", "-r", str(base), str(output)]
     peft = python(PEFT_MERGE, base, adapter, output, f"{SHARD_MB}MB")
@@ -116,7 +116,7 @@ def merge_commands(base: Path, adapter: Path, work: Path, peer_rounds: int) -> l
     model = f"{base}+{adapter}"  # mergekit's notation for a base with a LoRA adapter merged into it
     config.write_text(f"merge_method: passthrough\nmodels:\n  - model: {model}\ndtype: bfloat16\n")
     mergekit = python("mergekit.scripts.run_yaml", config, output)
-    # It first merges by PEFT into this cache, which has to start empty to be part of what is timed.
+    # It first merges with PEFT into this cache, which must be empty for that to be timed.
     mergekit += ["--lora-merge-cache", str(work / "cache"), "--lora-merge-dtype", "bfloat16"]
     mergekit += ["--out-shard-size", f"{SHARD_MB}M", "--no-copy-tokenizer"]  # the base has no tokenizer
     synced = and_sync(mergekit, output)
@@ -124,7 +124,7 @@ def merge_commands(base: Path, adapter: Path, work: Path, peer_rounds: int) -> l
 
 
 def adapterkit(name: str, base: Path, adapter: Path, work: Path) -> Command:
-    """Return the merge by adapterkit, which syncs what it writes by itself."""
+    """Return the merge by adapterkit, which flushes its output itself."""
     argv = python("adapterkit", "merge", base, adapter, "-o", work / "merged")
     return Command(name, argv, before=partial(clean, work))
 

@@ -1,4 +1,4 @@
-"""What merging into a 4-bit base costs: what is kept of an update, and perplexity on real text; see --help."""
+"""Measure merging into a 4-bit base: retention of updates, and perplexity on real text; see --help."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="out-") as directory:
         work = Path(directory)
         tables = [retention_table(work), perplexity_table(work, args.texts, args.samples)]
-        report("4-bit bases: what is kept of an update, and perplexity", tables, output=work, record=args.record)
+        report("4-bit bases: retention of updates, and perplexity", tables, output=work, record=args.record)
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- retention -------------------------------------------------------------------------------------------------------
 
 
 def retention_table(work: Path) -> str:
-    """Merge updates of several sizes into one NF4 weight, by every rounding; kept and error, of Δ."""
+    """Merge updates of several sizes into an NF4 weight with every rounding mode; returns retention and error of Δ."""
     rng = torch.Generator().manual_seed(0)
     original = work / "original"
     original.mkdir()
@@ -60,10 +60,10 @@ def retention_table(work: Path) -> str:
             adapter = write_adapter(work / "adapter", weight, ratio, rng)
             loss = {"accept_loss": True} if "quantize" in how else {}
             result = adapterkit.merge(base, [adapter], work / "merged", overwrite=True, report=True, **how, **loss)
-            kept = result.retention["m.weight"]
-            cells.append(f"{kept.kept:.1%}, {kept.error:.2f}")
+            retention = result.retention["m.weight"]
+            cells.append(f"{retention.kept:.1%}, {retention.error:.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Kept of Δ (100% is perfect), and the error in units of ‖Δ‖."])
+    return "\n".join([*lines, "", "Retained share of Δ (100% is perfect), and the error in units of ‖Δ‖."])
 
 
 def write_adapter(folder: Path, weight: torch.Tensor, ratio: float, rng: torch.Generator) -> Path:
@@ -82,10 +82,10 @@ def write_adapter(folder: Path, weight: torch.Tensor, ratio: float, rng: torch.G
 
 
 def perplexity_table(work: Path, folder: Path, samples: int) -> str:
-    """Perplexity of every way to use an adapter trained on 16 bits with a base in NF4."""
+    """Return the perplexity of every way to use an adapter trained in 16 bits with a base in NF4."""
     texts = {"WikiSQL, the adapter's own": wikisql(folder, samples), "GSM8K": gsm8k(folder, samples)}
     lines = [f"| SmolLM2-135M + an adapter for WikiSQL | {' | '.join(texts)} |", "|---|" + "--:|" * len(texts)]
-    calibration = work / "calibration.txt"  # of other texts than those that are measured
+    calibration = work / "calibration.txt"  # other texts than the measured ones
     calibration.write_text("\n\n".join(wikisql(folder, 2 * samples)[samples:] + gsm8k(folder, 4 * samples)[samples:]))
     for name, load in ways_to_load(work, calibration):
         model = load()
@@ -99,7 +99,7 @@ def perplexity_table(work: Path, folder: Path, samples: int) -> str:
 
 
 def ways_to_load(work: Path, calibration: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each model's name, and what makes it."""
+    """Return each model's name and a function that loads it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -136,20 +136,20 @@ def ways_to_load(work: Path, calibration: Path) -> Iterator[tuple[str, Callable[
 
 
 def wikisql(folder: Path, samples: int) -> list[str]:
-    """Questions about tables, with the query that answers them."""
+    """Return questions about tables with their queries."""
     lines = (folder / "mlx_wikisql_test.jsonl").read_text().splitlines()
     return [json.loads(line)["text"] for line in lines[:samples]]
 
 
 def gsm8k(folder: Path, samples: int) -> list[str]:
-    """Word problems with their worked answers."""
+    """Return word problems with their worked answers."""
     lines = (folder / "gsm8k_test.jsonl").read_text().splitlines()
     return ["Question: {question}\nAnswer: {answer}".format(**json.loads(line)) for line in lines[:samples]]
 
 
 @torch.no_grad()
 def perplexity(model: Any, texts: list[str]) -> float:
-    """exp of the mean negative log likelihood of every token but each text's first."""
+    """Return exp of the mean negative log likelihood of every token but the first of each text."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(BASE, trust_remote_code=False)

@@ -1,15 +1,16 @@
 """Time training steps of adapterkit, of PEFT in a plain loop, and of TRL's SFTTrainer; see --help.
 
-Each measurement is a process of its own, the tools in turn, round after round. All see the same records in the same
-batches, AdamW (fused), SDPA, a constant rate, no gradient checkpointing:
+Each measurement is a process of its own; the tools alternate, round after round. All use the same records in the same
+batches, AdamW (fused), SDPA, a constant learning rate, and no gradient checkpointing:
 
-- even: records of 256 tokens, cut from text end to end, so that there is nothing to pad;
+- even: records of 256 tokens, cut from concatenated text, so that there is no padding;
 - uneven: records of GSM8K, question and answer as one text; PEFT and TRL pad to the longest of a batch;
-- packed: the same text in rows of 1024 tokens, a row a batch, set against PEFT's unpacked batches.
+- packed: the same text in rows of 1024 tokens, one row per batch, compared with PEFT's unpacked batches.
 
-Tokens are real ones, without padding. A first step warms up and is not timed, but counted in the peak, which is what is
-held beyond what was there when the weights and factors were. All cases take about an hour on two cores. `gpu` runs a
-model with random weights of the shape of Llama 3 (8B); it was tried out on a CPU only.
+Tokens are counted without padding. A first step warms up: it is not timed, but counts for the peak, which is the memory
+above that of the loaded model and factors. All cases take about an hour on two cores. `gpu` runs a model with random
+weights of the shape of Llama 3 (8B).
+
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from adapterkit.train.recipe import Recipe
 
 TEXT = TEXTS / "gsm8k_train.jsonl"
-# dill, in TRL, takes the modules of a folder of another name for the user's own, and copies them.
+# The folder must be named site-packages: dill, in TRL, treats modules elsewhere as the user's own, and copies them.
 TRL = CACHE.parent / "trl" / "site-packages"
 TRL_NEEDS = ROOT / "benchmarks" / "peers" / "trl.txt"
 SHAPES = {"8b": LLAMA3_8B, "1b": TINYLLAMA, "tiny": Llama(hidden=64, intermediate=160, heads=4, kv_heads=2, vocab=96)}
@@ -59,7 +60,7 @@ KINDS = [("lora", "fp32"), ("lora", "bf16"), ("dora", "fp32"), ("dora", "bf16"),
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does: its words on the command line, then its options."""
+    """The work of one worker process: its command line words, then its options."""
 
     tool: str
     method: str
@@ -74,7 +75,7 @@ class Job:
     layers: int = 32
 
     def argv(self) -> list[str]:
-        """The command that does it."""
+        """The command that runs it."""
         words = [getattr(self, name) for name in WORDS]
         options = [f"--{name}={value}" for name, value in asdict(self).items() if name not in WORDS and value != ""]
         return python("benchmarks.train", "worker", *words, *options)
@@ -82,7 +83,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker found."""
+    """The measurements of a worker."""
 
     tokens_per_s: float
     step_s: float
@@ -97,12 +98,16 @@ Outcomes = dict[Job, list[Outcome]]
 
 
 def main() -> None:
-    """Measure, print tables and targets, and record them if asked; or be a worker."""
+    """Measure, print tables and targets, and record them if asked; or run as a worker."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each tool and case (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="try it out: a round, a step, two short records")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="CASE", help="as lora-fp32-even or 'dora-*'")
+    parser.add_argument(
+        "--quick", action="store_true", help="only try the script: one round, one step, two short records"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="CASE", help="cases to run, such as lora-fp32-even or 'dora-*'"
+    )
     parser.add_argument("--record", action="store_true", help="append the outcome to benchmarks/RESULTS.md")
     modes = parser.add_subparsers(dest="mode", metavar="gpu | worker")
     work = modes.add_parser("worker", help="measure one tool and print a line of JSON")
@@ -112,9 +117,11 @@ def main() -> None:
     gpu = modes.add_parser("gpu", help="LoRA and QLoRA of a large model with random weights")
     add_options(gpu, ("device", "layers"), device="cuda")
     gpu.add_argument("--shape", choices=SHAPES, default="8b")
-    gpu.add_argument("--length", type=int, default=ROW, help="tokens of a record (default %(default)s)")
-    gpu.add_argument("--batch", type=int, default=4, help="records of a step (default %(default)s)")
-    gpu.add_argument("--peak-tflops", type=float, default=989.0, help="of the device, dense bf16 (default: an H100's)")
+    gpu.add_argument("--length", type=int, default=ROW, help="tokens per record (default %(default)s)")
+    gpu.add_argument("--batch", type=int, default=4, help="records per step (default %(default)s)")
+    gpu.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="peak of the device, dense bf16 (default: an H100's)"
+    )
     args = parser.parse_args()
     if args.mode == "worker":
         job = Job(**{name: value for name, value in vars(args).items() if name in Job.__dataclass_fields__})
@@ -135,7 +142,7 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str], **default
 
 
 def on_cpu(args: argparse.Namespace) -> None:
-    """Every case that was asked for, with SmolLM2 on this machine's cores."""
+    """Measure every requested case with SmolLM2 on this machine's cores."""
     cases = {
         name: jobs_of(method, dtype, data, args.steps)
         for data in BATCH
@@ -165,7 +172,7 @@ def on_cpu(args: argparse.Namespace) -> None:
 
 
 def jobs_of(method: str, dtype: str, data: str, steps: int) -> list[Job]:
-    """The jobs of one case, the first ours; PEFT's of a packed one is not packed."""
+    """Return the jobs of one case, ours first; PEFT's job for a packed case is not packed."""
     words = (method, dtype, "even" if data == "even" else "uneven")
     packing = "packed" if data == "packed" else "plain"
     sizes: dict[str, Any] = {"steps": steps, "batch": BATCH[data], "length": LENGTH[data]}
@@ -173,7 +180,7 @@ def jobs_of(method: str, dtype: str, data: str, steps: int) -> list[Job]:
 
 
 def in_rounds(jobs: Sequence[Job], rounds: int) -> Outcomes:
-    """Run every job once a round, in turn, so that a drift of the machine touches all of them."""
+    """Run every job once per round, alternating, so that drift of the machine affects all of them."""
     found: Outcomes = {job: [] for job in jobs}  # PEFT's uneven job is one that two cases look at
     if any(job.tool == "trl" for job in found):
         install_trl()
@@ -191,7 +198,7 @@ def in_rounds(jobs: Sequence[Job], rounds: int) -> Outcomes:
 
 
 def install_trl() -> None:
-    """Have TRL, and what it needs that .venv does not have, in a folder beside, so that torch is the same."""
+    """Install TRL and its missing dependencies in a separate folder, so that torch stays the same."""
     if not (TRL / "trl").is_dir():
         pip = python("pip", "install", "--quiet", "--no-deps", "--target", TRL, "-r", TRL_NEEDS)
         subprocess.run(pip, check=True)
@@ -206,7 +213,7 @@ def peak(outcomes: Sequence[Outcome]) -> float:
 
 
 def table_of(cases: dict[str, list[Job]], found: Outcomes, data: str) -> str:
-    """The measurements of some cases as a Markdown table, each beside PEFT's."""
+    """Return the measurements of some cases as a Markdown table, relative to PEFT's."""
     lines = [
         "| case | tool | tokens/s, median [min-max] | step s | MB beyond the weights | tokens/s / PEFT | MB / PEFT |"
         " padding | loss, first and last |",
@@ -232,7 +239,7 @@ def table_of(cases: dict[str, list[Job]], found: Outcomes, data: str) -> str:
 
 
 def judge(name: str, jobs: Sequence[Job], found: Outcomes) -> Iterator[Target]:
-    """What one case says about the targets, which are for LoRA and DoRA."""
+    """Compare one case with the targets, which are for LoRA and DoRA."""
     ours, peer = (found[next(job for job in jobs if job.tool == tool)] for tool in ("adapterkit", "peft"))
     if name.startswith("qlora"):
         return
@@ -244,7 +251,7 @@ def judge(name: str, jobs: Sequence[Job], found: Outcomes) -> Iterator[Target]:
 
 
 def agreement(cases: Iterable[list[Job]], found: Outcomes) -> str:
-    """How far the tools' first losses are apart at most, in each dtype, where their batches are the same."""
+    """Return the largest difference between the tools' first losses, for each dtype, over equal batches."""
     apart: dict[str, float] = {}
     for jobs in cases:
         if all(job.packing == "plain" for job in jobs):
@@ -254,7 +261,7 @@ def agreement(cases: Iterable[list[Job]], found: Outcomes) -> str:
 
 
 def on_gpu(args: argparse.Namespace) -> None:
-    """LoRA and QLoRA on a device, with what is installed there."""
+    """Measure LoRA and QLoRA on a device, with the installed tools."""
     tools = [tool for tool in TOOLS if tool != "trl" or (TRL / "trl").is_dir() or find_spec("trl")]
     tools = [tool for tool in tools if tool != "peft" or find_spec("peft")]
     options = {name: getattr(args, name) for name in ("batch", "length", "device", "shape", "layers", "steps")}
@@ -279,7 +286,7 @@ def on_gpu(args: argparse.Namespace) -> None:
 
 
 def flops_per_token(shape: Llama, layers: int, length: int, trained: int) -> float:
-    """What training factors beside a frozen model computes for a token; see the note that `on_gpu` writes."""
+    """Return the FLOPs per token of training factors on a frozen model; see the note that `on_gpu` writes."""
     linear = layers * sum(out * inner for out, inner in shape.linears().values()) + shape.vocab * shape.hidden
     return 4.0 * linear + 6.0 * trained + 6.0 * layers * length * shape.hidden
 
@@ -288,7 +295,7 @@ def flops_per_token(shape: Llama, layers: int, length: int, trained: int) -> flo
 
 
 class Meter:
-    """Times steps, and finds the peak of the memory from when the model was there."""
+    """Times steps, and measures the peak memory from when the model was loaded."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu, self.before, self.ends = device != "cpu", 0, [0.0]
@@ -297,7 +304,7 @@ class Meter:
         self.trained, self.computed = 0, 0
 
     def begin(self, model: Any) -> None:
-        """The model is there, with factors: have all its pages in memory, give back the rest, forget the peak."""
+        """Load all pages of the model and factors, release other memory, and reset the peak."""
         import torch
 
         for parameter in model.parameters():  # those of a file are mapped, and read when they are used
@@ -315,7 +322,7 @@ class Meter:
         self.ends = [time.perf_counter()]
 
     def step(self, loss: float, tokens: int, places: int) -> None:
-        """A step has ended, of so many tokens, which with padding took so many places."""
+        """Record a step of so many tokens, and so many positions with padding."""
         import torch
 
         if self.on_gpu:
@@ -326,7 +333,7 @@ class Meter:
         self.computed += places
 
     def outcome(self) -> Outcome:
-        """What there is to say in the end, but for the first step, which warmed up."""
+        """Return the measurements without the first step, which warmed up."""
         import torch
 
         peak = torch.cuda.max_memory_allocated() if self.on_gpu else of_process("VmHWM")
@@ -340,13 +347,13 @@ class Meter:
 
 
 def of_process(key: str) -> int:
-    """A size of this process, in bytes."""
+    """Return a memory size of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def work_on(job: Job) -> Outcome:
-    """Do what a worker is for."""
+    """Run a worker's job."""
     if job.tool == "peft" and job.packing == "packed":
         raise SystemExit("PEFT has no packing of its own")
     meter, order = Meter(job.device), order_of(job)
@@ -355,7 +362,7 @@ def work_on(job: Job) -> Outcome:
 
 
 def recipe_of(job: Job) -> Recipe:
-    """The run that `adapterkit train` would do."""
+    """Return the recipe of the run."""
     from adapterkit.train.recipe import Recipe
 
     packed = job.packing == "packed"
@@ -367,14 +374,14 @@ def recipe_of(job: Job) -> Recipe:
 
 
 def order_of(job: Job) -> Order:
-    """The batches: one to warm up, then those that are timed; packed, the rows that their text makes."""
+    """Return the batches: one to warm up, then the timed ones; if packed, the rows of their text."""
     from adapterkit.train.data.order import Order
 
     return Order.of(list(examples_of(job, job.batch * (job.steps + 1))), recipe_of(job))
 
 
 def examples_of(job: Job, count: int) -> Iterator[Example]:
-    """The first `count` records as tokens, or so many pieces of all of them laid end to end."""
+    """Return the first `count` records as tokens, or as many pieces of all of them concatenated."""
     import numpy as np
 
     from adapterkit.base.checkpoint import open_checkpoint
@@ -408,7 +415,7 @@ def examples_of(job: Job, count: int) -> Iterator[Example]:
 
 
 def by_adapterkit(job: Job, order: Order, meter: Meter) -> None:
-    """The steps of `adapterkit train`."""
+    """Run the steps of `adapterkit train`."""
     from adapterkit.base.checkpoint import open_checkpoint
     from adapterkit.train.causal_lm import CausalModel
     from adapterkit.train.loop import Loop
@@ -431,7 +438,7 @@ def by_adapterkit(job: Job, order: Order, meter: Meter) -> None:
 
 
 def by_peft(job: Job, order: Order, meter: Meter) -> None:
-    """The loop that one writes with PEFT."""
+    """Run the usual training loop with PEFT."""
     from benchmarks.peers.peft_train import lora, train
 
     batches = [[row[0].ids.tolist() for row in order.step(number)] for number in range(order.steps)]
@@ -439,7 +446,7 @@ def by_peft(job: Job, order: Order, meter: Meter) -> None:
 
 
 def by_trl(job: Job, order: Order, meter: Meter) -> None:
-    """SFTTrainer, from the folder beside; it packs by itself."""
+    """Run SFTTrainer, from its separate folder; it does its own packing."""
     sys.path.append(str(TRL))
     from benchmarks.peers.peft_train import lora
     from benchmarks.peers.trl_sft import train
@@ -451,7 +458,7 @@ def by_trl(job: Job, order: Order, meter: Meter) -> None:
 
 
 def peer_model(job: Job) -> Any:
-    """The model as the peers load it."""
+    """Load the model as the peers do."""
     from adapterkit.train.runs.model_setup import TORCH_DTYPES
     from benchmarks.peers.peft_train import load
 
@@ -459,7 +466,7 @@ def peer_model(job: Job) -> Any:
 
 
 def random_model(job: Job) -> Any:
-    """A Llama model whose random weights are made on the device, its linear layers in NF4 for QLoRA."""
+    """Make a Llama model with random weights on the device, with linear layers in NF4 for QLoRA."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -485,7 +492,7 @@ def random_model(job: Job) -> Any:
 
 
 def in_nf4(layer: torch.nn.Linear) -> Any:
-    """The layer as bitsandbytes quantizes it."""
+    """Quantize a layer with bitsandbytes."""
     import bitsandbytes as bnb
 
     made = bnb.nn.Linear4bit(

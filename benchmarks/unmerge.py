@@ -1,4 +1,4 @@
-"""What a receipt costs in time and bytes, and how long it takes to undo a merge by it; see --help."""
+"""Measure the time and space cost of a receipt, and the time to undo a merge; see --help."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.common.report import Target, report, targets_table
 if TYPE_CHECKING:
     import torch
 
-# ‖Δ‖/‖W‖, and the most that a receipt is to take of the bytes.
+# ‖Δ‖/‖W‖ -> the target for a receipt's share of the bytes.
 RATIOS = {1e-4: None, 1e-3: 0.0025, 1e-2: 0.015, 1e-1: 0.07}
 RANK = 16
 
@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="out-") as directory:
         work = Path(directory)
-        with ProcessPoolExecutor(1, get_context("spawn")) as other:  # whose memory must not be this one's
+        with ProcessPoolExecutor(1, get_context("spawn")) as other:  # so that its memory does not count for this one's
             sizes, promised = other.submit(sizes_table, work).result()
         base, adapter = cached_llama(args.layers), cached_adapter(args.layers, RANK)
         results = alternate(commands(base, adapter, work), args.rounds, child_environment())
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def commands(base: Path, adapter: Path, work: Path) -> list[Command]:
-    """A merge without a receipt, one with it, and its undoing, each from warm inputs into a place that is empty."""
+    """Return a merge without a receipt, one with it, and its undoing, with warm inputs and no output."""
     merge = python("adapterkit", "merge", base, adapter, "-o")
     undo = python("adapterkit", "unmerge", work / "merged", "--adapter", adapter, "-o", work / "again")
     return [
@@ -67,7 +67,7 @@ def commands(base: Path, adapter: Path, work: Path) -> list[Command]:
 
 
 def ready(source: Path, out: Path) -> None:
-    """Have the weights of `source` in the page cache, which merging writes past, and no `out`."""
+    """Load the weights of `source` into the page cache, which merging bypasses, and remove `out`."""
     shutil.rmtree(out, ignore_errors=True)
     for file in source.glob("*.safetensors"):
         with open(file, "rb") as stream:
@@ -76,7 +76,7 @@ def ready(source: Path, out: Path) -> None:
 
 
 def sizes_table(work: Path) -> tuple[str, list[Target]]:
-    """Receipts of random updates of SmolLM2's projections, all of them relative to their weights of one size."""
+    """Measure receipts of random updates of SmolLM2's projections, all with the same size relative to the weights."""
     import adapterkit
 
     lines = [
@@ -99,7 +99,7 @@ def sizes_table(work: Path) -> tuple[str, list[Target]]:
 
 
 def write_adapter(folder: Path, ratio: float) -> Path:
-    """A LoRA adapter of random factors on every projection, whose Δ has `ratio` times the norm of the weight."""
+    """Write a LoRA adapter of random factors on every projection, whose Δ has `ratio` times the norm of the weight."""
     import torch
     from safetensors.torch import save_file
 

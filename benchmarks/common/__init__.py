@@ -1,1 +1,1 @@
-"""What the scripts share: timed processes, inputs with the shapes of real models, and the record of results."""
+"""Code shared by the benchmarks: timed processes, inputs with the shapes of real models, and reports."""

@@ -16,12 +16,12 @@ from statistics import median
 
 from benchmarks.common.paths import ROOT
 
-KEPT_OUT = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}  # would tune the BLAS in a way users' machines do not
+KEPT_OUT = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}  # would make the BLAS behave unlike on users' machines
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one process, with the children it waited for, took."""
+    """The resources used by one process and the children it waited for."""
 
     wall: float
     cpu: float
@@ -30,7 +30,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Command:
-    """A named command, what to do before each run of it, and how many of the rounds it takes part in."""
+    """A named command, its preparation before each run, and the number of rounds it takes part in."""
 
     name: str
     argv: Sequence[str]
@@ -38,7 +38,7 @@ class Command:
     rounds: int | None = None
 
     def takes_part(self, number: int, rounds: int) -> bool:
-        """Tell whether this command runs in a round, its own rounds being spread evenly over all of them."""
+        """Return whether this command runs in a round; its rounds are spread evenly."""
         own = rounds if self.rounds is None else min(self.rounds, rounds)
         return number in {turn * rounds // own for turn in range(own)}
 
@@ -77,12 +77,12 @@ def child_environment() -> dict[str, str]:
 
 
 def python(module: str, *words: object) -> list[str]:
-    """Return the command that runs a module, as `measure` finds it from the repository root."""
+    """Return the command that runs a module from the repository root."""
     return [sys.executable, "-m", module, *map(str, words)]
 
 
 def and_sync(argv: Sequence[str], output: Path) -> list[str]:
-    """Return a command that runs another and then has its output on disk, not just in the page cache."""
+    """Return a command that runs another and then flushes its output to the disk."""
     return ["sh", "-c", 'output=$1; shift; "$@" && sync -f "$output"', "sh", str(output), *argv]
 
 
@@ -94,11 +94,11 @@ def clean(work: Path) -> None:
 
 
 def measure(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run:
-    """Run a command from the repository root and measure it; a failing one ends the benchmark.
+    """Run a command from the repository root and measure it; if it fails, so does the benchmark.
 
-    The peak is that of the largest single process, not a sum. Linux hands the RSS of the process
-    that starts a command down to it, so no peak reads lower than this one's 30 MB or so: keep big
-    imports and big buffers out of here.
+    The peak is that of the largest single process, not a sum. On Linux a process inherits the RSS of the process that
+    starts it, so that no peak is below this one's 30 MB or so: keep big imports and buffers out of this module.
+
     """
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
@@ -114,14 +114,14 @@ def measure(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run
 
 
 def alternate(commands: Sequence[Command], rounds: int, env: Mapping[str, str] | None = None) -> list[Result]:
-    """Run the commands in turn, round after round, so that a drift of the machine touches all of them."""
+    """Run the commands in turn, round after round, so that drift of the machine affects all of them."""
     results = [Result(command.name) for command in commands]
     for number in range(-1, rounds):  # round -1 warms the page cache and is not counted
         for command, result in zip(commands, results, strict=True):
             if number >= 0 and not command.takes_part(number, rounds):
                 continue
             command.before()
-            os.sync()  # what earlier commands left unwritten must not slow this one down
+            os.sync()  # so that unwritten data of earlier commands does not slow this one down
             run = measure(command.argv, env)
             label = "warm-up" if number < 0 else f"round {number + 1}/{rounds}"
             print(f"{label:10} {command.name:36} {run.wall:8.2f} s {run.peak_mb:8.0f} MB", file=sys.stderr)
@@ -131,7 +131,7 @@ def alternate(commands: Sequence[Command], rounds: int, env: Mapping[str, str] |
 
 
 def table(results: Iterable[Result], reference: Result) -> str:
-    """Return the results as a Markdown table, each wall time also as a multiple of the reference's."""
+    """Return the results as a Markdown table, with wall times relative to the reference's."""
     lines = [
         f"| command | runs | wall s, median [min-max] | CPU s | peak MB | wall / {reference.name} |",
         "|---|--:|--:|--:|--:|--:|",

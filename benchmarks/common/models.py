@@ -18,7 +18,7 @@ from benchmarks.common.paths import CACHE
 
 SEED = 0
 WEIGHT_STD = 0.02
-DELTA_RATIO = 0.015  # ‖Δ‖/‖W‖, the size of a change that a short fine-tuning makes
+DELTA_RATIO = 0.015  # ‖Δ‖/‖W‖, typical for a short fine-tuning
 ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
 
 Shape = tuple[int, ...]
@@ -27,7 +27,7 @@ Fill = Callable[[str, Shape], np.ndarray]
 
 @dataclass(frozen=True)
 class Llama:
-    """The sizes that fix the shape of every weight of a Llama model, but for the number of layers."""
+    """The sizes that define the shapes of a Llama model's weights, without the number of layers."""
 
     hidden: int
     intermediate: int
@@ -68,12 +68,12 @@ LLAMA3_8B = Llama(hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=1
 
 
 def cached_llama(layers: int = 22, shards: int = 5, shape: Llama = TINYLLAMA) -> Path:
-    """Return the directory of a Llama-shaped bf16 base model, writing it if it is not there yet."""
+    """Return the directory of a Llama-shaped bf16 base model, writing it if needed."""
     return _cached(f"llama-h{shape.hidden}-l{layers}-s{shards}", write_llama, layers, shards, shape)
 
 
 def cached_nf4(layers: int = 22, shards: int = 5) -> Path:
-    """Return the same base in NF4 with nested scales, which adapterkit quantizes if it is not there yet."""
+    """Return the same base in NF4 with nested scales, quantizing it if needed."""
     base = cached_llama(layers, shards)
     path = base.with_name(f"{base.name}-nf4")
     if not path.is_dir():
@@ -86,7 +86,7 @@ def cached_nf4(layers: int = 22, shards: int = 5) -> Path:
 def cached_adapter(
     layers: int = 22, rank: int = 16, shape: Llama = TINYLLAMA, dtype: str = "F32", number: int = 1
 ) -> Path:
-    """Return the directory of a PEFT LoRA adapter, the `number`-th of its kind, writing it if it is not there yet."""
+    """Return the directory of the `number`-th PEFT LoRA adapter for a shape, writing it if needed."""
     name = f"adapter-h{shape.hidden}-l{layers}-r{rank}-{dtype.lower()}{f'-{number}' if number > 1 else ''}"
     return _cached(name, write_adapter, layers, rank, shape, dtype, number)
 
@@ -154,13 +154,13 @@ def write_adapter(
 
 
 def _cached(name: str, write: Callable[..., None], *args: Any) -> Path:
-    """Return CACHE/name, first written beside it and renamed, so that what is there is always whole."""
+    """Return CACHE/name; writes to a temporary name and renames, so that it is always complete."""
     directory = CACHE / name
     if not directory.exists():
         print(f"writing {name}", file=sys.stderr)
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE, prefix=".partial-") as partial:
-            # In a process of its own, as measured commands start with the memory peak of this one.
+            # In another process, since measured commands inherit the memory peak of this one.
             with ProcessPoolExecutor(max_workers=1) as pool:
                 pool.submit(write, Path(partial, name), *args).result()
             Path(partial, name).rename(directory)
@@ -174,7 +174,7 @@ def _split(shapes: dict[str, Shape], shards: int) -> list[dict[str, Shape]]:
     start = 0
     for name, shape in shapes.items():
         size = prod(shape)
-        parts[(start + size // 2) * shards // total][name] = shape  # where the middle of the weight falls
+        parts[(start + size // 2) * shards // total][name] = shape  # by the middle of the weight
         start += size
     if not all(parts):
         raise ValueError(f"{shards} shards are too many: one would be empty")

@@ -1,4 +1,4 @@
-"""Where the benchmarks find things: the checkout, its cache, the model and the texts that they measure with."""
+"""Paths of the benchmarks: the checkout, its cache, the model and the texts."""
 
 from __future__ import annotations
 

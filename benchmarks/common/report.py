@@ -1,4 +1,4 @@
-"""Judge results against targets and keep them: the machine they come from, the tables, RESULTS.md."""
+"""Compare results with targets, and report them with the machine's description."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "safetensors", "transformers", "peft", "mergekit")
 
 @dataclass(frozen=True)
 class Target:
-    """A promise about speed or memory, what was measured, and whether that keeps it."""
+    """A target for speed or memory, the measured value, and whether it is met."""
 
     promise: str
     measured: str
@@ -82,12 +82,12 @@ def _file_system(path: Path) -> str:
 
 
 def _revision() -> str:
-    """Name the commit that is measured, and tell whether the package differs from it."""
+    """Return the measured commit, and whether the package differs from it."""
     commit = _git("rev-parse", "--short", "HEAD") or "no commit"
     return f"{commit}, with changes" if _git("status", "--porcelain", "adapterkit") else commit
 
 
 def _git(*arguments: str) -> str:
-    """Return what git prints, nothing where it fails."""
+    """Return git's output, empty if it fails."""
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""

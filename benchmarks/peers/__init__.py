@@ -1,1 +1,1 @@
-"""The same jobs done by other tools, as their documentation does them."""
+"""The same jobs with other tools, as in their documentation."""

@@ -1,4 +1,4 @@
-"""Extract an adapter by the full SVD of every difference: `full_svd.py BASE TUNED OUTPUT RANK`, as loose scripts do."""
+"""Extract an adapter by the full SVD of every difference: `full_svd.py BASE TUNED OUTPUT RANK`."""
 
 import sys
 from pathlib import Path

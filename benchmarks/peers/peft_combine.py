@@ -1,4 +1,4 @@
-"""Combine two adapters by `svd` as PEFT's documentation does: `peft_combine.py BASE ONE OTHER OUTPUT RANK`."""
+"""Combine two adapters by `svd` as in PEFT's documentation: `peft_combine.py BASE ONE OTHER OUTPUT RANK`."""
 
 import sys
 

@@ -1,8 +1,9 @@
-"""Merge an adapter as PEFT's documentation does: `peft_merge.py BASE ADAPTER OUTPUT MAX_SHARD_SIZE [HOW]`.
+"""Merge an adapter as in PEFT's documentation: `peft_merge.py BASE ADAPTER OUTPUT MAX_SHARD_SIZE [HOW]`.
 
-HOW names a device for a 16-bit base. For a 4-bit one `requantize` is what PEFT's merge does, `dequantize` makes the
-model 16-bit before; there the tensors are saved by safetensors, since transformers 5.23 cannot save what it loaded in
-4 bits (NotImplementedError).
+HOW is a device for a 16-bit base. For a 4-bit one it is `requantize`, which is PEFT's merge, or `dequantize`, which
+makes the model 16-bit first; tensors are saved with safetensors then, since transformers 5.23 cannot save a model that
+it loaded in 4 bits (NotImplementedError).
+
 """
 
 import sys

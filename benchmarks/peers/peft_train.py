@@ -1,6 +1,7 @@
-"""Train as PEFT's documentation does: how a model is loaded, which factors it gets, and the loop that one writes.
+"""Train as in PEFT's documentation: load a model, add factors, and run a plain loop.
 
-Of QLoRA without `prepare_model_for_kbit_training`, which casts norms and output layer to fp32 and so costs more.
+QLoRA is without `prepare_model_for_kbit_training`, which casts norms and the output layer to fp32 and so costs more.
+
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def load(base: Path, dtype: torch.dtype, device: str, nf4: bool) -> Any:
-    """The model, its linear layers in NF4 with nested scales on request."""
+    """Load the model, with its linear layers in NF4 with nested scales on request."""
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": torch.device(device)}, "attn_implementation": "sdpa"}
     if nf4:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -29,7 +30,7 @@ def load(base: Path, dtype: torch.dtype, device: str, nf4: bool) -> Any:
 
 
 def lora(rank: int, alpha: float, dora: bool) -> LoraConfig:
-    """Factors on all linear layers but the output layer."""
+    """Add factors to all linear layers but the output layer."""
     return LoraConfig(r=rank, lora_alpha=int(alpha), target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
 
 
@@ -37,7 +38,7 @@ def train(
     model: Any, config: LoraConfig, batches: Iterable[Sequence[list[int]]], lr: float,
     begin: Callable[[Any], None], step: Callable[[float, int, int], None],
 ) -> None:  # fmt: skip
-    """Do a step for each of `batches`, padded to its longest; `step` hears the loss, the tokens, and all places."""
+    """Run a step for each of `batches`, padded to its longest; calls `step` with the loss, tokens and positions."""
     device = model.device
     model = get_peft_model(model, config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,8 +1,9 @@
-"""Train as TRL's documentation does, by SFTTrainer with a `peft_config`, on records that are tokens already.
+"""Train as in TRL's documentation, by SFTTrainer with a `peft_config`, on tokenized records.
 
-What its defaults would decide is set to what the others do: no gradient checkpointing, no autocast, a constant rate,
-records in the order they come. Without flash attention it packs too, with a warning: transformers then makes a mask of
-1024 × 1024 that ends where a sequence does, and attends by SDPA.
+Settings follow the other tools: no gradient checkpointing, no autocast, a constant learning rate, records in the given
+order. It also packs without flash attention, with a warning: transformers then makes a block-diagonal mask of
+1024 × 1024 and uses SDPA.
+
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Metered(SFTTrainer):
-    """SFTTrainer that keeps the loss of its last step, as it would log it, its tokens, and its places with padding."""
+    """An SFTTrainer that records the loss of its last step, its tokens, and its positions with padding."""
 
     loss: torch.Tensor
     tokens: int
@@ -38,7 +39,7 @@ class Metered(SFTTrainer):
 
 
 class Ends(TrainerCallback):
-    """Tells `begin` that the first step is about to start, and `step` of each that has ended."""
+    """Calls `begin` before the first step, and `step` after each."""
 
     trainer: Metered
 
@@ -56,7 +57,7 @@ def train(
     model: Any, records: Sequence[list[int]], config: LoraConfig, batch: int, room: int | None, lr: float,
     begin: Callable[[Any], None], step: Callable[[float, int, int], None],
 ) -> None:  # fmt: skip
-    """One pass over `records`, `batch` at a time, or packed into rows with `room` for so many tokens."""
+    """Run one pass over `records`, `batch` at a time, or packed into rows of `room` tokens."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<end>": 0})), eos_token="<end>")
