@@ -68,7 +68,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor] | None = None, 
     return folder
 
 
-def in_cache(folder: Path, cache: Path) -> Path:
+def list_cache(folder: Path, cache: Path) -> Path:
     """A folder as the Hub cache has it: links to blobs, weights by their SHA-256 and other files by git's SHA-1."""
     blobs, snapshot = cache / "blobs", cache / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True), blobs.mkdir()

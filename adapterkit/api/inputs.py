@@ -19,7 +19,7 @@ from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint, is_base, open_checkpoint
 from adapterkit.base.rename_option import parse_rename
 from adapterkit.errors import UsageError
-from adapterkit.hub import hub_id, resolve
+from adapterkit.hub import hub_repo, resolve
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 AnyModel: TypeAlias = AnyPath  # or a Hub id
@@ -35,7 +35,7 @@ def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve, *, hint
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise UsageError(f"base {base!r}: expected a path or a Hub id")
     path = where(base)
-    checkpoint = open_checkpoint(path, hub_id(base))
+    checkpoint = open_checkpoint(path, hub_repo(base))
     if holds_adapter(path, checkpoint.tensors):
         raise UsageError(f"{base}: is an adapter, expected a model", hint=hint)
     return checkpoint
@@ -115,7 +115,7 @@ def _open(
         raise UsageError(f"{what}: is a model, expected an adapter")
     adapter = load(path, alpha=alpha, scaling=scaling)
     generic = path.is_file() and path.name in weights_names()
-    name = hub_id(what) or (path.resolve().parent.name if generic else path.resolve().name)
+    name = hub_repo(what) or (path.resolve().parent.name if generic else path.resolve().name)
     return WeightedAdapter(adapter, weight, name, path)
 
 

@@ -30,7 +30,7 @@ from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizationSettings, Rounding, checked
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
-from adapterkit.hub import hub_id, located, resolve
+from adapterkit.hub import hub_repo, locate_all, resolve
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.planner import make_plan
 from adapterkit.merging.plan.planner import plan_quantize as make_quantize_plan
@@ -75,9 +75,9 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         return _placed(plan, o.overwrite, checkpoint)
 
     specs = [o.base, *(what for what, _ in named), o.original]
-    with _gc_paused(), located([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
+    with _gc_paused(), locate_all([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
         plan = made(places.path_of)
-        if not (places.outlined and o.download):
+        if not (places.headers_only and o.download):
             return plan
     with _gc_paused():
         return made(resolve)
@@ -168,7 +168,7 @@ def _text(o: QuantizingOptions) -> Path | None:
 
 
 def _default_output(checkpoint: Checkpoint, base: AnyPath, what: str) -> Path:
-    if hub_id(base):
+    if hub_repo(base):
         return Path(f"{checkpoint.name.rpartition('/')[2]}-{what}")
     path = checkpoint.path.absolute()
     return path.with_name(f"{path.stem}-{what}.safetensors" if path.is_file() else f"{path.name}-{what}")

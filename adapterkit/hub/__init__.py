@@ -1,9 +1,9 @@
-"""The Hugging Face Hub: names of what lies there, its headers alone, what is there, getting it, and sending it.
+"""The Hugging Face Hub: repository ids, headers by range requests, listings, downloads and uploads.
 
-Facts about the client: huggingface_hub 1.31 to 2.x; it is imported only when something is asked of the Hub.
+Works with huggingface_hub 1.31 to 2.x, which is imported only when the Hub is used.
 """
 
-from adapterkit.hub.locate import located, resolve
-from adapterkit.hub.names import HubId, hub_id, is_hub_id, on_hub, place_of
+from adapterkit.hub.locate import locate_all, resolve
+from adapterkit.hub.names import HubId, as_hub_id, hub_repo, input_path, is_hub_id
 
-__all__ = ["HubId", "hub_id", "is_hub_id", "located", "on_hub", "place_of", "resolve"]
+__all__ = ["HubId", "as_hub_id", "hub_repo", "input_path", "is_hub_id", "locate_all", "resolve"]

@@ -1,4 +1,4 @@
-"""What a download or an upload tells while it runs, and what it came to."""
+"""Events of downloads and uploads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class BytesDone:
-    """`done` of `total` bytes are where they go; `what` says of what."""
+    """`done` of `total` bytes are transferred; `what` describes the transfer."""
 
     done: int
     total: int
@@ -17,7 +17,7 @@ class BytesDone:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What `id` names is in the folder `path`, every byte checked."""
+    """The repository `id` is in the folder `path`, verified."""
 
     id: str
     path: Path
@@ -37,7 +37,7 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """The end of an upload: where it is now; `commit` is None where nothing had changed."""
+    """The end of an upload: the URL of the repository or pull request; `commit` is None if nothing had changed."""
 
     url: str
     commit: str | None

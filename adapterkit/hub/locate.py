@@ -1,4 +1,4 @@
-"""Where a model or an adapter lies: on this disk, in the Hub cache, or on the Hub, whose headers may be enough."""
+"""Resolve a model or an adapter to a folder: local, in the Hub cache, headers only, or downloaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Literal
 from adapterkit.base.quant import shapes_need_values
 from adapterkit.errors import OfflineError
 from adapterkit.files.safetensors import read_header
-from adapterkit.hub.download import OnBytes, cached, download_of, fetch
-from adapterkit.hub.names import on_hub
-from adapterkit.hub.remote import outlined, remote_of
+from adapterkit.hub.download import OnBytes, cached_folder, fetch, plan_download
+from adapterkit.hub.names import as_hub_id
+from adapterkit.hub.remote import fetch_headers, find_remote
 
 log = logging.getLogger(__name__)
 
@@ -24,91 +24,93 @@ Spec = str | os.PathLike[str]
 
 
 @contextmanager
-def _unseen(what: str) -> Iterator[OnBytes]:
+def _no_progress(what: str) -> Iterator[OnBytes]:
     yield lambda done, total: None
 
 
-# Called as a download begins, with what is downloaded; yields what is called with the bytes that are here, and all.
-on_download: ContextVar[Callable[[str], AbstractContextManager[OnBytes]]] = ContextVar("on_download", default=_unseen)
+# Called with a description when a download starts; yields the callback for (bytes done, bytes in total).
+on_download: ContextVar[Callable[[str], AbstractContextManager[OnBytes]]] = ContextVar(
+    "on_download", default=_no_progress
+)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where something lies, and how it came there; of an outline, how many of all its bytes were fetched."""
+class Location:
+    """The folder of a model or an adapter, and how it was found."""
 
     path: Path
-    how: Literal["local", "cached", "outlined", "downloaded"]
-    fetched: int | None = None
-    size: int = 0
+    how: Literal["local", "cached", "headers", "downloaded"]
+    fetched: int | None = None  # bytes of the headers and configs
+    size: int = 0  # bytes of all files on the Hub
 
     @property
     def headers_only(self) -> bool:
-        """Whether the weights are not there."""
-        return self.how == "outlined"
+        """Whether the folder lacks the weights."""
+        return self.how == "headers"
 
 
-def locate(spec: Spec, outlines: ExitStack | None = None) -> Place:
-    """Where `spec` lies: a path as it is; what a Hub id names, in the cache if all of it is there.
+def locate(spec: Spec, headers_until: ExitStack | None = None) -> Location:
+    """The folder of `spec`: itself if it is a path, for a Hub id the Hub cache if it is complete.
 
-    What is only on the Hub is downloaded, or, with `outlines`, outlined for as long as that stack is open. If the Hub
-    is out of reach, what the cache has of that name is taken. Raises FormatError where there is neither, OfflineError,
-    NotAllowedError, NoSpaceError.
+    Otherwise the repository is downloaded, or with `headers_until` only its headers, until that stack closes. If the
+    Hub cannot be reached, the latest cached revision is used. Raises FormatError if there is no such path or
+    repository, OfflineError, NotAllowedError, NoSpaceError.
     """
-    id = on_hub(spec)
+    id = as_hub_id(spec)
     if id is None:
-        return Place(Path(os.path.expanduser(spec)), "local")
+        return Location(Path(os.path.expanduser(spec)), "local")
     try:
-        remote = remote_of(id)
-        download = download_of(remote)
+        remote = find_remote(id)
+        download = plan_download(remote)
         if not download.missing:
-            return Place(fetch(download), "cached")
-        if outlines is not None:
-            outline = outlines.enter_context(outlined(remote))
-            return Place(outline.path, "outlined", outline.fetched, remote.size)
-        with on_download.get()(f"getting {id.repo}") as on_bytes:
-            return Place(fetch(download, on_bytes), "downloaded")
+            return Location(fetch(download), "cached")
+        if headers_until is not None:
+            headers = headers_until.enter_context(fetch_headers(remote))
+            return Location(headers.path, "headers", headers.fetched, remote.size)
+        with on_download.get()(f"downloading {id.repo}") as on_bytes:
+            return Location(fetch(download, on_bytes), "downloaded")
     except OfflineError as error:
-        if (found := cached(id)) is None:
+        if (found := cached_folder(id)) is None:
             raise
-        log.warning("%s; this is what the cache has", error)
-        return Place(found, "cached")
+        log.warning("%s; using the Hub cache", error)
+        return Location(found, "cached")
 
 
 def resolve(spec: Spec) -> Path:
-    """The local path of `spec`, downloaded where that is needed; see `locate`."""
+    """The local path of `spec`, downloaded if needed; see `locate`."""
     return locate(spec).path
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where several things lie; what is not among them is resolved when it is asked for."""
+class Locations:
+    """The folders of several models and adapters; others are resolved on demand."""
 
-    known: dict[str, Place] = field(default_factory=dict)
+    known: dict[str, Location] = field(default_factory=dict)
 
     @property
-    def outlined(self) -> bool:
-        """Whether one of them is there by its headers only."""
-        return any(place.headers_only for place in self.known.values())
+    def headers_only(self) -> bool:
+        """Whether any of them lacks its weights."""
+        return any(location.headers_only for location in self.known.values())
 
     def path_of(self, spec: Spec) -> Path:
-        """Where `spec` lies."""
-        place = self.known.get(str(spec))
-        return place.path if place else resolve(spec)
+        """The folder of `spec`."""
+        location = self.known.get(str(spec))
+        return location.path if location else resolve(spec)
 
 
 @contextmanager
-def located(specs: Sequence[Spec]) -> Iterator[Places]:
-    """Yield where each of `specs` lies, outlined where it is only on the Hub.
+def locate_all(specs: Sequence[Spec]) -> Iterator[Locations]:
+    """Yield the folders of `specs`, with headers only for those that are not on this disk.
 
-    None of them is known where outlines do not say enough: in some quantized bases the shapes stand among the weights.
+    Yields none if headers are not enough: some quantized bases store shapes among the weights.
     """
     with ExitStack() as stack:
-        places: dict[str, Place] = {}
+        locations: dict[str, Location] = {}
         for spec in specs:
-            place = places[str(spec)] = locate(spec, stack)
-            if place.headers_only:
-                names = (name for file in place.path.glob("*.safetensors") for name in read_header(file).tensors)
+            location = locations[str(spec)] = locate(spec, stack)
+            if location.headers_only:
+                names = (name for file in location.path.glob("*.safetensors") for name in read_header(file).tensors)
                 if shapes_need_values(names):
-                    places.clear()
+                    locations.clear()
                     break
-        yield Places(places)
+        yield Locations(locations)

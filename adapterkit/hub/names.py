@@ -1,4 +1,4 @@
-"""What is a name on the Hub, and what is a local path: `org/name[@revision][:folder]`."""
+"""Hub ids, `org/name[@revision][:folder]`, told apart from local paths."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class HubId:
         return self.repo + (f"@{self.revision}" if self.revision else "") + (f":{self.folder}" if self.folder else "")
 
     def at(self, name: str) -> str:
-        """The path in the repository of a file of the folder."""
+        """The path in the repository of the file `name` in the folder."""
         return f"{self.folder}/{name}" if self.folder else name
 
 
-def parsed(text: str) -> HubId | None:
-    """`text` as a name on the Hub, where it can be one."""
+def parse_hub_id(text: str) -> HubId | None:
+    """Parse `text` as a Hub id; None if it cannot be one."""
     match = PATTERN.fullmatch(text)
     if (
         match is None
@@ -42,11 +42,11 @@ def parsed(text: str) -> HubId | None:
     ):
         return None
     folder = (match["folder"] or "").strip("/")
-    return HubId(match["repo"], match["revision"], folder) if not folder or is_inner(folder) else None
+    return HubId(match["repo"], match["revision"], folder) if not folder or is_safe_path(folder) else None
 
 
-def is_inner(name: str) -> bool:
-    """Whether a path from a stranger stays below the folder that it is joined to, and can be shown."""
+def is_safe_path(name: str) -> bool:
+    """Whether an untrusted relative path is printable and stays below the folder that it is joined to."""
     parts = name.split("/")
     return (
         name.isprintable()
@@ -55,57 +55,58 @@ def is_inner(name: str) -> bool:
     )
 
 
-def on_hub(spec: str | os.PathLike[str]) -> HubId | None:
-    """What `spec` names on the Hub; None where it is a local path.
+def as_hub_id(spec: str | os.PathLike[str]) -> HubId | None:
+    """`spec` as a Hub id; None if it is a local path.
 
-    Raises FormatError for what looks like a path, beside files that are there, and is none.
+    Raises FormatError if it looks like a path in an existing folder, or like a weights file, and does not exist.
     """
-    path, found = Path(os.path.expanduser(spec)), parsed(str(spec))  # Path's own raises for users that there are not
-    if os.path.lexists(path) or found is None:  # Path's own raise for names that are too long
+    # Functions of os.path, because pathlib's raise for unknown users and for names that are too long.
+    path, id = Path(os.path.expanduser(spec)), parse_hub_id(str(spec))
+    if os.path.lexists(path) or id is None:
         return None
     if (os.path.isdir(path.parent) and path.parent != Path()) or path.suffix in weights_suffixes():
         raise FormatError(f"{spec}: no such file or directory")
-    return found
+    return id
 
 
 def hub_cache() -> Path:
-    """The Hub cache, where the client has it, or would have it: importing the client takes longer than all else."""
+    """The Hub cache as the client would choose it: importing the client takes too long for completion."""
     if client := sys.modules.get("huggingface_hub.constants"):
         return Path(client.HF_HUB_CACHE)
-    set_, user = os.environ.get, os.path.expanduser
-    home = set_("HF_HOME", os.path.join(set_("XDG_CACHE_HOME", os.path.join(user("~"), ".cache")), "huggingface"))
-    old = set_("HUGGINGFACE_HUB_CACHE", os.path.join(os.path.expandvars(user(home)), "hub"))
-    return Path(os.path.expandvars(user(set_("HF_HUB_CACHE", old))))
+    get, user = os.environ.get, os.path.expanduser
+    home = get("HF_HOME", os.path.join(get("XDG_CACHE_HOME", os.path.join(user("~"), ".cache")), "huggingface"))
+    legacy = get("HUGGINGFACE_HUB_CACHE", os.path.join(os.path.expandvars(user(home)), "hub"))
+    return Path(os.path.expandvars(user(get("HF_HUB_CACHE", legacy))))
 
 
 def cache_folder(id: HubId) -> Path:
-    """The folder of the Hub cache that holds a repository, with all its revisions, or will hold it."""
+    """The folder of the Hub cache for a repository, with all its revisions; it may not exist yet."""
     return hub_cache() / f"models--{id.repo.replace('/', '--')}"
 
 
 def names_in_cache() -> list[str]:
-    """The repositories of models and adapters that the Hub cache holds, whole or in part."""
+    """The model repositories in the Hub cache, including partial ones."""
     folders = sorted(hub_cache().glob("models--*--*"))
     return [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
 
 
-def place_of(spec: str | os.PathLike[str]) -> Path:
-    """The local path that `spec` is read from: the path itself, or the cache folder of the repository it names."""
-    id = on_hub(spec)
+def input_path(spec: str | os.PathLike[str]) -> Path:
+    """The local path that `spec` is read from: itself, or the cache folder of its repository."""
+    id = as_hub_id(spec)
     return Path(os.path.expanduser(spec)) if id is None else cache_folder(id)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` can be that of a repository on the Hub."""
-    return parsed(name) is not None
+    """Whether `name` is a valid Hub id."""
+    return parse_hub_id(name) is not None
 
 
-def hub_id(spec: str | os.PathLike[str]) -> str | None:
-    """The repository that `spec` names on the Hub, or None where it is a local path."""
-    found = parsed(str(spec))
+def hub_repo(spec: str | os.PathLike[str]) -> str | None:
+    """The repository of the Hub id `spec`, or None if it is a local path."""
+    found = parse_hub_id(str(spec))
     return found.repo if found and not os.path.exists(os.path.expanduser(spec)) else None
 
 
 def public_name(name: str | None) -> str | None:
-    """`name` where it is a Hub id; a local path, which would leak directory names, is none."""
+    """`name` if it is a Hub id; None for local paths, which would publish directory names."""
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") else None

@@ -1,4 +1,4 @@
-"""Models and adapters got from the Hub into its cache, and from there, where that is asked for, into a folder."""
+"""Download models and adapters into the Hub cache, and copy them to a folder if wanted."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.writing import copy_file
-from adapterkit.hub.download import Download, download_of, fetching
+from adapterkit.hub.download import Download, fetch_steps, plan_download
 from adapterkit.hub.events import BytesDone, Fetched, Pulled
-from adapterkit.hub.names import cache_folder, parsed
-from adapterkit.hub.remote import remote_of
+from adapterkit.hub.names import cache_folder, parse_hub_id
+from adapterkit.hub.remote import find_remote
 from adapterkit.text import counted, size, visible
 
 
 @dataclass(frozen=True)
 class PullPlan:
-    """What is to be downloaded, and the folder that it is copied to besides."""
+    """The downloads, and the folder to copy a single one to."""
 
     downloads: tuple[Download, ...]
     destination: Destination | None = None
@@ -30,8 +30,8 @@ class PullPlan:
         return ()
 
     def facts(self) -> dict[str, Any]:
-        """The plan for programs."""
-        rows = [(one.remote, one.to_get, len(one.missing)) for one in self.downloads]
+        """The plan as JSON data."""
+        rows = [(download.remote, download.remaining, len(download.missing)) for download in self.downloads]
         return {
             "downloads": [
                 {"id": str(remote.id), "commit": remote.commit, "bytes": bytes_, "files": files}
@@ -40,17 +40,17 @@ class PullPlan:
         }
 
     def lines(self) -> list[str]:
-        """The plan for people."""
-        return [f"{one.remote.id}: {_missing(one)}, {size(one.free)} free" for one in self.downloads]
+        """The plan as text, a line for each repository."""
+        return [f"{plan.remote.id}: {_missing(plan)}, {size(plan.free)} free" for plan in self.downloads]
 
     def __str__(self) -> str:
         return "\n".join(map(visible, self.lines()))
 
     def steps(self) -> Generator[BytesDone | Fetched | Pulled, None, None]:
-        """Download everything: the bytes that are here, each id once it is, the result last."""
+        """Download everything; yields progress, each finished repository, then the result."""
         paths = []
         for download in self.downloads:
-            for event in fetching(download):
+            for event in fetch_steps(download):
                 if isinstance(event, BytesDone):
                     yield event
                 else:
@@ -61,27 +61,27 @@ class PullPlan:
 
 
 def plan_pull(ids: Sequence[str], out: Path | None = None) -> PullPlan:
-    """Plan to download `ids`, each org/name[@revision][:folder], and to copy the only one to the new folder `out`.
+    """Plan to download `ids`, each org/name[@revision][:folder], and to copy a single one to the new folder `out`.
 
-    What the cache has of them is read and compared with the Hub's hashes. Raises UsageError, FormatError for what is
-    no name on the Hub, OutputExistsError, and what `hub.client.ask` does.
+    Cached files are compared with the hashes on the Hub. Raises UsageError, FormatError for an invalid id,
+    OutputExistsError, and the errors of `call_hub`.
     """
     if not ids:
         raise UsageError("no id given")
     if out is not None and len(ids) != 1:
         raise UsageError("`out` is one folder", hint="pull one ID at a time")
-    known = [id for text in ids if (id := parsed(text)) is not None]
-    if len(known) < len(ids):
-        wrong = next(text for text in ids if parsed(text) is None)
-        raise FormatError(f"{wrong}: is no name that the Hub allows, expected org/name, with @revision or :folder")
-    destination = None if out is None else Destination(out, (cache_folder(known[0]),))
+    parsed = [id for text in ids if (id := parse_hub_id(text)) is not None]
+    if len(parsed) < len(ids):
+        wrong = next(text for text in ids if parse_hub_id(text) is None)
+        raise FormatError(f"{wrong}: not a valid Hub id; expected org/name[@revision][:folder]")
+    destination = None if out is None else Destination(out, (cache_folder(parsed[0]),))
     if destination is not None:
         destination.check()
-    return PullPlan(tuple(download_of(remote_of(id), every_byte=True) for id in known), destination)
+    return PullPlan(tuple(plan_download(find_remote(id), every_byte=True) for id in parsed), destination)
 
 
 def _copied(path: Path, download: Download, destination: Destination) -> Path:
-    """The files of a snapshot as a folder of their own."""
+    """Copy the files of a snapshot to a new folder."""
     prefix = download.remote.id.at("")
     with staged(destination) as folder:
         for name in (file.name.removeprefix(prefix) for file in download.remote.files):
@@ -91,5 +91,5 @@ def _copied(path: Path, download: Download, destination: Destination) -> Path:
 
 def _missing(download: Download) -> str:
     if not download.missing:
-        return "all of it is here, every byte checked"
-    return f"{counted(len(download.missing), 'file')}, {size(download.to_get)} to get"
+        return "up to date, every byte verified"
+    return f"{counted(len(download.missing), 'file')}, {size(download.remaining)} to download"

@@ -1,4 +1,4 @@
-"""An adapter deleted from this disk: what that removes, which is shown before, and nothing else."""
+"""Delete an adapter from this disk, exactly the files that the plan shows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from adapterkit.adapter.formats import table as formats
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.files.staging import ADAPTER_RECORD, TRAINING_RECORD
-from adapterkit.hub.listing import Found, folders_below
+from adapterkit.hub.listing import AdapterEntry, adapter_folders
 from adapterkit.hub.names import hub_cache
 from adapterkit.text import counted, size, visible
 
 if TYPE_CHECKING:
     from huggingface_hub import DeleteCacheStrategy
 
-# The files that tools write beside an adapter's weights and config.
-BESIDE = (
+# Files that tools write next to an adapter's weights and config.
+COMPANIONS = (
     ADAPTER_RECORD, TRAINING_RECORD, "adapterkit_recipe.yaml", "metrics.jsonl",
     "README.md",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -30,78 +30,78 @@ BESIDE = (
 MODEL = re.compile(r"config\.json|(model|pytorch_model|consolidated).*\.(safetensors|bin|pth|json)|.*\.gguf")
 
 
-def own_names() -> tuple[str, ...]:
-    """The names of an adapter's files, its weights first, without which it is none."""
-    return *formats.file_names(), *BESIDE
+def owned_names() -> tuple[str, ...]:
+    """The names of the files that belong to an adapter, weights and config first."""
+    return *formats.file_names(), *COMPANIONS
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What deleting an adapter removes: files with their sizes, the folder too where nothing `stays` in it."""
+    """The files to delete with an adapter, and their sizes; the folder too unless it contains others."""
 
     name: str
     path: Path  # of the adapter
     folder: Path
     files: tuple[tuple[Path, int], ...]
-    stays: tuple[str, ...] = ()
-    revision: str | None = None  # of a repository in the Hub cache; `folder` is then that of the repository
-    whole: bool = False  # whether it is the only one there, with which the repository goes
+    remaining: tuple[str, ...] = ()
+    revision: str | None = None  # of a repository in the Hub cache, whose folder is then `folder`
+    whole_repo: bool = False  # the whole repository is deleted: this is its only cached revision
 
     @property
     def bytes(self) -> int:
-        """What becomes free."""
+        """Bytes freed."""
         return sum(size for _, size in self.files)
 
     @property
     def lines(self) -> Iterator[str]:
-        """What is removed, for people."""
-        where, many = visible(str(self.folder)), f"{counted(len(self.files), 'file')}, {size(self.bytes)}"
+        """The plan as text."""
+        where, total = visible(str(self.folder)), f"{counted(len(self.files), 'file')}, {size(self.bytes)}"
         if self.revision is not None:
-            what = "the whole repository" if self.whole else f"revision {self.revision[:10]}"
-            yield f"{where}: {what} in the Hub cache, {many}"
+            scope = "whole repository" if self.whole_repo else f"revision {self.revision[:10]}"
+            yield f"{where}: {scope} in the Hub cache, {total}"
             return
-        yield f"{where}: {many}"
+        yield f"{where}: {total}"
         yield from (f"  {file.name}  {size(count)}" for file, count in self.files)
-        if self.stays:
-            yield f"The folder stays, with {visible(_few(self.stays))}."
+        if self.remaining:
+            yield f"The folder stays: it also contains {visible(_abbreviated(self.remaining))}."
         else:
-            yield "The folder goes too: nothing else is in it."
+            yield "The folder is deleted too: it contains nothing else."
 
 
-def plan_removal(row: Found) -> Removal:
-    """What deleting the adapter `row` removes: its own files in its folder, or its revision in the Hub cache.
+def plan_removal(entry: AdapterEntry) -> Removal:
+    """Plan the deletion of the adapter `entry`: its own files in its folder, or its revision in the Hub cache.
 
-    Raises UsageError where it is none on this disk, or where deleting it would reach something else: a link, a model or
-    a git repository in the same folder, other adapters below it or in the same revision.
+    Raises UsageError if it is not on this disk, or if deleting it would affect something else: a link, a model or a git
+    repository in the same folder, other adapters below it or in the same revision.
     """
-    path = row.path
+    path = entry.path
     if path is None or not any((path / name).is_file() for name in formats.file_names()):
-        raise UsageError(f"{row.name}: is no adapter on this disk; nothing was removed")
-    if (cached := _in_cache(path)) is not None:
-        return _of_revision(row.name, path, *cached)
+        raise UsageError(f"{entry.name}: not an adapter on this disk; nothing deleted")
+    if (cached := _cached_revision(path)) is not None:
+        return _plan_revision(entry.name, path, *cached)
     if path.is_symlink():
-        raise UsageError(f"{path}: is a link to {os.path.realpath(path)}; delete the adapter there")
+        raise UsageError(f"{path}: a link to {os.path.realpath(path)}; delete the adapter there")
     _refuse_others(path)
     names = sorted(os.listdir(path))
     if (path / ".git").exists():
-        raise UsageError(f"{path}: is a git repository; delete it by hand")
-    if model := next((name for name in names if MODEL.fullmatch(name) and name not in own_names()), None):
-        raise UsageError(f"{path}: holds a model as well ({model}); delete the adapter's files by hand")
-    own = [name for name in own_names() if name in names]
+        raise UsageError(f"{path}: a git repository; delete it manually")
+    if model := next((name for name in names if MODEL.fullmatch(name) and name not in owned_names()), None):
+        raise UsageError(f"{path}: contains a model as well ({model}); delete the adapter's files manually")
+    own = [name for name in owned_names() if name in names]
     for name in own:
         if (path / name).is_symlink() or not (path / name).is_file():
-            raise UsageError(f"{path / name}: is a link, or no file; nothing was removed, delete it by hand")
+            raise UsageError(f"{path / name}: a link, or not a regular file; nothing deleted, delete it manually")
     files = tuple((path / name, (path / name).stat().st_size) for name in own)
-    return Removal(row.name, path, path, files, tuple(name for name in names if name not in own))
+    return Removal(entry.name, path, path, files, tuple(name for name in names if name not in own))
 
 
 def remove(plan: Removal) -> Removal:
-    """Remove just what `plan` says; returns what was removed.
+    """Delete exactly the files in `plan`; returns the plan as carried out.
 
-    Raises AdapterkitError where something else is there by now, or where a file cannot be removed.
+    Raises AdapterkitError if the folder has changed since it was planned, or if a file cannot be deleted.
     """
-    if plan_removal(Found(plan.name, plan.path, "here")) != plan:
-        raise AdapterkitError(f"{plan.path}: has changed since it was looked at; nothing was removed, look again")
+    if plan_removal(AdapterEntry(plan.name, plan.path, "here")) != plan:
+        raise AdapterkitError(f"{plan.path}: changed since the deletion was planned; nothing deleted, try again")
     if plan.revision is not None:
         return _remove_revision(plan, plan.folder / "snapshots" / plan.revision)
     for done, (file, _) in enumerate(plan.files):
@@ -109,14 +109,14 @@ def remove(plan: Removal) -> Removal:
             file.unlink()
         except OSError as error:
             raise AdapterkitError(
-                f"{file}: cannot be removed ({error.strerror}); {done} of {len(plan.files)} files were"
+                f"{file}: cannot be deleted ({error.strerror}); {done} of {len(plan.files)} files deleted"
             ) from error
-    if plan.stays:
+    if plan.remaining:
         return plan
     try:
         plan.folder.rmdir()
-    except OSError as error:  # the folder above may not be written, or something has come
-        return replace(plan, stays=(f"the folder ({error.strerror})",))
+    except OSError as error:  # the parent is read-only, or a file was added
+        return replace(plan, remaining=(f"the folder ({error.strerror})",))
     return plan
 
 
@@ -124,18 +124,19 @@ def remove(plan: Removal) -> Removal:
 
 
 def _refuse_others(path: Path) -> None:
-    """Raise UsageError where other adapters lie below `path`."""
-    others = [str(one.relative_to(path)) for one in folders_below(path) if isinstance(one, Path) and one != path]
-    if others:
-        raise UsageError(f"{path}: holds other adapters ({_few(others)}); delete those first")
+    """Raise UsageError if there are other adapters below `path`."""
+    folders = [folder for folder in adapter_folders(path) if isinstance(folder, Path) and folder != path]
+    if folders:
+        others = _abbreviated([str(folder.relative_to(path)) for folder in folders])
+        raise UsageError(f"{path}: contains other adapters ({others}); delete those first")
 
 
-def _few(names: Sequence[str]) -> str:
+def _abbreviated(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _in_cache(path: Path) -> tuple[Path, str] | None:
-    """The folder of the repository and the commit where `path` lies in the Hub cache."""
+def _cached_revision(path: Path) -> tuple[Path, str] | None:
+    """The repository's folder and the commit, if `path` is in the Hub cache."""
     cache, real = Path(os.path.realpath(hub_cache())), Path(os.path.realpath(path))
     if not real.is_relative_to(cache):
         return None
@@ -145,33 +146,33 @@ def _in_cache(path: Path) -> tuple[Path, str] | None:
     return cache / parts[0], parts[2]
 
 
-def _of_revision(name: str, path: Path, repo: Path, commit: str) -> Removal:
-    """What the client removes of a revision: files that no other revision has, too."""
+def _plan_revision(name: str, path: Path, repo: Path, commit: str) -> Removal:
+    """Plan the deletion of a cached revision, with the blobs that no other revision uses."""
     snapshot = repo / "snapshots" / commit
-    adapters = [str(one.relative_to(snapshot)) for one in folders_below(snapshot) if isinstance(one, Path)]
+    adapters = [str(folder.relative_to(snapshot)) for folder in adapter_folders(snapshot) if isinstance(folder, Path)]
     if len(adapters) > 1:
-        raise UsageError(f"{name}: its revision holds {_few(adapters)}, which would go with it; nothing was removed")
+        raise UsageError(f"{name}: its revision contains several adapters ({_abbreviated(adapters)}); nothing deleted")
     strategy = _strategy(repo, commit)
-    whole = (file for file in repo.rglob("*") if file.is_file() and not file.is_symlink())
-    files = tuple((file, file.stat().st_size) for file in sorted(whole if strategy.repos else strategy.blobs))
-    return Removal(name, path, repo, files, revision=commit, whole=bool(strategy.repos))
+    all_files = (file for file in repo.rglob("*") if file.is_file() and not file.is_symlink())
+    files = tuple((file, file.stat().st_size) for file in sorted(all_files if strategy.repos else strategy.blobs))
+    return Removal(name, path, repo, files, revision=commit, whole_repo=bool(strategy.repos))
 
 
 def _strategy(repo: Path, commit: str) -> DeleteCacheStrategy:
-    """How the client deletes the revision of this repository: another one may have a commit of the same name."""
+    """The client's plan to delete a revision of this repository only: another may have the same commit."""
     from huggingface_hub import scan_cache_dir
 
-    found = scan_cache_dir(repo.parent)
-    here = frozenset(one for one in found.repos if Path(os.path.realpath(one.repo_path)) == repo)
-    if not any(revision.commit_hash == commit for one in here for revision in one.revisions):
-        raise AdapterkitError(f"{repo}: the Hub client does not know its revision {commit}; nothing was removed")
-    return replace(found, repos=here).delete_revisions(commit)
+    cache = scan_cache_dir(repo.parent)
+    repos = frozenset(found for found in cache.repos if Path(os.path.realpath(found.repo_path)) == repo)
+    if not any(revision.commit_hash == commit for found in repos for revision in found.revisions):
+        raise AdapterkitError(f"{repo}: the Hub client cannot find revision {commit}; nothing deleted")
+    return replace(cache, repos=repos).delete_revisions(commit)
 
 
 def _remove_revision(plan: Removal, snapshot: Path) -> Removal:
-    """Let the client remove a revision, and see whether it did: it only warns of what it cannot remove."""
+    """Let the client delete a revision, and check that it did: it only warns where it cannot delete."""
     _strategy(plan.folder, snapshot.name).execute()
     left = [file for file in (snapshot, *(file for file, _ in plan.files)) if os.path.lexists(file)]
     if left:
-        raise AdapterkitError(f"{left[0]}: could not be removed; {len(left)} of {len(plan.files) + 1} are still there")
+        raise AdapterkitError(f"{left[0]}: could not be deleted; {len(left)} of {len(plan.files) + 1} files left")
     return plan

@@ -22,7 +22,7 @@ from textual.widgets import Footer, Input
 from textual.worker import Worker, WorkerState
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.hub.listing import Found
+from adapterkit.hub.listing import AdapterEntry
 from adapterkit.hub.removal import Removal, plan_removal, remove
 from adapterkit.text import counted, size, visible, visible_lines
 from adapterkit.tui.actions import ACTIONS, Action, Values, line
@@ -236,7 +236,7 @@ class AdapterkitApp(App[None]):
             self._plan_removal(row)
 
     @work(thread=True, exclusive=True, group="plan", exit_on_error=False)
-    def _plan_removal(self, row: Found) -> None:
+    def _plan_removal(self, row: AdapterEntry) -> None:
         """Plan the removal, and ask for confirmation."""
         try:
             plan = plan_removal(row)
@@ -268,7 +268,7 @@ class AdapterkitApp(App[None]):
         except (AdapterkitError, OSError) as error:
             self.call_from_thread(self.notify, str(error), severity="error")
             return
-        remaining = f"; {', '.join(done.stays[:3])} not removed" if done.stays else ""
+        remaining = f"; {', '.join(done.remaining[:3])} not removed" if done.remaining else ""
         self.call_from_thread(self.notify, f"removed {counted(len(done.files), 'file')}, {size(done.bytes)}{remaining}")
         self.call_from_thread(self.table.drop, [plan.name])
 

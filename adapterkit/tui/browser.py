@@ -14,7 +14,7 @@ from textual.containers import Horizontal
 from textual.worker import WorkerState, get_current_worker
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.hub.listing import HUB_SORTS, PAGE, SORTS, Found, in_cache, in_folders, on_the_hub
+from adapterkit.hub.listing import HUB_SORTS, PAGE, SORTS, AdapterEntry, list_cache, list_folders, list_hub
 from adapterkit.tui.details import Details, changes, details_of, row_of
 from adapterkit.tui.screens.detail import Detail, DetailScreen
 from adapterkit.tui.threads import hand_over
@@ -42,7 +42,7 @@ class Browser(Horizontal):
         self.folders, self.base = folders, base
         self.source = Source("folder", folders[0]) if folders else Source("cache")
         self._seen: dict[tuple[str, str], Details] = {}
-        self._hub: Iterator[Found] = iter(())
+        self._hub: Iterator[AdapterEntry] = iter(())
         self._hub_lock, self._hub_ended = threading.Lock(), True
 
     def compose(self) -> ComposeResult:
@@ -89,16 +89,16 @@ class Browser(Horizontal):
 
     def find(self) -> None:
         """Start reading the source."""
-        on_hub = self.source.kind == "hub"
-        sorts = ("trending", "downloads", "likes", "modified") if on_hub else tuple(SORTS)
+        as_hub_id = self.source.kind == "hub"
+        sorts = ("trending", "downloads", "likes", "modified") if as_hub_id else tuple(SORTS)
         sort = self.table.sort if self.table.sort in sorts else sorts[0]
         self.detail.wait(None)
-        self.table.show(sort, sorts, "querying the Hub …" if on_hub else "reading …", on_hub, self.source.folder)
+        self.table.show(sort, sorts, "querying the Hub …" if as_hub_id else "reading …", as_hub_id, self.source.folder)
         for group in ("find", "look"):
             self.workers.cancel_group(self, group)
-        if on_hub:
+        if as_hub_id:
             assert sort in HUB_SORTS
-            self._hub = on_the_hub(self.base if "/" in self.base else None, self.table.words, sort)
+            self._hub = list_hub(self.base if "/" in self.base else None, self.table.words, sort)
             self._hub_ended = False
             self._more(self.source, self._hub)
         else:
@@ -108,7 +108,7 @@ class Browser(Horizontal):
     def _read(self, source: Source) -> None:
         """Read a folder or the cache, and show rows as they are found."""
         worker, batch, drawn, pause = get_current_worker(), [], time.monotonic(), ROWS_AFTER
-        for row in in_folders([source.folder]) if source.folder else in_cache():
+        for row in list_folders([source.folder]) if source.folder else list_cache():
             if worker.is_cancelled:
                 return
             batch.append(row)
@@ -118,7 +118,7 @@ class Browser(Horizontal):
         hand_over(self.app, self._take, source, batch, "")
 
     @work(thread=True, group="find", exit_on_error=False)
-    def _more(self, source: Source, hub: Iterator[Found]) -> None:
+    def _more(self, source: Source, hub: Iterator[AdapterEntry]) -> None:
         """Read the next page of the Hub's listing."""
         with self._hub_lock:
             try:
@@ -128,11 +128,11 @@ class Browser(Horizontal):
                 return
         hand_over(self.app, self._turned, source, page)
 
-    def _turned(self, source: Source, page: list[Found]) -> None:
+    def _turned(self, source: Source, page: list[AdapterEntry]) -> None:
         self._hub_ended = len(page) < PAGE
         self._take(source, page, "" if page else self.table.status)
 
-    def _take(self, source: Source, rows: list[Found], status: str | None = None) -> None:
+    def _take(self, source: Source, rows: list[AdapterEntry], status: str | None = None) -> None:
         if source != self.source:
             return
         if status is not None:
@@ -170,7 +170,7 @@ class Browser(Horizontal):
         if new or gone:
             hand_over(self.app, self._changed, source, new, gone)
 
-    def _changed(self, source: Source, new: list[Found], gone: list[str]) -> None:
+    def _changed(self, source: Source, new: list[AdapterEntry], gone: list[str]) -> None:
         if source == self.source:
             for name in (*gone, *(row.name for row in new)):
                 self._seen.pop((name, self.base), None)
@@ -186,16 +186,16 @@ class Browser(Horizontal):
             self._look(event.row)
 
     @work(thread=True, exclusive=True, group="look", exit_on_error=False)
-    def _look(self, row: Found) -> None:
+    def _look(self, row: AdapterEntry) -> None:
         """Show the highlighted adapter; a later one cancels this."""
         self._find_out(row, self.detail.show)
 
     @work(thread=True, exclusive=True, group="open", exit_on_error=False)
-    def _open(self, row: Found) -> None:
+    def _open(self, row: AdapterEntry) -> None:
         """Show the chosen adapter on a separate screen, whatever row is highlighted by then."""
         self._find_out(row, self._alone)
 
-    def _find_out(self, row: Found, show: Callable[[Details], None]) -> None:
+    def _find_out(self, row: AdapterEntry, show: Callable[[Details], None]) -> None:
         """Read an adapter's details, or take them from memory; runs in a thread."""
         key = (row.name, self.base)
         details = self._seen.get(key) or details_of(row, self.base)

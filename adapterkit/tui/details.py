@@ -15,7 +15,7 @@ from adapterkit.adapter.formats.table import find_weights, read_config
 from adapterkit.adapter.summary import Summary
 from adapterkit.errors import AdapterkitError
 from adapterkit.files.opening import open_regular
-from adapterkit.hub.listing import Found, describe, folders_below
+from adapterkit.hub.listing import AdapterEntry, adapter_folders, describe
 from adapterkit.hub.locate import locate
 from adapterkit.inspection.summary import ModuleRow
 from adapterkit.text import counted, size, span, visible_lines
@@ -27,7 +27,7 @@ TEXT_BYTES = 200_000  # maximum shown of a card or config
 class Details:
     """An adapter's headers, config and card; `problem` if it cannot be read."""
 
-    row: Found
+    row: AdapterEntry
     summary: Summary | None = None
     fit: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Details:
         return problems
 
 
-def details_of(row: Found, base: str) -> Details:
+def details_of(row: AdapterEntry, base: str) -> Details:
     """Read an adapter from this disk, or its headers from the Hub, and match it with `base` if given."""
     if row.path is not None and not row.path.is_dir():
         return Details(row, problem=row.problem or "no longer there; press r to refresh")
@@ -84,7 +84,7 @@ def details_of(row: Found, base: str) -> Details:
         return Details(row, problem=str(error))
 
 
-def row_of(details: Details) -> Found:
+def row_of(details: Details) -> AdapterEntry:
     """The table row, updated from the details."""
     row, summary = details.row, details.summary
     if summary is None:
@@ -95,7 +95,7 @@ def row_of(details: Details) -> Found:
     )  # fmt: skip
 
 
-def rows_of(row: Found, stop: Callable[[], bool]) -> list[ModuleRow] | str:
+def rows_of(row: AdapterEntry, stop: Callable[[], bool]) -> list[ModuleRow] | str:
     """The measured modules of an adapter on this disk, or the reason why there are none."""
     from adapterkit.inspection.cache import measured
 
@@ -107,7 +107,7 @@ def rows_of(row: Found, stop: Callable[[], bool]) -> list[ModuleRow] | str:
         return str(error)
 
 
-def _read(row: Found, path: Path, base: str, fetched: str) -> Details:
+def _read(row: AdapterEntry, path: Path, base: str, fetched: str) -> Details:
     card = _text(path / "README.md") if row.path is not None else ""
     config = read_config(path)
     if row.state == "partial":
@@ -145,11 +145,11 @@ def config_text(config: dict[str, Any]) -> str:
     return "" if not config else visible_lines(json.dumps(config, indent=2, ensure_ascii=False)[:TEXT_BYTES])
 
 
-def changes(folder: Path, known: dict[str, float | None]) -> tuple[list[Found], list[str]]:
+def changes(folder: Path, known: dict[str, float | None]) -> tuple[list[AdapterEntry], list[str]]:
     """The adapters below `folder` that are new or changed since `known`, and the names of those removed."""
     present: dict[str, float | None] = {}
-    for path in folders_below(folder):
-        if isinstance(path, Found):  # a folder that cannot be read
+    for path in adapter_folders(folder):
+        if isinstance(path, AdapterEntry):  # a folder that cannot be read
             present[path.name] = path.modified
         else:
             weights = find_weights(path)

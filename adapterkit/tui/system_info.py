@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from adapterkit.errors import AdapterkitError, NotAllowedError, OfflineError
-from adapterkit.hub.client.ask import user
+from adapterkit.hub.client.call import user
 
 
 def machine() -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import adapterkit as kit
 from adapterkit.adapter.formats import table
 from adapterkit.errors import AdapterkitError, FitError, OutputExistsError, UsageError
-from adapterkit.hub.listing import in_folders, on_the_hub
+from adapterkit.hub.listing import list_folders, list_hub
 from adapterkit.hub.removal import plan_removal, remove
 from adapterkit.tui.details import changes, details_of
 
@@ -142,12 +142,12 @@ def test_it_is_listed_and_shown_in_the_app_and_deleted(toy: Path, twin: Path, ba
     (tmp_path / "half/twigs.json").write_text('{"size": 7, "on": "lab/base"}')
     write_toy(tmp_path / "pickled", size=4)
     (tmp_path / "pickled/twigs.safetensors").rename(tmp_path / "pickled/twigs.pickle")
-    rows = {Path(row.name).name: row for row in in_folders([tmp_path])}
+    rows = {Path(row.name).name: row for row in list_folders([tmp_path])}
     assert rows.keys() == {"toy", "twin", "half", "pickled"}
     shown = [(row.kind, row.ranks, row.alphas, row.base_model, row.problem) for row in (rows["toy"], rows["twin"])]
     assert shown[0] == shown[1] == ("LoRA", (4,), (6.0,), BASE, None)
     half, pickled = rows["half"], rows["pickled"]
-    assert (half.state, half.kind, half.ranks, half.problem) == ("partial", "Toy", (7,), "its weights are not there")
+    assert (half.state, half.kind, half.ranks, half.problem) == ("partial", "Toy", (7,), "weights are missing")
     assert (pickled.state, pickled.kind, pickled.ranks, pickled.problem) == ("here", "Toy", (4,), None)
     details = details_of(rows["toy"], str(base))
     assert details.facts["kind"] == "toy, LoRA" and details.facts["scaling"] == "1.5" and not details.warnings
@@ -157,7 +157,9 @@ def test_it_is_listed_and_shown_in_the_app_and_deleted(toy: Path, twin: Path, ba
     assert [Path(row["path"]).name for row in done("list", tmp_path)["adapters"]] == [*rows]
     (toy / "notes.txt").write_text("mine")
     plan = plan_removal(rows["toy"])
-    assert [file.name for file, _ in plan.files] == ["twigs.safetensors", "twigs.json"] and plan.stays == ("notes.txt",)
+    assert [file.name for file, _ in plan.files] == ["twigs.safetensors", "twigs.json"] and plan.remaining == (
+        "notes.txt",
+    )
     remove(plan)
     assert list(contents(toy)) == ["notes.txt"]
 
@@ -173,7 +175,7 @@ def test_files_of_two_formats_in_one_folder_do_not_mix(toy: Path, twin: Path, tm
         "adapter_config.json",
     ]
     assert set(adapter.stamps) == set(adapter.files)
-    [row] = in_folders([twin])
+    [row] = list_folders([twin])
     assert (row.kind, row.ranks, row.problem) == ("LoRA", (4,), None) and details_of(row, "").config == CONFIG | {
         "base_model_name_or_path": BASE
     }
@@ -202,8 +204,8 @@ def test_it_is_on_the_hub(hub: Hub, toy: Path, twin: Path, base: Path, tmp_path:
     assert json.loads(sent["twigs.json"].data) == {"percent": 150, "on": BASE}
     card = sent["README.md"].data.decode()
     assert "library_name: toylib\n" in card and '```python\nimport toylib\ntoylib.grow("me/toy")\n```' in card
-    assert [row.name for row in on_the_hub(None, "", "downloads")] == ["me/twin", "me/toy"]
-    assert [row.name for row in on_the_hub(BASE, "toy", "trending")] == ["me/toy"]
+    assert [row.name for row in list_hub(None, "", "downloads")] == ["me/twin", "me/toy"]
+    assert [row.name for row in list_hub(BASE, "toy", "trending")] == ["me/toy"]
     seen = done("inspect", "me/toy")
     assert seen["summary"]["format"] == "toy" and seen["fetched"] == sum(
         len(sent[name].data) for name in table.names_of_format(toyformat) if name in sent

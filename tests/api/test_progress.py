@@ -90,6 +90,6 @@ def test_downloads_draw_too(hub: Hub, folder: Path, out: Path, capsys: pytest.Ca
     adapterkit.merge("lab/base", "lab/one", "out", progress=True)
     lines = capsys.readouterr().err.rstrip("\n").split("\n")
     assert [line.split("\r")[-1].partition("%")[0] for line in lines] == [
-        "getting lab/base: 100", "getting lab/one: 100", "out: 100",
+        "downloading lab/base: 100", "downloading lab/one: 100", "out: 100",
     ]  # fmt: skip
     assert "B/s" in lines[0]

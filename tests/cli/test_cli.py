@@ -99,7 +99,7 @@ def test_every_failure_is_one_line_and_its_exit_code(
 
 @pytest.mark.parametrize("said", ["No space left on device", "Broken pipe"])
 def test_what_the_system_says_of_no_file_is_not_said_of_stdout(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
-    @click.command(cls=Command, docs="index.md", examples=[])
+    @click.command(cls=Command, docs="", examples=())
     def fails() -> None:
         raise OSError({"Broken pipe": errno.EPIPE}.get(said, errno.ENOSPC), said)
 
@@ -135,7 +135,7 @@ def test_a_list_of_what_is_wrong_has_a_line_each(monkeypatch: pytest.MonkeyPatch
         ("./no/thing", "no/thing: no such file or directory"),
         ("no/thing.safetensors", "no/thing.safetensors: no such file or directory"),
         ("../no/thing", "../no/thing: no such file or directory"),
-        ("a--b/-c", "a--b/-c: neither a local path nor a name that the Hub allows"),
+        ("a--b/-c", "a--b/-c: no such path, and not a valid repository name"),
     ],
 )
 def test_a_base_that_is_neither_here_nor_there(base: str, expected: str) -> None:
@@ -244,7 +244,7 @@ def test_a_file_beside_the_weights_is_told(tmp_path: Path) -> None:
     base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
     for args in ((base / "config.json", adapter), (base, adapter / "adapter_config.json")):
         result = adapterkit("merge", *args, "-o", tmp_path / "out")
-        assert result.code == 1 and "give the directory that it lies in" in result.err
+        assert result.code == 1 and "give its directory" in result.err
 
 
 def test_a_weight_beyond_every_number_is_not_the_adapters_fault(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_quiet_before_and_verbose_after_are_seen_together() -> None:
 
 
 def test_an_error_is_said_in_quiet() -> None:
-    assert adapterkit("-q", "list", "nope").message(1) == "nope: there is no such folder"
+    assert adapterkit("-q", "list", "nope").message(1) == "nope: no such folder"
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

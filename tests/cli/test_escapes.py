@@ -267,7 +267,7 @@ def test_what_the_hub_and_its_files_say_is_shown(hub: Hub, workshop: Path, tmp_p
     (one / f".{FOLDER}").write_text("x")
     (one / "README.md").unlink()
     sent = adapterkit("push", one, "me/repo", "--base-id", "lab/base", "--dry-run")
-    assert "left out: hidden" in sent.out
+    assert "skip: hidden" in sent.out
     results = [sent, adapterkit("push", one, "me/repo"), adapterkit("pull", "some/lora")]
     results += [adapterkit("inspect", "some/lora"), adapterkit("list", tmp_path, "--hub", "--details")]
     for status in (200, 400, 403, 404, 500):
@@ -320,12 +320,12 @@ def test_cards_hold_names_as_text(workshop: Path, tmp_path: Path, hub: Hub) -> N
 
 
 def test_the_card_of_a_run_and_of_a_push_hold_names_as_text() -> None:
-    from adapterkit.hub.upload.card import Facts, completed
+    from adapterkit.hub.upload.card import CardFacts, complete_card
     from adapterkit.train.recipe import Recipe
     from adapterkit.train.runs.export import card
 
-    text, _ = completed(
-        None, Facts("me/repo", "adapter", "lab/base", (), None, None, "peft", (), {"targets": HOSTILE}), []
+    text, _ = complete_card(
+        None, CardFacts("me/repo", "adapter", "lab/base", (), None, None, "peft", (), {"targets": HOSTILE}), []
     )
     data = {"name": HOSTILE, "records": 1, "tokens": 2, "truncated": 0, "left_out": 0}
     facts = {"data": data, "trained_parameters": 1, "steps": 1, "loss": 0.5, "eval_loss": None, "seconds": 1.0}

@@ -24,7 +24,7 @@ MakeAdapter = Callable[..., Path]
 BASES = {"tiny-conv": "tiny-conv", "tiny-conv1d": "tiny-gpt2", "tiny-conv-dora": "tiny-conv"}
 
 
-def base_of(name: str) -> Path:
+def base_in_card(name: str) -> Path:
     return FIXTURES / "bases" / BASES.get(name, "tiny-llama")
 
 
@@ -38,7 +38,7 @@ def merged(base: Path, adapter: Path, out: Path, **how: Any) -> dict[str, torch.
 
 @pytest.mark.parametrize("name", ["tiny-rslora", "tiny-patterns", "tiny-conv", "tiny-conv1d"])
 def test_lora_and_converted_dora_merge_to_equal_weights(name: str, tmp_path: Path) -> None:
-    base = base_of(name)
+    base = base_in_card(name)
     adapterkit.convert(FIXTURES / name, tmp_path / "dora", to="dora", base=base)
     as_lora, as_dora = (
         merged(base, adapter, tmp_path / out) for adapter, out in ((FIXTURES / name, "m1"), (tmp_path / "dora", "m2"))
@@ -52,7 +52,7 @@ def test_lora_and_converted_dora_merge_to_equal_weights(name: str, tmp_path: Pat
 
 
 def test_magnitude_is_the_norm_per_output(tmp_path: Path) -> None:
-    base, name = base_of("tiny-patterns"), "model.layers.0.self_attn.q_proj"
+    base, name = base_in_card("tiny-patterns"), "model.layers.0.self_attn.q_proj"
     adapterkit.convert(FIXTURES / "tiny-patterns", tmp_path / "dora", to="dora", base=base)
     got = adapterkit.load(tmp_path / "dora")
     assert got.config["use_dora"] and got.modules.keys() == adapterkit.load(FIXTURES / "tiny-patterns").modules.keys()
@@ -70,7 +70,7 @@ def test_peft_computes_equal_logits_with_both(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = base_of("tiny-patterns")
+    base = base_in_card("tiny-patterns")
     adapterkit.convert(FIXTURES / "tiny-patterns", tmp_path / "dora", to="dora", base=base)
     ids = torch.arange(12)[None]
     logits = []
@@ -98,10 +98,10 @@ def test_quantized_base_gives_the_norms_of_dequantized_weights(
 
 def test_chunk_size_does_not_change_the_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tiny-conv1d", "tiny-patterns"):
-        adapterkit.convert(FIXTURES / name, tmp_path / f"{name}-a", to="dora", base=base_of(name))
+        adapterkit.convert(FIXTURES / name, tmp_path / f"{name}-a", to="dora", base=base_in_card(name))
         with monkeypatch.context() as patch:
             patch.setattr(sketch, "CHUNK_ELEMENTS", 200)
-            adapterkit.convert(FIXTURES / name, tmp_path / f"{name}-b", to="dora", base=base_of(name))
+            adapterkit.convert(FIXTURES / name, tmp_path / f"{name}-b", to="dora", base=base_in_card(name))
         a, b = (load_file(tmp_path / f"{name}-{which}" / "adapter_model.safetensors") for which in "ab")
         assert all(torch.allclose(a[key], b[key], rtol=1e-7) for key in a)
 
@@ -123,10 +123,10 @@ def effective(base: Path, adapter: Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["tiny-dora", "tiny-conv-dora"])
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_dora_to_lora_is_within_a_percent_of_the_optimum(name: str, rank: int, tmp_path: Path) -> None:
-    result = adapterkit.convert(FIXTURES / name, tmp_path / "lora", to="lora", base=base_of(name), rank=rank)
+    result = adapterkit.convert(FIXTURES / name, tmp_path / "lora", to="lora", base=base_in_card(name), rank=rank)
     got = adapterkit.load(tmp_path / "lora")
     for row in result.modules:
-        whole = effective(base_of(name), FIXTURES / name, row.name)
+        whole = effective(base_in_card(name), FIXTURES / name, row.name)
         weights = got[row.name]
         made = weights.scaling * weights.B.double().flatten(1) @ weights.A.double().flatten(1)
         optimum = float((best(whole, rank) - whole).norm() / whole.norm())
@@ -137,7 +137,7 @@ def test_dora_to_lora_is_within_a_percent_of_the_optimum(name: str, rank: int, t
 
 @pytest.mark.parametrize("name", ["tiny-dora", "tiny-conv-dora"])
 def test_dora_to_lora_at_full_rank_is_exact(name: str, tmp_path: Path) -> None:
-    base = base_of(name)
+    base = base_in_card(name)
     result = adapterkit.convert(FIXTURES / name, tmp_path / "lora", to="lora", base=base, energy=1.0)
     assert result.error < 1e-6
     lora, dora = (
@@ -148,7 +148,7 @@ def test_dora_to_lora_at_full_rank_is_exact(name: str, tmp_path: Path) -> None:
 
 
 def test_lora_to_dora_and_back_is_lossless(tmp_path: Path) -> None:
-    base, adapter = base_of("tiny-rslora"), FIXTURES / "tiny-rslora"
+    base, adapter = base_in_card("tiny-rslora"), FIXTURES / "tiny-rslora"
     adapterkit.convert(adapter, tmp_path / "dora", to="dora", base=base)
     rank = max(weights.rank for weights in adapterkit.load(adapter).modules.values())
     result = adapterkit.convert(tmp_path / "dora", tmp_path / "lora", to="lora", base=base, rank=rank)
@@ -158,7 +158,7 @@ def test_lora_to_dora_and_back_is_lossless(tmp_path: Path) -> None:
 
 
 def test_transposed_weights_convert_to_dora_and_back(tmp_path: Path) -> None:
-    base, adapter = base_of("tiny-conv1d"), FIXTURES / "tiny-conv1d"
+    base, adapter = base_in_card("tiny-conv1d"), FIXTURES / "tiny-conv1d"
     adapterkit.convert(adapter, tmp_path / "dora", to="dora", base=base)
     rank = max(weights.rank for weights in adapterkit.load(adapter).modules.values())
     adapterkit.convert(tmp_path / "dora", tmp_path / "lora", to="lora", base=base, rank=rank)
@@ -199,7 +199,7 @@ def test_invalid_conversions_fail(make_adapter: MakeAdapter, tmp_path: Path) -> 
             adapterkit.convert(adapter, tmp_path / "out", **how)
         assert not (tmp_path / "out").exists()
 
-    base, dora = base_of("tiny-dora"), FIXTURES / "tiny-dora"
+    base, dora = base_in_card("tiny-dora"), FIXTURES / "tiny-dora"
     fails(UsageError, "expected one of dora, lora, rslora", to="loha")
     fails(UsageError, "to DoRA takes the base", to="dora")
     fails(UsageError, "from DoRA takes the base", adapter=dora, to="lora", rank=3)
@@ -250,7 +250,7 @@ def test_extraction_is_within_a_percent_of_the_optimum(tuned: tuple[Path, Path],
 
 
 def test_merged_adapter_is_extracted_up_to_rounding(tmp_path: Path) -> None:
-    base, adapter = base_of("tiny-rslora"), FIXTURES / "tiny-rslora"
+    base, adapter = base_in_card("tiny-rslora"), FIXTURES / "tiny-rslora"
     adapterkit.merge(base, [adapter], tmp_path / "merged", dtype="fp32")
     adapterkit.merge(base, [(adapter, 0.0)], tmp_path / "base", dtype="fp32")
     rank = max(weights.rank for weights in adapterkit.load(adapter).modules.values())

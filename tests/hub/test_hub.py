@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 import adapterkit as package
 from adapterkit.errors import OfflineError, UsageError
-from adapterkit.hub import HubId, hub_id, is_hub_id, on_hub, resolve
-from adapterkit.hub.locate import Place, locate
-from adapterkit.hub.names import hub_cache, parsed
+from adapterkit.hub import HubId, as_hub_id, hub_repo, is_hub_id, resolve
+from adapterkit.hub.locate import Location, locate
+from adapterkit.hub.names import hub_cache, parse_hub_id
 
 ADAPTER = "someone/lora"
 BASE = "lab/base"
@@ -85,19 +85,19 @@ def output(*args: str | Path) -> Any:
     ],
 )
 def test_names(text: str, expected: HubId | None) -> None:
-    assert parsed(text) == expected
+    assert parse_hub_id(text) == expected
     assert is_hub_id(text) is (expected is not None)
     if expected is not None:
         assert str(expected) == text
-        assert hub_id(text) == "org/name"
+        assert hub_repo(text) == "org/name"
 
 
 def test_what_lies_here_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert on_hub("a/b") == HubId("a/b")
+    assert as_hub_id("a/b") == HubId("a/b")
     (tmp_path / "a" / "b").mkdir(parents=True)
-    assert on_hub("a/b") is None
-    assert hub_id("a/b") is None
+    assert as_hub_id("a/b") is None
+    assert hub_repo("a/b") is None
 
 
 # --- headers alone ---------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_headers_come_through_a_bad_line(hub: Hub, adapter: Path, how: dict[str,
     known = output("inspect", ADAPTER)
     hub.fail("GET .*/resolve/.*", **how, times=2)
     found = output("inspect", ADAPTER)
-    assert all("asking again" in note for note in found.pop("notes")) and found.items() <= known.items()
+    assert all("retrying" in note for note in found.pop("notes")) and found.items() <= known.items()
 
 
 def test_the_text_says_what_was_fetched(hub: Hub, adapter: Path) -> None:
@@ -199,7 +199,7 @@ def test_broken_weights_are_told_by_their_name_on_the_hub(hub: Hub, data: bytes,
 
 def test_what_has_no_header_is_refused(hub: Hub) -> None:
     hub.add(ADAPTER, {"adapter_model.bin": b"x", "adapter_config.json": b"{}"})
-    assert "--full gets them" in adapterkit("inspect", ADAPTER).message(1)
+    assert "--full downloads them" in adapterkit("inspect", ADAPTER).message(1)
 
 
 @pytest.mark.parametrize(
@@ -220,10 +220,10 @@ def test_several_adapters_want_a_name(hub: Hub, adapter: Path) -> None:
     data = files(adapter)
     hub.add("someone/many", {f"{folder}/{name}": text for folder in ("en", "de/x") for name, text in data.items()})
     message = adapterkit("inspect", "someone/many").message(1)
-    assert message.endswith("holds its adapters in folders: name one of them: someone/many:de/x, someone/many:en")
+    assert message.endswith("several adapters in folders; name one of them: someone/many:de/x, someone/many:en")
     assert output("inspect", "someone/many:de/x")["summary"]["modules"] == 4
     assert files(resolve("someone/many:en")) == data
-    assert "the folder no is not in it" in adapterkit("inspect", "someone/many:no").message(1)
+    assert "no folder no in the repository" in adapterkit("inspect", "someone/many:no").message(1)
 
 
 def test_what_is_not_the_adapter_stays_there(hub: Hub, adapter: Path) -> None:
@@ -240,7 +240,7 @@ def test_what_is_not_the_base_stays_there(hub: Hub, base: Path) -> None:
 
 def test_a_repository_with_neither(hub: Hub) -> None:
     hub.add("someone/text", {"README.md": b"hello"})
-    assert "holds neither an adapter nor a base" in adapterkit("pull", "someone/text").message(1)
+    assert "neither an adapter nor a base" in adapterkit("pull", "someone/text").message(1)
 
 
 # --- pulling ---------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_pull_gets_the_same_bytes_and_asks_once(hub: Hub, adapter: Path) -> None
     asked = len(hub.asked("GET .*/resolve/.*"))
     again = adapterkit("pull", ADAPTER)
     assert (again.out, len(hub.asked("GET .*/resolve/.*"))) == (first.out, asked)
-    assert "all of it is here" in again.err
+    assert "up to date" in again.err
 
 
 def test_pull_shows_progress_as_json_lines(hub: Hub, adapter: Path) -> None:
@@ -265,7 +265,7 @@ def test_pull_shows_progress_as_json_lines(hub: Hub, adapter: Path) -> None:
         if line[0] == "{"
     ]
     whole = sum(len(blob.data) for blob in hub.repos[ADAPTER].files().values())
-    assert lines[-1] == {"progress": f"getting {ADAPTER}", "done": whole, "total": whole}
+    assert lines[-1] == {"progress": f"downloading {ADAPTER}", "done": whole, "total": whole}
     assert [line["done"] for line in lines] == sorted(line["done"] for line in lines)
 
 
@@ -305,7 +305,7 @@ def test_a_pull_is_planned_and_run_in_python(hub: Hub, adapter: Path, base: Path
     assert not hub.asked("GET .*/resolve/.*")
     *moved, last = package.run(pickle.loads(pickle.dumps(plan)))
     counts = [event for event in moved if isinstance(event, package.BytesDone)]
-    assert all(one.done <= one.total for one in counts) and counts[-1].what == f"getting {BASE}"
+    assert all(one.done <= one.total for one in counts) and counts[-1].what == f"downloading {BASE}"
     assert [event.id for event in moved if isinstance(event, package.Fetched)] == [ADAPTER, BASE]
     assert last == package.Pulled((resolve(ADAPTER), resolve(BASE)))
     assert package.pull(ADAPTER, tmp_path / "copy").path == tmp_path / "copy"
@@ -348,7 +348,7 @@ def test_a_line_that_breaks_is_taken_up_again(hub: Hub, adapter: Path) -> None:
 def test_an_interrupted_pull_goes_on_where_it_was(hub: Hub, adapter: Path) -> None:
     hub.fail("GET .*safetensors", after=1000, times=1)
     hub.fail("GET .*safetensors", status=503, times=9)
-    assert "out of order (503)" in adapterkit("pull", ADAPTER).message_of_last(5)
+    assert "out of service (503)" in adapterkit("pull", ADAPTER).message_of_last(5)
     hub.faults.clear()
     hub.requests.clear()
     assert adapterkit("pull", ADAPTER).code == 0
@@ -367,7 +367,7 @@ def test_a_line_that_stays_broken_ends_and_keeps_what_came(hub: Hub, adapter: Pa
 
 def test_other_bytes_than_the_hub_names_are_not_kept(hub: Hub, adapter: Path) -> None:
     hub.fail("GET .*safetensors", garble=True)
-    assert "came with other bytes than the Hub says" in adapterkit("pull", ADAPTER).message_of_last(1)
+    assert "does not match its hash on the Hub" in adapterkit("pull", ADAPTER).message_of_last(1)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*safetensors*"))
     assert files(resolve(ADAPTER)) == files(adapter) | {"README.md": card(BASE)}
 
@@ -376,14 +376,14 @@ def test_too_small_a_disk_is_told_before_the_first_byte(
     hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    assert "has room for 1;" in adapterkit("pull", ADAPTER).message_of_last(6)
+    assert "has 1 free;" in adapterkit("pull", ADAPTER).message_of_last(6)
     assert not hub.asked("GET .*/resolve/.*")
 
 
 def test_several_at_a_time_and_names_that_are_none(hub: Hub, adapter: Path, base: Path) -> None:
     assert len(adapterkit("pull", ADAPTER, BASE).out.splitlines()) == 2
     assert "one ID at a time" in adapterkit("pull", ADAPTER, BASE, "-o", "x").message(2)
-    assert "no name that the Hub allows" in adapterkit("pull", "./x").message(1)
+    assert "not a valid Hub id" in adapterkit("pull", "./x").message(1)
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_a_name_that_is_not_there(hub: Hub, adapter: Path, base: Path) -> None:
     assert "Did you mean" not in adapterkit("pull", "who/what").message(1)
 
 
-@pytest.mark.parametrize(("token", "said"), [("hf_reader", "this token may not see it"), ("", "`hf auth login`")])
+@pytest.mark.parametrize(("token", "said"), [("hf_reader", "this token has no access to it"), ("", "`hf auth login`")])
 def test_what_is_private_may_be_there(
     hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, token: str, said: str
 ) -> None:
@@ -431,7 +431,7 @@ def test_what_is_private_may_be_there(
 def test_what_is_gated_says_where_to_ask(hub: Hub, adapter: Path) -> None:
     hub.repos[ADAPTER].gated = True
     for command in ("pull", "inspect"):
-        assert adapterkit(command, ADAPTER).message_of_last(4).endswith(f"ask for access at {hub.url}/{ADAPTER}")
+        assert adapterkit(command, ADAPTER).message_of_last(4).endswith(f"request access at {hub.url}/{ADAPTER}")
     hub.tokens["hf_writer"] = Token("me", gates=(ADAPTER,))
     assert adapterkit("pull", ADAPTER).code == 0
 
@@ -439,13 +439,13 @@ def test_what_is_gated_says_where_to_ask(hub: Hub, adapter: Path) -> None:
 def test_a_token_that_is_wrong(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     message = adapterkit("pull", ADAPTER).message(4)
-    assert "does not accept the token" in message
+    assert "invalid token" in message
     assert "hf_wrong" not in message
 
 
 def test_a_revision_that_is_not_there(hub: Hub, adapter: Path) -> None:
     hub.repos[ADAPTER].tags["v1"] = hub.repos[ADAPTER].branches["main"]
-    assert adapterkit("pull", f"{ADAPTER}@v2").message(1).endswith("has no such revision; it has main, v1")
+    assert adapterkit("pull", f"{ADAPTER}@v2").message(1).endswith("revision not found; expected one of main, v1")
 
 
 def test_a_hub_that_asks_to_wait(hub: Hub, adapter: Path) -> None:
@@ -453,13 +453,13 @@ def test_a_hub_that_asks_to_wait(hub: Hub, adapter: Path) -> None:
     hub.fail("GET /api/models/.*", 429, headers=(("ratelimit", '"api";r=0;t=9'),))
     result = adapterkit("pull", ADAPTER)
     assert (result.code, hub.slept) == (0, [7, 9])
-    assert "note: the Hub is busy (429); asking again in 7 s" in result.err
+    assert "note: the Hub is busy (429); retrying in 7 s" in result.err
 
 
-@pytest.mark.parametrize(("status", "said"), [(500, "out of order (500)"), (429, "asks to come back later (429)")])
+@pytest.mark.parametrize(("status", "said"), [(500, "out of service (500)"), (429, "rate limit exceeded (429)")])
 def test_a_hub_that_stays_busy_is_asked_so_often(hub: Hub, adapter: Path, status: int, said: str) -> None:
     hub.fail("GET /api/models/.*", status, times=99)
-    assert f"{said}, also when it is asked again; try later" in adapterkit("pull", ADAPTER).message_of_last(5)
+    assert f"{said}, also after retries; try again later" in adapterkit("pull", ADAPTER).message_of_last(5)
     assert len(hub.asked("GET /api/models/.*")) == 4
     assert hub.slept == [1, 2, 4]
 
@@ -469,7 +469,7 @@ def test_a_hub_that_hangs(hub: Hub, monkeypatch: pytest.MonkeyPatch, command: li
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.05)
     hub.fail("GET .*", hang=True, times=99)
-    assert "does not answer" in adapterkit(*command).message_of_last(5)
+    assert "does not respond" in adapterkit(*command).message_of_last(5)
 
 
 def test_no_hub_at_all(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,7 +478,7 @@ def test_no_hub_at_all(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch)
     assert "cannot be reached" in adapterkit("pull", ADAPTER).message(5)
     result = adapterkit("inspect", ADAPTER)
     assert result.code == 0
-    assert "this is what the cache has" in result.err
+    assert "using the Hub cache" in result.err
     assert resolve(ADAPTER) == known
 
 
@@ -488,22 +488,22 @@ def test_an_argument_lies_in_one_of_four_places(hub: Hub, adapter: Path, monkeyp
 
     @contextmanager
     def tell(what: str) -> Iterator[Callable[[int, int], None]]:
-        assert what == f"getting {ADAPTER}"
+        assert what == f"downloading {ADAPTER}"
         yield lambda done, total: told.append((done, total))
 
-    assert locate(adapter) == Place(adapter, "local")
+    assert locate(adapter) == Location(adapter, "local")
     with ExitStack() as outlines:
         place = locate(ADAPTER, outlines)
-        assert place.how == "outlined" and 0 < (place.fetched or 0) < place.size and place.path.is_dir()
+        assert place.how == "headers" and 0 < (place.fetched or 0) < place.size and place.path.is_dir()
     assert not place.path.exists()
     monkeypatch.setattr("adapterkit.hub.locate.on_download", ContextVar("on_download", default=tell))
     place = locate(ADAPTER)
     assert place.how == "downloaded" and told[-1][0] == told[-1][1] > 0
     told.clear()
     with ExitStack() as outlines:
-        assert locate(ADAPTER, outlines) == locate(ADAPTER) == Place(place.path, "cached")
+        assert locate(ADAPTER, outlines) == locate(ADAPTER) == Location(place.path, "cached")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert locate(ADAPTER) == Place(place.path, "cached") and not told
+    assert locate(ADAPTER) == Location(place.path, "cached") and not told
     with pytest.raises(OfflineError):
         locate(BASE)
 
@@ -560,9 +560,9 @@ def test_list_tells_what_is_wrong(hub: Hub, tmp_path: Path) -> None:
     bad, cut, half = rows(tmp_path / "in")
     assert "JSON" in bad["problem"]
     assert cut["problem"]
-    assert (half["state"], half["ranks"], half["problem"]) == ("partial", [8], "its weights are not there")
+    assert (half["state"], half["ranks"], half["problem"]) == ("partial", [8], "weights are missing")
     assert "⚠" in adapterkit("list", tmp_path / "in").out
-    assert adapterkit("list", tmp_path / "none").message(1) == f"{tmp_path / 'none'}: there is no such folder"
+    assert adapterkit("list", tmp_path / "none").message(1) == f"{tmp_path / 'none'}: no such folder"
 
 
 def test_list_has_the_cache_with_every_revision_and_folder(hub: Hub, adapter: Path, tmp_path: Path) -> None:
@@ -612,7 +612,7 @@ def test_details_of_what_is_on_the_hub(
     )
     assert found[ADAPTER]["size"] == sum(t.nbytes for t in load_file(adapter / "adapter_model.safetensors").values())
     assert found[ADAPTER]["downloads"] == 12
-    assert "is gated" in found["x/gated"]["problem"]
+    assert "gated repository" in found["x/gated"]["problem"]
     assert all(one.span for one in hub.requests[before:] if "/resolve/" in one.path)
     assert "say --hub" in adapterkit("list", "--details").message(2)
 

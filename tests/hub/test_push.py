@@ -36,8 +36,8 @@ from adapterkit.errors import UnsafeFileError
 from adapterkit.hub import resolve
 from adapterkit.hub.upload import content_scan as contents_of
 from adapterkit.hub.upload import push, secrets
-from adapterkit.hub.upload.card import Facts, base_of, completed
-from adapterkit.hub.upload.content_scan import is_pickle, why_not
+from adapterkit.hub.upload.card import CardFacts, base_in_card, complete_card
+from adapterkit.hub.upload.content_scan import is_pickle, skip_reason
 from adapterkit.hub.upload.secrets import find_secret
 
 if sys.version_info >= (3, 14):
@@ -134,7 +134,7 @@ def test_a_file_that_changes_once_it_was_checked_is_not_sent(
 
     monkeypatch.setattr(push, "_check_card", change)
     message = adapterkit("push", adapter, REPO).message_of_last(1)
-    assert message == f"{file}: changed while it was being sent; nothing was, push it again"
+    assert message == f"{file}: changed during the upload; nothing committed, push again"
     assert "adapter_model.safetensors" not in there.repos[REPO].files()
 
 
@@ -148,7 +148,7 @@ def test_private(there: Hub, adapter: Path) -> None:
     assert there.repos[REPO].private
     pushed(adapter, "me/other")
     assert not there.repos["me/other"].private
-    assert "exists and is public" in adapterkit("push", adapter, "me/other", "--private").message(2)
+    assert "repository exists and is public" in adapterkit("push", adapter, "me/other", "--private").message(2)
 
 
 def test_dry_run_sends_nothing(there: Hub, adapter: Path) -> None:
@@ -205,7 +205,7 @@ def test_only_what_changed_is_sent(there: Hub, adapter: Path) -> None:
 def test_weights_of_before_are_removed_in_the_same_commit(there: Hub, adapter: Path) -> None:
     there.add(REPO, {"adapter_model.bin": b"x", "old.safetensors": b"y", "notes.txt": b"z"})
     result = adapterkit("push", adapter, REPO)
-    assert "removed: weights of before" in result.out
+    assert "delete stale weights" in result.out
     assert set(there.repos[REPO].files()) == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "notes.txt"
     }  # fmt: skip
@@ -253,22 +253,22 @@ def test_a_line_that_breaks_and_a_hub_that_is_busy(there: Hub, adapter: Path) ->
     ("request_like", "fault", "code", "expected"),
     [
         ("PUT ", {"status": 413}, 1, "the Hub refused (413)"),
-        ("PUT ", {"status": 403}, 4, "this token may not do that"),
-        ("PUT ", {"status": 503}, 5, "out of order (503)"),
-        ("PUT ", {"status": 429, "headers": (("Retry-After", "99999"),)}, 5, "asks to come back in 99,999 s"),
+        ("PUT ", {"status": 403}, 4, "permission denied for this token"),
+        ("PUT ", {"status": 503}, 5, "out of service (503)"),
+        ("PUT ", {"status": 429, "headers": (("Retry-After", "99999"),)}, 5, "asks to retry in 99,999 s"),
         ("POST .*batch", {"after": 0}, 5, "cannot be reached"),
-        ("POST .*batch", {"body": b"{}"}, 1, "the answer is none of a Hub's"),
+        ("POST .*batch", {"body": b"{}"}, 1, "invalid response ("),
         (
             "POST .*batch",
             {"body": b'{"objects": [{"oid": "0", "size": 1, "error": {"code": 413, "message": "too large"}}]}'},
-            1, "the Hub does not take adapter_model.safetensors: `too large",
+            1, "the Hub rejected adapter_model.safetensors: `too large",
         ),
-        ("POST .*preupload", {"body": b"[]"}, 1, "the answer is none of a Hub's"),
+        ("POST .*preupload", {"body": b"[]"}, 1, "invalid response ("),
         ("POST .*commit", {"status": 409}, 1, "the Hub refused (409)"),
-        ("POST .*commit", {"status": 412}, 1, "has changed since it was looked at"),
-        ("POST .*commit", {"after": 0}, 5, "the commit was made or not: push again to know"),
-        ("POST .*commit", {"body": b"{}"}, 1, "the answer is none of a Hub's"),
-        ("POST .*repos/create", {"status": 403}, 4, "this token may not do that"),
+        ("POST .*commit", {"status": 412}, 1, "the repository has changed in the meantime"),
+        ("POST .*commit", {"after": 0}, 5, "connection lost during the commit, which may have been made; push again to check"),
+        ("POST .*commit", {"body": b"{}"}, 1, "invalid response ("),
+        ("POST .*repos/create", {"status": 403}, 4, "permission denied for this token"),
     ],
 )  # fmt: skip
 def test_whatever_interrupts_a_push_it_ends_with_one_line_and_goes_on(
@@ -289,10 +289,10 @@ def test_ctrl_c_ends_a_push_and_the_next_sends_the_rest(there: Hub, adapter: Pat
     assert main is not None
     there.hung = lambda: signal.pthread_kill(main, signal.SIGINT)
     message = adapterkit("push", adapter, REPO).message(130)
-    assert message == f"interrupted; {REPO} has nothing new; weights that arrived are not sent again by the next push"
+    assert message == f"interrupted; nothing committed to {REPO}; the next push skips the weights that arrived"
     assert [*there.repos[REPO].files()] == [".gitattributes"]
     there.fail("POST .*/commit/.*", hang=True)
-    assert "was made or not; pushing again tells" in adapterkit("push", adapter, REPO).message(130)
+    assert "may have been made; push again to check" in adapterkit("push", adapter, REPO).message(130)
     assert [*there.repos[REPO].files()] == [".gitattributes"]
     there.requests.clear()
     pushed(adapter, REPO)
@@ -320,7 +320,7 @@ def test_a_folder_that_changes_while_it_is_pushed(
 
 def test_a_card_that_the_hub_does_not_take_is_told_before_weights_are_sent(there: Hub, adapter: Path) -> None:
     there.fail("POST /api/validate-yaml", 400, body=b'{"errors": [{"message": "license must be one of"}]}')
-    assert "the Hub does not take it: license must be one of" in adapterkit("push", adapter, REPO).message(1)
+    assert "rejected by the Hub: license must be one of" in adapterkit("push", adapter, REPO).message(1)
     assert REPO not in there.repos
     assert not there.asked("PUT ")
 
@@ -337,7 +337,7 @@ def test_what_changed_meanwhile_is_not_overwritten(there: Hub, adapter: Path, mo
     (adapter / "README.md").write_text("new")
     there.fail("POST /api/models/me/lora/preupload/.*", 500)  # asked again after a wait, in which …
     monkeypatch.setattr("time.sleep", lambda _: there.add(REPO, {"theirs.txt": b"x"}))
-    assert "has changed since" in adapterkit("push", adapter, REPO).message_of_last(1)
+    assert "has changed in the meantime" in adapterkit("push", adapter, REPO).message_of_last(1)
     assert set(there.repos[REPO].files()) == {"theirs.txt"}
 
 
@@ -363,32 +363,36 @@ def pickled(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "code", "expected"),
     [
-        (lambda f: config(f, base_model_name_or_path=HOME), 2, "give it with --base-id ORG/NAME"),
-        (lambda f: config(f, base_model_name_or_path=None), 2, "it names no base"),
-        (lambda f: config(f, base_model_name_or_path="lab/typo"), 1, "lab/typo: the base is not on the Hub"),
-        (nan, 3, "holds NaN or Inf"),
-        (pickled, 1, "pickles are not sent"),
+        (lambda f: config(f, base_model_name_or_path=HOME), 2, "set --base-id ORG/NAME"),
+        (lambda f: config(f, base_model_name_or_path=None), 2, "no base model given"),
+        (lambda f: config(f, base_model_name_or_path="lab/typo"), 1, "lab/typo: base not found on the Hub"),
+        (nan, 3, "contains NaN or Inf"),
+        (pickled, 1, "pickled weights are not uploaded"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\xff" * 9), 1, "adapter_model.safetensors"),
-        (lambda f: config(f, trained_at="/home/somebody/run/3"), 1, "holds a local path, /home/somebody/run/3"),
+        (lambda f: config(f, trained_at="/home/somebody/run/3"), 1, "contains a local path, /home/somebody/run/3"),
         (
             lambda f: (f / "README.md").write_text("see /data/secret/x.jsonl for more"),
             1,
-            "README.md: holds a local path, /data/secret/x.jsonl",
+            "README.md: contains a local path, /data/secret/x.jsonl",
         ),
-        (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), 1, "its YAML block is broken"),
-        (lambda f: (f / "README.md").write_text("hf_" + "a" * 34), 1, "holds what looks like a Hub token"),
+        (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), 1, "invalid YAML block"),
+        (lambda f: (f / "README.md").write_text("hf_" + "a" * 34), 1, "contains a Hub token"),
         (lambda f: (f / "notes.md").symlink_to("/etc/hostname"), 1, "outside its folder"),
-        (lambda f: (f / "run.py").write_text("token = 'hf_" + "a" * 34 + "'"), 1, "holds what looks like a Hub token"),
-        (lambda f: config(f, a="file:///home/somebody/x"), 1, "holds a local path, /home/somebody/x"),
-        (lambda f: (f / "a.json").write_text(r'["\/home\u002fsomebody/x"]'), 1, "holds a local path, /home/somebody/x"),
+        (lambda f: (f / "run.py").write_text("token = 'hf_" + "a" * 34 + "'"), 1, "contains a Hub token"),
+        (lambda f: config(f, a="file:///home/somebody/x"), 1, "contains a local path, /home/somebody/x"),
+        (
+            lambda f: (f / "a.json").write_text(r'["\/home\u002fsomebody/x"]'),
+            1,
+            "contains a local path, /home/somebody/x",
+        ),
         (lambda f: (f / "adapter_config.json").write_text("[]"), 1, "expected a JSON object, found list"),
-        (lambda f: config(f, a="x" * (1 << 20), b="/home/somebody/x"), 1, "holds a local path, /home/somebody/x"),
-        (lambda f: (f / "README.md").write_text("---\nlicense: mit\n# It\n"), 1, "its YAML block has no end"),
-        (lambda f: (f / "README.md").write_text("---\nmade: 2026-02-31\n---\n"), 1, "its YAML block is broken"),
-        (lambda f: (f / "README.md").write_text("---\n- a\n---\n"), 1, "its YAML block is a list"),
-        (lambda f: (f / "README.md").write_bytes(b"\xff"), 1, "is not UTF-8"),
-        (lambda f: (f / "a\x1b[31m.txt").write_text("x"), 1, "has a name that cannot be shown"),
-        (lambda f: os.mkfifo(f / "pipe"), 1, "is no file that could be sent"),
+        (lambda f: config(f, a="x" * (1 << 20), b="/home/somebody/x"), 1, "contains a local path, /home/somebody/x"),
+        (lambda f: (f / "README.md").write_text("---\nlicense: mit\n# It\n"), 1, "YAML block is not closed"),
+        (lambda f: (f / "README.md").write_text("---\nmade: 2026-02-31\n---\n"), 1, "invalid YAML block"),
+        (lambda f: (f / "README.md").write_text("---\n- a\n---\n"), 1, "YAML block is a list"),
+        (lambda f: (f / "README.md").write_bytes(b"\xff"), 1, "not UTF-8"),
+        (lambda f: (f / "a\x1b[31m.txt").write_text("x"), 1, "name is not printable or not portable"),
+        (lambda f: os.mkfifo(f / "pipe"), 1, "not a regular file"),
         (lambda f: (f / "a.txt").symlink_to("a.txt"), 1, "a.txt"),
     ],
 )
@@ -404,9 +408,9 @@ def test_what_is_not_sent(there: Hub, adapter: Path, spoil: Callable[[Path], Any
     ("args", "code", "expected"),
     [
         (["me/lora@v1"], 2, "expected ORG/NAME"),
-        (["me/lora", "--base-id", "/home/x"], 2, "expected ORG/NAME, as the Hub has it"),
-        (["me/lora", "--pr"], 2, "no pull request can be opened; omit --pr"),
-        (["stranger/lora"], 4, "me can make repositories for me, an-org only"),
+        (["me/lora", "--base-id", "/home/x"], 2, "expected ORG/NAME on the Hub"),
+        (["me/lora", "--pr"], 2, "no such repository to open a pull request in; omit --pr"),
+        (["stranger/lora"], 4, "me can only create repositories for me, an-org"),
         (["lab/base"], 4, "write access"),
     ],
 )
@@ -416,7 +420,7 @@ def test_where_it_cannot_go(there: Hub, adapter: Path, args: list[str], code: in
 
 
 @pytest.mark.parametrize(
-    ("token", "expected"), [("", "needs a token"), ("hf_wrong", "does not accept"), ("hf_reader", "may only read")]
+    ("token", "expected"), [("", "a token is required"), ("hf_wrong", "invalid token"), ("hf_reader", "is read-only")]
 )
 def test_tokens(there: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, token: str, expected: str) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
@@ -427,7 +431,7 @@ def test_a_token_for_other_repositories(there: Hub, adapter: Path) -> None:
     pushed(adapter, REPO)
     there.tokens["hf_writer"] = Token("me", "fineGrained", writes=("me/else",))
     (adapter / "README.md").write_text("new")
-    assert "may not do that" in adapterkit("push", adapter, REPO).message(4)
+    assert "permission denied" in adapterkit("push", adapter, REPO).message(4)
 
 
 def test_a_folder_that_is_none(there: Hub, tmp_path: Path) -> None:
@@ -479,21 +483,21 @@ def in_metadata(text: str) -> Callable[[Path], Any]:
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (in_metadata(f"trained with {HF}"), "adapter_model.safetensors: holds what looks like a Hub token, at byte "),
-        (in_metadata("from /home/somebody/x"), "adapter_model.safetensors: its metadata holds a local path, /home/somebody/x"),
-        (lambda f: (f / "notes").write_text(f"token: {HF}"), "notes: holds what looks like a Hub token"),
-        (lambda f: (f / "a.csv").write_text(f"a,{HF},b"), "a.csv: holds what looks like a Hub token"),
-        (lambda f: (f / "config.bak").write_text(HF), "config.bak: holds"),
-        (lambda f: (f / "a.html").write_text(f"<a>{HF}</a>"), "a.html: holds"),
-        (lambda f: (f / "a.jsonl").write_text('{"a": 1}\n' * 200_000 + f'{{"a": "{HF}"}}\n'), "a.jsonl: holds"),
-        (lambda f: (f / "a.json").write_text(json.dumps("\\u0068" + HF[1:]).replace("\\\\", "\\")), "a.json: holds"),
-        (lambda f: (f / f"{HF}.txt").write_text("x"), "holds what looks like a Hub token"),
-        (lambda f: (f / "tokenizer.json").write_text(f'{{"vocab": "{HF}"}}'), "tokenizer.json: holds"),
-        (lambda f: (f / "x").write_bytes(b"\0HOME=/root\0HF_TOKEN=" + HF.encode() + b"\0"), "x: holds"),
-        (lambda f: (f / "x").write_text("for hf_writer"), "x: holds what looks like the token of this machine"),
-        (lambda f: (f / "id").write_text(KEY), "id: holds what looks like a private key"),
-        (lambda f: (f / "a.parquet").write_bytes(b"PAR1" + bytes(99)), "is a Parquet file, which cannot be looked into"),
-        (lambda f: (f / "a.zip").write_bytes(zipped(HF.encode())), "a.zip, in it in/it.txt: holds what looks like"),
+        (in_metadata(f"trained with {HF}"), "adapter_model.safetensors: contains a Hub token at byte "),
+        (in_metadata("from /home/somebody/x"), "adapter_model.safetensors: metadata contains a local path, /home/somebody/x"),
+        (lambda f: (f / "notes").write_text(f"token: {HF}"), "notes: contains a Hub token"),
+        (lambda f: (f / "a.csv").write_text(f"a,{HF},b"), "a.csv: contains a Hub token"),
+        (lambda f: (f / "config.bak").write_text(HF), "config.bak: contains"),
+        (lambda f: (f / "a.html").write_text(f"<a>{HF}</a>"), "a.html: contains"),
+        (lambda f: (f / "a.jsonl").write_text('{"a": 1}\n' * 200_000 + f'{{"a": "{HF}"}}\n'), "a.jsonl: contains"),
+        (lambda f: (f / "a.json").write_text(json.dumps("\\u0068" + HF[1:]).replace("\\\\", "\\")), "a.json: contains"),
+        (lambda f: (f / f"{HF}.txt").write_text("x"), "contains a Hub token"),
+        (lambda f: (f / "tokenizer.json").write_text(f'{{"vocab": "{HF}"}}'), "tokenizer.json: contains"),
+        (lambda f: (f / "x").write_bytes(b"\0HOME=/root\0HF_TOKEN=" + HF.encode() + b"\0"), "x: contains"),
+        (lambda f: (f / "x").write_text("for hf_writer"), "x: contains your Hub token"),
+        (lambda f: (f / "id").write_text(KEY), "id: contains a private key"),
+        (lambda f: (f / "a.parquet").write_bytes(b"PAR1" + bytes(99)), "Parquet files cannot be scanned"),
+        (lambda f: (f / "a.zip").write_bytes(zipped(HF.encode())), "a.zip, member in/it.txt: contains"),
     ],
 )  # fmt: skip
 def test_secrets_are_found_wherever_they_are(
@@ -552,7 +556,7 @@ def test_every_shape_of_a_secret_at_every_place(what: str) -> None:
 
 @pytest.mark.parametrize("token", [b"hf_writer", b"a token, of a strange shape and with spaces", b"SeventeenLettersA"])
 def test_the_token_of_this_machine_is_found_whatever_its_shape(token: bytes) -> None:
-    known, what = (b"another token", token), "the token of this machine"
+    known, what = (b"another token", token), "your Hub token"
     for at in (0, 1, 7, 8, 500, secrets.CHUNK - 3, secrets.CHUNK):
         for around in (b"", b"."):
             data = b"." * at + token + around
@@ -634,7 +638,7 @@ def test_no_secrets_in_noise_and_in_real_files() -> None:
 
 
 def test_no_secrets_in_a_real_model(smollm2: Path) -> None:
-    assert [why_not(file) for file in smollm2.iterdir() if file.is_file() and not file.name.startswith(".")].count(
+    assert [skip_reason(file) for file in smollm2.iterdir() if file.is_file() and not file.name.startswith(".")].count(
         None
     ) == len([file for file in smollm2.iterdir() if file.is_file() and not file.name.startswith(".")])
 
@@ -643,12 +647,12 @@ def test_no_secrets_in_a_real_model(smollm2: Path) -> None:
 def test_archives_are_looked_into(tmp_path: Path, name: str) -> None:
     file, pack = tmp_path / "it.dat", PACKERS[name]
     file.write_bytes(pack(b"nothing of interest" * 99))
-    assert why_not(file) is None
+    assert skip_reason(file) is None
     file.write_bytes(pack(pickle.dumps(file)))
-    assert "a pickle, which could run code" in str(why_not(file))
+    assert "a pickle, which could run code" in str(skip_reason(file))
     file.write_bytes(pack(b"\0" * 99 + HF.encode() + b"\0" * 99))
-    with pytest.raises(UnsafeFileError, match="holds what looks like a Hub token"):
-        why_not(file)
+    with pytest.raises(UnsafeFileError, match="contains a Hub token"):
+        skip_reason(file)
 
 
 def array(value: Any) -> bytes:
@@ -675,7 +679,7 @@ PICKLES = {
 @pytest.mark.parametrize("name", PICKLES)
 def test_pickles_are_known_by_their_bytes(tmp_path: Path, name: str) -> None:
     (tmp_path / "it.npy").write_bytes(PICKLES[name])
-    assert "a pickle, which could run code" in str(why_not(tmp_path / "it.npy"))
+    assert "a pickle, which could run code" in str(skip_reason(tmp_path / "it.npy"))
 
 
 @pytest.mark.parametrize(
@@ -689,7 +693,7 @@ def test_pickles_are_known_by_their_bytes(tmp_path: Path, name: str) -> None:
 )  # fmt: skip
 def test_what_is_no_pickle(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "it.pkl").write_bytes(data)
-    assert why_not(tmp_path / "it.pkl") is None
+    assert skip_reason(tmp_path / "it.pkl") is None
 
 
 @pytest.mark.parametrize("head", [2, 6, 10, 0x28, 0x4B, 0x4A, 0x95])
@@ -697,26 +701,26 @@ def test_what_is_no_pickle(tmp_path: Path, data: bytes) -> None:
 def test_the_length_of_a_header_is_no_magic(low: bytes, head: int) -> None:
     data = low + bytes([head, 0, 0, 0, 0, 0]) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + b" " * 9999
     assert not is_pickle(data)
-    assert contents_of._unpacker(data) is None
+    assert contents_of._decompressor(data) is None
 
 
 # Named, since gzip and zip have the time in them, and every process that runs tests must give them the same names.
 HIDING = {
-    "encrypted": (encrypted(b"x"), "encrypted"), "cut": (gzip.compress(b"x" * 999)[:-9], "broken"),
-    "no zip": (b"PK\x03\x04 nothing", "broken"),
-    "deep": (gzip.compress(gzip.compress(gzip.compress(gzip.compress(gzip.compress(b"x"))))), "in archives in archives"),
-    "bomb": (gzip.compress(bytes(1 << 16)), "more than 9,999 bytes when it is unpacked"),
-    "7z": (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip file"), "rar": (b"Rar!\x1a\x07\0", "is a RAR file"),
+    "encrypted": (encrypted(b"x"), "encrypted"), "cut": (gzip.compress(b"x" * 999)[:-9], "corrupt"),
+    "no zip": (b"PK\x03\x04 nothing", "corrupt"),
+    "deep": (gzip.compress(gzip.compress(gzip.compress(gzip.compress(gzip.compress(b"x"))))), "nested deeper than 4 levels"),
+    "bomb": (gzip.compress(bytes(1 << 16)), "decompresses to more than 9,999 bytes"),
+    "7z": (b"7z\xbc\xaf\x27\x1c", "7-Zip files cannot be scanned"), "rar": (b"Rar!\x1a\x07\0", "RAR files cannot be scanned"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", HIDING)
 def test_archives_that_hide_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     data, expected = HIDING[kind]
-    monkeypatch.setattr(contents_of, "MOST_UNPACKED", 9999)
+    monkeypatch.setattr(contents_of, "MAX_UNPACKED", 9999)
     (tmp_path / "it").write_bytes(data)
     with pytest.raises(UnsafeFileError, match=expected):
-        why_not(tmp_path / "it")
+        skip_reason(tmp_path / "it")
 
 
 def test_pickles_by_any_name_stay_here(there: Hub, adapter: Path) -> None:
@@ -724,7 +728,7 @@ def test_pickles_by_any_name_stay_here(there: Hub, adapter: Path) -> None:
         (adapter / name).write_bytes(PICKLES["torch" if name == "model.pth.tar" else "protocol 4"])
     result = adapterkit("push", adapter, REPO)
     assert result.out.count("a pickle, which could run code") == 4
-    assert "left out: holds archive/data.pkl, a pickle" in result.out
+    assert "skip: contains archive/data.pkl, a pickle" in result.out
     assert set(there.repos[REPO].files()) == {
         ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
@@ -737,7 +741,7 @@ def test_what_a_link_led_a_merge_to_does_not_get_to_the_hub(
     assert adapterkit("merge", tmp_path / "base", adapter, "-o", tmp_path / "merged").code == 0
     for place in (tmp_path / "merged", tmp_path / "merged" / "adapterkit_receipt" / "before"):
         (place / "notes.dat").write_bytes(data)
-        assert f"{place / 'notes.dat'}: holds what looks like" in adapterkit(
+        assert f"{place / 'notes.dat'}: contains" in adapterkit(
             "push", tmp_path / "merged", REPO, "--base-id", BASE
         ).message(1)
         (place / "notes.dat").unlink()
@@ -768,7 +772,7 @@ def test_what_trained_it_stays_here(there: Hub, adapter: Path) -> None:
     (adapter / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"x")
     (adapter / "tokenizer.json").write_text('{"vocab": {"/home/x/y": 1}}')
     result = adapterkit("push", adapter, REPO)
-    assert result.out.count("left out: ") == 7
+    assert result.out.count("skip: ") == 7
     assert {*there.repos[REPO].files()} - {".gitattributes"} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"
     }  # fmt: skip
@@ -782,7 +786,7 @@ def test_any_other_file_goes_along(there: Hub, adapter: Path) -> None:
     (adapter / "link").symlink_to(adapter / "a b")
     (adapter / "x.BIN").write_bytes(pickle.dumps({}))
     (adapter / "wandb").mkdir()
-    assert adapterkit("push", adapter, REPO).out.count("left out: ") == 3
+    assert adapterkit("push", adapter, REPO).out.count("skip: ") == 3
     files = there.repos[REPO].files()
     assert {name: files[name].data for name in names} == {name: (adapter / name).read_bytes() for name in names}
 
@@ -886,19 +890,19 @@ def test_a_folder_of_the_cache_can_be_pushed(there: Hub, adapter: Path) -> None:
 
 # --- cards -----------------------------------------------------------------------------------------------------------
 
-FACTS = Facts("me/x", "adapter", BASE, ("lora",), "text-generation", None, "peft", (), {})
+FACTS = CardFacts("me/x", "adapter", BASE, ("lora",), "text-generation", None, "peft", (), {})
 
 
 @pytest.mark.parametrize("body", ["# Mine\n", "text without a title", "\n\n---\na rule\n"])
 @pytest.mark.parametrize("block", ["", "---\n---\n", "---\n# a comment\nlanguage: 'de'  # kept\ntags:\n- mine\n---\n"])
 def test_a_card_keeps_every_line(block: str, body: str) -> None:
-    done, added = completed(block + body, FACTS, [])
+    done, added = complete_card(block + body, FACTS, [])
     assert done.endswith(f"---\n{body}")
     for line in block.splitlines():
         assert line in done
     assert {"base_model", "library_name"} <= {*added}
-    assert base_of(done) == BASE
-    assert completed(done, FACTS, []) == (done, [])
+    assert base_in_card(done) == BASE
+    assert complete_card(done, FACTS, []) == (done, [])
 
 
 @pytest.mark.parametrize(
@@ -913,44 +917,46 @@ def test_a_card_keeps_every_line(block: str, body: str) -> None:
     ],
 )
 def test_cards_as_editors_leave_them(text: str, kept: str) -> None:
-    done, _ = completed(text, FACTS, [])
+    done, _ = complete_card(text, FACTS, [])
     assert done.startswith(kept)
     assert "# It" not in text or "# It" in done
-    assert completed(done, FACTS, []) == (done, [])
+    assert complete_card(done, FACTS, []) == (done, [])
 
 
 def test_a_card_of_adapterkit_gets_the_tags_that_it_lacks() -> None:
-    facts = Facts("me/x", "adapter", BASE, ("adapterkit", "lora", "dora"), None, None, "peft", (), {})
-    assert "tags:\n- adapterkit\n- lora\n- dora\n" in completed("---\ntags: [adapterkit, lora]\n---\nx", facts, [])[0]
-    assert "tags: [mine]\n" in completed("---\ntags: [mine]\n---\nx", facts, [])[0]
+    facts = CardFacts("me/x", "adapter", BASE, ("adapterkit", "lora", "dora"), None, None, "peft", (), {})
+    assert (
+        "tags:\n- adapterkit\n- lora\n- dora\n" in complete_card("---\ntags: [adapterkit, lora]\n---\nx", facts, [])[0]
+    )
+    assert "tags: [mine]\n" in complete_card("---\ntags: [mine]\n---\nx", facts, [])[0]
 
 
 def test_only_the_lines_that_are_wrong_are_replaced() -> None:
     block = f"# mine\nlanguage: 'de'  # German\nbase_model:\n- {HOME}\n\nlicense: mit # for now\ntags: [a, 'b']\n"
-    done, changed = completed(
-        f"---\n{block}---\n# It\n", Facts("me/x", "adapter", BASE, (), None, "gpl", "peft", (), {}), [HOME]
+    done, changed = complete_card(
+        f"---\n{block}---\n# It\n", CardFacts("me/x", "adapter", BASE, (), None, "gpl", "peft", (), {}), [HOME]
     )
     lines = "# mine\nlanguage: 'de'  # German\nbase_model: lab/base\nlicense: gpl\ntags: [a, 'b']\n"
     assert done.startswith(f"---\n{lines}base_model_relation: adapter\n")
     assert changed[:2] == ["base_model", "license"]
-    flow, _ = completed(f"---\n{{base_model: {HOME}, a: 1}}\n---\n# It\n", FACTS, [HOME])
-    assert base_of(flow) == BASE
+    flow, _ = complete_card(f"---\n{{base_model: {HOME}, a: 1}}\n---\n# It\n", FACTS, [HOME])
+    assert base_in_card(flow) == BASE
     assert "a: 1\n" in flow
 
 
 @pytest.mark.parametrize("bases", ["[lab/a, lab/b]", "[]", "{a: 1}", "7"])
 def test_bases_of_any_kind(bases: str) -> None:
     text = f"---\nbase_model: {bases}\n---\n# It\n"
-    assert completed(text, FACTS, [])[0].startswith(text.removesuffix("---\n# It\n"))
-    assert base_of(text) is None
+    assert complete_card(text, FACTS, [])[0].startswith(text.removesuffix("---\n# It\n"))
+    assert base_in_card(text) is None
 
 
 def test_a_card_keeps_what_it_says() -> None:
     text = "---\nbase_model: lab/else\nlibrary_name: transformers\nlicense: mit\n---\nx\n"
-    done, added = completed(text, FACTS, [])
+    done, added = complete_card(text, FACTS, [])
     assert done.startswith(text.removesuffix("---\nx\n"))
     assert "license" not in added
     assert (
         "license: apache-2.0"
-        in completed(text, Facts("me/x", "adapter", BASE, (), None, "apache-2.0", "peft", (), {}), [])[0]
+        in complete_card(text, CardFacts("me/x", "adapter", BASE, (), None, "apache-2.0", "peft", (), {}), [])[0]
     )

@@ -554,7 +554,7 @@ def replaced(file: Path) -> None:
     os.replace(file.with_name("copy"), file)
 
 
-def shortened(file: Path) -> None:
+def strip_folders(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 1)
 
 
@@ -565,7 +565,7 @@ def swapped(file: Path) -> None:
     file.with_name("aside").replace(file)
 
 
-CHANGES = [overwritten, replaced, shortened, swapped, Path.unlink]
+CHANGES = [overwritten, replaced, strip_folders, swapped, Path.unlink]
 INPUTS = [
     "base/model-00001-of-00002.safetensors", "base/model-00002-of-00002.safetensors", "base/config.json",
     "base/model.safetensors.index.json", "base/tokenizer.json", "adapter/adapter_model.safetensors",
@@ -659,7 +659,9 @@ def test_linking_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert package.merge(base, [adapter], tmp_path / "out", link=True).notes == ()
     assert (base / "model-00002-of-00002.safetensors").stat().st_nlink == 2
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(os, "link", nth_call(os.link, 1, partial(shortened, base / "model-00002-of-00002.safetensors")))
+    monkeypatch.setattr(
+        os, "link", nth_call(os.link, 1, partial(strip_folders, base / "model-00002-of-00002.safetensors"))
+    )
     with pytest.raises(package.AdapterkitError):
         package.merge(base, [adapter], tmp_path / "out", link=True)
     assert nothing_left(tmp_path)

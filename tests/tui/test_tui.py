@@ -27,7 +27,7 @@ from textual.widgets import Button, DataTable, Input, Markdown, Select, Static, 
 from textual.worker import WorkerCancelled
 
 from adapterkit.adapter.formats import load, save, table
-from adapterkit.hub.listing import Found, in_folders
+from adapterkit.hub.listing import AdapterEntry, list_folders
 from adapterkit.inspection import cache
 from adapterkit.inspection.summary import ModuleRow
 from adapterkit.text import size
@@ -243,7 +243,7 @@ async def test_what_vanishes_while_it_is_shown(folder: Path) -> None:
 def test_what_did_not_change_is_not_read_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (Path("mine") / "pickled").mkdir()
     (Path("mine") / "pickled" / "adapter_model.bin").write_bytes(b"x")
-    known = {row.name: row.modified for row in in_folders([folder])}
+    known = {row.name: row.modified for row in list_folders([folder])}
     assert len(known) == 4
     assert changes(folder, known) == ([], [])
     os.utime("mine/one/adapter_model.safetensors", (1, 1))
@@ -335,7 +335,7 @@ class Held:
         self.go.set()
         monkeypatch.setattr(browser, "details_of", self)
 
-    def __call__(self, row: Found, base: str) -> Details:
+    def __call__(self, row: AdapterEntry, base: str) -> Details:
         self.waiting += 1
         self.begun.append(row.name)
         self.go.wait(20)
@@ -408,7 +408,7 @@ async def test_a_hub_that_answers_none_of_many_keeps_nothing_else_waiting(folder
     async with running(folder) as pilot:
         held.go.clear()
         for number in range(40):
-            pilot.app.browser._look(Found(f"some/lora-{number:02}", None, "remote"))
+            pilot.app.browser._look(AdapterEntry(f"some/lora-{number:02}", None, "remote"))
             await held.looks(pilot, len(held.begun) + 1)
         assert held.waiting >= 40
         write_adapter(Path("mine") / "another")
@@ -443,7 +443,7 @@ async def test_nothing_there(tmp_path: Path) -> None:
 
 async def test_a_folder_that_is_not_there_or_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(tmp_path / "none") as pilot:
-        assert "there is no such folder" in facts(pilot)
+        assert "no such folder" in facts(pilot)
 
 
 async def test_names_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,14 +570,14 @@ async def test_what_is_gated_says_where_to_ask(there: Hub, folder: Path) -> None
     there.repos["some/lora-000"].gated = True
     async with running(folder) as pilot:
         await on_hub(pilot)
-        assert f"ask for access at {there.url}/some/lora-000".replace("\n", "") in facts(pilot).replace("\n", "")
+        assert f"request access at {there.url}/some/lora-000".replace("\n", "") in facts(pilot).replace("\n", "")
 
 
 async def test_a_hub_that_is_out_of_order(there: Hub, folder: Path) -> None:
     there.fail("GET /api/models", 500, times=99)
     async with running(folder) as pilot:
         await on_hub(pilot)
-        assert "out of order" in text_of(pilot.app.query_one("#empty", Static))
+        assert "out of service" in text_of(pilot.app.query_one("#empty", Static))
         assert "cache is still available" in text_of(pilot.app.query_one("#empty", Static))
         there.faults.clear()
         await pilot.press("r")
@@ -590,7 +590,7 @@ async def test_a_hub_that_hangs_is_told_of(there: Hub, folder: Path, monkeypatch
     there.fail("GET /api/models", hang=True, times=99)
     async with running(folder) as pilot:
         await on_hub(pilot)
-        assert "does not answer" in text_of(pilot.app.query_one("#empty", Static))
+        assert "does not respond" in text_of(pilot.app.query_one("#empty", Static))
 
 
 async def test_offline_is_told_in_a_banner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -669,7 +669,7 @@ async def test_delete_shows_what_goes_and_asks_twice(folder: Path) -> None:
         assert isinstance(pilot.app.screen, ConfirmScreen)
         asked = text_of(pilot.app.screen.query_one(Static))
         assert "adapter_model.safetensors" in asked
-        assert "The folder stays, with notes.txt." in asked
+        assert "The folder stays: it also contains notes.txt." in asked
         await press("enter")  # which is no
         assert (folder / "one" / "adapter_config.json").is_file()
         await press("delete", "y", "n")

@@ -121,10 +121,10 @@ def eval_command(
 
 def _destination(out: Path, paths: Sequence[str], overwrite: bool) -> Destination:
     """The checked destination of the predictions."""
-    from adapterkit.hub import place_of
+    from adapterkit.hub import input_path
 
     *models, data = paths
-    inputs = (*map(place_of, models), Path(data).expanduser())
+    inputs = (*map(input_path, models), Path(data).expanduser())
     destination = Destination(out, inputs, directory=False, overwrite=overwrite, is_ours=_are_predictions)
     destination.check()
     return destination

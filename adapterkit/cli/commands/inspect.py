@@ -19,7 +19,7 @@ from adapterkit.cli.progress import tracked
 from adapterkit.cli.views.base import show_base
 from adapterkit.errors import FitError, UnknownStrengthError, UsageError
 from adapterkit.files.hub_cache import check_cached
-from adapterkit.hub.locate import Place
+from adapterkit.hub.locate import Location
 from adapterkit.inspection.summary import ModuleRow, by_target, header_rows, measure, to_json
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def inspect_command(
 
 
 def _show(
-    path: str, there: Place, adapter: Adapter, unknown: str | None, match: Match | None,
+    path: str, there: Location, adapter: Adapter, unknown: str | None, match: Match | None,
     norms_of_base: Callable[[], dict[str, float]] | None, as_json: bool, modules: bool, header_only: bool,
     plot: str | None,
 ) -> None:  # fmt: skip

@@ -15,7 +15,16 @@ from adapterkit.cli.failures import failure_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.views.tables import padded, width
 from adapterkit.errors import AdapterkitError, FormatError, UsageError
-from adapterkit.hub.listing import HUB_SORTS, SORTS, Found, in_cache, in_folders, on_the_hub, ordered, with_details
+from adapterkit.hub.listing import (
+    HUB_SORTS,
+    SORTS,
+    AdapterEntry,
+    add_details,
+    list_cache,
+    list_folders,
+    list_hub,
+    sorted_entries,
+)
 from adapterkit.text import short, size, span, visible
 
 LIMIT = 30  # rows of the Hub
@@ -59,13 +68,13 @@ def list_command(
         raise UsageError(f"the Hub does not sort by {sort}: expected one of {', '.join(HUB_SORTS)}")
     for folder in folders:
         if not os.path.isdir(folder):
-            raise FormatError(f"{folder}: there is no such folder")
-    here = [one for one in itertools.chain(in_folders(folders or ["."]), in_cache()) if one.matches(base, search)]
-    rows, failed = ordered(here, sort or "name"), None
+            raise FormatError(f"{folder}: no such folder")
+    here = [one for one in itertools.chain(list_folders(folders or ["."]), list_cache()) if one.matches(base, search)]
+    rows, failed = sorted_entries(here, sort or "name"), None
     if hub:
         try:
-            there = list(itertools.islice(on_the_hub(base, search, sort or "trending"), limit))
-            rows += with_details(there) if details else there
+            there = list(itertools.islice(list_hub(base, search, sort or "trending"), limit))
+            rows += add_details(there) if details else there
         except AdapterkitError as error:  # told once what is on this disk was shown
             failed = error
     if as_json:
@@ -82,7 +91,7 @@ def list_command(
         raise failed
 
 
-def _print_rows(columns: dict[str, Callable[[Found], str]], rows: list[Found]) -> None:
+def _print_rows(columns: dict[str, Callable[[AdapterEntry], str]], rows: list[AdapterEntry]) -> None:
     """A line for every row: into a pipe as wide as it is, on a terminal with less of what is least asked for.
 
     Names are whole in any case, to be copied from there; long ones have a line of their own on a terminal.
@@ -116,8 +125,8 @@ def _fitted(widths: dict[str, int], room: int) -> dict[str, int]:
     return widths
 
 
-def _columns(rows: list[Found]) -> dict[str, Callable[[Found], str]]:
-    columns: dict[str, Callable[[Found], str]] = {
+def _columns(rows: list[AdapterEntry]) -> dict[str, Callable[[AdapterEntry], str]]:
+    columns: dict[str, Callable[[AdapterEntry], str]] = {
         NAME: lambda row: f"{'●◐○'[('here', 'partial', 'remote').index(row.state)]} {row.name}",
         "kind": lambda row: "" if row.kind in (None, "LoRA") else str(row.kind),
         "rank": lambda row: span(row.ranks),

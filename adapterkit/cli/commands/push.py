@@ -38,17 +38,17 @@ def push_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
 
     plan = plan_push(**given)
     if dry_run:
-        print_plan(plan, {}, as_json, "sent")
+        print_plan(plan, {}, as_json, "uploaded")
         return
     if not as_json:
         say(*plan.lines())
-    ran = run_with_bar(plan, "sending", Pushed)
+    ran = run_with_bar(plan, "uploading", Pushed)
     done = ran.result
     if as_json:
         say_result(plan.facts() | {"url": done.url, "commit": done.commit})
         return
     if done.commit is None:
-        say("nothing had changed, and nothing was sent")
+        say("up to date, nothing uploaded")
     else:
         say(f"pushed    {size(plan.size)} in {ran.seconds:.1f} s, commit {done.commit[:10]}")
     say(done.url)

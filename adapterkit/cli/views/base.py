@@ -9,12 +9,12 @@ from adapterkit.base.quant import shapes_need_values
 from adapterkit.cli.lookup import fetched_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.errors import FormatError
-from adapterkit.hub.locate import Place
+from adapterkit.hub.locate import Location
 from adapterkit.inspection.base_summary import inventory, unsupported
 from adapterkit.text import counted, size
 
 
-def show_base(there: Place, given: str, as_json: bool) -> None:
+def show_base(there: Location, given: str, as_json: bool) -> None:
     """Print the base that is `there`, which the user calls `given`."""
     checkpoint = open_checkpoint(there.path)
     if there.headers_only and shapes_need_values(checkpoint.tensors):

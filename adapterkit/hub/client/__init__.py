@@ -1,1 +1,1 @@
-"""Requests to the Hub that end: limits of time and size, tokens masked, errors of our own."""
+"""Requests to the Hub with limits on time and size, tokens masked, and adapterkit's own errors."""

@@ -1,6 +1,6 @@
-"""Requests side by side, on threads that need not be waited for: a silent socket would hold up ctrl-C.
+"""Parallel requests on daemon threads, so that ctrl-C doesn't wait for a silent socket.
 
-`concurrent.futures` waits for its threads, when its executor closes or at the latest when Python ends.
+`concurrent.futures` joins its threads when the executor closes, and at exit.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ R = TypeVar("R")
 
 
 def parallel_map(work: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
-    """What `work` makes of each of `items`, in their order; see `in_parallel`."""
-    results = dict(filter(None, in_parallel(work, items, threads)))
+    """Return `work(item)` for each of `items`, in order; see `run_parallel`."""
+    results = dict(filter(None, run_parallel(work, items, threads)))
     return [results[at] for at in range(len(items))]
 
 
-def in_parallel(
-    work: Callable[[T], R], items: Sequence[T], threads: int, every: float | None = None
+def run_parallel(
+    work: Callable[[T], R], items: Sequence[T], threads: int, interval: float | None = None
 ) -> Iterator[tuple[int, R] | None]:
-    """What `work` makes of each of `items`, with its place, as it is done; None where that takes `every` seconds.
+    """Yield the index and `work(item)` for each of `items` as they finish, and None every `interval` seconds between.
 
-    The first failure is raised once the others that had begun are done; ctrl-C at once.
+    The first exception is raised once the running calls are done, KeyboardInterrupt at once.
     """
     todo: queue.SimpleQueue[tuple[int, T]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, R | None, BaseException | None]] = queue.SimpleQueue()
@@ -51,7 +51,7 @@ def in_parallel(
     try:
         while left:
             try:
-                at, result, error = done.get(timeout=every)
+                at, result, error = done.get(timeout=interval)
             except queue.Empty:
                 yield None
                 continue

@@ -1,1 +1,1 @@
-"""What is sent to the Hub: checked, described, and committed at once."""
+"""Uploads to the Hub: files checked, card completed, everything in one commit."""

@@ -1,4 +1,4 @@
-"""What of somebody's machine is in a text: local paths, which are cut to names or refused, and tokens."""
+"""Local paths and tokens in text: paths are reduced to their last part, or refused."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from adapterkit.errors import UnsafeFileError
 from adapterkit.hub.names import is_hub_id
 from adapterkit.hub.upload.secrets import find_secret
 
-# A path of somebody's machine: below the folders where people and jobs have their files, or of Windows.
+# Usual parents of home, data and job folders, whose paths reveal a machine; Windows paths have a drive letter.
 ROOTS = (
     "home|root|Users|mnt|data|tmp|var|opt|srv|media|scratch|work|workspace|content|kaggle|private|Volumes|gpfs|lustre|"
     "raid|nfs|dbfs|storage|projects?|dev/shm"
 )
-LOCAL = re.compile(rf"(?:(?<![\w./:~-])|(?<=file://))(?:/(?:{ROOTS})/|~/|[A-Za-z]:\\)[^\s\"'`<>|)\]]+")
-WITH_FOLDERS = re.compile(r"(?<![^\s\"'`=(\[,])[^\s\"'`<>|()\[\]{},:=]*/[^\s\"'`<>|()\[\]{},:]*")
-FILES = re.compile(r"\.(jsonl?|csv|tsv|parquet|txt|ya?ml|safetensors|png|svg)$")
+LOCAL_PATH = re.compile(rf"(?:(?<![\w./:~-])|(?<=file://))(?:/(?:{ROOTS})/|~/|[A-Za-z]:\\)[^\s\"'`<>|)\]]+")
+RELATIVE_PATH = re.compile(r"(?<![^\s\"'`=(\[,])[^\s\"'`<>|()\[\]{},:=]*/[^\s\"'`<>|()\[\]{},:]*")
+DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|txt|ya?ml|safetensors|png|svg)$")
 
 
-def shortened(text: str, relative: bool) -> str:
-    """`text` with every local path cut to its last part, and those that are `relative`, too."""
+def strip_folders(text: str, relative: bool) -> str:
+    """Replace each local path in `text` by its last part, with `relative` relative paths too."""
 
     def last(match: re.Match[str]) -> str:
         return re.split(r"[/\\]", match[0].rstrip("/\\"))[-1]
 
     def last_of_relative(match: re.Match[str]) -> str:
-        is_name = is_hub_id(match[0]) and not FILES.search(match[0])
+        is_name = is_hub_id(match[0]) and not DATA_FILE.search(match[0])
         return match[0] if is_name else last(match) or match[0]
 
-    text = LOCAL.sub(last, text)
-    return WITH_FOLDERS.sub(last_of_relative, text) if relative else text
+    text = LOCAL_PATH.sub(last, text)
+    return RELATIVE_PATH.sub(last_of_relative, text) if relative else text
 
 
 def check_public(file: Path, text: str) -> None:
-    """Raise UnsafeFileError for a token, or for a path of this machine; in JSON as it reads when it is parsed, too."""
+    """Raise UnsafeFileError for a token or a local path, in JSON also for an escaped one."""
     if file.suffix == ".json":
-        text = f"{text}\n{_unescaped(text)}"
+        text = f"{text}\n{_unescape(text)}"
     check_no_token(file, text)
-    if match := LOCAL.search(text):
-        raise UnsafeFileError(f"{file}: holds a local path, {match[0]}; take it out")
+    if match := LOCAL_PATH.search(text):
+        raise UnsafeFileError(f"{file}: contains a local path, {match[0]}; remove it")
 
 
 def check_no_token(file: Path, text: str) -> None:
-    """Raise UnsafeFileError for what looks like a token."""
+    """Raise UnsafeFileError for a token or another secret."""
     if found := find_secret(BytesIO(text.encode(errors="surrogateescape"))):
-        raise UnsafeFileError(f"{file}: holds what looks like {found[0]}; take it out, and revoke it")
+        raise UnsafeFileError(f"{file}: contains {found[0]}; remove it, and revoke it")
 
 
-def _unescaped(text: str) -> str:
-    r"""JSON as it reads when it is read: `"\/home"` and `"\u002fhome"` are `"/home"`."""
+def _unescape(text: str) -> str:
+    r"""JSON text without escapes: `"\/home"` and `"\u002fhome"` are `"/home"`."""
     try:
         return json.dumps(json.loads(text), ensure_ascii=False)
     except (ValueError, RecursionError):

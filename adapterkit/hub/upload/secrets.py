@@ -1,7 +1,7 @@
-"""Secrets among bytes of any kind: tokens by their shape, private keys, logins. As fast as a disk reads weights.
+"""Find secrets in bytes of any kind: tokens, private keys, logins. Keeps up with a disk that reads weights.
 
-Shapes are those that their issuers document, as far as they begin with a mark of their own: random weights, base64 and
-tokenizers hold none of them.
+Formats are those that the issuers document, if they start with a distinctive prefix, which random weights, base64 and
+tokenizers do not contain.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import IO, Any
 
 import numpy as np
 
-CHUNK, OVERLAP = 4 << 20, 8192  # bytes; nothing that is looked for is longer than the latter
+CHUNK, OVERLAP = 4 << 20, 8192  # bytes; no secret is longer than the overlap
 
-# A mark, and the pattern that is matched where it stands. All of them hold RUN letters, digits, - or _ side by side.
-SHAPES = {
+# Prefix -> name and pattern. Each matches at least MIN_RUN consecutive letters, digits, - or _.
+TOKEN_FORMATS = {
     "hf_": ("a Hub token", r"hf_(?:[A-Za-z0-9]{30,}|oauth_[\w.-]{30,})"),
     "api_org_": ("a Hub token", r"api_org_[A-Za-z0-9]{30,}"),
     **{f"gh{kind}_": ("a GitHub token", r"gh._[A-Za-z0-9]{36,}") for kind in "pousr"},
@@ -47,30 +47,30 @@ SHAPES = {
     ),
 }
 PATTERNS = [
-    (mark.encode(), what, re.compile(rf"(?:{pattern})(?![A-Za-z0-9])".encode() if mark[0] != "-" else pattern.encode()))
-    for mark, (what, pattern) in SHAPES.items()
+    (prefix.encode(), name, re.compile((pattern if prefix[0] == "-" else rf"(?:{pattern})(?![A-Za-z0-9])").encode()))
+    for prefix, (name, pattern) in TOKEN_FORMATS.items()
 ]
-# Before them stands neither letter nor digit, unless it ends an escape: `\n`, `\u000a`, `%0A`.
-BEFORE = re.compile(rb"(?:\A|[^A-Za-z0-9]|\\[nrt]|\\u00[0-9a-fA-F]{2}|%[0-9A-F]{2})\Z", re.DOTALL)
+# No letter or digit precedes a secret, unless it ends an escape: `\n`, `\u000a`, `%0A`.
+PRECEDING = re.compile(rb"(?:\A|[^A-Za-z0-9]|\\[nrt]|\\u00[0-9a-fA-F]{2}|%[0-9A-F]{2})\Z", re.DOTALL)
 PLACEHOLDER = re.compile(rb"[a-z_-]*([x*0])\1+|\w+EXAMPLE(?:KEY)?", re.IGNORECASE)
 LOGIN = re.compile(rb"machine\s+\S+\s+login\s+\S+\s+password\s+\S{6}")
 
-RUN, STEP = 16, 8  # bytes: of RUN side by side, two neighbours are at multiples of STEP
-AROUND = 400  # bytes that may belong to a secret before and after its run
-WORD = np.zeros(256, bool)
-WORD[list(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")] = True
+MIN_RUN, STRIDE = 16, 8  # bytes: any MIN_RUN consecutive bytes include two neighbouring multiples of STRIDE
+CONTEXT = 400  # bytes before and after a run that may belong to the secret
+TOKEN_BYTES = np.zeros(256, bool)
+TOKEN_BYTES[list(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")] = True
 View = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 def find_secret(stream: IO[bytes], known: tuple[bytes, ...] = ()) -> tuple[str, int] | None:
-    """What secret `stream` holds, and at which byte; what is `known` to be one whatever its shape. None where none is.
+    """The name and offset of a secret in `stream`, or None; `known` secrets are found in any format.
 
-    Text may be UTF-8 or UTF-16, and lie among any other bytes.
+    Text may be UTF-8 or UTF-16, anywhere among other bytes.
     """
     at, data = 0, stream.read(CHUNK)
     while data:
-        for what, place in _found(data, known):
-            return what, at + place
+        for name, offset in _scan_chunk(data, known):
+            return name, at + offset
         rest = data[-OVERLAP:]
         at += len(data) - len(rest)
         data = stream.read(CHUNK)
@@ -78,50 +78,49 @@ def find_secret(stream: IO[bytes], known: tuple[bytes, ...] = ()) -> tuple[str, 
     return None
 
 
-def _found(data: bytes, known: tuple[bytes, ...]) -> Iterator[tuple[str, int]]:
+def _scan_chunk(data: bytes, known: tuple[bytes, ...]) -> Iterator[tuple[str, int]]:
     for token in known:
-        if (place := data.find(token)) >= 0:
-            yield "the token of this machine", place
+        if (offset := data.find(token)) >= 0:
+            yield "your Hub token", offset
     array = np.frombuffer(data, np.uint8)
-    for start, stop in _spans(
-        _runs(array, array[::STEP] - np.uint8(45) < 78)
-    ):  # which is fast, and true of all of WORD
-        for what, place in _secrets(data[start:stop], known):
-            yield what, start + place
-    for first in (0, 1):  # UTF-16: letters with a zero beside each
+    sampled = array[::STRIDE] - np.uint8(45) < 78  # a fast test that all of TOKEN_BYTES pass
+    for start, stop in _spans(_find_runs(array, sampled)):
+        for name, offset in _match_secrets(data[start:stop], known):
+            yield name, start + offset
+    for first in (0, 1):  # UTF-16: a zero next to each letter
         letters, zeros = array[first::2], array[1 - first :: 2]
-        for start, stop in _spans(_runs(letters, zeros[: len(letters)][::STEP] == 0)):
-            for what, place in _secrets(letters[start:stop].tobytes(), known):
-                yield what, first + 2 * (start + place)
+        for start, stop in _spans(_find_runs(letters, zeros[: len(letters)][::STRIDE] == 0)):
+            for name, offset in _match_secrets(letters[start:stop].tobytes(), known):
+                yield name, first + 2 * (start + offset)
     if 0 not in data[:OVERLAP] and (match := LOGIN.search(data)):
         yield "a login of .netrc", match.start()
 
 
-def _runs(view: View, sampled: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> np.ndarray[Any, Any]:
-    """Where runs of WORD are, of which most is never looked at: `sampled` says where every STEP-th byte may be one."""
-    at = np.flatnonzero(sampled[1:] & sampled[:-1]) * STEP
+def _find_runs(view: View, sampled: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> np.ndarray[Any, Any]:
+    """Offsets of runs of TOKEN_BYTES; `sampled` tells whether each STRIDE-th byte may be one."""
+    at = np.flatnonzero(sampled[1:] & sampled[:-1]) * STRIDE
     for between in (0, 1, 5, 3, 7, 2, 6, 4, 8):
-        at = at[WORD[view[at + between]]]
+        at = at[TOKEN_BYTES[view[at + between]]]
     return at
 
 
 def _spans(at: np.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:
-    """From where to where runs `at` these places reach, with what is around them."""
-    apart = np.flatnonzero(np.diff(at) > AROUND)
+    """Yield the start and stop of runs, with CONTEXT bytes on each side; overlapping ones are joined."""
+    apart = np.flatnonzero(np.diff(at) > CONTEXT)
     if len(at):
         for start, stop in zip(at[[0, *(apart + 1)]], at[[*apart, -1]], strict=True):
-            yield max(0, int(start) - AROUND), int(stop) + AROUND
+            yield max(0, int(start) - CONTEXT), int(stop) + CONTEXT
 
 
-def _secrets(text: bytes, known: tuple[bytes, ...]) -> Iterator[tuple[str, int]]:
-    """The secrets in a text."""
+def _match_secrets(text: bytes, known: tuple[bytes, ...]) -> Iterator[tuple[str, int]]:
+    """Yield the secrets in a text, with their offsets."""
     for token in known:
-        if (place := text.find(token)) >= 0:
-            yield "the token of this machine", place
-    for mark, what, pattern in PATTERNS:
-        place = text.find(mark)
-        while place >= 0:
-            match = pattern.match(text, place)
-            if match and BEFORE.search(text, max(0, place - 6), place) and not PLACEHOLDER.fullmatch(match[0]):
-                yield what, place
-            place = text.find(mark, place + 1)
+        if (offset := text.find(token)) >= 0:
+            yield "your Hub token", offset
+    for prefix, name, pattern in PATTERNS:
+        offset = text.find(prefix)
+        while offset >= 0:
+            match = pattern.match(text, offset)
+            if match and PRECEDING.search(text, max(0, offset - 6), offset) and not PLACEHOLDER.fullmatch(match[0]):
+                yield name, offset
+            offset = text.find(prefix, offset + 1)

@@ -17,7 +17,7 @@ from typing import IO, Any, TypeAlias
 from adapterkit.errors import FormatError, OfflineError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.sandbox import start
-from adapterkit.hub.names import parsed
+from adapterkit.hub.names import parse_hub_id
 from adapterkit.packages import needed
 from adapterkit.train.data import parquet_subprocess
 
@@ -154,7 +154,7 @@ def _rows(source: str | os.PathLike[str], fields: Fields) -> RawRecords:
         if reader is None:
             raise UsageError(f"{path}: unsupported file type, expected {', '.join(READERS)}")
         return reader(path, fields)
-    if reader or parsed(str(source)) is None or (path.parent.is_dir() and path.parent != Path()):
+    if reader or parse_hub_id(str(source)) is None or (path.parent.is_dir() and path.parent != Path()):
         raise FormatError(f"{source}: no such file; expected a file or a dataset on the Hub: org/name[:split]")
     return _hub_rows(str(source))
 
@@ -298,7 +298,7 @@ def _parquet_rows(file: Path, fields: Fields) -> RawRecords:
 
 def _hub_rows(source: str) -> RawRecords:
     load = needed("datasets", f"{source}: no such file, and a dataset on the Hub").load_dataset
-    id = parsed(source)
+    id = parse_hub_id(source)
     assert id is not None
     try:
         rows = load(id.repo, revision=id.revision, split=id.folder or "train", streaming=True)

@@ -14,7 +14,7 @@ from adapterkit.base.quant import weights as weights_of
 from adapterkit.base.ties import find_tie
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.hub_cache import check_cached
-from adapterkit.hub import hub_id, resolve
+from adapterkit.hub import hub_repo, resolve
 from adapterkit.train.data.tokenize import Encoded
 
 
@@ -28,7 +28,7 @@ def open_base(spec: str) -> Checkpoint:
     path = resolve(spec)
     if path.exists() and not is_base(path):  # transformers would also load an adapter in the same directory
         raise UsageError(f"{path}: not a transformers model: expected a directory with config.json and no adapter")
-    base = open_checkpoint(path, hub_id(spec))
+    base = open_checkpoint(path, hub_repo(spec))
     small = (path / file for file in base.other_files()[0] if file.suffix in SMALL_FILES)
     check_cached([path / CONFIG, *small, *([base.index] if base.index else []), *(one.file for one in base.shards)])
     check_described(base)
@@ -38,7 +38,7 @@ def open_base(spec: str) -> Checkpoint:
 def open_fitting(spec: str, base: Checkpoint) -> WeightedAdapter:
     """Load the adapter, checked to be complete and to fit `base`."""
     path = resolve(spec)
-    given = WeightedAdapter(load(path), label=hub_id(spec) or path.resolve().name)
+    given = WeightedAdapter(load(path), label=hub_repo(spec) or path.resolve().name)
     check_cached(given.adapter.files)
     check_mergeable(given)
     adapter, tensors = given.adapter, weights_of(base.tensors, base.config)

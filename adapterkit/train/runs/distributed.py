@@ -13,7 +13,7 @@ import torch.distributed as dist
 from adapterkit.errors import OutputExistsError, UsageError
 from adapterkit.files import system
 from adapterkit.files.staging import Destination, staged, unfinished_work
-from adapterkit.hub import place_of
+from adapterkit.hub import input_path
 from adapterkit.train.recipe import Recipe
 from adapterkit.train.runs import checkpoints
 
@@ -31,7 +31,7 @@ def check_run(recipe: Recipe, out: Path, rank: int, resume: bool, overwrite: boo
         OutputExistsError: An interrupted run is there, and neither `resume` nor `overwrite` is given.
         UsageError: `resume` is given, and there is no checkpoint.
     """
-    models = (place_of(spec) for spec in (recipe.base, recipe.init_from) if spec)
+    models = (input_path(spec) for spec in (recipe.base, recipe.init_from) if spec)
     data = (Path(path).expanduser() for path in (recipe.data, recipe.eval_data) if path)
     place = Destination(out, (*models, *data), overwrite=overwrite)
     if rank:  # the first process checks, before it writes

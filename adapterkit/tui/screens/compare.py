@@ -16,7 +16,7 @@ from textual.worker import get_current_worker
 from textual_plot import HiResMode
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.hub.listing import Found
+from adapterkit.hub.listing import AdapterEntry
 from adapterkit.text import counted, number, visible
 from adapterkit.tui.threads import hand_over
 from adapterkit.tui.widgets.charts import COLOURS, Plot
@@ -47,7 +47,7 @@ class CompareScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,c", "dismiss", "back")]
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012 (Textual's type)
 
-    def __init__(self, one: Found, other: Found) -> None:
+    def __init__(self, one: AdapterEntry, other: AdapterEntry) -> None:
         super().__init__()
         self._both = (one, other)
         self._names = f"A  {visible(one.name)}\nB  {visible(other.name)}"

@@ -17,7 +17,7 @@ from textual.widgets import Footer, Markdown, TabbedContent, TabPane
 from textual.worker import get_current_worker
 
 from adapterkit.adapter.formats.table import config_names
-from adapterkit.hub.listing import Found
+from adapterkit.hub.listing import AdapterEntry
 from adapterkit.inspection.summary import ModuleRow
 from adapterkit.text import visible, visible_lines
 from adapterkit.tui.details import Details, config_text, rows_of
@@ -65,7 +65,7 @@ class Detail(Vertical):
     def on_mount(self) -> None:
         self._wait("")
 
-    def wait(self, row: Found | None) -> None:
+    def wait(self, row: AdapterEntry | None) -> None:
         """Show the name of `row` until its details arrive."""
         self.border_title = plain(row.name if row else "")
         if row is None:
@@ -118,11 +118,11 @@ class Detail(Vertical):
             self._measure(self.details.row)
 
     @work(thread=True, exclusive=True, group="measure", exit_on_error=False)
-    def _measure(self, row: Found) -> None:
+    def _measure(self, row: AdapterEntry) -> None:
         worker = get_current_worker()
         hand_over(self.app, self._drawn, row, rows_of(row, lambda: worker.is_cancelled))
 
-    def _drawn(self, row: Found, found: list[ModuleRow] | str) -> None:
+    def _drawn(self, row: AdapterEntry, found: list[ModuleRow] | str) -> None:
         if self.details is None or self.details.row.name != row.name:
             return
         if isinstance(found, str) or not found:

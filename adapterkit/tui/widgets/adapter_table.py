@@ -16,7 +16,7 @@ from textual.message import Message
 from textual.timer import Timer
 from textual.widgets import Input
 
-from adapterkit.hub.listing import SORTS, Found, ordered
+from adapterkit.hub.listing import SORTS, AdapterEntry, sorted_entries
 from adapterkit.text import short, size, span, visible
 from adapterkit.tui.widgets.plain import Static, Table, plain
 
@@ -50,13 +50,13 @@ class AdapterTable(Vertical):
     class Looked(Message):
         """A row has been highlighted for a while."""
 
-        row: Found | None
+        row: AdapterEntry | None
 
     @dataclass
     class Chosen(Message):
         """A row was chosen with enter or a click."""
 
-        row: Found
+        row: AdapterEntry
 
     @dataclass
     class NearEnd(Message):
@@ -76,14 +76,14 @@ class AdapterTable(Vertical):
 
     def __init__(self) -> None:
         super().__init__(id="adapters")
-        self.rows: dict[str, Found] = {}
-        self.marked: dict[str, Found] = {}
+        self.rows: dict[str, AdapterEntry] = {}
+        self.marked: dict[str, AdapterEntry] = {}
         self.words, self.sort = "", "name"
         self.filters = True  # filter rows here; the Hub filters its own
         self.folder: Path | None = None  # the folder listed
         self.sorts: tuple[str, ...] = tuple(SORTS)
         self.status = ""
-        self._shown: list[Found] = []
+        self._shown: list[AdapterEntry] = []
         self._typing: Timer | None = None
         self._looking: Timer | None = None
 
@@ -99,39 +99,39 @@ class AdapterTable(Vertical):
         self._say()
 
     @property
-    def current(self) -> Found | None:
+    def current(self) -> AdapterEntry | None:
         """The highlighted row."""
         at = self.query_one(Table).cursor_row
         return self._shown[at] if 0 <= at < len(self._shown) else None
 
     @property
-    def chosen(self) -> list[Found]:
+    def chosen(self) -> list[AdapterEntry]:
         """The selected rows, else the highlighted one."""
         return list(self.marked.values()) or ([self.current] if self.current else [])
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
-    def show(self, sort: str, sorts: tuple[str, ...], status: str, on_hub: bool, folder: Path | None) -> None:
+    def show(self, sort: str, sorts: tuple[str, ...], status: str, as_hub_id: bool, folder: Path | None) -> None:
         """Start with another source, without rows; shows `status` instead."""
-        self.rows, self.sort, self.sorts, self.status, self.filters = {}, sort, sorts, status, not on_hub
+        self.rows, self.sort, self.sorts, self.status, self.filters = {}, sort, sorts, status, not as_hub_id
         self.folder = folder
         self._redraw()
 
-    def add(self, rows: Iterable[Found]) -> None:
+    def add(self, rows: Iterable[AdapterEntry]) -> None:
         """Add or replace rows."""
         added = list(rows)
         new = not any(row.name in self.rows for row in added)
         self.rows |= {row.name: row for row in added}
         matching = [row for row in added if self._matches(row)]
         if self.filters:
-            matching = ordered(matching, self.sort)
+            matching = sorted_entries(matching, self.sort)
         at_end = not self._shown or not matching or self._in_order(self._shown[-1], matching[0])
         if new and (not self.filters or at_end):
             self._append(matching)
         else:
             self._redraw()
 
-    def update(self, row: Found) -> None:
+    def update(self, row: AdapterEntry) -> None:
         """Update a row with its details."""
         if row.name in self.rows:
             self.rows[row.name] = row
@@ -152,11 +152,11 @@ class AdapterTable(Vertical):
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
-    def _matches(self, row: Found) -> bool:
+    def _matches(self, row: AdapterEntry) -> bool:
         return not self.filters or row.matches(None, self.words)
 
-    def _in_order(self, first: Found, second: Found) -> bool:
-        return ordered([second, first], self.sort)[0] is first
+    def _in_order(self, first: AdapterEntry, second: AdapterEntry) -> bool:
+        return sorted_entries([second, first], self.sort)[0] is first
 
     def _redraw(self) -> None:
         """Redraw all rows, with the cursor on the same row."""
@@ -164,25 +164,25 @@ class AdapterTable(Vertical):
         rows = [row for row in self.rows.values() if self._matches(row)]
         self._shown = []
         table.clear()
-        self._append(ordered(rows, self.sort) if self.filters else rows)
+        self._append(sorted_entries(rows, self.sort) if self.filters else rows)
         if current is not None:
             at = next((at for at, row in enumerate(self._shown) if row.name == current.name), 0)
             table.move_cursor(row=at, animate=False)
         self._say()
 
-    def _append(self, rows: list[Found]) -> None:
+    def _append(self, rows: list[AdapterEntry]) -> None:
         table = self.query_one(Table)
         for row in rows:
             self._shown.append(row)
             table.add_row(*self._cells(row), key=row.name)
         self._say()
 
-    def _draw(self, row: Found) -> None:
+    def _draw(self, row: AdapterEntry) -> None:
         """Redraw a row."""
         for column, cell in zip(COLUMNS, self._cells(row), strict=True):
             self.query_one(Table).update_cell(row.name, column or "state", cell)
 
-    def _cells(self, row: Found) -> list[Text]:
+    def _cells(self, row: AdapterEntry) -> list[Text]:
         state = STATES[row.state] if not row.problem else "✗"
         mark = "*" if row.name in self.marked else " "
         style = "bold" if row.name in self.marked else "red" if row.problem else ""
@@ -193,7 +193,7 @@ class AdapterTable(Vertical):
         )  # fmt: skip
         return [Text(text, style=style, no_wrap=True, overflow="ellipsis") for text in texts]
 
-    def _called(self, row: Found) -> str:
+    def _called(self, row: AdapterEntry) -> str:
         """The path below the listed folder, or the Hub id."""
         return visible(row.name.removeprefix(f"{self.folder}/") if self.folder else row.name)
 
