@@ -40,7 +40,7 @@ def print_plan(plan: Plan, how: Mapping[str, Any], as_json: bool, done: str = "w
     if as_json:
         say_result(facts)
     else:
-        say(*lines, f"nothing was {done} (--dry-run)")
+        say(*lines, f"Dry run: nothing {done}")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def test_a_plan_prints_pickles_and_runs_as_events(verb: str, folder: Path, monke
 
     shown, facts = command("--dry-run"), json.loads(command("--dry-run", "--json").out)
     assert shown.code == 0, shown
-    assert f"writes    out-{verb}" in shown.out and shown.out.endswith("nothing was written (--dry-run)\n")
+    assert f"writes    out-{verb}" in shown.out and shown.out.endswith("Dry run: nothing written\n")
     assert facts["output"] == f"out-{verb}" and contents(folder) == before
     plans: list[Any] = []
 

@@ -167,7 +167,7 @@ def test_a_dry_run_does_not_import_torch(tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from adapterkit.cli.main import main; main()"
     result = python("-c", code, "merge", base, adapter, "--dry-run")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "nothing was written (--dry-run)" in result.stdout
+    assert "Dry run: nothing written" in result.stdout
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 

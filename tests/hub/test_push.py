@@ -153,7 +153,7 @@ def test_private(there: Hub, adapter: Path) -> None:
 
 def test_dry_run_sends_nothing(there: Hub, adapter: Path) -> None:
     result = adapterkit("push", adapter, REPO, "--dry-run")
-    assert result.out.endswith("nothing was sent (--dry-run)\n")
+    assert result.out.endswith("Dry run: nothing uploaded\n")
     assert "adapter_model.safetensors" in result.out
     assert REPO not in there.repos
     assert not there.asked("(POST|PUT) ")
@@ -188,7 +188,7 @@ def test_pushing_again_sends_nothing(there: Hub, adapter: Path) -> None:
     pushed(adapter, REPO)
     there.requests.clear()
     result = adapterkit("push", adapter, REPO)
-    assert "nothing had changed, and nothing was sent" in result.out
+    assert "up to date, nothing uploaded" in result.out
     assert not there.asked("(POST|PUT) ")
 
 
