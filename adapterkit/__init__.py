@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.hub.events import BytesDone, Fetched, Pulled, Pushed
     from adapterkit.hub.pull import PullPlan
     from adapterkit.hub.upload.push import PushPlan
-    from adapterkit.merging.live import apply, remove
+    from adapterkit.merging.live.apply import apply, remove
     from adapterkit.merging.options import RunOptions
     from adapterkit.merging.plan.types import MergePlan
     from adapterkit.merging.run.finish import Merged, finish
@@ -51,7 +51,7 @@ _EXPORTS = {
     **dict.fromkeys(("plan_unmerge", "unmerge"), "api.unmerge"),
     **dict.fromkeys(("combine", "compare", "convert", "extract", "resize"), "api.adapters"),
     **dict.fromkeys(("plan_combine", "plan_convert", "plan_extract", "plan_resize"), "api.adapters"),
-    **dict.fromkeys(("apply", "remove"), "merging.live"),
+    **dict.fromkeys(("apply", "remove"), "merging.live.apply"),
     **dict.fromkeys(("plan_pull", "plan_push", "pull", "push"), "api.hub"),
     **dict.fromkeys(("BytesDone", "Fetched", "Pulled", "Pushed"), "hub.events"),
     "PullPlan": "hub.pull", "PushPlan": "hub.upload.push",

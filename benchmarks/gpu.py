@@ -26,8 +26,8 @@ from adapterkit.algebra.rounding import round_once
 from adapterkit.algebra.updates import Update
 from adapterkit.base.quant.codebooks import CODES
 from adapterkit.base.quant.schemes.bnb4 import nibbles
-from adapterkit.merging import live
 from adapterkit.merging.blocks.device import exact_products
+from adapterkit.merging.live.weights import adder
 from benchmarks.common.measure import Command, alternate, and_sync, child_environment, clean, python, table
 from benchmarks.common.models import DELTA_RATIO, LLAMA3_8B, TINYLLAMA, WEIGHT_STD, Llama, cached_adapter, cached_llama
 from benchmarks.common.paths import CACHE
@@ -125,7 +125,7 @@ def ways_to_merge(weight: torch.Tensor, update: Update) -> dict[str, torch.Tenso
     """Return the weight merged by adapterkit's live merge, and by PEFT."""
     ours = weight.clone()
     with exact_products():
-        live.adder(ours, [update])(0, len(ours))
+        adder(ours, [update])(0, len(ours))
     delta = (update.left.bfloat16() @ update.right.bfloat16()) * update.strength
     return {"adapterkit, resident": ours, "product in bf16, then added (PEFT)": weight + delta}
 
@@ -168,7 +168,7 @@ def resident(device: torch.device, shape: Llama, layers: int) -> Part:
     def merge() -> None:
         with exact_products():
             for data, updates in pairs:
-                add = live.adder(data, updates)
+                add = adder(data, updates)
                 add(0, len(data))
 
     def naive() -> None:
@@ -244,7 +244,7 @@ def four_bits(device: torch.device, shape: Llama) -> Part:
 
     def merged(values: torch.Tensor) -> torch.Tensor:
         matrix = values.view(rows, columns).to(torch.bfloat16)
-        live.adder(matrix, [update])(0, rows)
+        adder(matrix, [update])(0, rows)
         return matrix
 
     def by_torch() -> torch.Tensor:

@@ -61,7 +61,7 @@ def retention_table(work: Path) -> str:
             loss = {"accept_loss": True} if "quantize" in how else {}
             result = adapterkit.merge(base, [adapter], work / "merged", overwrite=True, report=True, **how, **loss)
             retention = result.retention["m.weight"]
-            cells.append(f"{retention.kept:.1%}, {retention.error:.2f}")
+            cells.append(f"{retention.retained:.1%}, {retention.error:.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Retained share of Δ (100% is perfect), and the error in units of ‖Δ‖."])
 

@@ -45,7 +45,7 @@ EAGER = {
     # Imported where weights are read, and nowhere on the way there.
     "torch": r"""(?x) algebra\..* | kernels\..* | base\.(quant\.compensated | row_reader) | inspection\.match
         | combining\.(batches | compare | convert | elementwise | extract)
-        | merging\.(blocks\..* | calibration | live | verify)
+        | merging\.(blocks\..* | calibration | live\..* | verify)
         | train\.(causal_lm | initial | injection | layers | loop | loss | products)
         | train\.runs\.(distributed | evaluate | export | memory | model_setup | prepare | run)""",
 }

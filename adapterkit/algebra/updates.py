@@ -215,7 +215,7 @@ def measure_columns(update: Update, chunks: Callable[[], Iterator[tuple[int, tor
 class Retention:
     """The share of an update that survives rounding: float64 sums over the elements of `W' − W` and `Δ`.
 
-    `kept`, the share retained, is `⟨W'−W, Δ⟩ / ‖Δ‖²` (1 is perfect); `error` is `‖W'−W−Δ‖ / ‖Δ‖`. Both are NaN if
+    `retained` is `⟨W'−W, Δ⟩ / ‖Δ‖²` (1 is perfect); `error` is `‖W'−W−Δ‖ / ‖Δ‖`. Both are NaN if
     there is no update.
     """
 
@@ -224,7 +224,7 @@ class Retention:
     residual: float = 0.0
 
     @property
-    def kept(self) -> float:
+    def retained(self) -> float:
         return self.dot / self.delta if self.delta else nan
 
     @property

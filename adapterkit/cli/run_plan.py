@@ -117,5 +117,5 @@ def show_adapter(ran: Ran[AdapterMade], what: str, as_json: bool, base: str | No
 
 def hashes_by_label(plan: MergePlan, hashes: Hashes) -> dict[str, dict[str, Any]]:
     """The SHA-256 of every file of a run, for `--json`; those of adapters by label."""
-    labels = [one.label for one in plan.given]
+    labels = [one.label for one in plan.adapters]
     return asdict(hashes) | {"adapters": dict(zip(labels, hashes.adapters, strict=True))}

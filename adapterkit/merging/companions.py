@@ -1,4 +1,4 @@
-"""What goes beside the merged weights: the base's other files, the config, the index, a record and a model card."""
+"""The files beside merged weights: copies of the base's other files, config, index, merge record and model card."""
 
 from __future__ import annotations
 
@@ -24,15 +24,12 @@ REPLACED = (README, MERGE_RECORD, RECEIPT, CONFIG)  # and the index
 
 
 def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes, receipt: bool) -> None:
-    """Write everything but the weights into `folder`, with a `receipt` or without.
-
-    The index and the config, which make it load, come last.
-    """
+    """Write everything but the weights into `folder`; index and config last, because they make the model loadable."""
     base = plan.base
-    copied = copy_others(base, folder)
+    copied = copy_companions(base, folder)
     if receipt:
         left_out = tuple(str(file) for file in base.other_files()[1])
-        companions = Companions(copied, keep_replaced(base, folder / BEFORE), left_out)
+        companions = Companions(copied, save_replaced(base, folder / BEFORE), left_out)
         write_bytes(folder / RECEIPT, encode(as_json(plan, hashes, companions)))
     if not base.is_directory:
         return
@@ -45,78 +42,77 @@ def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes, receipt: bool) -
         write_json(folder / CONFIG, plan.config)
 
 
-def others(base: Checkpoint) -> list[str]:
-    """List the files beside the weights that a merge copies, without those that it writes itself."""
+def copied_files(base: Checkpoint) -> list[str]:
+    """List the files beside the weights that a merge copies."""
     return [
         str(file) for file in base.other_files()[0] if str(file) not in REPLACED and file.parts[0] != RECEIPT_FOLDER
     ]
 
 
 def companions_of(base: Checkpoint) -> list[Path]:
-    """List the base's files beside its weights: those that a merge copies, and those that it replaces."""
-    folder = _beside(base)
-    return [*(base.path / name for name in others(base)), *(folder / name for name in replaced_in(base))]
+    """List the base's files beside its weights that a merge copies or replaces."""
+    folder = _replaced_folder(base)
+    return [*(base.path / name for name in copied_files(base)), *(folder / name for name in replaced_files(base))]
 
 
-def _beside(base: Checkpoint) -> Path:
-    """The folder with what a merge replaces: of a single file its receipt, which a killed run may have put aside."""
+def _replaced_folder(base: Checkpoint) -> Path:
+    """The folder of the files that a merge replaces: for a single file its receipt, wherever a killed run left it."""
     return find_receipt(base.path) or folder_of(base.path, base.is_directory)
 
 
-def copy_others(base: Checkpoint, folder: Path, only: Container[str] | None = None) -> dict[str, str]:
-    """Copy the files beside the weights, all or `only` some; their SHA-256."""
-    names = [name for name in others(base) if only is None or name in only]
+def copy_companions(base: Checkpoint, folder: Path, only: Container[str] | None = None) -> dict[str, str]:
+    """Copy the files beside the weights, or `only` some of them, and return their SHA-256."""
+    names = [name for name in copied_files(base) if only is None or name in only]
     return {name: copy_file(base.path, name, folder / name) for name in names}
 
 
-def keep_replaced(base: Checkpoint, before: Path) -> dict[str, str]:
-    """Keep the base's files that a merge replaces, and any earlier receipt, for `restore_replaced`; their SHA-256."""
-    folder = _beside(base)
-    return {name: copy_file(folder, name, before / name) for name in replaced_in(base)}
+def save_replaced(base: Checkpoint, before: Path) -> dict[str, str]:
+    """Copy the base's files that a merge replaces, any earlier receipt included, to `before`; return their SHA-256."""
+    folder = _replaced_folder(base)
+    return {name: copy_file(folder, name, before / name) for name in replaced_files(base)}
 
 
-def replaced_in(base: Checkpoint) -> list[str]:
-    """List the files that a merge replaces; anything but a regular file is already reported as left out."""
-    folder = _beside(base)
+def replaced_files(base: Checkpoint) -> list[str]:
+    """List the regular files that a merge replaces; others are already reported as left out."""
+    folder = _replaced_folder(base)
     names = [*REPLACED, *([base.index.name] if base.index else [])]
     names = [name for name in names if os.path.lexists(folder / name) and unsafe_kind(folder / name) is None]
     return names + [str(file.relative_to(folder)) for file in _files_below(folder / RECEIPT_FOLDER)]
 
 
-def restore_replaced(kept: Path, folder: Path) -> dict[str, str]:
-    """Put back what `keep_replaced` kept in the receipt's folder `kept`, the config, which makes it load, last.
+def restore_replaced(receipt: Path, folder: Path) -> dict[str, str]:
+    """Copy the files of `save_replaced` from the `receipt` folder back, the config last, and return their SHA-256.
 
-    Returns the SHA-256 of it all; raises UnsafeFileError for anything else, which could be other weights.
+    Raises UnsafeFileError for any other file there, which could be foreign weights.
     """
-    names = kept_before(kept / BEFORE)
+    names = saved_files(receipt / BEFORE)
     for name in names:
         inner = Path(name)
         index = len(inner.parts) == 1 and name.endswith(INDEX_SUFFIX)
         if not (index or name in REPLACED or inner.parts[0] == RECEIPT_FOLDER):
-            raise UnsafeFileError(f"{kept / BEFORE / name}: is nothing that a merge keeps; remove it")
+            raise UnsafeFileError(f"{receipt / BEFORE / name}: not a file that a merge saves; remove it")
     names.sort(key=lambda name: name == CONFIG)
-    return {name: copy_file(kept, f"{BEFORE}/{name}", folder / name) for name in names}
+    return {name: copy_file(receipt, f"{BEFORE}/{name}", folder / name) for name in names}
 
 
-def kept_before(before: Path) -> list[str]:
-    """The files in `before`, by their path in it."""
+def saved_files(before: Path) -> list[str]:
+    """List the files in `before` by relative path."""
     return [str(file.relative_to(before)) for file in _files_below(before)]
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """The files that a merge kept; raises UnsafeFileError for what it cannot have kept."""
+    """List the files of a receipt folder. Raises UnsafeFileError for anything but a regular file."""
     for file, kind in files_below(folder) if os.path.isdir(folder) else ():
         if kind is not None:
-            raise UnsafeFileError(f"{folder / file}: is {kind}, which no merge leaves there; remove it")
+            raise UnsafeFileError(f"{folder / file}: {kind}, expected a regular file; remove it")
         yield folder / file
 
 
 def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
-    """What was merged into what, for programs: names, weights and SHA-256, never a local path."""
-    name = plan.base.name
+    """The base and adapters as JSON facts: names, weights and SHA-256, no local paths."""
     return {
         "adapterkit": __version__,
-        "base": {"name": name, "files": hashes.base},
+        "base": {"name": plan.base.name, "files": hashes.base},
         "adapters": [
             {
                 "name": one.label,
@@ -124,7 +120,7 @@ def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
                 "base_model": public_name(one.adapter.base_model),
                 "files": files,
             }
-            for one, files in zip(plan.given, hashes.adapters, strict=True)
+            for one, files in zip(plan.adapters, hashes.adapters, strict=True)
         ],
         "dtype": plan.stored_as,
         "tensors_changed": plan.edits,
@@ -134,36 +130,36 @@ def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
 
 
 def card(plan: MergePlan, hashes: Hashes) -> str:
-    """The model card: YAML that the Hub reads, then what was merged into what, with file hashes."""
-    known = [public_name(plan.base.name), *(public_name(one.adapter.base_model) for one in plan.given)]
+    """The model card: the Hub's YAML header, then base and adapters with the SHA-256 of every file."""
+    known = [public_name(plan.base.name), *(public_name(one.adapter.base_model) for one in plan.adapters)]
     bases = dict.fromkeys(name for name in known if name)
     lines = ["---"]
     if len(bases) == 1:
-        relation = "merge" if plan.given else "quantized"
+        relation = "merge" if plan.adapters else "quantized"
         lines += [f"base_model: {next(iter(bases))}", f"base_model_relation: {relation}"]
-    lines += ["library_name: transformers", "tags:", "- adapterkit", *(["- lora", "- merge"] if plan.given else [])]
-    names = [plan.base.name, *(_weighted(one) for one in plan.given)]
-    changed = f"{counted(plan.edits, 'weight')} {'changed' if plan.given else 'quantized'}"
+    lines += ["library_name: transformers", "tags:", "- adapterkit", *(["- lora", "- merge"] if plan.adapters else [])]
+    names = [plan.base.name, *(_weighted(one) for one in plan.adapters)]
+    done, changed = ("Merged", "changed") if plan.adapters else ("Quantized", "quantized")
     stored = f"quantized to {'; '.join(plan.schemes)}" if plan.schemes else f"dtype {plan.stored_as}"
     lines += [
         "---",
         "",
         f"# {markdown(' + '.join(names))}",
         "",
-        f"{'Merged' if plan.given else 'Quantized'} by adapterkit {__version__}: {changed}, rounded once ({stored}).",
+        f"{done} by adapterkit {__version__}: {counted(plan.edits, 'weight')} {changed}, rounded once ({stored}).",
         "",
         "| part | weight | file | SHA-256 |",
         "| --- | --- | --- | --- |",
     ]
     lines += file_rows(f"{plan.base.name} (base)", "", hashes.base)
-    for one, files in zip(plan.given, hashes.adapters, strict=True):
+    for one, files in zip(plan.adapters, hashes.adapters, strict=True):
         lines += file_rows(one.label, f"{one.weight:g}", files)
     if plan.notes or plan.skipped:
         lines += ["", "Notes:", ""]
         lines += [f"- {markdown(note)}" for note in plan.notes]
-        lines += [f"- skipped, as asked: {markdown(name)}" for name in plan.skipped]
+        lines += [f"- skipped (allow_partial): {markdown(name)}" for name in plan.skipped]
     return "\n".join(lines) + "\n"
 
 
-def _weighted(one: WeightedAdapter) -> str:
-    return one.label if one.weight == 1 else f"{one.weight:g} · {one.label}"
+def _weighted(given: WeightedAdapter) -> str:
+    return given.label if given.weight == 1 else f"{given.weight:g} · {given.label}"

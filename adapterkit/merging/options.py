@@ -1,4 +1,4 @@
-"""How a plan is run: what does not change which tensors go where."""
+"""Options for running a plan. None of them changes the plan itself."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ MAX_THREADS = 256
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a `MergePlan`.
+    """Options for running a `MergePlan`.
 
     Args:
-        threads: workers, from 1 to 256; None: as many as there are cores, at most 8.
-        device: auto, cpu, cuda or cuda:N; auto takes a GPU where the job gains from one.
-        report: measure what rounding kept of every element, instead of a sample.
-        resume: take over the files that a run of this plan had finished when it was interrupted.
-        receipt: write what `unmerge` needs, where the plan can be undone.
-        link: let files that stay as they are share their bytes with the base's, where the disk can.
+        threads: number of workers, 1 to 256; None for one per core, at most 8.
+        device: auto, cpu, cuda or cuda:N; auto uses a GPU if that is faster.
+        report: measure retention on every element instead of a sample.
+        resume: reuse the files that an interrupted run of this plan finished.
+        receipt: write the receipt that `unmerge` needs, if the plan can be undone.
+        link: let unchanged files share the base's bytes (reflink or hard link).
         accept_loss: proceed even if quantization erases more than half of the update.
 
-    Raises UsageError for a device or a number of threads that cannot be.
+    Raises UsageError for an unknown device or an invalid number of threads.
     """
 
     threads: int | None = None

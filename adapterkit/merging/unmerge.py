@@ -1,7 +1,7 @@
-"""Undoing a merge by its receipt: the adapters it names found by hash, a plan made, and the base's hashes checked.
+"""Undo a merge: by its receipt, by copying the base, or approximately by subtraction.
 
-The plan is a merge's the other way round: from the merged file to the base's, whose header the receipt has. Tensors
-that were not changed are copied, the others restored row by row as they were recorded.
+With a receipt the plan reverses the merge: the receipt has the header of the base's file, unchanged tensors are copied,
+changed ones restored row by row from the sidecar, and the result must have the base's SHA-256.
 """
 
 from __future__ import annotations
@@ -18,27 +18,35 @@ from adapterkit.errors import FitError, FormatError, UsageError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.safetensors import Header, TensorInfo, Weight, read_header
 from adapterkit.files.staging import BEFORE, RECEIPT
-from adapterkit.merging.companions import copy_others, keep_replaced, kept_before, others, replaced_in, restore_replaced
+from adapterkit.merging.companions import (
+    copied_files,
+    copy_companions,
+    replaced_files,
+    restore_replaced,
+    save_replaced,
+    saved_files,
+)
 from adapterkit.merging.plan.edits import ModuleUpdate, Recorded, RestoreEdit
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.planner import make_plan
-from adapterkit.merging.plan.types import BytesFromSidecar, Copy, FilePlan, Hashes, MergePlan
+from adapterkit.merging.plan.types import Copy, FilePlan, Hashes, MergePlan, SidecarCopy
 from adapterkit.merging.receipts.receipt import HOLDS, Companions, ModuleShare, Receipt, Shard
 from adapterkit.merging.receipts.sidecar import base_header, kept, recorded
 from adapterkit.merging.run.budget import default_threads
+from adapterkit.text import counted
 
 APPROXIMATE = (
-    "approximate: the adapters were subtracted. A weight can differ from the base's by a unit in the last place of "
-    "what it was merged to (bf16 0.8% of that, fp16 0.1%), the more of them the larger the update was"
+    "approximate: the adapters were subtracted. Weights can differ from the base's by one unit in the last place of "
+    "the merged value (bf16 0.8% of it, fp16 0.1%); the larger the update, the more of them differ"
 )
 
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter], out: Path) -> MergePlan:
-    """Plan the base that `merged` was made of. Raises FitError and FormatError where receipt and files disagree."""
+    """Plan to restore the base of `merged`. Raises FitError or FormatError if receipt and files disagree."""
     if receipt.irreversible is not None:
-        raise FitError(f"{merged.path}: cannot be undone, since {receipt.irreversible}", hint="`base` restores it")
+        raise FitError(f"{merged.path}: cannot be undone: {receipt.irreversible}", hint="`base` restores it")
     merged = _with_shards(merged, receipt)
     given = tuple(
         WeightedAdapter(adapter, one.weight, one.name) for adapter, one in zip(adapters, receipt.adapters, strict=True)
@@ -52,7 +60,7 @@ def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter],
     weight_map = {name: file.name for file in files for name in file.tensors}
     beside = not merged.is_directory and (receipt.folder / BEFORE / RECEIPT).is_file()
     with_companions = merged.is_directory or beside
-    unchecked = (*others(merged), *kept_before(receipt.folder / BEFORE)) if with_companions else ()
+    unchecked = (*copied_files(merged), *saved_files(receipt.folder / BEFORE)) if with_companions else ()
     return MergePlan(
         merged, out, given, tuple(files), {}, weight_map, {}, notes=tuple(_not_restored(receipt.companions, merged)),
         restores=True, restores_receipt=beside,
@@ -60,26 +68,26 @@ def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter],
     )  # fmt: skip
 
 
-def _not_restored(told: Companions | None, source: Checkpoint) -> Iterator[str]:
-    """What of the base is not restored, and what of `source` is not copied."""
+def _not_restored(companions: Companions | None, source: Checkpoint) -> Iterator[str]:
+    """Notes on companions of the base that are not restored, and of `source` that are not copied."""
     left_out = {str(file) for file in source.other_files()[1]}
-    if told is not None:
+    if companions is not None:
         yield from (
-            f"{name}: not restored, since the merge left it out" for name in told.left_out if name not in left_out
+            f"{name}: not restored: the merge left it out" for name in companions.left_out if name not in left_out
         )
-        extra = (name for name in others(source) if name not in told.copied)
-        yield from (f"{name}: not copied: the receipt does not name it" for name in extra)
+        extra = (name for name in copied_files(source) if name not in companions.copied)
+        yield from (f"{name}: not copied: the receipt does not list it" for name in extra)
     yield from source.notes()
 
 
 def plan_copy(base: Checkpoint, receipt: Receipt | None, out: Path) -> MergePlan:
-    """Plan a copy of the base that a merge was made of, checked to be the one in the receipt, if there is one."""
+    """Plan a copy of the base, checked against the receipt if there is one."""
     files = tuple(
         lay_out(header, [Entry(info.name, info, info.dtype, info.shape) for info in header.tensors.values()])
         for header in base.shards
     )
     notes = tuple(_not_restored(receipt.companions if receipt else None, base))
-    unchecked = (*others(base), *replaced_in(base)) if receipt and not receipt.companions else ()
+    unchecked = (*copied_files(base), *replaced_files(base)) if receipt and not receipt.companions else ()
     return MergePlan(
         base, out, (), files, base.config, {}, {}, notes=notes, restores=True, unchecked=unchecked,
         write_companions=partial(finish_copy, receipt),
@@ -87,66 +95,71 @@ def plan_copy(base: Checkpoint, receipt: Receipt | None, out: Path) -> MergePlan
 
 
 def plan_subtraction(merged: Checkpoint, given: Sequence[WeightedAdapter], out: Path) -> MergePlan:
-    """Plan to subtract adapters from whatever `merged` is. Raises FitError for what can only be undone by a receipt."""
+    """Plan to subtract adapters from `merged`. Raises FitError for adapters that subtraction cannot undo."""
     for one in given:
         dora = any(weights.magnitude is not None for weights in one.adapter.modules.values())
         if dora or one.adapter.replaced or one.adapter.tokens:
-            what = "rescales the base's rows (DoRA)" if dora else "has replaced tensors of the base"
-            raise FitError(f"{one.label}: {what}, which no subtraction undoes: only a receipt or the `base` does")
+            effect = "rescales the base's rows (DoRA)" if dora else "replaces tensors of the base"
+            raise FitError(
+                f"{one.label}: {effect}, so subtraction cannot undo it", hint="use the merge's receipt, or `base`"
+            )
     plan = make_plan(merged, [replace(one, weight=-one.weight) for one in given], out)
     return replace(plan, undoable=False, notes=(*plan.notes, APPROXIMATE))
 
 
 def _with_shards(merged: Checkpoint, receipt: Receipt) -> Checkpoint:
-    """With a header for each shard of the receipt: the index leaves out files that hold no tensor any more."""
-    known, told = {header.file.name: header for header in merged.shards}, [shard.name for shard in receipt.shards]
+    """`merged` with a header for each shard of the receipt; its index has no entry for a file without tensors."""
+    known, names = {header.file.name: header for header in merged.shards}, [shard.name for shard in receipt.shards]
     if not merged.is_directory:
-        known, told = dict(zip(told, merged.shards, strict=False)), told[:1]
-    named = not merged.is_directory or all(name.endswith(".safetensors") for name in told)
-    if len(told) != len(receipt.shards) or not known.keys() <= set(told) or not named:
-        raise FitError(f"{merged.path}: has {', '.join(known)}; its receipt tells of {', '.join(told)}")
-    return replace(merged, shards=tuple(known.get(name) or read_header(merged.path / name) for name in told))
+        known, names = dict(zip(names, merged.shards, strict=False)), names[:1]
+    weights_only = not merged.is_directory or all(name.endswith(".safetensors") for name in names)
+    if len(names) != len(receipt.shards) or not known.keys() <= set(names) or not weights_only:
+        raise FitError(f"{merged.path}: holds {', '.join(known)}, but its receipt lists {', '.join(names)}")
+    return replace(merged, shards=tuple(known.get(name) or read_header(merged.path / name) for name in names))
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """One file of a merge that is undone: its receipt, the header it had, the one it has, and its sidecar's.
+class _OpenShard:
+    """One merged file: its receipt, the headers of base, merged file and sidecar, and the base's tensors.
 
-    `tensors` are those of the base; what the merged file has not lies in the sidecar.
+    `tensors` that the merged file lacks lie in the sidecar.
     """
 
-    told: Shard
-    raw: bytes
+    shard: Shard
+    raw: bytes  # the base's header
     before: Header
     after: Header
     sidecar: Header
     tensors: dict[str, TensorInfo]
 
 
-def _open_shard(told: Shard, after: Header, receipt: Receipt) -> _Shard:
-    sidecar = read_header(receipt.sidecar(told))
-    raw, before = base_header(sidecar, after.file, told.size)
+def _open_shard(shard: Shard, after: Header, receipt: Receipt) -> _OpenShard:
+    sidecar = read_header(receipt.sidecar(shard))
+    raw, before = base_header(sidecar, after.file, shard.size)
     tensors = {}
     for number, info in enumerate(before.tensors.values()):
-        there = sidecar.tensors.get(kept(number))
-        if there is not None and (there.dtype, there.shape) != (info.dtype, info.shape):
-            raise FormatError(f"{sidecar.file}: {there.name} is {there.dtype} {there.shape}, not {info.name}")
-        tensors[info.name] = info if there is None else replace(there, name=info.name)
-    return _Shard(told, raw, before, after, sidecar, tensors)
+        stored = sidecar.tensors.get(kept(number))
+        if stored is not None and (stored.dtype, stored.shape) != (info.dtype, info.shape):
+            raise FormatError(
+                f"{sidecar.file}: {stored.name} is {stored.dtype} {stored.shape}, "
+                f"expected {info.dtype} {info.shape} for {info.name}"
+            )
+        tensors[info.name] = info if stored is None else replace(stored, name=info.name)
+    return _OpenShard(shard, raw, before, after, sidecar, tensors)
 
 
-def _file(shard: _Shard, quantized: Mapping[str, QuantizedWeight], given: Sequence[WeightedAdapter]) -> FilePlan:
-    """One file of the base, from the merged one."""
-    told, after, before = shard.told, shard.after, shard.before
-    changed = {name: (number, parts) for number, (name, parts) in enumerate(told.tensors)}
-    blocks = recorded(shard.sidecar)
-    copies, edits, others = [], [], []
+def _file(opened: _OpenShard, quantized: Mapping[str, QuantizedWeight], given: Sequence[WeightedAdapter]) -> FilePlan:
+    """Plan one file of the base."""
+    after, before = opened.after, opened.before
+    changed = {name: (number, parts) for number, (name, parts) in enumerate(opened.shard.tensors)}
+    blocks = recorded(opened.sidecar)
+    copies, edits, from_sidecar = [], [], []
     for info in sorted(before.tensors.values(), key=lambda info: (info.start, info.stop)):
-        there, now = shard.tensors[info.name], after.tensors.get(info.name)
+        stored, now = opened.tensors[info.name], after.tensors.get(info.name)
         if not info.nbytes:
             continue
-        if there.file == shard.sidecar.file:
-            others.append(BytesFromSidecar(there, info.start))
+        if stored.file == opened.sidecar.file:
+            from_sidecar.append(SidecarCopy(stored, info.start))
             continue
         weight: Weight = quantized.get(info.name, info)
         if info.name in changed:
@@ -154,7 +167,10 @@ def _file(shard: _Shard, quantized: Mapping[str, QuantizedWeight], given: Sequen
         else:
             fits = now is not None and now.dtype == info.dtype and weight is info
         if now is None or now.shape != weight.shape or not fits:
-            raise FitError(f"{after.file}: {info.name} is not what the receipt tells of")
+            found = "is missing" if now is None else f"is {now.dtype} {now.shape}"
+            raise FitError(
+                f"{after.file}: {info.name} {found}, which the receipt cannot restore to {weight.dtype} {weight.shape}"
+            )
         if info.name not in changed:
             copies.append(Copy(now.start, now.stop, info.start))
             continue
@@ -163,10 +179,11 @@ def _file(shard: _Shard, quantized: Mapping[str, QuantizedWeight], given: Sequen
             info.name, now, weight.dtype, weight.shape, info.start, info.stop, _deltas(info, parts, given),
             quantized=quantized.get(info.name),
         )  # fmt: skip
-        edits.append(replace(edit, recorded=_recorded(edit, blocks.get(number, []), shard.sidecar)))
+        edits.append(replace(edit, recorded=_recorded(edit, blocks.get(number, []), opened.sidecar)))
     return FilePlan(
-        told.name, after.file, shard.raw, before.size, tuple(before.tensors), tuple(copies), tuple(edits), tuple(others)
-    )
+        opened.shard.name, after.file, opened.raw, before.size, tuple(before.tensors), tuple(copies), tuple(edits),
+        tuple(from_sidecar),
+    )  # fmt: skip
 
 
 def _deltas(
@@ -177,7 +194,7 @@ def _deltas(
         one = given[part.adapter]
         weights = one.adapter.modules.get(part.module)
         if weights is None:
-            raise FitError(f"{info.name}: the receipt tells of {part.module}, which {one.label} does not have")
+            raise FitError(f"{info.name}: the receipt lists {part.module}, which is not in {one.label}")
         weights = replace(weights, scaling=part.scaling)
         deltas.append(
             ModuleUpdate(part.adapter, part.module, weights, part.weight, replace(part.target, tensor=info.name))
@@ -186,7 +203,7 @@ def _deltas(
 
 
 def _recorded(edit: RestoreEdit, blocks: Sequence[Recorded], sidecar: Header) -> tuple[Recorded, ...]:
-    """The blocks of a tensor, checked to be all of its rows, and its updates to fit them."""
+    """Check that the blocks cover every row of a tensor and that its updates fit, and return them."""
     rows, columns = edit.matrix
     renormalizing = [delta for delta in edit.deltas if delta.weights.magnitude is not None]
     by_column = any(delta.target.transposed for delta in renormalizing)
@@ -195,85 +212,89 @@ def _recorded(edit: RestoreEdit, blocks: Sequence[Recorded], sidecar: Header) ->
         start, stop = target.rows or (0, rows)
         first, last = target.delta_rows or (0, weights.out_features)
         size = (weights.in_features, last - first) if target.transposed else (last - first, weights.in_features)
-        inside = 0 <= start < stop <= rows and 0 <= first < last <= weights.out_features
-        expert = target.expert is None or target.expert < weights.experts
-        way = weights.magnitude is None or target.transposed == by_column
-        if not (inside and expert and way and size == (stop - start, columns)):
-            raise FormatError(f"{sidecar.file}: {delta.module} does not fit {edit.name} {edit.shape} as recorded")
+        in_range = 0 <= start < stop <= rows and 0 <= first < last <= weights.out_features
+        has_expert = target.expert is None or target.expert < weights.experts
+        oriented = weights.magnitude is None or target.transposed == by_column
+        if not (in_range and has_expert and oriented and size == (stop - start, columns)):
+            raise FormatError(
+                f"{sidecar.file}: the recorded position of {delta.module} does not fit {edit.name} {edit.shape}"
+            )
     at = 0
     bits = edit.quantized.bits if edit.quantized else 8
     for block in blocks:
         first, last, gains = block.first, block.last, block.gains
         if first != at or not first < last <= rows or first * columns * bits % 8:
-            raise FormatError(f"{sidecar.file}: {block.residual.name} does not go on where {at} of {rows} rows end")
+            raise FormatError(
+                f"{sidecar.file}: {block.residual.name}: expected rows from {at} of {rows} on, in whole bytes"
+            )
         at = last
         shape = (len(renormalizing), columns if by_column else last - first)
         if gains is not None and (gains.dtype != "F64" or gains.shape != shape):
             raise FormatError(f"{sidecar.file}: {gains.name} is {gains.dtype} {gains.shape}, expected F64 {shape}")
     if at != rows:
-        raise FormatError(f"{sidecar.file}: does not restore all {rows} rows of {edit.name}, but the first {at}")
+        raise FormatError(f"{sidecar.file}: restores only {at} of {rows} rows of {edit.name}")
     return tuple(blocks)
 
 
 def check_fits(merged: Checkpoint, base: Checkpoint, given: Sequence[WeightedAdapter]) -> None:
-    """Raise FitError unless `merged` is just `base` with just these adapters in it, as `verify` finds it."""
+    """Raise FitError unless `merged` is exactly `base` plus these adapters."""
     if not given:
-        raise UsageError(f"{merged.path}: has no receipt that says which adapters are in it: name them")
+        raise UsageError(f"{merged.path}: no receipt lists the adapters in it", hint="give `adapters`")
     from adapterkit.merging.verify import verify
 
-    plan = make_plan(base, given, Path("never written"))
+    plan = make_plan(base, given, Path("unused"))
     wrong = [one for one in verify(plan, merged, threads=default_threads()) if not one.fits]
     if wrong:
         raise FitError(
-            f"{merged.path}: is not {base.name} with these adapters: {len(wrong)} tensors differ; "
-            f"{wrong[0].name} is {wrong[0].kind}: {wrong[0].explanation}"
+            f"{merged.path}: not {base.name} plus these adapters: {counted(len(wrong), 'tensor')} differ "
+            f"(first: {wrong[0].name}, {wrong[0].kind}: {wrong[0].explanation})"
         )
 
 
-# --- the end ---------------------------------------------------------------------------------------------------------
+# --- companions ------------------------------------------------------------------------------------------------------
 
 
 def finish_unmerge(receipt: Receipt, plan: MergePlan, folder: Path, hashes: Hashes) -> None:
-    """Check every hash, and put the base's other files back. Raises FitError where one differs."""
+    """Check every hash, and restore the base's companions. Raises FitError if one differs."""
     merged = plan.base
-    read = hashes.base
     for shard, header in zip(receipt.shards, merged.shards, strict=True):
-        if read[header.file.name] != shard.after:
+        found = hashes.base[header.file.name]
+        if found != shard.after:
             raise FitError(
-                f"{header.file}: has changed since it was merged: its SHA-256 is {read[header.file.name]}, the receipt "
-                f"has {shard.after}",
-                hint="`approximate=True` subtracts the adapters nevertheless",
+                f"{header.file}: has changed since the merge: SHA-256 is {found}, expected {shard.after}",
+                hint="`approximate=True` subtracts the adapters anyway",
             )
     _check_restored(receipt, hashes)
-    told = receipt.companions
-    found = copy_others(merged, folder, told.copied if told else None)
+    listed = receipt.companions
+    restored = copy_companions(merged, folder, listed.copied if listed else None)
     if merged.is_directory or plan.restores_receipt:
-        found |= restore_replaced(receipt.folder, folder)
-        _check_companions(told, found, merged.path, "has changed since it was merged")
+        restored |= restore_replaced(receipt.folder, folder)
+        _check_companions(listed, restored, merged.path, "has changed since the merge")
 
 
 def finish_copy(receipt: Receipt | None, plan: MergePlan, folder: Path, hashes: Hashes) -> None:
-    """Check that what was copied is what the receipt has as the base, if there is one, and copy the rest."""
-    told = receipt.companions if receipt is not None else None
+    """Check the copied base against the receipt, if there is one, and copy its companions."""
+    listed = receipt.companions if receipt is not None else None
     if receipt is not None:
         _check_restored(receipt, hashes)
     if plan.base.is_directory:
-        found = copy_others(plan.base, folder, told.copied if told else None) | keep_replaced(plan.base, folder)
-        _check_companions(told, found, plan.base.path, "is not the base that was merged into")
+        copied = copy_companions(plan.base, folder, listed.copied if listed else None)
+        copied |= save_replaced(plan.base, folder)
+        _check_companions(listed, copied, plan.base.path, "not the base of this merge")
 
 
-def _check_companions(told: Companions | None, found: Mapping[str, str], source: Path, otherwise: str) -> None:
-    """Raise FitError unless the files beside the weights are those of the base, byte for byte, and all of them."""
-    expected = told.copied | told.replaced if told else found
+def _check_companions(listed: Companions | None, found: Mapping[str, str], source: Path, problem: str) -> None:
+    """Raise FitError unless the companions are exactly those that the receipt lists."""
+    expected = listed.copied | listed.replaced if listed else found
     for name in dict.fromkeys((*expected, *found)):
         if found.get(name) != expected.get(name):
-            has = f"is {found[name]}" if name in found else "is missing"
-            wanted = f"the receipt has {expected[name]}" if name in expected else "the receipt does not name it"
-            raise FitError(f"{source}: {otherwise}: {name} {has}, {wanted}")
+            has = f"SHA-256 of {name} is {found[name]}" if name in found else f"{name} is missing"
+            wanted = f"expected {expected[name]}" if name in expected else "but the receipt does not list it"
+            raise FitError(f"{source}: {problem}: {has}, {wanted}")
 
 
 def _check_restored(receipt: Receipt, hashes: Hashes) -> None:
-    """Raise FitError unless every shard is the base's, byte for byte."""
+    """Raise FitError unless every shard has the base's SHA-256."""
     for shard, found in zip(receipt.shards, hashes.outputs.values(), strict=True):
         if found != shard.before:
-            raise FitError(f"{shard.name}: comes out as {found}; what was merged into is {shard.before}")
+            raise FitError(f"{shard.name}: the restored SHA-256 is {found}, expected {shard.before}")

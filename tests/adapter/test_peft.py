@@ -158,7 +158,7 @@ def test_a_classifier_head_is_added_to_a_base_without_one(
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "classifier")
     plan = adapterkit.plan_merge(base, [tmp_path / "classifier"], tmp_path / "out")
-    assert any(note.startswith("score.weight: new in the output") for note in plan.notes)
+    assert any(note.startswith("score.weight: added to the output") for note in plan.notes)
     *_, _ = adapterkit.run(plan)
     head = load_file(tmp_path / "classifier" / "adapter_model.safetensors")["base_model.model.score.weight"]
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["score.weight"], head)

@@ -157,9 +157,9 @@ def test_retention_adds_up() -> None:
     rounded = exact.bfloat16()
     whole = retention(before, exact, rounded)
     delta, applied = (one.double().numpy() - before.double().numpy() for one in (exact, rounded))
-    assert whole.kept == pytest.approx((applied * delta).sum() / (delta**2).sum(), rel=1e-12)
+    assert whole.retained == pytest.approx((applied * delta).sum() / (delta**2).sum(), rel=1e-12)
     assert whole.error == pytest.approx(np.linalg.norm(applied - delta) / np.linalg.norm(delta), rel=1e-9)
     parts = [retention(before[at], exact[at], rounded[at]) for at in (slice(0, 9), slice(9, 40))]
     total = sum(parts, Retention())
-    assert (total.kept, total.error) == pytest.approx((whole.kept, whole.error), rel=1e-12)
-    assert np.isnan([Retention().kept, Retention().error]).all()
+    assert (total.retained, total.error) == pytest.approx((whole.retained, whole.error), rel=1e-12)
+    assert np.isnan([Retention().retained, Retention().error]).all()

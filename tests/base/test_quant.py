@@ -363,7 +363,7 @@ def test_a_name_in_the_base_that_quantizing_needs(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, kind: str, name: str
 ) -> None:
     base = make_base({"m.weight": torch.ones(24, 40), name: torch.zeros(3)})
-    with pytest.raises(FitError, match=f"{name}: the base has a tensor of this name"):
+    with pytest.raises(FitError, match=f"{name}: the base has this tensor already"):
         adapterkit.plan_merge(base, [make_adapter(factors("m", 24, 40))], tmp_path / "out", quantize=kind)
 
 
@@ -597,7 +597,7 @@ def test_quantizing_a_base_takes_its_linear_layers_and_nothing_else(
                 assert torch.equal(weight.open(40)(0, 24), dequantized_4bit(parts[""], state))
     declared = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert declared["load_in_4bit"] is (to != "int8") and declared["bnb_4bit_use_double_quant"] is nested
-    with pytest.raises(FitError, match="is quantized already"):
+    with pytest.raises(FitError, match="already quantized"):
         adapterkit.quantize(tmp_path / "out", tmp_path / "twice", to=to)
 
 
@@ -619,7 +619,9 @@ def test_requantizing_keeps_the_scheme_and_what_is_untouched(
     expected, _ = packed_4bit(exact.float().bfloat16(), nested=True)
     assert (weight.stored.read() != expected[""]).float().mean() < 0.02  # quantized from float32, not from bfloat16
     kept = result.retention["layers.0.q.weight"]
-    assert kept.kept == pytest.approx(float(((after - W) * (exact - W)).sum() / (exact - W).square().sum()), rel=2e-3)
+    assert kept.retained == pytest.approx(
+        float(((after - W) * (exact - W)).sum() / (exact - W).square().sum()), rel=2e-3
+    )
 
 
 def test_quantizing_an_update_away_is_refused_unless_accepted(
@@ -631,7 +633,7 @@ def test_quantizing_an_update_away_is_refused_unless_accepted(
         adapterkit.merge(base, [adapter], tmp_path / "out", quantize="same")
     assert not (tmp_path / "out").exists()
     result = adapterkit.merge(base, [adapter], tmp_path / "out", quantize="same", accept_loss=True)
-    assert result.retention["layers.0.q.weight"].kept < 0.5
+    assert result.retention["layers.0.q.weight"].retained < 0.5
 
 
 def test_quantizing_while_merging_is_merging_and_quantizing(
@@ -652,7 +654,7 @@ def test_quantizing_while_merging_is_merging_and_quantizing(
     ("how", "error", "message"),
     [
         ({"quantize": "int3"}, UsageError, "expected one of nf4, fp4, int8, same"),
-        ({"quantize": "same"}, UsageError, "is not quantized"),
+        ({"quantize": "same"}, UsageError, "not quantized, so `quantize='same'` has no scheme"),
         ({"quantize": "nf4", "dtype": "fp32"}, UsageError, "not both"),
         ({"accept_loss": True}, UsageError, "goes with `quantize`"),
     ],
@@ -770,7 +772,7 @@ def test_an_fp8_base_and_its_original(
     expected = oracle.merged({"m.weight": weight}, adapter)["m.weight"].exact
     out = load_file(tmp_path / "out.safetensors")["m.weight"]
     assert torch.equal(out, oracle.rounded(expected, torch.bfloat16))
-    with pytest.raises(FitError, match="which cannot be written"):
+    with pytest.raises(FitError, match="writing .* is not supported"):
         adapterkit.plan_merge(base, [adapter], tmp_path / "no", quantize="same")
 
 
@@ -840,13 +842,13 @@ def test_originals_that_are_none(
     adapter = make_adapter(factors("layers.0.q", 24, 40))
     other = tmp_path / "other.safetensors"
     for tensors, message in [
-        ({"layers.0.q.weight": torch.ones(24, 40)}, "has no such weight"),
-        ({name: torch.ones(3, 3) for name in dense}, r"has \(3, 3\)"),
+        ({"layers.0.q.weight": torch.ones(24, 40)}, "no such tensor"),
+        ({name: torch.ones(3, 3) for name in dense}, r"shape \(3, 3\) in the original"),
     ]:
         save_file(tensors, other)
         with pytest.raises(FitError, match=message):
             adapterkit.plan_merge(base, [adapter], tmp_path / "out", original=other)
-    with pytest.raises(FitError, match="is quantized itself; `original`"):
+    with pytest.raises(FitError, match="is quantized; `original`"):
         adapterkit.plan_merge(other, [adapter], tmp_path / "out", original=base)
 
 
@@ -910,7 +912,7 @@ def test_other_roundings_keep_what_nearest_erases(
         ]
         for how in ("nearest", rounding)
     }
-    assert kept["nearest"].kept < 0.1 < 0.15 < kept[rounding].kept < 1.2
+    assert kept["nearest"].retained < 0.1 < 0.15 < kept[rounding].retained < 1.2
     once = (tmp_path / rounding / "model.safetensors").read_bytes()
     adapterkit.merge(
         tmp_path / "small", [adapter], tmp_path / rounding, rounding=rounding, threads=1, overwrite=True, **again
@@ -945,7 +947,7 @@ def test_requantizing_a_float32_base_measures_the_update(
     after, exact = weight.open(64)(0, 64).double(), oracle.merged({"m.weight": W}, adapter)["m.weight"].exact
     delta = exact - W.double()
     kept = float(((after - W.double()) * delta).sum() / delta.square().sum())
-    assert result.retention["m.weight"].kept == pytest.approx(kept, rel=1e-4)
+    assert result.retention["m.weight"].retained == pytest.approx(kept, rel=1e-4)
 
 
 @pytest.mark.parametrize("right", [False, True])

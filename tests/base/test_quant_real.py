@@ -130,6 +130,6 @@ def test_verify_names_pefts_merge_into_four_bits(nf4: Path, tmp_path: Path) -> N
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     shutil.copy(nf4 / "config.json", tmp_path)
     found = list(adapterkit.verify(tmp_path, nf4, [ADAPTER]))
-    assert {verdict.kind for verdict in found if verdict.touched} == {"quantized"}
-    assert all("nested: keeps" in verdict.explanation for verdict in found if verdict.touched)
-    assert {verdict.kind for verdict in found if not verdict.touched} == {"exact"}
+    assert {verdict.kind for verdict in found if verdict.modified} == {"quantized"}
+    assert all("nested retains" in verdict.explanation for verdict in found if verdict.modified)
+    assert {verdict.kind for verdict in found if not verdict.modified} == {"exact"}

@@ -106,5 +106,5 @@ def test_help_errors_and_the_app_list_it(base: Path, stored: Path, tmp_path: Pat
         package.errors.UsageError, match=r"toy has a low and a step a row; block size and nesting apply to"
     ):
         package.plan_quantize(base, tmp_path / "out", to="toy", nested=True)
-    assert "is quantized already (toy, affine by row)" in adapterkit("quantize", stored, "--to", "nf4").err
+    assert "already quantized (toy, affine by row)" in adapterkit("quantize", stored, "--to", "nf4").err
     assert "the toy's 8 bits" in quant.supported_schemes()

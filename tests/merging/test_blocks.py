@@ -75,7 +75,7 @@ def test_blocks_are_rows_of_the_whole(name: str, weight: float, rows: int, tmp_p
             assert check(after, want) == 0
             if not edit.replaced:
                 delta, applied = want.exact - before.double(), after.double() - before.double()
-                assert kept.kept == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-3)
+                assert kept.retained == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-3)
             seen.add(edit.name)
     assert seen
 

@@ -620,7 +620,7 @@ def test_inputs_that_change_under_other_commands(tmp_path: Path, monkeypatch: py
     if command in ("extract", "quantize", "verify"):
         what = shard
     if command == "verify":
-        owner, name = verify, "_untouched"
+        owner, name = verify, "_check_unmodified"
     before = contents(tmp_path) | {str(what.relative_to(tmp_path)): b""}
     monkeypatch.setattr(owner, name, nth_call(getattr(owner, name), 1, partial(overwritten, what)))
     with pytest.raises(ChangedError, match=what.name):
@@ -872,7 +872,7 @@ def test_a_file_called_as_a_receipts_folder_is_said_to_stay_behind(tmp_path: Pat
     (base / "adapterkit_receipt").write_text("for the printer")
     assert "adapterkit_receipt: not copied:" in adapterkit("merge", base, adapter, "-o", merged).err
     undone = adapterkit("unmerge", merged, "-o", tmp_path / "again")
-    assert undone.code == 0 and "adapterkit_receipt: not restored, since the merge left it out" in undone.err
+    assert undone.code == 0 and "adapterkit_receipt: not restored: the merge left it out" in undone.err
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:

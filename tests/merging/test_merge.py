@@ -10,6 +10,7 @@ import os
 import resource
 from collections.abc import Callable
 from itertools import permutations
+from math import isnan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -321,8 +322,8 @@ def test_planning_looks_at_each_tensor_once(
 ) -> None:  # fmt: skip
     """Not once a shard, or the time that it takes would grow with the square of a model's size."""
     base = make_base({f"layers.{i}.q.weight": torch.randn(6, 4) for i in range(8)}, shards=shards)
-    looked, stays = [], planner._stays
-    monkeypatch.setattr(planner, "_stays", lambda *args: looked.append(args) or stays(*args))
+    looked, copied = [], planner._copied_packed
+    monkeypatch.setattr(planner, "_copied_packed", lambda *args: looked.append(args) or copied(*args))
     adapterkit.plan_merge(base, [make_adapter(factors("layers.0.q", 6, 4))], tmp_path / "out")
     assert len(looked) == 8
 
@@ -372,9 +373,9 @@ def test_retention_is_what_numpy_says(tmp_path: Path) -> None:
     for name, expected in oracle.merged(before, adapter).items():
         delta, applied = expected.exact - before[name].double(), after[name].double() - before[name].double()
         kept = result.retention[name]
-        assert kept.kept == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-5)
+        assert kept.retained == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-5)
         assert kept.error == pytest.approx(float((applied - delta).norm() / delta.norm()), rel=1e-4)
-    assert sum(result.retention.values(), Retention()).kept == pytest.approx(1, abs=1e-3)
+    assert sum(result.retention.values(), Retention()).retained == pytest.approx(1, abs=1e-3)
 
 
 def test_an_update_that_bf16_swallows_is_measured_as_lost(
@@ -382,7 +383,7 @@ def test_an_update_that_bf16_swallows_is_measured_as_lost(
 ) -> None:
     base = make_base({"m.weight": torch.ones(64, 64).bfloat16()})
     adapter = make_adapter(factors("m", 64, 64, size=1e-3))
-    assert adapterkit.merge(base, [adapter], tmp_path / "out").retention["m.weight"].kept == 0
+    assert adapterkit.merge(base, [adapter], tmp_path / "out").retention["m.weight"].retained == 0
 
 
 def test_fp16_overflow_is_refused(
@@ -431,7 +432,7 @@ def test_the_report_has_a_line_for_each_layer_and_one_for_all(
     result = run_adapterkit("merge", base, adapter, "-o", tmp_path / "out", "--report")
     assert result.code == 0
     head, *lines, _, _, _ = result.out.splitlines()
-    assert head.startswith("kept of the update")
+    assert head.startswith("share of the update retained")
     assert [line.split(maxsplit=2)[2] for line in lines] == ["layer 2", "layer 10", "lm_head.weight", "in total"]
     assert all(0.9 < float(line.split()[0]) < 1.1 for line in lines)
 
@@ -447,7 +448,7 @@ def test_retention_does_not_depend_on_how_the_base_is_stored(
     delta, applied = exact - W.double(), weights(tmp_path / "out")["m.weight"].double() - W.double()
     kept = result.retention["m.weight"]
     assert kept.delta == pytest.approx(float(delta.square().sum()), rel=1e-4)
-    assert kept.kept == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-4)
+    assert kept.retained == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-4)
 
 
 # --- updates that change nothing -------------------------------------------------------------------------------------
@@ -489,11 +490,11 @@ def test_an_update_that_changes_nothing_is_warned_of(
     *_, result = adapterkit.run(plan)
     assert isinstance(result, adapterkit.Merged)
     first = result.warnings[0]
-    assert first.startswith("all tensors that the adapters change come out as in the base (first: q.weight): ")
-    assert ("or too small for the output dtype" in first) is (way in ("rounding", "magnitude"))
+    assert first.startswith("1 of 1 merged tensors equal the base's (first: q.weight): the update is zero")
+    assert ("too small for the output dtype" in first) is (way in ("rounding", "magnitude"))
     if way != "saved":
-        kept = result.retention["q.weight"]
-        assert kept.kept == 0 if way in ("rounding", "magnitude") else kept.kept != kept.kept  # no share of nothing
+        retained = result.retention["q.weight"].retained
+        assert retained == 0 if way in ("rounding", "magnitude") else isnan(retained)
     assert first in json.loads((tmp_path / "out" / "adapterkit_merge.json").read_text())["notes"]
 
 
@@ -504,4 +505,4 @@ def test_an_update_that_changes_some_tensors_is_warned_of(
     other = make_adapter(factors("k", 24, 40), "other")
     assert adapterkit.merge(base, other, tmp_path / "fine").warnings == ()
     [warning] = adapterkit.merge(base, [idle_one, other], tmp_path / "out").warnings
-    assert warning.startswith("1 of 2 tensors that the adapters change come out as in the base (first: q.weight)")
+    assert warning.startswith("1 of 2 merged tensors equal the base's (first: q.weight)")

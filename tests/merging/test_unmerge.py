@@ -70,7 +70,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(merged: Path, tmp_path: Pat
     before, out = contents(tmp_path), tmp_path / "again"
     result = run("unmerge", merged, "-o", out, "--adapter", tmp_path / "adapter", "--dry-run")
     assert result.code == 0, result
-    assert "restores  2 of 3 tensors, by adapter\n" in result.out
+    assert "restores  2 of 3 tensors, changed by adapter\n" in result.out
     facts = json.loads(run("unmerge", merged, "-o", out, "--base", tmp_path / "base", "--dry-run", "--json").out)
     assert facts["bytes_to_write"] == sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
     every = run("unmerge", merged, "-o", out, "--all", "--dry-run")
@@ -569,8 +569,8 @@ def test_what_is_not_restored_is_said(merged: Path, tmp_path: Path) -> None:
     outcome = run("unmerge", tmp_path / "more", "-o", tmp_path / "out")
     assert outcome.code == 0
     assert outcome.err.splitlines() == [
-        "note: pytorch_model.bin: not restored, since the merge left it out",
-        "note: notes.txt: not copied: the receipt does not name it",
+        "note: pytorch_model.bin: not restored: the merge left it out",
+        "note: notes.txt: not copied: the receipt does not list it",
         "note: model.gguf: not copied: it belongs to the unmerged model",
     ]
     (tmp_path / "base" / "pytorch_model.bin").unlink()
@@ -636,7 +636,7 @@ def test_a_merge_that_has_changed_is_refused_and_can_be_approximated(merged: Pat
     raw[-9] ^= 0x40
     file.write_bytes(raw)
     outcome = run("unmerge", merged, "-o", tmp_path / "out")
-    assert "has changed since it was merged" in outcome.message(3) and not (tmp_path / "out").exists()
+    assert "has changed since the merge" in outcome.message(3) and not (tmp_path / "out").exists()
     outcome = run("unmerge", merged, "-o", tmp_path / "out", "--approximate")
     assert outcome.code == 0 and "unit in the last place" in outcome.err
     assert "approximate" in (tmp_path / "out" / "README.md").read_text()
@@ -662,13 +662,13 @@ def test_a_changed_receipt_never_passes_for_the_base(merged: Path, tmp_path: Pat
     file = merged / "adapterkit_receipt.json"
     whole = file.read_text()
     for broken, says in (
-        (lambda facts: facts["shards"][0]["tensors"][0]["parts"][0].update(scaling=1.4), "comes out as"),
+        (lambda facts: facts["shards"][0]["tensors"][0]["parts"][0].update(scaling=1.4), "the restored SHA-256 is"),
         (lambda facts: facts["shards"][0]["tensors"][0]["parts"][0].update(rows=[0, 7]), "does not fit"),
-        (lambda facts: facts["shards"][0]["tensors"][0]["parts"][0].update(module="no.such"), "does not have"),
-        (lambda facts: facts["shards"][0]["tensors"].pop(), "comes out as"),
-        (lambda facts: facts["shards"][0].update(name="../model.safetensors"), "not a plain file name"),
-        (lambda facts: facts["shards"].pop(), "its receipt tells of model-00001"),
-        (lambda facts: facts.update(adapterkit_receipt=3), "use a newer adapterkit"),
+        (lambda facts: facts["shards"][0]["tensors"][0]["parts"][0].update(module="no.such"), "which is not in"),
+        (lambda facts: facts["shards"][0]["tensors"].pop(), "the restored SHA-256 is"),
+        (lambda facts: facts["shards"][0].update(name="../model.safetensors"), "expected a plain file name"),
+        (lambda facts: facts["shards"].pop(), "its receipt lists model-00001"),
+        (lambda facts: facts.update(adapterkit_receipt=3), "upgrade adapterkit"),
     ):
         file.write_text(whole)
         rewritten(file, broken)
@@ -679,7 +679,7 @@ def test_a_changed_receipt_never_passes_for_the_base(merged: Path, tmp_path: Pat
 
 def test_nothing_but_what_a_merge_keeps_is_put_back(merged: Path, tmp_path: Path) -> None:
     (merged / "adapterkit_receipt" / "before" / "model.safetensors").write_bytes(b"other weights")
-    assert "is nothing that a merge keeps" in run("unmerge", merged, "-o", tmp_path / "out").message(1)
+    assert "not a file that a merge saves" in run("unmerge", merged, "-o", tmp_path / "out").message(1)
     assert not (tmp_path / "out").exists()
 
 
@@ -700,11 +700,11 @@ def test_broken_sidecars_are_named(merged: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"00:0-40": "0:0-40"}, "does not go on where 40 of 40 rows end"),
-        ({"0:3-9": "0:0-40"}, "does not go on where 40 of 40 rows end"),
-        ({"0:0-40": None, "0:0-39": "0:0-40"}, "but the first 39"),
-        ({"0:0-40": None, "0:0-41": "0:0-40"}, "does not go on where 0 of 40 rows end"),
-        ({"0:0-40": None}, "does not restore all 40 rows"),
+        ({"00:0-40": "0:0-40"}, "expected rows from 40 of 40 on"),
+        ({"0:3-9": "0:0-40"}, "expected rows from 40 of 40 on"),
+        ({"0:0-40": None, "0:0-39": "0:0-40"}, "restores only 39 of 40 rows"),
+        ({"0:0-40": None, "0:0-41": "0:0-40"}, "expected rows from 0 of 40 on"),
+        ({"0:0-40": None}, "restores only 0 of 40 rows"),
         ({"0:0-40": "header"}, "does not restore 960 elements"),
         ({"header": None}, "holds no header"),
         ({"header": "0:0-40"}, "is broken"),
@@ -732,7 +732,7 @@ def test_a_sidecar_with_an_empty_tensor(merged: Path, tmp_path: Path) -> None:
     save_file(tensors | {f"kept:{number}": torch.empty(0, dtype=torch.uint8)}, file)
     size = end + len(packed(facts))
     rewritten(merged / "adapterkit_receipt.json", lambda told: told["shards"][0].update(size=size))
-    assert "comes out as" in run("unmerge", merged, "-o", tmp_path / "out").message(3)
+    assert "the restored SHA-256 is" in run("unmerge", merged, "-o", tmp_path / "out").message(3)
 
 
 def test_dora_without_its_gains(tmp_path: Path) -> None:
@@ -756,7 +756,7 @@ def test_4_bits_in_rows_that_share_a_byte(make_base: Make, make_adapter: Make, t
             list(residual_codec.encode(residual.nothing(torch.empty(0).bfloat16()))), dtype=torch.uint8
         )
     save_file(tensors, file)
-    with pytest.raises(FormatError, match="0:3-8 does not go on where 3 of 8 rows end"):
+    with pytest.raises(FormatError, match="0:3-8: expected rows from 3 of 8 on"):
         adapterkit.unmerge(merged, tmp_path / "out")
 
 
@@ -811,7 +811,7 @@ def test_without_a_receipt_the_base_does(merged: Path, tmp_path: Path) -> None:
     adapterkit.merge(base, [adapter], bare, receipt=False)
     assert not (bare / "adapterkit_receipt.json").exists()
     assert "has no receipt" in run("unmerge", bare, "-o", tmp_path / "out").message(3)
-    assert "name them" in run("unmerge", bare, "-o", tmp_path / "out", "--base", base).message(2)
+    assert "no receipt lists the adapters" in run("unmerge", bare, "-o", tmp_path / "out", "--base", base).message(2)
     outcome = run("unmerge", bare, "-o", tmp_path / "out", "--base", base, "--adapter", f"{adapter}:0.5")
     assert "is scaled" in outcome.message(3) and not (tmp_path / "out").exists()
     assert run("unmerge", bare, "-o", tmp_path / "out", "--base", base, "--adapter", adapter).code == 0
@@ -822,7 +822,9 @@ def test_with_a_receipt_another_base_is_refused(merged: Path, tmp_path: Path) ->
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     file = tmp_path / "other" / "model-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
-    assert "comes out as" in run("unmerge", merged, "-o", tmp_path / "out", "--base", tmp_path / "other").message(3)
+    assert "the restored SHA-256 is" in run(
+        "unmerge", merged, "-o", tmp_path / "out", "--base", tmp_path / "other"
+    ).message(3)
     assert run("unmerge", merged, "-o", tmp_path / "out", "--base", tmp_path / "base").code == 0
     assert same(tmp_path / "base", tmp_path / "out")
 

@@ -27,8 +27,8 @@ def verdicts(merged: Path, base: Path, *adapters: Any, **how: Any) -> dict[str, 
     return {verdict.name: verdict for verdict in adapterkit.verify(merged, base, list(adapters), **how)}
 
 
-def kinds(found: dict[str, Verdict], touched: bool = True) -> set[str]:
-    return {verdict.kind for verdict in found.values() if verdict.touched is touched}
+def kinds(found: dict[str, Verdict], modified: bool = True) -> set[str]:
+    return {verdict.kind for verdict in found.values() if verdict.modified is modified}
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_our_own_merges_fit_exactly(name: str, tmp_path: Path) -> None:
     base = FIXTURES / "bases" / TINY[name]
     adapterkit.merge(base, [(FIXTURES / name, 0.7)], tmp_path / "out")
     found = verdicts(tmp_path / "out", base, (FIXTURES / name, 0.7))
-    assert kinds(found) == {"exact"} and kinds(found, touched=False) <= {"exact"}
-    assert sum(verdict.touched for verdict in found.values()) >= 2
+    assert kinds(found) == {"exact"} and kinds(found, modified=False) <= {"exact"}
+    assert sum(verdict.modified for verdict in found.values()) >= 2
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
@@ -72,7 +72,7 @@ def test_other_dtypes_and_several_adapters_fit(
     other = make_adapter({k: t for name in NAMES[:3] for k, t in factors(name, 48, 64).items()}, "other")
     adapterkit.merge(base, [(adapter, 0.5), other], tmp_path / "out", dtype=dtype)
     found = verdicts(tmp_path / "out", base, (adapter, 0.5), other)
-    assert kinds(found) <= {"exact", "rounded"} and kinds(found, touched=False) == {"exact"}
+    assert kinds(found) <= {"exact", "rounded"} and kinds(found, modified=False) == {"exact"}
     assert all(verdict.fits for verdict in verdicts(tmp_path / "out", base, (adapter, 0.5), other, sample=0.1).values())
 
 
@@ -92,7 +92,7 @@ def test_pefts_merges_fit_within_rounding(name: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     PeftModel.from_pretrained(model, FIXTURES / name).merge_and_unload().save_pretrained(tmp_path / "out")
     found = verdicts(tmp_path / "out", base, FIXTURES / name)
-    assert kinds(found) <= {"exact", "rounded"} and kinds(found, touched=False) == {"exact"}
+    assert kinds(found) <= {"exact", "rounded"} and kinds(found, modified=False) == {"exact"}
 
 
 # --- what does not ---------------------------------------------------------------------------------------------------
@@ -100,17 +100,17 @@ def test_pefts_merges_fit_within_rounding(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("weight", "said"),
-    [(2.0, "applied twice"), (-1.0, "subtracted"), (3.0, "α/√r where the config has α/r"), (0.25, "without its scaling"),
-     (4.0, "scaled twice over"), (1.37, "× 1.37")],
+    [(2.0, "applied twice"), (-1.0, "subtracted"), (3.0, "α/√r instead of α/r"), (0.25, "without its scaling"),
+     (4.0, "scaling applied twice"), (1.37, "× 1.37")],
 )  # fmt: skip
 def test_a_wrong_strength_is_measured_and_named(
     base: Path, adapter: Path, tmp_path: Path, weight: float, said: str
 ) -> None:
     adapterkit.merge(base, [(adapter, weight)], tmp_path / "out")
     found = verdicts(tmp_path / "out", base, adapter)
-    assert kinds(found) == {"scaled"} and kinds(found, touched=False) == {"exact"}
+    assert kinds(found) == {"scaled"} and kinds(found, modified=False) == {"exact"}
     for verdict in found.values():
-        if verdict.touched:
+        if verdict.modified:
             assert verdict.scales[0][1] == pytest.approx(weight, rel=0.02)
             if weight != 1.37:
                 assert said in verdict.explanation
@@ -138,7 +138,7 @@ def test_which_of_two_adapters_is_too_strong_is_told(
     other = make_adapter({k: t for name in NAMES for k, t in factors(name, 48, 64, size=0.05).items()}, "other")
     adapterkit.merge(base, [(adapter, 1.0), (other, 2.0)], tmp_path / "out")
     for verdict in verdicts(tmp_path / "out", base, adapter, other).values():
-        if verdict.touched:
+        if verdict.modified:
             assert verdict.kind == "scaled"
             assert dict(verdict.scales) == pytest.approx({"adapter": 1.0, "other": 2.0}, rel=0.03)
 
@@ -166,7 +166,9 @@ def test_one_flipped_bit_is_found(base: Path, adapter: Path, tmp_path: Path, nam
     found = verdicts(changed(tmp_path / "whole", tmp_path / "out", flip), base, adapter)
     [broken] = [verdict for verdict in found.values() if not verdict.fits]
     assert (
-        broken.name == name and broken.off == 1 and broken.first.startswith("[0, 17]" if name[0] == "l" else "[17, 0]")
+        broken.name == name
+        and broken.mismatched == 1
+        and broken.first_mismatch.startswith("[0, 17]" if name[0] == "l" else "[17, 0]")
     )
     assert broken.kind == ("damaged" if name[0] == "l" else "different")
 
@@ -188,7 +190,7 @@ def test_a_change_that_no_adapter_makes_is_found(base: Path, adapter: Path, tmp_
             tensors["norm.weight"] *= 1.5
 
     found = verdicts(changed(tmp_path / "whole", tmp_path / "out", scale), base, adapter)
-    assert kinds(found, touched=False) == {"different"} and kinds(found) <= {"exact", "rounded"}
+    assert kinds(found, modified=False) == {"different"} and kinds(found) <= {"exact", "rounded"}
 
 
 def test_a_requantized_merge_is_named_with_what_it_keeps(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -253,18 +255,20 @@ def test_the_head_that_a_model_has_is_compared(
     assert all(verdict.fits for verdict in verdicts(merged, base, adapter).values())
     assert fits("left out", lambda t: t.pop(f"{H}.weight", None), tied=True) is follows
     assert fits("written out", lambda t: t.update({f"{H}.weight": t[f"{E}.weight"].clone()}), tied=True) is follows
-    with pytest.raises(FitError, match="lm_head.weight: is not in"):
+    with pytest.raises(FitError, match="lm_head.weight: missing from"):
         fits("lost", lambda t: t.pop(f"{H}.weight", None), tied=False)
 
 
-def test_what_cannot_be_compared_is_said(base: Path, adapter: Path, make_base: MakeBase, tmp_path: Path) -> None:
+def test_checkpoints_that_cannot_be_compared_are_refused(
+    base: Path, adapter: Path, make_base: MakeBase, tmp_path: Path
+) -> None:
     base = base.rename(tmp_path / "right")
     tensors = {k: v for file in base.glob("*.safetensors") for k, v in load_file(file).items()}
     short = make_base({k: v for k, v in tensors.items() if k != "norm.weight"})
-    with pytest.raises(FitError, match="norm.weight: is not in"):
+    with pytest.raises(FitError, match="norm.weight: missing from"):
         verdicts(short, base, adapter)
     short.rename(tmp_path / "short")
-    with pytest.raises(FitError, match="extra.weight: is only in"):
+    with pytest.raises(FitError, match="extra.weight: unexpected in"):
         verdicts(make_base(tensors | {"extra.weight": torch.zeros(3)}), base, adapter)
     for sample in (0.0, 1.5, float("nan")):
         with pytest.raises(UsageError, match="sample"):
@@ -274,9 +278,9 @@ def test_what_cannot_be_compared_is_said(base: Path, adapter: Path, make_base: M
 def test_the_command_line(base: Path, adapter: Path, tmp_path: Path) -> None:
     adapterkit.merge(base, [(adapter, 2.0)], tmp_path / "out")
     done = run_adapterkit("verify", tmp_path / "out", "--base", base, "--adapter", f"{adapter}:2")
-    assert done.code == 0 and done.out.rstrip().endswith("\nfits") and "exact" in done.out
+    assert done.code == 0 and done.out.rstrip().endswith("\nOK") and "exact" in done.out
     done = run_adapterkit("verify", tmp_path / "out", "--base", base, "--adapter", adapter)
-    assert done.code == 3 and "applied twice" in done.out and done.out.rstrip().endswith("does not fit")
+    assert done.code == 3 and "applied twice" in done.out and done.out.rstrip().endswith("MISMATCH")
     done = run_adapterkit("verify", tmp_path / "out", "--base", base, "--adapter", adapter, "--json", "--sample", "0.5")
     facts = json.loads(done.out)
     assert done.code == 3 and facts["fits"] is False and len(facts["tensors"]) == 7

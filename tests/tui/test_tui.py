@@ -721,7 +721,7 @@ async def test_merge_watch_unmerge(folder: Path) -> None:
         await pilot.press("ctrl+s")
         await settled(pilot)
         plan = text_of(form.query_one("#plan", Static))
-        assert "4 of 4 modules and tensors have their place" in plan
+        assert "all 4 modules match the base" in plan
         assert not Path("one-merged").exists()
         await pilot.press("ctrl+s")
         job = await ended(pilot)
@@ -734,7 +734,7 @@ async def test_merge_watch_unmerge(folder: Path) -> None:
         await pilot.pause()
         await pilot.press("ctrl+s")
         await settled(pilot)
-        assert "restores  4 of 6 tensors, by one" in text_of(pilot.app.screen.query_one("#plan", Static))
+        assert "restores  4 of 6 tensors, changed by one" in text_of(pilot.app.screen.query_one("#plan", Static))
         await pilot.press("ctrl+s")
         job = await ended(pilot)
         assert job.state == "done", job

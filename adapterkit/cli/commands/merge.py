@@ -56,7 +56,7 @@ def merge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_
     receipt, lost = how.get("receipt", True), irreversible(plan)
     facts = _result_facts(plan, ran, undo if receipt and not lost else None)
     if receipt and lost:
-        note(f"cannot be undone without the base, since {lost}")
+        note(f"cannot be undone without the base: {lost}")
     _print(facts, _result_lines(facts, ran.result, report, "quantize" in given, undo), as_json)
 
 
@@ -81,8 +81,8 @@ def _result_facts(plan: MergePlan, ran: Ran[Merged], undo: Sequence[str] | None)
         "seconds": round(ran.seconds, 3),
         "device": result.place,
         "sha256": hashes_by_label(plan, result.hashes),
-        "retention": _kept(total) if total else None,
-        "retention_by_tensor": {name: _kept(kept) for name, kept in result.retention.items()},
+        "retention": _retention_facts(total) if total else None,
+        "retention_by_tensor": {name: _retention_facts(one) for name, one in result.retention.items()},
         "undone_by": " ".join(undo) if undo else None,
         "skipped": list(plan.skipped),
     }
@@ -95,7 +95,7 @@ def _result_lines(
     if report:
         lines += _report(result)
     if quantized and (total := _total(result)) is not None and total.delta:
-        lines.append(f"kept      {total.kept:.1%} of the update, with an error of {total.error:.2f} times its size")
+        lines.append(f"kept      {total.retained:.1%} of the update, relative error {total.error:.2f}")
     lines.append(
         f"merged    {facts['tensors_changed']} of {counted(facts['tensors'], 'tensor')} in {facts['seconds']:.1f} s, "
         f"{size(facts['bytes_written'])}"
@@ -109,30 +109,32 @@ def _result_lines(
 
 
 def _report(result: Merged) -> list[str]:
-    """What rounding kept, a line for each layer; --json has every tensor."""
+    """Retention of the update, a line for each layer; --json has every tensor."""
     from adapterkit.adapter.module_names import layer_of
     from adapterkit.algebra.updates import Retention
 
     parts: dict[int | str, list[Retention]] = {}
-    for name, kept in result.retention.items():
+    for name, retention in result.retention.items():
         layer = layer_of(name)
-        parts.setdefault(name if layer is None else layer, []).append(kept)
-    lines = ["kept of the update after rounding: ⟨W'−W, Δ⟩/‖Δ‖², and ‖W'−W−Δ‖/‖Δ‖"]
+        parts.setdefault(name if layer is None else layer, []).append(retention)
+    lines = ["share of the update retained, ⟨W'−W, Δ⟩/‖Δ‖², and relative error, ‖W'−W−Δ‖/‖Δ‖"]
     for part in sorted(parts, key=lambda part: (isinstance(part, str), part)):
-        kept = sum(parts[part], Retention())
-        lines.append(f"  {_measured(kept)}  {part if isinstance(part, str) else f'layer {part}'}")
+        retention = sum(parts[part], Retention())
+        lines.append(f"  {_measured(retention)}  {part if isinstance(part, str) else f'layer {part}'}")
     if (total := _total(result)) is not None:
         lines.append(f"  {_measured(total)}  in total")
     return lines
 
 
-def _measured(kept: Retention) -> str:
-    return f"{kept.kept:7.4f}  {kept.error:7.4f}" if kept.delta else f"{'–':>7}  {'–':>7}"
+def _measured(retention: Retention) -> str:
+    return f"{retention.retained:7.4f}  {retention.error:7.4f}" if retention.delta else f"{'–':>7}  {'–':>7}"
 
 
-def _kept(kept: Retention) -> dict[str, float | None]:
-    """What rounding kept, for JSON: of no update, nothing can be said."""
-    return {"kept": kept.kept, "error": kept.error} if kept.delta else {"kept": None, "error": None}
+def _retention_facts(retention: Retention) -> dict[str, float | None]:
+    """Retention as JSON facts: null without an update."""
+    if not retention.delta:
+        return {"kept": None, "error": None}
+    return {"kept": retention.retained, "error": retention.error}
 
 
 def _total(result: Merged) -> Any:

@@ -18,16 +18,15 @@ from adapterkit.text import counted
 if TYPE_CHECKING:
     from adapterkit.merging.verify import Verdict
 
-# Ends with this where the checkpoint is not what it should be, as adapters that do not fit a base do.
-DOES_NOT_FIT = 3
-SAYS = {
-    "exact": "every bit is as adapterkit merges it, rounded once",
-    "rounded": "within the rounding of tools that round more often",
-    "scaled": "the update is there with another strength",
-    "missing": "the update is not there",
-    "quantized": "quantized after merging",
-    "damaged": "a few elements are off",
-    "different": "something else",
+MISMATCH = 3  # the exit code of adapters that do not fit a base
+DESCRIPTIONS = {
+    "exact": "bit-identical to a merge by adapterkit",
+    "rounded": "within the error of tools that round more than once",
+    "scaled": "update present at a different scale",
+    "missing": "update missing",
+    "quantized": "quantized after the merge",
+    "damaged": "a few elements differ",
+    "different": "different values",
 }
 
 
@@ -54,22 +53,22 @@ def verify_command(given: dict[str, Any], as_json: bool) -> None:
         say_result({"fits": fits, "tensors": [to_json(verdict) for verdict in found]})
     else:
         _show(found, given.get("sample", 1.0))
-        say("fits" if fits else "does not fit")
+        say("OK" if fits else "MISMATCH")
     if not fits:
-        raise SystemExit(DOES_NOT_FIT)
+        raise SystemExit(MISMATCH)
 
 
 def _show(found: Sequence[Verdict], sample: float) -> None:
-    touched = sum(verdict.touched for verdict in found)
+    modified = sum(verdict.modified for verdict in found)
     share = "" if sample == 1 else f", {sample:.2%} of the rows"
-    parts = f"{touched} that the adapters touch, {counted(len(found) - touched, 'other')}"
-    say(f"verified  {counted(len(found), 'tensor')}{share}: {parts}")
-    for kind, says in SAYS.items():
-        for which, whose in ((True, "touched"), (False, "others")):
-            some = [verdict for verdict in found if verdict.kind == kind and verdict.touched is which]
+    say(f"checked   {counted(len(found), 'tensor')} ({modified} modified, {len(found) - modified} unchanged){share}")
+    for kind, description in DESCRIPTIONS.items():
+        for is_modified, group in ((True, "modified"), (False, "unchanged")):
+            some = [verdict for verdict in found if verdict.kind == kind and verdict.modified is is_modified]
             if not some:
                 continue
-            say(f"{kind:9} {len(some)} {whose}: {says if which or kind != 'exact' else 'as in the base'}")
+            text = "identical to the base" if kind == "exact" and not is_modified else description
+            say(f"{kind:9} {len(some)} {group}: {text}")
             if not some[0].fits:
                 for verdict in some[:3]:
                     say(f"          {verdict.name}: {verdict.explanation}")

@@ -1,1 +1,1 @@
-"""A merge as data, complete and checked before a byte is written."""
+"""Merge plans: plain data, validated before anything is written."""

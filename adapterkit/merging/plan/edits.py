@@ -1,4 +1,4 @@
-"""The tensors of an output that are computed: merged from a base's, or restored to what they were before a merge."""
+"""Edits: the computed tensors of an output, either merged from a base's or restored to their values before a merge."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from adapterkit.files.safetensors import DTYPE_BITS, TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class ModuleUpdate:
-    """One module's update where it lands."""
+    """The update of one module on one base tensor."""
 
-    adapter: int  # which of those given
+    adapter: int  # index in the plan
     module: str
     weights: LoraWeights[LazyTensor]
     weight: float
@@ -24,7 +24,7 @@ class ModuleUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """Values that take the place of the base's, `weight` of the way; all rows, or only some."""
+    """Values that replace all or some rows of the base, interpolated by `weight`."""
 
     values: LazyTensor
     weight: float
@@ -41,9 +41,9 @@ class Addition:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """Where a receipt keeps what restores rows `first:last`: a residual in code, and where they are needed more.
+    """Sidecar tensors that restore rows `first:last`.
 
-    That is the gains of DoRA's updates, and of quantized rows the stored bytes that their values do not tell.
+    `residual` is encoded; `gains` are those of DoRA updates; `numbers` corrects the packed bytes of quantized rows.
     """
 
     first: int
@@ -55,7 +55,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One output tensor that is computed: what it is computed from, and the span of the output that it takes.
+    """One computed output tensor: its source, dtype, shape, and byte span in the output file.
 
     The tensor is processed as a matrix `(rows, columns)`.
     """
@@ -81,37 +81,37 @@ class Edit:
 
     @property
     def stored_bits(self) -> int:
-        """The bits that an element takes in the output."""
+        """Bits per element in the output."""
         return DTYPE_BITS[self.dtype]
 
     def offset(self, row: int) -> int:
-        """Where in the output file `row` begins."""
+        """Byte offset of `row` in the output file."""
         depth, columns = self.matrix
         return self.stop if row == depth else self.start + (row * columns * self.stored_bits + 7) // 8
 
     @property
     def renormalizes(self) -> bool:
-        """Whether DoRA is among the deltas."""
+        """Whether any update is a DoRA update."""
         return any(delta.weights.magnitude is not None for delta in self.deltas)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the tensor that it is computed from is quantized."""
+        """Whether the source tensor is quantized."""
         return isinstance(self.source, QuantizedWeight)
 
 
 @dataclass(frozen=True, slots=True)
 class MergeEdit(Edit):
-    """A tensor that adapters change, or that is stored in another form than the base's.
+    """A tensor that adapters change, or that changes its dtype or quantization.
 
-    Without a `source` it is new, and `replaced` gives it. With a `packing` it is quantized: `start:stop` takes the
-    packed numbers, `parts` are the spans of its other tensors.
+    Without a `source` the tensor is new and `replaced` provides it. With a `packing` it is quantized: `start:stop` is
+    the span of the packed weights, `parts` are the spans of its other tensors.
     """
 
     replaced: tuple[Replacement, ...] = ()
     added: tuple[Addition, ...] = ()
     packing: QuantizationSpec | None = None
-    checked_against: QuantizedWeight | None = None  # what must have been made from the source by quantizing it
+    checked_against: QuantizedWeight | None = None  # must match the source, quantized
     parts: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -120,22 +120,22 @@ class MergeEdit(Edit):
 
     @property
     def rows_together(self) -> int:
-        """The number of rows that a block has a multiple of."""
+        """Number of rows that must stay in one block: its row count is a multiple of this."""
         columns = self.matrix[1]
         own = 2 if isinstance(self.source, QuantizedWeight) and columns * self.source.bits % 8 else 1  # whole bytes
         return lcm(own, self.packing.rows_together(columns)) if self.packing else own
 
     @property
     def changes(self) -> bool:
-        """Whether adapters change the tensor; otherwise it is only stored in another form."""
+        """Whether adapters change the tensor, not only its dtype or quantization."""
         return bool(self.deltas or self.replaced or self.added)
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreEdit(Edit):
-    """A tensor that becomes what it was before a merge: the deltas are subtracted, and the rest is `recorded`.
+    """A tensor restored to its values before a merge: the updates are subtracted, then `recorded` residuals applied.
 
-    With `quantized`, the base's tensor was stored by that scheme, and its numbers are restored.
+    With `quantized`, the base's tensor was quantized by that scheme, and its packed bytes are restored.
     """
 
     recorded: tuple[Recorded, ...] = ()

@@ -1,4 +1,4 @@
-"""The layout of an output file: what is copied from the base's, what is computed, and where each tensor lies."""
+"""The layout of an output file: copied spans, computed tensors, and their offsets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adapterkit.merging.plan.types import Copy, FilePlan
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of the output, as the model has it: stored as `dtype`, or by `packing` as several tensors."""
+    """One weight of the output model: stored as `dtype`, or packed into several tensors."""
 
     name: str
     source: TensorInfo | QuantizedWeight | None
@@ -29,19 +29,19 @@ class Entry:
 
     @property
     def copied(self) -> TensorInfo | None:
-        """The input's tensor, where the output takes it over byte for byte."""
+        """The input's tensor, if the output copies its bytes."""
         changed = self.deltas or self.replaced or self.added or self.packing or self.checked_against
         if changed or not isinstance(self.source, TensorInfo):
             return None
         return self.source if self.source.dtype == self.dtype else None
 
     def stored(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-        """Name, dtype and shape of every tensor it is stored in, the weight itself first."""
+        """Name, dtype and shape of every stored tensor, the weight itself first."""
         return self.packing.layout(self.name) if self.packing else ((self.name, self.dtype, self.shape),)
 
 
 def lay_out(header: Header, entries: Sequence[Entry], metadata: Mapping[str, str] = MappingProxyType({})) -> FilePlan:
-    """Plan an output file that holds `entries` in place of what `header` describes, with more `metadata`."""
+    """Plan an output file with `entries` in place of the tensors in `header`, and additional `metadata`."""
     stored = [part for entry in entries for part in entry.stored()]
     same = [(info.name, info.dtype, info.shape) for info in _in_order(header)] == stored
     if same and not metadata:
@@ -49,7 +49,7 @@ def lay_out(header: Header, entries: Sequence[Entry], metadata: Mapping[str, str
         with open_regular(header.file) as stream:
             raw = stream.read(header.nbytes)
     else:
-        if any(entry.packing for entry in entries):  # bytes of any length: last, so that the others stay aligned
+        if any(entry.packing for entry in entries):  # packed bytes of any length go last, to keep the others aligned
             stored.sort(key=lambda part: -DTYPE_BITS[part[1]])
         raw, found = encode_header(stored, {**header.metadata, **metadata}, header.nbytes if same else 0)
         spans = {name: span for (name, *_), span in zip(stored, found, strict=True)}
@@ -60,7 +60,7 @@ def lay_out(header: Header, entries: Sequence[Entry], metadata: Mapping[str, str
         if (source := entry.copied) is not None:
             _append_copy(copies, Copy(source.start, source.stop, start))
             continue
-        if start == stop:  # nothing to compute, in as many rows as its shape may claim
+        if start == stop:  # empty, although its shape may claim many rows
             continue
         edits.append(
             MergeEdit(
@@ -77,7 +77,7 @@ def _in_order(header: Header) -> list[TensorInfo]:
 
 
 def _append_copy(copies: list[Copy], copy: Copy) -> None:
-    """Join spans that are neighbours in input and output."""
+    """Append a span, joined with the last one if they are contiguous in both input and output."""
     if copy.start == copy.stop:
         return
     last = copies[-1] if copies else None

@@ -1,4 +1,4 @@
-"""Tied embeddings: the head follows what an adapter changes in the embedding, as it did in training."""
+"""Tied embeddings: apply an adapter's changes to the embedding to the tied head too, as in training."""
 
 from __future__ import annotations
 
@@ -9,54 +9,55 @@ from adapterkit.errors import FitError
 from adapterkit.merging.plan.changes import Changes
 
 
-def follow(tie: Tie, mine: Changes, label: str, keeps: bool) -> bool:
-    """Have the head follow one adapter's changes to the embedding as it did in training; whether the two part.
+def apply_to_tied(tie: Tie, changes: Changes, label: str, keeps_tie: bool) -> bool:
+    """Apply the changes to the embedding to the head as well, as in training; return whether the two become untied.
 
-    There PEFT updates a tied embedding and head apart, except for trained tokens, and with `keeps`
-    (`ensure_weight_tying`). Raises FitError where it cannot be known whether they are tied.
+    PEFT updates a tied embedding and head separately, except for trained tokens, or with `ensure_weight_tying`
+    (`keeps_tie`). Raises FitError if it is unknown whether they are tied.
     """
-    touched = [name for name in (tie.embedding, *tie.others) if mine.touch(name)]
-    if not touched and not mine.touch(tie.head):
+    touched = [name for name in (tie.embedding, *tie.others) if changes.touches(name)]
+    if not touched and not changes.touches(tie.head):
         return False
     if not tie.certain:
         if touched and not tie.stored:
             raise FitError(f"{label}: changes {touched[0]}, and {unknown_tie(tie)}")
-        return False  # transformers ties two stored tensors only where it is told to
+        return False  # transformers ties two stored tensors only if the config says so
     if touched and tie.shared:
-        _follow_shared(tie, mine, label, touched)
-    if keeps and tie.stored and not tie.equal():  # PEFT ties what is one tensor; trained tokens go by the config alone
-        keeps = False
-    replaced, deltas = mine.replaced.get(tie.embedding, []), mine.deltas.get(tie.embedding, []) if keeps else []
-    rows = [change for change in replaced if keeps or change.rows is not None]
-    alone = len(rows) < len(replaced) or (tie.embedding in mine.deltas and not keeps)
-    parts = alone or mine.touch(tie.head)
-    if rows and tie.head not in mine.replaced:
-        mine.replaced[tie.head] += rows
-    if deltas and tie.head not in mine.deltas:
-        mine.deltas[tie.head] += [replace(one, target=replace(one.target, tensor=tie.head)) for one in deltas]
-    return parts
+        _apply_to_shared(tie, changes, label, touched)
+    if keeps_tie and tie.stored and not tie.equal():  # PEFT ties only equal tensors; trained tokens follow the config
+        keeps_tie = False
+    replaced = changes.replaced.get(tie.embedding, [])
+    deltas = changes.deltas.get(tie.embedding, []) if keeps_tie else []
+    rows = [change for change in replaced if keeps_tie or change.rows is not None]
+    alone = len(rows) < len(replaced) or (tie.embedding in changes.deltas and not keeps_tie)
+    unties = alone or changes.touches(tie.head)
+    if rows and tie.head not in changes.replaced:
+        changes.replaced[tie.head] += rows
+    if deltas and tie.head not in changes.deltas:
+        changes.deltas[tie.head] += [replace(delta, target=replace(delta.target, tensor=tie.head)) for delta in deltas]
+    return unties
 
 
-def _follow_shared(tie: Tie, mine: Changes, label: str, touched: list[str]) -> None:
-    """Have an encoder's and a decoder's embeddings follow the tokens that were trained in the one they share.
+def _apply_to_shared(tie: Tie, changes: Changes, label: str, touched: list[str]) -> None:
+    """Apply tokens trained in the embedding that an encoder and a decoder share to all tied embeddings.
 
-    PEFT trains those in all that are tied, but factors and whole tensors in a module that such a model does not use.
-    Raises FitError for them, and where it is not known what is tied.
+    PEFT trains tokens in every tied module, but factors and whole tensors in a module that such a model does not use.
+    Raises FitError for those, and if it is unknown which embeddings are tied.
     """
-    changes = mine.replaced.get(tie.embedding, [])
-    only_rows = bool(changes) and all(change.rows is not None for change in changes)
-    if touched != [tie.embedding] or mine.deltas.get(tie.embedding) or not only_rows:
-        raise refuse_shared(tie, label, touched[0])
+    replaced = changes.replaced.get(tie.embedding, [])
+    only_rows = bool(replaced) and all(change.rows is not None for change in replaced)
+    if touched != [tie.embedding] or changes.deltas.get(tie.embedding) or not only_rows:
+        raise shared_embedding_error(tie, label, touched[0])
     for other in tie.others:
         if not tie.equal(other):
-            raise refuse_shared(tie, label, touched[0])
-        mine.replaced[other] += changes
+            raise shared_embedding_error(tie, label, touched[0])
+        changes.replaced[other] += replaced
 
 
-def refuse_shared(tie: Tie, label: str, name: str) -> FitError:
-    """Explain that an adapter cannot be merged that changes `name`."""
-    names = ", ".join(one for one in (tie.embedding, *tie.others, tie.head) if one != name)
+def shared_embedding_error(tie: Tie, label: str, name: str) -> FitError:
+    """The error for an adapter that changes `name`, an embedding shared by an encoder and a decoder."""
+    names = ", ".join(tensor for tensor in (tie.embedding, *tie.others, tie.head) if tensor != name)
     return FitError(
-        f"{label}: changes {name}, which may be one with {names} in {tie.base.name}: merging into embeddings that an "
-        "encoder and a decoder share is not supported, except for trained tokens"
+        f"{label}: changes {name}, which may be tied to {names} in {tie.base.name}: merging into embeddings shared by "
+        "an encoder and a decoder is not supported, except for trained tokens"
     )

@@ -1,6 +1,6 @@
-"""A merge, complete and checked before a byte is written: what to copy, what to edit, and where everything lands.
+"""A merge plan: the spans to copy, the tensors to compute, and their offsets in every output file.
 
-A plan is made from headers only and is plain data: it pickles, so any worker can run one file of it.
+A plan is made from headers alone and is plain data: it pickles, so any process can run one file of it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class BytesFromSidecar:
-    """A tensor that lies in another file, written at `at`."""
+class SidecarCopy:
+    """A tensor copied from a receipt's sidecar, written at `at`."""
 
     tensor: TensorInfo
     at: int
@@ -42,7 +42,7 @@ class BytesFromSidecar:
 
 @dataclass(frozen=True, repr=False)
 class FilePlan(Displayed):
-    """One output file: its header, the spans copied from `source`, and the tensors that are computed."""
+    """One output file: its header, the spans copied from `source` or from a sidecar, and the computed tensors."""
 
     name: str
     source: Path
@@ -51,33 +51,33 @@ class FilePlan(Displayed):
     tensors: tuple[str, ...]
     copies: tuple[Copy, ...]
     edits: tuple[MergeEdit | RestoreEdit, ...]
-    kept: tuple[BytesFromSidecar, ...] = ()
+    from_sidecar: tuple[SidecarCopy, ...] = ()
 
     def brief(self) -> str:
         return f"{self.name}, {size(self.size)}, {len(self.edits)} of {counted(len(self.tensors), 'tensor')} computed"
 
     @property
     def copies_all(self) -> bool:
-        """Whether all tensors are copied, and to where they were; then but for the header it is the same file."""
-        return not self.edits and not self.kept and all(copy.at == copy.start for copy in self.copies)
+        """Whether every tensor is copied to its old offset, so that only the header may differ from the source."""
+        return not self.edits and not self.from_sidecar and all(copy.at == copy.start for copy in self.copies)
 
 
 @dataclass(frozen=True)
 class Hashes:
-    """The SHA-256 of every file of a run: of the base and outputs by name, of adapters in their order."""
+    """The SHA-256 of every file of a run, by file name; `adapters` in the plan's order."""
 
     base: dict[str, str]
     adapters: tuple[dict[str, str], ...]
-    outputs: dict[str, str]  # empty where nothing needs them
+    outputs: dict[str, str]  # empty if neither a receipt nor a restored base needs them
 
 
-# Called with a plan, the folder that its output or receipt is made in, and the hashes of it all.
+# Called with the plan, the folder for companions and receipt, and all hashes.
 WriteCompanions = Callable[["MergePlan", Path, Hashes], None]
 
 
 @dataclass(frozen=True, repr=False)
 class MergePlan(Displayed):
-    """What a merge makes: every tensor of every file, and where the output goes. `RunOptions` say how it is made.
+    """Every tensor of every output file of a merge, and the output's path; `RunOptions` has the options of a run.
 
     Plain data that pickles: `run_file` makes one file of it, in any process.
     """
@@ -85,32 +85,32 @@ class MergePlan(Displayed):
     unit: ClassVar[str] = "tensors"  # of its progress
     base: Checkpoint
     out: Path
-    given: tuple[WeightedAdapter, ...]
+    adapters: tuple[WeightedAdapter, ...]
     files: tuple[FilePlan, ...]
-    config: dict[str, Any]  # as the output gets it
+    config: dict[str, Any]  # the output's
     weight_map: dict[str, str]
     ledger: dict[str, dict[str, tuple[str, ...]]]  # adapter label -> its module or tensor -> the base tensors
     skipped: tuple[str, ...] = ()  # only with allow_partial
     notes: tuple[str, ...] = ()
     dtype: str | None = None
     calibration: Path | None = None  # a text, for compensated rounding
-    undoable: bool = False  # whether a receipt can be written, by which it is undone
-    restores: bool = False  # makes a base again, whose hashes are known
-    restores_receipt: bool = False  # and the receipt of an earlier merge beside it, where the output is a single file
-    unchecked: tuple[str, ...] = ()  # files that are restored, though the receipt does not hash them
-    overwrite: bool | None = None  # whether what is at `out` gives way, if it is ours; None where that cannot be asked
-    also_read: tuple[Path, ...] = ()  # besides the base and the adapters
-    quantized: Checkpoint | None = None  # what the base is checked to be the original of
-    write_companions: WriteCompanions | None = None  # checks the hashes, writes the other files; None: as a merge does
+    undoable: bool = False  # whether a run may write a receipt
+    restores: bool = False  # whether it restores a base, whose hashes are known
+    restores_receipt: bool = False  # whether a restored single file had the receipt of an earlier merge
+    unchecked: tuple[str, ...] = ()  # restored files whose hashes the receipt lacks
+    overwrite: bool | None = None  # whether to replace an output of ours; None if the caller cannot choose
+    also_read: tuple[Path, ...] = ()  # inputs besides the base and the adapters
+    quantized: Checkpoint | None = None  # the quantized base that `base` is the original of
+    write_companions: WriteCompanions | None = None  # checks hashes, writes the other files; None: `finish_merge`
 
     def destination(self, receipt: bool) -> Destination:
-        """Where the output goes, with a `receipt` or without, and all that it is made from."""
-        inputs = (*inputs_of(self.base, *self.given), *self.also_read)
+        """The output's path, and the inputs that it must not replace."""
+        inputs = (*inputs_of(self.base, *self.adapters), *self.also_read)
         beside = not self.base.is_directory and (receipt or self.restores_receipt)
         return Destination(self.out, inputs, self.base.is_directory, self.overwrite, beside)
 
     def header_of(self, file: FilePlan) -> Header:
-        """The header of the base's file that `file` is made from."""
+        """The header of the base's file that is the source of `file`."""
         return next(header for header in self.base.shards if header.file == file.source)
 
     @property
@@ -119,10 +119,10 @@ class MergePlan(Displayed):
 
     @property
     def stamps(self) -> dict[Path, Stamp]:
-        """Of everything that was read to make the plan."""
+        """The stamps of every file that was read to make the plan."""
         stamps: dict[Path, Stamp] = {}
-        for one in (*(one.adapter for one in reversed(self.given)), self.quantized, self.base):
-            stamps |= one.stamps if one is not None else {}
+        for source in (*(given.adapter for given in reversed(self.adapters)), self.quantized, self.base):
+            stamps |= source.stamps if source is not None else {}
         return stamps
 
     @property
@@ -131,33 +131,33 @@ class MergePlan(Displayed):
 
     @property
     def merges(self) -> Iterator[MergeEdit]:
-        """The tensors that are merged or stored in another form, not restored."""
+        """The edits that merge, quantize or convert a tensor rather than restore it."""
         return (edit for file in self.files for edit in file.edits if isinstance(edit, MergeEdit))
 
     @property
     def schemes(self) -> list[str]:
-        """What tensors are quantized to."""
+        """The quantization schemes of the output."""
         return list(dict.fromkeys(edit.packing.scheme for edit in self.merges if edit.packing))
 
     @property
     def stored_as(self) -> str:
-        """The dtype that was asked for, or that of dequantized weights; otherwise that of the base stays."""
+        """The requested dtype, or that of dequantized weights; else the base's."""
         plain = (edit for edit in self.merges if not edit.packing)
         dequantized = dict.fromkeys(edit.dtype for edit in plain if isinstance(edit.source, QuantizedWeight))
         return self.dtype or ", ".join(dequantized) or "as the base"
 
     def facts(self) -> dict[str, Any]:
-        """The plan for programs."""
+        """The plan as JSON facts."""
         return {
             "base": self.base.name,
             "adapters": [
                 {
-                    "name": one.label,
-                    "weight": one.weight,
-                    "modules": len(one.adapter.modules),
-                    "format": one.adapter.format,
+                    "name": given.label,
+                    "weight": given.weight,
+                    "modules": len(given.adapter.modules),
+                    "format": given.adapter.format,
                 }
-                for one in self.given
+                for given in self.adapters
             ],
             "output": str(self.out),
             "files": len(self.files),
@@ -172,42 +172,46 @@ class MergePlan(Displayed):
         }
 
     def brief(self) -> str:
-        adapters = "".join(f" {'−' if self.restores else '+'} {one.label}" for one in self.given)
+        adapters = "".join(f" {'−' if self.restores else '+'} {given.label}" for given in self.adapters)
         return f"{self.base.name}{adapters} → {self.out}, {counted(self.edits, 'tensor')} to compute"
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """The plan as lines of text."""
         facts = self.facts()
         tensors = counted(facts["tensors"], "tensor")
         writes = f"writes    {self.out}: {size(self.bytes_to_write)} ({size(facts['bytes_free'])} free)"
         if self.restores:
-            by = f", by {', '.join(one.label for one in self.given)}" if self.given else ""
-            what = f"{self.edits} of {tensors}{by}" if self.edits else f"all of it, from {self.base.name}"
-            return [f"restores  {what}", writes]
+            labels = ", ".join(given.label for given in self.adapters)
+            changed = f"{self.edits} of {tensors}" + (f", changed by {labels}" if labels else "")
+            return [f"restores  {changed if self.edits else f'{tensors} from {self.base.name}'}", writes]
         stored = f"quantized to {'; '.join(self.schemes)}" if self.schemes else f"dtype {self.stored_as}"
         return [
             f"base      {self.base.name}: {tensors} in {counted(len(self.files), 'file')}",
-            *(f"adapter   {one.label} × {one.weight:g}: {self._landed(one)}" for one in self.given),
+            *(f"adapter   {given.label} × {given.weight:g}: {self._matches(given)}" for given in self.adapters),
             f"changes   {self.edits} of {tensors}, {stored}",
             writes,
         ]
 
-    def _landed(self, one: WeightedAdapter) -> str:
-        total = len(one.adapter.modules) + len(one.adapter.replaced) + len(one.adapter.tokens)
-        return f"{len(self.ledger[one.label])} of {total} modules and tensors have their place"
+    def _matches(self, given: WeightedAdapter) -> str:
+        matched, others = len(self.ledger[given.label]), len(given.adapter.replaced) + len(given.adapter.tokens)
+        total = len(given.adapter.modules) + others
+        nouns = "modules and tensors" if others else "modules"
+        if total == 1:
+            return f"{matched} of 1 {'tensor' if others else 'module'} matches the base"
+        return f"{f'all {total}' if matched == total else f'{matched} of {total}'} {nouns} match the base"
 
 
 def inputs_of(*inputs: Checkpoint | WeightedAdapter) -> tuple[Path, ...]:
-    """The files and directories that bases, with the receipts beside them, and adapters are read from."""
+    """The files and directories of bases, the receipts beside them included, and of adapters."""
     paths: list[Path] = []
-    for one in inputs:
-        if isinstance(one, WeightedAdapter):
-            paths += [*([one.path] if one.path else []), *one.adapter.files]
+    for source in inputs:
+        if isinstance(source, WeightedAdapter):
+            paths += [*([source.path] if source.path else []), *source.adapter.files]
         else:
-            paths += [one.path] if one.is_directory else [one.path, receipt_of(one.path)]
+            paths += [source.path] if source.is_directory else [source.path, receipt_of(source.path)]
     return tuple(paths)
 
 
 def total_size(plan: MergePlan) -> int:
-    """The index's `total_size`: the bytes of all tensors, headers not counted."""
+    """The index's `total_size`: the bytes of all tensors, without headers."""
     return sum(file.size - len(file.header) for file in plan.files)

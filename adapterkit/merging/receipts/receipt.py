@@ -1,8 +1,8 @@
-"""The receipt of a merge: what was merged into what, by hash, and where that is kept which undoes it.
+"""The receipt of a merge: base, adapters and outputs by hash, and the data that undoes it.
 
-`adapterkit_receipt.json` names files, adapters, scalings and targets; in the folder beside it lie a sidecar for each
-shard, and in `before/` those files of the base that the merge replaced, an earlier receipt among them. A single file
-has all this in `NAME.receipt/`. Names are stored as they are, whatever characters they have; printing escapes them.
+`adapterkit_receipt.json` lists files, adapters, scalings and targets. The folder beside it holds a sidecar for each
+shard, and in `before/` the base's files that the merge replaced, an earlier receipt included. A single file has all of
+this in `NAME.receipt/`. Names are stored unescaped, whatever characters they contain; printing escapes them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from adapterkit.merging.plan.edits import Edit, ModuleUpdate
 from adapterkit.merging.plan.types import Hashes, MergePlan
 
 FORMAT = 2
-# What a dtype can hold of others, bit for bit.
+# For each dtype, those that it represents exactly.
 HOLDS = {"BF16": ("BF16",), "F16": ("F16",), "F32": ("F32", "BF16", "F16"), "F64": FLOAT_DTYPES}
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleShare:
-    """One module's share in a merged tensor."""
+    """The update of one module in a merged tensor."""
 
     adapter: int
     module: str
@@ -47,7 +47,7 @@ class ModuleShare:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file: its sizes and hashes before and after, and the tensors that were changed, in the sidecar's order."""
+    """One file of weights: its size before, its hashes before and after, and the changed tensors in sidecar order."""
 
     name: str
     size: int
@@ -58,7 +58,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """One adapter, as the merge was given it."""
+    """One adapter of the merge, with its weight and the SHA-256 of its files."""
 
     name: str
     weight: float
@@ -68,52 +68,52 @@ class MergedAdapter:
 
 @dataclass(frozen=True)
 class Companions:
-    """The SHA-256 of the base's files beside its weights, by their path in its folder."""
+    """The SHA-256 of the base's files beside its weights, by path in its folder."""
 
-    copied: dict[str, str]  # the output has them too
-    replaced: dict[str, str]  # the output has its own; these are kept in `before/`
-    left_out: tuple[str, ...] = ()  # the output has none of these, nor is their hash known
+    copied: dict[str, str]
+    replaced: dict[str, str]  # saved in `before/`
+    left_out: tuple[str, ...] = ()  # not copied and not hashed
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """A receipt as it was read, and the folder that it lies in."""
+    """A receipt read from `folder`."""
 
     folder: Path
     base: str
     adapters: tuple[MergedAdapter, ...]
     shards: tuple[Shard, ...]
-    companions: Companions | None  # None: format 1 does not hash them
-    irreversible: str | None  # why it cannot be undone
+    companions: Companions | None  # None in format 1, which has no hashes of them
+    irreversible: str | None  # the reason, if the merge cannot be undone
 
     def sidecar(self, shard: Shard) -> Path:
         return self.folder / sidecar_name(shard.name)
 
 
 def folder_of(out: Path, directory: bool) -> Path:
-    """Where the receipt of an output lies."""
+    """The folder of an output's receipt."""
     return out if directory else receipt_of(out)
 
 
 def sidecar_name(shard: str) -> str:
-    """Where the sidecar of a shard lies in the receipt's folder."""
+    """The path of a shard's sidecar in the receipt's folder."""
     return f"{RECEIPT_FOLDER}/{with_ending(shard, '.residuals')}"
 
 
 def with_ending(shard: str, ending: str) -> str:
-    """The name of a file that belongs to a shard, whose own name gives way to its hash where that would be too long."""
+    """The shard's name plus `ending`; a hash replaces a name that would become too long."""
     raw = os.fsencode(shard)
     fits = len(raw) + len(ending) <= MAX_NAME_BYTES
     return (shard if fits else hashlib.sha256(raw).hexdigest()) + ending
 
 
 def undoable(edit: Edit) -> bool:
-    """Whether a tensor of the output has one in the base's file that is to be restored."""
+    """Whether an edit changes a tensor of the base's file, which `unmerge` then restores."""
     return edit.source is not None and edit.source.name == edit.name
 
 
 def irreversible(plan: MergePlan) -> str | None:
-    """Why what `plan` makes cannot be turned back into the base, if so."""
+    """The reason if the output of `plan` cannot be undone, else None."""
     for edit in plan.merges:
         if edit.packing is not None:
             return f"the output is quantized to {edit.packing.scheme}"
@@ -126,7 +126,7 @@ def irreversible(plan: MergePlan) -> str | None:
 
 
 def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str, Any]:
-    """The receipt of a merge."""
+    """The receipt of a merge as JSON facts."""
     return {
         "adapterkit_receipt": FORMAT,
         "adapterkit": __version__,
@@ -139,7 +139,7 @@ def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str
                 "base_model": public_name(one.adapter.base_model),
                 "files": files,
             }
-            for one, files in zip(plan.given, hashes.adapters, strict=True)
+            for one, files in zip(plan.adapters, hashes.adapters, strict=True)
         ],
         "irreversible": irreversible(plan),
         "copied": companions.copied,
@@ -163,14 +163,14 @@ def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str
 
 
 def encode(facts: Mapping[str, Any]) -> bytes:
-    """A receipt as it is stored: in ASCII, so that names that are not UTF-8 survive."""
+    """Encode a receipt in ASCII, so that file names that are not UTF-8 survive."""
     return json.dumps(facts).encode() + b"\n"
 
 
 def check_receipt(plan: MergePlan) -> None:
-    """Raise FormatError where the receipt of `plan` could not be read back, before anything is written."""
+    """Raise FormatError if the receipt of `plan` could not be read back."""
     unknown = "0" * 64
-    adapters = tuple({file.name: unknown for file in one.adapter.files} for one in plan.given)
+    adapters = tuple({file.name: unknown for file in one.adapter.files} for one in plan.adapters)
     base = {shard.file.name: unknown for shard in plan.base.shards}
     hashes = Hashes(base, adapters, {file.name: unknown for file in plan.files})
     folder = folder_of(plan.out, plan.base.is_directory)
@@ -179,17 +179,14 @@ def check_receipt(plan: MergePlan) -> None:
 
 
 def _part(delta: ModuleUpdate) -> dict[str, Any]:
-    """What is at its default is left out."""
+    """One module's update as JSON facts, without defaults."""
     target = delta.target
-    place = {
-        "rows": target.rows,
-        "of": target.delta_rows,
-        "expert": target.expert,
-        "transposed": target.transposed or None,
-    }
+    position = {
+        "rows": target.rows, "of": target.delta_rows, "expert": target.expert, "transposed": target.transposed or None,
+    }  # fmt: skip
     return {
         "adapter": delta.adapter, "module": delta.module, "scaling": delta.weights.scaling, "weight": delta.weight,
-        **{name: value for name, value in place.items() if value is not None},
+        **{name: value for name, value in position.items() if value is not None},
     }  # fmt: skip
 
 
@@ -197,21 +194,21 @@ def _part(delta: ModuleUpdate) -> dict[str, Any]:
 
 
 def find_receipt(out: Path) -> Path | None:
-    """The folder with the receipt of a merged checkpoint, if there is one.
+    """The folder with the receipt of a merged checkpoint, or None.
 
-    Where an overwrite ended halfway it is that which has the hash of the file.
+    After an interrupted overwrite, the receipt whose hash matches the file.
     """
     folder = folder_of(out, out.is_dir())
     folders = [folder] if os.path.isfile(folder / RECEIPT) else []  # Path.is_file raises for names that are too long
     if not out.is_dir() and (aside := workspace_receipts(out)):
         found = sha256_of(out)
-        fitting = [one for one in [*folders, *aside] if read_receipt(one).shards[0].after == found]
-        folders = fitting or folders
+        matching = [one for one in [*folders, *aside] if read_receipt(one).shards[0].after == found]
+        folders = matching or folders
     return folders[0] if folders else None
 
 
 def read_receipt(folder: Path) -> Receipt:
-    """The receipt in `folder`, every field checked. Raises FormatError, UnsafeFileError for other places."""
+    """Read the receipt in `folder`. Raises FormatError for an invalid field, UnsafeFileError for an unsafe path."""
     return _parse(folder, read_json(folder / RECEIPT, large=True, allow_surrogates=True))
 
 
@@ -219,17 +216,17 @@ def _parse(folder: Path, facts: dict[str, Any]) -> Receipt:
     read, version = _Reader(folder / RECEIPT), facts.get("adapterkit_receipt")
     if type(version) is not int or not 1 <= version <= FORMAT:
         found = str(version)[:20]
-        raise FormatError(f"{read.file}: format {found}, this version reads up to {FORMAT}: use a newer adapterkit")
+        raise FormatError(f"{read.file}: receipt format {found}, expected 1 to {FORMAT}; upgrade adapterkit")
     adapters = tuple(read.adapter(one) for one in read.objects(facts, "adapters"))
     shards = tuple(read.shard(one, len(adapters)) for one in read.objects(facts, "shards"))
     if not shards or len({shard.name for shard in shards}) < len(shards):
-        raise read.wrong("shards", "one or several, each named once", facts.get("shards"))
+        raise read.wrong("shards", "one or more with unique names", facts.get("shards"))
     companions = None if version == 1 else read.companions(facts)
     return Receipt(folder, read.text(facts, "base"), adapters, shards, companions, read.optional(facts, "irreversible"))
 
 
 class _Reader:
-    """Fields of a JSON object, or a FormatError that says which is wrong."""
+    """Reads fields of JSON objects. Raises FormatError naming an invalid field."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -240,11 +237,11 @@ class _Reader:
     def text(self, of: dict[str, Any], field: str) -> str:
         value = of.get(field)
         if not isinstance(value, str):
-            raise self.wrong(field, "a text", value)
+            raise self.wrong(field, "a string", value)
         try:
             os.fsencode(value)
         except UnicodeEncodeError as error:
-            raise self.wrong(field, "a name that a file can have", ascii(value)) from error
+            raise self.wrong(field, "a valid file name", ascii(value)) from error
         return value
 
     def optional(self, of: dict[str, Any], field: str) -> str | None:
@@ -259,7 +256,7 @@ class _Reader:
     def index(self, of: dict[str, Any], field: str, below: int = 2**63) -> int:
         value = of.get(field)
         if type(value) is not int or not 0 <= value < below:
-            raise self.wrong(field, f"a whole number below {below}", value)
+            raise self.wrong(field, f"an integer from 0 to {below - 1}", value)
         return value
 
     def span(self, of: dict[str, Any], field: str) -> tuple[int, int] | None:
@@ -279,13 +276,13 @@ class _Reader:
     def hashes(self, of: dict[str, Any], field: str) -> dict[str, str]:
         value = of.get(field)
         if not isinstance(value, dict):
-            raise self.wrong(field, "file names and SHA-256", value)
+            raise self.wrong(field, "SHA-256 by file name", value)
         return {name: self.hash(value, name) for name in value}
 
     def companions(self, of: dict[str, Any]) -> Companions:
         left_out = of.get("left_out")
         if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
-            raise self.wrong("left_out", "file names", left_out)
+            raise self.wrong("left_out", "a list of file names", left_out)
         return Companions(self.hashes(of, "copied"), self.hashes(of, "replaced"), tuple(left_out))
 
     def objects(self, of: dict[str, Any], field: str) -> list[dict[str, Any]]:
@@ -301,7 +298,7 @@ class _Reader:
     def shard(self, of: dict[str, Any], adapters: int) -> Shard:
         name = self.text(of, "name")
         if "/" in name or "\\" in name or "\0" in name or name in ("", ".", ".."):
-            raise UnsafeFileError(f"{self.file}: names the shard {name[:80]!r}, which is not a plain file name")
+            raise UnsafeFileError(f"{self.file}: shard name {name[:80]!r}: expected a plain file name")
         tensors = tuple(
             (self.text(one, "name"), tuple(self.part(part, adapters) for part in self.objects(one, "parts")))
             for one in self.objects(of, "tensors")

@@ -14,7 +14,7 @@ from adapterkit.files.opening import sha256_of
 from adapterkit.merging.companions import finish_merge
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import Hashes, MergePlan
-from adapterkit.merging.receipts.done import FileDone, fingerprint
+from adapterkit.merging.receipts.done import FileDone, fingerprint_of
 from adapterkit.merging.run.budget import check_loss, warnings_of
 from adapterkit.merging.run.inputs import Inputs
 from adapterkit.merging.run.making import Job
@@ -67,7 +67,7 @@ def finish(plan: MergePlan, done: Iterable[FileDone], where: Path, options: RunO
     job, made = Job(plan, where, options or RunOptions()), list(done)
     sources = {file.name: file.source for file in plan.files}
     inputs = Inputs(plan, linked=[sources[one.name] for one in made if one.linked and one.name in sources])
-    adapters = {file: sha256_of(file) for one in plan.given for file in one.adapter.files}
+    adapters = {file: sha256_of(file) for one in plan.adapters for file in one.adapter.files}
     return finish_job(job, made, inputs, adapters)
 
 
@@ -98,7 +98,7 @@ def _all_of(job: Job, done: Iterable[FileDone]) -> list[FileDone]:
         path = job.path_of(file)
         if file.name not in made or not path.is_file() or path.stat().st_size != file.size:
             raise FitError(f"{path}: is not made yet: run_file makes it, and returns what finish needs")
-        if made[file.name].made_by != fingerprint(job.plan, file, job.options):
+        if made[file.name].fingerprint != fingerprint_of(job.plan, file, job.options):
             raise FitError(f"{path}: was made of another plan, or with other options: make it again by run_file")
     found = [made.pop(file.name) for file in job.plan.files]
     if made:
@@ -112,5 +112,5 @@ def _hashes(plan: MergePlan, made: list[FileDone], adapters: Mapping[Path, str])
     for file, sha256 in [*((sources[one.name], one.before) for one in made), *adapters.items()]:
         check_blob_hash(file, sha256)
     base = {sources[one.name].name: one.before for one in made}
-    given = tuple({file.name: adapters[file] for file in one.adapter.files} for one in plan.given)
+    given = tuple({file.name: adapters[file] for file in one.adapter.files} for one in plan.adapters)
     return Hashes(base, given, {one.name: one.after for one in made if one.after is not None})

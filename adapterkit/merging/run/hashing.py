@@ -74,7 +74,7 @@ class OutputHash:
         self._sha256 = hashlib.sha256(plan.header)
         self._at = len(plan.header)
         self._copies = {copy.at: copy for copy in plan.copies}
-        self._kept = {one.at: one for one in plan.kept}
+        self._kept = {one.at: one for one in plan.from_sidecar}
         self._waiting: dict[int, tuple[memoryview, Future[None]]] = {}
         self._lock = threading.Lock()
         self._is_copy = is_copy(plan)

@@ -27,7 +27,7 @@ from adapterkit.files.staging import RECEIPT_FOLDER
 from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.merging.plan.types import FilePlan, MergePlan
-from adapterkit.merging.receipts.done import FileDone, fingerprint
+from adapterkit.merging.receipts.done import FileDone, fingerprint_of
 from adapterkit.merging.receipts.receipt import irreversible, sidecar_name
 from adapterkit.merging.receipts.sidecar import GAINS, NUMBERS, SidecarWriter, kept, not_in_output
 from adapterkit.merging.run.hashing import InputHash, OutputHash, is_copy
@@ -139,7 +139,7 @@ class FileMaking:
             self._parts += self._hash.by_and_by
         if self.job.records:
             self._sidecar = self._begin_sidecar()
-        for one in self.file.kept:
+        for one in self.file.from_sidecar:
             self.output.write(memoryview(one.tensor.read_bytes()), one.at)
 
     # --- read, and what stays as it is
@@ -324,7 +324,7 @@ class FileMaking:
         after = None if self._hash is None else self._hash.hexdigest(before, self.output)
         job = self.job
         self.done = FileDone(
-            self.file.name, fingerprint(job.plan, self.file, job.options), self.file.size, before, after, sidecar,
+            self.file.name, fingerprint_of(job.plan, self.file, job.options), self.file.size, before, after, sidecar,
             self.linked, None if self._place is None else str(self._place), dict(sorted(self._retention.items())),
             tuple(sorted(self._unchanged)), tuple(self._notes),
         )  # fmt: skip

@@ -17,7 +17,7 @@ from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import FilePlan, MergePlan
 from adapterkit.merging.receipts.done import FileDone
 from adapterkit.merging.receipts.receipt import check_receipt
-from adapterkit.merging.receipts.resume import clear_records, job_of, record_done, resume_hint, take_over
+from adapterkit.merging.receipts.resume import clear_records, job_of, record_done, resume_hint, reuse_finished
 from adapterkit.merging.run.budget import check_device, check_space
 from adapterkit.merging.run.finish import Merged, finish_job
 from adapterkit.merging.run.inputs import Inputs
@@ -124,11 +124,11 @@ class _Making:
         self.done: list[FileDone] = []
         self._job, self._resumable, self._recorded = job, resumable, 0
         self._lock = threading.Lock()
-        files = [file for one in plan.given for file in one.adapter.files]
+        files = [file for one in plan.adapters for file in one.adapter.files]
         self._hashed: dict[Path, str] = {}
         if options.resume and resumable:
             self._hashed = {file: sha256_of(file) for file in files}
-            self.done = take_over(plan, options, job.where, self._by_adapter(self._hashed))
+            self.done = reuse_finished(plan, options, job.where, self._by_adapter(self._hashed))
             self._recorded = len(self.done)
         taken = {one.name for one in self.done}
         self.taken_over = sum(len(file.edits) for file in plan.files if file.name in taken)
@@ -142,7 +142,7 @@ class _Making:
         return self._hashed or {file: hash_.sha256.hexdigest() for file, hash_ in self.scheduler.also.items()}
 
     def _by_adapter(self, hashed: dict[Path, str]) -> list[dict[str, str]]:
-        return [{file.name: hashed[file] for file in one.adapter.files} for one in self._job.plan.given]
+        return [{file.name: hashed[file] for file in one.adapter.files} for one in self._job.plan.adapters]
 
     def _when_done(self, making: FileMaking) -> None:
         assert making.done is not None
