@@ -1,7 +1,7 @@
-"""Compensated rounding that knows the inputs: what a text makes the linear layers see (GPTQ, arXiv 2210.17323).
+"""Calibrate compensated rounding (GPTQ, arXiv 2210.17323): error shares from the inputs of linear layers on a text.
 
-Rounding W to Q changes what a layer computes by `‖(W − Q)·X‖`, so by `H = Σ x·xᵀ` over its inputs. With U the upper
-Cholesky factor of H⁻¹, column j's error times `U[j, k] / U[j, j]` is taken off each later column k: its share.
+Rounding W to Q changes a layer's output by `‖(W − Q)·X‖`, which depends on its inputs only by `H = Σ x·xᵀ`. With U the
+upper Cholesky factor of H⁻¹, each later column k compensates the share `U[j, k] / U[j, j]` of column j's error.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from adapterkit.files.safetensors import TensorInfo, read_header, write_tensors
 from adapterkit.files.staging import map_os_errors
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.merging.plan.types import MergePlan
+from adapterkit.text import counted
 
-SPAN = 2048  # columns that share their errors, at most: H of more would not fit memory
-TOKENS = 512  # of one forward pass
-PASSES = 64  # at most
-TEXT = 64 * TOKENS * PASSES  # characters of a text, of which no more tokens are looked at than the passes take
-DAMPING = 0.01  # of the mean of H's diagonal, as the paper has it
+SPAN = 2048  # columns that share errors, at most: H of more would not fit in memory
+TOKENS = 512  # per forward pass
+MAX_PASSES = 64
+MAX_CHARACTERS = 64 * TOKENS * MAX_PASSES  # read from the text; more than enough for all passes
+DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
 
 
 @contextmanager
 def calibrated(plan: MergePlan) -> Iterator[MergePlan]:
-    """`plan` with the shares that its calibration text gives, which are on disk as long as this lasts.
+    """Yield `plan` with the error shares measured on its calibration text, in temporary files until the block ends.
 
-    The base is run whole, by transformers. Raises UsageError where that is not installed or the text has too little in
-    it, FormatError where the base does not load, FitError where it lacks a layer that is to be rounded, NoSpaceError
-    where the directory for temporary files is full.
+    transformers runs the whole base. Raises UsageError if that is not installed or the text is too short, FormatError
+    if the base does not load, FitError if it lacks a layer to round, NoSpaceError if the temporary directory is full.
     """
     edits = {edit.name: edit for edit in plan.merges if edit.packing}
     with TemporaryDirectory(prefix="adapterkit-") as folder:
@@ -57,54 +57,54 @@ def _with(edit: MergeEdit | RestoreEdit, shares: dict[str, TensorInfo]) -> Merge
 
 
 def _measure(plan: MergePlan, edits: dict[str, MergeEdit], folder: Path) -> dict[str, TensorInfo]:
-    """Run the base over the text, and write the shares of every edited weight into `folder`."""
+    """Run the base on the text, and write the error shares of every edited weight to `folder`."""
     assert plan.calibration is not None
     with TextIOWrapper(open_regular(plan.calibration), "utf-8", "replace") as stream:
-        text = stream.read(TEXT)
+        text = stream.read(MAX_CHARACTERS)
     check_described(plan.base)
     tokenizer, model = load_tokenizer(plan.base), load_causal(plan.base, dtype="auto", device_map="cpu")
     ids = torch.tensor(encode_text(tokenizer, text)["input_ids"])
     if len(ids) < 2:
-        raise UsageError(f"{plan.calibration}: holds {len(ids)} tokens, from which there is nothing to learn")
-    seen = _Seen()
+        raise UsageError(f"{plan.calibration}: the text has {counted(len(ids), 'token')}, expected at least 2")
+    inputs = _InputMoments()
     for name in edits:
-        _module(model, name).register_forward_pre_hook(seen.hook(name))
+        _module(model, name).register_forward_pre_hook(inputs.hook(name))
     with torch.no_grad():
-        for batch in torch.split(ids, TOKENS)[:PASSES]:
-            seen.last = None
+        for batch in torch.split(ids, TOKENS)[:MAX_PASSES]:
+            inputs.last = None
             model(batch[None], logits_to_keep=1)
     del model
     written: dict[int, TensorInfo] = {}
     for name in edits:
-        H = seen.moments.get(name)
+        H = inputs.moments.get(name)
         if H is None:
-            raise FitError(f"{name}: the text never reaches that layer; calibrate with more of it, or without")
+            raise FitError(f"{name}: no input on the calibration text; use a longer text, or omit `calibration`")
         if id(H) not in written:
             file = folder / f"{len(written)}.safetensors"
             with map_os_errors(file):
                 write_tensors(file, {"shares": shares_of(H)}, {})
             written[id(H)] = read_header(file).tensors["shares"]
-    return {name: written[id(seen.moments[name])] for name in edits}
+    return {name: written[id(inputs.moments[name])] for name in edits}
 
 
 def _module(model: nn.Module, weight: str) -> nn.Module:
-    """The layer that a tensor of the checkpoint is the weight of; a checkpoint may lack the model's first names."""
+    """The layer of a checkpoint's weight; the checkpoint's name may lack the model's prefix."""
     wanted = weight.removesuffix(".weight")
     found = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{wanted}")]
     if len(found) != 1:
-        raise FitError(f"{weight}: the model that transformers builds has {len(found)} layers of that name")
+        raise FitError(f"{weight}: expected one layer of this name in the transformers model, found {len(found)}")
     return model.get_submodule(found[0])
 
 
-class _Seen:
-    """`Σ x·xᵀ` of the inputs of layers, by weight; layers that get the very same tensor share one."""
+class _InputMoments:
+    """`Σ x·xᵀ` over the inputs of each layer, by weight; layers called with the same tensor share one sum."""
 
     def __init__(self) -> None:
         self.moments: dict[str, torch.Tensor] = {}
-        self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # an input, and where it was added up
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # the last input and its sum
 
     def hook(self, name: str) -> Any:
-        """What adds up the inputs of the layer of weight `name` when it is called."""
+        """A forward pre-hook that adds the inputs of the layer to the moments of `name`."""
 
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0]
@@ -126,7 +126,7 @@ class _Seen:
 
 
 def spans_of(columns: int) -> list[tuple[int, int]]:
-    """Columns in as few spans of equal width as `SPAN` allows; the last may be narrower."""
+    """Split columns into as few spans of equal width as `SPAN` allows; the last may be narrower."""
     count = -(-columns // SPAN)
     width = -(-columns // count)
     return [(start, min(columns, start + width)) for start in range(0, columns, width)]
@@ -137,7 +137,7 @@ def shares_of(moments: torch.Tensor) -> torch.Tensor:
     found = []
     for H in moments.double():
         diagonal = H.diagonal()
-        diagonal[diagonal == 0] = 1.0  # of inputs that were never there
+        diagonal[diagonal == 0] = 1.0  # inputs that were always zero
         diagonal += DAMPING * diagonal.mean()
         upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
         found.append((upper / upper.diagonal()[:, None]).triu(1).float())

@@ -166,7 +166,7 @@ def test_every_layer_counts_what_it_sees_once(model: Path, tmp_path: Path, monke
     assert sum(len(x.T) == H.shape[1] and torch.allclose(H[0], x.T @ x, rtol=1e-4, atol=1e-4) for H in given) == 1
 
 
-def test_what_cannot_be_calibrated_is_said(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_of_calibration_are_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, out, whole = tmp_path / "text.txt", tmp_path / "out", calibration._module
 
     def fails(error: type[Exception], match: str, base: Path = model, file: Path = text, **how: Any) -> None:
@@ -177,14 +177,14 @@ def test_what_cannot_be_calibrated_is_said(model: Path, tmp_path: Path, monkeypa
     fails(UsageError, "for compensated rounding", rounding="nearest")
     fails(UsageError, "expected a text file", file=tmp_path)
     (tmp_path / "empty.txt").write_text("")
-    fails(UsageError, "holds 0 tokens", file=tmp_path / "empty.txt")
+    fails(UsageError, "the text has 0 tokens", file=tmp_path / "empty.txt")
     fails(FormatError, "transformers cannot load a tokenizer", base=FIXTURES / "bases" / "tiny-llama")
     with monkeypatch.context() as patch:
-        patch.setattr(calibration._Seen, "hook", lambda self, name: lambda *_: None)
-        fails(FitError, "the text never reaches that layer")
+        patch.setattr(calibration._InputMoments, "hook", lambda self, name: lambda *_: None)
+        fails(FitError, "no input on the calibration text")
     with monkeypatch.context() as patch:
         patch.setattr(calibration, "_module", lambda model, name: whole(model, f"other.{name}"))
-        fails(FitError, "has 0 layers of that name")
+        fails(FitError, "expected one layer of this name in the transformers model, found 0")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
