@@ -1,4 +1,4 @@
-"""One block of rows: how it is cut into chunks, and what comes of it wherever it is cut."""
+"""Blocks of rows: the size of chunks, and the same result wherever a block is cut."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from adapterkit.merging.plan.edits import Addition, MergeEdit, Replacement
 @pytest.mark.parametrize("chunk", [1, 31, 32, 96, 1000, 2**17])
 @pytest.mark.parametrize("columns", [0, 1, 3, 31, 32, 33, 4096, 2**20])
 def test_chunks_are_as_large_as_they_may_be(columns: int, chunk: int) -> None:
-    """Whole groups of rows, or a power of two where they are fewer, so that a group of midpoints is never cut."""
+    """Whole groups of rows, or a power of two if fewer, so that a midpoint group is never split."""
     rows = chunk_rows(columns, chunk)
     allowed = [2**k for k in range(6)] + list(range(2 * GROUP_ROWS, chunk + GROUP_ROWS, GROUP_ROWS))
     assert rows == max(one for one in allowed if one == 1 or one * max(1, columns) <= chunk)
@@ -35,7 +35,7 @@ def test_chunks_are_as_large_as_they_may_be(columns: int, chunk: int) -> None:
 @pytest.mark.parametrize("together", [1, 3, 8, 64])
 @pytest.mark.parametrize("chunk", [1, 31, 96, 1000, 2**17])
 def test_no_block_of_a_quantized_output_is_cut(together: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many rows as fit, of which `together` always lie side by side; that many where fewer would fit."""
+    """As many rows as fit, in multiples of `together`, and at least that many."""
     monkeypatch.setattr(MergeEdit, "rows_together", together)
     for columns in (1, 3, 33, 4096):
         rows = chunk_rows(columns, chunk)
@@ -48,7 +48,7 @@ def test_no_block_of_a_quantized_output_is_cut(together: int, chunk: int, monkey
     ("name", "weight"), [*[(name, 0.5) for name in TINY], ("tiny-dora", 1.0), ("tiny-embed-save", 1.0)]
 )
 def test_blocks_are_rows_of_the_whole(name: str, weight: float, rows: int, tmp_path: Path) -> None:
-    """Rounded as the oracle says, with what is kept of the update, and whether anything is another than in the base."""
+    """Rows are rounded as the oracle says, with the oracle's retention, and flagged if they differ from the base."""
     adapter, folder = FIXTURES / name, FIXTURES / "bases" / TINY[name]
     base = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
     expected = merged(base, adapter, weight, conv1d=name == "tiny-conv1d")
@@ -94,7 +94,7 @@ def test_rows_are_the_same_or_not() -> None:
 @pytest.mark.parametrize("new", [False, True], ids=["in the base", "new"])
 @pytest.mark.parametrize("weight", [1.0, 0.25, -1.0])
 def test_values_replace_the_base_wherever_it_is_cut(weight: float, new: bool, tmp_path: Path) -> None:
-    """All of them, then single rows, first, last and beside each other; a weight is how far they go there."""
+    """All rows, then single rows: first, last and adjacent, interpolated by a weight."""
     W, whole, tokens = torch.randn(20, 3), torch.randn(20, 3), torch.randn(4, 3).half()
     rows, vector = (19, 0, 6, 7), torch.randn(20)
     save_file({"m.weight": W}, tmp_path / "m.safetensors")

@@ -1,4 +1,4 @@
-"""Calibrated rounding against GPTQ written densely from its paper, and on a model that really runs."""
+"""Calibrated rounding against a dense GPTQ written from the paper, and on a real model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ BOUNDS = (CODE[:-1] + CODE[1:]) / 2
 
 
 def inputs(columns: int, count: int = 400) -> torch.Tensor:
-    """Inputs (count, columns) that have something to do with each other, some louder than others."""
+    """Correlated inputs (count, columns) of different magnitudes."""
     mix = torch.randn(columns, columns) / columns**0.5 + torch.eye(columns)
     return (torch.randn(count, columns) * torch.logspace(-1, 1, columns)) @ mix
 
 
 def moments(x: torch.Tensor) -> torch.Tensor:
-    """`Σ x·xᵀ` by span, as the hooks add it up."""
+    """`Σ x·xᵀ` by span, as the hooks sum it."""
     spans = spans_of(x.shape[1])
     total = torch.zeros(len(spans), spans[0][1], spans[0][1])
     for part, (start, stop) in zip(total, spans, strict=True):
@@ -43,7 +43,7 @@ def moments(x: torch.Tensor) -> torch.Tensor:
 
 
 def gptq(weight: torch.Tensor, unit: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Equations 2 and 3 of arXiv 2210.17323: quantize a column, spread its error by H⁻¹, take the column out of H⁻¹."""
+    """Equations 2 and 3 of arXiv 2210.17323: quantize a column, spread its error by H⁻¹, remove the column from H⁻¹."""
     H = (x.T @ x).double()
     H += DAMPING * H.diagonal().mean() * torch.eye(len(H))
     inverse, weight = torch.linalg.inv(H), weight.double().clone()
@@ -62,7 +62,7 @@ def ours(weight: torch.Tensor, unit: torch.Tensor, x: torch.Tensor) -> torch.Ten
 
 
 @pytest.mark.parametrize("columns", [5, 64, 150])
-def test_the_codes_are_those_of_the_paper(columns: int) -> None:
+def test_codes_match_the_paper(columns: int) -> None:
     x, weight = inputs(columns), torch.randn(24, columns)
     unit = weight.abs().amax(dim=1, keepdim=True).double().expand_as(weight)
     assert torch.equal(ours(weight, unit, x), gptq(weight, unit, x))
@@ -80,7 +80,7 @@ def test_wide_weights_share_errors_within_spans(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(got[:, start:stop], expected)
 
 
-def test_what_a_layer_computes_changes_less() -> None:
+def test_calibration_reduces_the_error_of_a_layers_output() -> None:
     x, weight = inputs(96), torch.randn(48, 96)
     unit = weight.abs().amax(dim=1, keepdim=True).double().expand_as(weight)
 
@@ -94,7 +94,7 @@ def test_what_a_layer_computes_changes_less() -> None:
     )
 
 
-def test_inputs_that_never_come_do_no_harm() -> None:
+def test_inputs_that_are_always_zero_are_harmless() -> None:
     x = inputs(20)
     x[:, [3, 19]] = 0
     shares = shares_of(moments(x))
@@ -123,7 +123,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def layer_inputs(folder: Path, text: Path, name: str) -> torch.Tensor:
-    """What the layer sees, gathered by its input's own hook."""
+    """The inputs of a layer, collected by a hook of its own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(folder)(text.read_text(), return_tensors="pt")["input_ids"][0]
@@ -135,7 +135,7 @@ def layer_inputs(folder: Path, text: Path, name: str) -> torch.Tensor:
     return torch.cat(seen)
 
 
-def test_a_model_is_quantized_by_what_its_layers_see(model: Path, tmp_path: Path) -> None:
+def test_a_model_is_quantized_with_the_inputs_of_its_layers(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     how: dict[str, Any] = {"to": "nf4", "blocksize": 32, "rounding": "compensated", "calibration": text}
     adapterkit.quantize(model, tmp_path / "out", **how)
@@ -153,8 +153,8 @@ def test_a_model_is_quantized_by_what_its_layers_see(model: Path, tmp_path: Path
     assert better == 2
 
 
-def test_every_layer_counts_what_it_sees_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """q, k and v share their inputs, so one sum serves all three, and is not added to three times."""
+def test_every_input_is_counted_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v share their inputs: one sum serves all three, and each input is added once."""
     given: list[torch.Tensor] = []
     whole = calibration.shares_of
     monkeypatch.setattr(calibration, "shares_of", lambda H: given.append(H) or whole(H))

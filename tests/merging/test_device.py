@@ -1,7 +1,7 @@
-"""Merging on a GPU: the same bits as on the CPU, memory pinned and given back, and what happens where it runs short.
+"""Merging on a GPU: the same bits as on the CPU, pinned memory released, and fallbacks if memory runs out.
 
-Where there is no GPU a stand-in takes CUDA's place: it computes on the CPU, but pins, streams and runs out of memory
-as a GPU does. Tests of the real thing are marked `gpu`.
+Without a GPU a stand-in replaces CUDA: it computes on the CPU, but pins, streams and runs out of memory like a GPU.
+Tests that need a real GPU are marked `gpu`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 
 class StandIn:
-    """What adapterkit uses of torch.cuda; `pinned` is the memory registered now, `events` what happened by thread."""
+    """The part of torch.cuda that adapterkit uses; `pinned` lists registered memory, `events` the events of each thread."""
 
     def __init__(self) -> None:
         self.pinned: dict[int, int] = {}
@@ -102,7 +102,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def same_output(base: Path, adapter: Path, folder: Path, on: str, **how: Any) -> adapterkit.Merged:
-    """Merge on the CPU and `on` a GPU, and compare every byte; what the second merge said."""
+    """Merge on the CPU and `on` a GPU, compare every byte, and return the second result."""
     adapterkit.merge(base, [adapter], folder / "cpu", device="cpu", **how)
     result = adapterkit.merge(base, [adapter], folder / "gpu", device=on, **how)
     assert files(folder / "cpu") == files(folder / "gpu")
@@ -139,7 +139,7 @@ def test_every_kind_of_adapter_has_the_same_bits(name: str, cuda: StandIn, tmp_p
 
 
 def undone_elsewhere(base: Path, adapter: Path, folder: Path, on: str) -> bool:
-    """Whether what the CPU merges comes out on a GPU as it was, and the other way round."""
+    """Whether a GPU undoes a merge of the CPU, and the other way round."""
     for here, there in (("cpu", on), (on, "cpu")):
         adapterkit.merge(base, [adapter], folder / here, device=here)
         adapterkit.unmerge(folder / here, folder / f"{here}-again", adapters=[adapter], device=there)
@@ -149,13 +149,13 @@ def undone_elsewhere(base: Path, adapter: Path, folder: Path, on: str) -> bool:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_what_one_merges_the_other_undoes(name: str, cuda: StandIn, tmp_path: Path) -> None:
+def test_cpu_and_gpu_undo_each_others_merges(name: str, cuda: StandIn, tmp_path: Path) -> None:
     assert undone_elsewhere(FIXTURES / "bases" / TINY[name], FIXTURES / name, tmp_path, "cuda")
     assert not cuda.pinned
 
 
 @pytest.mark.parametrize("name", adversarial.CASES[::3])
-def test_the_hardest_sums_are_undone_elsewhere(name: str, cuda: StandIn, tmp_path: Path) -> None:
+def test_adversarial_sums_are_undone_on_the_other_device(name: str, cuda: StandIn, tmp_path: Path) -> None:
     case = adversarial.write(name, tmp_path, 3_000, 2)
     for here, there in (("cpu", "cuda"), ("cuda", "cpu")):
         adapterkit.merge(case.base, case.adapters, tmp_path / here, device=here, **case.how)
@@ -163,7 +163,7 @@ def test_the_hardest_sums_are_undone_elsewhere(name: str, cuda: StandIn, tmp_pat
         assert files(tmp_path / f"{here}-again") == files(case.base)
 
 
-def test_what_one_merges_out_of_four_bits_the_other_packs_again(
+def test_cpu_and_gpu_restore_each_others_four_bit_bases(
     cuda: StandIn, nf4: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = make_adapter(factors("layers.0.q", 56, 200) | factors("layers.1.q", 56, 200))
@@ -194,7 +194,7 @@ def test_small_blocks_and_many_workers(
     same_output(base, adapter, tmp_path, "cuda", threads=5)
 
 
-def test_memory_that_cannot_be_pinned_is_used_as_it_is(cuda: StandIn, tmp_path: Path) -> None:
+def test_memory_that_cannot_be_pinned_is_used_unpinned(cuda: StandIn, tmp_path: Path) -> None:
     cuda.refuse_to_pin = True
     same_output(FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-patterns", tmp_path, "cuda")
     assert not cuda.most_pinned
@@ -213,10 +213,10 @@ def test_a_failure_leaves_nothing_pinned(
 @pytest.mark.parametrize(
     ("chunk", "said"), [(device.LEAST_CHUNK, ["elements at a time"] * 4), (0, ["at a time"] * 4 + ["the CPU"])]
 )
-def test_too_little_memory_means_smaller_chunks_and_then_the_cpu(
+def test_running_out_of_memory_halves_chunks_then_falls_back_to_the_cpu(
     cuda: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, said: list[str]
 ) -> None:
-    """The stand-in has room for no more than `chunk` elements."""
+    """The stand-in has memory for `chunk` elements at most."""
 
     def output(self: device.GpuBuffers, into: memoryview, dtype: torch.dtype) -> torch.Tensor:
         if self.place.chunk > chunk:
@@ -230,10 +230,10 @@ def test_too_little_memory_means_smaller_chunks_and_then_the_cpu(
     assert not cuda.pinned
 
 
-def test_quantizing_goes_on_where_the_memory_ran_out_midway(
+def test_quantizing_continues_where_memory_ran_out(
     cuda: StandIn, nf4: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scales that were computed before are kept."""
+    """Scales computed before are reused."""
     from adapterkit.merging.run import pieces
 
     calls = 0
@@ -254,7 +254,7 @@ def test_quantizing_goes_on_where_the_memory_ran_out_midway(
     assert files(tmp_path / "again") == files(tmp_path / "nf4")
 
 
-def test_other_errors_are_not_taken_for_too_little_memory(
+def test_other_errors_are_not_mistaken_for_out_of_memory(
     cuda: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -288,7 +288,7 @@ def test_a_gpu_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
         assert done.code == 2 and "cuda:99: torch finds" in done.err and not (tmp_path / "out").exists()
 
 
-def test_auto_takes_a_gpu_only_where_the_cpu_would_keep_the_disk_waiting(
+def test_auto_uses_a_gpu_only_where_the_cpu_is_slower_than_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_base: Callable[..., Path]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -304,7 +304,7 @@ def test_auto_takes_a_gpu_only_where_the_cpu_would_keep_the_disk_waiting(
     assert device.choose("cuda:0", plan, threads=2).device == torch.device("cuda", 0)
 
 
-def test_products_are_exact_and_the_settings_come_back() -> None:
+def test_products_are_exact_and_settings_are_restored() -> None:
     settings = torch.backends.cuda.matmul
     before = torch.get_float32_matmul_precision(), settings.allow_bf16_reduced_precision_reduction
     try:
@@ -329,7 +329,7 @@ def test_products_are_exact_and_the_settings_come_back() -> None:
 
 @pytest.mark.parametrize("kind", bnb4.KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_bitsandbytes_operation_is_called_as_it_wants(kind: str, dtype: torch.dtype) -> None:
+def test_the_bitsandbytes_operation_gets_valid_arguments(kind: str, dtype: torch.dtype) -> None:
     """Its CPU implementation stands in for its CUDA kernels, which the same call reaches."""
     if not nibbles.has_kernels():
         pytest.skip("no bitsandbytes here")
@@ -355,13 +355,13 @@ def test_every_kind_of_adapter_is_correctly_rounded_on_a_gpu(name: str, tmp_path
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("name", TINY)
-def test_what_a_gpu_merges_the_cpu_undoes_and_the_other_way_round(name: str, tmp_path: Path) -> None:
+def test_a_real_gpu_and_the_cpu_undo_each_others_merges(name: str, tmp_path: Path) -> None:
     assert undone_elsewhere(FIXTURES / "bases" / TINY[name], FIXTURES / name, tmp_path, "cuda")
 
 
 @gpu
 @needs_gpu
-def test_what_a_gpu_merges_out_of_four_bits_the_cpu_packs_again(
+def test_the_cpu_restores_four_bit_bases_merged_on_a_gpu(
     nf4: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = make_adapter(factors("layers.0.q", 56, 200) | factors("layers.1.q", 56, 200))
@@ -426,7 +426,7 @@ def test_bitsandbytes_kernels_have_the_same_bits(kind: str) -> None:
 
 @gpu
 @needs_gpu
-def test_a_full_gpu_means_the_cpu(
+def test_a_full_gpu_falls_back_to_the_cpu(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = make_base({"q.weight": torch.randn(4096, 4096).bfloat16()})

@@ -1,4 +1,4 @@
-"""Adapters in a model in memory: what `merge` writes, in place, and out again bit for bit."""
+"""Adapters in a live model: the same weights as `merge` writes, and removed bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = [torch.bfloat16, torch.float16, torch.float32]
 
 
 class Model(nn.Module):
-    """A few layers, with the names that adapters are written for."""
+    """A few layers, with names that adapters target."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", ["tiny-rslora", "tiny-patterns", "tiny-dora", "tiny-embed-save"])
-def test_a_live_model_is_what_a_merge_writes_and_comes_back(tmp_path: Path, name: str) -> None:
+def test_apply_equals_merge_and_remove_restores(tmp_path: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM
 
     base, adapter = FIXTURES / "bases" / "tiny-llama", adapterkit.load(FIXTURES / name)
@@ -63,7 +63,7 @@ def test_a_live_model_is_what_a_merge_writes_and_comes_back(tmp_path: Path, name
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 30.0])
-def test_every_bit_comes_back(make_adapter: Callable[..., Path], dtype: torch.dtype, size: float) -> None:
+def test_remove_restores_every_bit(make_adapter: Callable[..., Path], dtype: torch.dtype, size: float) -> None:
     model = Model(dtype)
     with torch.no_grad():
         model.q.weight[0, :6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-7]).to(dtype)
@@ -122,7 +122,7 @@ def test_biases_tokens_and_replaced_tensors(make_adapter: Callable[..., Path]) -
     assert same(bits(model), before)
 
 
-def test_what_does_not_fit_leaves_the_model_as_it_was(make_adapter: Callable[..., Path]) -> None:
+def test_an_adapter_that_does_not_fit_leaves_the_model_unchanged(make_adapter: Callable[..., Path]) -> None:
     model = Model()
     before = bits(model)
     for tensors, message in [
@@ -137,7 +137,7 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(make_adapter: Callable[...
         assert same(bits(model), before)
 
 
-def test_a_tied_weight_parts_and_is_tied_again(make_adapter: Callable[..., Path]) -> None:
+def test_a_tied_weight_is_untied_and_tied_again(make_adapter: Callable[..., Path]) -> None:
     model = Model()
     model.k.weight = model.q.weight
     before = bits(model)
@@ -155,7 +155,7 @@ def test_a_tied_weight_parts_and_is_tied_again(make_adapter: Callable[..., Path]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantized_layers_become_dense_and_come_back(make_adapter: Callable[..., Path], kind: str) -> None:
+def test_quantized_layers_become_dense_and_are_put_back(make_adapter: Callable[..., Path], kind: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = Model()
     if kind == "nf4":
@@ -180,7 +180,7 @@ def test_quantized_layers_become_dense_and_come_back(make_adapter: Callable[...,
     assert model.k is layer and torch.equal(model.k.weight.data, stored)
 
 
-def test_a_model_that_moved_is_undone_and_one_that_changed_is_refused(make_adapter: Callable[..., Path]) -> None:
+def test_remove_accepts_a_moved_model_and_refuses_a_changed_one(make_adapter: Callable[..., Path]) -> None:
     model = Model()
     adapter = adapterkit.load(make_adapter(factors("q", 24, 40) | factors("k", 24, 40)))
     before = bits(model)
@@ -205,7 +205,7 @@ def test_a_model_that_moved_is_undone_and_one_that_changed_is_refused(make_adapt
 
 
 @pytest.mark.parametrize("kind", ["plain", "dora", "bias", "replaced", "int8"])
-def test_a_sum_beyond_the_dtype_leaves_the_model_as_it_was(make_adapter: Callable[..., Path], kind: str) -> None:
+def test_an_overflow_leaves_the_model_unchanged(make_adapter: Callable[..., Path], kind: str) -> None:
     model, tensors, config = Model(torch.float16), factors("q", 24, 40), {}
     if kind == "plain":
         tensors["q.lora_B.weight"] *= 1e7
@@ -245,9 +245,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("kind", ["plain", "dora", "replaced"])
-def test_any_bit_that_has_changed_since_is_refused(
-    make_adapter: Callable[..., Path], dtype: torch.dtype, kind: str
-) -> None:
+def test_remove_refuses_any_changed_bit(make_adapter: Callable[..., Path], dtype: torch.dtype, kind: str) -> None:
     model, tensors = Model(dtype), factors("q", 24, 40)
     tensors["q.lora_B.weight"][1] = tensors["q.lora_A.weight"][:, 1] = 0.0
     if kind == "dora":
@@ -277,7 +275,7 @@ def test_any_bit_that_has_changed_since_is_refused(
 
 
 @pytest.mark.parametrize("dtype", [*KINDS, torch.float64, torch.float8_e4m3fn])
-def test_a_fingerprint_is_of_every_bit_and_its_place(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fingerprint_depends_on_every_bit_and_position(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(6, 10).to(dtype)
     seen = {fingerprint(values)}
     raw = values.view(torch.uint8)
@@ -295,7 +293,7 @@ def test_a_fingerprint_is_of_every_bit_and_its_place(dtype: torch.dtype, monkeyp
 
 
 @pytest.mark.parametrize("broken", ["record", "add_updates", "set_module"])
-def test_a_failure_in_the_middle_leaves_the_model_as_it_was(
+def test_an_interrupted_apply_leaves_the_model_unchanged(
     make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     monkeypatch.setattr(live, "BLOCK_ELEMENTS", 200)
@@ -323,7 +321,7 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(
         adapterkit.remove(model, adapter)
 
 
-def test_blocks_do_not_matter(make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_does_not_matter(make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "BLOCK_ELEMENTS", 200)
     model = Model()
     adapter = adapterkit.load(make_adapter(factors("q", 24, 40)))
@@ -336,7 +334,7 @@ def test_blocks_do_not_matter(make_adapter: Callable[..., Path], monkeypatch: py
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", KINDS)
-def test_every_bit_comes_back_on_a_gpu(make_adapter: Callable[..., Path], dtype: torch.dtype) -> None:
+def test_remove_restores_every_bit_on_a_gpu(make_adapter: Callable[..., Path], dtype: torch.dtype) -> None:
     model, on_cpu = Model(dtype).cuda(), Model(dtype)
     on_cpu.load_state_dict(model.state_dict())
     adapter = adapterkit.load(make_adapter(factors("q", 24, 40) | factors("k", 24, 40)))
@@ -351,10 +349,10 @@ def test_every_bit_comes_back_on_a_gpu(make_adapter: Callable[..., Path], dtype:
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_one_pass_in_bf16_is_within_an_ulp_and_comes_back(
+def test_one_pass_in_bf16_is_within_an_ulp_and_undone(
     make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:
-    """As on a GPU. The CPU may round the product on its own before it adds that, so the bound is wider here."""
+    """As on a GPU. The CPU may round the product before adding it, so the bound is wider here."""
     monkeypatch.setattr(live, "_sums_in_float32", lambda matrix: matrix.dtype is torch.bfloat16)
     monkeypatch.setattr(live, "BLOCK_ELEMENTS", 200)
     weight = torch.randn(24, 40).bfloat16()

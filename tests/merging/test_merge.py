@@ -1,4 +1,4 @@
-"""The main job against float64: every element, every kind of adapter, whatever the layout."""
+"""Merges against float64: every element, every kind of adapter, every layout."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def misrounded(base: Path, adapter: Path, out: Path, **how: object) -> tuple[int, int]:
-    """Check `out` against the oracle; (elements that are not the correctly rounded value, elements compared)."""
+    """Compare `out` with the oracle: (elements that are not correctly rounded, elements compared)."""
     before, after = weights(base), weights(out)
     expected = oracle.merged(before, adapter, **how)
     untouched = [name for name in before if name not in expected]
@@ -87,7 +87,7 @@ def test_a_real_merge_is_correctly_rounded_and_better_than_peft(smollm2: Path, t
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_the_output_dtype_is_rounded_to_once(dtype: str, tmp_path: Path) -> None:
+def test_the_output_is_rounded_once(dtype: str, tmp_path: Path) -> None:
     base, adapter, out = FIXTURES / "bases" / "tiny-gpt2", FIXTURES / "tiny-conv1d", tmp_path / "out"
     adapterkit.merge(base, [adapter], out, dtype=dtype)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
@@ -147,7 +147,7 @@ def test_weighted_dora_adds_its_effective_delta(
 def test_dora_and_plain_adapters_add_up_in_any_order(
     by_column: bool, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Each as if it were alone: what DoRA renormalizes is the base, and not what others have made of it."""
+    """Each as if it were alone: DoRA renormalizes the base, not the result of other adapters."""
     W = (torch.randn(40, 24) if by_column else torch.randn(24, 40)).bfloat16()
     base = make_base({"m.weight": W}, {"model_type": "gpt2"} if by_column else {})
     given = []
@@ -181,7 +181,7 @@ def test_dora_by_column_takes_the_norms_of_all_rows(
     elements: int, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Each row weighs much in them, wherever the weight is cut to measure them."""
+    """Every row contributes much to them, wherever the weight is cut to measure them."""
     from adapterkit.merging.blocks import device
 
     monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), elements))
@@ -203,7 +203,7 @@ def test_dora_by_column_survives_small_blocks(tmp_path: Path, monkeypatch: pytes
     assert misrounded(base, adapter, tmp_path / "out")[0] == 0
 
 
-def test_shards_names_dtypes_and_untouched_bytes_stay(
+def test_shards_names_dtypes_and_unchanged_bytes_are_preserved(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     tensors = {f"layers.{i}.q.weight": torch.randn(8, 12).bfloat16() for i in range(4)}
@@ -243,7 +243,7 @@ def test_a_single_file_becomes_a_single_file(make_base: Callable[..., Path], mak
     assert {file.name for file in base.parent.iterdir()} == {"config.json", base.name, result.out.name, receipt}
 
 
-def test_untouched_files_can_be_linked(
+def test_unchanged_files_can_be_linked(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_base({f"layers.{i}.q.weight": torch.randn(8, 12).bfloat16() for i in range(2)}, shards=2)
@@ -265,10 +265,10 @@ def test_untouched_files_can_be_linked(
     assert (base / untouched).stat().st_size > 0
 
 
-def test_linked_files_need_no_room(
+def test_linked_files_need_no_space(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three of four shards stay as they are, and the disk has room for little more than the fourth."""
+    """Three of four shards are unchanged, and the disk has space for little more than the fourth."""
     base = make_base({f"layers.{i}.q.weight": torch.randn(64, 48).bfloat16() for i in range(4)}, shards=4)
     adapter, stats, size = make_adapter(factors("layers.1.q", 64, 48)), os.statvfs(tmp_path), 64 * 48 * 2
     free = os.statvfs_result([1, 1, *stats[2:4], 3 * size // 2, *stats[5:]])
@@ -284,12 +284,12 @@ def test_linked_files_need_no_room(
 
 
 def elsewhere(stats: os.stat_result, moved: bool) -> os.stat_result:
-    """What `stat` says, as from another file system where it has `moved`."""
+    """The result of `stat`, with another device number if the file has `moved`."""
     return os.stat_result([*stats[:2], stats.st_dev + moved, *stats[3:]])
 
 
 def test_hundreds_of_shards_with_few_descriptors(make_adapter: Callable[..., Path]) -> None:
-    """In memory, where files are fast: a merge of every second shard, and undone, in a process that may open 128."""
+    """In memory, where files are fast: merge every second shard, and undo, in a process limited to 128 descriptors."""
     shm = "/dev/shm"
     names, count = {}, 400
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -316,11 +316,11 @@ def test_hundreds_of_shards_with_few_descriptors(make_adapter: Callable[..., Pat
 
 
 @pytest.mark.parametrize("shards", [1, 8])
-def test_planning_looks_at_each_tensor_once(
+def test_planning_inspects_each_tensor_once(
     shards: int, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Not once a shard, or the time that it takes would grow with the square of a model's size."""
+    """Once per shard, planning time would grow with the square of a model's size."""
     base = make_base({f"layers.{i}.q.weight": torch.randn(6, 4) for i in range(8)}, shards=shards)
     looked, copied = [], planner._copied_packed
     monkeypatch.setattr(planner, "_copied_packed", lambda *args: looked.append(args) or copied(*args))
@@ -331,7 +331,7 @@ def test_planning_looks_at_each_tensor_once(
 def test_the_stamps_of_many_adapters_are_gathered_once_a_shard(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once an adapter and shard, the time of a merge would grow with the third power of their number."""
+    """Once per adapter and shard, merge time would grow with the cube of their number."""
     base = make_base({f"layers.{i}.q.weight": torch.randn(6, 4) for i in range(2)}, shards=2)
     adapters = [make_adapter(factors("layers.0.q", 6, 4), f"adapter{i}") for i in range(20)]
     gather, gathered = MergePlan.stamps.fget, []  # type: ignore[attr-defined]
@@ -350,7 +350,7 @@ def test_events_name_every_tensor_and_end_with_the_result(tmp_path: Path) -> Non
     assert landed == {event.name for event in events if isinstance(event, TensorMerged)}
 
 
-def test_abandoning_the_events_leaves_nothing(tmp_path: Path) -> None:
+def test_an_abandoned_run_leaves_nothing(tmp_path: Path) -> None:
     plan = adapterkit.plan_merge(FIXTURES / "bases" / "tiny-llama", [FIXTURES / "tiny-rslora"], tmp_path / "out")
     events = adapterkit.run(plan)
     next(events)
@@ -366,7 +366,7 @@ def test_a_plan_pickles(tmp_path: Path) -> None:
     assert result.tensors == plan.edits
 
 
-def test_retention_is_what_numpy_says(tmp_path: Path) -> None:
+def test_retention_matches_numpy(tmp_path: Path) -> None:
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-patterns"
     result = adapterkit.merge(base, [adapter], tmp_path / "out", report=True)
     before, after = weights(base), weights(tmp_path / "out")
@@ -378,7 +378,7 @@ def test_retention_is_what_numpy_says(tmp_path: Path) -> None:
     assert sum(result.retention.values(), Retention()).retained == pytest.approx(1, abs=1e-3)
 
 
-def test_an_update_that_bf16_swallows_is_measured_as_lost(
+def test_an_update_lost_to_bf16_rounding_is_measured(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = make_base({"m.weight": torch.ones(64, 64).bfloat16()})
@@ -398,7 +398,7 @@ def test_fp16_overflow_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_inf_and_nan_in_the_base_are_kept_as_they_are(
+def test_inf_and_nan_in_the_base_are_preserved(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     W = torch.randn(8, 8).half()
@@ -409,7 +409,7 @@ def test_inf_and_nan_in_the_base_are_kept_as_they_are(
     assert out[0, 0] == torch.inf and out[1, 1] == -torch.inf and out[2, 2].isnan() and out.isfinite().sum() == 61
 
 
-def test_quantized_bases_are_named_and_refused(
+def test_unsupported_quantized_bases_are_named_and_refused(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = {"quantization_config": {"quant_method": "bitsandbytes"}}
@@ -418,12 +418,12 @@ def test_quantized_bases_are_named_and_refused(
         adapterkit.plan_merge(base, [make_adapter(factors("m", 8, 12))], tmp_path / "out")
 
 
-def test_nothing_to_merge_is_a_usage_error(make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_no_adapter_is_a_usage_error(make_base: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no adapter given"):
         adapterkit.plan_merge(make_base({"m.weight": torch.ones(2, 2)}), [], tmp_path / "out")
 
 
-def test_the_report_has_a_line_for_each_layer_and_one_for_all(
+def test_the_report_has_a_line_for_each_layer_and_a_total(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     modules = ["lm_head", "layers.10.q", "layers.2.q", "layers.2.k"]
@@ -457,7 +457,7 @@ def test_retention_does_not_depend_on_how_the_base_is_stored(
 def idle(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], way: str
 ) -> tuple[Path, list[Any], dict[str, Any]]:
-    """A base, and adapters that change nothing of it."""
+    """A base, and adapters that change nothing in it."""
     weight = torch.randn(24, 40).bfloat16()
     base = make_base({"q.weight": weight, "k.weight": torch.randn(24, 40).bfloat16()})
     tensors, config, weighted, options = factors("q", 24, 40), {}, 1.0, {}
@@ -481,7 +481,7 @@ def idle(
 
 
 @pytest.mark.parametrize("way", ["B", "magnitude", "saved", "alpha", "weight", "rounding", "quantizing"])
-def test_an_update_that_changes_nothing_is_warned_of(
+def test_a_merge_that_changes_nothing_warns(
     way: str, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base, adapters, options = idle(make_base, make_adapter, way)
@@ -498,7 +498,7 @@ def test_an_update_that_changes_nothing_is_warned_of(
     assert first in json.loads((tmp_path / "out" / "adapterkit_merge.json").read_text())["notes"]
 
 
-def test_an_update_that_changes_some_tensors_is_warned_of(
+def test_a_merge_that_leaves_tensors_unchanged_warns(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base, [(idle_one, _)], _ = idle(make_base, make_adapter, "B")

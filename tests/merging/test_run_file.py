@@ -1,4 +1,4 @@
-"""Files of a plan made one by one, in any order and another process, and finished: the same as a run of it all."""
+"""Files of a plan made one by one, in any order and in another process, equal a run of the whole plan."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ ONE = RunOptions(threads=1)  # so that the entries of sidecars are in order
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[ProcessPoolExecutor]:
-    """A process that has nothing of this one but what is sent to it."""
+    """A spawned process, which shares nothing with this one."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         yield pool
 
 
 @pytest.fixture
 def base(make_base: Callable[..., Path]) -> Path:
-    """Three files: of the last, nothing changes."""
+    """Three files, the last one unchanged."""
     shapes = {f"layers.{i}.{n}.weight": (12, 8) for i in range(2) for n in "qkv"} | {"z.a": (4, 8), "z.b": (4, 8)}
     return make_base({name: torch.randn(*shape).bfloat16() for name, shape in shapes.items()}, shards=3)
 
@@ -45,12 +45,12 @@ def adapter(make_adapter: Callable[..., Path]) -> Path:
 
 
 def made(plan: MergePlan, where: Path, child: ProcessPoolExecutor, options: RunOptions = ONE) -> list[FileDone]:
-    """Every file of the plan, the last one first, each by a call of its own in another process."""
+    """Make every file of the plan, the last one first, each by a call in another process."""
     return [child.submit(run_file, plan, file, where, options).result() for file in reversed(plan.files)]
 
 
 @pytest.mark.parametrize("how", [{}, {"receipt": False}, {"report": True, "link": True}], ids=str)
-def test_files_made_one_by_one_are_what_a_run_makes(
+def test_files_made_one_by_one_equal_a_run(
     base: Path, adapter: Path, tmp_path: Path, child: ProcessPoolExecutor, how: dict[str, bool]
 ) -> None:
     options = replace(ONE, **how)
@@ -81,7 +81,7 @@ def test_a_single_file_is_made_with_its_receipt_beside_it(tmp_path: Path, child:
     assert contents(where.with_name("receipt")) == contents(tmp_path / "out.safetensors.receipt")
 
 
-def test_some_files_of_a_plan_are_a_plan(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_plan_of_some_files_runs(base: Path, adapter: Path, tmp_path: Path) -> None:
     """`run_file` needs no other file than its own, whatever else is in the plan."""
     plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
     some = replace(plan, files=plan.files[1:2])
@@ -91,7 +91,7 @@ def test_some_files_of_a_plan_are_a_plan(base: Path, adapter: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_missing_or_foreign_is_not_finished(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_finish_refuses_missing_or_foreign_files(base: Path, adapter: Path, tmp_path: Path) -> None:
     plan, where = adapterkit.plan_merge(base, [adapter], tmp_path / "out"), tmp_path / "made"
     other, twice = tmp_path / "other", adapterkit.plan_merge(base, [(adapter, 2.0)], tmp_path / "out")
     where.mkdir(), other.mkdir()

@@ -1,4 +1,4 @@
-"""Verifying merges: those that are right, whoever made them, and those that are wrong, each named for what it is."""
+"""Verifying merges: correct ones by any tool pass, wrong ones are classified."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def changed(folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]],
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_our_own_merges_fit_exactly(name: str, tmp_path: Path) -> None:
+def test_our_own_merges_are_exact(name: str, tmp_path: Path) -> None:
     base = FIXTURES / "bases" / TINY[name]
     adapterkit.merge(base, [(FIXTURES / name, 0.7)], tmp_path / "out")
     found = verdicts(tmp_path / "out", base, (FIXTURES / name, 0.7))
@@ -66,7 +66,7 @@ def test_our_own_merges_fit_exactly(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_other_dtypes_and_several_adapters_fit(
+def test_other_dtypes_and_several_adapters_pass(
     base: Path, adapter: Path, make_adapter: MakeAdapter, tmp_path: Path, dtype: str
 ) -> None:
     other = make_adapter({k: t for name in NAMES[:3] for k, t in factors(name, 48, 64).items()}, "other")
@@ -76,7 +76,7 @@ def test_other_dtypes_and_several_adapters_fit(
     assert all(verdict.fits for verdict in verdicts(tmp_path / "out", base, (adapter, 0.5), other, sample=0.1).values())
 
 
-def test_a_merge_into_four_bits_dequantized_fits(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_merge_into_a_dequantized_four_bit_base_passes(base: Path, adapter: Path, tmp_path: Path) -> None:
     adapterkit.quantize(base, tmp_path / "nf4", to="nf4", nested=True)
     adapterkit.merge(tmp_path / "nf4", [adapter], tmp_path / "out")
     assert kinds(verdicts(tmp_path / "out", tmp_path / "nf4", adapter)) <= {"exact", "rounded"}
@@ -84,7 +84,7 @@ def test_a_merge_into_four_bits_dequantized_fits(base: Path, adapter: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["tiny-patterns", "tiny-rslora", "tiny-dora"])
-def test_pefts_merges_fit_within_rounding(name: str, tmp_path: Path) -> None:
+def test_merges_by_peft_pass_within_rounding(name: str, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -103,7 +103,7 @@ def test_pefts_merges_fit_within_rounding(name: str, tmp_path: Path) -> None:
     [(2.0, "applied twice"), (-1.0, "subtracted"), (3.0, "α/√r instead of α/r"), (0.25, "without its scaling"),
      (4.0, "scaling applied twice"), (1.37, "× 1.37")],
 )  # fmt: skip
-def test_a_wrong_strength_is_measured_and_named(
+def test_a_wrong_scale_is_measured_and_named(
     base: Path, adapter: Path, tmp_path: Path, weight: float, said: str
 ) -> None:
     adapterkit.merge(base, [(adapter, weight)], tmp_path / "out")
@@ -117,10 +117,10 @@ def test_a_wrong_strength_is_measured_and_named(
 
 
 @pytest.mark.parametrize(("every", "kind"), [(3, "scaled"), (1, "different")])
-def test_only_what_two_roundings_leave_is_put_down_to_them(
+def test_only_the_error_of_two_roundings_is_attributed_to_rounding(
     base: Path, adapter: Path, tmp_path: Path, every: int, kind: str
 ) -> None:
-    """Twice the adapter, and a unit in the last place up or down for each weight, or for one in three."""
+    """The adapter applied twice, with every weight, or every third, off by one unit in the last place."""
     adapterkit.merge(base, [(adapter, 2.0)], tmp_path / "whole")
 
     def shake(tensors: dict[str, torch.Tensor]) -> None:
@@ -132,7 +132,7 @@ def test_only_what_two_roundings_leave_is_put_down_to_them(
     assert kinds(found) == {kind}
 
 
-def test_which_of_two_adapters_is_too_strong_is_told(
+def test_the_adapter_with_the_wrong_scale_is_named(
     base: Path, adapter: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     other = make_adapter({k: t for name in NAMES for k, t in factors(name, 48, 64, size=0.05).items()}, "other")
@@ -143,7 +143,7 @@ def test_which_of_two_adapters_is_too_strong_is_told(
             assert dict(verdict.scales) == pytest.approx({"adapter": 1.0, "other": 2.0}, rel=0.03)
 
 
-def test_a_layer_that_was_left_out_is_missing(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_omitted_layer_is_missing(base: Path, adapter: Path, tmp_path: Path) -> None:
     adapterkit.merge(base, [adapter], tmp_path / "whole")
     before = {k: v for file in base.glob("*.safetensors") for k, v in load_file(file).items()}
     out = changed(
@@ -182,7 +182,7 @@ def test_another_base_differs_everywhere(base: Path, adapter: Path, make_base: M
     assert kinds(found) == {"different"}
 
 
-def test_a_change_that_no_adapter_makes_is_found(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_unrelated_change_is_found(base: Path, adapter: Path, tmp_path: Path) -> None:
     adapterkit.merge(base, [adapter], tmp_path / "whole")
 
     def scale(tensors: dict[str, torch.Tensor]) -> None:
@@ -193,8 +193,8 @@ def test_a_change_that_no_adapter_makes_is_found(base: Path, adapter: Path, tmp_
     assert kinds(found, modified=False) == {"different"} and kinds(found) <= {"exact", "rounded"}
 
 
-def test_a_requantized_merge_is_named_with_what_it_keeps(base: Path, adapter: Path, tmp_path: Path) -> None:
-    """As PEFT merges into four bits."""
+def test_a_requantized_merge_is_named_with_its_retention(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """As PEFT merges into 4 bits."""
     adapterkit.quantize(base, tmp_path / "nf4", to="nf4", nested=True)
     small = [(adapter, 0.1)]
     adapterkit.merge(tmp_path / "nf4", small, tmp_path / "out", quantize="same", accept_loss=True)
@@ -205,7 +205,7 @@ def test_a_requantized_merge_is_named_with_what_it_keeps(base: Path, adapter: Pa
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_tied_head_that_is_written_out_is_the_embedding(
+def test_a_stored_tied_head_must_equal_the_embedding(
     make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path, broken: bool
 ) -> None:
     tensors = {"model.embed_tokens.weight": torch.randn(30, 64), "model.layers.0.q.weight": torch.randn(48, 64)}
@@ -234,10 +234,10 @@ CHANGES: dict[str, dict[str, torch.Tensor]] = {
 
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_head_that_a_model_has_is_compared(
+def test_the_tied_head_of_a_model_is_compared(
     make_base: MakeBase, make_adapter: MakeAdapter, tmp_path: Path, stored: bool, change: str
 ) -> None:
-    """Where a checkpoint stores none it is the embedding, if its own config says so."""
+    """A checkpoint without a stored head has the embedding, if its own config ties them."""
     tensors = {f"{E}.weight": torch.randn(30, 64), "model.layers.0.q.weight": torch.randn(48, 64)}
     base = make_base(
         tensors | ({f"{H}.weight": tensors[f"{E}.weight"].clone()} if stored else {}), {"tie_word_embeddings": True}
