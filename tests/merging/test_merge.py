@@ -431,7 +431,7 @@ def test_the_report_has_a_line_for_each_layer_and_a_total(
     adapter = make_adapter({name: x for module in modules for name, x in factors(module, 8, 12).items()})
     result = run_adapterkit("merge", base, adapter, "-o", tmp_path / "out", "--report")
     assert result.code == 0
-    head, *lines, _, _, _ = result.out.splitlines()
+    head, *lines, _, _, _, _ = result.out.splitlines()
     assert head.startswith("share of the update retained")
     assert [line.split(maxsplit=2)[2] for line in lines] == ["layer 2", "layer 10", "lm_head.weight", "in total"]
     assert all(0.9 < float(line.split()[0]) < 1.1 for line in lines)
