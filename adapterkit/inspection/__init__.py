@@ -1,1 +1,1 @@
-"""What adapters and bases can be asked: ranks, norms, fit, storage."""
+"""Facts about adapters and bases: ranks, norms, fit, storage."""

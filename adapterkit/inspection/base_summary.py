@@ -1,4 +1,4 @@
-"""What a base checkpoint stores: how many weights, by which scheme or dtype, and what merging does with them."""
+"""The weights of a base checkpoint by scheme or dtype, and how merge treats them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class StoredAs:
-    """The weights stored in one way: their number, elements and bytes on disk, scales included."""
+    """The weights in one scheme or dtype: count, elements, and bytes on disk including scales."""
 
     scheme: str
     weights: int
     parameters: int
     bytes: int
-    merge: str  # what merge does with one
+    merge: str  # how merge treats them
 
 
 def inventory(checkpoint: Checkpoint) -> list[StoredAs]:
-    """How the tensors of `checkpoint` are stored, the largest share first, by headers only.
+    """Group the tensors of `checkpoint` by scheme or dtype, largest first, from headers only.
 
-    Raises FormatError where a quantized weight is broken.
+    Raises FormatError for an invalid quantized weight.
     """
     groups: dict[tuple[str, str], list[TensorInfo | QuantizedWeight]] = defaultdict(list)
     for weight in weights(checkpoint.tensors, checkpoint.config).values():
         if isinstance(weight, QuantizedWeight):
             groups[weight.scheme, f"dequantized to {weight.dtype}"].append(weight)
         else:
-            # What is no number of its own, such as a packed weight of an unknown scheme, can only be copied.
-            groups[weight.dtype, "as it is" if weight.dtype in FLOAT_DTYPES else "copied only"].append(weight)
+            # Other dtypes, such as packed weights of an unknown scheme, can only be copied.
+            groups[weight.dtype, "directly" if weight.dtype in FLOAT_DTYPES else "copied only"].append(weight)
     rows = [
         StoredAs(
             scheme,
@@ -49,11 +49,11 @@ def inventory(checkpoint: Checkpoint) -> list[StoredAs]:
 
 
 def unsupported(checkpoint: Checkpoint, rows: list[StoredAs]) -> str | None:
-    """What to say where the base is quantized by a scheme that no weight was read by."""
+    """The message for a base that is quantized in an unsupported scheme, or None."""
     scheme = unsupported_scheme(checkpoint.tensors, checkpoint.quantization)
     if scheme is None or any(row.merge.startswith("dequantized") for row in rows):
         return None
-    return f"quantized ({scheme}): merge reaches only what is not; it can dequantize {supported_schemes()}"
+    return f"quantized ({scheme}): merge can change only the unquantized weights; supported: {supported_schemes()}"
 
 
 def _bytes(weight: TensorInfo | QuantizedWeight) -> int:

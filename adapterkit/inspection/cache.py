@@ -1,4 +1,4 @@
-"""Measured rows of an adapter, kept by the SHA-256 of its files, so that it is measured once."""
+"""A cache of measured rows, keyed by the SHA-256 of an adapter's files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from adapterkit.files.hub_cache import check_cached
 from adapterkit.files.opening import open_regular
 from adapterkit.inspection.summary import ModuleRow, measure
 
-KEPT = 500  # adapters; the oldest go
+MAX_ENTRIES = 500  # adapters; the oldest are removed
 
 
 def folder() -> Path:
-    """Where rows are kept."""
+    """The cache's folder."""
     from platformdirs import user_cache_path
 
     return user_cache_path("adapterkit") / "measured"
 
 
 def measured(adapter: Adapter, stop: Callable[[], bool] = lambda: False) -> list[ModuleRow]:
-    """The measured rows of `adapter`, as `summary.measure` has them; fewer of them where `stop` says so."""
+    """The rows of `summary.measure`, cached; incomplete if `stop()` becomes true."""
     file = folder() / f"{_key(adapter)}.json"
     check_cached(adapter.files)
     with suppress(FormatError, ValueError, TypeError, KeyError), open_regular(file) as stream:
@@ -39,8 +39,8 @@ def measured(adapter: Adapter, stop: Callable[[], bool] = lambda: False) -> list
         if stop():
             return rows
         rows.append(row)
-    with suppress(OSError):  # a cache that cannot be written is none
-        _keep(file, rows)
+    with suppress(OSError):  # an unwritable cache is not an error
+        _store(file, rows)
     return rows
 
 
@@ -52,18 +52,17 @@ def _key(adapter: Adapter) -> str:
     return hashed.hexdigest()
 
 
-def _keep(file: Path, rows: list[ModuleRow]) -> None:
+def _store(file: Path, rows: list[ModuleRow]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")  # NaN as Python reads it again
+    partial.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")  # with NaN, which Python reads
     partial.replace(file)
-    for old in sorted(file.parent.glob("*.json"), key=lambda one: one.stat().st_mtime)[:-KEPT]:
+    for old in sorted(file.parent.glob("*.json"), key=lambda entry: entry.stat().st_mtime)[:-MAX_ENTRIES]:
         old.unlink(missing_ok=True)
 
 
 def _row(facts: dict[str, Any]) -> ModuleRow:
-    known = {one.name for one in fields(ModuleRow)}
-    if facts.keys() != known:
+    if facts.keys() != {field.name for field in fields(ModuleRow)}:
         raise KeyError("written by another version")
     plain: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
     return ModuleRow(**plain)

@@ -1,4 +1,4 @@
-"""How an adapter fits a base, and ‖W‖_F of every weight that it targets, read in bounded memory."""
+"""Match an adapter's modules to a base, and measure ‖W‖_F of the weights they target, in bounded memory."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ CHUNK_BYTES = 16 << 20  # rows of W in memory at once, as float32
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How many modules of an adapter have a place in a base, and why the others have none."""
+    """The number of an adapter's modules found in a base, and the missing ones."""
 
     base: str
     found: int
     total: int
     missing: tuple[str, ...]
-    hint: str  # the nearest names in the base; empty where nothing is missing
+    hint: str  # the nearest names in the base; empty if nothing is missing
 
 
 def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, Fit]:
-    """Where `adapter` lands in `checkpoint`, which the user calls `name`, by headers only.
+    """Match `adapter` to `checkpoint`, called `name` in the result, from headers only.
 
-    Raises FitError where a name is found but its shape does not fit.
+    Raises FitError if a name is found but its shape does not match.
     """
     tensors = weights(checkpoint.tensors, checkpoint.config)
     places = place_adapter(adapter, tensors, checkpoint)
@@ -44,9 +44,9 @@ def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, F
 
 
 def base_norms(places: Fit, checkpoint: Checkpoint) -> Iterator[tuple[str, float]]:
-    """‖W‖_F by module, over the rows that its Δ lands on; a row chunk at a time, squares summed in float64.
+    """Yield ‖W‖_F by module, over the rows that its Δ changes, read in row chunks and summed in float64.
 
-    Raises FitError where the base is quantized by an unknown scheme: its stored numbers are not its weights.
+    Raises FitError if the base is quantized in an unsupported scheme: the stored numbers are not the weights.
     """
     tensors = weights(checkpoint.tensors, checkpoint.config)
     for module, targets in places.targets.items():
@@ -54,7 +54,7 @@ def base_norms(places: Fit, checkpoint: Checkpoint) -> Iterator[tuple[str, float
 
 
 def _square(info: TensorInfo | QuantizedWeight, target: Target) -> float:
-    """‖W[rows]‖_F², with W seen as a matrix of rows of its last dimension."""
+    """‖W[rows]‖_F², with W viewed as a matrix whose rows have its last dimension."""
     width = max(1, info.shape[-1])
     depth = prod(info.shape) // width
     read = reader(info, width)

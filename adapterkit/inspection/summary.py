@@ -1,6 +1,6 @@
-"""The modules of an adapter as the rows that inspect, the terminal app and JSON show.
+"""Per-module rows of an adapter, for inspect, the terminal app and JSON.
 
-`header_rows` needs headers only; `measure` reads the weights, some megabytes at a time.
+`header_rows` needs headers only; `measure` reads the weights, a few megabytes at a time.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ WINDOW_BYTES = 64 << 20  # the factors in memory at once, as float32
 
 @dataclass(frozen=True, slots=True)
 class ModuleRow:
-    """One module. What only weights tell is None until measured, and NaN where the factors hold NaN or Inf.
+    """One module. Measured fields are None until the weights are read, and NaN if the factors contain NaN or Inf.
 
-    The norms are those of `ΔW = scaling · B · A`; of a DoRA module, those of this low-rank part.
+    Norms are those of `ΔW = scaling · B · A`, for a DoRA module those of its low-rank part.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ModuleRow:
     spectral: float | None = None
     stable_rank: float | None = None
     effective_rank: float | None = None
-    rank_90: int | None = None  # the least that keeps 90% of ‖ΔW‖_F²
+    rank_90: int | None = None  # the lowest that retains 90% of ‖ΔW‖_F²
     rank_99: int | None = None
     base_norm: float | None = None  # ‖W‖_F
     relative: float | None = None  # ‖ΔW‖_F / ‖W‖_F
@@ -57,7 +57,7 @@ class ModuleRow:
 
 @dataclass(frozen=True, slots=True)
 class TargetRow:
-    """The modules of one target together; norms and ranks are over those that are finite."""
+    """The modules of one target; statistics cover the finite values."""
 
     target: str
     modules: int
@@ -74,7 +74,7 @@ class TargetRow:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A number for each layer of each target: `cells[target][layer]`, None where there is no such module."""
+    """A number for each layer of each target: `cells[target][layer]`, None without such a module."""
 
     targets: tuple[str, ...]
     layers: tuple[int, ...]
@@ -82,7 +82,7 @@ class Grid:
 
 
 def header_rows(adapter: Adapter, *, strength_known: bool = True) -> list[ModuleRow]:
-    """One row a module, in the adapter's order, with nothing measured."""
+    """One unmeasured row per module, in the adapter's order."""
     return [
         ModuleRow(
             name=name,
@@ -103,10 +103,10 @@ def header_rows(adapter: Adapter, *, strength_known: bool = True) -> list[Module
 def measure(
     adapter: Adapter, *, strength_known: bool = True, base_norms: Mapping[str, float] | None = None
 ) -> Iterator[ModuleRow]:
-    """Read the weights and yield the measured rows in the adapter's order, with bounded memory.
+    """Read the weights and yield measured rows in the adapter's order, in bounded memory.
 
-    `base_norms` is ‖W‖_F by module, where a base is known. Where the strength is not known, `adapter` has been opened
-    with a scaling of 1 and the norms are those of `B · A`.
+    `base_norms` is ‖W‖_F by module, if the base is known. If the strength is unknown, `adapter` was opened with a
+    scaling of 1, and norms are those of `B · A`.
     """
     from adapterkit.algebra.lowrank import Spectrum, singular_values_of
 
@@ -120,7 +120,7 @@ def measure(
 
 
 def by_target(rows: Iterable[ModuleRow]) -> list[TargetRow]:
-    """Measured rows gathered by target, in the order in which targets first appear."""
+    """Aggregate measured rows by target, in order of appearance."""
     groups: defaultdict[str, list[ModuleRow]] = defaultdict(list)
     for row in rows:
         groups[row.target].append(row)
@@ -128,10 +128,10 @@ def by_target(rows: Iterable[ModuleRow]) -> list[TargetRow]:
 
 
 def grid(rows: Sequence[ModuleRow], *, relative: bool = False) -> Grid:
-    """`‖ΔW‖_F` by target and layer, or with `relative` `‖ΔW‖_F / ‖W‖_F`; a module without a layer has no place here.
+    """`‖ΔW‖_F` by target and layer, or with `relative` `‖ΔW‖_F / ‖W‖_F`; modules without a layer are left out.
 
-    Several modules in one place (experts, or two towers that number their layers alike) count as one matrix with these
-    blocks: their squares add up.
+    Several modules in one cell (experts, or two towers with equal layer numbers) count as blocks of one matrix: their
+    squares are summed.
     """
     rows = [row for row in rows if row.layer is not None and (row.base_norm is not None or not relative)]
     squares: defaultdict[tuple[str, int | None], list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -152,12 +152,12 @@ def grid(rows: Sequence[ModuleRow], *, relative: bool = False) -> Grid:
 
 
 def to_json(record: Any) -> Any:
-    """A record of this module as `json.dumps` takes it strictly."""
+    """Convert a dataclass of this module to strict JSON data."""
     return finite(asdict(record))
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON, which has no NaN and Inf: they become None."""
+    """Replace NaN and Inf, which JSON lacks, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -169,7 +169,7 @@ def finite(value: Any) -> Any:
 
 
 def _windows(modules: Iterable[LoraWeights[LazyTensor]]) -> Iterator[list[LoraWeights[LazyTensor]]]:
-    """Successive modules whose factors take `WINDOW_BYTES` together; one that takes more comes alone."""
+    """Yield runs of modules whose factors fit into `WINDOW_BYTES`; a larger module forms a run of its own."""
     window: list[LoraWeights[LazyTensor]] = []
     size = 0
     for weights in modules:
@@ -203,7 +203,7 @@ def _measured(
 
 
 def _non_finite(tensor: torch.Tensor) -> int:
-    """How many elements are NaN or Inf; a finite norm says at once that none is."""
+    """The number of NaN or Inf elements; a finite norm proves that there are none."""
     return 0 if bool(tensor.norm().isfinite()) else int((~tensor.isfinite()).sum())
 
 

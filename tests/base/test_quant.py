@@ -707,7 +707,7 @@ def test_inspect_tells_how_a_base_is_stored(four_bits: tuple[Path, dict[str, tor
     assert result.code == 0
     assert "bitsandbytes NF4, blocks of 64, nested        2          1,920" in result.out
     facts = json.loads(run_adapterkit("inspect", base, "--json").out)
-    packed, plain = sorted(facts["stored"], key=lambda row: row["merge"], reverse=True)
+    packed, plain = sorted(facts["stored"], key=lambda row: row["merge"])
     assert (packed["weights"], packed["parameters"], packed["merge"]) == (2, 1920, "dequantized to BF16")
     assert (plain["scheme"], plain["weights"], plain["parameters"]) == ("BF16", 2, 1000)
     assert packed["bytes"] + plain["bytes"] < facts["bytes"] and facts["unsupported"] is None
