@@ -41,8 +41,8 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# What is checked takes one core for most of a minute, so the suite begins beside it.
-test: base
+# What is checked takes one core for half a minute, so the base is made and the suite begins beside it.
+test: setup
 	@$(MAKE) --no-print-directory -j2 check suite
 
 # One thread a worker: more would fight for the cores, which takes the suite twice as long. Each worker begins with half

@@ -75,7 +75,7 @@ def _build(base: Checkpoint, max_modules: int) -> Any:
         try:
             config = CONFIG_MAPPING[base.config["model_type"]].from_dict(sanitized(base.config))
             with torch.device("meta"), _limit_modules(max_modules):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # an untrusted config can make transformers raise anything
             text = " ".join(str(error).split())[:MAX_ERROR_CHARS] or type(error).__name__
             raise FormatError(f"{base.path / CONFIG}: transformers cannot build a model from it: {text}") from error

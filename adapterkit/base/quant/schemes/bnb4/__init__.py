@@ -61,7 +61,7 @@ def loading(kind: str, dtype: torch.dtype) -> Any:
 
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
-    )  # type: ignore[no-untyped-call]
+    )
 
 
 SCHEME = Scheme(
