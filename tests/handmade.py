@@ -13,9 +13,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from jsondocs import undocumented
 from safetensors.torch import save_file
 
 from adapterkit.cli.main import main
+from adapterkit.cli.output import SCHEMA
 from adapterkit.files.staging import unfinished_work
 
 ROWS, COLUMNS, RANK, LAYERS = 48, 32, 4, 2
@@ -123,7 +125,7 @@ class Outcome:
 
 
 def adapterkit(*args: str | Path) -> Outcome:
-    """Run `adapterkit ARGS` in this process."""
+    """Run `adapterkit ARGS` in this process; the fields of its JSON have to be documented."""
     out, err, code = Terminal(), Terminal(), None
     with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["adapterkit", *map(str, args)]):
         try:
@@ -131,7 +133,11 @@ def adapterkit(*args: str | Path) -> Outcome:
         except SystemExit as end:
             code = end.code
     assert isinstance(code, int)
-    return Outcome(code, out.text(), err.text())
+    outcome = Outcome(code, out.text(), err.text())
+    if "--json" in args and not {"-V", "--version", "-h", "--help"} & set(args):
+        facts = json.loads(outcome.out)
+        assert facts["schema"] == SCHEMA and undocumented([*map(str, args)], facts) == []
+    return outcome
 
 
 def run_left(out: Path) -> Path:

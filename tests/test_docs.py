@@ -45,7 +45,7 @@ def commands(text: str) -> list[list[str]]:
         if language == "console":
             block = "\n".join(line[2:] for line in block.splitlines() if line.startswith("$ "))
         lines += block.splitlines() if language in ("console", "sh") else []
-    split = (shlex.split(part, comments=True) for line in lines for part in re.split(r"&&|\||;", line))
+    split = (shlex.split(part, comments=True) for line in lines for part in re.split(r"&&|\||;| >", line))
     return [words for words in split if "adapterkit" in words]
 
 

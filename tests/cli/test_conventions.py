@@ -13,6 +13,7 @@ import click
 import pytest
 from conftest import ROOT
 from handmade import Outcome, Terminal, adapterkit, write_adapter, write_base
+from jsondocs import sections, undocumented
 
 import adapterkit as package
 from adapterkit.cli import main as cli
@@ -99,6 +100,38 @@ def test_examples_run_as_printed(line: str, scratch: Path, monkeypatch: pytest.M
         shutil.rmtree(words[words.index("-o") + 1], ignore_errors=True)
     result = adapterkit(name, *words)
     assert result.code == 0, result
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "list", "inspect adapter --modules --against base", "inspect base", "compare adapter other --by module",
+        "verify merged --base base --adapter adapter", "merge base adapter --dry-run", "merge base adapter -o json --report",
+        "unmerge merged -o json --dry-run", "unmerge merged -o json", "quantize base -o json --to nf4 --dry-run",
+        "quantize base -o json --to nf4", "combine adapter other -o json --dry-run", "combine adapter other -o json",
+        "resize adapter -o json --rank 2", "convert dora -o json --to lora --base base --rank 2",
+        "extract base finetuned -o json --rank 2",
+    ],
+)  # fmt: skip
+def test_json_of_commands_is_documented(line: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `adapterkit` of handmade.py checks for every run, so in the tests of training and of the Hub, too."""
+    monkeypatch.chdir(scratch)
+    shutil.rmtree("json", ignore_errors=True)
+    assert adapterkit(*line.split(), "--json").code == 0
+    assert adapterkit(line.split()[0], "--no-such-option", "--json").code == 2
+
+
+def test_undocumented_fields_are_found() -> None:
+    assert undocumented(["list", "--json"], {"adapters": [{"name": "a", "age": 1}], "path": None}) == [
+        "adapters[].age",
+        "path",
+    ]
+    assert undocumented(["merge", "--dry-run"], {"landed": {"a": {"b": ["c"]}}, "undone_by": ""}) == ["undone_by"]
+    takes = [name for name in cli.COMMANDS if any("--json" in param.opts for param in command_of(name).params)]
+    assert [name for name in takes if name not in {heading.split()[0] for heading in sections()}] == []
 
 
 # --- the options that all share --------------------------------------------------------------------------------------
