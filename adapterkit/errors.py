@@ -1,18 +1,20 @@
 """Exceptions and their exit codes.
 
     AdapterkitError          1   the base class; catch this one
-    ├── UsageError           2   invalid arguments
+    ├── UsageError           2   invalid arguments; also a ValueError
     │   └── UnknownStrengthError 2   neither an adapter's files nor the call define its alpha
     ├── FormatError          1   a file is corrupt or unsupported
+    │   ├── MissingFileError 1   no such file, directory or repository; also a FileNotFoundError
+    │   ├── UnreadableError  1   no permission to read a file; also a PermissionError
     │   └── UnsafeFileError  1   a file that would run code, or reach outside its folder
     ├── ChangedError         1   an input changed while it was being read
     ├── LossError            1   quantizing would erase the update
     ├── MissingPackageError  1   a package is not installed; also an ImportError
     ├── FitError             3   adapter and base don't match
-    ├── NotAllowedError      4   the Hub requires a login or a permission
+    ├── NotAllowedError      4   the Hub requires a login or a permission; also a PermissionError
     ├── OfflineError         5   the Hub is unreachable
     ├── NoSpaceError         6   the disk is full
-    └── OutputExistsError    7   the output already exists
+    └── OutputExistsError    7   the output already exists; also a FileExistsError
 
 Every message says where, what was found and what was expected; its hint says what to do next. Ctrl-C exits with 130.
 """
@@ -31,6 +33,7 @@ class AdapterkitError(Exception):
 
     def __init__(self, *lines: object, hint: str = "") -> None:
         super().__init__(*lines)
+        self.args = lines  # of which an OSError takes two for its errno and strerror
         self.hint = hint
 
     @property
@@ -44,7 +47,7 @@ class AdapterkitError(Exception):
         return between.join(filter(None, ["\n".join(self.lines), visible(self.hint)]))
 
 
-class UsageError(AdapterkitError):
+class UsageError(AdapterkitError, ValueError):
     """The arguments are invalid: contradictory options, an output inside an input."""
 
     exit_code = 2
@@ -60,6 +63,14 @@ class UnknownStrengthError(UsageError):
 
 class FormatError(AdapterkitError):
     """A file is truncated, corrupt, or in an unsupported format."""
+
+
+class MissingFileError(FormatError, FileNotFoundError):
+    """No such file, directory or repository."""
+
+
+class UnreadableError(FormatError, PermissionError):
+    """No permission to read a file."""
 
 
 class UnsafeFileError(FormatError):
@@ -84,7 +95,7 @@ class FitError(AdapterkitError):
     exit_code = 3
 
 
-class NotAllowedError(AdapterkitError):
+class NotAllowedError(AdapterkitError, PermissionError):
     """The Hub requires a login or a permission."""
 
     exit_code = 4
@@ -102,7 +113,7 @@ class NoSpaceError(AdapterkitError):
     exit_code = 6
 
 
-class OutputExistsError(AdapterkitError):
+class OutputExistsError(AdapterkitError, FileExistsError):
     """The output already exists."""
 
     exit_code = 7

@@ -11,7 +11,7 @@ from typing import Any
 
 from adapterkit.adapter.formats.table import config_names, has_adapter_file
 from adapterkit.display import Displayed
-from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.errors import FormatError, MissingFileError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import cache_blob, files_below
 from adapterkit.files.safetensors import Header, TensorInfo, read_header
@@ -105,8 +105,9 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     try:
         path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # Python 3.11 raises RuntimeError for symlink loops
-        reason = "no such file or directory" if isinstance(error, FileNotFoundError) else str(error)
-        raise FormatError(f"{path}: {reason}") from error
+        if isinstance(error, FileNotFoundError):
+            raise MissingFileError(f"{path}: no such file or directory") from error
+        raise FormatError(f"{path}: {error}") from error
     if path.is_file():
         if path.suffix == ".json":
             raise FormatError(f"{path}: is not a weights file; give its directory")

@@ -15,11 +15,16 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path, PurePath
 
-from adapterkit.errors import FormatError, UnsafeFileError
+from adapterkit.errors import AdapterkitError, FormatError, MissingFileError, UnreadableError, UnsafeFileError
 from adapterkit.files import system
 
 CHUNK_BYTES = 1 << 20
 MAX_FOLDER_DEPTH = 100
+# Errors of the system that have a kind of their own.
+ERRORS: dict[type[Exception], type[FormatError]] = {
+    FileNotFoundError: MissingFileError,
+    PermissionError: UnreadableError,
+}
 FILE_KINDS = {
     stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link",
@@ -169,5 +174,8 @@ def _kind(mode: int) -> str:
 def _map_errors(file: Path) -> Iterator[None]:
     try:
         yield
+    except AdapterkitError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise FormatError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        kind = ERRORS.get(type(error), FormatError)
+        raise kind(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -165,6 +165,8 @@ def read_header(file: Path) -> Header:
             if length > MAX_HEADER_BYTES:
                 raise FormatError(f"{file}: the header has {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
             raw = stream.read(length)
+    except FormatError:
+        raise
     except OSError as error:
         raise FormatError(f"{file}: cannot be read: {error.strerror or error}") from error
     return parse_header(file, raw, size)

@@ -180,6 +180,8 @@ def map_os_errors(out: Path) -> Iterator[None]:
     """Turn an OSError while `out` is written into NoSpaceError or AdapterkitError."""
     try:
         yield
+    except AdapterkitError:
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise NoSpaceError(f"{out}: the disk is full ({error.strerror}); free some space") from error

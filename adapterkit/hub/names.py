@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.adapter.formats.table import weights_suffixes
-from adapterkit.errors import FormatError
+from adapterkit.errors import MissingFileError
 from adapterkit.files.staging import MAX_NAME_BYTES
 
 PATTERN = re.compile(r"(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<folder>[^:\\]+))?")
@@ -65,7 +65,7 @@ def as_hub_id(spec: str | os.PathLike[str]) -> HubId | None:
     if os.path.lexists(path) or id is None:
         return None
     if (os.path.isdir(path.parent) and path.parent != Path()) or path.suffix in weights_suffixes():
-        raise FormatError(f"{spec}: no such file or directory")
+        raise MissingFileError(f"{spec}: no such file or directory")
     return id
 
 

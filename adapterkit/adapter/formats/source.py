@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapter.formats import table
 from adapterkit.adapter.formats.format import Format
 from adapterkit.adapter.formats.pickled import read_pickle
-from adapterkit.errors import FormatError
+from adapterkit.errors import FormatError, MissingFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.safetensors import TensorInfo, read_header
 from adapterkit.files.stamps import Stamp, stamps_of
@@ -62,7 +62,7 @@ def _read_header(weights: Path) -> tuple[Mapping[str, TensorInfo | torch.Tensor]
 
 def _find_weights(path: Path) -> Path:
     if not path.exists():
-        raise FormatError(f"{path}: no such file or directory")
+        raise MissingFileError(f"{path}: no such file or directory")
     if path.is_file():
         if path.suffix == ".json":
             raise FormatError(f"{path}: is not a weights file; give its directory")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapterkit.errors import AdapterkitError, FormatError, NotAllowedError, OfflineError
+from adapterkit.errors import AdapterkitError, MissingFileError, NotAllowedError, OfflineError
 from adapterkit.hub.client.masking import masked
 from adapterkit.hub.client.session import MAX_RESPONSE_BYTES, RETRY_STATUSES, bounded, retry_after
 
@@ -69,8 +69,8 @@ def checked_response(repo: str) -> Iterator[None]:
 
     try:
         yield
-    except (errors.HFValidationError, errors.HfHubHTTPError):
-        raise  # both can be ValueErrors, and neither is about the response's form
+    except (AdapterkitError, errors.HFValidationError, errors.HfHubHTTPError):
+        raise  # all can be ValueErrors, and none is about the response's form
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         found = f"{type(error).__name__}: {one_line(str(error))}"
         raise AdapterkitError(
@@ -95,21 +95,23 @@ def hub_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError as error:
-        raise FormatError(f"{repo}: no such path, and not a valid repository name") from error
+        raise MissingFileError(f"{repo}: no such path, and not a valid repository name") from error
     except errors.LocalTokenNotFoundError as error:
         raise NotAllowedError(f"{repo}: a token is required: run `hf auth login`, or set HF_TOKEN") from error
     except errors.GatedRepoError as error:
         login = "" if _token() else ", then run `hf auth login`"
         raise NotAllowedError(f"{repo}: gated repository: request access at {page_url(repo)}{login}") from error
     except errors.RevisionNotFoundError as error:
-        raise FormatError(f"{repo}: revision not found{_existing_revisions(repo)}") from error
+        raise MissingFileError(f"{repo}: revision not found{_existing_revisions(repo)}") from error
     except errors.RepositoryNotFoundError as error:
         private = "; if it is private, " + ("this token has no access to it" if _token() else "run `hf auth login`")
-        raise FormatError(f"{repo}: no such path or repository on the Hub{private}.{_suggestions(repo)}") from error
+        raise MissingFileError(
+            f"{repo}: no such path or repository on the Hub{private}.{_suggestions(repo)}"
+        ) from error
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise OfflineError(f"{repo}: not in the Hub cache, and the Hub cannot be reached") from error
-        raise FormatError(f"{repo}: file not found in the repository") from error
+        raise MissingFileError(f"{repo}: file not found in the repository") from error
     except errors.OfflineModeIsEnabled as error:
         raise OfflineError(f"{repo}: the Hub is not available (HF_HUB_OFFLINE is set)") from error
     except errors.HfHubHTTPError as error:

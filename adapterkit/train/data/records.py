@@ -14,7 +14,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from adapterkit.errors import FormatError, OfflineError, UsageError
+from adapterkit.errors import AdapterkitError, FormatError, MissingFileError, OfflineError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.sandbox import start
 from adapterkit.hub.names import parse_hub_id
@@ -88,6 +88,8 @@ def read_records(source: str | os.PathLike[str], fields: Fields = DEFAULT) -> It
                 first = first or (where, list(value))
                 known = known or any(name in value for name in names)
             yield _record(where, value, fields)
+    except AdapterkitError:
+        raise
     except OSError as error:
         raise FormatError(f"{source}: cannot be read: {error.strerror or error}") from error
     if empty:
@@ -155,7 +157,7 @@ def _rows(source: str | os.PathLike[str], fields: Fields) -> RawRecords:
             raise UsageError(f"{path}: unsupported file type, expected {', '.join(READERS)}")
         return reader(path, fields)
     if reader or parse_hub_id(str(source)) is None or (path.parent.is_dir() and path.parent != Path()):
-        raise FormatError(f"{source}: no such file; expected a file or a dataset on the Hub: org/name[:split]")
+        raise MissingFileError(f"{source}: no such file; expected a file or a dataset on the Hub: org/name[:split]")
     return _hub_rows(str(source))
 
 
