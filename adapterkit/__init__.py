@@ -1,4 +1,36 @@
-"""Inspect LoRA adapters, and merge them into base weights, exactly and in a stream."""
+"""Inspect, merge, combine and convert LoRA adapters, exactly and in a stream, and undo merges bit for bit.
+
+`load` reads the headers of an adapter; its weights are read on access:
+
+>>> import adapterkit
+>>> adapter = adapterkit.load("adapter")
+>>> adapter
+<Adapter: LoRA, rank 4, 4 modules, 1,280 parameters>
+>>> adapter["model.layers.0.self_attn.q_proj"].A.shape
+torch.Size([4, 32])
+
+Merge it into a base, and undo the merge:
+
+>>> adapterkit.merge("base", adapter, "merged")
+<Merged: merged, 4 tensors computed, 13.2 kB>
+>>> adapterkit.unmerge("merged", "restored", adapters=adapter)
+<Merged: restored, 4 tensors computed, 13.2 kB>
+
+Each verb has a plan, made from headers only. A plan prints what it will do, and runs as a stream of events:
+
+>>> plan = adapterkit.plan_combine(["adapter", ("other", 0.5)], "sum", method="svd", rank=4)
+>>> plan
+<AdapterPlan: combined by svd to rank 4 → sum, 4 modules to make>
+>>> *events, made = adapterkit.run(plan)
+>>> len(events), round(made.error, 3)
+(4, 0.0)
+
+`progress=True` draws a bar. Every error is an `AdapterkitError`, and Python's own exception if there is one:
+
+>>> adapterkit.load("nowhere")
+Traceback (most recent call last):
+adapterkit.errors.MissingFileError: nowhere: no such file or directory
+"""
 
 from __future__ import annotations
 
@@ -65,6 +97,10 @@ __all__ = [
     "plan_resize", "plan_unmerge", "pull", "push", "quantize", "remove", "resize", "run", "run_file", "save", "unmerge",
     "verify",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

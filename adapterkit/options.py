@@ -13,7 +13,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+import re
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
@@ -30,6 +32,14 @@ KINDS: dict[str, Kind] = {
     "dict": "pairs", "Mapping": "pairs",
 }  # fmt: skip
 
+WIDTH = 100  # columns of docstrings
+
+# What a Python call accepts for a kind.
+FORMS: dict[Kind, str] = {
+    "adapters": ": a path, a Hub id or an `Adapter`, alone or as (adapter, weight), several of these, or a mapping of "
+    "paths to weights",
+}
+
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,10 +49,14 @@ R_co = TypeVar("R_co", covariant=True)
 
 @dataclass(frozen=True)
 class About:
-    """The metadata of a field: help, valid values, and its presentation on the command line and in the app."""
+    """The metadata of a field: help, valid values, and its presentation on the command line and in the app.
+
+    The help names other fields in backticks, as errors do; the command line replaces them by its options.
+    """
 
     help: str
     choices: Collection[Any] | Callable[[], Collection[Any]] = ()  # a function if they are found at run time
+    meaning: str = ""  # the help of the Python argument, where that of the option doesn't fit
     least: int | None = None
     most: int | None = None
     group: str = ""
@@ -113,6 +127,13 @@ class Parameter:
         return self.about.help if plain else f"{self.about.help}  [default: {self.default}]"
 
     @property
+    def meaning(self) -> str:
+        """The help of the Python argument, with the valid values."""
+        text = (self.about.meaning or self.about.help).rstrip(".") + FORMS.get(self.kind, "")
+        *others, last = map(str, self.choices or ("",))
+        return text if not last or last in text else f"{text} ({', '.join(others)} or {last})"
+
+    @property
     def choices(self) -> Collection[Any]:
         """Its valid values; empty if there is no restriction."""
         return self.about.choices() if callable(self.about.choices) else self.about.choices
@@ -174,7 +195,19 @@ def takes(options: Callable[P, T]) -> Callable[[Callable[[T], R]], Call[P, T, R]
 
         returns = inspect.signature(function).return_annotation
         facts = {"options": options, "of": function}
+        call.__doc__ = _documented(function.__doc__ or "", parameters(cast("type[Any]", options)))
         vars(call).update(facts, __signature__=inspect.signature(options).replace(return_annotation=returns))
         return cast("Call[P, T, R]", call)
 
     return decorate
+
+
+def _documented(doc: str, arguments: Sequence[Parameter]) -> str:
+    """Insert a section of arguments into a docstring, before `Returns`, `Yields` and `Raises`."""
+    lines = [
+        textwrap.fill(f"{one.name}: {one.meaning}.", WIDTH, initial_indent="    ", subsequent_indent=" " * 8)
+        for one in arguments
+    ]
+    args = "\n".join(["Args:", *lines])
+    about, *rest = re.split(r"\n\n(?=Returns:|Yields:|Raises:)", inspect.cleandoc(doc))
+    return "\n\n".join([about, args, *rest]) + "\n"

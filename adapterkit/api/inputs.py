@@ -133,7 +133,7 @@ def _name_apart(given: list[WeightedAdapter]) -> list[WeightedAdapter]:
 
 
 def renaming(rename: object) -> tuple[str, str] | None:
-    """A rename as --map takes it, or as its two parts."""
+    """A rename as (old, new), or as the text OLD=NEW."""
     if rename is None:
         return None
     text = "=".join(map(str, rename)) if isinstance(rename, tuple | list) else rename

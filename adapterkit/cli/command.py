@@ -12,6 +12,7 @@ from adapterkit import __version__
 from adapterkit.cli import output, progress
 from adapterkit.cli.complete import complete_by_name
 from adapterkit.cli.failures import failure_of, speak_options
+from adapterkit.cli.naming import in_options
 from adapterkit.cli.options import GroupedOption
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.text import nearest
@@ -35,6 +36,9 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.docs, self.examples = docs, examples
         complete_by_name(self.params)
+        for param in self.params:
+            if isinstance(param, click.Option) and param.help:
+                param.help = in_options(param.help, self)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         *own, help = super().get_params(ctx)

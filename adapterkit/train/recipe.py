@@ -56,7 +56,7 @@ class Recipe:
     grad_accum: int = option(1, "Batches per step (gradient accumulation)", group=OPTIMIZATION)
     max_length: int = option(1024, "Truncate records to this many tokens", group=DATA)
     packing: bool = option(
-        False, "Pack several records into each row of --max-length tokens; a batch counts rows", group=DATA
+        False, "Pack several records into each row of `max_length` tokens; a batch counts rows", group=DATA
     )
     lr: float = option(1e-4, "Learning rate (AdamW)", group=OPTIMIZATION)
     lora_plus: float = option(1.0, "Learning-rate multiplier for B (LoRA+)", group=OPTIMIZATION)
@@ -65,7 +65,7 @@ class Recipe:
     weight_decay: float = option(0.0, "Weight decay (AdamW)", group=OPTIMIZATION)
     clip: float = option(1.0, "Maximum gradient norm; 0 disables clipping", group=OPTIMIZATION)
     dtype: str = option(
-        "auto", "Compute dtype [auto: the base's stored dtype; fp32 for --method full]", DTYPES, group=COMPUTE
+        "auto", "Compute dtype [auto: the base's stored dtype; fp32 for `method=full`]", DTYPES, group=COMPUTE
     )
     device: str = option("auto", "Compute device: cpu, cuda, cuda:N or auto", group=COMPUTE)
     gradient_checkpointing: bool = option(
@@ -79,7 +79,7 @@ class Recipe:
     patience: int | None = option(
         None, "Stop after this many validations in a row without improvement", group=VALIDATION
     )
-    save_every: int = option(100, "Steps between checkpoints for --resume")
+    save_every: int = option(100, "Steps between checkpoints for `resume`")
     skip_bad: bool = option(False, "Skip empty or malformed records instead of failing", group=DATA)
     text_field: str = option("text", "Field that holds the text", group=DATA)
     prompt_field: str = option("prompt", "Field that holds the prompt", group=DATA)

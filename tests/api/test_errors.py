@@ -145,7 +145,7 @@ BOTH: dict[str, tuple[Callable[[], Any], list[str], str, str]] = {
     "one of two": (
         lambda: adapterkit.load("one", alpha=1.0, scaling=1.0),
         ["inspect", "one", "--alpha", "1", "--scaling", "1"],
-        "`alpha` and `scaling` both", "--alpha and --scaling both",
+        "`alpha` and `scaling`", "--alpha and --scaling",
     ),
     "what is for a quantized output": (
         lambda: adapterkit.merge("base", "one", "out", accept_loss=True),

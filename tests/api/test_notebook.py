@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 import pickle
+import rlcompleter
 from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -76,6 +78,25 @@ def test_an_adapter_of_no_modules_counts_as_one(tmp_path: Path) -> None:
     (whole / "adapter_model.safetensors").write_bytes((tmp_path / "other/adapter_model.safetensors").read_bytes())
     with pytest.raises(ChangedError):
         list(adapterkit.run(plan))
+
+
+# --- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_dir_and_completion_list_what_is_public() -> None:
+    listed = dir(adapterkit)
+    assert set(adapterkit.__all__) <= set(listed) and listed == sorted(listed)
+    assert {"Adapter", "load", "merge", "plan_merge", "run", "unmerge"} <= set(listed)
+    for name in adapterkit.__all__:
+        assert rlcompleter.Completer({"adapterkit": adapterkit}).attr_matches(f"adapterkit.{name}"), name
+    with pytest.raises(AttributeError, match="no attribute 'mergee'"):
+        adapterkit.mergee  # noqa: B018
+
+
+def test_the_examples_of_the_package_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), write_adapter(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(adapterkit, optionflags=doctest.ELLIPSIS | doctest.FAIL_FAST) == (0, 11)
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ def play(o: ToyOptions) -> ToyOptions:
 
 def test_a_field_is_a_keyword_an_option_and_a_field_of_the_form() -> None:
     names = [one.name for one in fields(ToyOptions)]
-    assert list(inspect.signature(play).parameters) == names and play.__doc__ == "Play."
+    assert list(inspect.signature(play).parameters) == names
+    assert play.__doc__ is not None and play.__doc__.startswith("Play.\n\nArgs:\n    adapters: What to play with")
+    assert "    colour: Colour (red or blue).\n" in play.__doc__
     given: list[dict[str, Any]] = []
     command = click.command()(_toy(given))
     assert [param.name for param in command.params] == names

@@ -27,9 +27,10 @@ class CombineOptions(Options):
     adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
     out: AnyPath = output()
     _: KW_ONLY
-    method: str = option(DEFAULT, "Method; see below", METHODS, metavar="METHOD")
+    method: str = option(DEFAULT, "Method of combining", METHODS, metavar="METHOD")
     options: Mapping[str, float | str] | None = option(
-        None, "Set an option of the method, as in density=0.5", flags=("--set",), example="density=0.5",
+        None, "Set an option of the method, as in density=0.5", meaning="Options of the method, by name",
+        flags=("--set",), example="density=0.5",
         label="method options", hint=lambda: " ".join(map(str, all_options())),
     )  # fmt: skip
     rank: int | None = option(None, "Truncate the result to this rank, optimally", group=SIZE)
@@ -84,7 +85,7 @@ class ConvertOptions(Options):
     initial: AnyAdapter | None = option(
         None, "The adapter before its training, of PiSSA or OLoRA", metavar="ADAPTER", in_form=False
     )
-    rank: int | None = option(None, "From DoRA, or with --initial: truncate to this rank, optimally", group=SIZE)
+    rank: int | None = option(None, "From DoRA, or with `initial`: truncate to this rank, optimally", group=SIZE)
     energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
     seed: int | None = option(None, "Random seed of the search for the best rank, from DoRA", in_form=False)
     overwrite: bool = overwrite()
@@ -100,7 +101,7 @@ class ExtractOptions(Options):
     """An adapter from the difference of two models"""
 
     base: AnyModel = argument("The model before fine-tuning")
-    finetuned: AnyModel = argument("The model after it", label="fine-tuned model")
+    finetuned: AnyModel = argument("The model after fine-tuning", label="fine-tuned model")
     out: AnyPath = output()
     _: KW_ONLY
     rank: int | None = option(None, "Rank of every module", group=SIZE)

@@ -53,8 +53,9 @@ class StrengthOptions(Options):
     _: KW_ONLY
     scale: float = option(1.0, "Multiply every adapter's strength", group=ADAPTERS, in_form=False)
     rename: str | tuple[str, str] | None = option(
-        None, "Rename parts of the adapter's module names", flags=("--map",), metavar="OLD=NEW", group=ADAPTERS,
-        in_form=False,
+        None, "Rename parts of the adapter's module names",
+        meaning="Rename parts of the adapter's module names: (old, new)",
+        flags=("--map",), metavar="OLD=NEW", group=ADAPTERS, in_form=False,
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ class MergeOptions(StrengthOptions, QuantizingOptions):
 
     base: AnyModel = argument("Base model: a directory, a .safetensors file or a Hub id")
     adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
-    out: AnyPath | None = output(None, "Output directory or file [default: BASE-merged beside the base]", asked=True)
+    out: AnyPath | None = output(None, "Output directory or file [default: `base`-merged beside the base]", asked=True)
     _: KW_ONLY
     alpha: float | None = option(
         None, "Alpha of an adapter without a config (scaling = alpha / rank)", group=ADAPTERS, in_form=False
@@ -76,12 +77,15 @@ class MergeOptions(StrengthOptions, QuantizingOptions):
         None, "Quantize the output; by default it is not", lambda: (*writable_kinds(), "same"), group=QUANTIZATION
     )
     original: AnyModel | None = option(
-        None, "Merge into the unquantized model that BASE was made from", metavar="BASE16", group=QUANTIZATION,
+        None, "Merge into the unquantized model that `base` was made from", metavar="BASE16", group=QUANTIZATION,
         in_form=False,
     )  # fmt: skip
     overwrite: bool = overwrite()
     download: bool = option(
-        True, "Plan from headers alone where the base or an adapter is not downloaded", in_form=False, in_cli=False
+        True,
+        "Download what is on the Hub, once its headers fit; else the plan is to be looked at, not run",
+        in_form=False,
+        in_cli=False,
     )
 
 
@@ -91,14 +95,21 @@ class MergeRunOptions(DeviceOptions):
 
     _: KW_ONLY
     report: bool = option(
-        False, "Measure what rounding kept of the update, by layer; with --json, by tensor", in_form=False
+        False,
+        "Measure what rounding kept of the update, by layer; with `json`, by tensor",
+        in_form=False,
+        meaning="Measure what rounding kept of every element, instead of a sample",
     )
     resume: bool = option(False, "Take over the shards that an interrupted merge had finished", in_form=False)
     accept_loss: bool = option(
         False, "Proceed even if quantization erases more than half of the update", group=QUANTIZATION, in_form=False
     )
     receipt: bool = option(
-        True, "Don't write a receipt (the merge can't be undone without the base)", group="Output", in_form=False
+        True,
+        "Don't write a receipt (the merge can't be undone without the base)",
+        group="Output",
+        in_form=False,
+        meaning="Write a receipt, by which `unmerge` undoes the merge without the base",
     )
     link: bool = option(
         False, "Let unchanged files share the base's bytes (reflink, hard link)", group="Output", in_form=False
@@ -141,7 +152,12 @@ class QuantizeOptions(QuantizingOptions):
     """A base quantized"""
 
     base: AnyModel = argument("Base model to quantize")
-    out: AnyPath | None = output(None, "Output directory or file [default: BASE-KIND beside the base]", asked=True)
+    out: AnyPath | None = output(
+        None,
+        "Output directory or file [default: BASE-KIND beside the base]",
+        asked=True,
+        meaning="Output directory or file [default: `base`-`to` beside the base]",
+    )
     _: KW_ONLY
     to: str = option(MISSING, "Kind to quantize to", writable_kinds, group=QUANTIZATION)
     blocksize: int = option(
@@ -170,6 +186,7 @@ class UnmergeOptions(Options):
     _: KW_ONLY
     adapters: AnyAdapters = option(
         (), "An adapter that was merged, where it is not found by itself", flags=("--adapter",),
+        meaning="The adapters that were merged, where they are not found by name and SHA-256",
         metavar="ADAPTER[:WEIGHT]",
     )  # fmt: skip
     every: bool = option(
@@ -178,7 +195,7 @@ class UnmergeOptions(Options):
     base: AnyModel | None = option(
         None, "Restore from this base, checked to be the one", metavar="BASE", label="restore from base"
     )
-    approximate: bool = option(False, "Subtract the adapters, whatever MERGED is", in_form=False)
+    approximate: bool = option(False, "Subtract the adapters, whatever `merged` is", in_form=False)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from adapterkit.train.data.records import BadRecord, Record
 
 SHOWN = 10  # bad records listed in an error
 MAX_CHARACTERS = 1_000_000  # per record: tokenizing that many takes up to 6 s and 0.8 GB
-CHARACTERS_PER_TOKEN = 8  # the limit is at least --max-length times this, about twice the average of text
+CHARACTERS_PER_TOKEN = 8  # the limit is at least `max_length` times this, about twice the average of text
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
