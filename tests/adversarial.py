@@ -1,8 +1,9 @@
-"""Weights and low-rank updates made to lie where undoing a merge is hardest.
+"""Weights and low-rank updates chosen to make undoing a merge as hard as possible.
 
-Half of the weights are powers of two, whose boundary on one side is half as far as on the other. Every sum W + Δ is a
-midpoint of the output dtype, or a unit or so of the computing dtype beside it, so that a last bit of it decides to
-which side it is rounded. `A` is a rotation, so that every product has rounding errors.
+Half of the weights are powers of two, whose rounding boundary on one side is half as far as on the other. Every sum
+W + Δ is a midpoint of the output dtype, or about a unit of the computing dtype beside it, so that its last bit decides
+the rounding. `A` is a rotation, so that every product has rounding errors.
+
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def weights(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Some eleven binades of either sign; half of them powers of two, and a few zeros and subnormals."""
+    """Return weights over about eleven binades of either sign: half powers of two, and a few zeros and subnormals."""
     rng = torch.Generator().manual_seed(seed)
     exponent = torch.randint(-9, 2, (rows, columns), generator=rng)
     mantissa = 1 + torch.rand(rows, columns, dtype=torch.float64, generator=rng)
@@ -49,9 +50,10 @@ def weights(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Ten
 def midpoints(
     near: torch.Tensor, dtype: torch.dtype, seed: int, units: float = UNITS, kind: torch.dtype | None = None
 ) -> torch.Tensor:
-    """For each of `near` the middle between two values of `dtype` thereabouts, in float64, give or take `units`.
+    """Return for each of `near` a nearby midpoint between two values of `dtype`, in float64, plus or minus `units`.
 
     Half of them are a few values away, the others up to a factor of three. The units are those of `kind`.
+
     """
     rng = torch.Generator().manual_seed(seed)
     shape, integer, limits = near.shape, INTEGERS[dtype], torch.finfo(kind or COMPUTED_IN[dtype])
@@ -65,7 +67,7 @@ def midpoints(
 
 
 def factors(delta: torch.Tensor, seed: int, dtype: torch.dtype = torch.float32) -> Factors:
-    """`B · A = delta (rows, columns)` as closely as `dtype` has it, A a random rotation of as many columns."""
+    """Return `B · A = delta (rows, columns)` as closely as `dtype` allows, with A a random rotation."""
     rng = torch.Generator().manual_seed(seed)
     columns = delta.shape[1]
     A = torch.linalg.qr(torch.randn(columns, columns, dtype=torch.float64, generator=rng))[0].to(dtype)
@@ -73,7 +75,7 @@ def factors(delta: torch.Tensor, seed: int, dtype: torch.dtype = torch.float32) 
 
 
 def split(delta: torch.Tensor, parts: int, seed: int) -> list[torch.Tensor]:
-    """Several that add up to `delta`, not all of the same sign."""
+    """Return several updates that add up to `delta`, with different signs."""
     rng = torch.Generator().manual_seed(seed)
     shares = [delta * (3 * torch.rand(delta.shape, dtype=delta.dtype, generator=rng) - 1) for _ in range(parts - 1)]
     return [*shares, delta - sum(shares, torch.zeros_like(delta))]
@@ -82,7 +84,7 @@ def split(delta: torch.Tensor, parts: int, seed: int) -> list[torch.Tensor]:
 def plain(
     rows: int, dtype: torch.dtype, seed: int, parts: int = 1, units: float = UNITS, W: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, list[Factors]]:
-    """Weights `(rows, 4)`, or `W`, and updates whose sums with them lie on midpoints of `dtype`."""
+    """Return weights `(rows, 4)`, or `W`, and updates whose sums with them are midpoints of `dtype`."""
     W = weights(rows, COLUMNS, dtype, seed) if W is None else W
     delta = midpoints(W, dtype, seed + 1, units) - W.double()
     kind = COMPUTED_IN[dtype]
@@ -92,11 +94,12 @@ def plain(
 def dora(
     rows: int, dtype: torch.dtype, seed: int, units: float = UNITS, by_column: bool = False
 ) -> tuple[torch.Tensor, Factors, torch.Tensor]:
-    """Weights, an update and magnitudes with which `W' / g − B·A` lies where rounding it to `dtype` changes, in float64.
+    """Return weights, an update and magnitudes for which `W' / g − B·A` is at a rounding boundary of `dtype`, in float64.
 
-    There `W' = round(g·(W + B·A))`, `g = m / n`. It changes on the boundary between W and the next value, or half a
-    float32 beside it, as torch rounds to 16 bits by way of float32. `W (4, rows)` where it is `by_column`, as GPT-2
-    stores it; `B (rows, 4)` and `A` are those of the module either way.
+    Here `W' = round(g·(W + B·A))`, `g = m / n`. The boundary is between W and the next value, or half a float32 beside it,
+    as torch rounds to 16 bits through float32. `W (4, rows)` if it is `by_column`, as GPT-2 stores it; `B (rows, 4)` and
+    `A` are those of the module either way.
+
     """
     W = weights(rows, COLUMNS, dtype, seed)
     rng = torch.Generator().manual_seed(seed + 1)
@@ -115,9 +118,10 @@ def dora(
 
 
 def sums(W: torch.Tensor, reach: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 sums whose rounding error nearly takes 16-bit weights to a boundary, and a bound on the Δ in them.
+    """Return float32 sums whose rounding error takes 16-bit weights near a boundary, and a bound on the Δ in them.
 
-    The bound is `reach` times the distance to the boundary, or as large as Δ is.
+    The bound is `reach` times the distance to the boundary, or the size of Δ.
+
     """
     rng = torch.Generator().manual_seed(seed)
     bits, values = W.view(torch.int16), W.double()
@@ -134,7 +138,7 @@ def sums(W: torch.Tensor, reach: float, seed: int) -> tuple[torch.Tensor, torch.
 
 
 def rank_one_at_a_time(order: str) -> Product:
-    """Adds `B[:, k]·A[k]` term by term, rounding after each: forwards, backwards, or shuffled."""
+    """Add `B[:, k]·A[k]` term by term, rounding after each: forwards, backwards, or shuffled."""
 
     def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         count = len(right)
@@ -148,7 +152,7 @@ def rank_one_at_a_time(order: str) -> Product:
 
 
 def in_pairs(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Adds the terms up as a tree."""
+    """Add up the terms as a tree."""
     terms = [left[:, k, None] * right[k] for k in range(len(right))]
     while len(terms) > 1:
         terms = [sum(terms[at : at + 2][1:], terms[at]) for at in range(0, len(terms), 2)]
@@ -171,7 +175,7 @@ ARITHMETIC: dict[str, Product] = {
 
 
 def undo_by(product: Product, patch: pytest.MonkeyPatch) -> None:
-    """Have merges undone with this product, the compiled loop replaced too."""
+    """Undo merges with this product, also in place of the compiled loop."""
 
     def subtract(after: torch.Tensor, first: int, updates: list[Update], out: torch.Tensor, *_: torch.Tensor) -> None:
         out.copy_(residual.subtracted(after, first, updates))
@@ -185,7 +189,7 @@ def undo_by(product: Product, patch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A base, adapters that are to be merged into it together, and how."""
+    """A base, the adapters to merge into it together, and the options."""
 
     base: Path
     adapters: list[Path]
@@ -243,7 +247,7 @@ def write(name: str, folder: Path, rows: int, seed: int) -> Case:
 
 
 def write_base(folder: Path, W: torch.Tensor, config: dict[str, Any] | None = None, **others: torch.Tensor) -> Path:
-    """A checkpoint of one module, and what is beside its weight."""
+    """Write a checkpoint of one module, and other tensors."""
     base = folder / "base"
     base.mkdir(parents=True)
     save_file({f"{MODULE}.weight": W} | others, base / "model.safetensors", {"format": "pt"})
@@ -254,7 +258,7 @@ def write_base(folder: Path, W: torch.Tensor, config: dict[str, Any] | None = No
 def write_quantized(
     folder: Path, rows: int, seed: int, dtype: torch.dtype, how: dict[str, Any]
 ) -> tuple[Path, torch.Tensor]:
-    """The same quantized, with scales that are powers of two, and what it dequantizes to."""
+    """Write the weight quantized, with scales that are powers of two; returns the dequantized weight."""
     W, config = weights(rows, COLUMNS, dtype, seed), {"dtype": str(dtype).removeprefix("torch.")}
     if how:
         adapterkit.quantize(write_base(folder / "dense", W, config), folder / "base", **how)
@@ -272,7 +276,7 @@ def write_quantized(
 
 
 def write_adapter(folder: Path, update: Factors, magnitude: torch.Tensor | None = None) -> Path:
-    """A PEFT adapter with scaling 1."""
+    """Write a PEFT adapter with scaling 1."""
     folder.mkdir(parents=True)
     (B, A), prefix = update, f"base_model.model.{MODULE}"
     tensors = {f"{prefix}.lora_A.weight": A.contiguous(), f"{prefix}.lora_B.weight": B.contiguous()}

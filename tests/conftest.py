@@ -1,4 +1,4 @@
-"""Where the tests find things: the fixtures, the real base model, and other people's adapters."""
+"""Fixtures shared by the tests: small bases and adapters, the real base model, real adapters, and a Hub."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hubserver import Hub, serving
 from hypothesis import settings
 from safetensors.torch import save_file
 
-# Before anything imports them: no test reaches the network.
+# Set before any import: no test reaches the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Where the suite runs in the background of a shell, ctrl-C is ignored, and so it would be in what tests start.
+# In the background of a shell ctrl-C is ignored, which processes started by tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Looking for garbage among all that torch and transformers are made of takes time, and finds nothing.
+# Collecting garbage among the objects of torch and transformers takes time, and finds nothing.
 gc.set_threshold(50_000, 20, 50)
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes long, unless `-m slow` or a name asks for it."""
+    """Skip slow tests, unless `-m slow` or a name selects them."""
     asked = config.getoption("markexpr") or config.getoption("keyword") or any("::" in arg for arg in config.args)
     for item in items if not asked else ():
         if item.get_closest_marker("slow"):
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays, and is not looked at again."""
+    """Exclude imported objects from garbage collection."""
     gc.freeze()
 
 
@@ -55,7 +55,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads, and several test processes would fight for the cores."""
+    """Tiny products don't gain from threads, and test processes would compete for the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,7 +64,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face directory; `make base` gets it."""
+    """SmolLM2-135M-Instruct as a Hugging Face directory, from `make base`."""
     path = Path(os.environ.get("ADAPTERKIT_CACHE", ROOT / ".cache")) / "SmolLM2-135M-Instruct"
     if not (path / "config.json").is_file():
         pytest.skip("SmolLM2-135M-Instruct is not there: run `make base`")
@@ -73,7 +73,7 @@ def smollm2() -> Path:
 
 @pytest.fixture
 def material() -> Callable[[str], Path]:
-    """A real adapter that other people trained, by its folder."""
+    """Return the path of a real adapter, by its folder."""
 
     def find(name: str) -> Path:
         if not (MATERIAL / name).exists():
@@ -129,7 +129,7 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A Hub of this test's own, which the real client asks with a token that may write for `me`; waits take no time."""
+    """A local Hub for this test, with a token that can write for `me`; the client's waits take no time."""
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
@@ -157,7 +157,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def factors(module: str, out: int, inner: int, rank: int = 4, size: float = 0.1) -> dict[str, torch.Tensor]:
-    """Random A (rank, in) and B (out, rank) of `module`, with PEFT's names."""
+    """Return random A (rank, in) and B (out, rank) of `module`, by PEFT's names."""
     return {
         f"{module}.lora_A.weight": torch.randn(rank, inner) * size,
         f"{module}.lora_B.weight": torch.randn(out, rank) * size,

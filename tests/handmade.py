@@ -1,4 +1,4 @@
-"""Small files made by hand, byte for byte where that matters, and the command line run in this process."""
+"""Small files written by hand, byte for byte where that matters, and the command line run in this process."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "target_modules": ["q
 
 
 def packed(header: Any, data: bytes = b"") -> bytes:
-    """A safetensors file, right or wrong: the length, `header` as JSON or as these very bytes, the data."""
+    """Return a safetensors file, valid or not: the length, `header` as JSON or as raw bytes, the data."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + data
 
 
 def write_base(folder: Path, shards: int = 2, rows: int = ROWS) -> Path:
-    """A Hugging Face directory: one layer a shard, an untouched norm in each, a config and a tokenizer file."""
+    """Write a Hugging Face directory: one layer per shard, an unmodified norm in each, a config and a tokenizer file."""
     folder.mkdir(parents=True)
     rng = torch.Generator().manual_seed(0)
     tensors = {f"{name}.weight": torch.randn(rows, COLUMNS, generator=rng).bfloat16() for name in MODULES}
@@ -51,7 +51,7 @@ def write_base(folder: Path, shards: int = 2, rows: int = ROWS) -> Path:
 
 
 def factors(rows: int = ROWS) -> dict[str, torch.Tensor]:
-    """The tensors of a PEFT adapter for `write_base`."""
+    """Return the tensors of a PEFT adapter for `write_base`."""
     rng = torch.Generator().manual_seed(1)
     tensors = {}
     for name in MODULES:
@@ -61,7 +61,7 @@ def factors(rows: int = ROWS) -> dict[str, torch.Tensor]:
 
 
 def write_adapter(folder: Path, tensors: dict[str, torch.Tensor] | None = None, config: Any = CONFIG) -> Path:
-    """A PEFT adapter directory; `config` None for no config, bytes for these very bytes."""
+    """Write a PEFT adapter directory; `config` is None for no config, or raw bytes."""
     folder.mkdir(parents=True)
     save_file(factors() if tensors is None else tensors, folder / "adapter_model.safetensors")
     if config is not None:
@@ -84,7 +84,7 @@ def list_cache(folder: Path, cache: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below `folder`, and the bytes of the files: what must not change."""
+    """Return every path below `folder` with the bytes of the files."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -92,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 class Terminal(io.TextIOWrapper):
-    """Where the command prints to; a test may say that it is a terminal."""
+    """The command's output stream; a test can declare it a terminal."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), "utf-8", write_through=True)
@@ -104,14 +104,14 @@ class Terminal(io.TextIOWrapper):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """The exit code and output of a command."""
 
     code: int
     out: str
     err: str
 
     def message(self, code: int) -> str:
-        """The one line of an error that ended with `code`, and its hint after a semicolon."""
+        """Return the one line of an error with exit code `code`, with its hint after a semicolon."""
         error, *hints = lines = self.err.strip().splitlines()
         assert (self.code, len(hints) <= 1) == (code, True), self
         assert error.startswith("error: ") and all(hint.startswith("hint: ") for hint in hints), self
@@ -119,7 +119,7 @@ class Outcome:
         return "; ".join(line.partition(": ")[2] for line in lines)
 
     def message_of_last(self, code: int) -> str:
-        """The same, after notes."""
+        """Return the same if notes precede it."""
         _, found, error = self.err.rpartition("error: ")
         return replace(self, err=found + error).message(code)
 
@@ -141,8 +141,8 @@ def adapterkit(*args: str | Path) -> Outcome:
     return outcome
 
 
-def run_left(out: Path) -> Path:
-    """The folder of a training run that was interrupted."""
+def interrupted_run(out: Path) -> Path:
+    """Return the folder of an interrupted training run."""
     folder = unfinished_work(out, "train")
     assert folder is not None
     return folder

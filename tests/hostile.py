@@ -1,4 +1,4 @@
-"""Adapters and bases that are hostile in every string: what steers terminals, markup of every kind, forged lines."""
+"""Adapters and bases with hostile strings everywhere: control sequences, markup of every kind, forged lines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from adapterkit.text import BLANK
 STEERS = "a\x1b[38;5;201m\x1b]0;t\x07\x9b2J\u202e\u2066\u200b\0\x7f\r\nFORGED\t"
 MARKUP = "[bold]b[/] a[/] [link=x]:warning: $x$ | `y` <img src=x> --- {z}"
 HOSTILE = STEERS + MARKUP
-FOLDER = HOSTILE.replace("\0", "").replace("/", "\\")  # as a name on a disk
+FOLDER = HOSTILE.replace("\0", "").replace("/", "\\")  # as a file name
 MODULE = "model.layers.0.[b]c[/] $x$ | `y` <img src=x> :warning:"
 
 
 def write_hostile_adapter(folder: Path, alpha: int = 6, **config: Any) -> Path:
-    """An adapter that is hostile in every string that a reader takes."""
+    """Write an adapter with a hostile value in every string field."""
     tensors = factors()
     for side in "AB":
         tensors[f"base_model.model.{MODULE}.lora_{side}.weight"] = tensors[
@@ -37,7 +37,7 @@ def write_hostile_adapter(folder: Path, alpha: int = 6, **config: Any) -> Path:
 
 
 def write_hostile_base(folder: Path) -> Path:
-    """A base that is."""
+    """Write a base with hostile strings."""
     write_base(folder, shards=1)
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -52,5 +52,5 @@ def write_hostile_base(folder: Path) -> Path:
 
 
 def steering(text: str) -> set[str]:
-    """The characters of `text` that steer a terminal or hide."""
+    """Return the characters of `text` that control a terminal or are invisible."""
     return {c for c in text if c != "\n" and unicodedata.category(c)[0] == "C"} | (set(text) & BLANK)

@@ -1,7 +1,8 @@
-"""A Hugging Face Hub for tests, over HTTP on the loopback: what the real huggingface_hub client asks for, and faults.
+"""A local Hugging Face Hub over HTTP, with the endpoints that the real huggingface_hub client uses, and faults.
 
-It keeps repositories with commits, branches, tags and pull requests, LFS objects by SHA-256, tokens with scopes, gates,
-byte ranges and pages; and it notes every request. Facts about the protocol: the client's own requests (1.31 to 2.x).
+It has repositories with commits, branches, tags and pull requests, LFS objects by SHA-256, tokens with scopes, gated
+repositories, byte ranges and pagination; and it records every request. The protocol is that of client 1.31 to 2.x.
+
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Blob:
 
     @property
     def oid(self) -> str:
-        """What git calls it: of an LFS file, the name of its pointer."""
+        """The file's git object id; for an LFS file, that of its pointer."""
         data = self.data if not self.lfs else f"oid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
@@ -52,7 +53,7 @@ Files = dict[str, Blob]
 
 @dataclass
 class Repo:
-    """A model repository; the commits of a branch are all kept, the newest last."""
+    """A model repository; all commits of a branch are stored, the newest last."""
 
     name: str
     private: bool = False
@@ -72,22 +73,22 @@ class Repo:
         return oid
 
     def resolve(self, revision: str) -> str | None:
-        """The commit that a branch, a tag or its own id names."""
+        """Return the commit of a branch, a tag or a commit id."""
         found = self.branches.get(revision) or self.tags.get(revision) or revision
         return found if found in self.commits else None
 
     def files(self, revision: str = "main") -> Files:
-        """The files at a revision."""
+        """Return the files at a revision."""
         return self.commits[self.resolve(revision) or ""][0]
 
     def card(self) -> dict[str, Any]:
-        """The YAML at the top of the card."""
+        """The YAML front matter of the model card."""
         text = self.files()["README.md"].data.decode() if "README.md" in self.files() else ""
         match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
         return (yaml.safe_load(match[1]) or {}) if match else {}
 
     def described(self) -> list[str]:
-        """The tags that it is found by."""
+        """The tags for searches."""
         card = self.card()
         bases = card.get("base_model") or []
         bases = [bases] if isinstance(bases, str) else bases
@@ -98,12 +99,12 @@ class Repo:
 
 @dataclass(frozen=True)
 class Token:
-    """Who asks, and what for: `role` is read, write or fineGrained, which writes to `writes` only."""
+    """A user with permissions: `role` is read, write or fineGrained, which writes to `writes` only."""
 
     user: str
     role: str = "write"
     writes: tuple[str, ...] = ()
-    gates: tuple[str, ...] = ()  # gated repositories that let this user in
+    gates: tuple[str, ...] = ()  # gated repositories that this user can access
 
     def may_write(self, repo: str) -> bool:
         if self.role == "fineGrained":
@@ -113,19 +114,17 @@ class Token:
 
 @dataclass
 class Fault:
-    """What goes wrong with requests like `GET /api/…`, `times` times: a status, or a body that is another, cut, slow,
-    endless or none.
-    """
+    """A fault for `times` requests like `GET /api/…`: a status, or a body that is different, truncated, slow, endless or empty."""
 
     pattern: str
     status: int = 0
     after: int | None = None  # bytes of the body, then the connection is closed
-    body: bytes | None = None  # instead of the answer
+    body: bytes | None = None  # instead of the response
     hang: bool = False  # nothing more until the server ends
-    garble: bool = False  # as many other bytes
-    piece: int = 0  # bytes that are sent at a time
-    tick: bool = False  # a piece whenever the clock of the test is read
-    endless: bool = False  # the body comes again and again, until the client hangs up
+    garble: bool = False  # different bytes of the same length
+    piece: int = 0  # bytes to send at a time
+    tick: bool = False  # a chunk on each reading of the test's clock
+    endless: bool = False  # repeats the body until the client disconnects
     slow_headers: bool = False  # a header that never ends, a byte every hundredth of a second
     reason: str | None = None  # in the status line
     times: int = 1
@@ -134,7 +133,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for."""
+    """A recorded request."""
 
     method: str
     path: str
@@ -144,7 +143,7 @@ class Request:
 
 
 class Hub:
-    """The state of the server, for tests to fill and to look at."""
+    """The state of the server, for tests to set up and inspect."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -153,38 +152,38 @@ class Hub:
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.page = 20  # rows of a listing
-        self.ranges = True  # whether it knows them
+        self.ranges = True  # whether it supports them
         self.slept: list[float] = []  # the seconds that the client waited
-        self.now = 0.0  # what tests may take for the time
-        self.read = threading.Semaphore(0)  # how often they did
+        self.now = 0.0  # the time for tests
+        self.read = threading.Semaphore(0)  # the number of readings
         self.ended = threading.Event()
-        self.hung: Callable[[], object] = lambda: None  # is called when a request hangs
+        self.hung: Callable[[], object] = lambda: None  # called when a request hangs
         self.lock = threading.RLock()
         self.url = ""
 
     def add(self, name: str, files: dict[str, bytes], **facts: Any) -> Repo:
-        """Put a repository there."""
+        """Add a repository."""
         repo = self.repos.setdefault(name, Repo(name, **facts))
         repo.commit({file: Blob(data, file.endswith(LFS)) for file, data in files.items()}, "first")
         self.objects |= {blob.sha256: blob.data for blob in repo.files().values() if blob.lfs}
         return repo
 
     def fail(self, pattern: str, status: int = 0, **how: Any) -> None:
-        """Let requests that match `pattern` ("PUT .*/lfs/") go wrong."""
+        """Make requests that match `pattern` ("PUT .*/lfs/") fail."""
         self.faults.append(Fault(pattern, status, **how))
 
     def asked(self, pattern: str) -> list[Request]:
-        """The requests that match `pattern`."""
+        """Return the requests that match `pattern`."""
         return [one for one in self.requests if re.match(pattern, f"{one.method} {one.path}")]
 
     def clock(self) -> float:
-        """The time, in which a second passes whenever it is asked for."""
+        """Return the time, which advances by a second on each call."""
         self.now += 1
         self.read.release()
         return self.now
 
     def fault(self, request: str) -> Fault | None:
-        """The fault that is due, once less."""
+        """Return the fault to apply, and count it."""
         with self.lock:
             found = next((one for one in self.faults if one.times and re.match(one.pattern, request)), None)
             if found is not None:
@@ -193,7 +192,7 @@ class Hub:
 
 
 class RefusedError(Exception):
-    """An answer that is no success."""
+    """An error response."""
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(message)
@@ -202,7 +201,7 @@ class RefusedError(Exception):
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A Hub, and what answers for it at `hub.url`."""
+    """Yield a Hub that is served at `hub.url`."""
     hub = Hub()
 
     class Handler(_Handler):
@@ -231,7 +230,7 @@ REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 
 
 def route(pattern: str) -> Callable[[Answer], Answer]:
-    """Answer requests like `pattern`, which begins with the method."""
+    """Register the handler of requests like `pattern`, which starts with the method."""
 
     def note(answer: Answer) -> Answer:
         ROUTES.append((re.compile(pattern), answer))
@@ -243,12 +242,12 @@ def route(pattern: str) -> Callable[[Answer], Answer]:
 class _Handler(BaseHTTPRequestHandler):
     state: Hub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body are two writes, and the second would wait for 40 ms
+    disable_nagle_algorithm = True  # otherwise the second write, of the body, waits for 40 ms
 
     def do_GET(self) -> None:
         self.reply: tuple[bytes, int, dict[str, str]] | None = None
         self.answer()
-        if self.reply is not None:  # outside the lock, since it may take its time
+        if self.reply is not None:  # outside the lock, since it can take long
             self.write(*self.reply)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
@@ -257,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self) -> None:
-        """Read the request, note it, and answer by the first route that fits, or by the fault that is due."""
+        """Read and record the request, and answer by the first matching route, or by a fault."""
         self.path, _, query = self.path.partition("?")
         self.query = parse_qs(query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -294,13 +293,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.send({"error": error.message}, error.status, headers)
 
     def hang(self) -> None:
-        """Be silent until the server ends."""
+        """Send nothing until the server stops."""
         self.close_connection = True
         self.state.hung()
         self.state.ended.wait()
 
     def trickle(self) -> None:
-        """Send a header byte by byte until the client hangs up or the server ends."""
+        """Send a header byte by byte until the client disconnects or the server stops."""
         self.close_connection = True
         self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
         while not self.state.ended.wait(0.01):
@@ -315,7 +314,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply = data, status, headers | dict(self.fault.headers if self.fault else ())
 
     def write(self, data: bytes, status: int, headers: dict[str, str]) -> None:
-        """Write an answer as the fault has it: with fewer bytes, others, slowly, or for ever."""
+        """Send a response with the fault's changes: truncated, different, slow, or endless."""
         self.send_response(status, self.fault.reason if self.fault else None)
         for name, value in headers.items():
             if name != "Content-Length":
@@ -340,14 +339,14 @@ class _Handler(BaseHTTPRequestHandler):
         while True:
             for at in range(0, len(data), piece):
                 if self.fault and self.fault.tick:
-                    self.state.read.acquire(timeout=10)  # by then the client has hung up
+                    self.state.read.acquire(timeout=10)  # the client has disconnected
                 self.wfile.write(data[at : at + piece])
                 self.wfile.flush()
             if not (self.fault and self.fault.endless):
                 return
 
     def repo(self, match: re.Match[str], write: bool = False, content: bool = False) -> Repo:
-        """The repository, where this token may see it; with `write`, change it; with `content`, read its files."""
+        """Return the repository if this token may see it; with `write`, change it; with `content`, read its files."""
         repo = self.state.repos.get(match["repo"])
         owner = self.token is not None and match["repo"].split("/")[0] in (self.token.user, "an-org")
         if repo is None or (repo.private and not owner):
@@ -359,7 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repo
 
     def at(self, repo: Repo, revision: str) -> str:
-        """The commit at a revision."""
+        """Return the commit at a revision."""
         if (found := repo.resolve(unquote(revision))) is None:
             raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return found

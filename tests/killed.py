@@ -29,7 +29,7 @@ State = tuple[Any, Any]
 
 
 def run(*args: str, nth: int | None = None, which: int = signal.SIGKILL, swaps: bool = True) -> int:
-    """The exit code of the command line in a fork; at its `nth` step it gets a signal."""
+    """Return the exit code of the command line in a fork that gets a signal at its `nth` step."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -67,14 +67,14 @@ def succeeds(*args: str) -> None:
 
 
 def whole(out: Path) -> Any:
-    """What is at `out`, but for sidecars, in which entries are in the order that threads came in."""
+    """Return the contents of `out`, without sidecars, whose entries are in the order of the threads."""
     if not out.is_dir():
         return out.read_bytes() if out.exists() else None
     return {name: data for name, data in contents(out).items() if not name.endswith(".residuals")}
 
 
 def state(out: Path) -> State:
-    """An output and its receipt."""
+    """Return an output and its receipt."""
     return whole(out), None if out.is_dir() else whole(out.with_name(f"{out.name}.receipt"))
 
 
@@ -135,7 +135,7 @@ def check(
 
 def after_kill(out: Path, old: State, new: State, swaps: bool) -> None:
     found, [*workspaces] = state(out), Path().glob(f"{PREFIX}*")
-    if found[0] is None:  # there was none, or it waits aside where directories cannot be swapped
+    if found[0] is None:  # there was none, or it is in the workspace where directories cannot be swapped
         assert old[0] is None or (not swaps and [whole(one / "old") for one in workspaces] == [old[0]])
     elif found not in (old, new):
         assert found[0] in (old[0], new[0])

@@ -1,4 +1,4 @@
-"""What a merge must give, computed densely in float64 from the papers' formulas; it shares no code with adapterkit."""
+"""The expected result of a merge, computed densely in float64 from the papers' formulas, without code of adapterkit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FP32 = 2.0**-24
 
 @dataclass
 class Expected:
-    """The exact merged weight, and how far float32 arithmetic may stray from it before the one rounding."""
+    """The exact merged weight, and a bound on the error of float32 arithmetic before the final rounding."""
 
     exact: torch.Tensor
     slack: torch.Tensor
@@ -27,7 +27,7 @@ class Expected:
 def merged(
     base: dict[str, torch.Tensor], adapter: Path, weight: float = 1.0, conv1d: bool = False
 ) -> dict[str, Expected]:
-    """The tensors of `base` that the PEFT adapter in the directory `adapter` changes; `conv1d`: stored (in, out)."""
+    """Return the tensors of `base` changed by the PEFT adapter in the directory `adapter`; `conv1d`: stored (in, out)."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = {
         k.removeprefix("base_model.model."): v for k, v in load_file(adapter / "adapter_model.safetensors").items()
@@ -52,7 +52,7 @@ def merged(
 
 
 def scaling_of(config: dict, module: str, rank: int) -> float:
-    """alpha / r, or alpha / √r with rsLoRA; the first alpha_pattern that matches wins."""
+    """Return alpha / r, or alpha / √r with rsLoRA; the first matching alpha_pattern wins."""
     alpha = config["lora_alpha"]
     for pattern, value in config["alpha_pattern"].items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -64,7 +64,7 @@ def scaling_of(config: dict, module: str, rank: int) -> float:
 def _lora(
     W: torch.Tensor, a: torch.Tensor, b: torch.Tensor, s: float, m: torch.Tensor | None, weight: float, transposed: bool
 ) -> Expected:
-    """W + s·BA, or with a magnitude diag(m / ‖V‖)·V for V = W + s·BA (arXiv 2106.09685, 2402.09353)."""
+    """Return W + s·BA, or with a magnitude diag(m / ‖V‖)·V for V = W + s·BA (arXiv 2106.09685, 2402.09353)."""
     shape, rank = W.shape, a.shape[0]
     A, B = a.reshape(rank, -1), b.reshape(b.shape[0], -1)
     delta = s * (B @ A)
@@ -85,19 +85,19 @@ def _lora(
 
 
 def half_ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Half the distance between the neighbours of `exact` in `dtype`."""
+    """Return half the distance between the neighbours of `exact` in `dtype`."""
     exponent = torch.frexp(exact.abs())[1] - 1  # |x| in [2^e, 2^(e+1))
     return torch.ldexp(torch.full_like(exact, UNIT[dtype]), exponent.clamp(min=SMALLEST[dtype]))
 
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`exact` rounded once, half to even; torch itself goes from float64 to bfloat16 by way of float32."""
+    """Return `exact` rounded once, half to even; torch itself rounds float64 to bfloat16 through float32."""
     ulp = 2 * half_ulp(exact, dtype)
     return (torch.round(exact / ulp) * ulp).to(dtype)
 
 
 def check(actual: torch.Tensor, expected: Expected) -> int:
-    """Assert the bound for every element; return how many are not the correctly rounded value."""
+    """Assert the bound for every element; returns the number of elements that are not correctly rounded."""
     error = (actual.double() - expected.exact).abs()
     limit = half_ulp(expected.exact, actual.dtype) + expected.slack
     worst = (error - limit).max()

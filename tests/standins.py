@@ -1,4 +1,4 @@
-"""Stand-ins for what no test can ask for: a full disk, a kill at the right moment, a GPU."""
+"""Simulated conditions: a full disk, a kill at a given moment, a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def nth_call(function: Callable[..., Any], n: int, act: Callable[[], None]) -> Callable[..., Any]:
-    """`function`, but its n-th call does `act` first."""
+    """Return `function` with `act` called before its n-th call."""
     calls = 0
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
@@ -30,6 +30,6 @@ def failing(error: BaseException) -> Callable[..., None]:
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that says that it lies on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     is_cuda = True

@@ -1,4 +1,4 @@
-"""The benchmarks run from anywhere, by path and as modules, and import only what there is."""
+"""The benchmarks run from anywhere, by path and as modules, and their imports exist."""
 
 import ast
 import os
@@ -16,15 +16,15 @@ SCRIPTS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 @pytest.mark.parametrize("words", [[str(ROOT / "benchmarks" / "merge.py")], ["-m", "benchmarks.merge"]], ids=len)
 def test_a_benchmark_starts_from_another_folder(words: list[str], tmp_path: Path) -> None:
-    """As an editable install has it, where the root is on the path."""
+    """As with an editable install, where the root is on the path."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *words, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--rounds" in done.stdout
 
 
-def test_benchmarks_import_what_there_is() -> None:
-    """Each is run by hand only, so that a name that moved would be missed late."""
+def test_names_that_benchmarks_import_exist() -> None:
+    """They are run by hand only, so that a missing name would be noticed late."""
     used = {
         (script.name, node.module, alias.name)
         for script in SCRIPTS

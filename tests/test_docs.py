@@ -1,6 +1,7 @@
-"""The README and docs/: commands and options exist, links lead somewhere, and the README stays short.
+"""The README and docs/: commands and options exist, links work, and the README stays short.
 
-What the examples print is compared by `make examples`, since it takes minutes.
+`make examples` compares the output of the examples, which takes minutes.
+
 """
 
 import ast
@@ -23,8 +24,8 @@ by_name = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 @by_name
-def test_every_command_of_a_page_is_one(page: Path) -> None:
-    """By click's own parser: names, options, choices, and how many arguments there are."""
+def test_commands_on_a_page_are_valid(page: Path) -> None:
+    """By click's own parser: names, options, choices, and the number of arguments."""
     found = commands(page.read_text(encoding="utf-8"))
     for words in found:
         context = group.make_context("adapterkit", [], resilient_parsing=True)
@@ -38,7 +39,7 @@ def test_every_command_of_a_page_is_one(page: Path) -> None:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each adapterkit command in the shell blocks, from its name to the end of the command."""
+    """Yield the words of each adapterkit command in the shell blocks."""
     lines = []
     for language, block in BLOCK.findall(text):
         block = block.replace("\\\n", " ")
@@ -50,14 +51,14 @@ def commands(text: str) -> list[list[str]]:
 
 
 @by_name
-def test_links_of_a_page_lead_to_files(page: Path) -> None:
+def test_links_on_a_page_exist(page: Path) -> None:
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     files = [page.parent / target for target in targets if "://" not in target]
     assert [file for file in files if file.name != GENERATED and not file.exists()] == []
 
 
 @by_name
-def test_python_of_a_page_names_what_there_is(page: Path) -> None:
+def test_names_in_the_python_of_a_page_exist(page: Path) -> None:
     for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "python":
             used = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute)]

@@ -1,6 +1,7 @@
-"""Strangers' files, fuzzed: whatever is changed in valid ones, they are read or refused, soon and in little memory.
+"""Fuzzed files: changed copies of valid files are read or refused, within limits of time and memory.
 
-With `ADAPTERKIT_FUZZ=N` in the environment each reader gets N inputs, not the few hundred of the ordinary suite.
+With `ADAPTERKIT_FUZZ=N` in the environment each reader gets N inputs, instead of a few hundred.
+
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ else:
     from backports import zstd
 
 EXAMPLES = int(os.environ.get("ADAPTERKIT_FUZZ", 350))
-SECONDS, BYTES = 10, 64 << 20  # what an input of a few KB may take
+SECONDS, BYTES = 10, 64 << 20  # limits for an input of a few KB
 
 fuzzed = settings(
     max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
@@ -71,14 +72,14 @@ fuzzed = settings(
 
 
 class Pairs(list[tuple[str, Any]]):
-    """A JSON object, in which a name may come twice."""
+    """A JSON object that can have duplicate keys."""
 
 
 Files = dict[str, Pairs]  # by name
 
 
 class Raw(str):
-    """JSON as it will stand in the file, right or wrong."""
+    """JSON as it will be in the file, valid or not."""
 
 
 def parsed(raw: str | bytes) -> Any:
@@ -115,7 +116,7 @@ NUMBERS = ["0", "00", "1", "2", "7", "16", "31", "47", "48", "49", "9" * 20]
 
 
 def other_name(name: str, what: int) -> str:
-    """With another end, or another number in it."""
+    """Return the name with another suffix or another number in it."""
     numbers = [match.span() for match in re.finditer("[0-9]+", name)]
     if what % 3 == 2 and numbers:
         start, stop = numbers[what // 3 % len(numbers)]
@@ -124,7 +125,7 @@ def other_name(name: str, what: int) -> str:
 
 
 class Place(NamedTuple):
-    """Of a value: the list or object that it is in, and where."""
+    """The position of a value: its list or object, and the index or key."""
 
     node: list[Any]
     index: int
@@ -150,14 +151,14 @@ def places(node: list[Any]) -> Iterator[Place]:
 
 Edit = tuple[str, int, int, int]
 HOW = ["like"] * 6 + ["other"] * 4 + ["renamed", "copied", "traded", "odd", "deleted"] * 2 + ["nested", "twice"]
-# What is done, in which file, where in it, by what.
+# The kind of change, the file, the position, and the new value.
 edits = st.lists(
     st.tuples(st.sampled_from(HOW), st.integers(0, 99), st.integers(0, 9999), st.integers(0, 9999)), max_size=4
 )
 
 
 def edit(files: Files, changes: Iterable[Edit]) -> Files:
-    """The JSON of some files, changed."""
+    """Change the JSON of some files."""
     files = deepcopy(files)
     for how, which, where, what in changes:
         inside = list(places(list(files.values())[which % len(files)]))
@@ -196,7 +197,7 @@ def edit(files: Files, changes: Iterable[Edit]) -> Files:
 # --- bytes, and what is changed in them ------------------------------------------------------------------------------
 
 Cut = tuple[int, int, int, bytes | int]
-# In which file, where, how many bytes go, and what comes in their place: these, or what stands there.
+# The file, the position, the number of bytes to remove, and the replacement: these bytes, or those at a position.
 a_cut = st.tuples(
     st.integers(0, 99),
     st.integers(0, 1 << 16),
@@ -208,7 +209,7 @@ seldom = st.sampled_from([True, False, False, False]).flatmap(lambda some: cuts 
 
 
 def cut(raw: bytes, changes: Iterable[Cut]) -> bytes:
-    """`raw` with some bytes replaced: by others, or by what stands elsewhere in it."""
+    """Replace some bytes of `raw`, by others or by bytes from elsewhere in it."""
     for _, at, length, new in changes:
         at %= len(raw) + 1
         if isinstance(new, int):
@@ -219,7 +220,7 @@ def cut(raw: bytes, changes: Iterable[Cut]) -> bytes:
 
 
 def parts_of(code: bytes) -> list[bytes]:
-    """The counts and the planes of what `coding` made."""
+    """Return the counts and the planes of the output of `coding`."""
     parts, at = [code[:9]], 9
     while at < len(code):
         packed, size = struct.unpack_from("<II", code, at)
@@ -230,7 +231,7 @@ def parts_of(code: bytes) -> list[bytes]:
 
 
 def cut_code(code: bytes, changes: Iterable[Cut]) -> bytes:
-    """What `coding` made with its counts or a plane changed, as long as it was; or anything cut anywhere."""
+    """Change the counts or a plane in the output of `coding`, at the same length, or any bytes anywhere."""
     for change in changes:
         parts = []
         with suppress(struct.error, zstd.ZstdError):
@@ -247,13 +248,14 @@ def cut_code(code: bytes, changes: Iterable[Cut]) -> bytes:
 
 
 def encoded(table: Pairs, data: Sequence[bytes] = ()) -> bytes:
-    """A safetensors file of these tensors: zeros, the `data` of that number, or JSON that the tensor holds, its `state`.
+    """Return a safetensors file of these tensors: zeros, the `data` of that number, or a tensor's JSON, its `state`.
 
-    Without a shape a tensor is as many bytes as it has, else it is cut or filled up to that.
+    Without a shape a tensor has the size of its bytes; otherwise they are truncated or padded to it.
+
     """
     header, body = Pairs(), b""
     for name, entry in table:
-        with suppress(Exception):  # what makes no sense is left as it is
+        with suppress(Exception):  # invalid values are not changed
             fields = {field: json.loads(text(value)) for field, value in entry}
             new = data[fields["data"] % len(data)] if "data" in fields else b""
             if "state" in fields and (not new or json.loads(new) != fields["state"]):
@@ -287,7 +289,7 @@ def table(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Pairs:
 
 
 def described(folder: Path) -> Files:
-    """The JSON of a directory's files; of its tensors name, dtype and shape."""
+    """Return the JSON of a directory's files, and of its tensors' name, dtype and shape."""
     files: Files = {}
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors":
@@ -298,7 +300,7 @@ def described(folder: Path) -> Files:
 
 
 def quantized(kind: str) -> Files:
-    """A base of two matrices and a vector, as it is stored quantized."""
+    """Return a base of two matrices and a vector, stored quantized."""
     tensors = table([("model.norm.weight", "BF16", (COLUMNS,))])
     for name in (f"{module}.weight" for module in MODULES[:2]):
         if kind == "fp8":
@@ -314,7 +316,7 @@ def quantized(kind: str) -> Files:
     return {"model.safetensors": tensors, "config.json": parsed(json.dumps(config))}
 
 
-# A base that ties, fuses and stacks, and an adapter with something for each.
+# A base with tied, fused and stacked tensors, and an adapter for all of them.
 FUSED_BASE: Files = {
     "model.safetensors": table((f"model.{name}", "BF16", shape) for name, shape in {
         "embed_tokens.weight": (64, 32), "norm.weight": (32,), "conv.weight": (16, 8, 3, 3),
@@ -347,7 +349,7 @@ FUSED_ADAPTER: Files = {
 
 @cache
 def bases() -> list[Files]:
-    """Plain, quantized in each way, and fused: the plain adapters land on all but the last."""
+    """Return plain, quantized and fused bases: the plain adapters match all but the last."""
     with TemporaryDirectory() as folder:
         plain = described(write_base(Path(folder, "base")))
     return [plain, *map(quantized, ("nf4", "fp4", "int8", "fp8")), FUSED_BASE]
@@ -355,7 +357,7 @@ def bases() -> list[Files]:
 
 @cache
 def model() -> Files:
-    """A model that transformers loads: its config and its weights."""
+    """Return a model that transformers loads: its config and its weights."""
     with TemporaryDirectory() as folder:
         files = described(save_tiny_model(Path(folder)))
     return {name: files[name] for name in ("config.json", "model.safetensors")}
@@ -367,7 +369,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @cache
 def adapters() -> list[Files]:
-    """LoRA, DoRA, and what fits the last base."""
+    """Return LoRA and DoRA adapters, and one for the last base."""
     dora = {f"base_model.model.{name}.lora_magnitude_vector": torch.ones(ROWS) for name in MODULES[:2]}
     with TemporaryDirectory() as folder:
         plain = write_adapter(Path(folder, "plain"), tensors())
@@ -384,7 +386,7 @@ def pickled(zipped: bool) -> bytes:
 
 @cache
 def codes() -> list[tuple[Callable[..., None], bytes, list[torch.Tensor], torch.Tensor]]:
-    """By each dtype what reads a code, the code, what that is given with it, and what comes out."""
+    """Return for each dtype a decoder, a code, its arguments, and the result."""
     torch.manual_seed(0)
     found: list[tuple[Callable[..., None], bytes, list[torch.Tensor], torch.Tensor]] = []
     at, reach = torch.arange(3, 90, 7), torch.tensor([1, 3, 9, 30, 60, 99, 2**14] * 2)[:13]
@@ -406,8 +408,9 @@ def codes() -> list[tuple[Callable[..., None], bytes, list[torch.Tensor], torch.
 class Made(NamedTuple):
     """A merge, in a folder with its adapter.
 
-    `files` are what is changed, by name: the JSON of receipt and of what is in `before`, and as JSON the tensors of
+    `files` are the parts to change, by name: the JSON of the receipt and of files in `before`, and as JSON the tensors of
     sidecars, of merged files and of the `base`'s; `data` are their bytes, the first `recorded` those of the sidecars.
+
     """
 
     name: str
@@ -444,7 +447,7 @@ def header_bytes(raw: bytes) -> int:
 
 
 def stored(file: Path, data: list[bytes]) -> Pairs:
-    """The tensors of a file; their bytes go to `data`."""
+    """Return the tensors of a file; their bytes go to `data`."""
     found = Pairs()
     for info in sorted(read_header(file).tensors.values(), key=lambda info: (info.start, info.stop)):
         raw = bytes(info.read_bytes())
@@ -459,7 +462,7 @@ def stored(file: Path, data: list[bytes]) -> Pairs:
 
 
 def made(base: Path) -> Made:
-    """The merge of `base` and the adapter beside it."""
+    """Return the merge of `base` and the adapter beside it."""
     folder, files, data, exact = base.parent, Files(), list[bytes](), dict[str, bytes]()
     adapterkit.merge(base, [folder / "adapter"], base.with_stem("merged"), threads=1)
     for file in sorted(folder.rglob("*"), key=lambda file: (file.suffix != ".residuals", file)):
@@ -485,7 +488,7 @@ def made(base: Path) -> Made:
 
 
 def randomized(folder: Path, files: Files) -> Path:
-    """Files with these tensors, which hold random numbers; magnitudes as large as rows are."""
+    """Return files with these tensors, filled with random numbers, and magnitudes as large as rows."""
     folder.mkdir()
     for name, content in files.items():
         if name.endswith(".json"):
@@ -505,7 +508,7 @@ MERGES = ["shards", "file", "dora", "transposed", "nf4", "int8", "fp8", "fused"]
 
 @cache
 def merge_of(kind: str) -> Made:
-    """Plain in two shards, plain of a file that is a merge itself, DoRA by row or column, quantized bases, all else."""
+    """Yield merges: plain in two shards, plain from a single-file merge, DoRA by row or column, quantized bases, and all else."""
     torch.manual_seed(0)
     which = {"dora": 1, "transposed": 1, "fused": 2}.get(kind, 0)
     with TemporaryDirectory() as name:
@@ -533,7 +536,7 @@ def merge_of(kind: str) -> Made:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the files of an example go; what is beside it must stay as it is."""
+    """A folder for the files of an example; files beside it must not change."""
     inside = tmp_path / "outside" / "inside"
     inside.mkdir(parents=True)
     before = contents(tmp_path)
@@ -550,7 +553,7 @@ def hangs(*_: object) -> None:
 
 @contextmanager
 def refusing(changed: object, kind: type[Exception] = AdapterkitError) -> Iterator[None]:
-    """No error but ours of that kind, which can be shown, and none without a change; within bounds of time and memory."""
+    """Allow only our errors of that kind, printable, and none for unchanged files; within limits of time and memory."""
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(SECONDS)
     tracemalloc.start()
@@ -654,7 +657,7 @@ def test_codes(which: int, other: int, count: int, changes: list[Cut]) -> None:
 @settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 30)))
 @given(edits)
 def test_configs(folder: Path, changes: list[Edit]) -> None:
-    """Whether a config describes its weights, found out by transformers."""
+    """By transformers: whether a config matches its weights."""
     files = model()
     write(folder / "base", files | edit({"config.json": files["config.json"]}, changes), [])
     with refusing(changes):
@@ -674,7 +677,7 @@ def test_recipes(folder: Path, changes: list[Edit]) -> None:
 @settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 60)))
 @given(edits, seldom)
 def test_training_checkpoints(folder: Path, changes: list[Edit], bytes_changed: list[Cut]) -> None:
-    """Changed, and sealed again by who changed it."""
+    """Changed, with checksums updated by the attacker."""
     layout = {"A": torch.zeros(2, 8), "A.first": torch.zeros(2, 8, dtype=torch.bfloat16), "step": torch.zeros(())}
     names = {tensor: name for name, tensor in TORCH_NAMES.items()}
     tensors = table((name, names[str(one.dtype)[6:]], tuple(one.shape)) for name, one in layout.items())

@@ -1,4 +1,4 @@
-"""The layers of the design, held by reading the imports: they go down only."""
+"""The layers of the design, checked by the imports: modules import only from lower layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import adapterkit
 
 PACKAGE = Path(adapterkit.__file__).parent
 
-# What stands to the left knows nothing of what stands to the right; braces hold what do not know each other.
+# Packages import only from those to their left; those in the same braces don't import each other.
 ORDER = """
 text < {display errors} < {packages options} < files < adapter < algebra < base < inspection < hub < kernels
 < {merging combining train} < api < tui < cli < __main__
@@ -28,7 +28,7 @@ INNER = {
     "cli": "{data_notes naming options signals} < output < {complete failures lookup next_commands progress} < {command run_plan views} < {main commands}",
 }
 
-# Only the packages named may import these, and only the modules named with a slash do so as they are imported.
+# Only these packages may import these libraries, and only the modules in EAGER import them at the top.
 LIBRARIES = {
     "click": {"cli"},
     "huggingface_hub": {"hub"},
@@ -42,7 +42,7 @@ EAGER = {
     "click": r"cli\.(main|command|complete|failures|naming|options|commands\..*)",
     "rich": r"tui\..*",
     "textual": r"tui\..*",
-    # Imported where weights are read, and nowhere on the way there.
+    # Imported at the top only by modules that compute with weights.
     "torch": r"""(?x) algebra\..* | kernels\..* | base\.(quant\.compensated | row_reader) | inspection\.match
         | combining\.(batches | compare | convert | elementwise | extract)
         | merging\.(blocks\..* | calibration | live\..* | verify)
@@ -52,7 +52,7 @@ EAGER = {
 
 
 def ranks(order: str) -> dict[str, int]:
-    """The place of every name in an order."""
+    """Return the position of every name in an order."""
     return {name: rank for rank, names in enumerate(order.split("<")) for name in names.strip(" {}\n").split()}
 
 
@@ -61,7 +61,7 @@ INNER_RANKS = {package: ranks(order) for package, order in INNER.items()}
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
-    """Every imported module, and whether it is imported when the file is."""
+    """Yield every imported module, and whether it is imported with the file."""
     tree = ast.parse(source)
     lazy = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.If) for n in ast.walk(f)}
     for node in ast.walk(tree):
@@ -74,7 +74,7 @@ def imports(source: str) -> Iterator[tuple[str, bool]]:
 
 
 def violations(name: str, source: str) -> list[str]:
-    """What module `name` imports and may not."""
+    """Return the forbidden imports of module `name`."""
     found, (own, _, inner) = [], name.partition(".")
     for module, eager in imports(source):
         top, *path = module.split(".")
@@ -101,7 +101,7 @@ MODULES.pop("__init__")
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_imports_go_down_only(name: str) -> None:
+def test_modules_import_from_lower_layers_only(name: str) -> None:
     own, _, inner = name.partition(".")
     assert own in RANKS, f"{own} is new: give it its place in ORDER"
     if own in INNER and inner != "__init__":
@@ -142,7 +142,7 @@ def test_no_package_is_named_like_a_public_function() -> None:
 
 
 def test_the_gpu_check_names_every_wheel_that_it_needs() -> None:
-    """All that the package imports as it is imported, but for the app."""
+    """All packages imported with the package, except for the app."""
     script = (PACKAGE.parent / "benchmarks" / "gpu_check.sh").read_text()
     [needed] = re.findall(r'needed = "(.*)"', script)
     imported = set()

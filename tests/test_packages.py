@@ -1,4 +1,4 @@
-"""Packages that are missing: what does without them works, and what needs one says what to install."""
+"""Missing packages: commands that don't need one work without it, and others say what to install."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """Have a package and all of its modules be missing."""
+    """Make a package and all of its modules unavailable."""
     for name in [name for name in sys.modules if name.partition(".")[0] == package] + [package]:
         monkeypatch.setitem(sys.modules, name, None)
 
@@ -83,7 +83,7 @@ def test_an_error_of_ours_and_an_import_error(monkeypatch: pytest.MonkeyPatch, t
         needed("broken_package", "it")
 
 
-def test_what_is_installed_by_default() -> None:
+def test_the_default_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {line.split(">")[0] for line in project["dependencies"]}
     assert {"bitsandbytes", "textual", "textual-plot", "matplotlib", "pyyaml", "huggingface-hub"} <= names
@@ -93,7 +93,7 @@ def test_what_is_installed_by_default() -> None:
 
 @pytest.mark.slow
 def test_a_wheel_is_installed_and_shows_its_help(tmp_path: Path) -> None:
-    """It holds the package alone, whose help needs click alone. `make wheel` runs this."""
+    """It contains the package only, whose help needs only click. `make wheel` runs this."""
     pip = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([sys.executable, *pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True)
     [wheel] = tmp_path.glob("adapterkit-*.whl")

@@ -1,4 +1,4 @@
-"""A tiny causal language model with a tokenizer, as transformers saves them."""
+"""A tiny causal language model with a tokenizer, as saved by transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORDS = [f"w{number}" for number in range(60)]
 
 
 def save_tiny_model(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """A Llama with random weights of two layers, whose tokens are the words w0 … w59."""
+    """Save a Llama with two layers of random weights, whose tokens are the words w0 … w59."""
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]

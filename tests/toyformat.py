@@ -1,7 +1,8 @@
-"""A format that only tests know: names of files, keys, factors and strength are unlike those of any other.
+"""A test-only format, with file names, keys, factors and scaling unlike those of any other.
 
 `twigs.json` is `{"percent": 150, "size": 4, "on": "ORG/BASE"}`, `twigs.safetensors` holds `<module>/in` (in, r) and
 `<module>/out` (r, out): `Δ = percent / 100 · (in · out)ᵀ`.
+
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CONFIG, BASE_KEY = "twigs.json", "on"
 
 
 class Unread(dict[str, Any]):
-    """A config that nobody may compute with."""
+    """A config that no code may use."""
 
     def _refuse(self, *_: object) -> NoReturn:
         raise AssertionError("an adapter's config was read outside its format")

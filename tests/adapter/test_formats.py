@@ -1,4 +1,4 @@
-"""A format is one file: `toyformat.py`, put into the table and nowhere else, works wherever an adapter is taken."""
+"""A format is one module: `toyformat.py`, added to the table only, works in every command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_toy(folder: Path, **config: Any) -> Path:
-    """The adapter of `handmade.factors`, alpha 6 and rank 4, as a toy: 150%."""
+    """Write the adapter of `handmade.factors`, alpha 6 and rank 4, in the toy format: 150%."""
     folder.mkdir(parents=True)
     names = {".lora_A.weight": "/in", ".lora_B.weight": "/out"}
     tensors = {}
@@ -51,7 +51,7 @@ def toy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def twin(tmp_path: Path) -> Path:
-    """The same adapter as PEFT has it."""
+    """The same adapter in PEFT's format."""
     return write_adapter(tmp_path / "twin", config=CONFIG | {"base_model_name_or_path": BASE})
 
 
@@ -61,7 +61,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def done(*args: str | Path) -> Any:
-    """What a command prints as JSON."""
+    """Return the JSON output of a command."""
     result = adapterkit(*args, "--json")
     assert result.code == 0, result
     return json.loads(result.out)
@@ -82,7 +82,7 @@ def test_it_is_loaded_and_saved_in_either_format(toy: Path, twin: Path, tmp_path
         kit.save(one, tmp_path / "peft", format="toy")
     with pytest.raises(FitError, match="a toy holds"):
         kit.save(replace(one, modules={}), tmp_path / "none", format="toy")
-    with pytest.raises(FitError, match="target_parameters"):  # before anything is there
+    with pytest.raises(FitError, match="target_parameters"):  # before anything is written
         experts = {name: replace(weights, kind="experts") for name, weights in one.modules.items()}
         kit.save(replace(one, modules=experts), tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -119,7 +119,9 @@ def test_it_is_inspected(toy: Path, twin: Path, base: Path) -> None:
     ("command", "options"),
     [("combine", ["--rank", "2"]), ("resize", ["--energy", "0.9"]), ("convert", ["--to", "rslora"])],
 )
-def test_it_is_made_into_others(command: str, options: list[str], toy: Path, twin: Path, tmp_path: Path) -> None:
+def test_it_is_combined_resized_and_converted(
+    command: str, options: list[str], toy: Path, twin: Path, tmp_path: Path
+) -> None:
     for name, adapter in (("a", toy), ("b", twin)):
         assert adapterkit(command, adapter, "-o", tmp_path / name, *options).code == 0
     one, other = (kit.load(tmp_path / name) for name in "ab")
@@ -165,7 +167,7 @@ def test_it_is_listed_and_shown_in_the_app_and_deleted(toy: Path, twin: Path, ba
 
 
 def test_files_of_two_formats_in_one_folder_do_not_mix(toy: Path, twin: Path, tmp_path: Path) -> None:
-    """A format that knows the weights by their name reads them, with its own config, whatever the other says."""
+    """A format that uses the weights' name reads them, with its own config, whatever the other config says."""
     for name, data in contents(toy).items():
         (twin / name).write_bytes(data or b"")
     (twin / "twigs.json").write_text("{")
@@ -233,7 +235,7 @@ def test_help_and_errors_name_it(tmp_path: Path) -> None:
 
 # --- and nothing outside names one -----------------------------------------------------------------------------------
 
-# What only a format may know: the names of files, and keys of configs (but for those that recipes have as well).
+# Names that only formats may use: of files, and of config keys (except those that recipes have too).
 NAMES = {
     *table.file_names(), "peft", "peft_type", "task_type", "lora_alpha", "use_rslora", "use_dora", "lora_dropout",
     "target_parameters", "trainable_token_indices", "ensure_weight_tying", "lora_A", "lora_B",
@@ -242,7 +244,7 @@ PACKAGE = Path(kit.__file__).parent
 
 
 def leaks(source: str) -> list[str]:
-    """Constants that only formats may know, and reads of what is, by its name, an adapter's config."""
+    """Return constants that only formats may use, and reads of adapter configs by name."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in NAMES:
@@ -252,7 +254,7 @@ def leaks(source: str) -> list[str]:
     return found
 
 
-def test_nothing_outside_the_formats_knows_one() -> None:
+def test_no_code_outside_the_formats_depends_on_one() -> None:
     files = [file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE / "adapter" / "formats"]
     found = {str(file.relative_to(PACKAGE)): leaks(file.read_text()) for file in files}
     assert {name: lines for name, lines in found.items() if lines} == {}

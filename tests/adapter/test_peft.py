@@ -1,4 +1,4 @@
-"""PEFT beside us: every adapter it writes we merge to the correctly rounded value of its own float64 merge, and back."""
+"""PEFT as the reference: every adapter that it writes is merged to the correctly rounded float64 result, and back."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """Save a small random model and an adapter for it, with every trained tensor moved away from where PEFT starts."""
+    """Save a small random model and an adapter for it, with every trained tensor moved away from its initialization."""
 
     def make(kind: str, name: str = "adapter", dtype: torch.dtype = torch.bfloat16, **config: Any) -> tuple[Path, Path]:
         base, folder = tmp_path / kind, tmp_path / name
@@ -81,7 +81,7 @@ def train(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
 
 
 def peft_in_float64(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """What PEFT merges when nothing is rounded on the way."""
+    """Return PEFT's merge in float64."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).double()
     return model.merge_and_unload().state_dict()
@@ -96,8 +96,11 @@ def assert_merges_like_peft(base: Path, adapter: Path, out: Path) -> None:
 
 
 def assert_rounded(after: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> None:
-    """Every element is the correctly rounded one, or (5e-5 of them) its neighbour: where
-    W and Δ nearly cancel, float32 sums stray further than the neighbours of a midpoint."""
+    """Check that every element is correctly rounded or (5e-5 of them) its neighbour.
+
+    Where W and Δ nearly cancel, errors of float32 sums can exceed the distance to a midpoint.
+
+    """
     wrong = 0
     for name, tensor in after.items():
         best = oracle.rounded(exact[name], tensor.dtype)
@@ -107,13 +110,13 @@ def assert_rounded(after: dict[str, torch.Tensor], exact: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_peft_trains_we_merge(case: str, train: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+def test_merges_equal_pefts(case: str, train: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     kind, config = CASES[case]
     assert_merges_like_peft(*train(kind, **config), tmp_path / "out")
 
 
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
-def test_stacked_experts_land_in_the_per_expert_tensors_of_the_checkpoint(
+def test_stacked_experts_map_to_per_expert_tensors(
     parameter: str, train: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, adapter = train("mixtral", target_modules=[], target_parameters=[f"mlp.experts.{parameter}"])
@@ -134,10 +137,10 @@ def test_both_stacks_of_experts_at_once(train: Callable[..., tuple[Path, Path]],
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
-def test_tied_embeddings_part_when_the_adapter_changes_them_apart(
+def test_tied_embeddings_are_untied_if_the_adapter_changes_them_separately(
     targets: list[str], train: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    with warnings.catch_warnings(action="ignore"):  # PEFT warns that it will get this wrong when merging
+    with warnings.catch_warnings(action="ignore"):  # PEFT warns that it merges this incorrectly
         base, adapter = train("tied", dtype=torch.float32, target_modules=targets)
     plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
     assert any("unties" in note for note in plan.notes)
@@ -165,9 +168,7 @@ def test_a_classifier_head_is_added_to_a_base_without_one(
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "module.", ".default"])
-def test_names_that_wrappers_leave_are_read(
-    wrapper: str, train: Callable[..., tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_names_with_wrappers(wrapper: str, train: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     base, adapter = train("llama", target_modules=["q_proj"])
     adapterkit.merge(base, [adapter], tmp_path / "plain")
     file = adapter / "adapter_model.safetensors"
@@ -197,7 +198,7 @@ def test_names_that_wrappers_leave_are_read(
 def test_peft_loads_what_we_write(name: str, known: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     base = request.getfixturevalue("smollm2") if name.startswith("smol") else FIXTURES / "bases" / "tiny-llama"
     adapter = adapterkit.load(FIXTURES / name)
-    if not known:  # as an adapter made in memory, or read from another format
+    if not known:  # like an adapter from memory or another format
         adapter = adapterkit.Adapter("memory", adapter.modules, adapter.replaced, base_model=adapter.base_model)
     adapterkit.save(adapter, tmp_path / "written")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), FIXTURES / name)
@@ -213,7 +214,7 @@ def test_peft_loads_what_we_write(name: str, known: bool, tmp_path: Path, reques
 
 
 class Odd(torch.nn.Module):
-    """One layer of each kind that LoRA has, two of them of other sizes, and a head."""
+    """One layer of each kind that LoRA supports, two of them with other sizes, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +237,7 @@ ODD = {
 
 @pytest.mark.parametrize("ours", [False, True], ids=["its own config", "a config of ours"])
 @pytest.mark.parametrize("kind", ODD)
-def test_what_we_write_has_the_names_shapes_and_strengths_of_peft(kind: str, ours: bool, tmp_path: Path) -> None:
+def test_saved_adapters_have_pefts_names_shapes_and_scalings(kind: str, ours: bool, tmp_path: Path) -> None:
     config = {"target_modules": ["embed_tokens", "conv", "lines.0", "lines.1"]} | ODD[kind]
     torch.manual_seed(0)
     model = get_peft_model(Odd(), LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **config))
@@ -263,7 +264,7 @@ def test_what_we_write_has_the_names_shapes_and_strengths_of_peft(kind: str, our
 
 
 @pytest.mark.base
-def test_the_merged_model_answers_as_base_and_adapter_do(smollm2: Path, tmp_path: Path) -> None:
+def test_logits_of_the_merged_model_equal_those_of_base_and_adapter(smollm2: Path, tmp_path: Path) -> None:
     adapter = FIXTURES / "smollm2-wikisql"
     adapterkit.merge(smollm2, [adapter], tmp_path / "out", receipt=False)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -278,16 +279,14 @@ def test_the_merged_model_answers_as_base_and_adapter_do(smollm2: Path, tmp_path
         trained = PeftModel.from_pretrained(base, adapter)
         for one in logits:
             expected = trained(one["ids"]).logits
-            # Rounding W' to bf16 moves the logits; by much less than the adapter itself does.
+            # Rounding W' to bf16 changes the logits, but by much less than the adapter.
             moved, strayed = (expected - one["base"]).norm(), (expected - one["merged"]).norm()
             assert strayed < 0.05 * moved
             assert torch.equal(expected[:, -1].argmax(-1), one["merged"][:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize(("folder", "modules", "rank"), [("movies-lora", 24, 8), ("sift-opf-zh", 32, 16)])
-def test_adapters_of_other_people_are_read(
-    folder: str, modules: int, rank: int, material: Callable[[str], Path]
-) -> None:
+def test_real_adapters_are_read(folder: str, modules: int, rank: int, material: Callable[[str], Path]) -> None:
     adapter = adapterkit.load(material(folder))
     assert len(adapter.modules) == modules and {w.rank for w in adapter.modules.values()} == {rank}
     assert not adapter.unrecognized and not [problem for problem in adapter.problems if problem.fatal]
@@ -296,13 +295,13 @@ def test_adapters_of_other_people_are_read(
     )
 
 
-def test_merged_linear_of_old_peft_lands_in_the_enabled_thirds(
+def test_merged_linear_of_old_peft(
     material: Callable[[str], Path], make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = material("bloom-lora-bin")
     name = "transformer.h.0.self_attention.query_key_value"
     adapter = adapterkit.load(folder)
-    adapter = replace(adapter, modules={name: adapter.modules[name]})  # one of 24 that are alike
+    adapter = replace(adapter, modules={name: adapter.modules[name]})  # one of 24 equal ones
     state = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
     A, B = (state[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
     delta = torch.zeros(3072, 1024, dtype=torch.float64)  # enable_lora is [true, false, true]
@@ -315,8 +314,8 @@ def test_merged_linear_of_old_peft_lands_in_the_enabled_thirds(
     assert torch.equal(out, oracle.rounded(exact, torch.float32))
 
 
-def test_the_layers_that_store_weights_as_in_out_are_those_of_transformers() -> None:
-    """Every model of transformers that has Conv1D, built without its weights."""
+def test_conv1d_names_equal_those_in_transformers() -> None:
+    """Every model in transformers with Conv1D layers, built without weights."""
     names = set()
     for kind in (DecisionTransformerModel, GPT2LMHeadModel, ImageGPTModel, OpenAIGPTModel):
         config = kind.config_class(n_layer=1, add_cross_attention=kind is GPT2LMHeadModel)

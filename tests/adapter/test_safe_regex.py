@@ -1,4 +1,4 @@
-"""Patterns of strangers: what is matched is matched as Python does it for PEFT, and the rest is refused."""
+"""Untrusted patterns: those that are matched match as in Python; the others are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adapterkit.adapter.safe_regex import Patterns, compile_pattern
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.train.injection import Lora, inject
 
-# Few repetitions, so that Python's matcher ends too.
+# Few repetitions, so that Python's matcher terminates too.
 PARTS = [
     "q", "_proj", "0", "1", ".", r"\.", "layers", "a", "|", "(", ")", "(?:", "[ab]", "[^.]", "[0-9]", "[]a]", r"\d", r"\w",
     r"\W", r"\b", r"\B", "^", "$", "*", "+", "?", "*?", "{2}", "{1,2}", "{,2}", "{", "}", "-", r"\-", r"\A", r"\Z", r"\z", "(?i:",
@@ -26,7 +26,7 @@ NAMES = st.lists(
 
 
 @given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=7).map("".join), NAMES.map("".join).filter(bool))
-def test_what_matches_is_what_matches_in_python(key: str, name: str) -> None:
+def test_matches_equal_pythons(key: str, name: str) -> None:
     found = None
     try:
         patterns = Patterns.of({key: 1})
@@ -38,20 +38,20 @@ def test_what_matches_is_what_matches_in_python(key: str, name: str) -> None:
         assert found == bool(re.match(rf"(.*\.)?({key})$", name)), (key, name)
 
 
-def test_the_first_pattern_in_the_order_of_the_file_counts() -> None:
-    """Also where one is a name that is looked up."""
+def test_the_first_match_in_file_order_wins() -> None:
+    """Also if one of them is an exact name."""
     name = "model.layers.10.self_attn.q_proj"
     exact, others = "^" + re.escape(name), {"q_proj": 1, r"layers\.1.\..*": 2, "k_proj": 3}
     assert Patterns.of(others).first(name, 9) == 1
     assert Patterns.of({exact: 0} | others).first(name, 9) == 0
     assert Patterns.of(others | {exact: 0}).first(name, 9) == 1
     assert Patterns.of({"k_proj": 3, exact: 0, "q_proj": 1}).first(name, 9) == 0
-    assert Patterns.of({exact: 0}).first(f"x.{name}", 9) == 9  # as PEFT has it: ^ is the beginning
+    assert Patterns.of({exact: 0}).first(f"x.{name}", 9) == 9  # as in PEFT: ^ is the start of the name
     assert Patterns.of({}).first(name, None) is None
 
 
 def test_a_key_that_closes_our_parenthesis() -> None:
-    """PEFT puts keys between parentheses as they are, so that `$` ends the last alternative only."""
+    """PEFT inserts keys between parentheses unescaped, so that `$` ends the last alternative only."""
     assert Patterns.of({")|(x": 1}).first("model.q_proj", 0) == 1
 
 
@@ -69,13 +69,13 @@ def test_patterns_of_a_recipe_that_would_take_minutes() -> None:
 
 
 @pytest.mark.parametrize("lora", [{"targets": "("}, {"targets": "(?!a)b"}, {"rank_pattern": {"(": 1}}])
-def test_targets_that_are_no_pattern(lora: dict[str, str]) -> None:
+def test_targets_that_are_not_a_pattern(lora: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="targets and patterns: "):
         Lora(**lora)  # type: ignore[arg-type]
     assert compile_pattern(r".*\.[qv]_proj").matches("layers.0.q_proj")
 
 
-def test_names_are_bounded_where_they_are_matched_and_only_there() -> None:
+def test_the_limit_on_names_applies_only_if_there_are_patterns() -> None:
     most = Patterns.of({f"a{number}": number for number in range(2000)})
     most.check(["b"] * 1500)
     with pytest.raises(FormatError, match="2000 patterns would take too long to match against 1501 names"):
@@ -89,8 +89,8 @@ def test_names_are_bounded_where_they_are_matched_and_only_there() -> None:
         Patterns.of({"^é": 1, "q": 2}).check(["q", "é"])
 
 
-def test_how_large_a_pattern_may_become(capfd: pytest.CaptureFixture[str]) -> None:
-    """By its repetitions; and what RE2 has to say of the rest is said in our error alone."""
+def test_the_limit_on_the_size_of_a_pattern(capfd: pytest.CaptureFixture[str]) -> None:
+    """By its repetitions; RE2's messages appear only in our error."""
     assert compile_pattern("(" + "".join(f"{letter}?" for letter in "abcdefghij") + "){900}").size == 18_004
     for pattern in ("(" + "".join(f"{letter}?" for letter in "abcdefghijklmnopqrst") + "){900}", "(?=a)"):
         with pytest.raises(FormatError, match="cannot be matched in bounded time"):
@@ -98,8 +98,8 @@ def test_how_large_a_pattern_may_become(capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_pattern_of_targets_is_one_of_whole_names() -> None:
-    """As in PEFT; those of ranks are matched at ends."""
+def test_a_pattern_for_targets_matches_whole_names() -> None:
+    """As in PEFT; patterns for ranks match suffixes."""
     for ends in (False, True):
         matcher = compile_pattern("[qv]_proj", ends)
         assert matcher.matches("q_proj") and matcher.matches("layers.0.q_proj") is ends

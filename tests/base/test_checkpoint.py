@@ -1,4 +1,4 @@
-"""A base on disk: what is found, and what an index, a link or a config from strangers may not do."""
+"""Base checkpoints: opening them, and refusing untrusted indexes, links and configs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def write(folder: Path, shards: dict[str, list[str]], weight_map: Any = None, config: Any = None) -> Path:
-    """A directory of shards with these tensors, and an index if a weight map is given."""
+    """Write a directory of shards with these tensors, and an index if a weight map is given."""
     folder.mkdir(exist_ok=True)
     for file, names in shards.items():
         save_file({name: torch.zeros(2) for name in names}, folder / file)
@@ -71,7 +71,7 @@ def test_two_indexes(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_what_an_index_lists_is_what_there_is(tmp_path: Path) -> None:
+def test_an_index_that_matches_its_shards(tmp_path: Path) -> None:
     write(tmp_path, TWO | {"left-over.safetensors": ["a"]}, {"a": "1.safetensors", "b": "2.safetensors"})
     base = open_checkpoint(tmp_path)
     assert {name: info.file.name for name, info in base.tensors.items()} == {"a": "1.safetensors", "b": "2.safetensors"}
@@ -108,10 +108,10 @@ def test_a_single_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "fifo", "device"])
-def test_what_is_no_base(tmp_path: Path, kind: str) -> None:
+def test_paths_that_are_not_a_base(tmp_path: Path, kind: str) -> None:
     path = Path(os.devnull) if kind == "device" else tmp_path / "base"
     if kind == "fifo":
-        os.mkfifo(path)  # opening it would block for ever
+        os.mkfifo(path)  # opening it would block forever
     with pytest.raises(FormatError, match="no such file|is neither a file nor a directory"):
         open_checkpoint(path)
 
@@ -119,7 +119,7 @@ def test_what_is_no_base(tmp_path: Path, kind: str) -> None:
 # --- links -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_directory_as_the_hub_cache_lays_it_out(tmp_path: Path) -> None:
+def test_a_snapshot_of_the_hub_cache(tmp_path: Path) -> None:
     repo = tmp_path / "models--o--n"
     repo.mkdir()
     blobs, snapshot = repo / "blobs", repo / "snapshots" / "0a1b"
@@ -145,7 +145,7 @@ def test_a_link_to_itself(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
 def test_a_link_to_nothing(tmp_path: Path, name: str) -> None:
-    """What the Hub cache holds after its blobs were deleted."""
+    """As in the Hub cache after its blobs were deleted."""
     base = write_base(tmp_path / "base", shards=1 if name == "model.safetensors" else 2)
     (base / name).unlink()
     (base / name).symlink_to("../blobs/gone")
@@ -171,7 +171,7 @@ def test_quantization(tmp_path: Path, declared: Any, scheme: str | None) -> None
     assert open_checkpoint(tmp_path).quantization == scheme
 
 
-def test_weights_in_other_formats_are_set_apart(tmp_path: Path) -> None:
+def test_weights_in_other_formats_are_not_copied(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", ".gitattributes", "LICENSE"):
         (base / name).touch()
@@ -185,8 +185,8 @@ def test_weights_in_other_formats_are_set_apart(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_no_file_is_dropped_in_silence(tmp_path: Path) -> None:
-    """Weights that are not read, links and pipes stay behind; the plan of a merge says so of each."""
+def test_every_file_that_is_not_copied_is_noted(tmp_path: Path) -> None:
+    """Unsupported weights, links and pipes are not copied; the plan of a merge notes each."""
     base = write_base(tmp_path / "base")
     weights = [
         "consolidated.safetensors", "model-00009-of-00002.safetensors", "model.fp16.SAFETENSORS", "__0_0.distcp",
@@ -211,7 +211,7 @@ def test_no_file_is_dropped_in_silence(tmp_path: Path) -> None:
     assert all(f"note: {one}" in dry.err for one in told)
 
 
-def test_weights_through_a_link_are_read_and_it_is_said(tmp_path: Path) -> None:
+def test_weights_through_a_link_are_read_with_a_note(tmp_path: Path) -> None:
     """They are parsed as safetensors, so that no other file of the user gets into the output; links are common."""
     base = write_base(tmp_path / "base", shards=1)
     (base / "model.safetensors").rename(tmp_path / "elsewhere")
@@ -222,7 +222,7 @@ def test_weights_through_a_link_are_read_and_it_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", [["model.safetensors", "2.safetensors"], ["2.safetensors"]])
-def test_an_index_beside_the_file_that_transformers_reads(tmp_path: Path, named: list[str]) -> None:
+def test_an_index_beside_the_file_that_transformers_loads(tmp_path: Path, named: list[str]) -> None:
     shards = {"model.safetensors": ["a"], "2.safetensors": ["b"]}
     write(tmp_path, shards, {tensor: file for file in named for tensor in shards[file]})
     with pytest.raises(
@@ -231,12 +231,12 @@ def test_an_index_beside_the_file_that_transformers_reads(tmp_path: Path, named:
         open_checkpoint(tmp_path)
 
 
-def test_an_index_of_the_file_that_transformers_reads(tmp_path: Path) -> None:
+def test_an_index_of_the_file_that_transformers_loads(tmp_path: Path) -> None:
     write(tmp_path, {"model.safetensors": ["a"], "2.safetensors": ["b"]}, {"a": "model.safetensors"})
     assert list(open_checkpoint(tmp_path).tensors) == ["a"]
 
 
-def test_weights_that_the_config_names(tmp_path: Path) -> None:
+def test_a_config_with_the_name_of_the_weights(tmp_path: Path) -> None:
     write(tmp_path, TWO, {"a": "1.safetensors", "b": "2.safetensors"}, {"transformers_weights": INDEX})
     assert list(open_checkpoint(tmp_path).tensors) == ["a", "b"]
     (tmp_path / "config.json").write_text('{"transformers_weights": "adapter_model.bin"}')
@@ -245,7 +245,7 @@ def test_weights_that_the_config_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", INDEX, "config.json"])
-def test_a_pipe_as_a_part_of_a_base(tmp_path: Path, name: str) -> None:
+def test_a_pipe_in_a_base(tmp_path: Path, name: str) -> None:
     base = write_base(tmp_path / "base", shards=2 if name == INDEX else 1)
     (base / name).unlink()
     os.mkfifo(base / name)

@@ -1,4 +1,4 @@
-"""Bases whose config or tokenizer is broken: one clear error each, soon and before anything of their size is made."""
+"""Bases with an invalid config or tokenizer: one clear error each, without allocating what they claim."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(whole: Path, tmp_path: Path) -> Path:
-    """A base to be broken."""
+    """A base to corrupt."""
     return Path(shutil.copytree(whole, tmp_path / "base"))
 
 
@@ -41,7 +41,7 @@ def check(base: Path) -> None:
     check_described(open_checkpoint(base))
 
 
-def test_a_whole_one_is_what_its_config_describes(base: Path) -> None:
+def test_a_valid_base(base: Path) -> None:
     check(base)
     encode_all([TEXT], load_tokenizer(open_checkpoint(base)), 64)
 
@@ -76,7 +76,7 @@ def test_a_whole_one_is_what_its_config_describes(base: Path) -> None:
 def test_a_config_of_another_model(
     base: Path, key: str, value: Any, said: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    """One error, and nothing from the libraries below."""
+    """One error, and no output from libraries."""
     change(base / "config.json", **{key: value})
     with pytest.raises(FormatError, match=said):
         check(base)
@@ -115,7 +115,7 @@ TOKENIZERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_broken_tokenizer_is_one_error(base: Path, kind: str) -> None:
-    """Which transformers and the Rust below it raise in any way, or only when there is a text to tokenize."""
+    """transformers and its Rust code raise anything, some only when text is tokenized."""
     TOKENIZERS[kind](base)
     with pytest.raises(AdapterkitError) as caught:
         checkpoint = open_checkpoint(base)
@@ -124,6 +124,6 @@ def test_a_broken_tokenizer_is_one_error(base: Path, kind: str) -> None:
     assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
-def test_a_length_that_is_none_is_none(base: Path) -> None:
+def test_an_invalid_max_length_is_ignored(base: Path) -> None:
     change(base / "tokenizer_config.json", model_max_length="many")
     assert len(encode_all([TEXT], load_tokenizer(open_checkpoint(base)), 64).examples) == 1

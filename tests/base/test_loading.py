@@ -1,4 +1,4 @@
-"""Models of strangers: only the weights that were checked are loaded, and nobody's code is run."""
+"""Untrusted models: only the checked weights are loaded, and none of their code is run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def change(file: Path, **values: Any) -> None:
 
 
 def commands(model: Path, text: Path) -> list[tuple[str | Path, ...]]:
-    """Every command that has transformers load a model."""
+    """Every command that makes transformers load a model."""
     out = model.parent / "out"
     return [
         ("train", model, text, "-o", out, "--max-steps", "1"),
@@ -64,7 +64,7 @@ def commands(model: Path, text: Path) -> list[tuple[str | Path, ...]]:
 
 
 class Loads:
-    """A pickle that makes a file when it is loaded by what runs pickles."""
+    """A pickle that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,10 +87,8 @@ def write_code(model: Path, proof: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_no_code_is_run_and_nothing_is_asked(
-    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
-    """Where transformers has code of its own, that is taken; otherwise the model is refused before it is loaded."""
+def test_no_code_of_a_model_is_run(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """transformers' own code is used if it has any for the model; otherwise the model is refused before loading."""
     proof = text.with_name("proof")
     write_code(model, proof)
     if not known:
@@ -115,7 +113,7 @@ def test_no_code_is_run_and_nothing_is_asked(
 def test_the_code_of_a_tokenizer_is_not_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, elsewhere: bool
 ) -> None:
-    """Neither what lies beside it nor what it names by its place; refused where transformers has none for the model."""
+    """Neither code beside it nor code named in its config; refused if transformers has none for the model."""
     write_code(model, proof := tmp_path / "proof")
     change(model / "config.json", model_type=kind)
     named = f"{model}--canary.T" if elsewhere else "canary.T"
@@ -142,18 +140,18 @@ def weights_of_another_name(model: Path) -> None:
 
 
 def distributed(model: Path) -> None:
-    """transformers takes a folder of torch's distributed checkpoints for one, by its pickled `.metadata`."""
+    """transformers recognizes a folder of torch distributed checkpoints by its pickled `.metadata`."""
     (model / ".metadata").write_bytes(pickle.dumps(Loads(model.with_name("proof"))))
     (model / "__0_0.distcp").touch()
 
 
 def named_by_the_config(model: Path) -> None:
-    """The config has transformers load what no name tells of."""
+    """The config makes transformers load a file with an inconspicuous name."""
     change(model / "config.json", transformers_weights="model.safetensors")
 
 
 def an_adapter(model: Path) -> None:
-    """transformers would load the adapter that lies beside a model, pickled or not."""
+    """transformers would load the adapter beside a model, pickled or not."""
     (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x", "r": 2}')
     torch.save({"x": Loads(model.with_name("proof"))}, model / "adapter_model.bin")
 
@@ -190,7 +188,7 @@ HOSTILE: list[Callable[[Path], None]] = [
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda hostile: hostile.__name__)
-def test_just_the_checked_weights_are_loaded(model: Path, tiny: Path, hostile: Callable[[Path], None]) -> None:
+def test_only_the_checked_weights_are_loaded(model: Path, tiny: Path, hostile: Callable[[Path], None]) -> None:
     hostile(model)
     base, expected = open_checkpoint(model), load_file(tiny / "model.safetensors")
     loaded, tokenizer = load_causal(base), load_tokenizer(base)
@@ -202,7 +200,7 @@ def test_just_the_checked_weights_are_loaded(model: Path, tiny: Path, hostile: C
 
 
 @pytest.mark.parametrize("values", [{"return_dict": False}, {"output_hidden_states": "x"}, {"output_attentions": True}])
-def test_what_a_model_gives_back_is_not_the_configs_to_say(model: Path, text: Path, values: dict[str, Any]) -> None:
+def test_a_config_does_not_decide_what_a_model_returns(model: Path, text: Path, values: dict[str, Any]) -> None:
     expected = adapterkit("eval", model, text, "--json")
     change(model / "config.json", **values)
     assert json.loads(adapterkit("eval", model, text, "--json").out)["loss"] == json.loads(expected.out)["loss"]
@@ -210,7 +208,7 @@ def test_what_a_model_gives_back_is_not_the_configs_to_say(model: Path, text: Pa
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-def test_weights_that_are_not_quantized_as_the_config_says(model: Path, text: Path, bits: str) -> None:
+def test_weights_that_are_not_quantized_despite_the_config(model: Path, text: Path, bits: str) -> None:
     pytest.importorskip("bitsandbytes")
     change(model / "config.json", quantization_config={"quant_method": "bitsandbytes", bits: True})
     for command in commands(model, text)[:2]:
@@ -218,7 +216,7 @@ def test_weights_that_are_not_quantized_as_the_config_says(model: Path, text: Pa
         assert message.endswith("_proj.weight is not quantized, but the config says so; remove quantization_config")
 
 
-def test_what_is_saved_names_no_folder_of_this_machine(model: Path, tmp_path: Path) -> None:
+def test_saved_files_have_no_local_paths(model: Path, tmp_path: Path) -> None:
     base = open_checkpoint(model)
     load_causal(base).save_pretrained(tmp_path / "saved")
     load_tokenizer(base).save_pretrained(tmp_path / "saved")
@@ -253,7 +251,7 @@ def lacking(tensors: dict[str, torch.Tensor]) -> None:
         (lacking, rf"lacks 2 tensors that its config requires, such as {FIRST}"),
     ],
 )
-def test_what_transformers_would_fill_with_random_numbers(
+def test_weights_that_do_not_match_the_config(
     model: Path, spoil: Callable[[dict[str, torch.Tensor]], None], said: str
 ) -> None:
     tensors = load_file(model / "model.safetensors")
@@ -263,7 +261,7 @@ def test_what_transformers_would_fill_with_random_numbers(
         load_causal(open_checkpoint(model))
 
 
-def test_a_config_keeps_all_but_what_loads_more() -> None:
+def test_a_sanitized_config() -> None:
     config = {
         "auto_map": {"AutoModel": "x.M"}, "hidden_size": 8, "attn_implementation": "sdpa", "layers": [{"a": None}],
         "_attn_implementation_internal": "org/kernel", "note": "org/kernel", "experts_implementation": {"": "org/kernel"},
@@ -274,8 +272,8 @@ def test_a_config_keeps_all_but_what_loads_more() -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_what_transformers_gets_to_see(several: bool, model: Path) -> None:
-    """Links to the checked weights, and copies of what tokenizers of any kind are made of; nothing else."""
+def test_the_folder_for_transformers(several: bool, model: Path) -> None:
+    """Links to the checked weights, and copies of tokenizer files; nothing else."""
     if several:
         shards(model)
     weights = {file.name for file in model.glob("model*.safetensors")}
@@ -300,7 +298,7 @@ def test_what_transformers_gets_to_see(several: bool, model: Path) -> None:
 
 
 class Panics(BaseException):
-    """As what pyo3 makes of a panic in Rust is no Exception either."""
+    """Like pyo3's exception for a Rust panic, not an Exception."""
 
 
 @pytest.mark.parametrize(
@@ -317,7 +315,9 @@ class Panics(BaseException):
     ids=lambda value: str(value)[:20],
 )
 @pytest.mark.parametrize("name", ["a model", None])
-def test_what_a_tokenizer_makes_is_checked(made: list[int] | BaseException, said: str | None, name: str | None) -> None:
+def test_the_result_of_a_tokenizer_is_checked(
+    made: list[int] | BaseException, said: str | None, name: str | None
+) -> None:
     class Tokenizer:
         def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
             assert (text, options) == ("text", {"verbose": False, "more": 1})
@@ -336,7 +336,7 @@ def test_what_a_tokenizer_makes_is_checked(made: list[int] | BaseException, said
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_ctrl_c_in_a_tokenizer_is_none_of_its_errors(error: type[BaseException]) -> None:
+def test_ctrl_c_in_a_tokenizer(error: type[BaseException]) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise error
 
@@ -347,8 +347,8 @@ def test_ctrl_c_in_a_tokenizer_is_none_of_its_errors(error: type[BaseException])
 @pytest.mark.parametrize(
     "contents", [[], ["", "x"], ["x" * 100], ["x" * 10, "y" * 10], ["x" * 101], ["x" * 51, "y" * 2]]
 )
-def test_how_much_a_normalizer_may_make_a_text_longer(contents: list[str], model: Path) -> None:
-    """Each of a sequence does it to what the one before has made."""
+def test_a_normalizer_that_makes_text_much_longer(contents: list[str], model: Path) -> None:
+    """In a sequence the factors multiply."""
     nodes = [{"type": "Replace", "pattern": {"String": "w"}, "content": one} for one in contents]
     change(model / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": nodes} if nodes else None)
     base, grown = open_checkpoint(model), len("".join(contents)) if len(contents) < 2 else 0
@@ -364,7 +364,7 @@ def test_how_much_a_normalizer_may_make_a_text_longer(contents: list[str], model
 
 
 @pytest.mark.parametrize("bars", [True, False])
-def test_what_transformers_prints_is_as_before_at_the_end(bars: bool) -> None:
+def test_quiet_restores_the_settings_of_transformers(bars: bool) -> None:
     from transformers.utils import logging
 
     before = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -391,7 +391,7 @@ def test_what_transformers_prints_is_as_before_at_the_end(bars: bool) -> None:
     ],
     ids=lambda text: text[:10] or "nothing",
 )
-def test_an_error_of_transformers_is_one_short_line_of_the_users_folder(said: str, shown: str, model: Path) -> None:
+def test_errors_of_transformers_are_shortened(said: str, shown: str, model: Path) -> None:
     base = open_checkpoint(model)
     error = ValueError(said.format(ours="/tmp/adapterkit-x")) if said else ValueError()
     assert loading._shorten(error, Path("/tmp/adapterkit-x"), base) == shown.format(theirs=base.path)
@@ -399,7 +399,7 @@ def test_an_error_of_transformers_is_one_short_line_of_the_users_folder(said: st
 
 # --- regular expressions ---------------------------------------------------------------------------------------------
 
-SLOW = r"(.{0,1500}){2}(?<=~)"  # over every 3000 characters it goes two million times, which is below Oniguruma's limit
+SLOW = r"(.{0,1500}){2}(?<=~)"  # two million steps per 3000 characters, which is below Oniguruma's limit
 
 
 def split_by(pattern: str) -> dict[str, Any]:
@@ -411,11 +411,11 @@ def replaced(pattern: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("where", ["a text", "what it loads"])
-def test_a_pattern_that_takes_hours_is_ended(
+def test_a_tokenizer_with_a_slow_pattern_is_stopped(
     model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """By processor time; it is matched where Python cannot be interrupted."""
-    monkeypatch.setattr(tokenizing, "SECONDS", 0)  # until its next whole second
+    """By CPU time; Python cannot be interrupted while it matches."""
+    monkeypatch.setattr(tokenizing, "SECONDS", 0)  # the limit is in whole seconds
     text.write_text("w1 " * 9000)
     if where == "a text":
         change(model / "tokenizer.json", pre_tokenizer=split_by(SLOW))
@@ -426,7 +426,7 @@ def test_a_pattern_that_takes_hours_is_ended(
     assert "model: its tokenizer took more than 0 s of CPU time" in message
 
 
-def test_an_escaped_key_is_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_regex_under_an_escaped_key_is_found(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(tokenizing.Sandbox, "ask", lambda self, request, longest: asked.append(request) or {})
     file = model / "tokenizer.json"
@@ -437,8 +437,8 @@ def test_an_escaped_key_is_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert ["folder" in request for request in asked] == [True]
 
 
-def test_tokens_are_the_same_in_a_process(model: Path) -> None:
-    """Those of the tokenizer of transformers, with their places; and again after a text that it fails at."""
+def test_tokens_are_the_same_in_a_sandbox(model: Path) -> None:
+    """The same as by transformers' tokenizer, with offsets; also after a text that fails."""
     change(
         model / "tokenizer.json",
         normalizer=replaced("v"),
@@ -471,9 +471,7 @@ def test_tokens_are_the_same_in_a_process(model: Path) -> None:
         (parquet_subprocess, ["[]"], b"no Parquet"),
     ],
 )
-def test_a_program_that_bounds_itself_may_be_bounded_already(
-    program: Any, arguments: list[str], request_: bytes
-) -> None:
+def test_a_sandbox_under_lower_limits(program: Any, arguments: list[str], request_: bytes) -> None:
     """By `ulimit -v` and `ulimit -t`, which it cannot raise and does not try to."""
     bounds = (
         "import resource as r, os, sys; r.setrlimit(r.RLIMIT_CPU, (60,) * 2); r.setrlimit(r.RLIMIT_AS, (1 << 35,) * 2)"

@@ -1,4 +1,4 @@
-"""Quantized weights against references written from the formats, against the libraries where they are right, merged."""
+"""Quantized weights against references written from the formats, and against libraries where they are right."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def packed_4bit(
     weight: torch.Tensor, kind: str = "nf4", blocksize: int = 64, nested: bool = False, storage: Any = torch.uint8
 ) -> tuple[dict[str, torch.Tensor], Any]:
-    """`weight` as bitsandbytes quantizes it and transformers stores it, by suffix; and its quant_state."""
+    """Return `weight` as bitsandbytes quantizes it and transformers stores it, by suffix; and its quant_state."""
     stored, state = functional.quantize_4bit(
         weight, blocksize=blocksize, compress_statistics=nested, quant_type=kind, quant_storage=storage
     )
@@ -49,7 +49,7 @@ def packed_4bit(
 
 
 def dequantized_4bit(stored: torch.Tensor, state: Any) -> torch.Tensor:
-    """The weight, by the format's own words: float32 throughout, in numpy, one element at a time."""
+    """Dequantize by the definition of the format: float32 throughout, in numpy, one element at a time."""
     count = int(np.prod(state.shape))
     raw = stored.reshape(-1).view(torch.uint8).numpy()
     nibbles = np.stack([raw >> 4, raw & 15], axis=1).reshape(-1)[:count]
@@ -63,7 +63,7 @@ def dequantized_4bit(stored: torch.Tensor, state: Any) -> torch.Tensor:
 
 
 def read(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> torch.Tensor:
-    """`m.weight` as adapterkit dequantizes it from a file, in two parts."""
+    """Return `m.weight` as adapterkit dequantizes it from a file, in two parts."""
     save_file(tensors, folder / "packed.safetensors")
     weight = quant.weights(read_header(folder / "packed.safetensors").tensors, config or {})["m.weight"]
     assert isinstance(weight, quant.QuantizedWeight)
@@ -88,7 +88,7 @@ def test_4bit_is_dequantized_bit_for_bit(tmp_path: Path, kind: str, nested: bool
             parts, state = packed_4bit(torch.randn(shape).to(dtype), kind, blocksize, nested)
             got = read(tmp_path, named(parts))
             assert got.dtype == dtype and torch.equal(got, dequantized_4bit(parts[""], state)), (shape, dtype)
-            if shape[1] % blocksize == 0 or blocksize >= 2048:  # where the library's own kernels are right
+            if shape[1] % blocksize == 0 or blocksize >= 2048:  # the cases in which the library's kernels are right
                 assert torch.equal(got, functional.dequantize_4bit(parts[""], state))
 
 
@@ -99,8 +99,8 @@ def test_4bit_weights_stored_as_another_dtype(tmp_path: Path, storage: torch.dty
     assert torch.equal(read(tmp_path, named(parts)), dequantized_4bit(parts[""], state))
 
 
-def test_where_blocks_straddle_rows_bitsandbytes_is_wrong_on_avx512(tmp_path: Path) -> None:
-    """Its CPU kernel looks scales up by row; its own generic code agrees with the format, and with us."""
+def test_bitsandbytes_is_wrong_on_avx512_if_blocks_span_rows(tmp_path: Path) -> None:
+    """Its CPU kernel looks up scales by row; its own generic code agrees with the format, and with us."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this processor has no AVX-512")
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
@@ -143,7 +143,7 @@ def test_fp8_is_dequantized_bit_for_bit(tmp_path: Path, shape: tuple[int, int], 
 
 
 def test_fp8_blocks_that_do_not_divide_are_wrong_in_transformers(tmp_path: Path) -> None:
-    """192 rows in blocks of 128 have two scales, which transformers takes for two blocks of 96."""
+    """192 rows in blocks of 128 have two scales; transformers assumes two blocks of 96."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     q, scale = fp8((192, 128), 128)
@@ -163,7 +163,7 @@ QUANTIZED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 @pytest.fixture
 def four_bits(make_base: Callable[..., Path]) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A base in two shards: two weights in NF4 with nesting, blocks across rows, and two that are not quantized."""
+    """A base in two shards: two weights in nested NF4, with blocks that span rows, and two that are not quantized."""
     tensors: dict[str, torch.Tensor] = {}
     plain = {"layers.0.norm.weight": torch.randn(40).bfloat16(), "head.weight": torch.randn(24, 40).bfloat16()}
     expected = dict(plain)
@@ -175,7 +175,7 @@ def four_bits(make_base: Callable[..., Path]) -> tuple[Path, dict[str, torch.Ten
     return make_base(tensors | plain, config, shards=2), expected
 
 
-def test_a_4bit_base_is_dequantized_and_merged_with_one_more_rounding(
+def test_merging_into_a_4bit_base(
     four_bits: tuple[Path, dict[str, torch.Tensor]],
     make_adapter: Callable[..., Path],
     tmp_path: Path,
@@ -183,7 +183,7 @@ def test_a_4bit_base_is_dequantized_and_merged_with_one_more_rounding(
 ) -> None:
     base, dense = four_bits
     adapter = make_adapter(factors("layers.0.q", 24, 40) | factors("head", 24, 40))
-    monkeypatch.setattr(pieces, "BLOCK_BYTES", 400)  # five rows: blocks of 64 elements straddle them
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 400)  # five rows, spanned by blocks of 64 elements
     monkeypatch.setattr(device, "CPU", device.ComputeDevice(torch.device("cpu"), 96))
     plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
     assert any("NF4, blocks of 64, nested" in note for note in plan.notes)
@@ -231,7 +231,7 @@ def test_a_dora_on_a_4bit_base(
     assert torch.equal(out["layers.0.q.weight"], oracle.rounded(expected, torch.bfloat16))
 
 
-def test_an_fp8_base_whose_scales_lie_in_another_shard(
+def test_an_fp8_base_with_scales_in_another_shard(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     q, scale = fp8((48, 40), 32)
@@ -278,7 +278,7 @@ def replaced(suffix: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tens
 
 
 def restated(**facts: Any) -> Callable[[dict[str, torch.Tensor]], None]:
-    """Change what the quant_state says."""
+    """Change the quant_state."""
 
     def change(parts: dict[str, torch.Tensor]) -> None:
         key = ".quant_state.bitsandbytes__nf4"
@@ -351,7 +351,7 @@ def test_broken_8bit_weights_are_refused(tmp_path: Path, tensors: dict[str, torc
         read(tmp_path, tensors, config)
 
 
-def test_fp8_blocks_far_larger_than_the_weight_take_no_more_than_it(tmp_path: Path) -> None:
+def test_fp8_blocks_larger_than_the_weight_take_no_extra_memory(tmp_path: Path) -> None:
     q, scale = fp8((8, 8), 8)
     config = {"quantization_config": {"weight_block_size": [2**80, 2**40]}, "dtype": "float32"}
     got = read(tmp_path, {"m.weight": q, "m.weight_scale_inv": scale}, config)
@@ -359,7 +359,7 @@ def test_fp8_blocks_far_larger_than_the_weight_take_no_more_than_it(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("kind", "name"), [("int8", "m.weight_format"), ("nf4", "m.weight.quant_map")])
-def test_a_name_in_the_base_that_quantizing_needs(
+def test_a_tensor_name_that_quantizing_needs_is_taken(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, kind: str, name: str
 ) -> None:
     base = make_base({"m.weight": torch.ones(24, 40), name: torch.zeros(3)})
@@ -368,7 +368,7 @@ def test_a_name_in_the_base_that_quantizing_needs(
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
-def test_4bit_weights_that_do_not_fill_their_storage_dtype(
+def test_4bit_weights_padded_to_their_storage_dtype(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, storage: torch.dtype
 ) -> None:
     parts, _ = packed_4bit(torch.randn(5, 33).bfloat16())
@@ -402,12 +402,12 @@ def test_unknown_schemes_are_named_with_what_is_supported(
     base = make_base({"m.qweight": torch.zeros(5, 24, dtype=torch.int32), "n.weight": torch.ones(4, 4)}, config)
     with pytest.raises(FitError, match="quantized .gptq.; supported schemes: bitsandbytes NF4"):
         adapterkit.plan_merge(base, [make_adapter(factors("m", 24, 40))], tmp_path / "out")
-    # What such a base stores as it is can be merged into, and the rest stays quantized.
+    # Plain tensors of such a base can be merged into; the rest stays quantized.
     adapterkit.merge(base, [make_adapter(factors("n", 4, 4), "other")], tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
 
 
-def test_a_packed_weight_that_ends_early_leaves_nothing(
+def test_a_truncated_packed_weight_leaves_no_output(
     four_bits: tuple[Path, dict[str, torch.Tensor]], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base, _ = four_bits
@@ -448,7 +448,7 @@ def test_4bit_is_quantized_as_by_bitsandbytes(kind: str, nested: bool, blocksize
             absmax = functional.quantize_4bit(weight, blocksize=blocksize, quant_type=kind)[1].absmax
             theirs = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
             assert bool(((packer.restored - absmax).abs() <= (theirs - absmax).abs() + 1e-6).all())
-            if len(absmax) > 1:  # the only one is its own mean: 0 of 0, any code will do
+            if len(absmax) > 1:  # a single scale equals its mean: 0 / 0, so any code is right
                 others = int((np.frombuffer(parts[0], np.uint8) != state.absmax.numpy()).sum())
                 assert others <= max(1, len(absmax) // 50)
 
@@ -469,10 +469,10 @@ def test_int8_is_quantized_as_by_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize("most", [65504.0, 65519.0, 65520.0, 7e4, -1e30, torch.inf, torch.nan])
-def test_what_int8_cannot_be_quantized_from_is_refused(
+def test_weights_beyond_float16_are_refused_for_int8(
     most: float, make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """bitsandbytes goes by way of float16, from which it would make an infinite scale and a row of zeros."""
+    """bitsandbytes converts to float16 first, which would give an infinite scale and a row of zeros."""
     weight = torch.randn(24, 40)
     weight[7, 3] = most
     _, scale, _ = functional.int8_vectorwise_quant(weight.half())
@@ -499,10 +499,10 @@ def opened(folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_a_sum_beyond_what_a_base_dequantizes_to_is_refused(
+def test_a_merge_beyond_the_dequantized_dtype_is_refused(
     kind: str, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Merged into four bits again it would be infinite when the model is loaded, and nobody would have said so."""
+    """Requantized to 4 bits, it would silently be infinite when the model is loaded."""
     weight = torch.full((24, 40), 6e4).half()
     adapterkit.quantize(make_base({"layers.0.q.weight": weight}, {"dtype": "float16"}), tmp_path / "packed", to=kind)
     ones = {"layers.0.q.lora_A.weight": torch.ones(1, 40), "layers.0.q.lora_B.weight": torch.full((24, 1), 9e3)}
@@ -514,9 +514,9 @@ def test_a_sum_beyond_what_a_base_dequantizes_to_is_refused(
 
 
 def test_nested_scales_that_would_be_infinite_are_refused(make_base: Callable[..., Path], tmp_path: Path) -> None:
-    """Quantized, a scale may come out larger; and the mean of many may be beyond float32."""
+    """A scale can grow when quantized, and the mean of many can exceed float32."""
     half = torch.linspace(6.4e4, 65504, 64)[:, None].expand(64, 64).half()
-    half[0] = 0.0  # so that the others' scales are close to each other, and to the next code
+    half[0] = 0.0  # so that the other scales are close to each other and to the next code
     base = make_base({"layers.0.q.weight": half})
     with pytest.raises(FitError, match="with its scales quantized too it dequantizes to .* beyond 65504"):
         adapterkit.quantize(base, tmp_path / "out", to="nf4", nested=True)
@@ -529,10 +529,10 @@ def test_nested_scales_that_would_be_infinite_are_refused(make_base: Callable[..
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
-def test_weights_that_their_own_dtype_does_not_hold_are_refused(
+def test_weights_beyond_their_own_dtype_are_refused(
     kind: str, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A scale that is not finite is the base's own affair, as in bases that are not quantized."""
+    """A scale of the base that is not finite is accepted, as in bases that are not quantized."""
     config: dict[str, Any] = {"dtype": "float16"}
     name, weight = "layers.0.q", torch.randn(24, 40)
     if kind == "nf4":
@@ -571,10 +571,10 @@ def sixteen_bits(make_base: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.parametrize(("to", "nested"), [("nf4", True), ("fp4", False), ("int8", False)])
-def test_quantizing_a_base_takes_its_linear_layers_and_nothing_else(
+def test_quantizing_a_base_changes_its_linear_layers_only(
     sixteen_bits: Path, tmp_path: Path, to: str, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "BLOCK_BYTES", 80 * 8)  # eight rows: as many as make whole blocks
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 80 * 8)  # eight rows, which make whole blocks
     result = adapterkit.quantize(sixteen_bits, tmp_path / "out", to=to, nested=nested)
     assert result.tensors == 2
     out = open_checkpoint(tmp_path / "out")
@@ -601,7 +601,7 @@ def test_quantizing_a_base_takes_its_linear_layers_and_nothing_else(
         adapterkit.quantize(tmp_path / "out", tmp_path / "twice", to=to)
 
 
-def test_requantizing_keeps_the_scheme_and_what_is_untouched(
+def test_requantizing_uses_the_same_scheme_and_leaves_other_weights_unchanged(
     four_bits: tuple[Path, dict[str, torch.Tensor]], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base, dense = four_bits
@@ -618,13 +618,13 @@ def test_requantizing_keeps_the_scheme_and_what_is_untouched(
     W, exact = dense["layers.0.q.weight"].double(), oracle.merged(dense, adapter)["layers.0.q.weight"].exact
     expected, _ = packed_4bit(exact.float().bfloat16(), nested=True)
     assert (weight.stored.read() != expected[""]).float().mean() < 0.02  # quantized from float32, not from bfloat16
-    kept = result.retention["layers.0.q.weight"]
-    assert kept.retained == pytest.approx(
+    retention = result.retention["layers.0.q.weight"]
+    assert retention.retained == pytest.approx(
         float(((after - W) * (exact - W)).sum() / (exact - W).square().sum()), rel=2e-3
     )
 
 
-def test_quantizing_an_update_away_is_refused_unless_accepted(
+def test_losing_an_update_by_quantizing_is_refused_unless_accepted(
     four_bits: tuple[Path, dict[str, torch.Tensor]], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base, _ = four_bits
@@ -636,7 +636,7 @@ def test_quantizing_an_update_away_is_refused_unless_accepted(
     assert result.retention["layers.0.q.weight"].retained < 0.5
 
 
-def test_quantizing_while_merging_is_merging_and_quantizing(
+def test_quantizing_while_merging_equals_merging_then_quantizing(
     sixteen_bits: Path, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = make_adapter(factors("layers.1.q", 24, 40))
@@ -659,7 +659,7 @@ def test_quantizing_while_merging_is_merging_and_quantizing(
         ({"accept_loss": True}, UsageError, "goes with `quantize`"),
     ],
 )
-def test_what_cannot_be_asked_for(
+def test_invalid_quantization_options(
     sixteen_bits: Path, make_adapter: Callable[..., Path], tmp_path: Path, how: Any, error: Any, message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -670,14 +670,14 @@ def test_what_cannot_be_asked_for(
     ("how", "message"),
     [({"accept_loss": True}, "`accept_loss` goes with `quantize`"), ({"resume": True, "receipt": False}, "omit `resume`")],
 )  # fmt: skip
-def test_what_does_nothing_is_refused_before_anything_is_opened(
+def test_options_without_effect_are_refused_before_opening(
     sixteen_bits: Path, make_adapter: Callable[..., Path], tmp_path: Path, how: Any, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         adapterkit.merge("no/base", "no/adapter", "out", **how)
     plan = adapterkit.plan_merge(sixteen_bits, make_adapter(factors("layers.0.q", 24, 40)), tmp_path / "out")
     with pytest.raises(UsageError, match=message):
-        adapterkit.run(plan, **how)  # when it is called, and not when its first event is asked for
+        adapterkit.run(plan, **how)  # on the call, not on the first event
 
 
 @pytest.mark.parametrize(
@@ -688,7 +688,7 @@ def test_what_does_nothing_is_refused_before_anything_is_opened(
         ({"to": "int8", "nested": True}, "one scale per row"),
     ],
 )
-def test_what_quantize_cannot_do(sixteen_bits: Path, tmp_path: Path, how: Any, message: str) -> None:
+def test_invalid_options_of_quantize(sixteen_bits: Path, tmp_path: Path, how: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         adapterkit.plan_quantize(sixteen_bits, tmp_path / "out", **how)
 
@@ -701,7 +701,7 @@ def test_quantizing_nan_is_refused(make_base: Callable[..., Path], tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_inspect_tells_how_a_base_is_stored(four_bits: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_inspect_shows_the_storage_of_a_base(four_bits: tuple[Path, dict[str, torch.Tensor]]) -> None:
     base, _ = four_bits
     result = run_adapterkit("inspect", base)
     assert result.code == 0
@@ -714,7 +714,7 @@ def test_inspect_tells_how_a_base_is_stored(four_bits: tuple[Path, dict[str, tor
     assert run_adapterkit("inspect", base, "--modules").code == 2
 
 
-def test_inspect_names_schemes_it_does_not_know(make_base: Callable[..., Path]) -> None:
+def test_inspect_names_unsupported_schemes(make_base: Callable[..., Path]) -> None:
     config = {"model_type": "llama", "quantization_config": {"quant_method": "awq"}}
     base = make_base({"m.qweight": torch.zeros(5, 24, dtype=torch.int32), "n.weight": torch.ones(4, 4)}, config)
     result = run_adapterkit("inspect", base)
@@ -734,7 +734,7 @@ def test_merging_onto_the_original(
     adapterkit.merge(sixteen_bits, [adapter], tmp_path / "plain")
     for file in sorted((tmp_path / "plain").glob("*.safetensors")):
         assert (tmp_path / "onto" / file.name).read_bytes() == file.read_bytes()
-    # Quantized again, it is what quantizing the sum gives, and keeps the scheme.
+    # Requantized, it equals the quantized sum, in the same scheme.
     adapterkit.merge(tmp_path / "small", [adapter], tmp_path / "again", original=sixteen_bits, quantize="same")
     adapterkit.merge(sixteen_bits, [adapter], tmp_path / "at once", quantize=to)
     if not nested:
@@ -745,7 +745,7 @@ def test_merging_onto_the_original(
     assert {name: info.dtype for name, info in small.tensors.items()} == {
         name: info.dtype for name, info in again.tensors.items()
     }
-    # One weight a little off, and it is another model.
+    # One weight slightly off makes it another model.
     for file in sixteen_bits.glob("*.safetensors"):
         tensors = load_file(file)
         if "layers.1.q.weight" in tensors:
@@ -777,9 +777,10 @@ def test_an_fp8_base_and_its_original(
 
 
 def between_steps(kind: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 weights `(rows, 64)` about the middle of the widest step of each row's block, and half of that step.
+    """Return float32 weights `(rows, 64)` about the middle of the widest step of each row's block, and half of that step.
 
-    The nearer end of that step is one that bf16 hardly has, so that dequantizing moves it as far as it can.
+    The nearer end of that step is poorly represented in bf16, so that dequantizing moves it as far as possible.
+
     """
     if kind == "fp8":
         low, high = torch.full((rows,), 256 / 448).double(), torch.full((rows,), 288 / 448).double()
@@ -801,10 +802,10 @@ def between_steps(kind: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     ("kind", "size"), [("nf4", 1.0), ("fp4", 1.0), ("int8", 1.0), ("int8", 2.0**-16), ("fp8", 1.0)]
 )
-def test_an_original_is_refused_where_rounding_does_not_explain_it_and_nowhere_else(
+def test_an_original_is_refused_only_beyond_rounding_errors(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, kind: str, size: float
 ) -> None:
-    """A float32 model that was loaded in bf16, quantized, and is dequantized to bf16: three roundings to one side."""
+    """A float32 model loaded in bf16, quantized, and dequantized to bf16: three roundings in the same direction."""
     weight, half = between_steps(kind, 1024)
     weight, half = weight * size, half * size
     adapter = make_adapter(factors("m", 1024, 64))
@@ -833,7 +834,7 @@ def test_an_original_is_refused_where_rounding_does_not_explain_it_and_nowhere_e
             adapterkit.merge(small, [adapter], tmp_path / "wrong", original=original, **how)
 
 
-def test_originals_that_are_none(
+def test_wrong_originals(
     four_bits: tuple[Path, dict[str, torch.Tensor]],
     make_adapter: Callable[..., Path],
     tmp_path: Path,
@@ -855,7 +856,7 @@ def test_originals_that_are_none(
 # --- rounding --------------------------------------------------------------------------------------------------------
 
 
-def test_chance_is_uniform_and_does_not_depend_on_how_it_is_divided() -> None:
+def test_random_numbers_are_uniform_and_independent_of_chunking() -> None:
     whole = uniform_at(100_000, seed=7, at=0)
     assert torch.equal(torch.cat([uniform_at(777, 7, 0), uniform_at(99_223, 7, 777)]), whole)
     assert float(whole.min()) >= 0 and float(whole.max()) < 1 and float(whole.mean()) == pytest.approx(0.5, abs=5e-3)
@@ -864,7 +865,7 @@ def test_chance_is_uniform_and_does_not_depend_on_how_it_is_divided() -> None:
     assert abs(float(torch.corrcoef(torch.stack([whole, uniform_at(100_000, 8, 0)]))[0, 1])) < 0.02
 
 
-def test_stochastic_rounding_is_right_on_average_and_takes_a_neighbour() -> None:
+def test_stochastic_rounding_is_unbiased_and_picks_a_neighbour() -> None:
     code = torch.tensor([-1.0, -0.2, 0.0, 0.5, 1.0])
     values = torch.linspace(-1, 1, 41)
     scaled = values.repeat(4000, 1)
@@ -876,12 +877,12 @@ def test_stochastic_rounding_is_right_on_average_and_takes_a_neighbour() -> None
     assert bool(((got == below) | (got == above)).all())
 
 
-def test_compensated_rounding_keeps_the_sum_of_a_row() -> None:
+def test_compensated_rounding_preserves_row_sums() -> None:
     code = torch.tensor(CODES["nf4"])
     scaled = torch.rand(50, 700) * 1.6 - 0.8
     unit = torch.rand(50, 1).expand(-1, 700) + 0.1
     exact = (scaled * unit).sum(dim=1)
-    step = unit[:, 0] * 0.16  # half of the greatest step
+    step = unit[:, 0] * 0.16  # half of the largest step
     for rounding, factor in ((Rounding("compensated"), 1.0), (Rounding("nearest"), None)):
         got = (code[choose_codes(scaled, unit, code, rounding, 0)] * unit).sum(dim=1)
         if factor is not None:
@@ -890,7 +891,7 @@ def test_compensated_rounding_keeps_the_sum_of_a_row() -> None:
             assert bool(((got - exact).abs() > step).any())
 
 
-def test_a_block_of_zeros_and_rows_of_one_survive_compensation() -> None:
+def test_compensation_of_zero_blocks_and_single_columns() -> None:
     code = torch.tensor(CODES["nf4"])
     index = choose_codes(torch.zeros(3, 1), torch.zeros(3, 1), code, Rounding("compensated"), 0)
     assert index.tolist() == [[7]] * 3
@@ -898,7 +899,7 @@ def test_a_block_of_zeros_and_rows_of_one_survive_compensation() -> None:
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 @pytest.mark.parametrize("to", ["nf4", "int8"])
-def test_other_roundings_keep_what_nearest_erases(
+def test_other_rounding_modes_retain_what_nearest_erases(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, rounding: str, to: str
 ) -> None:
     original = make_base({"m.weight": torch.randn(256, 256).bfloat16()}, {"torch_dtype": "bfloat16"})
@@ -920,7 +921,7 @@ def test_other_roundings_keep_what_nearest_erases(
     assert (tmp_path / rounding / "model.safetensors").read_bytes() == once
 
 
-def test_the_seed_decides_and_is_asked_for_only_where_it_does(sixteen_bits: Path, tmp_path: Path) -> None:
+def test_the_seed_matters_for_stochastic_rounding_only(sixteen_bits: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         adapterkit.quantize(sixteen_bits, tmp_path / str(seed), to="nf4", rounding="stochastic", seed=seed)
     names = sorted(file.name for file in (tmp_path / "1").glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""SmolLM2 in NF4, as transformers and bitsandbytes make it: quantized, merged, and beside what PEFT does."""
+"""SmolLM2 in NF4 by transformers and bitsandbytes: quantizing and merging it, compared with PEFT."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_we_quantize_to_the_same_bytes(smollm2: Path, nf4: Path, tmp_path: Path)
     for name, tensor in theirs.items():
         if "quant_state" in name:
             assert json.loads(bytes(ours[name].tolist())) == json.loads(bytes(tensor.tolist()))
-        elif name.endswith(".absmax"):  # where its CPU kernel does not take the nearest (see test_quant)
+        elif name.endswith(".absmax"):  # except where its CPU kernel misses the nearest code (see test_quant)
             codes, other = codes + tensor.numel(), other + int((ours[name] != tensor).sum())
         else:
             assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor)
@@ -66,7 +66,7 @@ def test_we_quantize_to_the_same_bytes(smollm2: Path, nf4: Path, tmp_path: Path)
     assert open_checkpoint(tmp_path / "ours").config == open_checkpoint(nf4).config
 
 
-def test_a_merge_is_what_dequantizing_and_adding_in_float64_gives(nf4: Path, merged: Path) -> None:
+def test_a_merge_equals_the_float64_sum_of_dequantized_weights(nf4: Path, merged: Path) -> None:
     checkpoint = open_checkpoint(nf4)
     stored = load_file(nf4 / "model.safetensors")
     dense = {}
@@ -85,7 +85,7 @@ def test_a_merge_is_what_dequantizing_and_adding_in_float64_gives(nf4: Path, mer
     assert wrong <= 5e-6 * total
 
 
-def test_logits_are_those_of_peft_on_the_4bit_base(nf4: Path, merged: Path) -> None:
+def test_logits_equal_pefts_on_the_4bit_base(nf4: Path, merged: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(nf4)
     ours = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16).eval()
     base = AutoModelForCausalLM.from_pretrained(nf4, dtype=torch.bfloat16, device_map="cpu").eval()
@@ -96,13 +96,13 @@ def test_logits_are_those_of_peft_on_the_4bit_base(nf4: Path, merged: Path) -> N
         trained = PeftModel.from_pretrained(base, ADAPTER).eval()
         for one, without in zip(ids, plain, strict=True):
             expected, got = trained(one).logits.float(), ours(one).logits.float()
-            # Activations in bf16 stray too; by much less than the adapter moves them.
+            # bf16 activations differ too, but by much less than the adapter's effect.
             assert (expected - got).norm() < 0.35 * (expected - without).norm()
             assert torch.equal(expected[:, -1].argmax(-1), got[:, -1].argmax(-1))
 
 
 @pytest.mark.slow
-def test_peft_requantizing_erases_what_we_keep(nf4: Path, merged: Path) -> None:
+def test_requantizing_by_peft_loses_updates_that_we_retain(nf4: Path, merged: Path) -> None:
     """‖W'−W‖ along Δ of one layer: PEFT's own 4-bit merge, and ours into 16 bits."""
     name = "model.layers.20.mlp.up_proj"
     checkpoint = open_checkpoint(nf4)
@@ -112,18 +112,18 @@ def test_peft_requantizing_erases_what_we_keep(nf4: Path, merged: Path) -> None:
     adapter = adapterkit.load(ADAPTER)[name]
     delta = adapter.scaling * adapter.B.double() @ adapter.A.double()
 
-    def kept(after: torch.Tensor) -> float:
+    def retention(after: torch.Tensor) -> float:
         return float(((after.double() - W) * delta).sum() / delta.square().sum())
 
     base = AutoModelForCausalLM.from_pretrained(nf4, dtype=torch.bfloat16, device_map="cpu")
     theirs = PeftModel.from_pretrained(base, ADAPTER).merge_and_unload().get_submodule(name).weight
-    assert kept(bitsandbytes.functional.dequantize_4bit(theirs.data, theirs.quant_state)) < 0.1
-    assert kept(load_file(merged / "model.safetensors")[f"{name}.weight"]) > 0.97
+    assert retention(bitsandbytes.functional.dequantize_4bit(theirs.data, theirs.quant_state)) < 0.1
+    assert retention(load_file(merged / "model.safetensors")[f"{name}.weight"]) > 0.97
 
 
 @pytest.mark.slow
-def test_verify_names_pefts_merge_into_four_bits(nf4: Path, tmp_path: Path) -> None:
-    """As it is saved: transformers 5 cannot write it itself."""
+def test_verify_recognizes_pefts_4bit_merge(nf4: Path, tmp_path: Path) -> None:
+    """As PEFT's merge is saved; transformers 5 cannot write it itself."""
     base = AutoModelForCausalLM.from_pretrained(nf4, dtype=torch.bfloat16, device_map="cpu")
     model = PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}

@@ -1,4 +1,4 @@
-"""A scheme is one file: a base stored in one that only this test knows goes through every command."""
+"""A scheme is one module: a base in a test-only scheme works in every command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapterkit.base.checkpoint import open_checkpoint
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheme in the table; what has made its choices from that already is imported again."""
+    """Register the scheme; modules that already made their choices from the table are reimported."""
     monkeypatch.setitem(quant.SCHEMES, "toy", toy_scheme.SCHEME)
     for name in ("cli.commands.merge", "cli.commands.quantize", "tui.actions"):
         monkeypatch.delitem(sys.modules, f"adapterkit.{name}", raising=False)
@@ -44,7 +44,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def dense(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
-    """The weight by the scheme's own words, in float64."""
+    """Dequantize the weight by the scheme's definition, in float64."""
     code, low, step = (tensors[f"{module}.weight{part}"].double() for part in ("", ".toy_low", ".toy_step"))
     return low[:, None] + code * step[:, None]
 

@@ -1,4 +1,4 @@
-"""Where modules land: drifting names, fused and stacked layouts, orientations; and refusals that say why."""
+"""Targets of modules: prefix differences, fused and stacked layouts, orientations; and explained refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Make = Callable[..., Path]
 
 
 def delta(tensors: dict[str, torch.Tensor], module: str, scaling: float = 1.5) -> torch.Tensor:
-    """Δ of `module` in float64; the factories' default is alpha 6 at rank 4."""
+    """Return Δ of `module` in float64; the factories default to alpha 6 and rank 4."""
     return scaling * tensors[f"{module}.lora_B.weight"].double() @ tensors[f"{module}.lora_A.weight"].double()
 
 
@@ -47,7 +47,7 @@ def merged(base: Path, adapter: Path, out: Path, **how: Any) -> dict[str, torch.
         ("model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate"),
     ],
 )
-def test_known_drifts_are_followed_and_said(
+def test_known_prefix_differences_are_mapped_and_noted(
     trained: str, stored: str, make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
     W, parts = torch.randn(6, 10), factors(trained, 6, 10)
@@ -86,10 +86,10 @@ MODELS = {
 
 @pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
 @pytest.mark.parametrize("model", MODELS)
-def test_all_parts_of_a_model_move_at_once(
+def test_a_prefix_map_applies_to_all_parts_of_a_model(
     model: str, back: bool, make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
-    """Each has factors; the head once more without, as `modules_to_save` has it."""
+    """Each has factors; the head also as `modules_to_save`."""
     pairs = [pair[::-1] if back else pair for pair in MODELS[model].items()]
     base = make_base({f"{stored}.weight": torch.randn(6, 10) for _, stored in pairs})
     adapter = make_adapter({name: tensor for trained, _ in pairs for name, tensor in factors(trained, 6, 10).items()})
@@ -113,7 +113,7 @@ def test_a_weight_may_be_a_parameter_or_that_of_an_attention(
     assert adapterkit.plan_merge(base, [adapter], tmp_path / "out").ledger == {"adapter": {"m": (stored,)}}
 
 
-def test_one_rename_that_fixes_everything_is_offered_and_works(
+def test_a_rename_that_fixes_everything_is_suggested_and_works(
     make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
     base = make_base({f"model.layers.{i}.self_attn.q_proj.weight": torch.randn(6, 10) for i in range(12)})
@@ -129,10 +129,10 @@ def test_one_rename_that_fixes_everything_is_offered_and_works(
 @pytest.mark.parametrize(
     "wrong", ["shape of all", "shape of one", "no place for one", "two in one place", "saved shape"]
 )
-def test_a_rename_that_does_not_fix_everything_is_not_offered(
+def test_a_rename_that_does_not_fix_everything_is_not_suggested(
     wrong: str, make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
-    """By their names alone each of these would be renamed."""
+    """By name alone, each of these could be fixed by a rename."""
     base = make_base({f"model.layers.{i}.self_attn.q_proj.weight": torch.randn(6, 10) for i in range(4)})
     width = [12 if wrong == "shape of all" or (wrong == "shape of one" and i == 2) else 10 for i in range(4)]
     parts = {k: t for i in range(4) for k, t in factors(f"model.layers.{i}.attention.q_proj", 6, width[i]).items()}
@@ -151,7 +151,7 @@ def test_a_rename_that_does_not_fix_everything_is_not_offered(
     assert "--map" not in str(error.value)
 
 
-# What each layout stores of a linear layer of (24, 40), and what its config declares.
+# The tensors of a linear layer (24, 40) in each layout, and the declaration in the config.
 UNREAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "NVFP4 of ModelOpt": (
         {"weight": torch.zeros(24, 20, dtype=torch.uint8), "weight_scale": torch.zeros(24, 3), "weight_scale_2": torch.ones(()), "input_scale": torch.ones(())},
@@ -177,7 +177,7 @@ UNREAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("layout", UNREAD)
-def test_a_base_in_a_layout_that_is_not_read_is_told_as_that(
+def test_a_base_in_an_unsupported_scheme_is_named_as_such(
     layout: str, make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
     parts, declared, name = UNREAD[layout]
@@ -189,7 +189,7 @@ def test_a_base_in_a_layout_that_is_not_read_is_told_as_that(
     adapterkit.merge(base, [make_adapter(factors("n", 4, 4), "plain")], tmp_path / "out")
 
 
-def test_stacked_experts_in_mxfp4_are_told(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+def test_stacked_experts_in_mxfp4_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     stored = {
         "down_proj_blocks": torch.zeros(2, 24, 1, 16, dtype=torch.uint8),
         "down_proj_scales": torch.zeros(2, 24, 1, dtype=torch.uint8),
@@ -260,10 +260,10 @@ def test_the_architecture_decides_for_squares(
     assert torch.equal(out, oracle.rounded(W.double() + delta(parts, "h.0.attn.c_proj").T, torch.float32))
 
 
-def test_a_column_of_1x1_convolutions_teaches_nothing_of_squares(
+def test_1x1_convolutions_are_no_evidence_for_square_weights(
     make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
-    """They are stored (out, in, 1, 1), which says nothing of which way round matrices are."""
+    """Their weights are (out, in, 1, 1), which is no evidence for the orientation of matrices."""
     W, parts = torch.randn(8, 8), factors("square", 8, 8) | factors("conv", 24, 8)
     base = make_base({"square.weight": W, "conv.weight": torch.randn(24, 8, 1, 1)})
     adapterkit.merge(base / "model.safetensors", [make_adapter(parts)], tmp_path / "out.safetensors")
@@ -272,10 +272,8 @@ def test_a_column_of_1x1_convolutions_teaches_nothing_of_squares(
 
 
 @pytest.mark.parametrize("rows", [8, 12])
-def test_an_embedding_is_never_a_matter_of_orientation(
-    rows: int, make_base: Make, make_adapter: Make, tmp_path: Path
-) -> None:
-    """Of as many tokens as dimensions too; with the two exchanged it is another base's."""
+def test_the_orientation_of_embeddings_is_fixed(rows: int, make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    """Even with as many tokens as dimensions; swapped dimensions mean another base."""
     W, A, B = torch.randn(8, 8), torch.randn(4, 8), torch.randn(8, 4)
     base = make_base({"embed_tokens.weight": W if rows == 8 else torch.randn(8, 12)}, {"model_type": "llama"})
     if rows == 12:
@@ -290,7 +288,7 @@ def test_an_embedding_is_never_a_matter_of_orientation(
     assert torch.equal(out, oracle.rounded(exact, torch.float32))
 
 
-def test_squares_that_nothing_decides_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+def test_ambiguous_square_weights_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({"h.0.c_attn.weight": torch.randn(8, 24), "h.0.c_proj.weight": torch.randn(8, 8)})
     adapter = make_adapter(factors("h.0.c_attn", 24, 8) | factors("h.0.c_proj", 8, 8))
     with pytest.raises(FitError, match="the weight is square"):
@@ -304,9 +302,7 @@ def test_grouped_convolutions_are_refused(make_base: Make, make_adapter: Make, t
         adapterkit.plan_merge(base, [make_adapter(parts)], tmp_path / "out")
 
 
-def test_a_convolution_of_another_kernel_is_no_matter_of_groups(
-    make_base: Make, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_a_convolution_with_another_kernel_size(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({"conv.weight": torch.randn(8, 4, 5, 5)})
     parts = {"conv.lora_A.weight": torch.randn(4, 4, 3, 3), "conv.lora_B.weight": torch.randn(8, 4, 1, 1)}
     with pytest.raises(FitError, match=r"Δ is \(8, 4, 3, 3\), the base weight is \(8, 4, 5, 5\)"):
@@ -355,19 +351,17 @@ def test_split_modules_land_in_the_rows_of_fused_tensors(
     assert torch.equal(out["m.gate_up_proj.weight"], oracle.rounded(exact, torch.float32))
 
 
-def test_a_fused_split_that_the_config_does_not_tell_is_refused(
-    make_base: Make, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_a_fused_split_missing_from_the_config_is_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({"a.qkv_proj.weight": torch.randn(20, 12)}, HEADS | {"num_key_value_heads": 2})
     with pytest.raises(FitError, match="but its config does not define the row split"):
         adapterkit.plan_merge(base, [make_adapter(factors("a.k_proj", 4, 12))], tmp_path / "out")
 
 
 @pytest.mark.parametrize(("rows", "config"), [(12, {}), (13, {}), (12, {"num_key_value_heads": 4})], ids=str)
-def test_without_heads_in_the_config_a_fused_tensor_has_thirds(
+def test_a_fused_tensor_has_thirds_without_heads_in_the_config(
     rows: int, config: dict[str, Any], make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
-    """Or none, where it cannot, or where groups of heads say that its parts differ."""
+    """Or it is refused, if it can't be split so, or if grouped heads make the parts differ."""
     W, parts = torch.randn(rows, 10), factors("a.k_proj", 4, 10)
     base, adapter = make_base({"a.qkv_proj.weight": W}, config), make_adapter(parts)
     if rows % 3 or config:
@@ -381,7 +375,7 @@ def test_without_heads_in_the_config_a_fused_tensor_has_thirds(
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_fused_module_spreads_over_split_tensors(
+def test_a_fused_module_is_split_over_the_parts(
     dora: bool, make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
     split = {f"a.{part}_proj.weight": torch.randn(rows, 3) for part, rows in (("q", 12), ("k", 4), ("v", 4))}
@@ -394,7 +388,7 @@ def test_a_fused_module_spreads_over_split_tensors(
     assert torch.equal(torch.cat([out[name] for name in split]), oracle.rounded(exact, torch.float32))
 
 
-def test_a_fused_module_over_parts_of_which_one_lacks(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+def test_a_fused_module_over_parts_of_which_one_is_missing(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({f"a.{part}_proj.weight": torch.randn(4, 3) for part in "qk"})
     with pytest.raises(FitError, match=r"a\.qkv_proj: not in the base"):
         adapterkit.plan_merge(base, [make_adapter(factors("a.qkv_proj", 8, 3))], tmp_path / "out")
@@ -429,7 +423,7 @@ APART = {f"mlp.experts.{e}.{part}.weight": (3, 10) for e in range(2) for part in
     [{}, {"w3": None}, {"w3": (2, 10)}, {"w3": (3, 9)}, {"w3": ()}, {"w1": (6, 10), "w3": None}],
     ids=["whole", "one lacks", "too low", "too narrow", "a scalar", "one of the whole height"],
 )
-def test_experts_apart_take_what_adds_up_to_all_of_an_update(
+def test_per_expert_tensors_that_add_up_to_the_update(
     changed: dict[str, tuple[int, ...] | None], make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
     shapes = APART | {f"mlp.experts.1.{part}.weight": shape for part, shape in changed.items()}
@@ -444,10 +438,10 @@ def test_experts_apart_take_what_adds_up_to_all_of_an_update(
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (8, 10), (10, 6)])
-def test_of_two_parameters_the_one_that_fits_is_taken(
+def test_the_parameter_with_the_matching_shape_is_chosen(
     shape: tuple[int, int], make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
-    """PEFT names neither in the tensors: a plain matrix is taken the way round it is, or both are refused."""
+    """PEFT's tensor names don't include the parameter: the one with the shape of Δ is used, or both are refused."""
     base = make_base({"m.one": torch.randn(shape), "m.two": torch.randn(6, 10)})
     adapter = make_adapter(factors("m", 6, 10), target_parameters=["m.one", "m.two"])
     if shape == (6, 10):
@@ -460,9 +454,7 @@ def test_of_two_parameters_the_one_that_fits_is_taken(
 # --- collisions
 
 
-def test_two_modules_of_one_adapter_in_one_place_are_refused(
-    make_base: Make, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_two_modules_with_the_same_target_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({"a.qkv_proj.weight": torch.randn(20, 12)}, HEADS)
     adapter = make_adapter(factors("a.qkv_proj", 20, 12) | factors("a.q_proj", 12, 12))
     with pytest.raises(FitError, match="both map to a.qkv_proj.weight"):
@@ -477,7 +469,7 @@ def test_two_adapters_that_replace_one_tensor_are_refused(make_base: Make, make_
         adapterkit.plan_merge(base, two, tmp_path / "out")
 
 
-def test_a_weighted_replacement_goes_that_share_of_the_way(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+def test_a_weighted_replacement_interpolates(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     W, saved = torch.randn(6, 10), torch.randn(6, 10)
     base = make_base({"lm_head.weight": W, "m.weight": torch.randn(6, 10)})
     adapter = make_adapter(factors("m", 6, 10) | {"lm_head.weight": saved}, modules_to_save=["lm_head"])

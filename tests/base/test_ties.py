@@ -1,4 +1,4 @@
-"""Embeddings that are the head too: what transformers makes of a config, and PEFT of an adapter that changes one."""
+"""Tied embeddings: compared with how transformers resolves a config, and with PEFT for adapters that change one."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from adapterkit.errors import FitError
 
 # --- the tables ------------------------------------------------------------------------------------------------------
 
-# Two that say they tie and do not, one with two heads, and three whose configs do not tell by themselves.
+# Two that declare a tie and have none, one with two heads, and three with incomplete configs.
 UNKNOWN = {"cpmant", "kosmos-2.5", "neomme", "perception_lm", "gemma4_assistant", "step3p7"}
 MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM")
 
 
 def mapped() -> dict[str, list[str]]:
-    """The classes with a head over the vocabulary that transformers has, by model_type."""
+    """Return transformers' classes with a head over the vocabulary, by model_type."""
     classes: dict[str, list[str]] = {}
     for mapping in MAPPINGS:
         for model, names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
@@ -42,7 +42,7 @@ def mapped() -> dict[str, list[str]]:
 
 
 def resolved(config: dict[str, Any]) -> bool | None:
-    """What transformers makes of a config.json."""
+    """Return whether transformers ties a model with this config.json."""
     found = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     return getattr(
         found.text_config if config["model_type"] in ties.TEXT_CONFIG_DECIDES else found, "tie_word_embeddings", None
@@ -50,10 +50,10 @@ def resolved(config: dict[str, Any]) -> bool | None:
 
 
 def configs(model: str) -> Iterator[dict[str, Any]]:
-    """A config of this type without the key, with it, and where a text model's own says or leaves out that it is tied."""
+    """Yield configs of this type with and without the key, in the config and in its text_config."""
     kind: dict[str, Any] = {"model_type": model}
     text = getattr(CONFIG_MAPPING[model].from_dict(kind), "text_config", None)
-    if text is None or model == "fun_asr_nano":  # whose text model cannot be made of its type alone
+    if text is None or model == "fun_asr_nano":  # its text model needs more than its type
         yield kind
         yield kind | {"tie_word_embeddings": False}
         return
@@ -62,8 +62,8 @@ def configs(model: str) -> Iterator[dict[str, Any]]:
             yield kind | outer | {"text_config": {"model_type": text.model_type} | inner}
 
 
-def test_every_architecture_is_tied_as_transformers_has_it() -> None:
-    """A new architecture, or a new default, fails here: it belongs in the tables of `ties.py`."""
+def test_every_architecture_is_tied_as_in_transformers() -> None:
+    """Fails for new architectures and new defaults, which belong in the tables of `architectures.py`."""
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     wrong = [
         (config, tied)
@@ -74,7 +74,7 @@ def test_every_architecture_is_tied_as_transformers_has_it() -> None:
     assert wrong == []
 
 
-def test_every_head_is_named_as_transformers_names_it() -> None:
+def test_every_head_has_its_name_in_transformers() -> None:
     wrong = []
     for model, names in mapped().items():
         for name in names:
@@ -107,7 +107,7 @@ def test_every_head_is_named_as_transformers_names_it() -> None:
         ({"text_config": [True]}, None),
     ],
 )
-def test_what_a_config_declares(config: dict[str, Any], tied: bool | None) -> None:
+def test_whether_a_config_ties_embeddings(config: dict[str, Any], tied: bool | None) -> None:
     assert declared(config) is tied
 
 
@@ -115,7 +115,7 @@ def test_what_a_config_declares(config: dict[str, Any], tied: bool | None) -> No
 
 LM, DECODER = "lm_head.weight", "cls.predictions.decoder.weight"
 FOUND: dict[str, tuple[str | dict[str, Any], str, tuple[str, str, tuple[str, ...], bool, bool] | None]] = {
-    # config or model_type, tensors without `.weight`: embedding, head, other embeddings, is the head stored, is it sure
+    # config or model_type, tensors without `.weight`: embedding, head, other embeddings, stored head, certain
     "tied": ("gpt2", "wte h.0.c_fc", ("wte.weight", LM, (), False, True)),
     "tied, and stored": ("gpt2", "transformer.wte lm_head", ("transformer.wte.weight", LM, (), True, True)),
     "untied": ("llama", "model.embed_tokens lm_head", None),
@@ -129,7 +129,7 @@ FOUND: dict[str, tuple[str | dict[str, Any], str, tuple[str, str, tuple[str, ...
         "t5", "decoder.embed_tokens encoder.embed_tokens shared",
         ("shared.weight", LM, ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight"), False, True),
     ),
-    **{  # what models call it
+    **{  # its names in models
         name: ({"tie_word_embeddings": True}, f"layers.0.{name} {name}", (f"{name}.weight", LM, (), False, True))
         for name in (
             "model.shared", "model.embed_tokens", "transformer.wte", "bert.embeddings.word_embeddings",
@@ -181,7 +181,7 @@ OFF = {"tie_word_embeddings": False}
     ],
     ids=str,
 )  # fmt: skip
-def test_an_output_that_has_both_is_untied_where_it_can_be(
+def test_an_output_with_both_tensors_is_untied_if_possible(
     config: dict[str, Any], embedding: str, changed: dict[str, Any], make_base: Callable[..., Path]
 ) -> None:
     head = "cls.predictions.bias" if "bert" in embedding else "x"
@@ -267,7 +267,7 @@ IDS = torch.arange(20)[None]
 
 
 def opened(folder: Path) -> torch.nn.Module:
-    """The model that transformers loads, in float32."""
+    """Load the model with transformers in float32."""
     kind = AutoModelForImageTextToText if (folder / "vision").exists() else AutoModelForCausalLM
     if json.loads((folder / "config.json").read_text())["model_type"] in SHARED:
         kind = AutoModelForSeq2SeqLM
@@ -283,7 +283,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def save_base(kind: str, folder: Path) -> tuple[str, str, str]:
-    """A random model whose config leaves out whether it is tied; its embedding, its head, and one of its layers."""
+    """Save a random model whose config omits the key; returns its embedding, its head, and one of its layers."""
     config = ARCHITECTURES[kind]
     auto = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32)
@@ -300,8 +300,8 @@ def save_base(kind: str, folder: Path) -> tuple[str, str, str]:
 
 
 def trained(base: Path, folder: Path, **config: Any) -> torch.Tensor:
-    """Save an adapter that PEFT made, moved away from where it starts; the logits of base and adapter in PEFT."""
-    with warnings.catch_warnings(action="ignore"):  # that PEFT will get a tied one wrong when merging
+    """Save an adapter made with PEFT, moved away from its initialization; returns the logits of base and adapter in PEFT."""
+    with warnings.catch_warnings(action="ignore"):  # PEFT warns that it merges tied ones incorrectly
         model = get_peft_model(opened(base), LoraConfig(r=4, lora_alpha=6, **config))
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -311,7 +311,7 @@ def trained(base: Path, folder: Path, **config: Any) -> torch.Tensor:
 
 
 def ways(embedding: str, head: str, linear: str) -> dict[str, dict[str, Any]]:
-    """What an adapter may do to an embedding and a head."""
+    """Yield the ways in which an adapter can change an embedding and a head."""
     inside, outside = embedding.split(".")[-1], head.split(".")[-1]
     return {
         "embedding": {"target_modules": [inside]},
@@ -327,7 +327,7 @@ def ways(embedding: str, head: str, linear: str) -> dict[str, dict[str, Any]]:
 
 
 def assert_merged(base: Path, adapter: Path, expected: torch.Tensor, tmp_path: Path) -> None:
-    """Merged, and applied to a live model, it computes what PEFT does; and out again it is as it was."""
+    """Check that a merge and a live model compute what PEFT does, and that undoing restores the base."""
     before = (base / "model.safetensors").read_bytes()
     close = {"atol": 1e-4 * float(expected.abs().max()), "rtol": 1e-4}
     adapterkit.merge(base, [adapter], tmp_path / "out", overwrite=True)
@@ -351,7 +351,7 @@ def test_the_output_computes_what_peft_does(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in ("gpt2", "gemma")])
-def test_of_every_architecture(kind: str, tmp_path: Path) -> None:
+def test_every_architecture(kind: str, tmp_path: Path) -> None:
     embedding, head, linear = save_base(kind, tmp_path / "base")
     config = ways(embedding, head, linear)["embedding" if kind != "gpt_neox" else "saved head"]
     expected = trained(tmp_path / "base", tmp_path / "a", **config)
@@ -359,8 +359,8 @@ def test_of_every_architecture(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", ["equal", "different", "without its prefix"])
-def test_a_head_that_is_stored_as_well(stored: str, tmp_path: Path) -> None:
-    """transformers ties two stored tensors where they are equal; GPT-2's on the Hub are named without the prefix."""
+def test_a_tied_head_that_is_also_stored(stored: str, tmp_path: Path) -> None:
+    """transformers ties two stored tensors if they are equal; GPT-2's on the Hub are named without the prefix."""
     base = tmp_path / "base"
     names = save_base("gpt2", base)
     tensors = load_file(base / "model.safetensors")
@@ -376,8 +376,8 @@ def test_a_head_that_is_stored_as_well(stored: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_head_that_is_the_embedding_follows_its_factors(stored: bool, tmp_path: Path) -> None:
-    """With `ensure_weight_tying` PEFT takes the embedding's factors for the head, where a file has no others."""
+def test_a_tied_head_follows_the_factors_of_the_embedding(stored: bool, tmp_path: Path) -> None:
+    """With `ensure_weight_tying` PEFT applies the embedding's factors to the head, if a file has no others."""
     names = save_base("gemma", base := tmp_path / "base")
     if stored:
         tensors = load_file(base / "model.safetensors")
@@ -391,7 +391,7 @@ def test_a_head_that_is_the_embedding_follows_its_factors(stored: bool, tmp_path
     assert_merged(base, tmp_path / "adapter", expected, tmp_path)
 
 
-def test_an_adapter_that_touches_neither_leaves_the_tie_alone(
+def test_an_adapter_that_changes_neither_preserves_the_tie(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = {"model_type": "llama", "tie_word_embeddings": True}
@@ -401,11 +401,11 @@ def test_an_adapter_that_touches_neither_leaves_the_tie_alone(
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == {"model.embed_tokens.weight", "model.q.weight"}
 
 
-# --- what is not known -----------------------------------------------------------------------------------------------
+# --- unknown ties ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "strange"}])
-def test_what_is_not_known_is_refused(
+def test_an_unknown_tie_is_refused(
     config: dict[str, Any], make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = make_base({"model.embed_tokens.weight": torch.randn(16, 8), "model.q.weight": torch.randn(8, 8)}, config)
@@ -427,14 +427,14 @@ def test_what_is_not_known_is_refused(
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "strange"}])
 @pytest.mark.parametrize("where", ["model.embed_tokens", "lm_head"])
-def test_two_tensors_of_which_nothing_says_that_they_are_one(
+def test_two_stored_tensors_with_an_unknown_tie(
     config: dict[str, Any],
     where: str,
     make_base: Callable[..., Path],
     make_adapter: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """Equal or not, each is changed by itself, and the config stays: transformers does not tie them either."""
+    """Equal or not, each is changed separately, and the config is unchanged: transformers doesn't tie them either."""
     weight, (A, B) = torch.randn(16, 8), (torch.randn(4, 16), torch.randn(8, 4))
     embedding = {f"{where}.lora_embedding_A": A, f"{where}.lora_embedding_B": B}
     both = {"model.embed_tokens.weight": weight, "lm_head.weight": weight.clone()}
@@ -451,9 +451,10 @@ def test_two_tensors_of_which_nothing_says_that_they_are_one(
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("kind", SHARED)
 def test_embeddings_that_an_encoder_and_a_decoder_share(kind: str, copies: bool, tmp_path: Path) -> None:
-    """Trained tokens and the head alone are as in PEFT; what it trains in a module that is not used is refused.
+    """Trained tokens and the head alone are as in PEFT; training a module that is not used is refused.
 
-    Checkpoints of before transformers 5 hold a copy for each that is tied.
+    Checkpoints from before transformers 5 hold a copy for each tied tensor.
+
     """
     base, inner = tmp_path / "base", "model." * (kind == "bart")
     model = AutoModelForSeq2SeqLM.from_config(SHARED[kind])
@@ -478,7 +479,7 @@ def test_embeddings_that_an_encoder_and_a_decoder_share(kind: str, copies: bool,
             adapterkit.merge(base, [tmp_path / target], tmp_path / "refused")
 
 
-def test_shared_embeddings_that_are_not_one_are_refused(
+def test_shared_embeddings_that_differ_are_refused(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     tensors = {"shared.weight": torch.randn(16, 8), "encoder.embed_tokens.weight": torch.randn(16, 8)}
@@ -489,10 +490,10 @@ def test_shared_embeddings_that_are_not_one_are_refused(
         adapterkit.merge(make_base(tensors, {"model_type": "t5"}), [tokens], tmp_path / "out")
 
 
-def test_two_adapters_of_which_one_keeps_the_tie(
+def test_two_adapters_of_which_one_ensures_weight_tying(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The head follows the one, and not the other."""
+    """The head follows the former, and not the latter."""
     weight = torch.randn(16, 8)
     base = make_base({"model.embed_tokens.weight": weight}, {"model_type": "gemma"})
     adapters = []

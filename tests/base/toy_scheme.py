@@ -1,4 +1,4 @@
-"""A scheme of one file, to show that this is all it takes: 8 bits, `w = low + code · step` by row."""
+"""A test-only scheme in one module: 8 bits, `w = low + code · step` per row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals held back while a step must not be torn apart: none is lost, none comes in between, none changes for good."""
+"""Deferred signals: none is lost, none interrupts the block, and handlers are restored."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from adapterkit.files.system import END_SIGNALS
 
 
 @pytest.fixture
-def came() -> Iterator[list[int]]:
-    """Which signals were handled so far, by handlers that were there before."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda which, _: came.append(which)) for number in END_SIGNALS}
-    yield came
+def handled() -> Iterator[list[int]]:
+    """Signals handled so far, by handlers installed before."""
+    handled: list[int] = []
+    before = {number: signal.signal(number, lambda which, _: handled.append(which)) for number in END_SIGNALS}
+    yield handled
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_comes_at_the_end_to_whom_it_is_for(number: int, came: list[int]) -> None:
+def test_signals_reach_their_handlers_after_the_block(number: int, handled: list[int]) -> None:
     handlers = [signal.getsignal(one) for one in END_SIGNALS]
     with defer_signals():
         with defer_signals():
             signal.raise_signal(number)
             signal.raise_signal(number)
-        assert came == []
-    assert came == [number, number]
+        assert handled == []
+    assert handled == [number, number]
     assert [signal.getsignal(one) for one in END_SIGNALS] == handlers
     signal.raise_signal(number)
-    assert came == [number] * 3
+    assert handled == [number] * 3
 
 
-def test_signals_of_several_kinds_come_in_their_order(came: list[int]) -> None:
+def test_signals_of_several_kinds_keep_their_order(handled: list[int]) -> None:
     order = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
     with defer_signals():
         for number in order:
             signal.raise_signal(number)
-    assert came == order
+    assert handled == order
 
 
-def test_ctrl_c_after_an_error_hides_it_not(came: list[int]) -> None:
+def test_ctrl_c_keeps_an_error_as_its_context(handled: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt) as raised, defer_signals():
         signal.raise_signal(signal.SIGINT)
@@ -54,17 +54,17 @@ def test_ctrl_c_after_an_error_hides_it_not(came: list[int]) -> None:
         raise OSError("the disk is full")
 
 
-def test_what_is_ignored_stays_ignored(came: list[int]) -> None:
-    """As ctrl-C is in the background of a shell, and SIGHUP under nohup."""
+def test_ignored_signals_stay_ignored(handled: list[int]) -> None:
+    """As ctrl-C in the background of a shell, and SIGHUP under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with defer_signals():
         signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    assert came == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert handled == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_thread_changes_no_handlers(came: list[int]) -> None:
-    """Python handles signals in the main thread alone, and lets no other change how."""
+def test_a_thread_changes_no_handlers(handled: list[int]) -> None:
+    """Python handles signals in the main thread only, and allows handlers to be set only there."""
     handlers, done = [signal.getsignal(one) for one in END_SIGNALS], []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Strangers' files: nothing but regular files is opened, and no link leads out of a folder."""
+"""Untrusted files: only regular files are opened, and no link leads out of a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from adapterkit.files.opening import (
 
 @pytest.fixture(autouse=True)
 def descriptors() -> Iterator[None]:
-    """None is left open, whatever was refused."""
+    """Check that no descriptor is left open."""
     before = os.listdir("/proc/self/fd")
     yield
     assert os.listdir("/proc/self/fd") == before
@@ -39,8 +39,8 @@ def descriptors() -> Iterator[None]:
 PACKAGE = Path(opening.__file__).parents[1]
 
 
-def plain_readings(file: Path) -> list[str]:
-    """The lines of `file` that open or read a file otherwise than by `opening`, except those of /proc and our own."""
+def unchecked_reads(file: Path) -> list[str]:
+    """Return the lines of `file` that open or read a file without `opening`, except in /proc and for our own files."""
     found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or "/proc/" in (line := ast.unparse(node)):
@@ -56,7 +56,7 @@ def plain_readings(file: Path) -> list[str]:
 
 
 def test_files_are_opened_in_one_place() -> None:
-    """Elsewhere only what we made, behind a check of our own, or with the stream that `opening` gave."""
+    """The known modules open our own files, check for themselves, or use a stream from `opening`."""
     known = {
         "files/opening.py",
         "base/models/tokenizer_subprocess.py",
@@ -67,12 +67,12 @@ def test_files_are_opened_in_one_place() -> None:
         "adapter/formats/pickled.py",
         "hub/download.py",
     }
-    found = [line for file in sorted(PACKAGE.rglob("*.py")) for line in plain_readings(file)]
+    found = [line for file in sorted(PACKAGE.rglob("*.py")) for line in unchecked_reads(file)]
     assert [line for line in found if line.partition(":")[0] not in known] == []
 
 
 def make(path: Path, kind: str) -> Path:
-    """Something at `path` that is no regular file; whoever opened it for reading could wait for ever."""
+    """Create something that is not a regular file at `path`; reading it could block forever."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "a named pipe":
         os.mkfifo(path)
@@ -80,7 +80,7 @@ def make(path: Path, kind: str) -> Path:
         path.symlink_to("/dev/zero")
     elif kind == "a socket":
         with socket.socket(socket.AF_UNIX) as one:
-            at = os.open(path.parent, os.O_PATH)  # names of sockets are short
+            at = os.open(path.parent, os.O_PATH)  # socket paths have a short limit
             one.bind(f"/proc/self/fd/{at}/{path.name}")
             os.close(at)
     elif kind == "a directory":
@@ -98,7 +98,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES])
-def test_as_many_bytes_as_the_limit_are_read_and_no_more(size: int, tmp_path: Path) -> None:
+def test_files_are_read_up_to_the_limit(size: int, tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(data := bytes(range(256)) * (size // 256) + b"x" * (size % 256))
     assert read_whole(file, size) == read_whole(file, size + 1) == data
@@ -110,7 +110,7 @@ def test_as_many_bytes_as_the_limit_are_read_and_no_more(size: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["x\0y", "x" * 256, "no/such/folder", "pipe/x"])
-def test_names_that_no_file_has(name: str, tmp_path: Path) -> None:
+def test_invalid_names(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for opened in (lambda: open_regular(tmp_path / name), lambda: open_inside(tmp_path, name)):
         with pytest.raises(
@@ -120,7 +120,7 @@ def test_names_that_no_file_has(name: str, tmp_path: Path) -> None:
 
 
 def cached(cache: Path, name: str = "models--o--n") -> Path:
-    """A snapshot of the Hub cache: two links to blobs, one of them in a folder."""
+    """A snapshot in the Hub cache: two links to blobs, one of them in a folder."""
     snapshot = cache / name / "snapshots" / "0a1b"
     (snapshot / "inner").mkdir(parents=True)
     (cache / name / "blobs").mkdir()
@@ -136,9 +136,9 @@ def read(folder: Path, name: str) -> str:
         return stream.read().decode()
 
 
-def test_links_of_the_hub_cache_lead_to_its_blobs(tmp_path: Path) -> None:
+def test_links_of_the_hub_cache_to_its_blobs_are_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
-    (tmp_path / "cache").symlink_to("real")  # as the user may have it
+    (tmp_path / "cache").symlink_to("real")  # users may have linked it
     snapshot = cached(tmp_path / "cache")
     assert [read(snapshot, "a"), read(snapshot, "inner/b"), read(snapshot / "inner", "b")] == ["aa", "bb", "bb"]
     assert list(files_below(snapshot)) == [(Path("a"), None), (Path("inner/b"), None)]
@@ -161,13 +161,13 @@ def a_blob_that_is_a_link(snapshot: Path) -> None:
 
 def blobs_that_are_a_link(snapshot: Path) -> None:
     blobs = snapshot.parents[1] / "blobs"
-    blobs.rename(blobs.with_name("kept"))
+    blobs.rename(blobs.with_name("moved"))
     blobs.symlink_to("/proc/self")
     (snapshot / "x").symlink_to("../../blobs/environ")
 
 
 def no_cache(snapshot: Path) -> None:
-    """A folder of snapshots of another kind, and a folder of the user beside it."""
+    """A snapshots folder that is not of the Hub cache."""
     repo = snapshot.parents[1].rename(snapshot.parents[2] / "home")
     (repo / "snapshots" / "0a1b" / "x").symlink_to("../../blobs/aa")
 
@@ -221,7 +221,7 @@ def test_a_file_that_changes_after_the_check(
         open_inside(tmp_path, "x") if inside else open_regular(file)
 
 
-def test_what_lies_below_a_folder(tmp_path: Path) -> None:
+def test_files_below_a_folder(tmp_path: Path) -> None:
     for name in ("b", "a/c", "a/d/e", ".hidden", ".git/f"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -236,7 +236,7 @@ def test_what_lies_below_a_folder(tmp_path: Path) -> None:
         list(files_below(tmp_path / "gone"))
 
 
-def test_folders_nested_as_deep_as_functions_that_call_themselves_can_copy(tmp_path: Path) -> None:
+def test_the_limit_on_nested_folders(tmp_path: Path) -> None:
     deepest = tmp_path.joinpath(*"d" * MAX_FOLDER_DEPTH)
     deepest.mkdir(parents=True)
     (deepest / "x").touch()
@@ -246,7 +246,7 @@ def test_folders_nested_as_deep_as_functions_that_call_themselves_can_copy(tmp_p
         list(files_below(tmp_path))
 
 
-def test_folders_deeper_than_a_path_can_be(tmp_path: Path) -> None:
+def test_folders_nested_deeper_than_a_path_allows(tmp_path: Path) -> None:
     at = os.open(tmp_path, os.O_PATH)
     for _ in range(20):
         os.mkdir("d" * 250, dir_fd=at)
@@ -258,7 +258,7 @@ def test_folders_deeper_than_a_path_can_be(tmp_path: Path) -> None:
     assert cache_blob(tmp_path) is None
 
 
-def test_a_link_is_named_as_what_it_is(tmp_path: Path) -> None:
+def test_the_error_for_a_link(tmp_path: Path) -> None:
     (tmp_path / "x").symlink_to("/etc/passwd")
     with pytest.raises(UnsafeFileError, match="x: is a link and could point to any file; replace it with the file"):
         open_inside(tmp_path, "x")

@@ -1,4 +1,4 @@
-"""Writing past the page cache: the same bytes, whatever the alignment and the file system."""
+"""Direct I/O: the same bytes for every alignment and file system."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from adapterkit.files import outfile
 from adapterkit.files.outfile import PAGE, OutputFile, PageBuffer
 
-# Spans that begin and end in a page, at its edges, and in one page altogether.
+# Spans that start and end inside a page, at page boundaries, and within a single page.
 CUTS = [0, 8, 100, PAGE, 3 * PAGE + 17, 5 * PAGE, 5 * PAGE + 1, 9 * PAGE - 2, 12 * PAGE + 5]
 
 
 def write_in_spans(path: Path, content: bytes, shift: int = 0) -> None:
-    """Write `content` span by span, in no order; a `shift` spoils the alignment of the memory."""
+    """Write `content` in shuffled spans; a `shift` misaligns the memory."""
     file = OutputFile(path, len(content))
     file.open()
     spans = list(pairwise(CUTS[1:]))
@@ -41,7 +41,7 @@ def test_every_byte_arrives(tmp_path: Path, shift: int) -> None:
 
 
 @pytest.mark.parametrize("refused", ["open", "pwrite"])
-def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+def test_a_file_system_without_direct_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
     real: Callable[..., Any] = getattr(os, refused)
     direct: set[int] = set()
     opened = os.open
@@ -77,7 +77,7 @@ def test_a_failing_direct_write_is_not_hidden(tmp_path: Path, monkeypatch: pytes
     file.close()
 
 
-def test_a_page_buffer_grows_and_keeps_the_place_in_the_page() -> None:
+def test_a_page_buffer_grows_and_preserves_the_page_offset() -> None:
     buffer = PageBuffer()
     assert len(buffer.view(10, 5)) == 10
     assert len(buffer.view(3 * PAGE, 7 * PAGE + 9)) == 3 * PAGE

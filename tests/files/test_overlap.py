@@ -1,4 +1,4 @@
-"""Inputs and outputs that are one by some link, and those that only look so."""
+"""Inputs and outputs that overlap through links, and those that only seem to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adapterkit.files.opening import files_below
 from adapterkit.files.overlap import check_disjoint
 
 LIES, HOLDS, APART = "is the input", "contains the input", ""
-# What is made, in order: `folder/`, `file`, `link -> target`, `hard = file`; an input; an output; how they are.
+# Files to create, in order: `folder/`, `file`, `link -> target`, `hard = file`; an input; an output; the result.
 CASES = {
     "nothing of either": ([], "in", "out", APART),
     "beside each other": (["in/", "in/w", "out/", "out/w"], "in", "out", APART),
@@ -57,7 +57,7 @@ def make(folder: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_whether_an_output_is_apart_from_an_input(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_overlap_an_input(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, read, out, expected = CASES[case]
     for what in made:
         make(tmp_path, what)
@@ -72,7 +72,7 @@ def test_whether_an_output_is_apart_from_an_input(case: str, tmp_path: Path, mon
 
 
 def test_inputs_of_any_depth(tmp_path: Path) -> None:
-    """Which is checked before anything can refuse them."""
+    """The check comes before limits on nesting."""
     deep, depth = tmp_path / "in", 1100
     for _ in range(depth):
         deep.mkdir()
@@ -88,10 +88,8 @@ def test_inputs_of_any_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", ["in", "in/w", "in/deep", "in/deep/w", "other"])
-def test_a_folder_in_the_output_that_is_another_by_a_mount(
-    read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only root can mount; what a mount makes of two folders, one inode, is played. Removing the one empties the other."""
+def test_an_input_mounted_inside_the_output(read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mounting needs root, so the equal inodes of two folders are simulated. Removing one would empty the other."""
     for what in ("in/", "in/w", "in/deep/", "in/deep/w", "other", "out/", "out/a/", "out/a/mount/"):
         make(tmp_path, what)
     inode = overlap._inode

@@ -1,4 +1,4 @@
-"""safetensors as bytes: what is written, and every way a header can lie."""
+"""safetensors as bytes: writing, and all kinds of invalid headers."""
 
 from __future__ import annotations
 
@@ -121,13 +121,13 @@ def test_a_header_above_the_limit_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "t.safetensors"
     file.write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
     with open(file, "r+b") as stream:
-        stream.truncate(MAX_HEADER_BYTES + 9)  # a sparse file: it takes no room
+        stream.truncate(MAX_HEADER_BYTES + 9)  # a sparse file
     with pytest.raises(FormatError, match="has 67,108,865 bytes, expected at most 67,108,864"):
         read_header(file)
 
 
 @pytest.mark.parametrize("read", [read_header, read_json])
-def test_what_is_not_a_regular_file_is_a_format_error(tmp_path: Path, read: Callable[[Path], object]) -> None:
+def test_reading_a_special_file_is_a_format_error(tmp_path: Path, read: Callable[[Path], object]) -> None:
     """A FIFO without a writer would block, and /dev/zero never ends."""
     os.mkfifo(tmp_path / "fifo")
     for file in (tmp_path, tmp_path / "missing", tmp_path / "fifo", Path("/dev/zero"), Path("a\0b")):
@@ -222,7 +222,7 @@ def test_tensor_bytes(dtype: str, shape: tuple[int, ...], size: int) -> None:
 
 
 def sample(dtype: str) -> torch.Tensor:
-    """Three rows of bytes that every dtype can hold."""
+    """Three rows of bytes that are valid in every dtype."""
     raw = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.uint8).repeat_interleave(DTYPE_BITS[dtype] // 8)
     return raw.view(getattr(torch, TORCH_NAMES[dtype])).reshape(3, 2)
 
@@ -253,7 +253,7 @@ def test_a_view_is_written_as_its_own_elements(tmp_path: Path) -> None:
     assert loaded["double"].equal(whole[:, :1].double())
 
 
-# --- luck ------------------------------------------------------------------------------------------------------------
+# --- random edits ----------------------------------------------------------------------------------------------------
 
 GOOD = packed(two((0, 4), (4, 8)) | {"__metadata__": {"format": "pt"}}, bytes(8))
 
@@ -278,8 +278,8 @@ def test_mutations_are_read_or_refused(tmp_path: Path, cuts: list[tuple[int, int
     assert header.nbytes + sum(info.nbytes for info in header.tensors.values()) == len(raw)
 
 
-def test_what_we_accept_the_library_accepts(tmp_path: Path) -> None:
-    """Random edits to the JSON values; ours may be the stricter reader, never the laxer one."""
+def test_the_library_accepts_all_that_we_accept(tmp_path: Path) -> None:
+    """With random edits of the JSON values; our reader may be stricter, never laxer."""
     rng = random.Random(0)
     values = [0, 1, 4, 8, -1, 2.0, True, None, "U8", "F4", [], [4], [0, 4], [4, 8], {}, 2**64]
     file, accepted = tmp_path / "t.safetensors", 0
@@ -317,7 +317,7 @@ def test_read_json_refuses(tmp_path: Path, raw: bytes, message: str) -> None:
 
 
 def test_a_large_index_is_read(tmp_path: Path) -> None:
-    """With more entries than a config may have; still bounded, as a header is."""
+    """It may have more entries than a config, up to the limits of a header."""
     weight_map = dict.fromkeys(map(str, range(510_000)), "x")
     (tmp_path / "a.json").write_text(json.dumps(weight_map))
     assert read_json(tmp_path / "a.json", large=True) == weight_map
@@ -329,6 +329,6 @@ def test_a_large_index_is_read(tmp_path: Path) -> None:
         read_header(tmp_path / "t.safetensors")
 
 
-def test_read_json_takes_a_byte_order_mark(tmp_path: Path) -> None:
+def test_read_json_accepts_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"r": 8}')
     assert read_json(tmp_path / "a.json") == {"r": 8}

@@ -1,4 +1,4 @@
-"""All or nothing on disk: what is not ours is left alone, inputs above all, and every crash leaves something whole."""
+"""All-or-nothing outputs: inputs and unrelated files are never changed, and a crash leaves a complete output."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_killed_at_every_step(tmp_path: Path, file: bool) -> None:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Iterator[Path]:
-    """A folder with `base` and `adapter`, and a merge of them, `merged`; whatever is done, nothing of it changes."""
+    """A folder with `base`, `adapter` and a merge of them, `merged`; checks that they don't change."""
     write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
     assert adapterkit("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "merged").code == 0
     before = contents(tmp_path)
@@ -61,8 +61,10 @@ def inputs(tmp_path: Path) -> Iterator[Path]:
     "name", [".out.partial", ".out.replaced", ".out.before-1", "out.receipt", ".adapterkit-01234567"]
 )
 @pytest.mark.parametrize("command", ["merge", "unmerge", "combine", "resize", "convert", "extract", "quantize"])
-def test_inputs_of_any_name_stay(inputs: Path, monkeypatch: pytest.MonkeyPatch, name: str, command: str) -> None:
-    """Temporary names were once made of the output's, and what lay there was removed, inputs and all."""
+def test_inputs_of_any_name_are_unchanged(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, name: str, command: str
+) -> None:
+    """Temporary names were once derived from the output's, and existing files there removed, even inputs."""
     monkeypatch.chdir(inputs)
     for of in ("base", "adapter", "merged"):
         shutil.copytree(of, Path(name) / of)
@@ -80,8 +82,8 @@ def test_inputs_of_any_name_stay(inputs: Path, monkeypatch: pytest.MonkeyPatch, 
     assert sorted(os.listdir()) == sorted({"adapter", "base", "merged", "out", name})
 
 
-def test_what_is_undone_level_by_level_may_have_any_name(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint between two levels was once made, and removed, at `.OUT.before-1`."""
+def test_undoing_several_merges_changes_no_other_folder(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint between two levels was once written to, and removed at, `.OUT.before-1`."""
     monkeypatch.chdir(inputs)
     assert adapterkit("merge", "merged", "adapter", "-o", ".again.before-1").code == 0
     before = contents(Path(".again.before-1"))
@@ -89,7 +91,7 @@ def test_what_is_undone_level_by_level_may_have_any_name(inputs: Path, monkeypat
     assert contents(Path(".again.before-1")) == before and contents(Path("again")) == contents(Path("base"))
 
 
-def test_what_lies_at_a_likely_name_has_no_part_in_the_output(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_at_a_likely_temporary_name_is_not_used(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file longer than the output, whose end was once left in it."""
     monkeypatch.chdir(inputs)
     Path(".out.safetensors.partial").write_bytes(bytes(200_000))
@@ -116,15 +118,15 @@ def linked(link: Path, target: Path) -> Path:
 
 
 def moved(here: Path, link: bool = False) -> Path:
-    """An output of ours that an input was moved into, and where it was a link to it, or to its weights."""
+    """An output of ours into which an input was moved, and replaced by a link to it or to its weights."""
     ours = here / "merged"
-    shutil.copytree(here / "base", ours / "kept")
+    shutil.copytree(here / "base", ours / "inner")
     if not link:
         shutil.rmtree(here / "base")
-        (here / "base").symlink_to(ours / "kept")
+        (here / "base").symlink_to(ours / "inner")
     for file in [*(here / "base").glob("*.safetensors")] if link else []:
         file.unlink()
-        file.symlink_to(ours / "kept" / file.name)
+        file.symlink_to(ours / "inner" / file.name)
     return ours
 
 
@@ -143,7 +145,7 @@ INPUTS = {
         if where == "above" or any(one in where for one in read.split())
     ],
 )
-def test_an_output_that_is_not_apart_from_the_inputs(tmp_path: Path, where: str, command: str) -> None:
+def test_outputs_that_overlap_the_inputs_are_refused(tmp_path: Path, where: str, command: str) -> None:
     here = tmp_path / "here"
     write_base(here / "base"), write_adapter(here / "adapter"), write_adapter(here / "other")
     assert adapterkit("merge", here / "base", here / "adapter", "-o", here / "merged").code == 0
@@ -160,8 +162,8 @@ def test_an_output_that_is_not_apart_from_the_inputs(tmp_path: Path, where: str,
     assert contents(tmp_path) == before
 
 
-def test_a_file_that_is_an_input_by_another_name(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hard link to the base is not written to, and is no output even where the base is ours."""
+def test_a_hard_link_to_an_input_is_not_overwritten(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hard link to the base is not overwritten, even if the base is ours."""
     monkeypatch.chdir(inputs)
     shard = "model-00001-of-00002.safetensors"
     assert adapterkit("merge", f"base/{shard}", "adapter", "-o", "one.safetensors", "--allow-partial").code == 0
@@ -180,7 +182,7 @@ def test_a_file_that_is_an_input_by_another_name(inputs: Path, monkeypatch: pyte
 def test_an_output_that_shares_its_blocks_with_the_base_is_replaced(
     inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As --link leaves it on a file system without reflinks: names go, the base's bytes stay."""
+    """As --link makes it without reflinks: names are removed, the base's bytes are not."""
     monkeypatch.chdir(inputs)
     names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight" for x in "AB"]
     write_adapter(inputs / "small", {name: factors()[name] for name in names})
@@ -194,8 +196,8 @@ def test_an_output_that_shares_its_blocks_with_the_base_is_replaced(
 
 
 @pytest.mark.parametrize("left", ["unmarked", "another user's", "of another output", "a file", "not a mark", "a link"])
-def test_what_bears_no_mark_of_ours_stays(inputs: Path, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
-    """Folders and files called as ours are, which are not what we would leave for this output."""
+def test_folders_without_our_mark_are_unchanged(inputs: Path, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
+    """Folders and files named like workspaces that are not workspaces for this output."""
     name = inputs / ".adapterkit-0123abcd"
     if left == "a file":
         name.write_text("years of work")
@@ -221,8 +223,8 @@ def test_what_bears_no_mark_of_ours_stays(inputs: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("how", [[], ["--resume"]])
-def test_a_mark_that_came_in_an_archive(inputs: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]) -> None:
-    """Its job can be told beforehand; what would be emptied and go on as the output is another folder, by a link."""
+def test_a_forged_mark(inputs: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]) -> None:
+    """An attacker can predict the job; the folder to be emptied and resumed is a link to another."""
     monkeypatch.chdir(inputs)
     Path("precious").mkdir()
     Path("precious/thesis.tex").write_text("years of work")
@@ -234,8 +236,8 @@ def test_a_mark_that_came_in_an_archive(inputs: Path, monkeypatch: pytest.Monkey
     assert not work.path.exists()
 
 
-def test_what_dead_runs_left_goes_with_the_next_run(inputs: Path) -> None:
-    """Workspaces of this output, and those that never got so far as to say of which they are."""
+def test_the_next_run_removes_workspaces_of_dead_runs(inputs: Path) -> None:
+    """Workspaces for this output, and those without a complete mark."""
     work = Workspace.create(inputs, Mark("out"))
     work.new.mkdir()
     work.close()
@@ -262,7 +264,7 @@ def test_a_file_that_is_not_ours_is_not_replaced(inputs: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("there", ["file", "directory"])
-def test_another_kind_in_the_way_is_told_before_anything_is_computed(inputs: Path, there: str) -> None:
+def test_a_file_in_place_of_a_directory_fails_before_computing(inputs: Path, there: str) -> None:
     out, base = inputs / "out", inputs / "base" / ("" if there == "file" else "model-00001-of-00002.safetensors")
     shutil.copytree(inputs / "merged", out) if there == "directory" else out.write_text("years of work")
     before = contents(inputs)
@@ -271,7 +273,7 @@ def test_another_kind_in_the_way_is_told_before_anything_is_computed(inputs: Pat
     assert contents(inputs) == before
 
 
-def test_a_training_run_that_was_interrupted_is_not_removed_by_a_merge(inputs: Path) -> None:
+def test_a_merge_preserves_an_interrupted_training_run(inputs: Path) -> None:
     work = Workspace.create(inputs, Mark("out", "train", precious=True))
     (work.new / "checkpoints").mkdir(parents=True)
     work.close()
@@ -283,7 +285,7 @@ def test_a_training_run_that_was_interrupted_is_not_removed_by_a_merge(inputs: P
 
 
 def test_long_names(inputs: Path) -> None:
-    """A workspace's name does not grow with the output's."""
+    """The length of a workspace's name doesn't depend on the output's."""
     long = inputs / ("x" * 255)
     assert adapterkit("merge", inputs / "base", inputs / "adapter", "-o", long).code == 0
     file = inputs / "base" / "model-00001-of-00002.safetensors"
@@ -296,8 +298,8 @@ def test_long_names(inputs: Path) -> None:
     assert adapterkit(*words).code == 0 and adapterkit(*words, "--overwrite").code == 0
 
 
-def test_a_file_system_that_locks_nothing(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody can tell there whether a run lives: what it has stays, and the next goes on beside it."""
+def test_a_file_system_without_locks(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without locks, whether a run is alive is unknown: its workspace stays, and the next run uses another."""
     work = Workspace.create(inputs, Mark("out"))
     work.close()
     monkeypatch.setattr(fcntl, "flock", failing(OSError(errno.ENOLCK, "no locks")))
@@ -306,7 +308,7 @@ def test_a_file_system_that_locks_nothing(inputs: Path, monkeypatch: pytest.Monk
 
 
 def test_a_receipt_that_cannot_be_flushed(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full between the receipt's rename and the file's: the old file has its own receipt."""
+    """The disk fills up between the renames of receipt and file: the old file keeps its own receipt."""
     file, out = inputs / "base" / "model-00001-of-00002.safetensors", inputs / "out.safetensors"
     words = ["merge", file, inputs / "adapter", "-o", out, "--allow-partial"]
     assert adapterkit(*words).code == 0
@@ -325,7 +327,7 @@ def test_a_receipt_that_cannot_be_flushed(inputs: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("which", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_ctrl_c_before_anything_is_imported(which: str, code: int) -> None:
-    """And while the command's own modules are: no traceback, and an exit code rather than a signal."""
+    """Also while the command's modules are imported: no traceback, and an exit code rather than a signal."""
     script = f"""
 import builtins, os, signal, sys
 real, count = builtins.__import__, 0
@@ -358,7 +360,7 @@ main()
 
 
 def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path: Path) -> None:
-    """There it would be swallowed, or leave half a module; it comes as soon as nothing is imported or held together."""
+    """During an import it would be swallowed or leave a partial module; it is raised once imports and deferred blocks end."""
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n")
     script = """
 from adapterkit.cli import signals

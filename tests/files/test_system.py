@@ -1,4 +1,4 @@
-"""What operating systems do not all have: the same bytes where it is taken away, and nothing of it used elsewhere."""
+"""Platform differences: the same bytes without the missing calls, and no use of them in other modules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from adapterkit.files.workspace import Mark, Workspace
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(system.__file__).parents[1]
-# What macOS has not, beside what it may have not; and what Windows has not either.
+# Names that macOS lacks or may lack, and those that Windows lacks too.
 MACOS = """posix_fallocate posix_fadvise POSIX_FADV_DONTNEED sched_getaffinity O_DIRECT O_PATH preadv pwritev"""
 WINDOWS = f"""{MACOS} pread pwrite geteuid getuid killpg fork O_NOFOLLOW O_NONBLOCK O_NOCTTY O_DIRECTORY
 O_CLOEXEC getpgid setsid sysconf fchmod"""
@@ -41,7 +41,7 @@ MODULES = ("fcntl", "resource", "termios", "tty", "pty", "grp", "pwd")
 
 
 class MacLibrary:
-    """macOS's calls by Linux's, so that they really happen; the numbers are those of Apple's headers."""
+    """macOS's calls implemented with Linux's; the constants are from Apple's headers."""
 
     def __init__(self) -> None:
         self.real: Any = ctypes.CDLL(None, use_errno=True)
@@ -61,7 +61,7 @@ class MacLibrary:
 
 @pytest.fixture(params=["macos", "macos without", "windows"])
 def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """This machine as another system: names are gone, calls are others, or file systems refuse those too."""
+    """This machine as another platform: names removed, calls replaced, or unsupported by the file system."""
     mkdir = os.mkdir
 
     def controlled(fd: int, number: int, *_: Any) -> int:
@@ -93,7 +93,7 @@ def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, adapters for all and for half of it, and what each command makes here."""
+    """A folder with a base, a full and a partial adapter, and the outputs of each command on this platform."""
     tmp_path = tmp_path_factory.mktemp("made")
     write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
     half = {"r": 4, "lora_alpha": 6, "target_modules": r".*layers\.0\..*q_proj"}
@@ -104,7 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_all(inputs: Path, out: Path) -> list[int]:
-    """The exit codes of merges into a new place, over it, with links, of an unmerge, and of inspect."""
+    """Return the exit codes of a merge, one that overwrites it, one with links, an unmerge, and an inspect."""
     base, common = inputs / "base", ("-o", out / "merged", "--threads", "2")
     commands: list[tuple[str | Path, ...]] = [
         ("merge", base, inputs / "half", *common),
@@ -116,8 +116,8 @@ def run_all(inputs: Path, out: Path) -> list[int]:
     return [adapterkit(*command).code for command in commands]
 
 
-def test_the_same_bytes_come_of_every_system(made: Path, elsewhere: str) -> None:
-    """Sidecars, and with them receipts, have their entries in the order that threads come in."""
+def test_every_platform_writes_the_same_bytes(made: Path, elsewhere: str) -> None:
+    """Except sidecars and receipts, whose entries are in the order of the threads."""
     inputs = contents(made / "base")
     out = made / elsewhere
     assert run_all(made, out) == [0] * 5
@@ -130,8 +130,8 @@ def test_the_same_bytes_come_of_every_system(made: Path, elsewhere: str) -> None
     assert not list(out.rglob(".adapterkit-*"))
 
 
-def test_what_a_killed_run_left_is_found(made: Path, tmp_path: Path, elsewhere: str) -> None:
-    """By its mode, which needs a second step on macOS; where nobody can tell whether it lives, it stays."""
+def test_the_workspace_of_a_killed_run_is_found(made: Path, tmp_path: Path, elsewhere: str) -> None:
+    """By its mode, set in a second step on macOS; without locks it stays, since its run may be alive."""
     work = Workspace.create(tmp_path, Mark("out"))
     work.new.mkdir()
     work.close()
@@ -162,10 +162,8 @@ def test_ctrl_c_at_any_step_leaves_the_old_output_or_the_new(
     assert elsewhere == "windows" or os.listdir(tmp_path) == ["out"]
 
 
-def test_a_full_disk_shows_itself_before_it_is_written_to(
-    tmp_path: Path, elsewhere: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By F_PREALLOCATE, which takes the bytes, then truncates; without it the file is sparse."""
+def test_a_full_disk_fails_before_writing(tmp_path: Path, elsewhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By F_PREALLOCATE, which reserves the bytes before truncate; without it the file is sparse."""
     asked: list[Any] = []
     if elsewhere == "macos":
         monkeypatch.setattr(fcntl, "fcntl", lambda fd, number, how: asked.append((number, how)))
@@ -197,7 +195,7 @@ def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch, platform: str,
     assert system.peak_memory() == 1000 * unit
 
 
-def test_processors_are_counted_where_the_system_does_not_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usable_cpus_without_an_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
     assert system.usable_cpus() == 2
     monkeypatch.delattr(os, "sched_getaffinity")
@@ -205,7 +203,7 @@ def test_processors_are_counted_where_the_system_does_not_say_which(monkeypatch:
     assert system.usable_cpus() == 6
 
 
-# --- programs on strangers' data -------------------------------------------------------------------------------------
+# --- programs on untrusted data --------------------------------------------------------------------------------------
 
 GREEDY = """
 def main(limits, seconds):
@@ -217,8 +215,8 @@ def main(limits, seconds):
 """
 
 
-def test_memory_that_the_system_does_not_limit_is_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on macOS, by the parent."""
+def test_memory_without_a_system_limit_is_monitored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS: the parent monitors it."""
     monkeypatch.setattr(system, "LIMITS_MEMORY", False)
     monkeypatch.setattr(sandbox, "BASELINE_BYTES", 1 << 26)
     (tmp_path / "greedy.py").write_text(GREEDY)
@@ -229,7 +227,7 @@ def test_memory_that_the_system_does_not_limit_is_looked_after(tmp_path: Path, m
         process.ask("{}", 100)
 
 
-def test_a_program_that_nothing_can_limit_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sandbox_without_limits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     with pytest.raises(
         AdapterkitError, match="the program needs limits on time and memory, which Python supports on Linux"
@@ -237,11 +235,11 @@ def test_a_program_that_nothing_can_limit_is_not_run(tmp_path: Path, monkeypatch
         Sandbox(tmp_path / "greedy.py", 60, 1 << 20, "the program").ask("{}", 100)
 
 
-# --- what is used where ----------------------------------------------------------------------------------------------
+# --- names that platforms may lack -----------------------------------------------------------------------------------
 
 
-def used_elsewhere(file: Path) -> list[str]:
-    """What a module uses that an operating system may lack."""
+def platform_names(file: Path) -> list[str]:
+    """Return the uses in a module of names that a platform may lack."""
     lacking = {*WINDOWS.split(), *SIGNALS.split(), "ru_maxrss", "MAP_PRIVATE", "PAGESIZE"}
     modules = {*MODULES, "ctypes", "msvcrt"}
     found = []
@@ -257,8 +255,8 @@ def used_elsewhere(file: Path) -> list[str]:
     return found
 
 
-def test_what_a_system_may_lack_is_used_in_one_module() -> None:
-    """But for a program that imports nothing of the package, and what is asked for only where it is there."""
+def test_platform_specific_names_are_used_in_one_module() -> None:
+    """Except in a standalone program, and where a check precedes the use."""
     timer = ("SIGALRM", "setitimer", "siginterrupt", "ITIMER_REAL")
     known = {
         "files/system.py": "",
@@ -266,9 +264,9 @@ def test_what_a_system_may_lack_is_used_in_one_module() -> None:
         "files/outfile.py": "pwrite",
         "cli/signals.py": timer,
     }
-    found = [line for file in sorted(PACKAGE.rglob("*.py")) for line in used_elsewhere(file)]
+    found = [line for file in sorted(PACKAGE.rglob("*.py")) for line in platform_names(file)]
     assert [line for line in found if not line.endswith(known.get(line.partition(":")[0], "nothing"))] == []
-    assert len(used_elsewhere(Path(system.__file__))) > 10
+    assert len(platform_names(Path(system.__file__))) > 10
 
 
 HELP = f"""
@@ -292,7 +290,7 @@ for command in ("", *COMMANDS):
 """
 
 
-def test_every_command_shows_its_help_without_what_windows_lacks() -> None:
+def test_every_command_shows_its_help_on_windows() -> None:
     ended = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("Usage: adapterkit") == 1 + len(COMMANDS)

@@ -1,4 +1,4 @@
-"""Workspaces by themselves: which folder is one, whose it is, what goes with it; and what is on the disk, and when."""
+"""Workspaces: recognition, ownership, resuming and removal, and the state of the disk at every step."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ IO = OSError(errno.EIO, os.strerror(errno.EIO))
 
 @pytest.fixture(autouse=True)
 def descriptors() -> Iterator[None]:
-    """None is left open: with it a lock would stay, for as long as the app runs."""
+    """Check that no descriptor is left open, since it would hold a lock as long as the app runs."""
     before = os.listdir("/proc/self/fd")
     yield
     assert os.listdir("/proc/self/fd") == before
 
 
-def dead(out: Path, job: str | None = None, **how: Any) -> Workspace:
-    """What a run that died has left of `out`."""
+def dead_workspace(out: Path, job: str | None = None, **how: Any) -> Workspace:
+    """Make a workspace as a run that died leaves it."""
     work = Workspace.create(out.parent, Mark(out.name, job, **how))
     work.new.mkdir()
     (work.new / "begun").write_text("")
@@ -45,12 +45,12 @@ def dead(out: Path, job: str | None = None, **how: Any) -> Workspace:
 
 
 def made(out: Path, text: str, **how: Any) -> None:
-    """Make the directory `out`."""
+    """Make the output directory `out`."""
     with staged(Destination(out, overwrite=True, is_ours=lambda _: True), **how) as new:
         (new / "file").write_text(text)
 
 
-# --- which folder is one ---------------------------------------------------------------------------------------------
+# --- recognizing workspaces ------------------------------------------------------------------------------------------
 
 
 def moved(path: Path) -> Path:
@@ -80,8 +80,8 @@ SPOILED: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("how", SPOILED)
-def test_what_is_not_quite_a_workspace_stays(tmp_path: Path, how: str) -> None:
-    work = dead(tmp_path / "out")
+def test_an_invalid_workspace_is_left_alone(tmp_path: Path, how: str) -> None:
+    work = dead_workspace(tmp_path / "out")
     assert [one.path for one in workspaces_of(tmp_path / "out")] == [work.path]
     SPOILED[how](work.path)
     names = sorted(os.listdir(tmp_path))
@@ -91,8 +91,8 @@ def test_what_is_not_quite_a_workspace_stays(tmp_path: Path, how: str) -> None:
     assert (work.new / "begun").exists()
 
 
-def test_a_folder_is_removed_only_while_it_is_as_empty_as_at_the_start(tmp_path: Path) -> None:
-    """Runs die before they have marked theirs; what a living one is just marking, and what holds anything, stays."""
+def test_only_empty_unmarked_folders_are_removed(tmp_path: Path) -> None:
+    """A run can die before it writes its mark; a folder that a running one is marking, or with any content, stays."""
 
     def folder(number: int, mode: int = 0o1700, **files: str) -> Path:
         path = tmp_path / f".adapterkit-0000000{number}"
@@ -117,7 +117,7 @@ def test_a_folder_is_removed_only_while_it_is_as_empty_as_at_the_start(tmp_path:
     assert not any(path.exists() for path in gone) and (tmp_path / ".adapterkit-longer-than-ours").exists()
 
 
-def test_a_living_run_is_left_alone_and_a_dead_one_is_not(tmp_path: Path) -> None:
+def test_the_workspace_of_a_running_process_is_left_alone(tmp_path: Path) -> None:
     work = Workspace.create(tmp_path, Mark("out"))
     with pytest.raises(OutputExistsError, match="another adapterkit process is writing to it"):
         made(tmp_path / "out", "second")
@@ -130,10 +130,10 @@ def test_a_living_run_is_left_alone_and_a_dead_one_is_not(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("call", ["open", "flock"])
-def test_a_folder_that_another_run_took_for_a_dead_ones(
+def test_a_folder_that_another_run_removed_as_abandoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """It is gone before it has its mark, or before the mark is locked: another is made."""
+    """If it is removed before it has a mark, or before the mark is locked, another is made."""
 
     def removed() -> None:
         [path] = tmp_path.glob(".adapterkit-*")
@@ -148,8 +148,8 @@ def test_a_folder_that_another_run_took_for_a_dead_ones(
     work.close()
 
 
-def test_a_mark_is_for_its_user_alone(tmp_path: Path) -> None:
-    """Whatever the mask: what another can open, another can lock."""
+def test_a_mark_is_private_to_its_user(tmp_path: Path) -> None:
+    """For every umask, since whoever can open a file can lock it."""
     before = os.umask(0)
     try:
         work = Workspace.create(tmp_path, Mark("out"))
@@ -159,8 +159,8 @@ def test_a_mark_is_for_its_user_alone(tmp_path: Path) -> None:
     work.close()
 
 
-def test_what_goes_away_meanwhile_need_not_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of an old output, and a mark that could not be written: the error is that of the disk."""
+def test_removing_a_file_that_is_gone_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of an old output, and a mark that could not be written; the disk's error is reported."""
     remove_tree(tmp_path / "gone")
 
     def fsync(_: int) -> None:
@@ -175,7 +175,7 @@ def test_what_goes_away_meanwhile_need_not_be_removed(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("owner", [os, fcntl], ids=["fsync", "flock"])
-def test_a_workspace_that_cannot_be_marked_is_not_left(
+def test_a_workspace_that_cannot_be_marked_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any
 ) -> None:
     monkeypatch.setattr(owner, "fsync" if owner is os else "flock", failing(IO))
@@ -184,15 +184,15 @@ def test_a_workspace_that_cannot_be_marked_is_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- what goes on, and what goes -------------------------------------------------------------------------------------
+# --- resuming and removing -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("precious", [True, False])
 @pytest.mark.parametrize("job", ["mine", "other", None])
-def test_a_run_goes_on_with_its_own_job_only(tmp_path: Path, job: str | None, precious: bool, resume: bool) -> None:
-    """What is precious goes when its own job begins again; what is not goes with any."""
-    work = dead(tmp_path / "out", "mine", precious=precious)
+def test_a_run_resumes_its_own_job_only(tmp_path: Path, job: str | None, precious: bool, resume: bool) -> None:
+    """A precious workspace is removed when its own job starts again, others by any run."""
+    work = dead_workspace(tmp_path / "out", "mine", precious=precious)
     assert unfinished_work(tmp_path / "out", "mine") == work.new and unfinished_work(tmp_path / "out", "other") is None
     with staged(Destination(tmp_path / "out"), job=job, resume=resume, precious=precious) as new:
         taken = job == "mine" and resume
@@ -201,25 +201,25 @@ def test_a_run_goes_on_with_its_own_job_only(tmp_path: Path, job: str | None, pr
         assert work.path.exists() is (taken or (precious and job != "mine"))
 
 
-@pytest.mark.parametrize("kept", ["", "half of it is kept"])
+@pytest.mark.parametrize("hint", ["", "half of it is saved"])
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), OSError(errno.EDQUOT, "quota"), OSError(errno.EFBIG, "limit"), IO]
 )
-def test_what_was_kept_is_said_where_a_run_may_go_on(tmp_path: Path, error: BaseException, kept: str) -> None:
-    error = type(error)(*error.args)  # notes add up
+def test_the_note_about_unfinished_work(tmp_path: Path, error: BaseException, hint: str) -> None:
+    error = type(error)(*error.args)  # a new object, since notes accumulate
     with (
         pytest.raises((KeyboardInterrupt, AdapterkitError)) as raised,
-        staged(Destination(tmp_path / "new" / "out"), job="mine", resume_hint=lambda _: kept),
+        staged(Destination(tmp_path / "new" / "out"), job="mine", resume_hint=lambda _: hint),
     ):
         raise error
     stopped = isinstance(raised.value, KeyboardInterrupt | NoSpaceError)
     assert stopped is (error.args != IO.args)
-    assert getattr(raised.value, "__notes__", []) == [kept or "nothing was written"] * stopped
-    assert list(tmp_path.rglob("*") if not kept else tmp_path.glob("new/out")) == []
-    assert (unfinished_work(tmp_path / "new" / "out", "mine") is not None) is bool(kept)
+    assert getattr(raised.value, "__notes__", []) == [hint or "nothing was written"] * stopped
+    assert list(tmp_path.rglob("*") if not hint else tmp_path.glob("new/out")) == []
+    assert (unfinished_work(tmp_path / "new" / "out", "mine") is not None) is bool(hint)
 
 
-def test_a_workspace_that_cannot_be_removed_is_said(
+def test_the_warning_about_a_workspace_that_cannot_be_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(KeyboardInterrupt) as raised, staged(Destination(tmp_path / "out")) as new:
@@ -232,12 +232,12 @@ def test_a_workspace_that_cannot_be_removed_is_said(
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
-@pytest.mark.parametrize("of", ["a dead run", "an old output"])
-def test_what_cannot_be_removed_hinders_no_run(
+@pytest.mark.parametrize("of", ["a dead_workspace run", "an old output"])
+def test_a_workspace_that_cannot_be_removed_does_not_affect_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, of: str
 ) -> None:
     out = tmp_path / "out"
-    dead(out) if of == "a dead run" else made(out, "old")
+    dead_workspace(out) if of == "a dead_workspace run" else made(out, "old")
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", failing(IO))
         made(out, "new")
@@ -247,9 +247,9 @@ def test_what_cannot_be_removed_hinders_no_run(
     assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
-def test_folders_that_are_read_only_go_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a user may have made those of an old output; a superuser is not asked."""
-    work, real = dead(tmp_path / "out"), shutil.rmtree
+def test_read_only_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user may have made folders of an old output read-only; simulated, since root ignores that."""
+    work, real = dead_workspace(tmp_path / "out"), shutil.rmtree
     (work.new / "a" / "b").mkdir(parents=True)
     (work.new / "a" / "b").chmod(0o500)
 
@@ -264,9 +264,7 @@ def test_folders_that_are_read_only_go_too(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_ctrl_c_while_names_are_changed_comes_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
-) -> None:
+def test_ctrl_c_during_a_rename_is_deferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
     if old:
         made(tmp_path / "out", "old")
     name = "exchange" if old else "rename_new"
@@ -279,8 +277,8 @@ def test_ctrl_c_while_names_are_changed_comes_after_it(
 
 @pytest.mark.parametrize("directory", [True, False])
 @pytest.mark.parametrize("place", ["out", "out.receipt"])
-def test_what_came_meanwhile_is_not_replaced(tmp_path: Path, directory: bool, place: str) -> None:
-    """Nor with --overwrite, which was said of what was there at the start."""
+def test_an_output_that_appears_during_the_run_is_not_replaced(tmp_path: Path, directory: bool, place: str) -> None:
+    """Not even with --overwrite, which applies to what existed at the start."""
     out = tmp_path / "out"
     with (
         pytest.raises(OutputExistsError, match="appeared during the run; choose another `output`")
@@ -295,8 +293,8 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path: Path, directory: bool, pl
     assert not list(tmp_path.glob(".adapterkit-*"))
 
 
-def test_only_the_link_goes_not_what_it_leads_to(tmp_path: Path) -> None:
-    """Where one came into a living run's folder; a dead one's that holds a link is left alone."""
+def test_links_are_removed_but_not_their_targets(tmp_path: Path) -> None:
+    """For a link in a running workspace; a dead_workspace one with a link is left alone."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     with pytest.raises(KeyboardInterrupt), staged(Destination(tmp_path / "out")) as new:
@@ -306,10 +304,8 @@ def test_only_the_link_goes_not_what_it_leads_to(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"thesis": None, "thesis/thesis.tex": b"years of work"}
 
 
-def test_read_only_folders_are_opened_to_be_removed_and_no_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not those that a link leads to; root, who may run the tests, removes read-only ones at once, so that is played."""
+def test_only_the_read_only_folders_to_remove_get_another_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not the targets of links; simulated, since root ignores modes."""
     (tmp_path / "thesis").mkdir(0o755)
     (inner := tmp_path / "old" / "a" / "b").mkdir(parents=True)
     (tmp_path / "old" / "link").symlink_to(tmp_path / "thesis")
@@ -323,9 +319,9 @@ def test_read_only_folders_are_opened_to_be_removed_and_no_others(
     assert os.listdir(tmp_path) == ["thesis"] and (tmp_path / "thesis").stat().st_mode & 0o777 == 0o755
 
 
-def test_an_old_output_that_was_put_aside_and_another_in_its_place(tmp_path: Path) -> None:
-    """Neither is written over; where the place is free, the old one is back at once."""
-    work = dead(tmp_path / "out")
+def test_an_old_output_in_a_workspace_and_another_in_its_place(tmp_path: Path) -> None:
+    """Neither is overwritten; if the place is free, the old one is restored."""
+    work = dead_workspace(tmp_path / "out")
     work.old.mkdir()
     (work.old / "file").write_text("old")
     (tmp_path / "out").mkdir()
@@ -343,9 +339,9 @@ def test_an_old_output_that_was_put_aside_and_another_in_its_place(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["old", "new", "."])
-def test_an_input_in_what_a_dead_run_left_is_not_even_moved(tmp_path: Path, name: str) -> None:
-    """A user who found their old output there may well merge from it, or from the half-made one."""
-    work = dead(tmp_path / "out")
+def test_an_input_inside_a_dead_workspace_is_not_moved(tmp_path: Path, name: str) -> None:
+    """A user who finds their old or partial output there may merge from it."""
+    work = dead_workspace(tmp_path / "out")
     work.old.mkdir()
     (work.old / "file").write_text("old")
     before = contents(tmp_path)
@@ -355,12 +351,12 @@ def test_an_input_in_what_a_dead_run_left_is_not_even_moved(tmp_path: Path, name
 
 
 class Died(BaseException):
-    """Nothing that changes a name works any more, so that nothing is taken back."""
+    """Every call that changes a name fails from now on, so that nothing is undone."""
 
 
 @contextmanager
 def failing_at(nth: int, error: BaseException, swaps: bool = True) -> Iterator[Callable[[], int]]:
-    """Raise `error` at the `nth` call that changes a name, Died at all later ones too; yields how many there were."""
+    """Raise `error` at the `nth` call that changes a name, and Died at all later ones too; yields their count."""
     count = 0
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -391,8 +387,8 @@ def failing_at(nth: int, error: BaseException, swaps: bool = True) -> Iterator[C
 def test_a_run_that_ends_at_any_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: bool, old: str, swaps: bool, error: BaseException
 ) -> None:
-    """The output is the old or the new, each with its receipt, at the latest when the next run has begun."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # which takes most of the time
+    """The output is the old or the new one with its receipt, at the latest after the next run starts."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # fsync takes most of the time
     out = tmp_path / "out"
     place = Destination(out, directory=directory, overwrite=True, beside=not directory, is_ours=lambda _: True)
 
@@ -434,7 +430,7 @@ def test_a_run_that_ends_at_any_step(
     assert nth > 5
 
 
-# --- where it may go -------------------------------------------------------------------------------------------------
+# --- destinations ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -461,7 +457,7 @@ def test_an_output_needs_a_name_of_its_own(out: str, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("directory", [True, False])
-def test_another_kind_in_the_way_is_named(tmp_path: Path, directory: bool) -> None:
+def test_a_file_or_directory_of_the_wrong_kind_is_refused(tmp_path: Path, directory: bool) -> None:
     out = tmp_path / "out"
     out.write_text("x") if directory else (out / "x").mkdir(parents=True)
     said = "is a file, but the output is a directory" if directory else "is a directory, but the output is a file"
@@ -472,7 +468,7 @@ def test_another_kind_in_the_way_is_named(tmp_path: Path, directory: bool) -> No
 @pytest.mark.parametrize(
     ("overwrite", "end"), [(None, "`output`"), (False, "`output`, or replace it with `overwrite=True`")]
 )
-def test_only_commands_that_can_replace_offer_it(tmp_path: Path, overwrite: bool | None, end: str) -> None:
+def test_overwrite_is_suggested_only_where_it_exists(tmp_path: Path, overwrite: bool | None, end: str) -> None:
     (tmp_path / "out" / "x").mkdir(parents=True)
     with pytest.raises(OutputExistsError) as raised:
         Destination(tmp_path / "out", overwrite=overwrite).check()
@@ -480,8 +476,8 @@ def test_only_commands_that_can_replace_offer_it(tmp_path: Path, overwrite: bool
 
 
 @pytest.mark.parametrize("length", [247, 248, 255])
-def test_only_a_receipt_needs_room_in_a_name(length: int, tmp_path: Path) -> None:
-    """`.receipt` has 8 of the 255 bytes of a name."""
+def test_the_longest_name_with_a_receipt(length: int, tmp_path: Path) -> None:
+    """`.receipt` takes 8 of the 255 bytes of a name."""
     out = tmp_path / ("x" * (length - 2) + "é")
     for directory in (True, False):
         Destination(out, directory=directory).check()
@@ -493,14 +489,14 @@ def test_only_a_receipt_needs_room_in_a_name(length: int, tmp_path: Path) -> Non
         place.check()
 
 
-def test_a_mount_point_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mount_point_is_refused_before_computing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
     with pytest.raises(OutputExistsError, match="is a mount point"):
         Destination(tmp_path / "out").check()
 
 
-def test_an_error_names_the_output_and_not_where_it_was_being_made(tmp_path: Path) -> None:
+def test_errors_name_the_output_and_not_the_workspace(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(AdapterkitError, match=f"^{out}: No such file"), staged(Destination(out)) as new:
         (new / "missing").open()
@@ -520,12 +516,12 @@ def inodes(path: Path) -> frozenset[int]:
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("directory", [False, True])
-def test_what_has_its_name_has_all_its_bytes_on_the_disk(
+def test_everything_is_flushed_before_it_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: bool, old: bool
 ) -> None:
-    """So that a power cut leaves the old or the new: all is flushed before it has its name, and the name at the end."""
+    """A power cut leaves the old or the new output: everything is flushed before its rename, and the rename at the end."""
     out = tmp_path / "out"
-    happened: list[Any] = []  # what was flushed, by its inode; and a name that was given, with all that has it
+    happened: list[Any] = []  # inodes that were flushed; and new names with the inodes below them
 
     def make(new: Path) -> None:
         folder = new if directory else new.parent / "receipt"
@@ -564,10 +560,10 @@ def test_what_has_its_name_has_all_its_bytes_on_the_disk(
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_receipts_are_found_aside_while_a_file_is_swapped(
+def test_receipts_are_found_in_the_workspace_during_a_swap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
 ) -> None:
-    """unmerge looks there where the receipt beside the file is of another state of it."""
+    """unmerge looks there if the receipt beside the file doesn't match it."""
     out = tmp_path / "out"
     place = Destination(out, directory=False, overwrite=True, is_ours=lambda _: True)
 
@@ -599,7 +595,7 @@ def test_receipts_are_found_aside_while_a_file_is_swapped(
 
 
 def without(number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have renameat2 fail with `number`, or not be there at all."""
+    """Make renameat2 fail with `number`, or be missing."""
     library = SimpleNamespace() if number is None else SimpleNamespace(renameat2=lambda *_: -1)
     monkeypatch.setattr(system, "_libc", lambda: library)
     monkeypatch.setattr(ctypes, "get_errno", lambda: number)
@@ -610,7 +606,7 @@ def without(number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rename_replaces_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, number: int | None
 ) -> None:
-    """Also where the kernel, the file system, or a sandbox does not have the call that makes sure of it."""
+    """Also where the kernel, the file system or a sandbox lacks the atomic call."""
     if number != 0:
         without(number, monkeypatch)
     one, other = tmp_path / "one", tmp_path / "other"
@@ -641,7 +637,7 @@ def test_a_rename_replaces_nothing(
         )
 
 
-def test_a_rename_that_fails_says_of_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rename_names_both_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (system.exchange, system.rename_new):
         with pytest.raises(FileNotFoundError) as raised:
             call(tmp_path / "one", tmp_path / "other")
@@ -651,7 +647,7 @@ def test_a_rename_that_fails_says_of_what(tmp_path: Path, monkeypatch: pytest.Mo
         system.exchange(tmp_path / "one", tmp_path / "other")
 
 
-def test_names_without_a_folder_are_of_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_names_are_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("one").write_text("one"), Path("other").write_text("other")
     assert system.exchange(Path("one"), Path("other"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import run_left
+from handmade import interrupted_run
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, save_tiny_model
 
@@ -42,7 +42,7 @@ def began(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "evaluate", lambda *_: next(told))
         list(train(recipe, folder / "out", stop=lambda: next(asked) == STEP))
-    return recipe, run_left(folder / "out")
+    return recipe, interrupted_run(folder / "out")
 
 
 @pytest.fixture
@@ -240,11 +240,11 @@ def test_another_base_or_first_adapter_is_not_resumed(began: tuple[Recipe, Path]
     raw = (first / "adapter_config.json").read_text()
     (first / "adapter_config.json").write_text(raw.replace('"lora_alpha": 16', '"lora_alpha": 17'))
     with pytest.raises(FitError, match=rf"`resume=True`: {first} has changed since the run began"):
-        resumed(recipe, run_left(out))
+        resumed(recipe, interrupted_run(out))
     (first / "adapter_config.json").write_text(raw)
     flip(base / "model.safetensors")
     with pytest.raises(FitError, match=rf"`resume=True`: {base} has changed since the run began"):
-        resumed(recipe, run_left(out))
+        resumed(recipe, interrupted_run(out))
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from handmade import adapterkit as cli
-from handmade import run_left
+from handmade import interrupted_run
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tiny import WORDS, save_tiny_model
@@ -303,7 +303,7 @@ def test_what_a_crash_leaves_is_resumed(
     with pytest.raises(RuntimeError, match="the power went"):
         finished(train(wanted, tmp_path / "out"))
     monkeypatch.undo()
-    assert [checkpoints.number(folder) for folder in checkpoints.steps(run_left(tmp_path / "out"))] == [4, 8]
+    assert [checkpoints.number(folder) for folder in checkpoints.steps(interrupted_run(tmp_path / "out"))] == [4, 8]
     events = list(train(wanted, tmp_path / "out", resume=True))
     assert next(event.step for event in events if isinstance(event, Stepped)) == 9
     assert same(tmp_path / "whole", tmp_path / "out")
@@ -323,7 +323,7 @@ def test_another_recipe_is_not_resumed(recipe: Callable[..., Recipe], tmp_path: 
     list(train(recipe(), tmp_path / "out", stop=lambda: True))
     with pytest.raises(FitError, match=f"`resume=True`: {next(iter(change))} is"):
         next(train(recipe(**change), tmp_path / "out", resume=True))
-    assert checkpoints.steps(run_left(tmp_path / "out"))
+    assert checkpoints.steps(interrupted_run(tmp_path / "out"))
 
 
 def test_other_data_is_not_resumed(recipe: Callable[..., Recipe], data: Path, tmp_path: Path) -> None:
@@ -374,7 +374,7 @@ def test_the_best_state_is_kept(recipe: Callable[..., Recipe], tmp_path: Path, m
     monkeypatch.undo()
     # the bits are those of step 4
     list(train(recipe(eval_share=0.2, eval_every=100), tmp_path / "four", stop=_after(4)))
-    state = checkpoints.load(checkpoints.at(run_left(tmp_path / "four"), 4))
+    state = checkpoints.load(checkpoints.at(interrupted_run(tmp_path / "four"), 4))
     for name, tensor in weights(tmp_path / "out").items():
         module, _, part = name.rpartition(".")
         assert torch.equal(tensor, state[f"trained.{module}.{part}"])
@@ -437,7 +437,7 @@ def test_two_processes_go_on_with_what_one_began(
     wanted = recipe(dropout=0.0, max_steps=8, epochs=9.0)
     whole = losses(train(wanted, tmp_path / "whole"))
     list(train(wanted, tmp_path / "out", stop=_after(3)))
-    file = run_left(tmp_path / "out") / "adapterkit_recipe.yaml"
+    file = interrupted_run(tmp_path / "out") / "adapterkit_recipe.yaml"
     words = ["train", "--recipe", str(file), "-o", str(tmp_path / "out"), "--resume"]
     ran = subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr
@@ -480,7 +480,7 @@ def test_ctrl_c_tells_how_to_go_on(base: Path, data: Path, tmp_path: Path) -> No
     said = process.stderr.read()
     assert process.wait() == 130
     assert "interrupted; saved step" in said and f"-o {out} --resume" in said
-    assert not out.exists() and checkpoints.steps(run_left(out))
+    assert not out.exists() and checkpoints.steps(interrupted_run(out))
 
 
 @pytest.mark.parametrize("name", ["a b\n\x1b[2J\u202e", "-it's"])
