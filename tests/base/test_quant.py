@@ -907,13 +907,13 @@ def test_other_rounding_modes_retain_what_nearest_erases(
     size = {"nf4": 0.05, "int8": 0.02}[to]
     adapter = make_adapter(factors("m", 256, 256, size=size))
     again = {"quantize": "same", "accept_loss": True}
-    kept = {
+    retentions = {
         how: adapterkit.merge(tmp_path / "small", [adapter], tmp_path / how, rounding=how, **again).retention[
             "m.weight"
         ]
         for how in ("nearest", rounding)
     }
-    assert kept["nearest"].retained < 0.1 < 0.15 < kept[rounding].retained < 1.2
+    assert retentions["nearest"].retained < 0.1 < 0.15 < retentions[rounding].retained < 1.2
     once = (tmp_path / rounding / "model.safetensors").read_bytes()
     adapterkit.merge(
         tmp_path / "small", [adapter], tmp_path / rounding, rounding=rounding, threads=1, overwrite=True, **again
@@ -947,8 +947,8 @@ def test_requantizing_a_float32_base_measures_the_update(
     assert isinstance(weight, quant.QuantizedWeight) and weight.dtype == "F32"
     after, exact = weight.open(64)(0, 64).double(), oracle.merged({"m.weight": W}, adapter)["m.weight"].exact
     delta = exact - W.double()
-    kept = float(((after - W.double()) * delta).sum() / delta.square().sum())
-    assert result.retention["m.weight"].retained == pytest.approx(kept, rel=1e-4)
+    retained = float(((after - W.double()) * delta).sum() / delta.square().sum())
+    assert result.retention["m.weight"].retained == pytest.approx(retained, rel=1e-4)
 
 
 @pytest.mark.parametrize("right", [False, True])
