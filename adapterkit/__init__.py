@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         resize,
     )
     from adapterkit.api.hub import plan_pull, plan_push, pull, push
+    from adapterkit.api.inspect import inspect, list_adapters
     from adapterkit.api.merge import merge, plan_merge, plan_quantize, quantize, verify
     from adapterkit.api.run import run
     from adapterkit.api.steps import StepStarted, UnmergePlan
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from adapterkit.hub.events import BytesDone, Fetched, Pulled, Pushed
     from adapterkit.hub.pull import PullPlan
     from adapterkit.hub.upload.push import PushPlan
+    from adapterkit.inspection.report import AdapterReport, BaseReport
     from adapterkit.merging.live.apply import apply, remove
     from adapterkit.merging.options import RunOptions
     from adapterkit.merging.plan.types import MergePlan
@@ -86,16 +88,18 @@ _EXPORTS = {
     **dict.fromkeys(("apply", "remove"), "merging.live.apply"),
     **dict.fromkeys(("plan_pull", "plan_push", "pull", "push"), "api.hub"),
     **dict.fromkeys(("BytesDone", "Fetched", "Pulled", "Pushed"), "hub.events"),
+    **dict.fromkeys(("inspect", "list_adapters"), "api.inspect"),
+    **dict.fromkeys(("AdapterReport", "BaseReport"), "inspection.report"),
     "PullPlan": "hub.pull", "PushPlan": "hub.upload.push",
 }  # fmt: skip
 
 __all__ = [
-    "Adapter", "AdapterMade", "AdapterPlan", "AdapterkitError", "BytesDone", "Fetched", "LazyTensor", "LoraWeights",
-    "MergePlan", "Merged", "ModuleDone", "PullPlan", "Pulled", "PushPlan", "Pushed", "RunOptions", "StepStarted",
-    "TensorMerged", "UnmergePlan", "__version__", "apply", "combine", "compare", "convert", "extract", "finish", "load",
-    "merge", "plan_combine", "plan_convert", "plan_extract", "plan_merge", "plan_pull", "plan_push", "plan_quantize",
-    "plan_resize", "plan_unmerge", "pull", "push", "quantize", "remove", "resize", "run", "run_file", "save", "unmerge",
-    "verify",
+    "Adapter", "AdapterMade", "AdapterPlan", "AdapterReport", "AdapterkitError", "BaseReport", "BytesDone", "Fetched",
+    "LazyTensor", "LoraWeights", "MergePlan", "Merged", "ModuleDone", "PullPlan", "Pulled", "PushPlan", "Pushed",
+    "RunOptions", "StepStarted", "TensorMerged", "UnmergePlan", "__version__", "apply", "combine", "compare", "convert",
+    "extract", "finish", "inspect", "list_adapters", "load", "merge", "plan_combine", "plan_convert", "plan_extract",
+    "plan_merge", "plan_pull", "plan_push", "plan_quantize", "plan_resize", "plan_unmerge", "pull", "push", "quantize",
+    "remove", "resize", "run", "run_file", "save", "unmerge", "verify",
 ]  # fmt: skip
 
 

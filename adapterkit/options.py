@@ -91,6 +91,11 @@ def overwrite() -> Any:
     return option(False, "Replace an output that adapterkit wrote", group="Output", label=label)
 
 
+def plotted(what: str) -> Any:
+    """The field of the file that a figure is drawn to."""
+    return option(None, f"Plot {what} to this PNG or SVG file", metavar="FILE", group="Output", in_form=False)
+
+
 def threads() -> Any:
     """Define the field for the number of workers."""
     help = "Number of workers [default: one per core, at most 8]"
@@ -144,7 +149,12 @@ class Parameter:
         return self.about.label or self.name.replace("_", " ")
 
     def check(self, value: Any) -> None:
-        """Raise UsageError, suggesting the nearest choice, if the value isn't one of the choices."""
+        """Raise UsageError if the value is out of range or not one of the choices; suggests the nearest choice."""
+        least, most = self.about.least, self.about.most
+        whole = type(value) is int and (least is None or value >= least) and (most is None or value <= most)
+        if least is not None and value is not self.default and not whole:
+            expected = f"from {least} to {most}" if most is not None else f"of {least} or more"
+            raise UsageError(f"{self.label} {value!r}: expected a whole number {expected}")
         choices = self.choices
         if choices and value not in choices and value is not self.default:
             words = [str(choice) for choice in choices]

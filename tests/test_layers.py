@@ -25,7 +25,7 @@ INNER = {
     "merging": "{options plan} < {blocks calibration receipts} < {companions live verify} < run < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract write}",
     "train": "{products recipe} < {data initial loss} < {causal_lm layers} < {injection loop} < runs",
-    "cli": "{data_notes naming options signals} < output < {complete failures lookup next_commands progress} < {command run_plan views} < {main commands}",
+    "cli": "{data_notes naming options signals} < output < {complete failures next_commands progress} < {command run_plan views} < {main commands}",
 }
 
 # Only these packages may import these libraries, and only the modules in EAGER import them at the top.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.formats import table as formats
+from adapterkit.display import Displayed
 from adapterkit.errors import AdapterkitError
 from adapterkit.files.opening import read_whole
 from adapterkit.hub.client.call import RETRY_WAITS, call_hub
@@ -23,6 +24,7 @@ from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.download import cached_folder
 from adapterkit.hub.names import HubId, hub_cache, parse_hub_id
 from adapterkit.hub.remote import fetch_headers, find_remote
+from adapterkit.text import span
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -36,8 +38,8 @@ BITS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 State = Literal["here", "partial", "remote"]
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterEntry:
+@dataclass(frozen=True, slots=True, repr=False)
+class AdapterEntry(Displayed):
     """An adapter in a listing. Unknown facts are None or empty; `problem` is the error for a broken one."""
 
     name: str  # a path, or a Hub id
@@ -54,6 +56,10 @@ class AdapterEntry:
     likes: int | None = None
     gated: bool = False
     problem: str | None = None
+
+    def brief(self) -> str:
+        facts = (self.kind, f"rank {span(self.ranks)}" if self.ranks else "", ", ".join(self.targets), self.problem)
+        return f"{self.name}: {', '.join(filter(None, facts)) or self.state}"
 
     def matches(self, base: str | None, words: str) -> bool:
         """Whether the adapter is for `base`, and its name, base or targets contain all `words`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from adapterkit.display import Displayed
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.writing import copy_file
@@ -14,11 +15,11 @@ from adapterkit.hub.download import Download, fetch_steps, plan_download
 from adapterkit.hub.events import BytesDone, Fetched, Pulled
 from adapterkit.hub.names import cache_folder, parse_hub_id
 from adapterkit.hub.remote import find_remote
-from adapterkit.text import counted, size, visible
+from adapterkit.text import counted, size
 
 
-@dataclass(frozen=True)
-class PullPlan:
+@dataclass(frozen=True, repr=False)
+class PullPlan(Displayed):
     """The downloads, and the folder to copy a single one to."""
 
     downloads: tuple[Download, ...]
@@ -39,12 +40,13 @@ class PullPlan:
             ]
         }
 
+    def brief(self) -> str:
+        ids = ", ".join(str(download.remote.id) for download in self.downloads)
+        return f"{ids}, {size(sum(download.remaining for download in self.downloads))} to download"
+
     def lines(self) -> list[str]:
         """The plan as text, a line for each repository."""
         return [f"{plan.remote.id}: {_missing(plan)}, {size(plan.free)} free" for plan in self.downloads]
-
-    def __str__(self) -> str:
-        return "\n".join(map(visible, self.lines()))
 
     def steps(self) -> Generator[BytesDone | Fetched | Pulled, None, None]:
         """Download everything; yields progress, each finished repository, then the result."""

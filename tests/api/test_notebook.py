@@ -14,12 +14,19 @@ from typing import Any
 import pytest
 import torch
 from handmade import CONFIG, MODULES, RANK, factors, write_adapter, write_base
-from hostile import FOLDER, steering, write_hostile_adapter, write_hostile_base
+from hostile import FOLDER, HOSTILE, steering, write_hostile_adapter, write_hostile_base
 
 import adapterkit
 from adapterkit.display import Displayed
 from adapterkit.errors import ChangedError
 from adapterkit.files.safetensors import TensorInfo
+from adapterkit.hub.download import Download
+from adapterkit.hub.listing import describe
+from adapterkit.hub.names import HubId
+from adapterkit.hub.pull import PullPlan
+from adapterkit.hub.remote import Remote, RemoteFile
+from adapterkit.hub.upload.prepare import PreparedFolder
+from adapterkit.hub.upload.push import PushPlan
 
 
 @pytest.fixture
@@ -116,11 +123,15 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     *_, made = adapterkit.run(combined)
     [pair] = adapterkit.compare([one, two])
     name = next(iter(adapter))
+    file = RemoteFile(HOSTILE, 9, None)
+    download = Download(Remote(HubId(HOSTILE), "0" * 40, (file,), True), (file,), folder, 9)
     found = [
         adapter, adapter.summary(), adapter.modules[name], adapter[name], adapter.modules[name].A, plan, plan.base,
         plan.files[0], plan.base.shards[0], merged, combined, made, pair, pair.modules[0],
         adapterkit.plan_unmerge(folder / "twice", folder / "back", every=True, adapters=[one, two]),
         *list(adapterkit.verify(folder / "merged", base, one))[-1:],
+        adapterkit.inspect(one, against=base), adapterkit.inspect(base), describe(one), PullPlan((download,)),
+        PushPlan(HOSTILE, PreparedFolder((), {HOSTILE: HOSTILE}, HOSTILE, HOSTILE), True, True, None, (), (HOSTILE,)),
     ]  # fmt: skip
     return {type(one).__name__: one for one in found}
 

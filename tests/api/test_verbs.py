@@ -92,15 +92,16 @@ def _toy(given: list[dict[str, Any]]) -> Any:
     return toy
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "verify", "pull", "push"])
+@pytest.mark.parametrize("verb", [*VERBS, "pull", "push", "verify", "inspect", "list", "compare"])
 def test_call_command_and_form_have_the_same_options(verb: str) -> None:
-    call = getattr(adapterkit, verb if verb == "verify" else f"plan_{verb}")
+    one_call = getattr(adapterkit, {"list": "list_adapters"}.get(verb, verb))
+    call = getattr(adapterkit, f"plan_{verb}", one_call)
     known = {one.name: one for one in parameters(call.options)}
     assert set(inspect.signature(call).parameters) == set(known)
     command = group.get_command(click.Context(group), verb)
     assert command is not None and verb in COMMANDS
     params = {param.name: param for param in command.params}
-    more = {"inner", "dry_run", "as_json", *(one.name for one in parameters(MergeRunOptions))}
+    more = {"inner", "dry_run", "as_json", "by", "modules", "plot", *(one.name for one in parameters(MergeRunOptions))}
     assert {name for name, one in known.items() if one.about.in_cli} == params.keys() - (more - known.keys())
     for name, one in known.items():
         if name in params:
@@ -109,7 +110,6 @@ def test_call_command_and_form_have_the_same_options(verb: str) -> None:
     if verb in ACTIONS:
         asked = [field.name for field in ACTIONS[verb].fields]
         assert asked == [(one.flags or (one.name,))[0] for one in known.values() if one.about.in_form]
-    one_call = getattr(adapterkit, verb)
     assert set(known) <= set(inspect.signature(one_call).parameters)
 
 

@@ -548,6 +548,16 @@ def test_list_of_folders(hub: Hub, tmp_path: Path) -> None:
     assert [row["name"] for row in rows(tmp_path / "in", "--base", BASE)] == [str(one)]
     assert [row["name"] for row in rows(tmp_path / "in", "--search", "コ q_proj")] == [str(two)]
     assert "ünï" in adapterkit("list", tmp_path / "in").out
+    in_python = package.list_adapters(tmp_path / "in", search="コ")
+    assert [row.path for row in in_python] == [two]
+    assert repr(in_python[0]) == f"<AdapterEntry: {two}: LoRA, rank 4, o_proj, q_proj>"
+    for wrong, said in (
+        ({"details": True}, "needs `hub`"),
+        ({"limit": 0}, "1 or more"),
+        ({"sort": "nam"}, "mean name"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            package.list_adapters(tmp_path, **wrong)
 
 
 def test_list_tells_what_is_wrong(hub: Hub, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from click.testing import CliRunner, Result
 from conftest import FIXTURES, factors
 from safetensors.torch import load_file
 
+import adapterkit
 from adapterkit.cli.commands.inspect import inspect_command
 from adapterkit.errors import AdapterkitError, OutputExistsError, UsageError
+from adapterkit.inspection.report import AdapterReport
 
 Make = Callable[..., Path]
 
@@ -127,6 +129,29 @@ def test_what_is_wrong_is_said(make_adapter: Make) -> None:
     assert [problem["what"] for problem in found["summary"]["problems"]] == ["'o_proj' has no tensors"]
     output = inspect(adapter).stdout
     assert "o_proj" in output and "stray" in output and output.count("⚠") >= 3
+
+
+def test_inspect_in_python_finds_what_the_command_prints() -> None:
+    adapter, base = FIXTURES / "tiny-dora", FIXTURES / "bases" / "tiny-llama"
+    for options, words in (
+        ({}, []),
+        ({"against": base}, ["--against", base]),
+        ({"header_only": True}, ["--header-only"]),
+    ):
+        report = adapterkit.inspect(adapter, **options)
+        printed = facts(adapter, "--modules", *words)
+        assert json.loads(json.dumps(report.facts())).items() <= printed.items()
+        assert inspect(adapter, *words).stdout.startswith(str(report)) and len(repr(report).splitlines()) == 1
+    opened = adapterkit.inspect(adapterkit.load(adapter))
+    assert isinstance(opened, AdapterReport) and opened.summary == report.summary and opened.measured
+    of_base = adapterkit.inspect(base)
+    assert f"{of_base}\n" == inspect(base).stdout and of_base.facts().items() <= facts(base).items()
+    for options, said in (
+        ({"alpha": 2.0}, "`alpha` is about adapters"),
+        ({"full": True, "header_only": True}, "one of them"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            adapterkit.inspect(base, **options)
 
 
 def test_a_rank_that_is_not_the_tensors_is_said(make_adapter: Make) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,31 @@ import click
 
 from adapterkit.api.options.adapters import CompareOptions
 from adapterkit.cli.command import Command
-from adapterkit.cli.options import options_of
+from adapterkit.cli.options import as_json, options_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.views.tables import common_prefix, print_table, table
 from adapterkit.inspection.summary import to_json
+from adapterkit.options import Options, option, plotted
 from adapterkit.text import number
 
 if TYPE_CHECKING:
+    from adapterkit.api.inputs import AnyPath
     from adapterkit.combining.compare import Pair, Similarity
 
 
 FIGURES = ("cosine", "distance", "norm_ratio", "overlap_in", "overlap_out", "sign_conflict", "lost")
+
+
+@dataclass(frozen=True)
+class ViewOptions(Options):
+    """How the comparison is shown"""
+
+    _: KW_ONLY
+    by: str = option(
+        "target", "Group rows by target, layer or module; by module, JSON has φ(i, j) too",
+        ("target", "layer", "module"), group="Output",
+    )  # fmt: skip
+    plot: AnyPath | None = plotted("cosine similarity by layer")
 
 
 @click.command(
@@ -35,11 +49,9 @@ FIGURES = ("cosine", "distance", "norm_ratio", "overlap_in", "overlap_out", "sig
     ],
 )
 @options_of(CompareOptions)
-@click.option("--by", type=click.Choice(["target", "layer", "module"]), default="target", show_default=True,
-              help="What has a row of its own; by module, JSON has φ(i, j) too.")  # fmt: skip
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the cosines by layer to a .png or .svg.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def compare_command(given: dict[str, Any], by: str, plot: str | None, as_json: bool) -> None:
+@options_of(ViewOptions, "view")
+@as_json("Print one JSON object instead of tables")
+def compare_command(given: dict[str, Any], view: dict[str, Any], as_json: bool) -> None:
     """Every pair of adapters is compared module by module, from the factors alone.
 
     cosine and distance treat the updates as vectors; overlap is the share of the subspaces of inputs (φ of the LoRA
@@ -49,6 +61,8 @@ def compare_command(given: dict[str, Any], by: str, plot: str | None, as_json: b
     from adapterkit.api.adapters import compare
     from adapterkit.cli.views.figures import check_plot, draw_likeness
 
+    options = ViewOptions(**view)
+    by, plot = options.by, options.plot
     if plot:
         check_plot(Path(plot))
     pairs = compare(**given)

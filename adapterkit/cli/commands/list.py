@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.api.options.inspection import ListOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.failures import failure_of
+from adapterkit.cli.options import as_json, options_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.views.tables import padded, width
-from adapterkit.errors import AdapterkitError, FormatError, UsageError
-from adapterkit.hub.listing import (
-    HUB_SORTS,
-    SORTS,
-    AdapterEntry,
-    add_details,
-    list_cache,
-    list_folders,
-    list_hub,
-    sorted_entries,
-)
 from adapterkit.text import short, size, span, visible
 
-LIMIT = 30  # rows of the Hub
+if TYPE_CHECKING:
+    from adapterkit.hub.listing import AdapterEntry
+
 NAME = "adapter"
 CUT, LEAST = ("base", "targets"), 8  # the columns that give way on a narrow terminal, and what is left of them
 ON_THE_LEFT = (NAME, "kind", "targets", "base")
@@ -43,40 +35,17 @@ ON_THE_LEFT = (NAME, "kind", "targets", "base")
         "adapterkit list --hub --search sql --limit 10",
     ],
 )
-@click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path())
-@click.option("--hub", is_flag=True, help="What is on the Hub, too.")
-@click.option("--base", help="Only adapters of this base: its Hub id, or the last part of its path.")
-@click.option("--search", default="", metavar="WORDS", help="Only what has all these words in names or targets.")
-@click.option("--sort", type=click.Choice([*SORTS, "trending"]), help="Default: by name, on the Hub what is trending.")
-@click.option("--limit", type=click.IntRange(1), default=LIMIT, show_default=True, help="Rows of the Hub.")
-@click.option("--details", is_flag=True, help="Read the headers of those on the Hub too: ranks, targets, sizes. Some "
-              "requests each, which the Hub counts as downloads.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_command(
-    folders: tuple[str, ...], hub: bool, base: str | None, search: str, sort: str | None, limit: int, details: bool,
-    as_json: bool,
-) -> None:  # fmt: skip
+@options_of(ListOptions)
+@as_json("Print the result as JSON")
+def list_command(given: dict[str, Any], as_json: bool) -> None:
     """Searches the folders DIR and below, by default the current folder, and the Hub cache; with --hub also the Hub.
 
     Only headers and configs are read.
     """
-    if sort == "trending" and not hub:
-        raise UsageError("--sort trending needs --hub", hint="say --hub")
-    if details and not hub:
-        raise UsageError("--details needs --hub", hint="say --hub")
-    if hub and sort is not None and sort not in HUB_SORTS:
-        raise UsageError(f"the Hub does not sort by {sort}: expected one of {', '.join(HUB_SORTS)}")
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise FormatError(f"{folder}: no such folder")
-    here = [one for one in itertools.chain(list_folders(folders or ["."]), list_cache()) if one.matches(base, search)]
-    rows, failed = sorted_entries(here, sort or "name"), None
-    if hub:
-        try:
-            there = list(itertools.islice(list_hub(base, search, sort or "trending"), limit))
-            rows += add_details(there) if details else there
-        except AdapterkitError as error:  # told once what is on this disk was shown
-            failed = error
+    from adapterkit.api.inspect import find_adapters
+
+    options = ListOptions(**given)
+    rows, failed = find_adapters(options)  # a Hub that is away is told once what is on this disk was shown
     if as_json:
         facts = [asdict(row) | {"path": str(row.path) if row.path else None} for row in rows]
         say_result({"adapters": facts} | (failure_of(failed).facts if failed else {}))
@@ -86,7 +55,7 @@ def list_command(
             if row.problem:
                 say(f"⚠ {row.name}: {row.problem}")
     elif failed is None:
-        say("no adapters found" + ("" if hub else "; --hub looks on the Hub"))
+        say("no adapters found" + ("" if options.hub else "; --hub looks on the Hub"))
     if failed is not None:
         raise failed
 

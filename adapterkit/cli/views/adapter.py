@@ -7,41 +7,34 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from adapterkit.adapter.summary import LABEL, Summary
+from adapterkit.adapter.summary import LABEL
+from adapterkit.cli.naming import in_options
 from adapterkit.cli.output import say
 from adapterkit.cli.views.tables import common_prefix, padded, print_table, print_wrapped, table, width
 from adapterkit.inspection.summary import ModuleRow, TargetRow, by_target, grid
-from adapterkit.text import between, counted, given, number, runs, span, visible
+from adapterkit.text import between, given, number, runs, span, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from adapterkit.inspection.match import Match
+    from adapterkit.inspection.report import AdapterReport
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 1.005  # a row that varies less than this is drawn flat
 BESIDE_BARS = 18  # columns of spaces and the range at the end
 
 
-def show_header(path: str, summary: Summary, match: Match | None, *, unknown: str | None, fetched: str = "") -> None:
+def show_header(report: AdapterReport) -> None:
     """Print the facts that headers tell, then what is wrong; rich is not needed for it."""
-    rows = {"adapter": path, **summary.rows()}
-    if unknown and summary.modules:
-        rows |= dict.fromkeys(("alpha", "scaling"), f"unknown: {unknown}; give --alpha")
-    if match:
-        rows["against"] = f"{match.base}: {match.found} of {counted(match.total, 'module')} found"
-    if fetched:
-        rows["fetched"] = fetched
-    for label, text in rows.items():
-        print_wrapped(f"{label:{LABEL}}", text)
-    for warning in summary.warnings():
+    for label, text in report.rows().items():
+        print_wrapped(f"{label:{LABEL}}", in_options(text))
+    for warning in report.warnings():
         print_wrapped("⚠ ", warning)
-    if match and match.missing:
-        print_wrapped("⚠ ", match.hint)
 
 
-def show_rows(rows: Sequence[ModuleRow], summary: Summary, *, measured: bool, modules: bool) -> None:
-    """Print the table by target and the bars by layer where rows are `measured`, and with `modules` every row."""
+def show_rows(report: AdapterReport, *, modules: bool) -> None:
+    """Print the table by target and the bars by layer where weights were read, and with `modules` every row."""
+    rows, summary, measured = report.modules, report.summary, report.measured
     delta = "ΔW" if summary.scalings else "BA"
     if measured:
         for warning in _warnings(rows):

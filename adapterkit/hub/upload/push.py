@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.adapter.formats.table import weights_suffixes
 from adapterkit.base.checkpoint import INDEX_SUFFIX
+from adapterkit.display import Displayed
 from adapterkit.errors import AdapterkitError, FormatError, NotAllowedError, OfflineError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.hub.client.call import call_hub, one_line, page_url
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
 
 
-@dataclass(frozen=True)
-class PushPlan:
+@dataclass(frozen=True, repr=False)
+class PushPlan(Displayed):
     """A checked upload to a repository, compared with its latest commit."""
 
     repo: str
@@ -59,6 +60,9 @@ class PushPlan:
             "removed": list(self.removed), "left_out": self.prepared.skipped,
         }  # fmt: skip
 
+    def brief(self) -> str:
+        return f"{self.prepared.description} → {self.repo}, {size(self.size)} to upload"
+
     def lines(self) -> list[str]:
         """The plan as text: the destination, and a line for each file."""
         state = f"{'private' if self.private else 'public'}{'' if self.exists else ', new'}"
@@ -75,9 +79,6 @@ class PushPlan:
             f"to        {self.repo} ({state}{', as a pull request' if self.pull_request else ''})",
             *(f"  {visible(name):{wide}}  {bytes_:>8}  {status}".rstrip() for name, bytes_, status in files),
         ]
-
-    def __str__(self) -> str:
-        return "\n".join(map(visible, self.lines()))
 
     def steps(self) -> Generator[BytesDone | Pushed, None, None]:
         """Upload everything; see `send`."""
