@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
@@ -56,6 +56,7 @@ class About:
 
     help: str
     choices: Collection[Any] | Callable[[], Collection[Any]] = ()  # a function if they are found at run time
+    spellings: Mapping[str, Any] = field(default_factory=dict)  # other names of the choices, in lower case
     meaning: str = ""  # the help of the Python argument, where that of the option doesn't fit
     least: int | None = None
     most: int | None = None
@@ -148,18 +149,23 @@ class Parameter:
         """Its name in the app and in errors."""
         return self.about.label or self.name.replace("_", " ")
 
-    def check(self, value: Any) -> None:
-        """Raise UsageError if the value is out of range or not one of the choices; suggests the nearest choice."""
+    def canonical(self, value: Any) -> Any:
+        """The choice that `value` is a spelling of, or `value` itself."""
+        return self.about.spellings.get(str(value).lower(), value)
+
+    def checked(self, value: Any) -> Any:
+        """The value in its canonical spelling; raises UsageError if it is out of range or not one of the choices."""
         least, most = self.about.least, self.about.most
         whole = type(value) is int and (least is None or value >= least) and (most is None or value <= most)
         if least is not None and value is not self.default and not whole:
             expected = f"from {least} to {most}" if most is not None else f"of {least} or more"
             raise UsageError(f"{self.label} {value!r}: expected a whole number {expected}")
-        choices = self.choices
+        choices, value = self.choices, self.canonical(value)
         if choices and value not in choices and value is not self.default:
             words = [str(choice) for choice in choices]
-            hint = nearest(value, words) if isinstance(value, str) else ""
+            hint = nearest(str(value), [*words, *self.about.spellings])
             raise UsageError(f"{self.label} {value!r}: expected one of {', '.join(words)}", hint=hint)
+        return value
 
 
 class Options:
@@ -167,7 +173,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for one in parameters(type(self)):
-            one.check(getattr(self, one.name))
+            object.__setattr__(self, one.name, one.checked(getattr(self, one.name)))
 
 
 def parameters(options: type[Any]) -> tuple[Parameter, ...]:

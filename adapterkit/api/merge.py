@@ -69,8 +69,9 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         into = (sixteen, o.original) if sixteen and o.original is not None else (checkpoint, o.base)
         target = Path(o.out).expanduser() if o.out is not None else _default_output(*into, "merged")
         plan = make_plan(
-            checkpoint, given, target, dtype=o.dtype, quantize=o.quantize, rounding=Rounding(o.rounding, o.seed),
-            original=sixteen, rename=rename, allow_partial=o.allow_partial, calibration=_text(o),
+            checkpoint, given, target, dtype=None if o.dtype is None else str(o.dtype),
+            quantize=o.quantize, rounding=Rounding(o.rounding, o.seed), original=sixteen, rename=rename,
+            allow_partial=o.allow_partial, calibration=_text(o),
         )  # fmt: skip
         return _placed(plan, o.overwrite, checkpoint)
 

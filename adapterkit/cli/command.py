@@ -13,7 +13,7 @@ from adapterkit.cli import output, progress
 from adapterkit.cli.complete import complete_by_name
 from adapterkit.cli.failures import failure_of, speak_options
 from adapterkit.cli.naming import in_options
-from adapterkit.cli.options import GroupedOption
+from adapterkit.cli.options import GroupedOption, Spelled
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.text import nearest
 
@@ -103,7 +103,8 @@ class Command(click.Command):
         value, choices = found.get(param.name), [str(choice) for choice in param.type.choices]
         name = param.opts[-1] if isinstance(param, click.Option) else param.human_readable_name
         said = f"{name} {value}: expected {', '.join(choices[:-1])} or {choices[-1]}"
-        return UsageError(said, hint=nearest(str(value), choices))
+        spellings = param.type.spellings if isinstance(param.type, Spelled) else ()
+        return UsageError(said, hint=nearest(str(value), [*choices, *spellings]))
 
 
 def _heed(mode: progress.Mode | None, quiet: bool, verbose: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -22,6 +22,17 @@ class GroupedOption(click.Option):
     def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group = group
+
+
+class Spelled(click.Choice[str]):
+    """One of several names, some of which have other spellings."""
+
+    def __init__(self, choices: Sequence[str], spellings: Mapping[str, Any]) -> None:
+        super().__init__(choices)
+        self.spellings = spellings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(self.spellings.get(str(value).lower(), value), param, ctx)
 
 
 def options_of(
@@ -65,7 +76,7 @@ def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Cal
     elif one.kind in SEVERAL:
         settings |= {"multiple": True, "metavar": metavar or ("NAME=VALUE" if one.kind == "pairs" else None)}
     elif one.choices and not metavar:
-        settings["type"] = click.Choice([str(choice) for choice in one.choices])
+        settings["type"] = Spelled([str(choice) for choice in one.choices], one.about.spellings)
     elif one.kind == "int" and one.about.least is not None:
         settings["type"] = click.IntRange(one.about.least, one.about.most)
     else:

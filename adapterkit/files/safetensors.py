@@ -46,6 +46,19 @@ TORCH_NAMES = {
 # The dtypes in which weights are merged and written.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
+# What to call those that an output can be converted to, and the other names that these have, in lower case.
+OUTPUT_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+DTYPE_SPELLINGS = {
+    f"{prefix}{other}": name
+    for name, others in {
+        "bf16": ("bf16", "bfloat16"),
+        "fp16": ("fp16", "f16", "float16", "half"),
+        "fp32": ("fp32", "f32", "float32", "float"),
+    }.items()
+    for other in others
+    for prefix in ("", "torch.")
+}
+
 PAGE = 4096  # bytes; fixed rather than the machine's page size, so that every machine writes the same file
 MAX_NAME = 1000  # characters; real names have at most about 200
 MAX_DIMS = 64  # as in numpy; the product of many more is too large a number to compute with

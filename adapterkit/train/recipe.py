@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from adapterkit.base.quant import loadable_kinds
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.opening import read_whole
+from adapterkit.files.safetensors import DTYPE_SPELLINGS, OUTPUT_DTYPES
 from adapterkit.files.yamlfile import MAX_YAML, parse_yaml
 from adapterkit.options import argument, option, parameters
 from adapterkit.packages import needed
@@ -23,7 +24,7 @@ QUANTIZE = ("none", *loadable_kinds())
 INITS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 SCHEDULES = ("cosine", "linear", "constant")
 MAX_INT = 2**31 - 1  # for counts and seeds
-DTYPES = ("auto", "bf16", "fp16", "fp32")
+DTYPES = ("auto", *OUTPUT_DTYPES)
 ADAPTER, DATA, OPTIMIZATION, VALIDATION, COMPUTE = "Adapter", "Data", "Optimization", "Validation", "Compute"
 
 
@@ -65,7 +66,11 @@ class Recipe:
     weight_decay: float = option(0.0, "Weight decay (AdamW)", group=OPTIMIZATION)
     clip: float = option(1.0, "Maximum gradient norm; 0 disables clipping", group=OPTIMIZATION)
     dtype: str = option(
-        "auto", "Compute dtype [auto: the base's stored dtype; fp32 for `method=full`]", DTYPES, group=COMPUTE
+        "auto",
+        "Compute dtype [auto: the base's stored dtype; fp32 for `method=full`]",
+        DTYPES,
+        spellings=DTYPE_SPELLINGS,
+        group=COMPUTE,
     )
     device: str = option("auto", "Compute device: cpu, cuda, cuda:N or auto", group=COMPUTE)
     gradient_checkpointing: bool = option(
@@ -93,9 +98,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for one in parameters(type(self)):
-            value = getattr(self, one.name)
+            value = one.canonical(getattr(self, one.name))
             if one.choices and value not in one.choices:
                 raise UsageError(f"{_parameter(one.name)} {value}: expected one of {', '.join(one.choices)}")
+            object.__setattr__(self, one.name, value)
         for name in (
             "rank",
             "batch_size",

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import factors
+from handmade import adapterkit as run_adapterkit
 from safetensors.torch import load_file
 
 import adapterkit
 from adapterkit.api.inputs import weighted
 from adapterkit.errors import UsageError
+from adapterkit.train.recipe import Recipe
+from adapterkit.train.runs.evaluate import Request
 
 
 @pytest.fixture
@@ -115,8 +118,10 @@ def test_what_takes_one_adapter_refuses_two(pair: tuple[Path, Path], tmp_path: P
         ({"scale": float("inf")}, "scale inf"),
         ({"scale": 1e308, "adapters": 1e308}, "weight × scale is inf"),
         ({"alpha": "8"}, "alpha '8': expected a number"),
-        ({"dtype": torch.bfloat16}, "dtype torch.bfloat16: expected one of bf16"),
+        ({"dtype": torch.float64}, "dtype torch.float64: expected one of bf16, fp16, fp32"),
         ({"dtype": "int8"}, "dtype 'int8': expected one of bf16"),
+        ({"dtype": "bflaot16"}, "dtype 'bflaot16': expected one of bf16, fp16, fp32; did you mean bfloat16\\?"),
+        ({"dtype": 16}, "dtype 16: expected one of bf16"),
         ({"seed": "1", "quantize": "nf4"}, "seed '1'"),
         ({"rename": 3}, "rename 3: expected \\(old, new\\)"),
         ({"rename": ("a", "b", "c")}, "`rename=a=b=c`"),
@@ -144,6 +149,28 @@ def test_options_in_other_types(pair: tuple[Path, Path], tmp_path: Path) -> None
     for limit in ({"rank": "2"}, {"rank": True}, {"rank": 2.0}, {"energy": "0.9"}, {"error": True}):
         with pytest.raises(UsageError, match="expected a (whole )?number"):
             adapterkit.resize(adapter, tmp_path / "x", **limit)  # type: ignore[arg-type]
+
+
+DTYPES = {
+    torch.bfloat16: (torch.bfloat16, "bf16", "bfloat16", "BF16", "torch.bfloat16"),
+    torch.float16: (torch.half, "fp16", "f16", "float16", "half", "F16", "torch.float16", np.dtype("float16")),
+    torch.float32: (torch.float, "fp32", "f32", "float32", "F32", "torch.float32", "float"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_dtype_has_many_names(dtype: torch.dtype, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for at, name in enumerate(DTYPES[dtype]):
+        plan = adapterkit.plan_merge(*pair, tmp_path / str(at), dtype=name)  # type: ignore[arg-type]
+        assert plan.config["dtype" if "dtype" in plan.config else "torch_dtype"] == str(dtype).removeprefix("torch.")
+        asked: Any = name
+        assert Recipe(dtype=asked).dtype == Request("base", "data", dtype=asked).dtype == DTYPES[dtype][1]
+        shown = run_adapterkit("merge", *pair, "-o", tmp_path / str(at), "--dtype", str(name), "--dry-run")
+        assert shown.code == 0 and f"dtype {plan.facts()['dtype']}" in shown.out
+    adapterkit.merge(*pair, tmp_path / "out", dtype=dtype)
+    assert load_file(tmp_path / "out" / "model.safetensors")["q.weight"].dtype is dtype
+    hint = "did you mean bfloat16?"
+    assert run_adapterkit("merge", *pair, "--dtype", "bflaot16").message(2).endswith(hint)
 
 
 def test_swapped_arguments_are_told(pair: tuple[Path, Path], tmp_path: Path) -> None:

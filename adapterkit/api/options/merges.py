@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, writable_kinds
+from adapterkit.files.safetensors import DTYPE_SPELLINGS, OUTPUT_DTYPES
 from adapterkit.merging.options import RunOptions
-from adapterkit.merging.plan.planner import DTYPES
 from adapterkit.options import Options, argument, option, output, overwrite, threads
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ class MergeOptions(StrengthOptions, QuantizingOptions):
     )
     scaling: float | None = option(None, "Scaling itself of an adapter without a config", group=ADAPTERS, in_form=False)
     allow_partial: bool = option(False, "Skip modules that don't exist in the base", group=ADAPTERS, in_form=False)
-    dtype: str | None = option(None, "Convert the output; by default dtypes stay", DTYPES, group="Output")
+    dtype: str | torch.dtype | None = option(
+        None, "Convert the output; by default dtypes stay", OUTPUT_DTYPES, spellings=DTYPE_SPELLINGS, group="Output"
+    )
     quantize: str | None = option(
         None, "Quantize the output; by default it is not", lambda: (*writable_kinds(), "same"), group=QUANTIZATION
     )

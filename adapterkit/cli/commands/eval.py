@@ -15,10 +15,12 @@ import click
 
 from adapterkit.cli.command import Command
 from adapterkit.cli.data_notes import notes_of
+from adapterkit.cli.options import Spelled
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import progress
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.opening import open_regular
+from adapterkit.files.safetensors import DTYPE_SPELLINGS
 from adapterkit.files.staging import Destination, staged
 from adapterkit.options import parameters
 from adapterkit.text import counted
@@ -59,7 +61,10 @@ def _field_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records per batch")
 @click.option("--limit", type=int, help="Evaluate only the first N records", metavar="N")
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), default="auto", help="Compute dtype [auto: the base's stored dtype]"
+    "--dtype",
+    type=Spelled(DTYPES, DTYPE_SPELLINGS),
+    default="auto",
+    help="Compute dtype [auto: the base's stored dtype]",
 )
 @click.option("--device", default="auto", metavar="DEVICE", help="Compute device: cpu, cuda, cuda:N or auto")
 @click.option("--quantize", type=click.Choice(QUANTIZE), default="none",

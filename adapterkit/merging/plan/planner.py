@@ -28,14 +28,12 @@ from adapterkit.base.quant import (
 from adapterkit.base.targets import Fit
 from adapterkit.base.ties import Tie, find_tie, unknown_tie
 from adapterkit.errors import FitError, UsageError
-from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
+from adapterkit.files.safetensors import FLOAT_DTYPES, OUTPUT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 from adapterkit.files.staging import MADE_BY
 from adapterkit.merging.plan.changes import Changes, changes_of, check_target, idle_note, ledger_of, prefix_note
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.ties import apply_to_tied, shared_embedding_error
 from adapterkit.merging.plan.types import MergePlan
-
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 @dataclass
@@ -118,7 +116,7 @@ class _Draft:
         """Store every floating-point tensor as `dtype`."""
         if self.base.quantization and not self.schemes:
             raise FitError(f"{self.base.path}: is quantized ({self.base.quantization}); {merge_into_original()}")
-        self.dtype = DTYPES[dtype]
+        self.dtype = OUTPUT_DTYPES[dtype]
         key = "dtype" if "dtype" in self.config else "torch_dtype"
         self.config = _with_nested(self.config, key, TORCH_NAMES[self.dtype])
 

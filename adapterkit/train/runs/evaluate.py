@@ -47,7 +47,7 @@ class Request:
     max_length: int = 1024
     batch_size: int = 8
     limit: int | None = None  # only the first records
-    dtype: str = "auto"
+    dtype: str | torch.dtype = "auto"
     device: str = "auto"
     quantize: str = "none"
     fields: Fields = DEFAULT
@@ -58,7 +58,10 @@ class Request:
 
     def __post_init__(self) -> None:
         # A recipe checks the options that training has too.
-        Recipe(max_length=self.max_length, batch_size=self.batch_size, dtype=self.dtype, quantize=self.quantize)
+        checked = Recipe(
+            max_length=self.max_length, batch_size=self.batch_size, dtype=str(self.dtype), quantize=self.quantize
+        )
+        object.__setattr__(self, "dtype", checked.dtype)
         for name, value in (("`limit`", self.limit), ("`max_new_tokens`", self.max_new_tokens)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: expected 1 or more")
@@ -174,7 +177,7 @@ def evaluate(request: Request) -> Iterator[Event]:
     base = open_base(request.base)
     refuse_twice_quantized(request.quantize, base)
     given = None if request.adapter is None else open_fitting(request.adapter, base)
-    dtype = choose_dtype(request.dtype, base, device, full=False)
+    dtype = choose_dtype(str(request.dtype), base, device, full=False)
     tokenizer = load_tokenizer(base)
     records = islice(read_records(request.data, request.fields), request.limit)
     data = encode_all(records, tokenizer, request.max_length, request.skip_bad)
