@@ -70,8 +70,8 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor] | None = None, 
     return folder
 
 
-def list_cache(folder: Path, cache: Path) -> Path:
-    """A folder as the Hub cache has it: links to blobs, weights by their SHA-256 and other files by git's SHA-1."""
+def write_cache(folder: Path, cache: Path) -> Path:
+    """Write a folder in the layout of the Hub cache: links to blobs, named by SHA-256 for weights, else by git's SHA-1."""
     blobs, snapshot = cache / "blobs", cache / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True), blobs.mkdir()
     for file in folder.iterdir():

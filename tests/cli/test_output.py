@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES
-from handmade import CONFIG, adapterkit, list_cache, write_adapter, write_base
+from handmade import CONFIG, adapterkit, write_cache, write_adapter, write_base
 from tiny import save_tiny_model
 
 from adapterkit.text import counted
@@ -94,7 +94,7 @@ def test_files_of_the_cache_with_other_bytes_than_on_the_hub(
     if "merged" in command:
         assert adapterkit("merge", "a-model", "plain", "-o", "merged").code == 0
     for name, source in {"model": Path("a-model"), "adapter": Path("plain")}.items():
-        Path(name).symlink_to(list_cache(source, Path(f"models--o--{name}")))
+        Path(name).symlink_to(write_cache(source, Path(f"models--o--{name}")))
     Path("data.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     for file in map(Path, files):
         blob = file.resolve()
