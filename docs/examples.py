@@ -138,9 +138,9 @@ def passes(session: str, page: Path, folder: Path, env: dict[str, str]) -> bool:
 
 def environment(folder: Path) -> dict[str, str]:
     """No Hub, no cache and no token of this machine; as wide as a page."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ADAPTERKIT_"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ADAPTERKIT_"))}
     path = os.pathsep.join([str(folder / ".bin"), os.environ["PATH"]])
-    return kept | {
+    return environment | {
         "PATH": path, "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / ".hf"), "XDG_CACHE_HOME": str(folder / ".xdg"),
         "HF_HUB_OFFLINE": "1", "COLUMNS": "100", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
     }  # fmt: skip

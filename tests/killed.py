@@ -149,8 +149,8 @@ def after_kill(out: Path, old: State, new: State, swaps: bool) -> None:
 def after_ctrl_c(out: Path, old: State, new: State) -> None:
     said, found = Path("said").read_text().strip(), state(out)
     resumed = "; finished shards are saved: continue with --resume"
-    kept = [f"; {out} is complete"] if found == new else ["", "; nothing was written", resumed]
-    assert said in [f"error: interrupted{one}" for one in kept], said
+    endings = [f"; {out} is complete"] if found == new else ["", "; nothing was written", resumed]
+    assert said in [f"error: interrupted{ending}" for ending in endings], said
     assert found in (old, new), said
 
 

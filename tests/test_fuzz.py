@@ -466,14 +466,14 @@ def made(base: Path) -> Made:
     folder, files, data, exact = base.parent, Files(), list[bytes](), dict[str, bytes]()
     adapterkit.merge(base, [folder / "adapter"], base.with_stem("merged"), threads=1)
     for file in sorted(folder.rglob("*"), key=lambda file: (file.suffix != ".residuals", file)):
-        name, kept = str(file.relative_to(folder)), "before" in file.parts
+        name, in_before = str(file.relative_to(folder)), "before" in file.parts
         if file.is_file() and not name.startswith("base"):
             exact[name] = file.read_bytes()
-            if file.suffix == ".json" and (kept or file.name == RECEIPT):
+            if file.suffix == ".json" and (in_before or file.name == RECEIPT):
                 files[name] = parsed(exact[name])
                 for part in (part for place in places(files[name]) if place.name == "parts" for part in place.value):
                     part += [(field, None) for field in ("rows", "of", "expert") if field not in dict(part)]
-            elif name.startswith("merged") and file.suffix in (".residuals", ".safetensors") and not kept:
+            elif name.startswith("merged") and file.suffix in (".residuals", ".safetensors") and not in_before:
                 files[name] = stored(file, data)
     recorded = sum(len(content) for name, content in files.items() if name.endswith(".residuals"))
     shards = [base] if base.is_file() else sorted(base.glob("*.safetensors"))

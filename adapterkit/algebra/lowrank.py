@@ -37,7 +37,7 @@ class Product:
         return self.left.shape[-1]
 
     @property
-    def most(self) -> int:
+    def max_rank(self) -> int:
         """The maximum rank of a matrix of this shape."""
         return min(self.left.shape[-2], self.right.shape[-1])
 

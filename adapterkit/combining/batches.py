@@ -72,7 +72,7 @@ def combine_batch(
         results = [best_of(found[span], beyond[span], limit) for span in spans]
     else:
         product = method(parts, **settings)
-        if limit is None and product.rank <= product.most:
+        if limit is None and product.rank <= product.max_rank:
             exact = [Product(product.left[span], product.right[span]) for span in spans]
             results = [(one, _energy(one), 0.0) for one in exact]
         else:

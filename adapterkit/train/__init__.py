@@ -17,10 +17,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapterkit.train.injection import Lora, adapter_of, disabled, inject, inject_from, lora_layers, quicken
+    from adapterkit.train.injection import (
+        Lora,
+        adapter_of,
+        disabled,
+        inject,
+        inject_from,
+        lora_layers,
+        use_fast_products,
+    )
     from adapterkit.train.loss import chunked_cross_entropy
 
-__all__ = ["Lora", "adapter_of", "chunked_cross_entropy", "disabled", "inject", "inject_from", "lora_layers", "quicken"]
+__all__ = [
+    "Lora",
+    "adapter_of",
+    "chunked_cross_entropy",
+    "disabled",
+    "inject",
+    "inject_from",
+    "lora_layers",
+    "use_fast_products",
+]
 
 
 def __getattr__(name: str) -> Any:

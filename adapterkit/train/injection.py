@@ -174,7 +174,7 @@ def inject_from(
     return list(adapter.modules)
 
 
-def quicken(model: nn.Module) -> None:
+def use_fast_products(model: nn.Module) -> None:
     """Compute the linear layers without factors by the products of `products`, except the output layer."""
     head = _head(model)
     for layer in model.modules():

@@ -89,7 +89,7 @@ class Loop:
             total = self._summed(total)
         return float(total[0] / total[1])
 
-    def unmoved(self) -> list[str]:
+    def without_gradient(self) -> list[str]:
         """The modules that never had a gradient: the model does not call them."""
         moved: dict[str, bool] = {}
         for name, parameter in self.trained.items():

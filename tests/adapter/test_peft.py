@@ -251,8 +251,8 @@ def test_saved_adapters_have_pefts_names_shapes_and_scalings(kind: str, ours: bo
     assert {name: tensor.shape for name, tensor in written.items()} == {name: one.shape for name, one in theirs.items()}
     assert all(torch.equal(written[name], tensor) for name, tensor in theirs.items())
     if not ours:
-        kept, given = (json.loads((tmp_path / of / "adapter_config.json").read_text()) for of in ("ours", "theirs"))
-        assert kept == given and list(kept) == list(given)
+        saved, given = (json.loads((tmp_path / of / "adapter_config.json").read_text()) for of in ("ours", "theirs"))
+        assert saved == given and list(saved) == list(given)
     with safe_open(tmp_path / "ours" / "adapter_model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     again = PeftModel.from_pretrained(Odd(), tmp_path / "ours")

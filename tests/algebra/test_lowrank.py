@@ -64,9 +64,9 @@ def test_an_untrained_B_has_no_rank() -> None:
 def test_factors_that_are_not_finite_spoil_only_themselves(value: float) -> None:
     good, bad = random(9, 7, 3), random(9, 7, 3)
     bad.B[2, 1] = value
-    kept, spoilt = singular_values_of([good, bad])
+    valid, spoilt = singular_values_of([good, bad])
     assert spoilt.isnan().all() and Spectrum(tuple(spoilt.tolist())).energy_rank(0.99) is None
-    torch.testing.assert_close(kept, dense(good)[:3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(valid, dense(good)[:3], rtol=1e-5, atol=1e-6)
 
 
 def test_mixed_shapes_come_back_in_order() -> None:

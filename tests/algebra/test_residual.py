@@ -153,12 +153,12 @@ def test_float64_weights_are_restored_from_what_stays_as_it_is() -> None:
     updates = [Update(0, 40, torch.randn(40, 3, dtype=torch.float64), torch.randn(3, 60, dtype=torch.float64), 0.5)]
     after = W.clone()
     add_updates(after, 0, updates)
-    kept = after.clone()
+    copy = after.clone()
     found = record(W, after, 0, updates)
-    assert torch.equal(restore(after, 0, updates, found), W) and torch.equal(after, kept)
+    assert torch.equal(restore(after, 0, updates, found), W) and torch.equal(after, copy)
     back = subtracted(after, 0, updates)
     correct(encode(found), back, "here")
-    assert torch.equal(back, W) and torch.equal(after, kept) and torch.equal(subtracted(after, 0, []), kept)
+    assert torch.equal(back, W) and torch.equal(after, copy) and torch.equal(subtracted(after, 0, []), copy)
 
 
 # --- where it is hardest ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES
-from handmade import CONFIG, adapterkit, write_cache, write_adapter, write_base
+from handmade import CONFIG, adapterkit, write_adapter, write_base, write_cache
 from tiny import save_tiny_model
 
 from adapterkit.text import counted

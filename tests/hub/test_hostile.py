@@ -234,7 +234,7 @@ def test_a_pointer_instead_of_the_file_is_not_kept(hub: Hub, adapter: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "kept"),
+    ("fault", "code", "received"),
     [
         ({"after": 1000, "times": 9}, 5, 4000),  # the connection is reset, as often as it is asked again
         ({"after": 1000, "headers": (("Content-Length", "99"),), "times": 9}, 5, 99),
@@ -249,17 +249,17 @@ def test_a_pointer_instead_of_the_file_is_not_kept(hub: Hub, adapter: Path) -> N
     ],
 )
 def test_whatever_interrupts_a_pull_it_ends_with_one_line_and_goes_on(
-    hub: Hub, adapter: Path, fault: dict[str, Any], code: int, kept: int
+    hub: Hub, adapter: Path, fault: dict[str, Any], code: int, received: int
 ) -> None:
     weights = files(adapter)[WEIGHTS]
     hub.fail("GET .*safetensors", **fault)
     adapterkit("pull", ADAPTER).message_of_last(code)
     left = [*Path(constants.HF_HUB_CACHE).rglob(f"{hub.repos[ADAPTER].files()[WEIGHTS].sha256}.adapterkit")]
-    assert b"".join(one.read_bytes() for one in left) == weights[:kept]
+    assert b"".join(one.read_bytes() for one in left) == weights[:received]
     hub.faults.clear()
     hub.requests.clear()
     assert files(resolve(ADAPTER))[WEIGHTS] == weights
-    assert [one.span for one in hub.asked("GET .*safetensors")] == [f"bytes={kept}-"]
+    assert [one.span for one in hub.asked("GET .*safetensors")] == [f"bytes={received}-"]
 
 
 def test_a_file_that_changes_between_two_ranges_is_not_kept(hub: Hub, adapter: Path) -> None:

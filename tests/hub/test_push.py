@@ -906,7 +906,7 @@ def test_a_card_keeps_every_line(block: str, body: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "kept"),
+    ("text", "prefix"),
     [
         ("---\r\nlicense: mit\r\n---\r\n# It\r\n", "---\r\nlicense: mit\r\nbase_model: lab/base\r\n"),
         ("\ufeff---\nlicense: mit\n---\n# It\n", "---\nlicense: mit\nbase_model: lab/base\n"),
@@ -916,9 +916,9 @@ def test_a_card_keeps_every_line(block: str, body: str) -> None:
         ("# It\n\n---\n\nlicense: mit\n\n---\n", "---\nbase_model: lab/base\n"),
     ],
 )
-def test_cards_as_editors_leave_them(text: str, kept: str) -> None:
+def test_cards_as_editors_leave_them(text: str, prefix: str) -> None:
     done, _ = complete_card(text, FACTS, [])
-    assert done.startswith(kept)
+    assert done.startswith(prefix)
     assert "# It" not in text or "# It" in done
     assert complete_card(done, FACTS, []) == (done, [])
 

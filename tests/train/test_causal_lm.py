@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapterkit.errors import FormatError
-from adapterkit.train import Lora, inject, lora_layers, loss, quicken
+from adapterkit.train import Lora, inject, lora_layers, loss, use_fast_products
 from adapterkit.train.causal_lm import ATTENTION, Batch, CausalModel
 from adapterkit.train.data.order import Order
 from adapterkit.train.data.tokenize import Example
@@ -147,7 +147,7 @@ def test_losses_and_gradients_are_those_of_each_sequence_alone(kind: str, monkey
     plain = with_factors(build(kind))
     model = CausalModel(build(kind))
     with_factors(model.model)
-    quicken(model.model)
+    use_fast_products(model.model)
     _, unpadded, plain_head = KINDS[kind]
     assert (model.unpadded, model.plain_head) == (unpadded, plain_head)
     assert (model.model.config._attn_implementation == ATTENTION) is unpadded
@@ -229,7 +229,7 @@ def test_what_no_label_counts_in_has_no_loss() -> None:
 def test_full_fine_tuning_trains_head_and_embedding() -> None:
     for kind in ("tied", "gpt2", "qwen2"):
         plain, model = build(kind), CausalModel(build(kind))
-        quicken(model.model)
+        use_fast_products(model.model)
         torch.stack([alone(plain, one) for one in EXAMPLES]).sum().backward()
         model.loss(Batch.of(EXAMPLES)).backward()
         names = [name for name, parameter in plain.named_parameters() if parameter.grad is not None]
@@ -339,7 +339,7 @@ def test_the_first_losses_on_a_real_model_are_pefts(
     base = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, num_hidden_layers=LAYERS)
     model = CausalModel(copy.deepcopy(base))
     inject(model.model, Lora(("q_proj", "v_proj"), 4, 6.0, method))
-    quicken(model.model)
+    use_fast_products(model.model)
     model.model.train()
     wanted = peft_losses(base, order, method, model.model)
     loop = Loop(model, order, recipe)

@@ -18,7 +18,7 @@ from torch import nn
 import adapterkit
 from adapterkit.base.quant.quantized_layers import dequantized
 from adapterkit.errors import FitError, UsageError
-from adapterkit.train import Lora, adapter_of, disabled, inject, inject_from, layers, lora_layers, quicken
+from adapterkit.train import Lora, adapter_of, disabled, inject, inject_from, layers, lora_layers, use_fast_products
 from adapterkit.train.initial import Factors, start
 from adapterkit.train.layers import LoraEmbedding, LoraLayer, LoraLinear, dense_of
 
@@ -153,10 +153,10 @@ def test_dropout_hides_inputs_from_the_factors_alone(method: str) -> None:
     torch.manual_seed(3)
     y = layer(x)
     torch.manual_seed(3)
-    kept = torch.empty(10, 20, dtype=torch.float64).bernoulli_(0.6) / 0.6
-    assert 0 < int((kept == 0).sum()) < 200
+    mask = torch.empty(10, 20, dtype=torch.float64).bernoulli_(0.6) / 0.6
+    assert 0 < int((mask == 0).sum()) < 200
     base, delta = layer.base.weight, 1.5 * layer.B @ layer.A
-    wanted = x.view(10, 20) @ base.T + (kept * x.view(10, 20)) @ delta.T
+    wanted = x.view(10, 20) @ base.T + (mask * x.view(10, 20)) @ delta.T
     if layer.magnitude is not None:
         wanted = wanted * (layer.magnitude / (base + delta).norm(dim=1).detach())
     wanted = wanted.view(2, 5, 14) + layer.base.bias
@@ -204,7 +204,7 @@ def test_inputs_of_any_shape_and_none(shape: tuple[int, ...]) -> None:
     model = Model()
     inject(model, Lora(("q", "k"), RANK, ALPHA, "dora"))
     trained(model)
-    quicken(model)
+    use_fast_products(model)
     x = torch.randn(shape, requires_grad=True)
     for layer in (model.q, model.k):
         y = layer(x)
@@ -623,8 +623,8 @@ def test_disabled_is_the_base_bit_for_bit(init: str, method: str, quick: bool) -
         inject(model, Lora(targets, RANK, ALPHA, method, dropout=0.1, init=init))
         moved(model)
         if quick:
-            quicken(model)
-            quicken(base)
+            use_fast_products(model)
+            use_fast_products(base)
         before, with_factors = base(ids).logits, model(ids).logits
         with pytest.raises(KeyError), disabled(model):  # also where it ends by an error
             assert torch.equal(model(ids).logits, before)
@@ -639,7 +639,7 @@ def test_disabled_computes_with_the_kernels_that_the_base_has() -> None:
     inject(model, Lora(("q",), RANK, ALPHA))
     with disabled(model):
         assert torch.equal(model.q(x), base.q(x))
-        quicken(model)
+        use_fast_products(model)
         torch.testing.assert_close(model.q(x), base.q(x), rtol=1e-4, atol=1e-5)
 
 
@@ -662,7 +662,7 @@ def test_quicken_changes_no_more_than_rounding(
     before.square().sum().backward()
     grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    quicken(model)
+    use_fast_products(model)
     assert list(model.state_dict()) == keys
     with counted(monkeypatch) as calls:
         after = model(ids).logits
@@ -679,7 +679,7 @@ def test_a_quickened_base_under_factors_gives_the_same_gradients() -> None:
     moved(one)
     other = copy.deepcopy(one)
     keys = list(other.state_dict())
-    quicken(other)
+    use_fast_products(other)
     assert list(other.state_dict()) == keys
     found = []
     for model in (one, other):

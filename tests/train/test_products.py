@@ -29,7 +29,7 @@ def inputs(dtype: torch.dtype = torch.float64, dropout: bool = False, trained: b
         "B": torch.randn(OUT, RANK) * 0.5, "m": torch.rand(OUT) + 0.5, "G": torch.randn(TOKENS, OUT),
     }  # fmt: skip
     if dropout:
-        made["kept"] = torch.empty(TOKENS, INNER).bernoulli_(0.7) / 0.7
+        made["mask"] = torch.empty(TOKENS, INNER).bernoulli_(0.7) / 0.7
     made = {name: tensor.to(dtype) for name, tensor in made.items()}
     made["n"] = (made["W"].double() + S * made["B"].double() @ made["A"].double()).norm(dim=1).to(dtype)
     return {name: t.requires_grad_(trained) if name in "xABm" else t for name, t in made.items()}
@@ -37,13 +37,13 @@ def inputs(dtype: torch.dtype = torch.float64, dropout: bool = False, trained: b
 
 def formula(t: Tensors, magnitude: bool) -> torch.Tensor:
     """`y` as the papers write it, the update a matrix: arXiv 2106.09685, 2402.09353."""
-    x, seen = t["x"], t["x"] * t.get("kept", 1.0)
+    x, seen = t["x"], t["x"] * t.get("mask", 1.0)
     y = x @ t["W"].T + seen @ (S * t["B"] @ t["A"]).T
     return y * (t["m"] / t["n"]) if magnitude else y
 
 
 def ours(t: Tensors, magnitude: bool) -> torch.Tensor:
-    common = (t["x"], t["A"], t["B"], t.get("kept"), S, lambda: t["W"])
+    common = (t["x"], t["A"], t["B"], t.get("mask"), S, lambda: t["W"])
     return dora(*common, t["m"], t["n"]) if magnitude else low_rank(*common)
 
 
@@ -88,9 +88,9 @@ def test_gradients_that_come_expanded_or_transposed(magnitude: bool) -> None:
 def test_gradcheck(dropout: bool) -> None:
     t = inputs(dropout=dropout)
     x, A, B, m = t["x"], t["A"], t["B"], t["m"]
-    W, kept, n = t["W"], t.get("kept"), t["n"]
-    assert gradcheck(lambda x, A, B: low_rank(x, A, B, kept, S, lambda: W), (x, A, B))
-    assert gradcheck(lambda x, A, B, m: dora(x, A, B, kept, S, lambda: W, m, n), (x, A, B, m))
+    W, mask, n = t["W"], t.get("mask"), t["n"]
+    assert gradcheck(lambda x, A, B: low_rank(x, A, B, mask, S, lambda: W), (x, A, B))
+    assert gradcheck(lambda x, A, B, m: dora(x, A, B, mask, S, lambda: W, m, n), (x, A, B, m))
 
 
 def test_gradcheck_of_the_base() -> None:
@@ -141,8 +141,8 @@ def test_a_layer_keeps_its_input_and_what_is_of_the_rank(dtype: torch.dtype) -> 
     x0, h, A, B = saved(lambda: low_rank(x, t["A"], t["B"], None, S, lambda: W))
     assert x0.data_ptr() == x.data_ptr() and A.data_ptr() == t["A"].data_ptr() and B.data_ptr() == t["B"].data_ptr()
     assert h.shape == (TOKENS, RANK) and h.dtype is dtype
-    kept = saved(lambda: dora(x, t["A"], t["B"], None, S, lambda: W, t["m"], t["n"]))
-    assert [tuple(one.shape) for one in kept[4:]] == [(TOKENS, OUT), (OUT,), (OUT,)] and kept[4].dtype is dtype
+    tensors = saved(lambda: dora(x, t["A"], t["B"], None, S, lambda: W, t["m"], t["n"]))
+    assert [tuple(one.shape) for one in tensors[4:]] == [(TOKENS, OUT), (OUT,), (OUT,)] and tensors[4].dtype is dtype
     assert saved(lambda: plain(x, None, lambda: W)) == []
     [only] = saved(lambda: plain(x, W.requires_grad_(), lambda: W))
     assert only.data_ptr() == x.data_ptr()

@@ -231,13 +231,15 @@ def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
 def test_what_never_had_a_gradient_is_told(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert finished(train(recipe(max_steps=1), tmp_path / "one")).unmoved == ()  # though A has none in a first step
+    assert (
+        finished(train(recipe(max_steps=1), tmp_path / "one")).without_gradient == ()
+    )  # though A has none in a first step
     real = LoraLinear.forward
     monkeypatch.setattr(  # as a model that reads the weight, and never calls the layer
         LoraLinear, "forward", lambda layer, x: layer.base(x) if layer.B.shape[0] == 16 else real(layer, x)
     )
     done = finished(train(recipe(max_steps=3), tmp_path / "two"))
-    assert done.unmoved == ("model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj")
+    assert done.without_gradient == ("model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj")
 
 
 def test_training_goes_on_from_an_adapter(recipe: Callable[..., Recipe], tmp_path: Path) -> None:

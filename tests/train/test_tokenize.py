@@ -334,7 +334,7 @@ def test_a_record_is_bounded_before_it_is_tokenized(tokenizer: Any, monkeypatch:
         "characters, expected at most 100; split it into several records"
     )
     assert made(Record("t:1", text="ab " * 33), tokenizer, 9).cut > 0
-    assert len(made(Record("t:1", text="ab " * 35), tokenizer, 200).ids) > 35  # more is read where more is kept
+    assert len(made(Record("t:1", text="ab " * 35), tokenizer, 200).ids) > 35  # a higher limit reads more
 
 
 def test_truncation_cuts_the_end(tokenizer: Any) -> None:

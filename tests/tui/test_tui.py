@@ -291,21 +291,21 @@ async def test_layers_and_spectrum(folder: Path) -> None:
         assert "90% of ‖ΔW‖²" in text_of(spectrum.query_one(Static))
 
 
-async def test_what_was_measured_is_kept_by_its_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_measurements_are_cached_by_the_bytes_of_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(folder) as pilot:
         await pilot.press("j", "2")
         await settled(pilot)
-    [kept] = cache.folder().glob("*.json")
+    [cached] = cache.folder().glob("*.json")
     with monkeypatch.context() as patch:
         patch.setattr(cache, "measure", None)  # which would raise
         async with running(folder) as pilot:
             await pilot.press("j", "2")
             await settled(pilot)
             assert pilot.app.query_one(Layers).display
-    kept.write_text("[{}]")  # of another version: measured anew
+    cached.write_text("[{}]")  # of another version: measured again
     adapter = load(Path("mine/one"))
     assert [row.name for row in cache.measured(adapter)] == list(adapter.modules)
-    assert json.loads(kept.read_text()) != [{}]
+    assert json.loads(cached.read_text()) != [{}]
 
 
 async def test_enter_goes_into_the_detail(folder: Path) -> None:

@@ -196,9 +196,9 @@ def _print_result(
 ) -> None:
     from adapterkit.train.loss import perplexity
 
-    if trained.unmoved:
-        more = f" and {len(trained.unmoved) - 3} more" if len(trained.unmoved) > 3 else ""
-        note(f"no gradient in any step: {', '.join(trained.unmoved[:3])}{more}")
+    if trained.without_gradient:
+        more = f" and {len(trained.without_gradient) - 3} more" if len(trained.without_gradient) > 3 else ""
+        note(f"no gradient in any step: {', '.join(trained.without_gradient[:3])}{more}")
     progress, losses = trained.progress, [line["loss"] for line in metrics if "loss" in line]
     if as_json:
         facts = {"output": str(trained.out), "trained_parameters": started.trained, "kept_step": trained.saved_step}

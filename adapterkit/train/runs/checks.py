@@ -74,7 +74,7 @@ def check_sequences(data: Encoded, base: Checkpoint) -> None:
             )
 
 
-def refuse_twice_quantized(quantize: str, base: Checkpoint) -> None:
+def check_not_quantized(quantize: str, base: Checkpoint) -> None:
     """Raise UsageError if a quantized base would be quantized again."""
     if quantize != "none" and base.quantization:
         raise UsageError(f"`quantize={quantize}`: {base.name} is already quantized ({base.quantization})")

@@ -30,7 +30,7 @@ from adapterkit.train.injection import inject_from, lora_layers
 from adapterkit.train.loss import IGNORED, perplexity
 from adapterkit.train.recipe import Recipe
 from adapterkit.train.runs.answer_scores import Prediction, answer_of, compared
-from adapterkit.train.runs.checks import check_sequences, open_base, open_fitting, refuse_twice_quantized, size_of
+from adapterkit.train.runs.checks import check_not_quantized, check_sequences, open_base, open_fitting, size_of
 from adapterkit.train.runs.memory import available, estimate
 from adapterkit.train.runs.model_setup import choose_device, choose_dtype, load_model
 
@@ -175,7 +175,7 @@ def evaluate(request: Request) -> Iterator[Event]:
     """
     device = choose_device(request.device)
     base = open_base(request.base)
-    refuse_twice_quantized(request.quantize, base)
+    check_not_quantized(request.quantize, base)
     given = None if request.adapter is None else open_fitting(request.adapter, base)
     dtype = choose_dtype(str(request.dtype), base, device, full=False)
     tokenizer = load_tokenizer(base)

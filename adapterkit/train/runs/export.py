@@ -100,7 +100,7 @@ def _facts(
         "steps": progress.step, "kept_step": loop.step, "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1), "loss": progress.loss,
         "eval_loss_before": progress.first_eval_loss, "eval_loss": progress.best_loss,
-        "never_moved": loop.unmoved(), "hardware": _hardware(loop.device),
+        "never_moved": loop.without_gradient(), "hardware": _hardware(loop.device),
         "processes": loop.world, "threads": torch.get_num_threads(),
         "versions": _versions(),
     }  # fmt: skip

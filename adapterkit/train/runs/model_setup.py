@@ -13,7 +13,7 @@ from adapterkit.errors import UsageError
 from adapterkit.files import system
 from adapterkit.packages import needed
 from adapterkit.train.causal_lm import CausalModel
-from adapterkit.train.injection import quicken
+from adapterkit.train.injection import use_fast_products
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -57,5 +57,5 @@ def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quant
         with quiet():
             options["quantization_config"] = loading(quantize, dtype)
     model = load_causal(base, **options)
-    quicken(model)  # before the first forward pass, in which bitsandbytes rearranges its weights
+    use_fast_products(model)  # before the first forward pass, in which bitsandbytes rearranges its weights
     return CausalModel(model)

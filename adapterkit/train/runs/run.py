@@ -31,7 +31,7 @@ from adapterkit.train.loop import Loop, Stepped
 from adapterkit.train.recipe import Recipe, as_yaml
 from adapterkit.train.runs import checkpoints
 from adapterkit.train.runs.checkpoints import Log, Progress, State
-from adapterkit.train.runs.checks import check_sequences, open_base, open_fitting, refuse_twice_quantized
+from adapterkit.train.runs.checks import check_not_quantized, check_sequences, open_base, open_fitting
 from adapterkit.train.runs.distributed import StoppedError, check_run, folder_for, peak_memory, processes
 from adapterkit.train.runs.export import write_result
 from adapterkit.train.runs.fingerprint import Origin
@@ -105,7 +105,7 @@ class Trained:
     saved_step: int
     stopped_early: bool
     peak_memory: int
-    unmoved: tuple[str, ...]  # modules that never had a gradient
+    without_gradient: tuple[str, ...]  # modules that never had a gradient
 
 
 Event = Started | Stepped | Evaluated | Saved | Sampled | Stopped | Trained
@@ -135,7 +135,7 @@ def train(
         dtype = choose_dtype(recipe.dtype, base, device, recipe.method == "full")
         tokenizer = load_tokenizer(base)
         data, held_back = read_data(recipe, tokenizer)
-        refuse_twice_quantized(recipe.quantize, base)
+        check_not_quantized(recipe.quantize, base)
         check_sequences(data, base)
         first = open_fitting(recipe.init_from, base).adapter if recipe.init_from else None
         memory = check(base, recipe, data.examples, dtype, device)
@@ -162,7 +162,7 @@ def train(
                 write_result(folder, recipe, base, loop, tokenizer, data, held_back, run.progress, origin, command)
         if not run.stopped:
             early = run.progress.step < loop.order.steps
-            yield Trained(target, run.progress, loop.step, early, peak_memory(device), tuple(loop.unmoved()))
+            yield Trained(target, run.progress, loop.step, early, peak_memory(device), tuple(loop.without_gradient()))
 
 
 def estimated(recipe: Recipe) -> tuple[Estimate, int, str | None]:
