@@ -51,7 +51,7 @@ def plan_combine(o: CombineOptions) -> AdapterPlan:
     """
     given = open_adapters(o.adapters)
     if not given:
-        raise UsageError("no adapter given: there is nothing to combine")
+        raise UsageError("no adapters to combine")
     limit = Limit(o.rank, o.energy) if o.rank is not None or o.energy is not None else None
     target = _checked(o.out, o.overwrite, *given)
     work = plan_combination(given, o.method, limit=limit, options=o.options, seed=o.seed, saved=o.saved)
@@ -67,15 +67,15 @@ def combine(o: CombineCall) -> AdapterMade:
 
 @takes(ResizeOptions)
 def plan_resize(o: ResizeOptions) -> AdapterPlan:
-    """Plan to change an adapter's rank: to `rank`, padding what has less, or module by module to what keeps enough.
+    """Plan to change an adapter's rank: to `rank`, zero-padded if needed, or to the lowest sufficient rank per module.
 
-    Enough is `energy` of `‖Δ‖_F²`, or all but a relative `error`; `uniform` gives every module the greatest rank that
-    one of them needs. Nothing is written. Raises UsageError and FitError.
+    A rank is sufficient if it retains a share `energy` of `‖Δ‖_F²`, or has at most the relative `error`. `uniform`
+    gives every module the highest rank that one of them needs. Nothing is written. Raises UsageError and FitError.
     """
     if o.rank is None and o.energy is None and o.error is None:
-        raise UsageError("say how much to keep: a rank, an energy or an error")
+        raise UsageError("no new rank given", hint="give `rank`, `energy` or `error`")
     if o.uniform and o.rank is not None:
-        raise UsageError("a rank is the same for every module already: uniform goes with energy or error")
+        raise UsageError("`uniform` has no effect with `rank`", hint="omit `uniform`")
     limit = Limit(o.rank, o.energy, o.error)
     check_limit(limit)
     given = open_one(o.adapter)
@@ -105,9 +105,9 @@ def compare(o: CompareOptions) -> list[Pair]:
 def plan_convert(o: ConvertOptions) -> AdapterPlan:
     """Plan to make an adapter another kind: `dora`, `lora` or `rslora`; nothing is written.
 
-    To DoRA from LoRA, exactly, and back to LoRA, as nearly as `rank` or `energy` allow, needs the `base`. To LoRA from
-    an adapter whose `initial` state changed the base (PiSSA, OLoRA): `s·(B·A − B₀·A₀)`, exactly, or truncated. Else
-    `lora` and `rslora` describe the same factors by another scaling. Raises UsageError for what does not go together.
+    LoRA to DoRA (exact) and DoRA to LoRA (truncated by `rank` or `energy`) need the `base`. An adapter whose `initial`
+    state changed the base (PiSSA, OLoRA) becomes the LoRA `s·(B·A − B₀·A₀)`, exact or truncated. Between `lora` and
+    `rslora`, only the stored scaling changes. Raises UsageError for options that contradict each other.
     """
     [one] = open_one(o.adapter)
     limit = Limit(o.rank, o.energy) if o.rank is not None or o.energy is not None else None
@@ -131,19 +131,23 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
 
 
 def _check_conversion(o: ConvertOptions, one: WeightedAdapter, limit: Limit | None) -> bool:
-    """Whether it is one back from DoRA. Raises UsageError for what does not go together."""
+    """Whether the conversion is from DoRA to LoRA. Raises UsageError for options that contradict each other."""
     back = o.to == "lora" and any(weights.magnitude is not None for weights in one.adapter.modules.values())
     if (o.to == "dora" or back) is not (o.base is not None):
-        wants = f"converting {'from' if back else 'to'} DoRA takes the base, for its norms"
-        raise UsageError(f"{one.label}: {wants if o.base is None else f'converting it to {o.to} takes no base'}")
+        if o.base is None:
+            kinds = "from DoRA" if back else "to DoRA"
+            raise UsageError(f"{one.label}: converting {kinds} needs the base model", hint="give `base`")
+        raise UsageError(f"{one.label}: converting to {o.to} needs no base model", hint="omit `base`")
     if o.initial is not None and (o.base is not None or o.to != "lora"):
-        raise UsageError("an initial adapter is taken off a LoRA adapter, to make a LoRA adapter")
+        raise UsageError("`initial` converts to LoRA, without a base model", hint="give `to='lora'` and no `base`")
     if back and limit is None:
-        raise UsageError(f"{one.label}: DoRA's update has full rank: convert it to lora, with a rank or an energy")
+        raise UsageError(
+            f"{one.label}: the update of DoRA has full rank", hint="give `rank` or `energy` to truncate it"
+        )
     if limit is not None and not back and o.initial is None:
-        raise UsageError(f"converting to {o.to} keeps everything: rank and energy are for what cannot be kept")
+        raise UsageError(f"converting to {o.to} is exact and truncates nothing", hint="omit `rank` and `energy`")
     if o.seed is not None and not back:
-        raise UsageError("only the conversion from DoRA begins by chance: nothing else takes a seed")
+        raise UsageError("only converting from DoRA takes a `seed`", hint="omit `seed`")
     return back
 
 
@@ -155,12 +159,12 @@ def convert(o: ConvertCall) -> AdapterMade:
 
 @takes(ExtractOptions)
 def plan_extract(o: ExtractOptions) -> AdapterPlan:
-    """Plan the adapter that makes `finetuned` of `base`, as nearly as `rank` or `energy` allow; nothing is written.
+    """Plan to extract an adapter from the difference of `finetuned` and `base`, truncated by `rank` or `energy`.
 
-    With `whole` it takes over the tensors beside linear layers that differ. Raises UsageError and FitError.
+    With `whole`, other tensors that differ are stored whole. Nothing is written. Raises UsageError and FitError.
     """
     if o.rank is None and o.energy is None:
-        raise UsageError("say how much to keep: a rank or an energy")
+        raise UsageError("no rank given", hint="give `rank` or `energy`")
     limit = Limit(o.rank, o.energy)
     check_limit(limit)
     before, after = open_base(o.base), open_base(o.finetuned)

@@ -148,9 +148,7 @@ def quantize(o: QuantizeCall) -> Merged:
 
 def _check_rounding(o: QuantizingOptions, quantized: bool) -> None:
     if o.rounding != "nearest" and not quantized:
-        raise UsageError(
-            "only a quantized output can be rounded otherwise than to the nearest: rounding goes with quantize"
-        )
+        raise UsageError(f"`rounding={o.rounding}` needs a quantized output", hint="give `quantize`")
     if type(o.seed) is not int or not 0 <= o.seed < 2**63:
         raise UsageError(f"seed {o.seed!r}: expected a whole number from 0 to 2^63 - 1")
     if o.seed and o.rounding != "stochastic":

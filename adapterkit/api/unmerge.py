@@ -94,7 +94,7 @@ def _plan(
             found = find_adapters(receipt, [], merged.path)
             given = [WeightedAdapter(a, one.weight, one.name) for a, one in zip(found, receipt.adapters, strict=True)]
         if not given:
-            raise UsageError(f"{merged.path}: has no receipt that says which adapters to subtract: name them")
+            raise UsageError(f"{merged.path}: no receipt names the adapters to subtract", hint="give `adapters`")
         return plan_subtraction(merged, given, out)
     if receipt is not None and weighted:
         raise UsageError("the weights are those of the receipt", hint="name the adapters without weights")
@@ -135,8 +135,8 @@ def sort_by_level(receipts: Sequence[Receipt], offered: Sequence[Adapter]) -> li
         if not any(named):
             names = ", ".join(one.name for receipt in receipts for one in receipt.adapters)
             raise FitError(
-                f"{adapter.files[0].parent}: is not what was merged, by its SHA-256; the receipt names {names}. "
-                "`approximate=True` subtracts it nevertheless"
+                f"{adapter.files[0].parent}: not the merged adapter, by its SHA-256; the receipt names {names}",
+                hint="`approximate=True` subtracts it anyway",
             )
         for level, here in zip(found, named, strict=True):
             level += [adapter] if here else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from adapterkit.cli.naming import in_options
+from adapterkit.cli.naming import PARAMETER, in_options
 from adapterkit.cli.output import SCHEMA, is_result_printed, say_json, say_labelled
 from adapterkit.errors import AdapterkitError
 from adapterkit.packages import missing
@@ -65,8 +64,8 @@ def speak_options(error: BaseException, command: click.Command) -> None:
     """Have an error of the library name the options of `command`, where it names parameters of a Python call."""
     error.args = tuple(in_options(part, command) if isinstance(part, str) else part for part in error.args)
     if isinstance(error, AdapterkitError):
-        # A hint may speak of an output that the command has no option for: there a word is enough.
-        error.hint = re.sub("`([a-z_]+)`", r"\1", in_options(error.hint, command))
+        hint = in_options(error.hint, command).replace("`output`", "output")
+        error.hint = "" if PARAMETER.search(hint) else hint  # about an option that the command does not have
     if notes := getattr(error, "__notes__", None):
         notes[:] = [in_options(line, command) for line in notes]
 

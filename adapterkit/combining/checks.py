@@ -103,4 +103,6 @@ def check_rank(adapters: Sequence[WeightedAdapter], modules: Mapping[str, None],
     ranks = (sum(o.adapter.modules[name].rank for o in adapters if name in o.adapter.modules) for name in modules)
     most = max(ranks, default=0)
     if rank > most:
-        raise UsageError(f"rank {rank}: exceeds {most}, the total rank of the adapters", hint="`resize` pads ranks")
+        raise UsageError(
+            f"rank {rank}: exceeds {most}, the total rank of the adapters", hint="use resize to pad a rank"
+        )

@@ -206,6 +206,8 @@ def checked(values: Mapping[Any, Any], where: str, overrides: Mapping[str, Any] 
         return recipe
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), UsageError):  # a ValueError, which pydantic wraps
+            raise cause from None
         at = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{where}: {at} is {reprlib.repr(first['input'])}: {first['msg']}") from error
 

@@ -20,7 +20,7 @@ from adapterkit.cli import main as cli
 from adapterkit.cli.command import Command
 from adapterkit.cli.failures import speak_options
 from adapterkit.cli.naming import in_options
-from adapterkit.errors import OutputExistsError
+from adapterkit.errors import OutputExistsError, UsageError
 
 every_command = pytest.mark.parametrize("name", cli.COMMANDS)
 
@@ -266,6 +266,8 @@ def test_an_error_speaks_python_and_the_command_line_its_options() -> None:
     elsewhere = OutputExistsError("a: exists", hint="choose another `output`")
     speak_options(elsewhere, command_of("eval"))
     assert elsewhere.hint == "choose another output"
+    speak_options(unknown := UsageError("no alpha", hint="give `alpha`, or `scaling`"), command_of("verify"))
+    assert unknown.hint == ""
 
 
 def test_options_are_shown_by_group() -> None:

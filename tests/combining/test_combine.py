@@ -527,8 +527,8 @@ def test_invalid_calls_fail_before_writing(two: tuple[Path, Path], make_adapter:
     kinds = [Adapter("", {"m": weights}) for weights in (linear, replace(linear, kind="conv"))]
     fails(FitError, "m: the kind of Δ is linear in .* and conv in", *kinds)
     for how, match in (
-        ({}, "say how much"),
-        ({"rank": 2, "uniform": True}, "uniform goes with"),
+        ({}, "no new rank given; give `rank`, `energy` or `error`"),
+        ({"rank": 2, "uniform": True}, "`uniform` has no effect with `rank`"),
         ({"error": 1.0}, "error 1.0"),
     ):
         with pytest.raises(UsageError, match=match):

@@ -653,7 +653,7 @@ def test_a_changed_adapter_is_refused(merged: Path, tmp_path: Path) -> None:
     save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, file)
     assert "needs this adapter" in run("unmerge", merged, "-o", tmp_path / "out").message(3)
     outcome = run("unmerge", merged, "-o", tmp_path / "out", "--adapter", tmp_path / "adapter")
-    assert "is not what was merged, by its SHA-256" in outcome.message(3)
+    assert "not the merged adapter, by its SHA-256" in outcome.message(3)
     assert run("unmerge", merged, "-o", tmp_path / "out", "--adapter", tmp_path / "adapter", "--approximate").code == 0
 
 

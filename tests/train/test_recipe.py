@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from handmade import adapterkit
 
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.options import parameters
@@ -231,3 +232,9 @@ def test_every_option_has_its_line_of_help_and_names_what_the_trainer_has() -> N
     abouts = [one.about.help for one in parameters(Recipe)]
     assert all(about[:1].isupper() and not about.endswith(".") for about in abouts)
     assert choices["init"] == INITS
+
+
+def test_contradicting_options_are_one_plain_error() -> None:
+    words = ["train", "base", "data.jsonl", "-o", "out", "--eval-data", "data.jsonl", "--eval-share", "0.5"]
+    expected = "--eval-data and --eval-share both select validation data; give one of them"
+    assert adapterkit(*words).message(2) == expected

@@ -153,7 +153,7 @@ class Strength:
         if self.config.present and self.config.alpha is not None and given:
             raise UsageError(
                 f"{self.source.config_file} already defines lora_alpha",
-                hint="omit `alpha` and `scaling`, or change the strength with `scale`",
+                hint="omit `alpha` and `scaling`",
             )
         if not given and self.config.alpha is None:
             where, present = self.source.config_file, self.config.present
