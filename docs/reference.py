@@ -1,22 +1,46 @@
-"""The page commands.md of the site, made from the click commands: a hook of mkdocs (see mkdocs.yml)."""
+"""The pages commands.md and calls.md of the site, made from the click commands and the docstrings: a hook of mkdocs."""
 
 from __future__ import annotations
 
 import html
+import inspect
 import re
 import textwrap
+from collections.abc import Callable
+from typing import Any
 
 import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+import adapterkit
 from adapterkit.cli.main import group
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the page, which is nowhere on the disk."""
+    """Add the pages, which are nowhere on the disk."""
     files.append(File.generated(config, "commands.md", content=page()))
+    files.append(File.generated(config, "calls.md", content=calls()))
     return files
+
+
+def calls() -> str:
+    """The page of the Python calls and classes, a section each, as help() shows them."""
+    parts = ["# Python calls", "Made from the docstrings; `help(adapterkit.merge)` prints the same."]
+    public = [getattr(adapterkit, name) for name in adapterkit.__all__ if not name.startswith("_")]
+    for one in sorted(public, key=lambda one: (isinstance(one, type), one.__name__.lower())):
+        about, *sections = (inspect.getdoc(one) or "").split("\n\n")
+        text = [block(part) if part.startswith((">>> ", "Args:", "Returns:", "Yields:", "Raises:")) else escaped(part)
+                for part in sections]  # fmt: skip
+        called = [] if isinstance(one, type) else [block(f"{one.__name__}{arguments(one)}")]
+        parts += [f"## {one.__name__}", *called, escaped(about), *text]
+    return "\n\n".join(parts) + "\n"
+
+
+def arguments(call: Callable[..., Any]) -> str:
+    """The arguments of a call with their defaults, without types."""
+    found = inspect.signature(call).parameters.values()
+    return str(inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in found]))
 
 
 def page() -> str:

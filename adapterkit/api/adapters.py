@@ -43,11 +43,16 @@ from adapterkit.options import takes
 
 @takes(CombineOptions)
 def plan_combine(o: CombineOptions) -> AdapterPlan:
-    """Plan to combine adapters, each alone or with its weight, into one at `out`; nothing is written.
+    """Plan to combine weighted adapters into one; nothing is written.
 
-    `method` is one of `combining.METHODS`, `options` are its own; `rank` or the least one that keeps `energy` of
-    `‖Δ‖_F²` truncates the result optimally; `seed` is that of dropped elements. `saved` says what to do with tensors
-    that several adapters hold whole: error, first or average. Raises UsageError and FitError.
+    Returns:
+        The plan: `print` shows it, `run` runs it.
+
+    Raises:
+        UsageError: The method has no such option, or `rank` and `energy` contradict each other.
+        MissingFileError: An adapter does not exist.
+        FitError: Shapes differ, or several adapters store the same tensor whole; see `saved`.
+        OutputExistsError: `out` exists, and is not to be replaced.
     """
     given = open_adapters(o.adapters)
     if not given:
@@ -61,7 +66,14 @@ def plan_combine(o: CombineOptions) -> AdapterPlan:
 
 @takes(CombineCall)
 def combine(o: CombineCall) -> AdapterMade:
-    """Combine adapters in one call: `plan_combine`, then `run` to its end."""
+    """Combine adapters in one call: `plan_combine`, then `run` to its end.
+
+    Returns:
+        The adapter, where it was written, and per module its rank and relative error.
+
+    Raises:
+        AdapterkitError: See `plan_combine` and `run`; nothing is left behind.
+    """
     return in_one_call(plan_combine.of, o, AdapterMade)
 
 
@@ -70,7 +82,15 @@ def plan_resize(o: ResizeOptions) -> AdapterPlan:
     """Plan to change an adapter's rank: to `rank`, zero-padded if needed, or to the lowest sufficient rank per module.
 
     A rank is sufficient if it retains a share `energy` of `‖Δ‖_F²`, or has at most the relative `error`. `uniform`
-    gives every module the highest rank that one of them needs. Nothing is written. Raises UsageError and FitError.
+    gives every module the highest rank that one of them needs. Nothing is written.
+
+    Returns:
+        The plan: `print` shows it, `run` runs it.
+
+    Raises:
+        UsageError: None of `rank`, `energy` and `error` is given, or they contradict each other.
+        MissingFileError: The adapter does not exist.
+        OutputExistsError: `out` exists, and is not to be replaced.
     """
     if o.rank is None and o.energy is None and o.error is None:
         raise UsageError("no new rank given", hint="give `rank`, `energy` or `error`")
@@ -87,13 +107,29 @@ def plan_resize(o: ResizeOptions) -> AdapterPlan:
 
 @takes(ResizeCall)
 def resize(o: ResizeCall) -> AdapterMade:
-    """Change an adapter's rank in one call: `plan_resize`, then `run` to its end."""
+    """Change an adapter's rank in one call: `plan_resize`, then `run` to its end.
+
+    Returns:
+        The adapter, where it was written, and per module its rank and relative error.
+
+    Raises:
+        AdapterkitError: See `plan_resize` and `run`; nothing is left behind.
+    """
     return in_one_call(plan_resize.of, o, AdapterMade)
 
 
 @takes(CompareOptions)
 def compare(o: CompareOptions) -> list[Pair]:
-    """Compare every pair of adapters, in total and per module; see `combining.compare.Similarity`."""
+    """Compare every pair of adapters by their weighted Δs, in total and per module.
+
+    Returns:
+        A `Pair` for every two adapters: cosine similarity, distance, subspace overlap and sign conflicts.
+
+    Raises:
+        UsageError: Fewer than two adapters are given.
+        MissingFileError: An adapter does not exist.
+        FitError: Shapes differ, or a pair shares no module.
+    """
     with downloads_shown(o.progress):
         given = open_adapters(o.adapters)
     check_cached(file for one in given for file in one.adapter.files)
@@ -103,11 +139,20 @@ def compare(o: CompareOptions) -> list[Pair]:
 
 @takes(ConvertOptions)
 def plan_convert(o: ConvertOptions) -> AdapterPlan:
-    """Plan to make an adapter another kind: `dora`, `lora` or `rslora`; nothing is written.
+    """Plan to convert an adapter to `dora`, `lora` or `rslora`; nothing is written.
 
     LoRA to DoRA (exact) and DoRA to LoRA (truncated by `rank` or `energy`) need the `base`. An adapter whose `initial`
     state changed the base (PiSSA, OLoRA) becomes the LoRA `s·(B·A − B₀·A₀)`, exact or truncated. Between `lora` and
-    `rslora`, only the stored scaling changes. Raises UsageError for options that contradict each other.
+    `rslora`, only the stored scaling changes.
+
+    Returns:
+        The plan: `print` shows it, `run` runs it.
+
+    Raises:
+        UsageError: Arguments don't fit the conversion.
+        MissingFileError: The adapter, `base` or `initial` does not exist.
+        FitError: The adapter doesn't fit the base.
+        OutputExistsError: `out` exists, and is not to be replaced.
     """
     [one] = open_one(o.adapter)
     limit = Limit(o.rank, o.energy) if o.rank is not None or o.energy is not None else None
@@ -153,7 +198,14 @@ def _check_conversion(o: ConvertOptions, one: WeightedAdapter, limit: Limit | No
 
 @takes(ConvertCall)
 def convert(o: ConvertCall) -> AdapterMade:
-    """Make an adapter another kind in one call: `plan_convert`, then `run` to its end."""
+    """Convert an adapter in one call: `plan_convert`, then `run` to its end.
+
+    Returns:
+        The adapter, where it was written, and per module its rank and relative error.
+
+    Raises:
+        AdapterkitError: See `plan_convert` and `run`; nothing is left behind.
+    """
     return in_one_call(plan_convert.of, o, AdapterMade)
 
 
@@ -161,7 +213,16 @@ def convert(o: ConvertCall) -> AdapterMade:
 def plan_extract(o: ExtractOptions) -> AdapterPlan:
     """Plan to extract an adapter from the difference of `finetuned` and `base`, truncated by `rank` or `energy`.
 
-    With `whole`, other tensors that differ are stored whole. Nothing is written. Raises UsageError and FitError.
+    With `whole`, other tensors that differ are stored whole. Nothing is written.
+
+    Returns:
+        The plan: `print` shows it, `run` runs it.
+
+    Raises:
+        UsageError: Neither `rank` nor `energy` is given.
+        MissingFileError: A model does not exist.
+        FitError: Their tensors have different names or shapes.
+        OutputExistsError: `out` exists, and is not to be replaced.
     """
     if o.rank is None and o.energy is None:
         raise UsageError("no rank given", hint="give `rank` or `energy`")
@@ -177,7 +238,14 @@ def plan_extract(o: ExtractOptions) -> AdapterPlan:
 
 @takes(ExtractCall)
 def extract(o: ExtractCall) -> AdapterMade:
-    """Extract an adapter in one call: `plan_extract`, then `run` to its end."""
+    """Extract an adapter in one call: `plan_extract`, then `run` to its end.
+
+    Returns:
+        The adapter, where it was written, and per module its rank and relative error.
+
+    Raises:
+        AdapterkitError: See `plan_extract` and `run`; nothing is left behind.
+    """
     return in_one_call(plan_extract.of, o, AdapterMade)
 
 

@@ -28,6 +28,9 @@ def plan_pull(o: PullOptions) -> PullPlan:
         ids: `org/name`, `org/name@revision` or `org/name:folder`; or several.
         out: a new directory to copy the only one to; None leaves it in the Hub cache.
 
+    Returns:
+        The plan: `print` shows it, `run` runs it.
+
     Raises:
         FormatError: an id is no name on the Hub, or the Hub has neither an adapter nor a base there.
         OfflineError, NotAllowedError: the Hub cannot be reached, or does not let this token in.
@@ -69,6 +72,9 @@ def plan_push(o: PushOptions) -> PushPlan:
         message: of the commit.
         private: make the repository private, if it is new.
         pr: open a pull request instead of changing the main branch.
+
+    Returns:
+        The plan: `print` shows it, `run` runs it.
 
     Raises:
         FormatError, FitError: the folder does not load, holds NaN or Inf, or its base is not on the Hub.

@@ -45,17 +45,21 @@ if TYPE_CHECKING:
 
 @takes(MergeOptions)
 def plan_merge(o: MergeOptions) -> MergePlan:
-    """Plan `base + scale · Σ weight · Δ`, from headers only; nothing is written.
+    """Plan `base + scale · Σ weight · Δ` from headers only; nothing is written.
 
-    `base` is a directory, a `.safetensors` or a Hub id; an adapter is a path, a Hub id or an opened `Adapter`,
-    alone or with its weight; several are a sequence of these, or a mapping of paths to weights. Without `out`,
-    `<base>-merged` beside the base (a Hub id: in the current directory). `dtype` is bf16, fp16 or fp32; by default
-    every tensor keeps its own. A quantized base is dequantized, unless `quantize` is a kind to write, or same.
-    `rounding` is nearest, stochastic (by `seed`) or compensated (`quant.rounding`), the last also by `calibration`, a
-    text file over which running the plan first runs the base. `original` is the 16-bit model that a quantized base was
-    made from, to be checked and merged into. What is on the Hub is downloaded once its headers fit; without `download`
-    the plan made from them is returned, to be looked at and not run. How to run it is for `RunOptions` to say. Raises
-    what is listed in `adapterkit.errors`.
+    A quantized base is dequantized, unless `quantize` is given. Compensated rounding runs the base over the
+    `calibration` text when the plan is run.
+
+    Returns:
+        The plan: `print` shows it, `run` runs it.
+
+    Raises:
+        UsageError: Arguments contradict each other.
+        MissingFileError: The base or an adapter does not exist.
+        FormatError: The base or an adapter is corrupt or unsupported.
+        FitError: A module of an adapter is not in the base, or its shape differs.
+        OutputExistsError: `out` exists, and is not to be replaced.
+        NotAllowedError, OfflineError, NoSpaceError: A download from the Hub failed.
     """
     if o.quantize is not None and o.dtype is not None:
         raise UsageError("a quantized output has the dtypes of its scheme: give dtype or quantize, not both")
@@ -98,15 +102,28 @@ def _gc_paused() -> Iterator[None]:
 
 @takes(MergeCall)
 def merge(o: MergeCall) -> Merged:
-    """Merge in one call: `plan_merge`, then `run` to its end."""
+    """Merge in one call: `plan_merge`, then `run` to its end.
+
+    Returns:
+        The output and its hashes, and per tensor the share of the update that rounding kept.
+
+    Raises:
+        AdapterkitError: See `plan_merge` and `run`; nothing is left behind.
+    """
     return in_one_call(plan_merge.of, o, Merged, o.how)
 
 
 @takes(VerifyOptions)
 def verify(o: VerifyOptions) -> Iterator[Verdict]:
-    """Whether `merged` is `base` with the weighted `adapters` in it: a verdict for each tensor; see `merging.verify`.
+    """Check that `merged` is exactly `base` with the weighted `adapters` merged into it, whichever tool merged them.
 
-    `sample` is the share of the rows that is looked at. Raises FitError where it is another model's checkpoint.
+    Returns:
+        A verdict per tensor, computed as it is asked for: exact, rounded, or the kind of the difference.
+
+    Raises:
+        UsageError: `sample` is not above 0 and up to 1.
+        FitError: `merged` is a checkpoint of another model.
+        ChangedError: A file changed while it was read.
     """
     if not 0 < number(o.sample, "sample") <= 1:
         raise UsageError(f"sample {o.sample}: expected a share above 0 and up to 1")
@@ -128,10 +145,16 @@ def verify(o: VerifyOptions) -> Iterator[Verdict]:
 
 @takes(QuantizeOptions)
 def plan_quantize(o: QuantizeOptions) -> MergePlan:
-    """Plan `base` with its linear layers quantized to a kind of `quant.writable_kinds`, as transformers loads them.
+    """Plan to quantize the linear layers of `base`, so that transformers loads the output; nothing is written.
 
-    `blocksize` and `nested` (double quantization) are for kinds that have blocks. Without `out`, `<base>-<to>` beside
-    the base.
+    Returns:
+        The plan: `print` shows it, `run` runs it.
+
+    Raises:
+        UsageError: Arguments contradict each other, or the kind has no such blocks.
+        MissingFileError: The base does not exist.
+        FitError: A layer cannot be quantized.
+        OutputExistsError: `out` exists, and is not to be replaced.
     """
     how = checked(QuantizationSettings(o.to, o.blocksize, o.nested, Rounding(o.rounding, o.seed)))
     _check_rounding(o, True)
@@ -142,7 +165,14 @@ def plan_quantize(o: QuantizeOptions) -> MergePlan:
 
 @takes(QuantizeCall)
 def quantize(o: QuantizeCall) -> Merged:
-    """Quantize in one call: `plan_quantize`, then `run` to its end."""
+    """Quantize in one call: `plan_quantize`, then `run` to its end.
+
+    Returns:
+        The output and its hashes.
+
+    Raises:
+        AdapterkitError: See `plan_quantize` and `run`; nothing is left behind.
+    """
     return in_one_call(plan_quantize.of, o, Merged, RunOptions(o.threads, str(o.device)))
 
 

@@ -58,13 +58,24 @@ def run(
 @overload
 def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, None, None]: ...
 def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, None, None]:
-    """Run `plan`, yielding an event for each tensor, module or file and the result last; nothing is left on failure.
+    """Run `plan` as a stream of events; on failure nothing is left behind.
 
-    A merge takes the options of `RunOptions`: `threads` compute on a `device` (auto, cpu, cuda or cuda:N); `report`
-    measures what rounding kept of every element instead of a sample; with `resume` files are taken over that an
-    interrupted run of this plan had finished. `progress` draws a bar beside the events. Raises NoSpaceError where the
-    disk is too small, FitError where factors are not finite or results exceed their dtype, LossError where quantizing
-    leaves little of the update, ChangedError where an input has changed, and UsageError where there is no such device.
+    Args:
+        plan: What a function named plan_… returned.
+        progress: Draw a progress bar beside the events, in a notebook or on stderr.
+        how: For plans of merges, the fields of `RunOptions`: threads, device, report, resume, receipt, link,
+            accept_loss.
+
+    Yields:
+        An event per tensor, module or file, then the result.
+
+    Raises:
+        UsageError: An option doesn't fit the plan, or there is no such device.
+        ChangedError: An input has changed since the plan was made.
+        FitError: Factors are not finite, or results exceed their dtype.
+        LossError: Quantizing would erase the update.
+        NoSpaceError: The disk is too small.
+        OutputExistsError: The output has come to exist.
     """
     events = _events(plan, how)
     return _with_bar(events, plan) if progress else events

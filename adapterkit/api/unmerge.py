@@ -37,12 +37,19 @@ from adapterkit.text import argument, command
 
 @takes(UnmergeOptions)
 def plan_unmerge(o: UnmergeOptions) -> MergePlan | UnmergePlan:
-    """Plan to undo the last merge of `merged`, or `every` one, bit for bit; nothing is written.
+    """Plan to undo the last merge of `merged`, or `every` one, exactly; nothing is written.
 
-    The receipt says which adapters that needs: they are among `adapters`, or found by name and SHA-256. With the `base`
-    none is needed where there is a receipt; where there is none, the base is checked to be in `merged` with just these
-    adapters, and copied. `approximate` subtracts the adapters from whatever `merged` is. Raises FitError where anything
-    is not what was merged, by its SHA-256.
+    The receipt names the adapters, which are among `adapters`, or found by name and SHA-256. Without a receipt, `base`
+    is checked to be in `merged` with just these adapters, and copied.
+
+    Returns:
+        The plan: `print` shows it, `run` runs it.
+
+    Raises:
+        UsageError: Arguments contradict each other.
+        MissingFileError: `merged`, `base` or an adapter does not exist.
+        FitError: There is no receipt, or a file is not what was merged, by its SHA-256.
+        OutputExistsError: `out` exists.
     """
     checkpoint, target, given = _checked(o.merged, o.out, o.adapters, o.approximate)
     if not o.every:
@@ -60,7 +67,14 @@ def plan_unmerge(o: UnmergeOptions) -> MergePlan | UnmergePlan:
 
 @takes(UnmergeCall)
 def unmerge(o: UnmergeCall) -> Merged:
-    """Undo merges in one call: `plan_unmerge`, then `run` to its end."""
+    """Undo merges in one call: `plan_unmerge`, then `run` to its end.
+
+    Returns:
+        The restored base and its hashes.
+
+    Raises:
+        AdapterkitError: See `plan_unmerge` and `run`; nothing is left behind.
+    """
     return in_one_call(plan_unmerge.of, o, Merged, RunOptions(o.threads, str(o.device)))
 
 

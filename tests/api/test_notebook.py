@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import pickle
+import pydoc
+import re
 import rlcompleter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +20,7 @@ from handmade import CONFIG, MODULES, RANK, factors, write_adapter, write_base
 from hostile import FOLDER, HOSTILE, steering, write_hostile_adapter, write_hostile_base
 
 import adapterkit
+from adapterkit import errors
 from adapterkit.display import Displayed
 from adapterkit.errors import ChangedError
 from adapterkit.files.safetensors import TensorInfo
@@ -104,6 +108,27 @@ def test_the_examples_of_the_package_are_true(tmp_path: Path, monkeypatch: pytes
     write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), write_adapter(tmp_path / "other")
     monkeypatch.chdir(tmp_path)
     assert doctest.testmod(adapterkit, optionflags=doctest.ELLIPSIS | doctest.FAIL_FAST) == (0, 11)
+
+
+@pytest.mark.parametrize("name", adapterkit.__all__)
+def test_help_says_what_is_needed(name: str) -> None:
+    """A sentence; of a call every argument, what it returns or yields, and what it raises."""
+    if name.startswith("__"):
+        return
+    thing = getattr(adapterkit, name)
+    text = inspect.getdoc(thing) or ""
+    assert re.match(r"[A-Z`].*?[.:](\s|$)", text, re.DOTALL), text
+    if not inspect.isfunction(thing):
+        return
+    signature = inspect.signature(thing)
+    sections = dict(re.findall(r"\n\n(\w+):\n(.*?)(?=\n\n|$)", text, re.DOTALL))
+    described = re.findall(r"^    (\w+): \S", sections["Args"], re.MULTILINE)
+    assert described == list(signature.parameters), name
+    returns_nothing = signature.return_annotation in (None, "None")
+    assert returns_nothing is not bool(sections.keys() & {"Returns", "Yields"}), name
+    for kinds in re.findall(r"^    ([\w, ]+): \S", sections["Raises"], re.MULTILINE):
+        assert all(issubclass(getattr(errors, kind), errors.AdapterkitError) for kind in kinds.split(", ")), kinds
+    assert "--" not in text and "Args" in pydoc.render_doc(thing)
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------

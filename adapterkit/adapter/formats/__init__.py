@@ -19,11 +19,18 @@ if TYPE_CHECKING:
 
 
 def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: float | None = None) -> Adapter:
-    """Open the adapter at `path`, a directory or a file. Reads the headers now, and weights on demand.
+    """Open the adapter at `path`. Reads the headers now, and weights on demand.
 
-    `alpha` (with `scaling = alpha / rank`) or `scaling` replaces a missing config; with a config it is an error.
+    Args:
+        path: A directory or a file.
+        alpha: Alpha of an adapter without a config (`scaling = alpha / rank`); an error if there is a config.
+        scaling: Scaling itself of an adapter without a config; an error if there is a config.
+
+    Returns:
+        The adapter: a mapping of module names to weights.
 
     Raises:
+        MissingFileError: There is no such path.
         FormatError: The files are not an adapter, or are corrupt.
         UnknownStrengthError: Neither the files nor the call define alpha or scaling.
     """
@@ -49,7 +56,12 @@ def holds_adapter(path: Path, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def save(adapter: Adapter, directory: str | os.PathLike[str], *, format: str = table.DEFAULT) -> None:
-    """Write `adapter` to a new directory, in the format named `format`.
+    """Write `adapter` to a new directory.
+
+    Args:
+        adapter: The adapter to write.
+        directory: A directory that doesn't exist or is empty.
+        format: The name of a format.
 
     Raises:
         UsageError: The format is unknown.

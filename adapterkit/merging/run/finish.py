@@ -59,6 +59,9 @@ def finish(plan: MergePlan, done: Iterable[FileDone], where: Path, options: RunO
         where: where the files were made.
         options: those that the files were made with.
 
+    Returns:
+        The output and its hashes, as the last event of `run`.
+
     Raises:
         FitError: where a file is missing, or was made of another plan or with other options.
         ChangedError: where an input has changed since the plan was made.

@@ -96,7 +96,11 @@ def run_file(plan: MergePlan, file: FilePlan, where: Path, options: RunOptions |
         where: the folder to make it in; of a base that is a single file, the file to make.
         options: how; those of all files of a plan must be the same.
 
-    Raises what `run` does.
+    Returns:
+        What `finish` needs to know of the file.
+
+    Raises:
+        AdapterkitError: See `run`.
     """
     options, inputs, made = options or RunOptions(), Inputs(plan, file), list[FileDone]()
     check_device(plan, options)
