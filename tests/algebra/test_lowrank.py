@@ -16,7 +16,7 @@ Weights = LoraWeights[torch.Tensor]
 
 
 def dense(weights: Weights) -> torch.Tensor:
-    """The singular values of Δ formed as a matrix."""
+    """Return the singular values of Δ formed as a matrix."""
     B, A = weights.B.flatten(1).double(), weights.A.flatten(1).double()
     return torch.linalg.svdvals(weights.scaling * B @ A)
 
@@ -27,7 +27,7 @@ def random(out: int, inner: int, rank: int, scaling: float = 1.5) -> Weights:
 
 @pytest.mark.parametrize(("out", "inner", "rank"), [(40, 24, 4), (24, 40, 1), (5, 300, 5), (3, 20, 8), (1, 1, 1)])
 @pytest.mark.parametrize("scaling", [1.5, -0.25])
-def test_values_are_those_of_the_dense_matrix(out: int, inner: int, rank: int, scaling: float) -> None:
+def test_values_equal_those_of_the_dense_matrix(out: int, inner: int, rank: int, scaling: float) -> None:
     weights = random(out, inner, rank, scaling)
     values = singular_values(weights)
     count = min(out, inner, rank)
@@ -35,7 +35,7 @@ def test_values_are_those_of_the_dense_matrix(out: int, inner: int, rank: int, s
     torch.testing.assert_close(values, dense(weights)[:count], rtol=1e-5, atol=1e-6)
 
 
-def test_small_values_survive_that_a_float32_gram_matrix_loses() -> None:
+def test_small_values_that_a_float32_gram_matrix_would_lose() -> None:
     U, V = (torch.linalg.qr(torch.randn(50, 3, dtype=torch.float64)).Q for _ in range(2))
     sigma = torch.tensor([1.0, 1e-3, 1e-5], dtype=torch.float64)
     values = singular_values(LoraWeights((sigma[:, None] * V.T).float(), U.float(), 1.0))
@@ -54,14 +54,14 @@ def test_a_worked_spectrum() -> None:
     assert [spectrum.energy_rank(share) for share in (0.5, 0.8, 0.81, 1.0)] == [1, 1, 2, 2]
 
 
-def test_an_untrained_B_has_no_rank() -> None:
+def test_an_untrained_B_has_rank_0() -> None:
     spectrum = Spectrum(tuple(singular_values(LoraWeights(torch.randn(4, 9), torch.zeros(7, 4), 2.0)).tolist()))
     assert (spectrum.frobenius, spectrum.stable_rank, spectrum.effective_rank) == (0, 0, 0)
     assert spectrum.energy_rank(0.99) == 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_factors_that_are_not_finite_spoil_only_themselves(value: float) -> None:
+def test_non_finite_factors_do_not_affect_others(value: float) -> None:
     good, bad = random(9, 7, 3), random(9, 7, 3)
     bad.B[2, 1] = value
     valid, spoilt = singular_values_of([good, bad])
@@ -69,7 +69,7 @@ def test_factors_that_are_not_finite_spoil_only_themselves(value: float) -> None
     torch.testing.assert_close(valid, dense(good)[:3], rtol=1e-5, atol=1e-6)
 
 
-def test_mixed_shapes_come_back_in_order() -> None:
+def test_mixed_shapes_are_returned_in_order() -> None:
     many = [random(9, 7, 3), random(4, 20, 2), random(9, 7, 3, -3.0), random(4, 20, 2, 0.1)]
     for weights, values in zip(many, singular_values_of(many), strict=True):
         torch.testing.assert_close(values, dense(weights)[: weights.rank], rtol=1e-5, atol=1e-6)
@@ -80,7 +80,7 @@ def test_a_convolution_is_flattened() -> None:
     torch.testing.assert_close(singular_values(weights), dense(weights)[:3], rtol=1e-5, atol=1e-6)
 
 
-def test_stacked_experts_give_all_their_values() -> None:
+def test_values_of_stacked_experts() -> None:
     A, B = torch.randn(3 * 2, 7), torch.randn(5, 2 * 3)  # 3 experts of rank 2; the expert runs fastest in B
     each = [LoraWeights(A[2 * e : 2 * e + 2], B[:, e::3], 1.5) for e in range(3)]
     expected = torch.cat([dense(one)[:2] for one in each]).sort(descending=True).values
@@ -89,7 +89,7 @@ def test_stacked_experts_give_all_their_values() -> None:
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.floats(0.01, 100), st.integers(0, 2**31))
-def test_orthogonal_changes_keep_and_scalings_scale_the_values(
+def test_values_under_orthogonal_transforms_and_scaling(
     out: int, inner: int, rank: int, scale: float, seed: int
 ) -> None:
     torch.manual_seed(seed)

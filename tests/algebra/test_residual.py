@@ -1,4 +1,4 @@
-"""Undoing a rounded sum: every bit comes back, whatever arithmetic computes the update again."""
+"""Undoing a rounded sum: every bit is restored, whichever arithmetic computes the update again."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ KINDS = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def check(W: torch.Tensor, updates: list[Update], monkeypatch: pytest.MonkeyPatch) -> residual.Residual:
-    """Merge, record, and restore by every arithmetic; bits, not values, are compared.
+    """Merge, record, and restore by every arithmetic; compares bits, not values.
 
-    What 16-bit weights leave is recorded twice: by way of `W' − Δ`, and by way of the sums that W' is rounded from.
+    Residuals of 16-bit weights are recorded in two ways: from `W' − Δ`, and from the sums that W' is rounded from.
+
     """
     after, codes = torch.empty_like(W), []
     if W.dtype is torch.float32:
@@ -70,9 +71,7 @@ def test_every_arithmetic_restores_every_bit(
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("zero", [True, False])
-def test_zeros_denormals_and_what_is_not_finite(
-    dtype: torch.dtype, zero: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zeros_denormals_and_non_finite_values(dtype: torch.dtype, zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = torch.finfo(dtype)
     odd = [
         0.0,
@@ -95,8 +94,8 @@ def test_zeros_denormals_and_what_is_not_finite(
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-def test_a_nan_keeps_its_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One alone too, which torch would put in its place as the NaN of its own."""
+def test_the_bits_of_a_nan_are_restored(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a single one, which torch would replace by its own NaN."""
     W = torch.randn(9, 31).to(dtype)
     residual.integers(W)[4, 7] = torch.tensor(torch.inf).to(dtype).view(residual.integers(W).dtype) + 1
     assert bool(W[4, 7].isnan())
@@ -123,7 +122,7 @@ def test_any_sizes(seed: int, dtype: torch.dtype, rank: int, weight: float, upda
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", KINDS)
-def test_a_gpu_restores_what_the_cpu_recorded_and_the_other_way_round(dtype: torch.dtype) -> None:
+def test_cpu_and_gpu_restore_each_others_residuals(dtype: torch.dtype) -> None:
     W, updates = torch.randn(300, 400).to(dtype), updates_of(300, 400, 16, 0.05, dtype)
     gpu = torch.device("cuda")
     for here, there in ((torch.device("cpu"), gpu), (gpu, torch.device("cpu"))):
@@ -135,7 +134,7 @@ def test_a_gpu_restores_what_the_cpu_recorded_and_the_other_way_round(dtype: tor
         assert torch.equal(restore(after.to(there), 0, theirs, found.to(there)).cpu(), W)
 
 
-def test_what_is_recorded_is_little_and_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residuals_are_small_and_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     W = torch.randn(512, 512).mul_(0.02).bfloat16()
     updates = updates_of(512, 512, 16, 0.01 * 0.02 / 0.3 / 4, W.dtype)  # 1% of the weights
     found = check(W, updates, monkeypatch)
@@ -147,8 +146,8 @@ def test_what_is_recorded_is_little_and_matters(monkeypatch: pytest.MonkeyPatch)
     assert not torch.equal(restore(after, 0, updates, nothing), W)
 
 
-def test_float64_weights_are_restored_from_what_stays_as_it_is() -> None:
-    """They have the dtype of the computation, so that subtracting could write over them."""
+def test_restoring_float64_weights_leaves_the_input_unchanged() -> None:
+    """They have the dtype of the computation, so that an in-place subtraction could overwrite them."""
     W = torch.randn(40, 60, dtype=torch.float64)
     updates = [Update(0, 40, torch.randn(40, 3, dtype=torch.float64), torch.randn(3, 60, dtype=torch.float64), 0.5)]
     after = W.clone()
@@ -176,7 +175,7 @@ def test_sums_on_a_midpoint_of_powers_of_two(dtype: torch.dtype, parts: int, mon
 @pytest.mark.parametrize("share", [0, 27, 64, 129])
 @pytest.mark.parametrize("strength", [1.0, 2.0**60])
 def test_products_that_are_subnormal(strength: float, share: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their last bit is worth 2⁻¹⁴⁹, whichever factor is how small, and times the strength more."""
+    """Their last bit is 2⁻¹⁴⁹, whichever factor is small, times the strength."""
     W = (adversarial.weights(6_000, 4, torch.bfloat16, 1).double() * 2.0**-129 * strength).bfloat16()
     W, factors = adversarial.plain(len(W), W.dtype, 2, parts, W=W)
     small = [(B.double() @ A.double(), (A * 2.0**-share)) for B, A in factors]
@@ -188,8 +187,8 @@ def test_products_that_are_subnormal(strength: float, share: int, parts: int, mo
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-def test_zeros_that_become_just_a_value(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is rounded off, and what another sum leaves has either sign."""
+def test_zeros_that_become_a_value(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is rounded off, and the result of another sum has either sign."""
     delta = adversarial.weights(6_000, 4, dtype, 1)
     B, A = adversarial.factors(delta, 2, COMPUTED_IN[dtype])
     for zero in (0.0, -0.0):
@@ -197,7 +196,7 @@ def test_zeros_that_become_just_a_value(dtype: torch.dtype, monkeypatch: pytest.
 
 
 def test_factors_whose_squares_are_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their norms are not."""
+    """But their norms are not."""
     W, factors = adversarial.plain(12_000, torch.bfloat16, 3)
     check(W, [Update(0, len(W), B * 2.0**-80, A * 2.0**80, 1.0) for B, A in factors], monkeypatch)
 

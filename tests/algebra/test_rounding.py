@@ -1,4 +1,4 @@
-"""Rounding once, against exact rational arithmetic, and the search for sums on a midpoint."""
+"""Rounding once, compared with exact rational arithmetic, and the search for sums on a midpoint."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ KINDS = [torch.bfloat16, torch.float16]
 
 
 def neighbours(value: torch.Tensor) -> list[torch.Tensor]:
-    """A 16-bit value and those next to it."""
+    """Return a 16-bit value and those next to it."""
     bits = value.view(torch.int16)
     return [(bits + step).view(value.dtype) for step in (-1, 0, 1)]
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-def test_round_once_takes_the_nearest_and_ties_to_even(dtype: torch.dtype) -> None:
+def test_round_once_rounds_to_nearest_even(dtype: torch.dtype) -> None:
     rng = random.Random(1)
     exact = []
     for _ in range(300):
@@ -37,7 +37,7 @@ def test_round_once_takes_the_nearest_and_ties_to_even(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-def test_values_that_are_not_finite_stay_so(dtype: torch.dtype) -> None:
+def test_non_finite_values_are_unchanged(dtype: torch.dtype) -> None:
     got = round_once(torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, 1e300]).double(), dtype).tolist()
     assert got[0] == float("inf") and got[1] == -float("inf") and got[2] != got[2]
     assert got[3:] == [0.0, float("inf")]
@@ -78,13 +78,13 @@ def test_a_product_in_bf16_has_float32_accuracy(rank: int) -> None:
     assert bool(((halves[0].double() @ halves[1].double() - exact).abs() <= bound).all())
 
 
-def test_factors_that_are_bf16_already_stay_as_they_are() -> None:
+def test_factors_that_are_exact_in_bf16_are_unchanged() -> None:
     left, right = torch.randn(4, 3).bfloat16(), torch.randn(3, 5).bfloat16()
     assert all(torch.equal(a, b) for a, b in zip(as_bfloat16(left.float(), right.float()), (left, right), strict=True))
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_one_element_that_bf16_does_not_hold_is_enough(which: int) -> None:
+def test_factors_with_one_element_beyond_bf16_are_split(which: int) -> None:
     factors = [torch.randn(4, 3).bfloat16().float(), torch.randn(3, 5).bfloat16().float()]
     factors[which][1, 2] += 2.0**-20
     halves = as_bfloat16(*factors)

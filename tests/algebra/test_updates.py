@@ -1,4 +1,4 @@
-"""Updates of rows of a matrix against whole matrices in float64: in blocks, renormalized, stacked, and taken apart."""
+"""Updates of rows of a matrix, compared with whole matrices in float64: in blocks, renormalized, and stacked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCKS = [[(0, 20)], [(0, 7), (7, 14), (14, 20)], [(row, row + 1) for row in ran
 
 
 def updates(kinds: str, weights: list[float], by_column: bool = False) -> list[Update]:
-    """One for each letter, `d` for DoRA, the first of the whole matrix."""
+    """Return an update per letter, `d` for DoRA, the first for the whole matrix."""
     found = []
     for kind, weight, (start, stop) in zip(kinds, weights, SPANS, strict=False):
         left, right = torch.randn(stop - start, RANK).double(), torch.randn(RANK, COLUMNS).double()
@@ -39,7 +39,7 @@ def updates(kinds: str, weights: list[float], by_column: bool = False) -> list[U
 
 
 def added(W: torch.Tensor, update: Update, by_column: bool = False) -> torch.Tensor:
-    """What an update alone adds to the whole matrix: `s·B·A`, or `w·(m/n·(W + s·B·A) − W)`."""
+    """Return the effect of one update on the whole matrix: `s·B·A`, or `w·(m/n·(W + s·B·A) − W)`."""
     total = torch.zeros_like(W)
     rows = slice(update.start, update.stop)
     total[rows] = update.strength * update.left @ update.right
@@ -62,7 +62,7 @@ def chunks(W: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     [("p", [1.0]), ("d", [1.0]), ("d", [0.4]), ("pppp", [1, -1, 0.5, 2.0]), ("dd", [1.0, 1.0]), ("pdpdd", [1, 0.3, -2, 1, 1.0]),
      ("dp", [1.0, 1.0]), ("pd", [1.0, 1.0]), ("ppd", [1.0, 1.0, 0.5])],
 )  # fmt: skip
-def test_blocks_add_up_to_what_each_update_adds_alone(
+def test_blocks_add_up_to_the_sum_of_updates(
     blocks: list[tuple[int, int]], by_column: bool, kinds: str, weights: list[float]
 ) -> None:
     W = torch.randn(ROWS, COLUMNS).double()
@@ -85,7 +85,7 @@ def test_blocks_add_up_to_what_each_update_adds_alone(
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_columns_are_measured_over_the_rows_of_the_update(span: tuple[int, int]) -> None:
+def test_column_gains_use_the_rows_of_the_update(span: tuple[int, int]) -> None:
     W, (start, stop) = torch.randn(ROWS, COLUMNS).double(), span
     left, right = torch.randn(stop - start, RANK).double(), torch.randn(RANK, COLUMNS).double()
     update = measure_columns(Update(start, stop, left, right, 0.7, torch.ones(COLUMNS).double()), lambda: chunks(W))
@@ -114,7 +114,7 @@ def test_chosen_elements_are_summed_in_float64() -> None:
 @pytest.mark.parametrize("expert", [None, 0, 2])
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_update_of_a_module(transposed: bool, of: tuple[int, int] | None, expert: int | None, dora: bool) -> None:
-    """Δ of one expert, or of some of the rows, whichever way round; DoRA takes the weight beside the renormalizing."""
+    """Δ of one expert, or of some rows, in either orientation; DoRA scales by the weight after renormalizing."""
     experts = 1 if expert is None else 3
     A, B = torch.randn(experts * RANK, COLUMNS).half(), torch.randn(6, RANK * experts).half()
     magnitude = torch.rand(6).half() if dora else None
@@ -139,7 +139,7 @@ def test_the_update_of_a_module(transposed: bool, of: tuple[int, int] | None, ex
 
 
 @pytest.mark.parametrize("broken", ["A", "B", "magnitude", "scaling"])
-def test_factors_that_are_not_finite_are_refused(broken: str) -> None:
+def test_non_finite_factors_are_refused(broken: str) -> None:
     given = {"A": torch.randn(RANK, COLUMNS), "B": torch.randn(6, RANK), "magnitude": torch.rand(6)}
     for bad in (torch.nan, torch.inf):
         parts = {name: tensor.clone() for name, tensor in given.items()}

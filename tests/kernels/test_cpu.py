@@ -1,4 +1,4 @@
-"""The compiled loops against exact sums: which rows each update reaches, what is handed on, and what is marked."""
+"""The compiled loops, compared with exact sums: the rows of each update, the results, and the marks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SPANS = [(80, 100), (100, 123), (95, 107), (110, 140), (104, 106), (123, 130), (
 
 
 def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-    """So small that float32 adds them up exactly, in any order."""
+    """Return integers so small that float32 sums are exact in any order."""
     return torch.randint(low, high, shape).float()
 
 
 def added(updates: list[Update]) -> torch.Tensor:
-    """What they add to rows `FIRST …`, row by row."""
+    """Return the effect of the updates on rows `FIRST …`, row by row."""
     total = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
     for update in updates:
         for row in range(ROWS):
@@ -32,7 +32,7 @@ def added(updates: list[Update]) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("at_once", [1, 3, 4, 8, ROWS])
-def test_every_update_reaches_its_own_rows(dtype: torch.dtype, at_once: int) -> None:
+def test_every_update_is_added_to_its_own_rows(dtype: torch.dtype, at_once: int) -> None:
     W = integers(8, 40, ROWS, COLUMNS) * (integers(0, 2, ROWS, COLUMNS) * 2 - 1)
     W[torch.rand(ROWS, COLUMNS) < 0.2] = 0.0
     updates = [
@@ -60,8 +60,8 @@ def test_every_update_reaches_its_own_rows(dtype: torch.dtype, at_once: int) -> 
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1)])
-def test_terms_are_added_up_before_they_meet_the_weight(shape: tuple[int, int]) -> None:
-    """In rows or columns alone. 1 + 2⁻⁸ is a midpoint; beside 1 the small terms, which bring the sum below it, are lost one by one."""
+def test_terms_are_summed_before_they_are_added_to_the_weight(shape: tuple[int, int]) -> None:
+    """In rows or columns alone. 1 + 2⁻⁸ is a midpoint; added to 1 one by one, the small terms that bring the sum below it would be lost."""
     terms = torch.tensor([2.0**-8 + 2.0**-22, *[-(2.0**-25)] * 64])
     left, right = terms.expand(shape[0], -1).contiguous(), torch.ones(len(terms), shape[1])
     base = torch.ones(shape).bfloat16()
@@ -71,7 +71,7 @@ def test_terms_are_added_up_before_they_meet_the_weight(shape: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_what_is_not_finite_is_marked(finite: bool) -> None:
+def test_non_finite_values_are_marked(finite: bool) -> None:
     W = torch.tensor([[1.0, -0.0, 2.0]] if finite else [[torch.inf, 1.0, torch.nan]]).bfloat16()
     doubts = DoubtMask(torch.zeros_like(W))
     squares = torch.tensor([3.0, 5.0 if finite else torch.nan])

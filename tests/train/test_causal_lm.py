@@ -1,4 +1,4 @@
-"""Causal models of many kinds as the trainer reads them, against transformers one sequence at a time; and PEFT's loop."""
+"""Causal models of many kinds in the trainer, compared with transformers one sequence at a time; and with PEFT's loop."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def build(kind: str, dtype: torch.dtype | None = None, **more: Any) -> Any:
 
 
 def with_factors(model: Any) -> Any:
-    """`model` with factors as after training, the same for the same kind."""
+    """Return `model` with factors as after training, the same for the same kind."""
     mamba = type(model).__name__ == "MambaForCausalLM"  # which takes the weight out of dt_proj and does not call it
     inject(
         model,
@@ -99,7 +99,7 @@ EXAMPLES = [example(9), example(2), example(14, prompt=6), example(5, prompt=4),
 
 
 def alone(model: Any, one: Example) -> torch.Tensor:
-    """The sum of the losses of one sequence, as transformers computes it from labels."""
+    """Return the sum of the losses of one sequence, as transformers computes it from labels."""
     ids = torch.from_numpy(one.ids).long()[None]
     labels = torch.where(torch.from_numpy(one.counted)[None], ids, -100)
     counted = int((labels[:, 1:] != -100).sum())
@@ -114,7 +114,7 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 
 
 def off(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    """The largest difference, relative to the largest value of the same tensor, or where that is tiny, of all."""
+    """Return the largest difference, relative to the largest value of the same tensor, or of all if that is tiny."""
     floor = 1e-4 * max(float(one.abs().max()) for one in wanted)
     pairs = zip(found, wanted, strict=True)
     return max(float((one - other).abs().max() / max(float(other.abs().max()), floor)) for one, other in pairs)
@@ -142,7 +142,7 @@ def test_labels_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_are_those_of_each_sequence_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_gradients_equal_those_of_single_sequences(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 4 * VOCAB)
     plain = with_factors(build(kind))
     model = CausalModel(build(kind))
@@ -170,7 +170,7 @@ def test_losses_and_gradients_are_those_of_each_sequence_alone(kind: str, monkey
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_of_tokens_and_none_has_a_part_in_another_sequences(kind: str) -> None:
+def test_losses_of_tokens_do_not_depend_on_other_sequences(kind: str) -> None:
     plain, model = build(kind), CausalModel(build(kind))
     batch = Batch.of(EXAMPLES)
     losses, right = model.token_losses(batch)
@@ -190,7 +190,7 @@ def test_losses_of_tokens_and_none_has_a_part_in_another_sequences(kind: str) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_completions_are_those_of_each_prompt_alone(kind: str) -> None:
+def test_completions_equal_those_of_single_prompts(kind: str) -> None:
     model, plain = CausalModel(with_factors(build(kind, torch.float32))), with_factors(build(kind, torch.float32))
     prompts = [torch.from_numpy(one.ids).long() for one in EXAMPLES[:3]]
     before = model.model.config._attn_implementation
@@ -210,7 +210,7 @@ def test_completions_are_those_of_each_prompt_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_model_is_able_to_does_not_depend_on_its_numbers(kind: str, dtype: torch.dtype) -> None:
+def test_probing_a_model_does_not_depend_on_its_weights(kind: str, dtype: torch.dtype) -> None:
     for spread in (0.02, 0.15):
         if kind == "lfm2" and (dtype, spread) == (torch.bfloat16, 0.02):
             continue  # its convolution, of numbers that small, is lost in rounding
@@ -218,7 +218,7 @@ def test_what_a_model_is_able_to_does_not_depend_on_its_numbers(kind: str, dtype
         assert (model.unpadded, model.plain_head) == KINDS[kind][1:]
 
 
-def test_what_no_label_counts_in_has_no_loss() -> None:
+def test_a_batch_without_counted_labels_has_no_loss() -> None:
     for kind in ("llama", "cohere"):
         model = CausalModel(with_factors(build(kind)))
         total = model.loss(Batch.of([example(4, prompt=4), example(1)]))
@@ -239,7 +239,7 @@ def test_full_fine_tuning_trains_head_and_embedding() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "cohere"])
 def test_factors_of_the_output_layer_are_trained(kind: str) -> None:
-    """They come after the model was found out, and its output layer is then another."""
+    """They are added after the model was probed, and replace its output layer."""
     model, plain = CausalModel(build(kind, tie_word_embeddings=False)), build(kind, tie_word_embeddings=False)
     for one in (model.model, plain):
         inject(one, Lora(("lm_head", "q_proj"), 3, 5.0), torch.float64)
@@ -266,7 +266,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert off(found[1], found[0]) < 1e-9
 
 
-def test_what_is_no_causal_model() -> None:
+def test_models_that_are_not_causal() -> None:
     config = transformers.LlamaConfig(**SHAPE)
     for model in (transformers.LlamaModel(config), transformers.LlamaForSequenceClassification(config)):
         with pytest.raises(FormatError, match="is not a causal language model"):
@@ -288,7 +288,7 @@ def texts(folder: Path, file: Path) -> list[Example]:
 
 
 def peft_losses(base: Any, order: Order, method: str, ours: nn.Module) -> list[float]:
-    """The losses of PEFT and a loop written out, on padded batches."""
+    """Return the losses of PEFT in a plain loop, on padded batches."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_dora=method == "dora", task_type="CAUSAL_LM"
@@ -327,7 +327,7 @@ def peft_losses(base: Any, order: Order, method: str, ours: nn.Module) -> list[f
 
 @pytest.mark.base
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_the_first_losses_on_a_real_model_are_pefts(
+def test_the_first_losses_of_a_real_model_equal_pefts(
     smollm2: Path, material: Callable[[str], Path], method: str
 ) -> None:
     examples = texts(smollm2, material("text/mlx_wikisql_train.jsonl"))

@@ -1,4 +1,4 @@
-"""How well a model does: against plain loops over transformers, and comparisons of texts worked by hand."""
+"""Evaluation, compared with plain loops over transformers, and scores of texts worked by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PROMPTED = [(" ".join(WORDS[at : at + 2 + at % 4]), " ".join(WORDS[at + 5 : at +
 
 
 def write_tokenizer(folder: Path, vocabulary: int = len(WORDS)) -> None:
-    """A tokenizer of whole words; those that make it up to `vocabulary` have no meaning."""
+    """Write a tokenizer of whole words, filled up to `vocabulary` with meaningless ones."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -63,7 +63,7 @@ def write_tokenizer(folder: Path, vocabulary: int = len(WORDS)) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers in float32, random, that knows the words above."""
+    """A random float32 Llama of two layers that knows the words above."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny") / "model"
     config = LlamaConfig(
@@ -103,7 +103,7 @@ def evaluated(*args: str | Path) -> Outcome:
 
 
 def by_hand(model: Any, rows: list[tuple[list[int], int]]) -> list[tuple[float, int, int]]:
-    """The summed loss, the count and the hits of each sequence, from token number `first` on, in float64."""
+    """Return the summed loss, the count and the hits of each sequence, from token `first` on, in float64."""
     found = []
     for ids, first in rows:
         log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
@@ -120,7 +120,7 @@ def numbers(found: Likelihood) -> list[float]:
 # --- how texts compare -----------------------------------------------------------------------------------------------
 
 
-def test_words_are_normalized_as_squad_does() -> None:
+def test_words_are_normalized_as_in_squad() -> None:
     assert words("The  Cat's hat, a-b; An apple!\n(the end)") == ["cats", "hat", "ab", "apple", "end"]
     assert words("Theater another") == ["theater", "another"]  # articles are whole words
     assert words("Où? «là»") == ["où", "«là»"]  # its punctuation is ASCII's
@@ -152,7 +152,7 @@ def test_the_answer_is_the_first_group_of_the_last_match() -> None:
     assert answer_of("b", r"(a)|b") is None
 
 
-def test_a_completion_beside_what_is_expected() -> None:
+def test_a_completion_compared_with_the_expected_one() -> None:
     record = Record("t:1", prompt="6 · 7 =", completion=" so it is #### 42\n")
     same = compared(record, "so it is #### 42", r"#### (\d+)")
     assert (same.exact, same.f1, same.right) == (True, 1.0, True)
@@ -177,7 +177,7 @@ def test_perplexity_by_token_and_by_sequence() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_likelihoods_are_those_of_a_plain_loop(tiny: Path, prompted: Path, texts: Path, batch_size: int) -> None:
+def test_likelihoods_equal_those_of_a_plain_loop(tiny: Path, prompted: Path, texts: Path, batch_size: int) -> None:
     model, end = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64), WORDS.index(END)
     ids = [([WORDS.index(word) for word in f"{p} {c}".split()], len(p.split())) for p, c in PROMPTED]
     ids = [(one if one[-1] == end else [*one, end], first) for one, first in ids]
@@ -196,7 +196,7 @@ def test_likelihoods_are_those_of_a_plain_loop(tiny: Path, prompted: Path, texts
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_completions_are_those_of_generate(tiny: Path, prompted: Path, batch_size: int) -> None:
+def test_completions_equal_those_of_generate(tiny: Path, prompted: Path, batch_size: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     tokenizer, wanted, lengths = AutoTokenizer.from_pretrained(tiny), [], set()
     for prompt, _ in PROMPTED:
@@ -215,8 +215,8 @@ def test_completions_are_those_of_generate(tiny: Path, prompted: Path, batch_siz
     assert [(one.prompt, one.expected) for one in found] == PROMPTED
 
 
-def test_scores_of_what_is_completed(tiny: Path, prompted: Path, tmp_path: Path) -> None:
-    """A quarter of the references are what the model writes, a quarter end alike, the others share no word with it."""
+def test_scores_of_completions(tiny: Path, prompted: Path, tmp_path: Path) -> None:
+    """A quarter of the references equal the completion, a quarter end alike, the others share no word with it."""
     made = scored(tiny, prompted, max_new_tokens=6).predictions
     rows, overlaps = [], []
     for at, one in enumerate(made):
@@ -232,7 +232,7 @@ def test_scores_of_what_is_completed(tiny: Path, prompted: Path, tmp_path: Path)
     assert scored(tiny, file, max_new_tokens=6).accuracy is None
 
 
-def test_what_happens_is_told(tiny: Path, prompted: Path) -> None:
+def test_the_events_of_an_evaluation(tiny: Path, prompted: Path) -> None:
     events: list[Event] = list(evaluate(Request(str(tiny), str(prompted), batch_size=5)))
     started = events[0]
     assert isinstance(started, Started) and isinstance(events[-1], Scored)
@@ -244,7 +244,7 @@ def test_what_happens_is_told(tiny: Path, prompted: Path) -> None:
 
 
 def test_only_prompts_are_completed(tiny: Path, tmp_path: Path) -> None:
-    """Texts are read only; and a prompt without a token cannot be gone on with."""
+    """Texts are only scored; a prompt without a token cannot be completed."""
     rows = [
         {"text": "cat dog owl"},
         {"prompt": "", "completion": "cat dog"},
@@ -262,7 +262,7 @@ def test_only_prompts_are_completed(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def with_words(tmp_path: Path) -> Path:
-    """The base that the tiny fixtures were trained on, with a tokenizer."""
+    """The base of the tiny fixtures, with a tokenizer."""
     import shutil
 
     folder = tmp_path / "tiny-llama"
@@ -272,7 +272,7 @@ def with_words(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["tiny-rslora", "tiny-patterns", "tiny-dora"])
-def test_beside_the_base_as_merged(with_words: Path, prompted: Path, tmp_path: Path, name: str) -> None:
+def test_an_adapter_scores_like_its_merge(with_words: Path, prompted: Path, tmp_path: Path, name: str) -> None:
     adapterkit.merge(with_words, [FIXTURES / name], tmp_path / "merged", dtype="fp32")
     merged = scored(tmp_path / "merged", prompted, dtype="fp32")
     beside = scored(with_words, prompted, FIXTURES / name, dtype="fp32")
@@ -300,10 +300,8 @@ def test_factors_at_the_ends_of_the_model_count(
     assert abs(scored(tiny, prompted, generate=False).likelihood.loss - merged.likelihood.loss) > 1e-2
 
 
-def test_factors_on_a_head_that_is_the_embedding(
-    tiny: Path, prompted: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
-    """What is read stays as it is, as in a merge, which unties them."""
+def test_factors_on_a_tied_head(tiny: Path, prompted: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    """The embedding is unchanged, as in a merge, which unties them."""
     tied = tmp_path / "tied"
     config = LlamaConfig.from_pretrained(tiny)
     config.tie_word_embeddings = True
@@ -317,7 +315,7 @@ def test_factors_on_a_head_that_is_the_embedding(
     assert beside.predictions == merged.predictions
 
 
-def test_what_is_odd_about_an_adapter_is_noted(tiny: Path, prompted: Path, make_adapter: Callable[..., Path]) -> None:
+def test_problems_of_an_adapter_are_noted(tiny: Path, prompted: Path, make_adapter: Callable[..., Path]) -> None:
     adapter = make_adapter(factors("model.layers.1.self_attn.q_proj", 64, 64), target_modules=["q_proj", "gate_proj"])
     done = evaluated(tiny, adapter, prompted, "--no-generate")
     assert done.err == "note: adapter: adapter_config.json: target_modules: 'gate_proj' has no tensors\n"
@@ -343,7 +341,7 @@ def test_doras_norms_are_computed_once(with_words: Path, prompted: Path) -> None
 
 @torch.no_grad()
 def test_a_base_in_4_bits(tiny: Path, prompted: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
-    """One that lies on disk, one quantized when loaded, and the first dequantized into a plain file, with an adapter."""
+    """Stored so, quantized while loading, and the former dequantized into a plain file, with an adapter."""
     small, adapter = tmp_path / "small", make_adapter(factors("model.layers.1.self_attn.q_proj", 64, 64, size=0.3))
     adapterkit.quantize(tiny, small, to="nf4", nested=True)
     adapterkit.merge(small, [adapter], tmp_path / "merged", dtype="fp32")
@@ -408,7 +406,7 @@ def test_what_is_printed(tiny: Path, prompted: Path, tmp_path: Path) -> None:
     assert "truncated" not in plain and "completed" not in plain and "F1" not in plain
 
 
-def test_json_has_the_same_facts(tiny: Path, prompted: Path) -> None:
+def test_json_has_the_same_values(tiny: Path, prompted: Path) -> None:
     with open(prompted, "a") as stream:
         stream.write('{"prompt": "cat"}\n')
     done = evaluated(tiny, prompted, "--skip-bad", "--json")
@@ -424,7 +422,7 @@ def test_json_has_the_same_facts(tiny: Path, prompted: Path) -> None:
     assert left["where"] == "held_out.jsonl:13" and f"note: skipped held_out.jsonl:13: {left['why']}" in done.err
 
 
-def test_predictions_are_written_and_not_over_others(tiny: Path, prompted: Path, tmp_path: Path) -> None:
+def test_predictions_do_not_replace_other_files(tiny: Path, prompted: Path, tmp_path: Path) -> None:
     out = tmp_path / "made.jsonl"
     done = evaluated(tiny, prompted, "--predictions", out, "--answer", r"\w+")
     assert done.code == 0 and done.out.rstrip().endswith(f"\nwrote      {out}")
@@ -441,7 +439,7 @@ def test_predictions_are_written_and_not_over_others(tiny: Path, prompted: Path,
     assert {path.name for path in tmp_path.iterdir()} == {"held_out.jsonl", "made.jsonl"}
 
 
-def test_a_bar_where_there_is_a_terminal(tiny: Path, prompted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_bar_on_a_terminal(tiny: Path, prompted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import handmade
 
     monkeypatch.setattr(handmade.Terminal, "isatty", lambda self: True)
@@ -481,7 +479,7 @@ def test_a_bar_where_there_is_a_terminal(tiny: Path, prompted: Path, monkeypatch
         (["BASE", "DATA", "--device", "nonsense"], 2, "--device nonsense"),
     ],
 )  # fmt: skip
-def test_what_cannot_be(
+def test_invalid_arguments(
     tiny: Path, prompted: Path, texts: Path, make_adapter: Callable[..., Path], args: list[str], code: int, message: str
 ) -> None:
     adapter = make_adapter(factors("model.layers.1.self_attn.q_proj", 64, 64))
@@ -512,7 +510,7 @@ def test_adapters_that_do_not_fit(
     assert "trains this tensor in full" in whole and "Merge the adapter" in whole
 
 
-def test_numbers_that_are_none_and_tokens_that_are_not_there(tiny: Path, prompted: Path, tmp_path: Path) -> None:
+def test_non_finite_losses_and_unknown_tokens(tiny: Path, prompted: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(tiny / "model.safetensors")
@@ -535,14 +533,14 @@ def test_numbers_that_are_none_and_tokens_that_are_not_there(tiny: Path, prompte
         scored(FIXTURES / "bases" / "tiny-llama", prompted)
 
 
-def test_what_takes_too_much_memory(tiny: Path, prompted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_needs_too_much_memory(tiny: Path, prompted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapterkit.train.runs.evaluate.available", lambda device: 1000)
     with pytest.raises(UsageError, match="0.0 GB are free on cpu; `quantize='nf4'` needs less"):
         scored(tiny, prompted)
 
 
 def test_a_default_length_that_stays_within_the_model(tiny: Path, tmp_path: Path) -> None:
-    """Fifty-eight tokens of prompt leave six, though the completion and a few more would be ten."""
+    """58 tokens of prompt leave six, although the completion and its margin would be ten."""
     data = write_lines(tmp_path / "long.jsonl", [{"prompt": "cat " * 58, "completion": "dog"}])
     started = next(iter(evaluate(Request(str(tiny), str(data)))))
     assert isinstance(started, Started) and started.max_new_tokens == 6

@@ -1,4 +1,4 @@
-"""Layers with factors against PEFT's and against the dense formulas in float64: numbers, targets, starts and files."""
+"""LoRA layers compared with PEFT's and with dense float64 formulas: values, targets, initializations and files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Model(nn.Module):
 
 
 def trained(model: nn.Module) -> None:
-    """Give factors and magnitudes values as after training."""
+    """Set factors and magnitudes to values as after training."""
     with torch.no_grad():
         for layer in lora_layers(model).values():
             layer.A.normal_(std=0.4)
@@ -57,7 +57,7 @@ def trained(model: nn.Module) -> None:
 
 
 def peft_of(model: nn.Module, method: str, like: nn.Module, **more: Any) -> nn.Module:
-    """`model` as PEFT has it, with the factors that `like` has."""
+    """Return `model` in PEFT, with the factors of `like`."""
     config = {"r": RANK, "lora_alpha": ALPHA, "use_rslora": method == "rslora", "use_dora": method == "dora"} | more
     config.setdefault("target_modules", list(lora_layers(like)))
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
@@ -83,7 +83,7 @@ def peft_parameters(layer: Any) -> list[torch.Tensor]:
 
 
 def results(layer: nn.Module, x: torch.Tensor, over: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The output, and the gradients by the input, where it has one, and by `over`."""
+    """Return the output, and the gradients of the input, if it has one, and of `over`."""
     torch.manual_seed(1)
     y = layer(x)
     wanted = [*([x] if x.requires_grad else []), *over]
@@ -103,7 +103,7 @@ def input_of(name: str, dtype: torch.dtype, features: int = 20) -> torch.Tensor:
 
 
 def weight_of(layer: LoraLayer) -> torch.Tensor:
-    """The weight that `layer` stands for, dense in float64: W + s·B·A, or rows of that scaled to the magnitude."""
+    """Return the effective weight of `layer`, dense in float64: W + s·B·A, or its rows scaled to the magnitude."""
     W = layer.base.weight.t() if isinstance(layer, LoraEmbedding) else dense_of(layer.base)
     A, B = layer.factors()
     V = W.double() + layer.scaling * B.double() @ A.double()
@@ -117,7 +117,7 @@ def weight_of(layer: LoraLayer) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("dtype", "limit"), DTYPES)
-def test_outputs_and_gradients_are_pefts(method: str, dtype: torch.dtype, limit: float) -> None:
+def test_outputs_and_gradients_equal_pefts(method: str, dtype: torch.dtype, limit: float) -> None:
     base = Model().to(dtype)
     ours = copy.deepcopy(base)
     names = inject(ours, Lora(tuple(dict(base.named_children())), RANK, ALPHA, method), dtype)
@@ -135,7 +135,7 @@ def test_outputs_and_gradients_are_pefts(method: str, dtype: torch.dtype, limit:
         assert off([found[0]], [plain(x).detach()]) < limit, name
 
 
-def test_alpha_is_what_peft_takes_it_to_be() -> None:
+def test_alpha_means_the_same_as_in_peft() -> None:
     for method, scaling in (("lora", 6 / 4), ("rslora", 6 / 2), ("dora", 6 / 4)):
         ours = Model()
         inject(ours, Lora(("q",), RANK, ALPHA, method))
@@ -144,8 +144,8 @@ def test_alpha_is_what_peft_takes_it_to_be() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_dropout_hides_inputs_from_the_factors_alone(method: str) -> None:
-    """The base sees all of x, with DoRA too, where PEFT drops what both see."""
+def test_dropout_applies_to_the_factors_only(method: str) -> None:
+    """The base sees all of x, also with DoRA, where PEFT drops the input of both."""
     model = Model().double()
     inject(model, Lora(("q",), RANK, ALPHA, method, dropout=0.4), torch.float64)
     trained(model)
@@ -170,7 +170,7 @@ def test_dropout_hides_inputs_from_the_factors_alone(method: str) -> None:
     assert torch.equal(layer(x), layer(x)) and not torch.equal(layer(x), y)
 
 
-def test_an_embedding_drops_of_what_the_factors_give() -> None:
+def test_dropout_of_an_embedding() -> None:
     model = Model()
     inject(model, Lora(("embed",), RANK, ALPHA, dropout=0.5))
     trained(model)
@@ -185,7 +185,7 @@ def test_an_embedding_drops_of_what_the_factors_give() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_an_embedding_that_multiplies_what_it_looks_up(method: str) -> None:
+def test_an_embedding_with_a_scale(method: str) -> None:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
     base = nn.Module()
@@ -200,7 +200,7 @@ def test_an_embedding_that_multiplies_what_it_looks_up(method: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(20,), (1, 20), (2, 3, 4, 20), (0, 20)])
-def test_inputs_of_any_shape_and_none(shape: tuple[int, ...]) -> None:
+def test_inputs_of_any_shape_and_empty_ones(shape: tuple[int, ...]) -> None:
     model = Model()
     inject(model, Lora(("q", "k"), RANK, ALPHA, "dora"))
     trained(model)
@@ -236,7 +236,7 @@ def test_factors_wider_than_the_base() -> None:
 
 @pytest.mark.parametrize("elements", [1 << 18, 50])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_norms_are_the_dense_ones(
+def test_norms_equal_the_dense_ones(
     monkeypatch: pytest.MonkeyPatch, elements: int, dtype: torch.dtype, limit: float
 ) -> None:
     monkeypatch.setattr(layers, "NORM_ELEMENTS", elements)
@@ -262,7 +262,7 @@ def test_norms_are_the_dense_ones(
     assert bool(layer(torch.randn(3, 20, dtype=dtype)).isfinite().all())
 
 
-def test_norms_of_layers_that_lie_transposed() -> None:
+def test_norms_of_transposed_layers() -> None:
     model = Model()
     inject(model, Lora(("conv1d", "embed"), RANK, ALPHA, "dora"))
     trained(model)
@@ -272,7 +272,7 @@ def test_norms_of_layers_that_lie_transposed() -> None:
         torch.testing.assert_close(layer.norm().double(), V.norm(dim=1), rtol=1e-5, atol=0)
 
 
-def test_a_magnitude_is_at_first_the_norm() -> None:
+def test_the_initial_magnitude_is_the_norm() -> None:
     model = Model()
     inject(model, Lora(("q",), RANK, ALPHA, "dora"))
     torch.testing.assert_close(model.q.magnitude, model.q.base.weight.norm(dim=1))
@@ -282,7 +282,7 @@ def test_a_magnitude_is_at_first_the_norm() -> None:
 
 
 def four_bits(kind: str, nested: bool, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:
-    """A model with one Linear4bit whose blocks of 64 do not straddle rows, and the weight that it was."""
+    """Return a model with one Linear4bit whose blocks of 64 do not span rows, and its original weight."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = nn.Module()
     layer = bitsandbytes.nn.Linear4bit(
@@ -321,7 +321,7 @@ def test_a_base_of_4_bits(kind: str, nested: bool, method: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_loftq_makes_up_for_what_quantizing_took(kind: str) -> None:
+def test_loftq_compensates_for_the_quantization_error(kind: str) -> None:
     model = four_bits(kind, nested=False)
     W, Q = model.original.double(), dequantized(model.q).double()
     inject(model, Lora(("q",), RANK, ALPHA, init="loftq"), original=lambda name: {"q": model.original}[name])
@@ -333,7 +333,7 @@ def test_loftq_makes_up_for_what_quantizing_took(kind: str) -> None:
     assert model.q.first_A is None  # the base keeps what it is
 
 
-def test_loftq_wants_a_quantized_base() -> None:
+def test_loftq_needs_a_quantized_base() -> None:
     with pytest.raises(UsageError, match="needs a 16-bit base and `quantize`"):
         inject(Model(), Lora(("q",), init="loftq"), original=lambda name: torch.zeros(14, 20))
     with pytest.raises(UsageError, match="needs a 16-bit base and `quantize`"):
@@ -401,7 +401,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_targets_ranks_and_scalings_are_pefts(case: str) -> None:
+def test_targets_ranks_and_scalings_equal_pefts(case: str) -> None:
     make, given = CASES[case]
     ours, theirs = make(), make()
     lora = Lora(rank=RANK, alpha=ALPHA, **given)
@@ -439,13 +439,13 @@ def test_targets_ranks_and_scalings_are_pefts(case: str) -> None:
         (Lora(("q_proj",), init="svd"), "init 'svd': expected one of kaiming, gaussian, pissa, olora, loftq"),
     ],
 )
-def test_what_cannot_be_targeted_is_named_with_what_can(lora: Lora, message: str) -> None:
+def test_errors_for_targets_list_the_possible_ones(lora: Lora, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         inject(llama(), lora)
 
 
 @pytest.mark.parametrize("wrong", [{"method": "ia3"}, {"rank": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
-def test_what_is_no_lora(wrong: dict[str, Any]) -> None:
+def test_invalid_options(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected"):
         Lora(**wrong)
 
@@ -465,7 +465,7 @@ def test_a_model_starts_as_its_base(init: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["q", "conv1d", "embed"])
-def test_pissa_takes_the_best_approximation_out_of_the_base(name: str) -> None:
+def test_pissa_subtracts_the_best_approximation_from_the_base(name: str) -> None:
     model = Model()
     W = {"q": model.q.weight, "conv1d": model.conv1d.weight.T, "embed": model.embed.weight.T}[name].detach().double()
     inject(model, Lora((name,), RANK, ALPHA, init="pissa"), torch.float64)
@@ -479,7 +479,7 @@ def test_pissa_takes_the_best_approximation_out_of_the_base(name: str) -> None:
     torch.testing.assert_close(weight_of(layer), W)
 
 
-def test_pissa_of_a_weight_without_a_leading_part_is_all_but_the_best() -> None:
+def test_pissa_of_a_weight_with_a_flat_spectrum() -> None:
     W = torch.randn(300, 200)
     made = start("pissa", W, 8, 1.5, torch.Generator(), False, "m")
     S = torch.linalg.svdvals(W.double())
@@ -487,7 +487,7 @@ def test_pissa_of_a_weight_without_a_leading_part_is_all_but_the_best() -> None:
     assert S[8:].norm() <= left < S[8:].norm() * 1.004
 
 
-def test_olora_begins_with_q_and_r() -> None:
+def test_olora_initializes_with_q_and_r() -> None:
     model = Model()
     W = model.q.weight.detach().double()
     inject(model, Lora(("q",), RANK, ALPHA, init="olora"), torch.float64)
@@ -507,7 +507,7 @@ def test_olora_begins_with_q_and_r() -> None:
 @pytest.mark.parametrize(
     ("init", "std", "most"), [("kaiming", 1 / math.sqrt(3 * 400), 1 / 20), ("gaussian", 1 / 16, 0.5)]
 )
-def test_chance(init: str, std: float, most: float) -> None:
+def test_random_initializations(init: str, std: float, most: float) -> None:
     W = torch.zeros(300, 400)
     made = start(init, W, 16, 1.5, torch.Generator().manual_seed(5), False, "m")
     assert made.A.shape == (16, 400) and made.B.shape == (300, 16) and not made.B.any() and not made.subtracted
@@ -519,7 +519,7 @@ def test_chance(init: str, std: float, most: float) -> None:
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa", "olora"])
-def test_factors_follow_from_the_seed(init: str) -> None:
+def test_factors_depend_on_the_seed_only(init: str) -> None:
     def made(seed: int) -> list[torch.Tensor]:
         model = Model()
         model.load_state_dict(state)
@@ -558,7 +558,7 @@ FILES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 
 def moved(model: nn.Module) -> None:
-    """Move factors and magnitudes a little from where they began."""
+    """Change factors and magnitudes a little from their initialization."""
     with torch.no_grad():
         for layer in lora_layers(model).values():
             for parameter in parameters(layer):
@@ -566,7 +566,7 @@ def moved(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_what_is_saved_loads_in_peft_and_is_gone_on_with(tmp_path: Path, case: str) -> None:
+def test_saved_adapters_load_in_peft_and_continue_training(tmp_path: Path, case: str) -> None:
     make, given = FILES[case]
     model, ids = make(), torch.arange(24).view(2, 12)
     before = model(ids).logits.detach()
@@ -595,7 +595,7 @@ def test_what_is_saved_loads_in_peft_and_is_gone_on_with(tmp_path: Path, case: s
         torch.testing.assert_close(live(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_be_gone_on_with(tmp_path: Path) -> None:
+def test_adapters_that_cannot_continue_training(tmp_path: Path) -> None:
     model = llama()
     inject(model, Lora(("q_proj",), RANK, ALPHA))
     adapter = adapter_of(model)
@@ -633,7 +633,7 @@ def test_disabled_is_the_base_bit_for_bit(init: str, method: str, quick: bool) -
 
 
 @torch.no_grad()
-def test_disabled_computes_with_the_kernels_that_the_base_has() -> None:
+def test_disabled_uses_the_kernels_of_the_base() -> None:
     model = nn.ModuleDict({"q": nn.Linear(1000, 300)})
     base, x = copy.deepcopy(model), torch.randn(33, 1000)
     inject(model, Lora(("q",), RANK, ALPHA))
@@ -645,7 +645,7 @@ def test_disabled_computes_with_the_kernels_that_the_base_has() -> None:
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How often the products of the base are computed by ours."""
+    """Return how often products of the base are computed by ours."""
     calls: list[int] = []
     plain = layers.plain
     monkeypatch.setattr(layers, "plain", lambda *args: (calls.append(1), plain(*args))[1])
@@ -653,7 +653,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(("make", "linear"), [(llama, 21), (gpt2, 8)])
-def test_quicken_changes_no_more_than_rounding(
+def test_fast_products_differ_by_rounding_only(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], linear: int
 ) -> None:
     model, ids = make(), torch.arange(24).view(2, 12)
@@ -673,7 +673,7 @@ def test_quicken_changes_no_more_than_rounding(
         assert off([parameter.grad], [grads[name]]) < 1e-4, name
 
 
-def test_a_quickened_base_under_factors_gives_the_same_gradients() -> None:
+def test_gradients_with_fast_products_in_the_base() -> None:
     one, ids = llama(), torch.arange(24).view(2, 12)
     inject(one, Lora(("q_proj", "v_proj"), RANK, ALPHA, "dora"))
     moved(one)

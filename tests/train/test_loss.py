@@ -1,4 +1,4 @@
-"""Cross entropy in chunks against torch's in one piece and in float64."""
+"""Chunked cross entropy, compared with torch's in one piece and in float64."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def reference(h: torch.Tensor, W: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-    """The sum and its gradients, times 0.3, from the same numbers in float64."""
+    """Return the sum and its gradients, times 0.3, from the same numbers in float64."""
     h, W = (tensor.detach().double().requires_grad_() for tensor in (h, W))
     total = F.cross_entropy(h @ W.T, labels, reduction="sum", ignore_index=-100)
     return [total.detach(), *torch.autograd.grad(total * 0.3, [h, W])]
 
 
-def test_how_many_rows_there_are_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 7 * VOCAB)
     assert (rows_at_a_time(VOCAB), rows_at_a_time(7 * VOCAB + 1), rows_at_a_time(2 * VOCAB)) == (7, 1, 3)
 
@@ -54,7 +54,7 @@ def test_value_and_gradients(dtype: torch.dtype, limit: float) -> None:
 
 
 @pytest.mark.usefixtures("chunk")
-def test_one_gradient_without_the_other_and_none() -> None:
+def test_each_gradient_alone_and_none() -> None:
     h, W, labels = inputs(torch.float64)
     total, dh, dW = reference(h, W, labels)
     [only] = torch.autograd.grad(chunked_cross_entropy(h, W.detach(), labels) * 0.3, [h])
@@ -73,7 +73,7 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.usefixtures("chunk")
-def test_where_no_label_counts_there_is_no_loss() -> None:
+def test_no_counted_labels() -> None:
     h, W, labels = inputs(torch.float32)
     total = chunked_cross_entropy(h, W, torch.full_like(labels, -100))
     dh, dW = torch.autograd.grad(total, [h, W])
@@ -83,7 +83,7 @@ def test_where_no_label_counts_there_is_no_loss() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_logits_that_an_exponential_does_not_bear(dtype: torch.dtype) -> None:
+def test_large_logits_do_not_overflow(dtype: torch.dtype) -> None:
     h = torch.tensor([[200.0], [-200.0]], dtype=dtype, requires_grad=True)
     W = torch.tensor([[1.0], [-1.0], [0.5]], dtype=dtype)
     total = chunked_cross_entropy(h, W, torch.tensor([2, 0]))

@@ -1,4 +1,4 @@
-"""The order of records, and how they are packed: worked by hand, and what must hold of any lengths."""
+"""The order and packing of records: worked by hand, and invariants for any lengths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def order(count: int, **recipe: Any) -> Order:
 
 
 def wheres(order: Order, steps: range) -> list[list[int]]:
-    """The numbers of the records of each step."""
+    """Return the numbers of the records of each step."""
     return [[int(one.where[2:]) for row in order.step(step) for one in row] for step in steps]
 
 
@@ -48,18 +48,18 @@ def test_a_worked_packing() -> None:
         ([8], 8, [[0]]),
     ],
 )
-def test_rows_that_are_just_full(lengths: list[int], room: int, rows: list[list[int]]) -> None:
+def test_exactly_full_rows(lengths: list[int], room: int, rows: list[list[int]]) -> None:
     assert pack(lengths, room) == rows
 
 
-def test_a_sequence_goes_where_it_fits_best() -> None:
+def test_best_fit() -> None:
     # 6 and 7 leave 4 and 3 of 10; the 3 goes to the 7, so that the 4 still fits
     assert pack([7, 6, 4, 3], 10) == [[0, 3], [1, 2]]
     assert pack([6, 7, 3], 10) == [[1, 2], [0]]
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 64))
-def test_every_sequence_once_and_none_beyond_the_room(lengths: list[int], room: int) -> None:
+def test_packing_has_every_sequence_once_within_the_room(lengths: list[int], room: int) -> None:
     rows = pack(lengths, room)
     assert sorted(chain.from_iterable(rows)) == list(range(len(lengths)))
     filled = [sum(lengths[index] for index in row) for row in rows]
@@ -69,7 +69,7 @@ def test_every_sequence_once_and_none_beyond_the_room(lengths: list[int], room: 
 
 
 def fewest(lengths: list[int], room: int) -> int:
-    """How many rows there must be, by trying every way: for each set of sequences the fewest, and the least in the last."""
+    """Return the minimum number of rows by brute force: for each set of sequences, the fewest, then the least in the last."""
     best = [(1, 0)]
     for chosen in range(1, 1 << len(lengths)):
         ways = []
@@ -82,12 +82,12 @@ def fewest(lengths: list[int], room: int) -> int:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(20, 24))
-def test_few_more_rows_than_must_be(lengths: list[int], room: int) -> None:
+def test_packing_is_close_to_optimal(lengths: list[int], room: int) -> None:
     most = fewest(lengths, room)
     assert most <= len(pack(lengths, room)) <= 11 / 9 * most + 6 / 9  # the bound of first and best fit decreasing
 
 
-def test_packing_of_real_lengths_leaves_little_empty() -> None:
+def test_packing_of_real_lengths_wastes_little() -> None:
     lengths = np.random.default_rng(0).lognormal(4.5, 0.6, 3000).astype(int).clip(5, 512).tolist()
     rows = pack(lengths, 512)
     assert len(rows) <= -(-sum(lengths) // 512) * 1.01
@@ -97,7 +97,7 @@ def test_packing_of_real_lengths_leaves_little_empty() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 8, 11])
-def test_every_record_once_an_epoch_and_each_epoch_another_way(count: int) -> None:
+def test_every_epoch_is_another_permutation(count: int) -> None:
     one = order(count, epochs=3.0)
     per_epoch = one.steps_per_epoch
     assert per_epoch == -(-count // 4) and one.steps == 3 * per_epoch
@@ -110,7 +110,7 @@ def test_every_record_once_an_epoch_and_each_epoch_another_way(count: int) -> No
         assert epochs[0] != [list(range(count))[at : at + 4] for at in range(0, count, 4)]
 
 
-def test_a_step_follows_from_the_seed_and_its_number_alone() -> None:
+def test_a_step_depends_on_the_seed_and_its_number_only() -> None:
     first = wheres(order(23, epochs=4.0), range(24))
     batches._permutation.cache_clear()
     np.random.seed(5)
@@ -119,7 +119,7 @@ def test_a_step_follows_from_the_seed_and_its_number_alone() -> None:
     assert wheres(order(23, seed=1), range(6)) != first[:6]
 
 
-def test_how_a_step_is_divided_does_not_change_it() -> None:
+def test_a_step_does_not_depend_on_its_batches() -> None:
     assert wheres(order(23, batch_size=4, grad_accum=1), range(6)) == wheres(
         order(23, batch_size=1, grad_accum=4), range(6)
     )
@@ -134,11 +134,11 @@ def test_how_a_step_is_divided_does_not_change_it() -> None:
         ({"batch_size": 10, "grad_accum": 1}, 1), ({"batch_size": 64, "epochs": 3.0}, 3), ({"batch_size": 1, "grad_accum": 1}, 10),
     ],
 )  # fmt: skip
-def test_how_many_steps_there_are(recipe: dict[str, Any], steps: int) -> None:
+def test_the_number_of_steps(recipe: dict[str, Any], steps: int) -> None:
     assert order(10, **recipe).steps == steps  # 10 records by 4: steps of 4, 4 and 2
 
 
-def test_packed_rows_take_the_place_of_records() -> None:
+def test_packed_rows_replace_records() -> None:
     some = [
         Example(np.full(n, at, np.int32), np.ones(n, np.bool_), f"r:{at}") for at, n in enumerate([5, 3, 6, 4, 7, 5])
     ]

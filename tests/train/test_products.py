@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(dtype: torch.dtype = torch.float64, dropout: bool = False, trained: bool = True) -> Tensors:
-    """x, W, factors as after training, a magnitude that is not the norm, and what dropout keeps."""
+    """Return x, W, factors as after training, a magnitude other than the norm, and a dropout mask."""
     made = {
         "x": torch.randn(TOKENS, INNER), "W": torch.randn(OUT, INNER), "A": torch.randn(RANK, INNER),
         "B": torch.randn(OUT, RANK) * 0.5, "m": torch.rand(OUT) + 0.5, "G": torch.randn(TOKENS, OUT),
@@ -36,7 +36,7 @@ def inputs(dtype: torch.dtype = torch.float64, dropout: bool = False, trained: b
 
 
 def formula(t: Tensors, magnitude: bool) -> torch.Tensor:
-    """`y` as the papers write it, the update a matrix: arXiv 2106.09685, 2402.09353."""
+    """Compute `y` by the papers' formulas, with a dense update: arXiv 2106.09685, 2402.09353."""
     x, seen = t["x"], t["x"] * t.get("mask", 1.0)
     y = x @ t["W"].T + seen @ (S * t["B"] @ t["A"]).T
     return y * (t["m"] / t["n"]) if magnitude else y
@@ -48,13 +48,13 @@ def ours(t: Tensors, magnitude: bool) -> torch.Tensor:
 
 
 def results(t: Tensors, magnitude: bool, function: Callable[[Tensors, bool], torch.Tensor]) -> list[torch.Tensor]:
-    """The output, and its gradients by x, A, B and the magnitude, for the cotangent G."""
+    """Return the output, and its gradients of x, A, B and the magnitude, for the cotangent G."""
     y = function(t, magnitude)
     return [y.detach(), *torch.autograd.grad(y, [t[name] for name in ("xABm" if magnitude else "xAB")], t["G"])]
 
 
 def off(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    """The largest difference, relative to the largest value of the same tensor."""
+    """Return the largest difference, relative to the largest value of the same tensor."""
     pairs = zip(found, wanted, strict=True)
     return max(float((one.double() - other).abs().max() / other.abs().max()) for one, other in pairs)
 
@@ -66,7 +66,7 @@ def wide(t: Tensors) -> Tensors:
 @pytest.mark.parametrize("magnitude", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 0.03)])
-def test_values_and_gradients_are_those_of_the_dense_formula(
+def test_values_and_gradients_equal_the_dense_formula(
     magnitude: bool, dropout: bool, dtype: torch.dtype, limit: float
 ) -> None:
     t = inputs(dtype, dropout)
@@ -74,7 +74,7 @@ def test_values_and_gradients_are_those_of_the_dense_formula(
 
 
 @pytest.mark.parametrize("magnitude", [False, True])
-def test_gradients_that_come_expanded_or_transposed(magnitude: bool) -> None:
+def test_expanded_and_transposed_gradients(magnitude: bool) -> None:
     for cotangent in (
         torch.ones(1, 1).expand(TOKENS, OUT),
         torch.randn(OUT, TOKENS).T,
@@ -117,7 +117,7 @@ def test_products_of_odd_shapes_and_strides(dtype: torch.dtype, rows: int, inner
         torch.testing.assert_close(times(one, other.t()), F.linear(x, W), rtol=4 * eps, atol=4 * eps * inner)
 
 
-def test_float32_goes_to_onednn_where_it_is_and_elsewhere_it_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_products_with_and_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W = torch.randn(19, 65), torch.randn(31, 65)
     found = times_transposed(x, W)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -127,7 +127,7 @@ def test_float32_goes_to_onednn_where_it_is_and_elsewhere_it_does_not_matter(mon
 
 
 def saved(run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
-    """What autograd keeps of `run` until the gradients are wanted."""
+    """Return the tensors that autograd saves during `run` for the gradients."""
     found: list[torch.Tensor] = []
     with saved_tensors_hooks(lambda tensor: (found.append(tensor), tensor)[1], lambda tensor: tensor):
         run()
@@ -135,7 +135,7 @@ def saved(run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_layer_keeps_its_input_and_what_is_of_the_rank(dtype: torch.dtype) -> None:
+def test_a_layer_saves_its_input_and_tensors_of_the_rank(dtype: torch.dtype) -> None:
     t = inputs(torch.float32)
     x, W = t["x"].detach().to(dtype).requires_grad_(), t["W"].to(dtype)
     x0, h, A, B = saved(lambda: low_rank(x, t["A"], t["B"], None, S, lambda: W))
@@ -149,7 +149,7 @@ def test_a_layer_keeps_its_input_and_what_is_of_the_rank(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("magnitude", [False, True])
-def test_the_base_is_not_read_again_for_gradients_that_nobody_wants(magnitude: bool) -> None:
+def test_the_base_is_not_read_for_unneeded_gradients(magnitude: bool) -> None:
     t, read = inputs(), []
 
     def dense() -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_the_base_is_not_read_again_for_gradients_that_nobody_wants(magnitude: b
     assert run(t["x"]) == 2
 
 
-def test_nothing_of_out_by_in_is_formed_for_a_gradient() -> None:
+def test_gradients_form_no_dense_matrix() -> None:
     shapes: list[tuple[int, ...]] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -185,7 +185,7 @@ def test_nothing_of_out_by_in_is_formed_for_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("times_norm", [1.02, 1.035, 0.9785])
-def test_a_magnitude_is_not_rounded_to_the_activations_precision(times_norm: float) -> None:
+def test_a_magnitude_is_not_rounded_to_the_dtype_of_activations(times_norm: float) -> None:
     t = inputs(torch.float32, trained=False)  # the bfloat16 nearest to 1.02 is 1.0234
     x, W = torch.randn(4000, INNER).bfloat16(), t["W"].bfloat16()
     n = W.float().norm(dim=1)
@@ -194,7 +194,7 @@ def test_a_magnitude_is_not_rounded_to_the_activations_precision(times_norm: flo
     assert float((y * exact).sum() / exact.square().sum()) == pytest.approx(times_norm, abs=5e-4)
 
 
-def test_a_row_of_zeros_stays_zero_and_spoils_nothing() -> None:
+def test_a_row_of_zeros_stays_zero_without_nan() -> None:
     t = inputs()
     with torch.no_grad():
         t["W"][2], t["B"][2], t["m"][2], t["n"][2] = 0, 0, 0, 0
@@ -207,7 +207,7 @@ def test_a_row_of_zeros_stays_zero_and_spoils_nothing() -> None:
     assert off([y[:, others], dx, dA, dB[others], dm[others]], results(less, True, formula)) < 1e-12
 
 
-def test_the_gradient_of_a_magnitude_that_is_zero_is_no_nan() -> None:
+def test_the_gradient_of_a_zero_magnitude_is_not_nan() -> None:
     assert products.gain(torch.zeros(2), torch.tensor([0.0, 2.0])).tolist() == [0, 0]
     t = inputs()
     with torch.no_grad():

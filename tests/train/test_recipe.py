@@ -1,4 +1,4 @@
-"""A recipe out of YAML: what it becomes, and what is refused in which words."""
+"""Recipes from YAML: the result, and the errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(file: Path, text: str, **overrides: Any) -> Recipe:
     return read_recipe(file, overrides)
 
 
-def test_a_file_as_people_write_it(file: Path) -> None:
+def test_a_typical_file(file: Path) -> None:
     recipe = read(
         file,
         """
@@ -55,12 +55,12 @@ def test_a_file_as_people_write_it(file: Path) -> None:
     assert recipe.method == "dora" and recipe.rank == 8 and recipe.alpha is None
 
 
-def test_the_command_line_has_the_last_word(file: Path) -> None:
+def test_the_command_line_overrides_the_file(file: Path) -> None:
     recipe = read(file, "rank: 4\nbatch-size: 2\nlr: 3e-4\n", rank=16, batch_size=5)
     assert (recipe.rank, recipe.batch_size, recipe.lr) == (16, 5, 3e-4)
 
 
-def test_all_of_it_goes_round(file: Path) -> None:
+def test_a_round_trip(file: Path) -> None:
     recipe = Recipe(
         base="b", data="d.jsonl", rank=3, alpha=7.5, targets=r".*\.layers\.[02]\..*", rank_pattern={"q": 2}, alpha_pattern={"k": 0.5},
         dropout=0.1, lr=2e-5, lora_plus=16.0, epochs=0.5, packing=True, sample=("a: b", "ü\n{}"), layers="0-5,10", seed=7,
@@ -90,7 +90,7 @@ def test_all_of_it_goes_round(file: Path) -> None:
         ("sample: [[1]]", r"sample\.0 is \[1\]"),
     ],
 )
-def test_what_a_file_may_not_say(file: Path, text: str, message: str) -> None:
+def test_invalid_values(file: Path, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read(file, text)
 
@@ -122,7 +122,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
     ids=lambda text: text[:40],
 )  # fmt: skip
-def test_what_is_no_recipe(file: Path, text: str, message: str) -> None:
+def test_files_that_are_not_a_recipe(file: Path, text: str, message: str) -> None:
     with pytest.raises(FormatError, match=rf"recipe\.yaml(:\d+)?:? ?{message}"):
         read(file, text)
 
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, file: Path) -> None:
         ({"alpha_pattern": {"q": float("nan")}}, "alpha_pattern: q nan: expected more than 0"),
     ],
 )  # fmt: skip
-def test_numbers_and_choices_that_mean_nothing(given: dict[str, Any], message: str) -> None:
+def test_invalid_numbers_and_choices(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Recipe(**given)
 
@@ -218,7 +218,7 @@ def test_contradictions(given: dict[str, Any], message: str) -> None:
         {"patience": 1, "eval_share": 0.2}, {"clip": 0.0, "warmup": 0.0, "seed": 0},
     ],
 )  # fmt: skip
-def test_what_goes_together(given: dict[str, Any]) -> None:
+def test_valid_combinations(given: dict[str, Any]) -> None:
     recipe = Recipe(**given)
     assert all(getattr(recipe, name) == value for name, value in given.items())
 
@@ -227,7 +227,7 @@ def test_a_step_is_its_batches() -> None:
     assert Recipe(batch_size=3, grad_accum=5).rows_per_step == 15
 
 
-def test_every_option_has_its_line_of_help_and_names_what_the_trainer_has() -> None:
+def test_every_option_has_a_help_line_with_valid_choices() -> None:
     choices = {one.name: one.choices for one in parameters(Recipe)}
     abouts = [one.about.help for one in parameters(Recipe)]
     assert all(about[:1].isupper() and not about.endswith(".") for about in abouts)

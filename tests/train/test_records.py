@@ -1,4 +1,4 @@
-"""Records out of files: literal ones of every kind, and the ways in which they are broken."""
+"""Records from files: literal ones of every kind, and malformed ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHAT = [{"role": "user", "content": "Où ?"}, {"role": "assistant", "content": "
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., list[Record | BadRecord]]:
-    """What is read from a file of these bytes."""
+    """Return the records in a file of these bytes."""
 
     def read(name: str, content: str | bytes, **fields: str) -> list[Record | BadRecord]:
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -50,7 +50,7 @@ def test_bom_crlf_and_blank_lines(read: Read, name: str) -> None:
     ]
 
 
-def test_a_line_ends_only_where_a_line_ends(read: Read) -> None:
+def test_only_newlines_end_a_line(read: Read) -> None:
     assert read("t.jsonl", '{"text": "a\u2028b\x85c"}\n{"text": "d"}') == [
         Record("t.jsonl:1", text="a\u2028b\x85c"),
         Record("t.jsonl:2", text="d"),
@@ -122,7 +122,7 @@ def test_an_empty_name_turns_a_form_off(read: Read) -> None:
     assert read("t.jsonl", line, messages="") == [Record("t.jsonl:1", text="t")]
 
 
-def test_a_file_with_other_fields_says_which_it_has(read: Read) -> None:
+def test_the_error_for_other_fields_lists_them(read: Read) -> None:
     lines = '[]\n{}\n{"question": "q", "answer": "a"}\n{"question": "r"}'
     with pytest.raises(
         FormatError, match=r"^t.jsonl:3: has the fields 'question', 'answer'; .*`prompt_field` and `comp"
@@ -151,11 +151,11 @@ def test_json_arrays(read: Read, content: str) -> None:
     assert bad == BadRecord("t.json: record 2", "is int, expected an object with fields")
 
 
-def test_one_chat_is_a_record_and_no_list_of_them(read: Read) -> None:
+def test_a_single_chat_is_a_record(read: Read) -> None:
     assert read("t.json", json.dumps({"messages": CHAT})) == [Record("t.json: record 1", messages=tuple(CHAT))]
 
 
-def test_json_lines_that_call_themselves_json(read: Read) -> None:
+def test_json_lines_in_a_json_file(read: Read) -> None:
     first, bad, last = read("t.json", '{"text": "a"}\n{"text": \n{"text": "b"}\n')
     assert (first, last) == (Record("t.json:1", text="a"), Record("t.json:3", text="b"))
     assert isinstance(bad, BadRecord) and bad.where == "t.json:2"
@@ -186,7 +186,7 @@ def test_tables(read: Read, name: str, between: str) -> None:
     assert broken == BadRecord(f"{name}:8", "has invalid UTF-8 or a lone surrogate")
 
 
-def test_a_table_with_a_broken_quote_reads_on(read: Read) -> None:
+def test_a_table_with_an_unclosed_quote(read: Read) -> None:
     first, bad, last = read("t.csv", 'text\na\n"b"c\nd\n')
     assert (first, last) == (Record("t.csv:2", text="a"), Record("t.csv:4", text="d"))
     assert isinstance(bad, BadRecord) and bad.where == "t.csv:3" and "is not valid CSV" in bad.why
@@ -202,7 +202,7 @@ def test_a_long_cell_and_a_header_that_names_a_field_twice(read: Read) -> None:
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.md"])
-def test_a_text_a_line(read: Read, name: str) -> None:
+def test_one_text_per_line(read: Read, name: str) -> None:
     first, second, bad = read(name, b"\xef\xbb\xbf# One \r\n\n   \n  two\n\xff\n", text="body")
     assert (first, second) == (Record(f"{name}:1", text="# One "), Record(f"{name}:4", text="  two"))
     assert isinstance(bad, BadRecord) and bad.where == f"{name}:5" and "UTF-8" in bad.why
@@ -216,7 +216,9 @@ def test_a_text_a_line(read: Read, name: str) -> None:
         ("t.csv", 'text\na\n"%s"\nb\n'),
     ],
 )  # fmt: skip
-def test_a_line_without_end_is_not_held(read: Read, name: str, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_is_not_held_in_memory(
+    read: Read, name: str, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(records, "LINE", 1000)
     first, bad, last = read(name, content % ("x" * 5000))
     assert (first, last) == (Record(first.where, text="a"), Record(last.where, text="b"))
@@ -224,8 +226,8 @@ def test_a_line_without_end_is_not_held(read: Read, name: str, content: str, mon
     assert [int(one.where.split(":")[1]) - int(first.where.split(":")[1]) for one in (bad, last)] == [1, 2]
 
 
-def test_a_row_without_end_is_not_held(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a quote that nothing closes all that follows is one cell, or ever more cells of one row."""
+def test_an_endless_row_is_not_held_in_memory(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an unclosed quote the rest is one cell, or more and more cells of one row."""
     monkeypatch.setattr(records, "LINE", 1000)
     for content in ('text\na\n"' + "x\n" * 5000, "text\na\n" + '"x\n",' * 5000):
         first, *bad = read("t.csv", content)
@@ -243,7 +245,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
                 list(read_records(path))
 
 
-def test_json_that_is_too_large_to_be_held(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_that_is_too_large_for_memory(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "WHOLE", 1000)
     with pytest.raises(
         FormatError, match=r"t.json: is larger than 1,000 bytes; convert it to JSON lines \(.jsonl\), read as a stream"
@@ -274,8 +276,8 @@ def test_parquet(tmp_path: Path, read: Read) -> None:
         read("t.parquet", b"PAR1 and no more")
 
 
-def test_a_parquet_file_unpacks_to_no_more_than_it_should_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few bytes can claim any number of rows of any size, and metadata can say that they do not."""
+def test_the_limit_on_an_unpacked_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes can claim any number of rows of any size, and the metadata can deny it."""
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(records, "LINE", 1_000_000)
     monkeypatch.setattr(records, "UNPACKED", 2_000_000)
@@ -301,7 +303,7 @@ def test_a_parquet_file_unpacks_to_no_more_than_it_should_hold(tmp_path: Path, m
         read({"text": [text]})
 
 
-def test_parquet_of_what_is_no_text(tmp_path: Path) -> None:
+def test_parquet_with_values_that_are_not_text(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     broken = arrow.Array.from_buffers(arrow.string(), 1, arrow.array([b"\xff"]).buffers())
     for column, why in ((arrow.array([b"a"]), "bytes is not JSON"), (broken, "can't decode byte 0xff")):
@@ -358,7 +360,7 @@ def test_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
         list(read_records(name))
 
 
-def test_what_cannot_be_read(read: Read, tmp_path: Path) -> None:
+def test_unreadable_files(read: Read, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"t.pickle: unsupported file type, expected .jsonl, "):
         read("t.pickle", b"")
     (tmp_path / "folder.jsonl").mkdir()

@@ -1,4 +1,4 @@
-"""Whole training runs on a tiny model: what they leave, and that no interruption changes a bit of it."""
+"""Whole training runs on a tiny model: their files, and the same bits after any interruption."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts that count upwards, of uneven length: something to learn."""
+    """Increasing sequences of uneven length, which can be learned."""
     file = tmp_path_factory.mktemp("data") / "train.jsonl"
     texts = [" ".join(WORDS[n % 50 : n % 50 + 3 + n * 7 % 8]) for n in range(40)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -97,7 +97,7 @@ def same(one: Path, other: Path) -> bool:
      {"targets": "q_proj,embed_tokens"}, {"grad_accum": 3}, {"gradient_checkpointing": True}, {"dtype": "bf16"}, {"dtype": "fp16"}],
     ids=str,
 )  # fmt: skip
-def test_a_run_teaches_and_peft_reads_what_it_leaves(
+def test_a_run_learns_and_peft_loads_its_adapter(
     recipe: Callable[..., Recipe], base: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     events = list(train(recipe(eval_share=0.2, epochs=4, **changes), tmp_path / "out"))
@@ -119,7 +119,7 @@ def test_a_run_teaches_and_peft_reads_what_it_leaves(
     torch.testing.assert_close(merged, logits, atol=1e-4, rtol=1e-4)
 
 
-def test_full_fine_tuning_leaves_a_model(recipe: Callable[..., Recipe], base: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_writes_a_model(recipe: Callable[..., Recipe], base: Path, tmp_path: Path) -> None:
     events = list(train(recipe(method="full", dropout=0.0, eval_share=0.2, lr=1e-3), tmp_path / "out"))
     [started] = [event for event in events if isinstance(event, Started)]
     assert started.trained == started.parameters
@@ -140,7 +140,7 @@ def test_a_compiled_model_has_the_same_losses(recipe: Callable[..., Recipe], tmp
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
-def test_the_base_is_named_so_that_peft_finds_it(
+def test_peft_finds_the_base_by_its_name(
     recipe: Callable[..., Recipe], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished(train(recipe(max_steps=1), tmp_path / "one"))
@@ -162,7 +162,7 @@ def test_the_base_is_named_so_that_peft_finds_it(
         ("Tiny", ["lab/Tiny"], False, None),
     ],
 )  # fmt: skip
-def test_the_hub_id_of_a_base_is_taken_from_its_files_where_they_tell(
+def test_the_hub_id_of_a_base(
     base: Path, tmp_path: Path, folder: str, said: Any, record: bool, wanted: str | None
 ) -> None:
     copy = Path(shutil.copytree(base, tmp_path / folder))
@@ -182,7 +182,7 @@ def test_a_base_in_4_bits(recipe: Callable[..., Recipe], tmp_path: Path, kind: s
     assert measured[-1] < measured[0] - 0.05
 
 
-def test_loftq_begins_nearer_to_the_base(recipe: Callable[..., Recipe], base: Path) -> None:
+def test_loftq_starts_closer_to_the_base(recipe: Callable[..., Recipe], base: Path) -> None:
     wanted = recipe(quantize="fp4", init="loftq", targets="all-linear", rank=12, alpha=5.0)
     model = load_model(open_checkpoint(base), torch.float32, torch.device("cpu"), "fp4")
     prepare(model, wanted, open_checkpoint(base))
@@ -194,7 +194,7 @@ def test_loftq_begins_nearer_to_the_base(recipe: Callable[..., Recipe], base: Pa
         assert (layer.dense() + layer.scaling * B @ A - W).norm() < 0.75 * (layer.dense() - W).norm()
 
 
-def test_the_card_says_how_it_came_about(recipe: Callable[..., Recipe], data: Path, tmp_path: Path) -> None:
+def test_the_model_card(recipe: Callable[..., Recipe], data: Path, tmp_path: Path) -> None:
     finished(train(recipe(eval_share=0.1), tmp_path / "out", command="adapterkit train …"))
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (
@@ -224,11 +224,11 @@ def test_one_is_one(base: Path, tmp_path: Path) -> None:
     assert "1 step of 1 record |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+def test_a_perplexity_that_overflows_is_infinite() -> None:
     assert perplexity(2.0) == pytest.approx(7.389056) and perplexity(1e4) == float("inf")
 
 
-def test_what_never_had_a_gradient_is_told(
+def test_modules_without_a_gradient_are_reported(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (
@@ -242,7 +242,7 @@ def test_what_never_had_a_gradient_is_told(
     assert done.without_gradient == ("model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj")
 
 
-def test_training_goes_on_from_an_adapter(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_training_continues_from_an_adapter(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     finished(train(recipe(method="dora", rank=4, alpha=6, dropout=0.0), tmp_path / "one"))
     before = weights(tmp_path / "one")
     events = list(train(recipe(init_from=str(tmp_path / "one"), lr=1e-9, eval_share=0.2), tmp_path / "two"))
@@ -289,9 +289,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert steps("whole") == steps("parts")
 
 
-def test_what_a_crash_leaves_is_resumed(
-    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_after_a_crash(recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = recipe(save_every=4)
     finished(train(wanted, tmp_path / "whole"))
     real = Loop.advance
@@ -338,13 +336,13 @@ def test_other_data_is_not_resumed(recipe: Callable[..., Recipe], data: Path, tm
         next(train(wanted, tmp_path / "out", resume=True))
 
 
-def test_there_is_nothing_to_resume(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_nothing_to_resume(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no checkpoint beside"):
         next(train(recipe(), tmp_path / "out", resume=True))
 
 
 def test_killed_while_it_writes(recipe: Callable[..., Recipe], base: Path, data: Path, tmp_path: Path) -> None:
-    """SIGKILL at a checkpoint's rename: the one before is whole, and the run ends as if nothing had happened."""
+    """SIGKILL at a checkpoint's rename: the previous one is intact, and the resumed run ends with the same bits."""
     wanted = recipe(save_every=2, dropout=0.0)
     finished(train(wanted, tmp_path / "whole"))
     script = f"""
@@ -368,7 +366,9 @@ list(train(Recipe(base={str(base)!r}, data={str(data)!r}, batch_size=4, epochs=2
     assert same(tmp_path / "whole", tmp_path / "out")
 
 
-def test_the_best_state_is_kept(recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_state_is_saved(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7])
     monkeypatch.setattr(Loop, "evaluate", lambda *_: next(told))
     done = finished(train(recipe(eval_share=0.2, eval_every=2, patience=2), tmp_path / "out"))
@@ -393,13 +393,13 @@ def _after(steps: int) -> Callable[[], bool]:
     return stop
 
 
-def test_a_loss_that_is_no_number_stops_with_its_cause(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_the_run_with_its_cause(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     with pytest.raises(AdapterkitError, match=r"step \d+: the (loss|gradient's norm) is (nan|inf).*`lr`"):
         finished(train(recipe(lr=1e38, clip=0.0, warmup=0.0, schedule="constant"), tmp_path / "out"))
 
 
-def test_records_are_weighed_by_their_tokens(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    """A step in one batch, or in several: the same sum over the same tokens."""
+def test_records_are_weighted_by_their_tokens(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """A step in one batch or in several is the same sum over the same tokens."""
     one = losses(train(recipe(batch_size=8, grad_accum=1, dropout=0.0), tmp_path / "one"))
     four = losses(train(recipe(batch_size=2, grad_accum=4, dropout=0.0), tmp_path / "four"))
     assert four == pytest.approx(one, rel=1e-4)
@@ -410,7 +410,9 @@ def test_records_are_weighed_by_their_tokens(recipe: Callable[..., Recipe], tmp_
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "adapterkit"]
 
 
-def test_two_processes_are_as_one(recipe: Callable[..., Recipe], base: Path, data: Path, tmp_path: Path) -> None:
+def test_two_processes_compute_the_same_as_one(
+    recipe: Callable[..., Recipe], base: Path, data: Path, tmp_path: Path
+) -> None:
     words = ["train", str(base), str(data), "--batch-size", "3", "--grad-accum", "2", "--lr", "1e-2", "--eval-share",
              "0.2", "--max-steps", "8", "--epochs", "9", "--eval-every", "4", "--method", "dora"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -433,7 +435,7 @@ def test_two_processes_are_as_one(recipe: Callable[..., Recipe], base: Path, dat
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_what_one_began(
+def test_two_processes_resume_the_run_of_one(
     recipe: Callable[..., Recipe], base: Path, data: Path, tmp_path: Path
 ) -> None:
     wanted = recipe(dropout=0.0, max_steps=8, epochs=9.0)
@@ -471,7 +473,7 @@ def test_the_command(base: Path, data: Path, tmp_path: Path) -> None:
     assert same(out, tmp_path / "again")
 
 
-def test_ctrl_c_tells_how_to_go_on(base: Path, data: Path, tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_resume(base: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["-m", "adapterkit", "train", str(base), str(data), "-o", str(out), "--epochs", "100000"]
     process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
@@ -486,10 +488,10 @@ def test_ctrl_c_tells_how_to_go_on(base: Path, data: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["a b\n\x1b[2J\u202e", "-it's"])
-def test_the_command_to_go_on_works_as_printed(
+def test_the_printed_command_to_resume_works(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """As bash reads it, whatever characters the output's name has."""
+    """In bash, whatever characters the output's name has."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr("adapterkit.cli.commands.train._stop_requested", lambda: nullcontext(lambda: True))
@@ -501,7 +503,9 @@ def test_the_command_to_go_on_works_as_printed(
     assert (tmp_path / name / "out" / "adapter_model.safetensors").is_file()
 
 
-def test_memory_is_told_before(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_estimated_before_the_run(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = invoke("train", base, data, "--memory")
     assert result.exit_code == 0 and "activations" in result.stdout and "free" in result.stdout
     monkeypatch.setattr("adapterkit.train.runs.memory.available", lambda _: 1000)
@@ -526,7 +530,7 @@ def test_memory_is_told_before(base: Path, data: Path, tmp_path: Path, monkeypat
         (["--layers", "0-99999999999"], UsageError, "expected numbers and ranges"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_invalid_runs_are_refused(
     base: Path, data: Path, tmp_path: Path, words: list[str], error: type[Exception], said: str
 ) -> None:
     result = invoke("train", base, data, "-o", tmp_path / "out", *words)
@@ -536,8 +540,8 @@ def test_what_makes_no_sense_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_in_the_output_stays(base: Path, data: Path, tmp_path: Path) -> None:
-    """As any input: of an output that is replaced, nothing is left."""
+def test_an_output_that_contains_the_recipe_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    """Like any input, since replacing an output removes all of it."""
     recipe = tmp_path / "out" / "recipe.yaml"
     recipe.parent.mkdir()
     recipe.write_text(f"base: {base}\ndata: {data}\n")
@@ -554,7 +558,9 @@ def test_a_recipe_in_the_output_stays(base: Path, data: Path, tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_no_weight_is_made_up(base: Path, data: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_no_weight_is_initialized_at_random(
+    base: Path, data: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     wrong = tmp_path / "wrong"
     shutil.copytree(base, wrong)
     config = json.loads((wrong / "config.json").read_text())
@@ -583,7 +589,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     finished(train(recipe(save_every=2), tmp_path / "out", resume=True))
 
 
-def test_bad_records_stop_a_run_or_are_left_out(base: Path, data: Path, tmp_path: Path) -> None:
+def test_bad_records_stop_a_run_or_are_skipped(base: Path, data: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text(data.read_text() + '{"text": ""}\n{"text": \n')
     result = invoke("train", base, broken, "-o", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Records as tokens, checked by hand on SmolLM2's tokenizer: what is read, and what is learned."""
+"""Tokenizing records, checked by hand with SmolLM2's tokenizer: input tokens and counted tokens."""
 
 from __future__ import annotations
 
@@ -66,28 +66,28 @@ def refused(record: Record, tokenizer: Any, max_length: int = 512) -> str:
 
 
 def chat(*turns: str, first: str = "user") -> Record:
-    """Turns by user and assistant in turn, after a system's where it is `first`."""
+    """Return alternating turns of user and assistant, after a system's if it is `first`."""
     roles = ["system"] * (first == "system") + ["user", "assistant"] * len(turns)
     return Record("c:1", messages=tuple({"role": r, "content": t} for r, t in zip(roles, turns, strict=False)))
 
 
 def runs(example: Example, tokenizer: Any) -> list[str]:
-    """The counted tokens as text, one for each run of them."""
+    """Return the counted tokens as text, one string per contiguous run."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], example.counted, [0]])))
     return [tokenizer.decode(example.ids[a:b]) for a, b in edges.reshape(-1, 2)]
 
 
-def test_a_text_counts_whole_but_for_its_first_token(tokenizer: Any) -> None:
+def test_all_tokens_of_a_text_but_the_first_count(tokenizer: Any) -> None:
     example = made(Record("t:1", text="Hi there"), tokenizer)
     assert [tokenizer.decode(i) for i in example.ids] == ["Hi", " there", "<|im_end|>"]
     assert example.counted.tolist() == [False, True, True]
 
 
-def test_a_text_that_ends_gets_no_second_end(tokenizer: Any) -> None:
+def test_no_second_end_token(tokenizer: Any) -> None:
     assert made(Record("t:1", text="Hi<|im_end|>"), tokenizer).ids.tolist() == [26843, EOS]
 
 
-def test_a_prompt_is_read_and_its_completion_learned(tokenizer: Any) -> None:
+def test_only_the_completion_of_a_prompt_counts(tokenizer: Any) -> None:
     example = made(Record("t:1", prompt="2 + 2 =", completion=" 4."), tokenizer)
     assert [tokenizer.decode(i) for i in example.ids] == ["2", " +", " ", "2", " =", " ", "4", ".", "<|im_end|>"]
     assert example.counted.tolist() == [False] * 5 + [True] * 4
@@ -95,7 +95,7 @@ def test_a_prompt_is_read_and_its_completion_learned(tokenizer: Any) -> None:
 
 
 class Special:
-    """A tokenizer of characters, with 1 before and, where told to, 2 after what has special tokens."""
+    """A tokenizer of characters that adds 1 before, and on request 2 after, if it has special tokens."""
 
     chat_template = None
 
@@ -120,7 +120,7 @@ def test_special_tokens_of_other_tokenizers() -> None:
     assert refused(Record("t:1", text=""), Special(ends=False, eos=None)) == "has no token to learn (1 in total)"
 
 
-def test_a_chat_counts_what_the_assistant_says(tokenizer: Any) -> None:
+def test_only_the_assistants_turns_of_a_chat_count(tokenizer: Any) -> None:
     example = made(chat("2+2?", "4"), tokenizer)
     assert tokenizer.decode(example.ids) == (
         SYSTEM + "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
@@ -144,8 +144,8 @@ def test_two_turns_of_the_assistant_in_a_row(tokenizer: Any) -> None:
     assert runs(made(Record("c:1", messages=tuple(turns)), tokenizer), tokenizer) == ["b<|im_end|>", "c<|im_end|>"]
 
 
-def test_the_assistants_tokens_are_those_that_are_generated(tokenizer: Any) -> None:
-    """What is read before the first counted token is what generating would read."""
+def test_counted_tokens_are_those_to_generate(tokenizer: Any) -> None:
+    """The input before the first counted token is the prompt for generation."""
     record = chat("a", "b", "c", "d")
     example = made(record, tokenizer)
     prompt = tokenizer.apply_chat_template(
@@ -155,7 +155,7 @@ def test_the_assistants_tokens_are_those_that_are_generated(tokenizer: Any) -> N
     assert example.ids[: starts[1]].tolist() == prompt
 
 
-def test_a_template_that_writes_turns_otherwise_later(tokenizer: Any) -> None:
+def test_a_template_that_renders_earlier_turns_differently(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML.replace(
         "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think>{% endif %}{{ m.content }}"
     )
@@ -166,7 +166,7 @@ def test_a_template_that_writes_turns_otherwise_later(tokenizer: Any) -> None:
     assert runs(made(chat("a", "b", "c", "d"), tokenizer), tokenizer) == ["b<|im_end|>", "d<|im_end|>"]
 
 
-def test_a_template_that_refuses(tokenizer: Any) -> None:
+def test_a_template_that_raises(tokenizer: Any) -> None:
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     tokenizer.chat_template = refusal + CHATML
     assert refused(chat("s", "a", "b", first="system"), tokenizer) == "the chat template rejects it: no system here"
@@ -175,7 +175,7 @@ def test_a_template_that_refuses(tokenizer: Any) -> None:
     assert refused(chat("a", "b"), tokenizer).startswith("the chat template rejects it: ")
 
 
-def test_a_chat_that_the_assistant_begins(tokenizer: Any) -> None:
+def test_a_chat_that_starts_with_the_assistant(tokenizer: Any) -> None:
     record = Record("c:1", messages=({"role": "assistant", "content": "a"},))
     assert "the chat template rejects it: " in refused(record, tokenizer)
 
@@ -248,7 +248,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_real_templates_are_written_as_transformers_writes_them(tokenizer: Any, name: str) -> None:
+def test_real_templates_render_as_in_transformers(tokenizer: Any, name: str) -> None:
     tokenizer.chat_template, CHATS.tokenizer = TEMPLATES[name], tokenizer
     for record in (
         chat("Où ?", "Là 🙂."), chat("a", " b \n", "c", "<think>x</think>\n\nd"), chat("s", "a", "b", first="system"),
@@ -289,8 +289,8 @@ def test_real_templates_are_written_as_transformers_writes_them(tokenizer: Any, 
     ],
     ids=lambda text: text[:30],
 )  # fmt: skip
-def test_a_template_that_never_ends_is_ended(tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By processor time, so that it does not depend on what else runs here."""
+def test_an_endless_template_is_stopped(tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By CPU time, so that it doesn't depend on the load of the machine."""
     monkeypatch.setattr(chats, "SECONDS", 0)  # until its next whole second
     tokenizer.chat_template = template
     with pytest.raises(FormatError, match="c:1: the chat template (took more than 0 s of CPU time|rejects it: )"):
@@ -309,7 +309,7 @@ def test_a_template_that_never_ends_is_ended(tokenizer: Any, template: str, monk
     ],
     ids=lambda text: text[:30],
 )  # fmt: skip
-def test_a_template_that_takes_all_memory_or_reaches_out_is_refused(tokenizer: Any, template: str) -> None:
+def test_a_template_that_exceeds_memory_or_escapes_is_refused(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template
     reason = refused(chat("a", "b"), tokenizer)
     assert "the chat template " in reason and not reason.endswith("rejects it: ")
@@ -317,7 +317,7 @@ def test_a_template_that_takes_all_memory_or_reaches_out_is_refused(tokenizer: A
     assert runs(made(chat("a", "b"), tokenizer), tokenizer) == ["b<|im_end|>"]  # the process that renders goes on
 
 
-def test_a_template_that_writes_too_much(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_with_too_much_output(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.chat_template = "{{ 'a ' * 3000000 }}" + CHATML
     assert refused(chat("a", "b"), tokenizer).startswith("has 6,000,0")
     monkeypatch.setattr(chats, "LINE", 5_000_000)
@@ -325,7 +325,7 @@ def test_a_template_that_writes_too_much(tokenizer: Any, monkeypatch: pytest.Mon
         encode_all([chat("a", "b")], tokenizer, 64)
 
 
-def test_a_record_is_bounded_before_it_is_tokenized(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_is_truncated_before_it_is_tokenized(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "MAX_CHARACTERS", 100)
     why = "has 105 characters, expected at most 100; split it into several records"
     assert refused(Record("t:1", text="ab " * 35), tokenizer, 9) == why
@@ -346,7 +346,7 @@ def test_truncation_cuts_the_end(tokenizer: Any) -> None:
     assert runs(made(record, tokenizer, 4), tokenizer) == [" four"]
 
 
-def test_all_of_them(tokenizer: Any) -> None:
+def test_encoding_all_records(tokenizer: Any) -> None:
     records = [
         Record("t:1", text="one two"),  # 3 tokens, 2 counted
         Record("t:2", text="one two three four five"),  # 6 tokens, cut to 4, 3 counted
@@ -370,7 +370,7 @@ def test_all_of_them(tokenizer: Any) -> None:
     ]
 
 
-def test_many_bad_ones_are_counted_and_ten_listed(tokenizer: Any) -> None:
+def test_many_bad_records_are_counted_and_ten_listed(tokenizer: Any) -> None:
     bad = [BadRecord(f"t:{number}", "is empty") for number in range(1, 14)]
     with pytest.raises(FormatError) as caught:
         encode_all([*bad, Record("t:14", text="one two")], tokenizer, 8, skip_bad=False)
@@ -390,7 +390,7 @@ def test_nothing_to_train_on(tokenizer: Any) -> None:
 
 
 def numbered(count: int) -> Encoded:
-    """Examples whose only token is their number, every third cut."""
+    """Return examples whose only token is their number, every third truncated."""
     yes = np.ones(1, np.bool_)
     examples = [Example(np.array([n], np.int32), yes, f"t:{n}", cut=int(n % 3 == 0)) for n in range(count)]
     return Encoded(
@@ -403,7 +403,7 @@ def places(encoded: Encoded) -> list[int]:
     return [int(example.ids[0]) for example in encoded.examples]
 
 
-def test_a_split_is_in_order_whole_and_of_its_seed() -> None:
+def test_a_split_preserves_the_order_and_depends_on_the_seed() -> None:
     encoded = numbered(40)
     train, valid = split(encoded, 0.25, seed=3)
     assert (len(train.examples), len(valid.examples)) == (30, 10)
