@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         plan_resize,
         resize,
     )
+    from adapterkit.api.evaluate import Evaluated, evaluate
     from adapterkit.api.hub import plan_pull, plan_push, pull, push
     from adapterkit.api.inspect import inspect, list_adapters
     from adapterkit.api.merge import merge, plan_merge, plan_quantize, quantize, verify
@@ -90,16 +91,17 @@ _EXPORTS = {
     **dict.fromkeys(("BytesDone", "Fetched", "Pulled", "Pushed"), "hub.events"),
     **dict.fromkeys(("inspect", "list_adapters"), "api.inspect"),
     **dict.fromkeys(("AdapterReport", "BaseReport"), "inspection.report"),
+    **dict.fromkeys(("Evaluated", "evaluate"), "api.evaluate"),
     "PullPlan": "hub.pull", "PushPlan": "hub.upload.push",
 }  # fmt: skip
 
 __all__ = [
-    "Adapter", "AdapterMade", "AdapterPlan", "AdapterReport", "AdapterkitError", "BaseReport", "BytesDone", "Fetched",
-    "LazyTensor", "LoraWeights", "MergePlan", "Merged", "ModuleDone", "PullPlan", "Pulled", "PushPlan", "Pushed",
-    "RunOptions", "StepStarted", "TensorMerged", "UnmergePlan", "__version__", "apply", "combine", "compare", "convert",
-    "extract", "finish", "inspect", "list_adapters", "load", "merge", "plan_combine", "plan_convert", "plan_extract",
-    "plan_merge", "plan_pull", "plan_push", "plan_quantize", "plan_resize", "plan_unmerge", "pull", "push", "quantize",
-    "remove", "resize", "run", "run_file", "save", "unmerge", "verify",
+    "Adapter", "AdapterMade", "AdapterPlan", "AdapterReport", "AdapterkitError", "BaseReport", "BytesDone", "Evaluated",
+    "Fetched", "LazyTensor", "LoraWeights", "MergePlan", "Merged", "ModuleDone", "PullPlan", "Pulled", "PushPlan",
+    "Pushed", "RunOptions", "StepStarted", "TensorMerged", "UnmergePlan", "__version__", "apply", "combine", "compare",
+    "convert", "evaluate", "extract", "finish", "inspect", "list_adapters", "load", "merge", "plan_combine",
+    "plan_convert", "plan_extract", "plan_merge", "plan_pull", "plan_push", "plan_quantize", "plan_resize",
+    "plan_unmerge", "pull", "push", "quantize", "remove", "resize", "run", "run_file", "save", "unmerge", "verify",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ INNER = {
     "hub": "{client events names} < {remote upload} < download < {locate pull} < listing < removal",
     "merging": "{options plan} < {blocks calibration receipts} < {companions live verify} < run < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract write}",
-    "train": "{products recipe} < {data initial loss} < {causal_lm layers} < {injection loop} < runs",
+    "train": "{products recipe} < {data evaluate_options initial loss} < {causal_lm layers} < {injection loop} < runs",
     "cli": "{data_notes naming options signals} < output < {complete failures next_commands progress} < {command run_plan views} < {main commands}",
 }
 

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 def plan_pull(o: PullOptions) -> PullPlan:
     """Plan a download: the files that the Hub cache lacks, by their hashes; nothing is downloaded but headers.
 
-    Args:
-        ids: `org/name`, `org/name@revision` or `org/name:folder`; or several.
-        out: a new directory to copy the only one to; None leaves it in the Hub cache.
-
     Returns:
         The plan: `print` shows it, `run` runs it.
 
@@ -46,10 +42,6 @@ def plan_pull(o: PullOptions) -> PullPlan:
 def pull(o: PullCall) -> Pulled:
     """Download in one call: `plan_pull`, then `run` to its end.
 
-    Args:
-        ids, out: as `plan_pull` takes them.
-        progress: draw a bar.
-
     Returns:
         The local folders, one an id: `path` is the first, or only, one.
 
@@ -63,15 +55,6 @@ def pull(o: PullCall) -> Pulled:
 @takes(PushOptions)
 def plan_push(o: PushOptions) -> PushPlan:
     """Plan an upload: the folder, its base, the token and the repository are checked; nothing is sent.
-
-    Args:
-        path: the folder of an adapter or a model.
-        repo: `ORG/NAME`, or `NAME` for one of the token's owner.
-        base_id: Hub id of the base, where the adapter names a local path.
-        license: for the card.
-        message: of the commit.
-        private: make the repository private, if it is new.
-        pr: open a pull request instead of changing the main branch.
 
     Returns:
         The plan: `print` shows it, `run` runs it.
@@ -92,10 +75,6 @@ def plan_push(o: PushOptions) -> PushPlan:
 @takes(PushCall)
 def push(o: PushCall) -> Pushed:
     """Upload in one call: `plan_push`, then `run` to its end, in one commit.
-
-    Args:
-        path, repo, base_id, license, message, private, pr: as `plan_push` takes them.
-        progress: draw a bar.
 
     Returns:
         Where it is: `url`, and `commit`, which is None where nothing had changed.

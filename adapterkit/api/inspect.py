@@ -43,14 +43,6 @@ def inspect(o: InspectOptions) -> Report:
 
     What is on the Hub and not in its cache is not downloaded: headers and configs are read, some kilobytes.
 
-    Args:
-        adapter: a path, a Hub id, or an opened `Adapter`; or the path or Hub id of a base.
-        against: a base that the adapter should fit, by which its norms are compared with those of the weights.
-        header_only: read no weights.
-        full: download what is on the Hub.
-        alpha, scaling: the strength of an adapter without a config.
-        progress: draw a bar.
-
     Returns:
         An `AdapterReport`, or of a base a `BaseReport`.
 
@@ -106,14 +98,6 @@ def inspecting(o: InspectOptions) -> Generator[ModuleMeasured | Report, None, No
 @takes(ListOptions)
 def list_adapters(o: ListOptions) -> list[AdapterEntry]:
     """List the adapters in folders and below, in the Hub cache and, with `hub`, on the Hub, from headers and configs.
-
-    Args:
-        folders: a folder, or several; none is the current one.
-        base: only adapters for this base: its Hub id, or the last part of its path.
-        search: only adapters with all these words in their names or targets.
-        sort: name, rank, size, modified, downloads or likes; on the Hub the last three, or trending.
-        hub: list adapters on the Hub too, at most `limit`; with `details` their headers are read.
-        progress: draw a bar of what is downloaded.
 
     Returns:
         A row for each; `problem` says what is wrong with it.

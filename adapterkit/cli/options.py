@@ -69,7 +69,7 @@ def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Cal
     settings: dict[str, Any] = {"help": one.help, "default": None, "required": one.required, "metavar": metavar}
     flags = one.flags
     if one.kind == "flag":
-        if negatable:
+        if negatable or one.default is None:
             flags = tuple(f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags)
         else:
             settings |= {"is_flag": True, "flag_value": not one.default}

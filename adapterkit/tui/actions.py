@@ -10,6 +10,7 @@ from typing import Literal
 from adapterkit.api.options.adapters import CombineOptions, ConvertOptions, ExtractOptions, ResizeOptions
 from adapterkit.api.options.hub import PullOptions, PushOptions
 from adapterkit.api.options.merges import MergeOptions, UnmergeOptions, VerifyOptions
+from adapterkit.api.options.training import TrainRunOptions
 from adapterkit.options import Parameter, parameters
 from adapterkit.text import command
 
@@ -78,7 +79,6 @@ def _field(parameter: Parameter) -> Field:
 
 
 PLAN = ("--dry-run",)
-OUT = Field("-o", "write to", needed=True)
 
 ACTIONS = {
     action.command: action
@@ -90,12 +90,7 @@ ACTIONS = {
         Action("resize", "z", "Change the rank", form_of(ResizeOptions), PLAN),
         Action("convert", "D", "Convert to DoRA or back", form_of(ConvertOptions), PLAN),
         Action("extract", "e", "Extract from a fine-tuned model", form_of(ExtractOptions), PLAN),
-        Action(
-            "train", "t", "Train from a recipe",
-            (Field("--recipe", "recipe (YAML)", needed=True), OUT, Field("--resume", "continue a run", "flag"),
-             Field("--overwrite", "replace an output that adapterkit wrote", "flag")),
-            ("--memory",),
-        ),
+        Action("train", "t", "Train from a recipe", form_of(TrainRunOptions), ("--memory",)),
         Action("pull", "d", "Download", form_of(PullOptions), PLAN),
         Action("push", "P", "Push to the Hub", form_of(PushOptions), PLAN),
     )

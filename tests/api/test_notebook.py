@@ -21,6 +21,7 @@ from hostile import FOLDER, HOSTILE, steering, write_hostile_adapter, write_host
 
 import adapterkit
 from adapterkit import errors
+from adapterkit.api.evaluate import Evaluated
 from adapterkit.display import Displayed
 from adapterkit.errors import ChangedError
 from adapterkit.files.safetensors import TensorInfo
@@ -31,6 +32,10 @@ from adapterkit.hub.pull import PullPlan
 from adapterkit.hub.remote import Remote, RemoteFile
 from adapterkit.hub.upload.prepare import PreparedFolder
 from adapterkit.hub.upload.push import PushPlan
+from adapterkit.train.data.tokenize import Encoded
+from adapterkit.train.evaluate_options import EvaluateOptions
+from adapterkit.train.runs.answer_scores import Prediction
+from adapterkit.train.runs.evaluate import Likelihood, Scored, Started
 
 
 @pytest.fixture
@@ -148,6 +153,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     *_, made = adapterkit.run(combined)
     [pair] = adapterkit.compare([one, two])
     name = next(iter(adapter))
+    started = Started(Encoded((), ()), 1, 3, HOSTILE, HOSTILE, True)
+    scored = Scored(Likelihood((1.0,), (2,), (1,)), (Prediction(HOSTILE, "a", "b", "c", False, 0.5, None),))
     file = RemoteFile(HOSTILE, 9, None)
     download = Download(Remote(HubId(HOSTILE), "0" * 40, (file,), True), (file,), folder, 9)
     found = [
@@ -156,6 +163,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         adapterkit.plan_unmerge(folder / "twice", folder / "back", every=True, adapters=[one, two]),
         *list(adapterkit.verify(folder / "merged", base, one))[-1:],
         adapterkit.inspect(one, against=base), adapterkit.inspect(base), describe(one), PullPlan((download,)),
+        Evaluated(EvaluateOptions(HOSTILE, HOSTILE, HOSTILE), started, scored, 1.0),
         PushPlan(HOSTILE, PreparedFolder((), {HOSTILE: HOSTILE}, HOSTILE, HOSTILE), True, True, None, (), (HOSTILE,)),
     ]  # fmt: skip
     return {type(one).__name__: one for one in found}

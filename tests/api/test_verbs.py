@@ -92,16 +92,25 @@ def _toy(given: list[dict[str, Any]]) -> Any:
     return toy
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "pull", "push", "verify", "inspect", "list", "compare"])
+@pytest.mark.parametrize("verb", [*VERBS, "pull", "push", "verify", "inspect", "list", "compare", "eval"])
 def test_call_command_and_form_have_the_same_options(verb: str) -> None:
-    one_call = getattr(adapterkit, {"list": "list_adapters"}.get(verb, verb))
+    one_call = getattr(adapterkit, {"list": "list_adapters", "eval": "evaluate"}.get(verb, verb))
     call = getattr(adapterkit, f"plan_{verb}", one_call)
     known = {one.name: one for one in parameters(call.options)}
     assert set(inspect.signature(call).parameters) == set(known)
     command = group.get_command(click.Context(group), verb)
     assert command is not None and verb in COMMANDS
     params = {param.name: param for param in command.params}
-    more = {"inner", "dry_run", "as_json", "by", "modules", "plot", *(one.name for one in parameters(MergeRunOptions))}
+    more = {
+        "inner",
+        "dry_run",
+        "as_json",
+        "by",
+        "modules",
+        "paths",
+        "plot",
+        *(one.name for one in parameters(MergeRunOptions)),
+    }
     assert {name for name, one in known.items() if one.about.in_cli} == params.keys() - (more - known.keys())
     for name, one in known.items():
         if name in params:

@@ -24,13 +24,13 @@ from adapterkit.train.data.tokenize import encode_all
 pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from adapterkit.train.evaluate_options import EvaluateOptions
 from adapterkit.train.runs.answer_scores import answer_of, compared, f1, words
 from adapterkit.train.runs.evaluate import (
     Completed,
     Event,
     Likelihood,
     Read,
-    Request,
     Scored,
     Started,
     evaluate,
@@ -93,7 +93,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def scored(base: Path, data: Path, adapter: Path | None = None, **options: Any) -> Scored:
-    *_, last = evaluate(Request(str(base), str(data), adapter and str(adapter), **options))
+    *_, last = evaluate(EvaluateOptions(str(base), str(data), adapter and str(adapter), **options))
     assert isinstance(last, Scored)
     return last
 
@@ -233,13 +233,13 @@ def test_scores_of_completions(tiny: Path, prompted: Path, tmp_path: Path) -> No
 
 
 def test_the_events_of_an_evaluation(tiny: Path, prompted: Path) -> None:
-    events: list[Event] = list(evaluate(Request(str(tiny), str(prompted), batch_size=5)))
+    events: list[Event] = list(evaluate(EvaluateOptions(str(tiny), str(prompted), batch_size=5)))
     started = events[0]
     assert isinstance(started, Started) and isinstance(events[-1], Scored)
     assert (started.prompts, len(started.data.examples), started.unpadded) == (12, 12, True)
     assert started.max_new_tokens == 3 + 1 + 8  # three words, the end, and a few more
     assert events[1:-1] == [*(Read(n, 12) for n in (5, 10, 12)), *(Completed(n, 12) for n in (5, 10, 12))]
-    again = list(evaluate(Request(str(tiny), str(prompted), batch_size=5)))
+    again = list(evaluate(EvaluateOptions(str(tiny), str(prompted), batch_size=5)))
     assert again[1:] == events[1:]  # to the last bit
 
 
@@ -431,6 +431,11 @@ def test_predictions_do_not_replace_other_files(tiny: Path, prompted: Path, tmp_
     names = ("where", "prompt", "expected", "completion", "exact", "f1", "right")
     assert rows == [{name: getattr(one, name) for name in names} for one in wanted]
     before = out.read_bytes()
+    in_python = adapterkit.evaluate(tiny, prompted, answer=r"\w+", device="cpu", predictions=tmp_path / "python.jsonl")
+    assert (tmp_path / "python.jsonl").read_bytes() == before and in_python.predictions == wanted
+    printed = [line for line in str(in_python).splitlines() if not line.startswith(("took", "wrote"))]
+    assert printed == done.out.splitlines()[: len(printed)] and len(repr(in_python)) < 300 + len(str(tiny))
+    (tmp_path / "python.jsonl").unlink()
     assert "already exists" in evaluated(tiny, prompted, "--predictions", out).message(7)
     assert out.read_bytes() == before
     assert evaluated(tiny, prompted, "--predictions", out, "--overwrite").code == 0
@@ -542,7 +547,7 @@ def test_an_evaluation_that_needs_too_much_memory(tiny: Path, prompted: Path, mo
 def test_a_default_length_that_stays_within_the_model(tiny: Path, tmp_path: Path) -> None:
     """58 tokens of prompt leave six, although the completion and its margin would be ten."""
     data = write_lines(tmp_path / "long.jsonl", [{"prompt": "cat " * 58, "completion": "dog"}])
-    started = next(iter(evaluate(Request(str(tiny), str(data)))))
+    started = next(iter(evaluate(EvaluateOptions(str(tiny), str(data)))))
     assert isinstance(started, Started) and started.max_new_tokens == 6
 
 

@@ -7,29 +7,41 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.api.options.training import TrainRunOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.data_notes import notes_of
 from adapterkit.cli.next_commands import merge_command, next_lines, push_command
-from adapterkit.cli.options import options_of
+from adapterkit.cli.options import as_json, options_of
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.progress import is_shown, progress
 from adapterkit.cli.views.braille_plot import curve
 from adapterkit.errors import UsageError
 from adapterkit.files.staging import Destination
+from adapterkit.options import Options, option, plotted
 from adapterkit.text import command, counted, size
 from adapterkit.train.recipe import Recipe, checked, read_recipe
 
 if TYPE_CHECKING:
+    from adapterkit.api.inputs import AnyPath
     from adapterkit.train.runs.run import Event, Started, Trained
 
 ARGUMENTS = ("base", "data")
 CURVE = (60, 8)
+
+
+@dataclass(frozen=True)
+class ViewOptions(Options):
+    """What is shown of a run"""
+
+    _: KW_ONLY
+    memory: bool = option(False, "Print the memory that the run needs, and exit")
+    plot: AnyPath | None = plotted("the losses")
 
 
 @click.command(
@@ -42,37 +54,26 @@ CURVE = (60, 8)
         "adapterkit train base data.jsonl --memory",
     ],
 )
-@click.option("-o", "--output", type=click.Path(), help="Output directory")
-@click.option(
-    "--recipe",
-    "recipe_file",
-    type=click.Path(),
-    help="Read options from this YAML file; options given here override it",
-)
-@click.option("--resume", is_flag=True, help="Continue an interrupted run")
-@click.option("--overwrite", is_flag=True, help="Replace an output that adapterkit wrote")
-@click.option("--memory", is_flag=True, help="Print the memory that the run needs, and exit")
-@click.option("--plot", type=click.Path(), help="Plot the losses to this PNG or SVG file")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON")
+@options_of(TrainRunOptions, "run")
+@options_of(ViewOptions, "view")
+@as_json("Print the result as JSON")
 @options_of(Recipe, negatable=True)
-def train_command(
-    given: dict[str, Any], output: str | None, recipe_file: str | None, resume: bool, overwrite: bool, memory: bool,
-    plot: str | None, as_json: bool,
-) -> None:  # fmt: skip
+def train_command(given: dict[str, Any], run: dict[str, Any], view: dict[str, Any], as_json: bool) -> None:
     """DATA is JSONL, JSON, CSV, Parquet or text.
 
     Its records have `text`, or `prompt` and `completion` (only the completion counts in the loss), or `messages` (only
     the assistant's turns count). Ctrl-C saves a checkpoint for --resume. Under torchrun, each step is divided among all
     processes.
     """
-    recipe = _recipe(given, recipe_file)
-    if memory:
+    o, shown = TrainRunOptions(**run), ViewOptions(**view)
+    recipe, plot = _recipe(given, o.recipe), shown.plot
+    if shown.memory:
         _print_memory(recipe, as_json)
         return
-    if output is None:
+    if o.out is None:
         raise UsageError("no output given: -o OUT")
-    if recipe_file is not None and not resume:  # a resumed run has its own recipe in its folder
-        Destination(Path(output), (Path(recipe_file),)).check_disjoint()
+    if o.recipe is not None and not o.resume:  # a resumed run has its own recipe in its folder
+        Destination(Path(o.out), (Path(o.recipe),)).check_disjoint()
     if plot is not None:
         from adapterkit.cli.views.figures import check_plot
 
@@ -82,7 +83,7 @@ def train_command(
     events: list[Event] = []
     with _stop_requested() as stop, _display() as show:
         argv = command(["adapterkit", *sys.argv[1:]])
-        for event in train(recipe, output, resume=resume, overwrite=overwrite, command=argv, stop=stop):
+        for event in train(recipe, o.out, resume=o.resume, overwrite=o.overwrite, command=argv, stop=stop):
             show(event)
             if isinstance(event, Started | Stopped | Trained):
                 events.append(event)
@@ -99,11 +100,11 @@ def train_command(
                         validation = ", validation loss" * bool(started.held_back)
                         say(f"plot       {plot}: training loss{validation}, learning rate")
         case [*_, Stopped(step=step, folder=folder)]:
-            again = command(["adapterkit", "train", "--recipe", str(folder / RECIPE), "-o", output, "--resume"])
+            again = command(["adapterkit", "train", "--recipe", str(folder / RECIPE), "-o", str(o.out), "--resume"])
             raise KeyboardInterrupt(f"saved step {step}; resume with: {again}")
 
 
-def _recipe(given: dict[str, Any], file: str | None) -> Recipe:
+def _recipe(given: dict[str, Any], file: AnyPath | None) -> Recipe:
     """The recipe of a file, overridden by the command line."""
     recipe = checked(given, "options") if file is None else read_recipe(Path(file), given)
     for name in ARGUMENTS:

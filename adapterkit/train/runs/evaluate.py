@@ -8,12 +8,11 @@ expected ones: exactly, by the extracted answer, and word by word.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,8 +23,9 @@ from adapterkit.base.models.tokenizing import decode_text, encode_text
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.text import counted
 from adapterkit.train.causal_lm import Batch, CausalModel
-from adapterkit.train.data.records import DEFAULT, Fields, Record, read_records
+from adapterkit.train.data.records import Fields, Record, read_records
 from adapterkit.train.data.tokenize import Encoded, Example, encode_all
+from adapterkit.train.evaluate_options import EvaluateOptions
 from adapterkit.train.injection import inject_from, lora_layers
 from adapterkit.train.loss import IGNORED, perplexity
 from adapterkit.train.recipe import Recipe
@@ -35,44 +35,6 @@ from adapterkit.train.runs.memory import available, estimate
 from adapterkit.train.runs.model_setup import choose_device, choose_dtype, load_model
 
 MARGIN = 8  # tokens that a completion may exceed the longest expected one
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to evaluate, and the options; raises UsageError where they are invalid."""
-
-    base: str
-    data: str
-    adapter: str | None = None
-    max_length: int = 1024
-    batch_size: int = 8
-    limit: int | None = None  # only the first records
-    dtype: str | torch.dtype = "auto"
-    device: str = "auto"
-    quantize: str = "none"
-    fields: Fields = DEFAULT
-    skip_bad: bool = False
-    generate: bool | None = None  # None: if records have prompts and completions
-    max_new_tokens: int | None = None  # None: the longest expected completion, plus MARGIN
-    answer: str | None = None  # a regular expression
-
-    def __post_init__(self) -> None:
-        # A recipe checks the options that training has too.
-        checked = Recipe(
-            max_length=self.max_length, batch_size=self.batch_size, dtype=str(self.dtype), quantize=self.quantize
-        )
-        object.__setattr__(self, "dtype", checked.dtype)
-        for name, value in (("`limit`", self.limit), ("`max_new_tokens`", self.max_new_tokens)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} {value}: expected 1 or more")
-        for name, option in (("`answer`", self.answer), ("`max_new_tokens`", self.max_new_tokens)):
-            if option is not None and self.generate is False:
-                raise UsageError(f"{name} and `generate=False` cannot be combined")
-        if self.answer is not None:
-            try:
-                re.compile(self.answer)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise UsageError(f"`answer={self.answer}`: invalid regular expression: {error}") from error
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -97,6 +59,7 @@ class Read:
 
     done: int
     total: int
+    what: ClassVar[str] = "reading"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +68,7 @@ class Completed:
 
     done: int
     total: int
+    what: ClassVar[str] = "completing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,33 +130,34 @@ Event = Started | Read | Completed | Scored
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def evaluate(request: Request) -> Iterator[Event]:
-    """Run the evaluation of `request`; the last event is `Scored`.
+def evaluate(o: EvaluateOptions) -> Iterator[Event]:
+    """Run the evaluation of `o`; the last event is `Scored`.
 
     Raises:
         UsageError, FormatError, FitError: Before any weight is read, where possible.
         AdapterkitError: A loss is not finite.
     """
-    device = choose_device(request.device)
-    base = open_base(request.base)
-    check_not_quantized(request.quantize, base)
-    given = None if request.adapter is None else open_fitting(request.adapter, base)
-    dtype = choose_dtype(str(request.dtype), base, device, full=False)
+    device = choose_device(o.device)
+    base = open_base(str(o.base))
+    check_not_quantized(o.quantize, base)
+    given = None if o.adapter is None else open_fitting(str(o.adapter), base)
+    dtype = choose_dtype(str(o.dtype), base, device, full=False)
     tokenizer = load_tokenizer(base)
-    records = islice(read_records(request.data, request.fields), request.limit)
-    data = encode_all(records, tokenizer, request.max_length, request.skip_bad)
+    fields = Fields(o.text_field, o.prompt_field, o.completion_field, o.messages_field)
+    records = islice(read_records(str(o.data), fields), o.limit)
+    data = encode_all(records, tokenizer, o.max_length, o.skip_bad)
     check_sequences(data, base)
-    prompts = _prompts(request, data, tokenizer)
-    max_new_tokens = _max_new_tokens(request, prompts, base)
-    _check_memory(request, base, data, dtype, device)
-    model = prepared(load_model(base, dtype, device, request.quantize), given.adapter if given else None)
+    prompts = _prompts(o, data, tokenizer)
+    max_new_tokens = _max_new_tokens(o, prompts, base)
+    _check_memory(o, base, data, dtype, device)
+    model = prepared(load_model(base, dtype, device, o.quantize), given.adapter if given else None)
     notes = [f"{given.label}: {problem}" for problem in given.adapter.problems] if given else []
     yield Started(
         data, len(prompts), max_new_tokens, str(model.model.device), str(dtype).removeprefix("torch."),
         model.unpadded, tuple(notes),
     )  # fmt: skip
-    likelihood = yield from read(model, data.examples, request.batch_size)
-    predictions = yield from complete(model, tokenizer, prompts, max_new_tokens, request.batch_size, request.answer)
+    likelihood = yield from read(model, data.examples, o.batch_size)
+    predictions = yield from complete(model, tokenizer, prompts, max_new_tokens, o.batch_size, o.answer)
     yield Scored(likelihood, predictions)
 
 
@@ -260,21 +225,21 @@ def complete(
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _prompts(request: Request, data: Encoded, tokenizer: Any) -> list[Prompt]:
+def _prompts(o: EvaluateOptions, data: Encoded, tokenizer: Any) -> list[Prompt]:
     """The prompts to complete; those without a token cannot be."""
-    if request.generate is False:
+    if o.generate is False:
         return []
     prompts: list[Prompt] = []
     for record, example in zip(data.records, data.examples, strict=True):
         if record.prompt is not None and (ids := encode_text(tokenizer, record.prompt)["input_ids"]):
             prompts.append(Prompt(record, tuple(ids), len(example.ids) + example.cut - len(ids)))
-    if not prompts and (request.generate or request.answer is not None or request.max_new_tokens is not None):
+    if not prompts and (o.generate or o.answer is not None or o.max_new_tokens is not None):
         raise UsageError(
-            f"{request.data}: no record has a prompt with a completion, so there is nothing to generate; omit "
+            f"{o.data}: no record has a prompt with a completion, so there is nothing to generate; omit "
             "`generate=True`, `max_new_tokens`, `answer` and `predictions`, or name the fields with `prompt_field` and "
             "`completion_field`"
         )
-    if (pattern := request.answer) is not None:
+    if (pattern := o.answer) is not None:
         expected = {prompt.record.where: prompt.record.completion or "" for prompt in prompts}
         without = [where for where, completion in expected.items() if answer_of(completion, pattern) is None]
         if without:
@@ -285,14 +250,14 @@ def _prompts(request: Request, data: Encoded, tokenizer: Any) -> list[Prompt]:
     return prompts
 
 
-def _max_new_tokens(request: Request, prompts: Sequence[Prompt], base: Checkpoint) -> int:
+def _max_new_tokens(o: EvaluateOptions, prompts: Sequence[Prompt], base: Checkpoint) -> int:
     """The maximum length of a completion, in tokens."""
-    limit = request.max_new_tokens or max((prompt.length for prompt in prompts), default=0) + MARGIN
+    limit = o.max_new_tokens or max((prompt.length for prompt in prompts), default=0) + MARGIN
     positions = size_of(base, "max_position_embeddings", "n_positions")
     longest = max(prompts, key=lambda prompt: len(prompt.ids), default=None)
     if positions is None or longest is None or len(longest.ids) + limit <= positions:
         return limit
-    if request.max_new_tokens or len(longest.ids) >= positions:
+    if o.max_new_tokens or len(longest.ids) >= positions:
         raise UsageError(
             f"{longest.record.where}: the prompt has {len(longest.ids):,} tokens and {limit:,} more do not fit into "
             f"the {positions:,} that {base.name} supports; use a lower `max_new_tokens`, or `generate=False`"
@@ -300,11 +265,13 @@ def _max_new_tokens(request: Request, prompts: Sequence[Prompt], base: Checkpoin
     return positions - len(longest.ids)
 
 
-def _check_memory(request: Request, base: Checkpoint, data: Encoded, dtype: torch.dtype, device: torch.device) -> None:
-    recipe = Recipe(batch_size=request.batch_size, max_length=request.max_length, quantize=request.quantize)
+def _check_memory(
+    o: EvaluateOptions, base: Checkpoint, data: Encoded, dtype: torch.dtype, device: torch.device
+) -> None:
+    recipe = Recipe(batch_size=o.batch_size, max_length=o.max_length, quantize=o.quantize)
     memory, free = estimate(base, recipe, data.examples, dtype, device), available(device)
     if (needed := memory.weights + memory.logits + memory.process) > free:
-        hint = "" if base.quantization or request.quantize != "none" else "; `quantize='nf4'` needs less"
+        hint = "" if base.quantization or o.quantize != "none" else "; `quantize='nf4'` needs less"
         raise UsageError(
             f"{base.name} needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on {device}{hint}"
         )
