@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import adapterkit
 from adapterkit.api.inputs import weighted
 from adapterkit.errors import UsageError
+from adapterkit.train.evaluate_options import EvaluateOptions
 from adapterkit.train.recipe import Recipe
-from adapterkit.train.runs.evaluate import Request
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_dtype_has_many_names(dtype: torch.dtype, pair: tuple[Path, Path], tmp
         plan = adapterkit.plan_merge(*pair, tmp_path / str(at), dtype=name)  # type: ignore[arg-type]
         assert plan.config["dtype" if "dtype" in plan.config else "torch_dtype"] == str(dtype).removeprefix("torch.")
         asked: Any = name
-        assert Recipe(dtype=asked).dtype == Request("base", "data", dtype=asked).dtype == DTYPES[dtype][1]
+        assert Recipe(dtype=asked).dtype == EvaluateOptions("base", "data", dtype=asked).dtype == DTYPES[dtype][1]
         shown = run_adapterkit("merge", *pair, "-o", tmp_path / str(at), "--dtype", str(name), "--dry-run")
         assert shown.code == 0 and f"dtype {plan.facts()['dtype']}" in shown.out
     adapterkit.merge(*pair, tmp_path / "out", dtype=dtype)
