@@ -1,4 +1,4 @@
-"""Errors of a Python call: they are what Python calls them, too, and they name arguments, never options."""
+"""Errors of Python calls: they are also Python's own kinds, and name arguments rather than options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGE = Path(adapterkit.__file__).parent
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base, an adapter, and a folder with a file in it, where one stands."""
+    """The current folder, with a base, an adapter, and a folder with a file in it."""
     write_base(tmp_path / "base"), write_adapter(tmp_path / "one"), (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
@@ -49,7 +49,7 @@ MISSING: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("call", MISSING)
-def test_what_is_missing_is_a_file_not_found(call: str, folder: Path) -> None:
+def test_missing_files_are_file_not_found_errors(call: str, folder: Path) -> None:
     before = contents(folder)
     with pytest.raises(FileNotFoundError) as caught:
         MISSING[call]()
@@ -59,7 +59,7 @@ def test_what_is_missing_is_a_file_not_found(call: str, folder: Path) -> None:
     assert contents(folder) == before
 
 
-def test_errors_are_what_python_calls_them(folder: Path) -> None:
+def test_errors_are_also_of_pythons_kinds(folder: Path) -> None:
     for call in (lambda: adapterkit.merge("base", "one", "taken"), lambda: adapterkit.resize("one", "taken", rank=2)):
         with pytest.raises(FileExistsError, match="taken: ") as exists:
             call()
@@ -76,7 +76,7 @@ def test_errors_are_what_python_calls_them(folder: Path) -> None:
     assert (folder / "taken" / "mine.txt").read_text() == "mine"
 
 
-def test_a_file_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_read_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*_: object, **__: object) -> int:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -90,8 +90,8 @@ ALL = [one for one in vars(errors).values() if isinstance(one, type) and issubcl
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_the_message_is_ours_whatever_the_error_is_besides(kind: type[errors.AdapterkitError]) -> None:
-    """An OSError would take two arguments for its errno and its strerror, and three for a file name as well."""
+def test_messages_do_not_depend_on_the_second_base_class(kind: type[errors.AdapterkitError]) -> None:
+    """OSError would interpret two arguments as errno and strerror, and a third as a file name."""
     for lines in (["a"], ["a", "b"], ["a", "b", "c"])[: 1 if kind is errors.UnknownStrengthError else 3]:
         error = kind(*lines, hint="do this")
         again = pickle.loads(pickle.dumps(error))
@@ -101,7 +101,7 @@ def test_the_message_is_ours_whatever_the_error_is_besides(kind: type[errors.Ada
 
 
 @pytest.mark.parametrize("kind", [errors.OutputExistsError, errors.MissingFileError, errors.UsageError])
-def test_what_maps_errors_of_the_system_leaves_ours(kind: type[errors.AdapterkitError]) -> None:
+def test_mapping_os_errors_leaves_our_errors_unchanged(kind: type[errors.AdapterkitError]) -> None:
     for mapped in (map_os_errors(Path("out")), checked_response("lab/base")):
         error = kind("ours")
         with pytest.raises(kind) as caught, mapped:
@@ -115,7 +115,7 @@ OPTION = re.compile(r"(?<![\w-])(--[a-z]|-[a-z](?![\w-]))")
 
 
 def texts(file: Path) -> Iterator[str]:
-    """The texts of a module that can be shown: what has a space in it, and is no docstring and no command to copy."""
+    """Return the texts of a module that can be shown: those with a space, except docstrings and commands to copy."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     known = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
@@ -127,7 +127,7 @@ def texts(file: Path) -> Iterator[str]:
             yield text
 
 
-def test_no_text_below_the_command_line_names_an_option() -> None:
+def test_no_message_outside_the_command_line_names_an_option() -> None:
     files = [file for file in PACKAGE.rglob("*.py") if not {"cli", "tui"} & set(file.relative_to(PACKAGE).parts)]
     found = [(file.name, text) for file in files for text in texts(file) if OPTION.search(text)]
     assert len(files) > 150 and found == []
@@ -161,7 +161,7 @@ BOTH: dict[str, tuple[Callable[[], Any], list[str], str, str]] = {
 
 
 @pytest.mark.parametrize("case", BOTH)
-def test_an_error_names_the_argument_in_python_and_the_option_in_a_shell(case: str, folder: Path) -> None:
+def test_the_same_error_in_python_and_in_a_shell(case: str, folder: Path) -> None:
     call, words, argument, option = BOTH[case]
     if "merged" in words:
         adapterkit.merge("base", "one", "merged")

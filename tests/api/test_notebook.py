@@ -1,4 +1,4 @@
-"""What a notebook shows: adapters as mappings, results in a line and in a few, and nothing of theirs as markup."""
+"""Display in notebooks: adapters as mappings, results in one line and in several, and untrusted text escaped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from adapterkit.train.runs.evaluate import Likelihood, Scored, Started
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every read of a tensor fail."""
+    """Make every read of a tensor fail."""
 
     def read(info: TensorInfo) -> None:
         raise AssertionError(f"{info.name} is read")
@@ -64,7 +64,7 @@ def test_an_adapter_maps_names_to_weights(tmp_path: Path) -> None:
     assert adapter == again == pickle.loads(pickle.dumps(adapter)) and adapter != replace(again, task="SEQ_CLS")
 
 
-def test_facts_of_an_adapter_are_those_of_its_headers(tmp_path: Path, unread: None) -> None:
+def test_properties_of_an_adapter_come_from_its_headers(tmp_path: Path, unread: None) -> None:
     adapter = adapterkit.load(write_adapter(tmp_path / "one"))
     assert MODULES[0] in adapter and "q_proj" not in adapter and 3 not in adapter and list(adapter.keys())
     assert (adapter.rank, adapter.alpha, adapter.targets) == (RANK, 6, ("o_proj", "q_proj"))
@@ -79,8 +79,8 @@ def test_facts_of_an_adapter_are_those_of_its_headers(tmp_path: Path, unread: No
     assert adapterkit.load(write_adapter(tmp_path / "four", config=None), scaling=2.0).alpha is None
 
 
-def test_an_adapter_of_no_modules_counts_as_one(tmp_path: Path) -> None:
-    """A mapping without items is false, and still an adapter whose files are watched."""
+def test_an_adapter_without_modules(tmp_path: Path) -> None:
+    """A mapping without items is false, but still an adapter whose files are watched."""
     base = write_base(tmp_path / "base")
     name = "model.layers.0.norm.weight"
     whole = write_adapter(tmp_path / "whole", {f"base_model.model.{name}": torch.ones(32)},
@@ -99,7 +99,7 @@ def test_an_adapter_of_no_modules_counts_as_one(tmp_path: Path) -> None:
 # --- the package -----------------------------------------------------------------------------------------------------
 
 
-def test_dir_and_completion_list_what_is_public() -> None:
+def test_dir_and_completion_list_the_public_names() -> None:
     listed = dir(adapterkit)
     assert set(adapterkit.__all__) <= set(listed) and listed == sorted(listed)
     assert {"Adapter", "load", "merge", "plan_merge", "run", "unmerge"} <= set(listed)
@@ -109,15 +109,15 @@ def test_dir_and_completion_list_what_is_public() -> None:
         adapterkit.mergee  # noqa: B018
 
 
-def test_the_examples_of_the_package_are_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_package_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), write_adapter(tmp_path / "other")
     monkeypatch.chdir(tmp_path)
     assert doctest.testmod(adapterkit, optionflags=doctest.ELLIPSIS | doctest.FAIL_FAST) == (0, 11)
 
 
 @pytest.mark.parametrize("name", adapterkit.__all__)
-def test_help_says_what_is_needed(name: str) -> None:
-    """A sentence; of a call every argument, what it returns or yields, and what it raises."""
+def test_help_is_complete(name: str) -> None:
+    """A sentence; for calls every argument, what it returns or yields, and what it raises."""
     if name.startswith("__"):
         return
     thing = getattr(adapterkit, name)
@@ -141,7 +141,7 @@ def test_help_says_what_is_needed(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One of everything that shows itself, made of what is hostile in every string."""
+    """One of each displayable result, with hostile strings everywhere."""
     folder = tmp_path_factory.mktemp("shown") / FOLDER
     base, one, two = write_hostile_base(folder / "base"), write_hostile_adapter(folder / "one"), folder / "two"
     write_hostile_adapter(two, alpha=3)
@@ -186,7 +186,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_everything_shows_itself_and_nothing_of_theirs(shown: dict[str, Any], unread: None) -> None:
+def test_displays_escape_untrusted_text(shown: dict[str, Any], unread: None) -> None:
     classes = {one.__name__ for one in Displayed.__subclasses__() if one.__module__.startswith("adapterkit.")}
     assert classes == set(shown), "what shows itself and is not tried here: add one to `shown`"
     for name, one in shown.items():
@@ -197,7 +197,7 @@ def test_everything_shows_itself_and_nothing_of_theirs(shown: dict[str, Any], un
         assert not any(text.startswith("FORGED") for text in str(one).split("\n")), name
 
 
-def test_an_adapter_is_short(tmp_path: Path, unread: None) -> None:
+def test_the_display_of_an_adapter_is_short(tmp_path: Path, unread: None) -> None:
     config = CONFIG | {"base_model_name_or_path": "lab/base"}
     adapter = adapterkit.load(write_adapter(tmp_path / "one", config=config))
     assert repr(adapter) == "<Adapter: LoRA, rank 4, 4 modules, 1,280 parameters, for lab/base>"

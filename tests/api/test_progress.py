@@ -1,4 +1,4 @@
-"""`progress=True`: one bar for every long call and for what it downloads; without it nothing is drawn."""
+"""`progress=True`: one progress bar for every long call and its downloads; without it nothing is drawn."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that `CALLS` names."""
+    """A folder with all files that `CALLS` use."""
     folder = tmp_path_factory.mktemp("progress")
     base = write_base(folder / "base")
     one, two = (
@@ -46,21 +46,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The output of one call, of which nothing stays."""
+    """The output path of one call, removed afterwards."""
     monkeypatch.chdir(folder)
     yield folder / "out"
     shutil.rmtree(folder / "out", ignore_errors=True)
 
 
 @pytest.mark.parametrize("verb", CALLS)
-def test_a_bar_counts_to_the_end(verb: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_reaches_its_total(verb: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call, last = CALLS[verb]
     call({"progress": True})
     drawn = capsys.readouterr()
     assert re.fullmatch(last + ".*", drawn.err.rstrip("\n").split("\r")[-1]) and drawn.out == ""
 
 
-def test_a_run_draws_beside_its_events(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_draws_a_bar_and_yields_its_events(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = adapterkit.plan_merge("base", "one", "out")
     before = contents(out.parent)
     events = adapterkit.run(plan, progress=True)
@@ -79,7 +79,7 @@ def test_nothing_is_drawn_unless_asked_for(out: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_name_moves_no_cursor(out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_names_on_a_bar_are_escaped(out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     adapterkit.resize("one", tmp_path / "a\x1b[2Jb", rank=2, progress=True)
     assert "\\x1b[2Jb: 100%" in capsys.readouterr().err.replace("\x1b[A", "")
 

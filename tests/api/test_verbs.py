@@ -1,4 +1,4 @@
-"""Every verb has one shape: options from one table, a plan that prints and writes nothing, and a run of events."""
+"""Every verb has the same shape: one options class, a plan that prints and writes nothing, and a run of events."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def play(o: ToyOptions) -> ToyOptions:
     return o
 
 
-def test_a_field_is_a_keyword_an_option_and_a_field_of_the_form() -> None:
+def test_a_field_defines_a_keyword_an_option_and_a_form_field() -> None:
     names = [one.name for one in fields(ToyOptions)]
     assert list(inspect.signature(play).parameters) == names
     assert play.__doc__ is not None and play.__doc__.startswith("Play.\n\nArgs:\n    adapters: What to play with")
@@ -124,7 +124,7 @@ def test_call_command_and_form_have_the_same_options(verb: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that `VERBS` names."""
+    """A folder with all files that `VERBS` use."""
     folder = tmp_path_factory.mktemp("verbs")
     base = write_base(folder / "base")
     for name in ("one", "two"):
@@ -162,13 +162,13 @@ def test_a_plan_prints_pickles_and_runs_as_events(verb: str, folder: Path, monke
 
 
 def _frozen(events: Iterator[Any]) -> Iterator[Any]:
-    """The events, each found to be of a frozen type."""
+    """Return the events, checked to be of frozen types."""
     for event in events:
         assert type(event).__dataclass_params__.frozen
         yield event
 
 
-def test_making_an_adapter_refuses_what_is_for_merges(folder: Path, tmp_path: Path) -> None:
+def test_combining_refuses_options_of_merges(folder: Path, tmp_path: Path) -> None:
     plan = adapterkit.plan_resize(folder / "one", tmp_path / "out", rank=2)
     with pytest.raises(UsageError, match="takes no threads"):
         adapterkit.run(plan, threads=2)  # type: ignore[call-overload]

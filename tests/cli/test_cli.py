@@ -1,4 +1,4 @@
-"""The command line as a whole: help, exit codes, what it imports, and where its output goes."""
+"""The command line as a whole: help, exit codes, imports, and output streams."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_usage_errors(args: list[str], expected: str) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_every_failure_is_one_line_and_its_exit_code(
+def test_every_failure_is_one_line_with_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
     @click.command()
@@ -98,7 +98,7 @@ def test_every_failure_is_one_line_and_its_exit_code(
 
 
 @pytest.mark.parametrize("said", ["No space left on device", "Broken pipe"])
-def test_what_the_system_says_of_no_file_is_not_said_of_stdout(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+def test_errors_of_files_are_not_attributed_to_stdout(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     @click.command(cls=Command, docs="", examples=())
     def fails() -> None:
         raise OSError({"Broken pipe": errno.EPIPE}.get(said, errno.ENOSPC), said)
@@ -116,7 +116,7 @@ def test_control_characters_do_not_reach_the_terminal(monkeypatch: pytest.Monkey
     assert adapterkit().message(1) == "a\\n\\x1b[2J\\u202e: b"
 
 
-def test_a_list_of_what_is_wrong_has_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_of_problems_has_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
     @click.command()
     def fails() -> None:
         raise errors.FormatError("2 of 3 records cannot be used", "  a:1: x\ny", "  a:2: z")
@@ -138,7 +138,7 @@ def test_a_list_of_what_is_wrong_has_a_line_each(monkeypatch: pytest.MonkeyPatch
         ("a--b/-c", "a--b/-c: no such path, and not a valid repository name"),
     ],
 )
-def test_a_base_that_is_neither_here_nor_there(base: str, expected: str) -> None:
+def test_a_base_that_does_not_exist(base: str, expected: str) -> None:
     assert adapterkit("merge", base, "adapter").message(1) == expected
 
 
@@ -156,7 +156,7 @@ def test_a_base_that_is_neither_here_nor_there(base: str, expected: str) -> None
         "from adapterkit.cli.main import group; group(['combine', '--help'], standalone_mode=False)",
     ],
 )
-def test_what_is_not_imported(code: str) -> None:
+def test_commands_do_not_import_heavy_modules(code: str) -> None:
     result = python("-c", f"{code}\nimport sys; print('\\n', *sys.modules)")
     assert result.stderr == ""
     assert HEAVY & set(result.stdout.splitlines()[-1].split()) == set()
@@ -171,7 +171,7 @@ def test_a_dry_run_does_not_import_torch(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
-def test_every_export_is_there() -> None:
+def test_every_export_exists() -> None:
     assert {name for name in package.__all__ if getattr(package, name) is not None} == set(package.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'mrege'"):
         package.mrege  # noqa: B018
@@ -186,7 +186,7 @@ def dry_run(tmp_path: Path) -> list[str | Path]:
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("help_page", [True, False])
-def test_a_reader_that_went_away(tmp_path: Path, help_page: bool, unbuffered: str) -> None:
+def test_a_closed_pipe(tmp_path: Path, help_page: bool, unbuffered: str) -> None:
     args = ["-m", "adapterkit", "merge", "--help"] if help_page else dry_run(tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
@@ -196,7 +196,7 @@ def test_a_reader_that_went_away(tmp_path: Path, help_page: bool, unbuffered: st
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_an_output_device_that_is_full(tmp_path: Path, unbuffered: str) -> None:
+def test_a_full_output_device(tmp_path: Path, unbuffered: str) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
@@ -204,13 +204,13 @@ def test_an_output_device_that_is_full(tmp_path: Path, unbuffered: str) -> None:
     assert (result.returncode, result.stderr) == (1, "error: standard output: No space left on device\n")
 
 
-def test_no_standard_output_at_all(tmp_path: Path) -> None:
+def test_no_standard_output(tmp_path: Path) -> None:
     closing = "import os, sys; os.close(1); os.execv(sys.executable, sys.argv[1:])"
     result = python("-c", closing, sys.executable, *dry_run(tmp_path))
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_terminal_that_shows_ascii_only(tmp_path: Path) -> None:
+def test_an_ascii_terminal(tmp_path: Path) -> None:
     result = python(*dry_run(tmp_path), PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, "")
     assert "adapter   a \\xd7 1: " in result.stdout
@@ -225,8 +225,8 @@ def started(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", line], cwd=folder, env=env, capture_output=True, text=True)
 
 
-def test_closed_streams_are_written_to_by_no_one(tmp_path: Path) -> None:
-    """The output would get the number of stderr, and what a library prints would be written into it."""
+def test_nothing_is_written_to_closed_streams(tmp_path: Path) -> None:
+    """Otherwise the output file would get the descriptor of stderr, and libraries would write into it."""
     base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
     result = started(f"$ADAPTERKIT merge {base} {adapter} -o out 2>&-", tmp_path)
     assert result.returncode == 0 and result.stdout.startswith("merged "), result.stdout
@@ -234,20 +234,20 @@ def test_closed_streams_are_written_to_by_no_one(tmp_path: Path) -> None:
     assert adapterkit("verify", tmp_path / "out", "--base", base, "--adapter", adapter).code == 0
 
 
-def test_a_directory_that_is_gone(tmp_path: Path) -> None:
+def test_a_deleted_working_directory(tmp_path: Path) -> None:
     result = started("mkdir gone; cd gone; rmdir ../gone; $ADAPTERKIT list", tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.endswith("the current directory does not exist any more\nhint: change to another directory\n")
 
 
-def test_a_file_beside_the_weights_is_told(tmp_path: Path) -> None:
+def test_files_beside_the_weights_are_noted(tmp_path: Path) -> None:
     base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
     for args in ((base / "config.json", adapter), (base, adapter / "adapter_config.json")):
         result = adapterkit("merge", *args, "-o", tmp_path / "out")
         assert result.code == 1 and "give its directory" in result.err
 
 
-def test_a_weight_beyond_every_number_is_not_the_adapters_fault(tmp_path: Path) -> None:
+def test_an_infinite_weight_is_not_blamed_on_the_adapter(tmp_path: Path) -> None:
     base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
     result = adapterkit("merge", base, f"{adapter}:1e300", "-o", tmp_path / "out")
     assert result.code == 3 and "scaling × weight is" in result.err and "smaller weight or scale" in result.err

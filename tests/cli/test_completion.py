@@ -1,4 +1,4 @@
-"""What shells complete, asked of click as the scripts ask it, and once by bash itself."""
+"""Shell completion: by click as the scripts call it, and once by bash itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAVY = {"torch", "numpy", "safetensors", "rich", "textual", "matplotlib", "hugg
 
 
 def completed(*words: str) -> list[str]:
-    """What the last of `words` may become; `file` where the shell completes a path."""
+    """Return the completions of the last of `words`; `file` if the shell completes a path."""
     *args, incomplete = words
     found = BashComplete(cli.group, {}, "adapterkit", "_").get_completions(args, incomplete)
     return [one.value if one.type == "plain" else one.type for one in found]
@@ -73,7 +73,7 @@ def test_paths(cache: Path, words: list[str]) -> None:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_argument_completes(name: str) -> None:
-    """All but a repository that need not exist yet."""
+    """Except a repository that need not exist yet."""
     command = cli.group.get_command(click.Context(cli.group), name)
     assert command is not None
     for param in command.params:

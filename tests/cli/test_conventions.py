@@ -1,4 +1,4 @@
-"""What holds for every command: its line of help, the options that all share, and one look of errors."""
+"""Conventions of all commands: help lines, shared options, and the format of errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_help_has_a_line_for_every_command_in_its_group() -> None:
 
 
 @every_command
-def test_help_begins_with_the_same_line(name: str) -> None:
+def test_help_starts_with_the_summary_line(name: str) -> None:
     usage, _, summary, *rest = adapterkit(name, "--help").out.splitlines()
     assert usage.startswith(f"Usage: adapterkit {name} [OPTIONS]")
     assert " ".join([summary, *rest[:1]]).strip().startswith(f"{cli.COMMANDS[name]}.")
@@ -74,7 +74,7 @@ NOT_RUN = {"train", "eval", "tui", "pull", "push"}  # each takes a model, a term
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that examples name."""
+    """A folder with the files used in examples."""
     folder = tmp_path_factory.mktemp("examples")
     write_base(folder / "base")
     for name in ("adapter", "other", "adapters/one"):
@@ -117,7 +117,7 @@ def test_examples_run_as_printed(line: str, scratch: Path, monkeypatch: pytest.M
     ],
 )  # fmt: skip
 def test_json_of_commands_is_documented(line: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `adapterkit` of handmade.py checks for every run, so in the tests of training and of the Hub, too."""
+    """`adapterkit` of handmade.py checks every run, so also those in the tests of training and of the Hub."""
     monkeypatch.chdir(scratch)
     shutil.rmtree("json", ignore_errors=True)
     assert adapterkit(*line.split(), "--json").code == 0
@@ -176,11 +176,11 @@ def test_the_shared_options_do_the_same_before_and_after(tmp_path: Path, after: 
     assert merge("again").err == usual.err
 
 
-def test_quiet_before_and_verbose_after_are_seen_together() -> None:
+def test_quiet_before_and_verbose_after_conflict() -> None:
     assert "exclude each other" in adapterkit("-q", "list", "-v").message(2)
 
 
-def test_an_error_is_said_in_quiet() -> None:
+def test_quiet_prints_errors() -> None:
     assert adapterkit("-q", "list", "nope").message(1) == "nope: no such folder"
 
 
@@ -188,14 +188,14 @@ def test_an_error_is_said_in_quiet() -> None:
 
 
 @every_command
-def test_an_option_that_is_mistyped(name: str) -> None:
+def test_a_mistyped_option(name: str) -> None:
     assert adapterkit(name, "--progres").message(2) == "no such option '--progres'; did you mean --progress?"
     hint = f"adapterkit {name} --help shows the arguments and options"
     assert adapterkit(name, "--zzz").message(2) == f"no such option '--zzz'; {hint}"
 
 
 @every_command
-def test_a_choice_that_is_mistyped(name: str) -> None:
+def test_a_mistyped_choice(name: str) -> None:
     for param in command_of(name).params:
         if isinstance(param, click.Option) and isinstance(param.type, click.Choice):
             choice = str(param.type.choices[0])
@@ -204,7 +204,7 @@ def test_a_choice_that_is_mistyped(name: str) -> None:
 
 
 @every_command
-def test_a_command_that_is_mistyped(name: str) -> None:
+def test_a_mistyped_command(name: str) -> None:
     assert adapterkit(f"{name}x").message(2) == f"no such command '{name}x'; did you mean {name}?"
 
 
@@ -256,7 +256,7 @@ def test_parameters_as_options(name: str, text: str, expected: str) -> None:
     assert in_options(text, command_of(name)) == expected
 
 
-def test_an_error_speaks_python_and_the_command_line_its_options() -> None:
+def test_errors_name_arguments_in_python_and_options_on_the_command_line() -> None:
     error = OutputExistsError("a: exists", hint="choose another `output`, or say `overwrite=True`")
     error.add_note("run it again with `resume=True`")
     assert str(error) == "a: exists; choose another `output`, or say `overwrite=True`"
@@ -271,7 +271,7 @@ def test_an_error_speaks_python_and_the_command_line_its_options() -> None:
 
 
 def test_options_are_shown_by_group() -> None:
-    """Every option once: under its group, or with the command's own, or with what every command has."""
+    """Every option once: in its group, among the command's own, or among the shared ones."""
     lines = adapterkit("merge", "--help").out.splitlines()
     found, title = {}, ""
     for line in lines:

@@ -1,4 +1,4 @@
-"""What strangers wrote steers nothing: no terminal, no table, no card, no picture, wherever it is shown."""
+"""Untrusted text controls no terminal, table, card or picture, wherever it is shown."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PACKAGE = Path(package.__file__).parent
         ("[red]x[/] :warning: $x$ \\x1b", "[red]x[/] :warning: $x$ \\x1b"),
     ],
 )
-def test_what_steers_is_written_out(text: str, expected: str) -> None:
+def test_control_characters_are_escaped(text: str, expected: str) -> None:
     assert visible(text) == expected
     assert visible(expected) == expected
 
@@ -56,18 +56,18 @@ def test_what_steers_is_written_out(text: str, expected: str) -> None:
         "👩\u200d👩\u200d👧", "🏳\ufe0f\u200d🌈", "👩🏽\u200d🚀", "🏃\u200d♀\ufe0f", "\ufffd",
     ],
 )  # fmt: skip
-def test_honest_writing_stays(text: str) -> None:
+def test_harmless_text_is_unchanged(text: str) -> None:
     assert visible(text) == text
 
 
-def test_what_is_too_long_keeps_both_ends() -> None:
+def test_long_text_is_truncated_in_the_middle() -> None:
     for text in (f"a{'x' * 10**6}z", f"a{chr(27) * 10**6}z"):
         shown = visible(text)
         assert (len(shown), shown[0], shown[-1], shown.count("…")) == (LONGEST, "a", "z", 1)
         assert visible(shown) == shown
 
 
-def test_a_command_to_copy_means_the_same_to_a_shell() -> None:
+def test_a_command_to_copy_is_quoted_for_a_shell() -> None:
     words = [
         "printf",
         "%s\\0",
@@ -85,18 +85,18 @@ def test_a_command_to_copy_means_the_same_to_a_shell() -> None:
     assert said == b"".join(os.fsencode(word) + b"\0" for word in words[2:])
 
 
-def test_lines_stay_lines() -> None:
+def test_newlines_of_a_text_are_preserved() -> None:
     assert visible_lines("a\r\n\tb\x1b\rc\n") == "a\n\tb\\x1b\\rc\n"
 
 
-def test_errors_show_what_steers_wherever_they_are_printed() -> None:
+def test_errors_are_escaped() -> None:
     assert str(FormatError("a\n\x1b[2J: b", "second \x9b")) == "a\\n\\x1b[2J: b\nsecond \\x9b"
     code = "from adapterkit.errors import FormatError; raise FormatError('a\\n\\x1b]0;t\\x07')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.stderr.endswith("adapterkit.errors.FormatError: a\\n\\x1b]0;t\\x07\n")
 
 
-def test_arguments_that_steer_are_shown_in_usage_errors() -> None:
+def test_arguments_in_usage_errors_are_escaped() -> None:
     for argument in ("--\x1b]0;t\x07", "\x9b2J\nError: all is well"):
         result = adapterkit("merge", "base", "adapter", "--dtype", argument)
         assert result.code == 2
@@ -115,7 +115,7 @@ def test_markdown_is_not_interpreted() -> None:
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "tui").glob("*.py")), ids=lambda file: file.stem)
 def test_the_app_shows_text_without_markup(file: Path) -> None:
-    """Whatever else showed text could take it for markup."""
+    """Other ways to show text could interpret markup."""
     if file.stem == Path(plain.__file__).stem:
         return
     for node in ast.walk(ast.parse(file.read_text())):
@@ -129,7 +129,7 @@ def test_the_app_shows_text_without_markup(file: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda file: file.stem)
 def test_one_module_prints(file: Path) -> None:
-    """Whatever else printed could forget to show what steers."""
+    """Other modules could forget to escape."""
     if file.stem == Path(output.__file__).stem:
         return
     for node in ast.walk(ast.parse(file.read_text())):
@@ -146,7 +146,7 @@ BARS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[2K|\x1b\[1A|\r(?!\n)")  
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with hostile adapters, a base, what was merged of them, and what is broken."""
+    """A folder with hostile adapters, a base, a merge of them, and corrupt files."""
     home = tmp_path_factory.mktemp("workshop")
     write_hostile_base(home / "base")
     for name, alpha in (("one", 6), ("two", 9)):
@@ -231,7 +231,7 @@ def run_hostile(command: str, workshop: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_prints_what_steers(
+def test_no_command_prints_control_characters(
     command: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run_hostile(command, workshop, tmp_path, monkeypatch)
@@ -244,7 +244,7 @@ def test_no_command_prints_what_steers(
 
 
 @pytest.mark.parametrize("command", [*COMMANDS[:12], "merge base all/{name}one -o out", "compare one two"])
-def test_a_terminal_is_sent_our_own_colours_only(
+def test_a_terminal_gets_our_own_colours_only(
     command: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Terminal, "isatty", lambda self: True)
@@ -257,7 +257,7 @@ def test_a_terminal_is_sent_our_own_colours_only(
         assert steering(BARS.sub("", text)) == set()
 
 
-def test_what_the_hub_and_its_files_say_is_shown(hub: Hub, workshop: Path, tmp_path: Path) -> None:
+def test_text_from_the_hub_is_escaped(hub: Hub, workshop: Path, tmp_path: Path) -> None:
     hub.add("lab/base", {"config.json": b"{}"})
     files = {file.name: file.read_bytes() for file in (workshop / "one").iterdir()}
     hub.add(
@@ -285,13 +285,13 @@ def test_what_the_hub_and_its_files_say_is_shown(hub: Hub, workshop: Path, tmp_p
 
 
 def kinds(markdown: str) -> set[str]:
-    """What a reader of Markdown takes a text for."""
+    """Return the Markdown elements in a text."""
     tokens = MarkdownIt("commonmark", {"linkify": True}).enable(["table", "strikethrough", "linkify"]).parse(markdown)
     return {one.type for token in tokens for one in (token, *(token.children or ()))} - {"inline", "text", "softbreak"}
 
 
 def card_of(folder: Path) -> tuple[dict[str, Any], str]:
-    """The YAML and the body of a card."""
+    """Return the YAML and the body of a card."""
     _, block, body = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(block), body
 
@@ -303,7 +303,7 @@ OURS = {
 } | {"code_inline", "fence"}
 
 
-def test_cards_hold_names_as_text(workshop: Path, tmp_path: Path, hub: Hub) -> None:
+def test_names_in_cards_are_escaped(workshop: Path, tmp_path: Path, hub: Hub) -> None:
     one, two = (workshop / "all" / f"{FOLDER}{name}" for name in ("one", "two"))
     base = workshop / f"{FOLDER}base"
     assert adapterkit("merge", base, one, "-o", tmp_path / "merged").code == 0
@@ -319,7 +319,7 @@ def test_cards_hold_names_as_text(workshop: Path, tmp_path: Path, hub: Hub) -> N
         assert {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()} == {5}
 
 
-def test_the_card_of_a_run_and_of_a_push_hold_names_as_text() -> None:
+def test_names_in_the_cards_of_runs_and_pushes_are_escaped() -> None:
     from adapterkit.hub.upload.card import CardFacts, complete_card
     from adapterkit.train.recipe import Recipe
     from adapterkit.train.runs.export import card
@@ -337,7 +337,7 @@ def test_the_card_of_a_run_and_of_a_push_hold_names_as_text() -> None:
         assert steering(made) == set()
 
 
-def test_pictures_hold_names_as_text(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_in_pictures_are_escaped(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib
 
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")

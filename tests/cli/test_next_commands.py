@@ -1,4 +1,4 @@
-"""Commands printed after a result: a shell and click read them, and their paths exist, whatever the names."""
+"""Commands printed after a result: they parse, and their paths exist, whatever the names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {
 
 
 def printed(result: Outcome) -> dict[str, click.Context]:
-    """The commands that a result ends with, by label, as a shell splits them and click parses them."""
+    """Return the commands after a result, by label, as a shell splits them and click parses them."""
     assert result.code == 0, result
     found = {}
     _, *parts = re.split(r"^(merge|push|undo) +", result.out, flags=re.MULTILINE)
@@ -36,7 +36,7 @@ def printed(result: Outcome) -> dict[str, click.Context]:
 
 
 @pytest.mark.parametrize("pattern", NAMES.values(), ids=NAMES)
-def test_commands_name_what_was_written(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_name_the_output(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     base, adapter, merged, dora = (pattern.format(word) for word in ("base", "adapter", "merged", "dora"))
     write_base(Path(base))
@@ -54,7 +54,7 @@ def test_commands_name_what_was_written(pattern: str, tmp_path: Path, monkeypatc
     assert Path(found["push"].params["path"]).samefile(dora)
 
 
-def test_every_writing_command_prints_what_comes_next(
+def test_every_writing_command_prints_the_next_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     monkeypatch.chdir(tmp_path)

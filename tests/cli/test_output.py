@@ -1,4 +1,4 @@
-"""What commands say: the same of one thing everywhere, in words that fit its number, and of whatever was written."""
+"""Output of commands: consistent between commands, with correct plurals, about every written file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adapterkit.text import counted
 
 
 def factors(module: str, layers: int = 2) -> dict[str, torch.Tensor]:
-    """An adapter of `module` in some layers."""
+    """Write an adapter of `module` in some layers."""
     shapes = {"A": (4, 32), "B": (48, 4)}
     return {
         f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight": torch.randn(*shape)
@@ -28,13 +28,13 @@ def factors(module: str, layers: int = 2) -> dict[str, torch.Tensor]:
 
 
 def saved_alone(folder: Path) -> Path:
-    """An adapter that holds a whole tensor, and no factors."""
+    """Write an adapter with a whole tensor and no factors."""
     return write_adapter(
         folder, {"base_model.model.lm_head.weight": torch.randn(48, 32)}, CONFIG | {"target_modules": []}
     )
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     write_adapter(tmp_path / "one")
     for words in ([tmp_path / "nope"], [tmp_path, tmp_path / "nope"], [tmp_path / "nope", "--json"]):
         assert adapterkit("list", *words).message(1) == f"{tmp_path / 'nope'}: no such folder"
@@ -80,10 +80,10 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "no hash"])
 @pytest.mark.parametrize(("command", "files"), DAMAGED.values(), ids=DAMAGED)
-def test_files_of_the_cache_with_other_bytes_than_on_the_hub(
+def test_corrupt_files_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None, command: str, files: list[str], damage: str
 ) -> None:
-    """One error, and not other numbers; where the cache names no hash, that is said."""
+    """One error rather than other numbers; a warning where the cache has no hash."""
     monkeypatch.chdir(tmp_path)
     save_tiny_model(Path("a-model"))
     tensors = {
@@ -167,7 +167,7 @@ def test_targets_with_long_names(tmp_path: Path, length: int) -> None:
     assert len(bars) <= 80
 
 
-def test_adapters_of_whole_tensors_alone(tmp_path: Path) -> None:
+def test_adapters_with_whole_tensors_only(tmp_path: Path) -> None:
     a, b = saved_alone(tmp_path / "a"), saved_alone(tmp_path / "b")
     expected = "a and b: no low-rank modules to compare, only lm_head.weight"
     assert adapterkit("compare", a, b).message(3) == expected
@@ -184,14 +184,14 @@ def test_adapters_of_whole_tensors_alone(tmp_path: Path) -> None:
         assert made.code in (0, 1, 2, 3), made
 
 
-def test_convert_counts_what_it_describes_anew(tmp_path: Path) -> None:
+def test_convert_counts_the_modules_it_rewrites(tmp_path: Path) -> None:
     result = adapterkit("convert", write_adapter(tmp_path / "one"), "-o", tmp_path / "rs", "--to", "rslora", "--json")
     assert [row["rank"] for row in json.loads(result.out)["modules"]] == [4] * 4
     result = adapterkit("convert", tmp_path / "one", "-o", tmp_path / "again", "--to", "rslora")
     assert ": 4 modules, rank 4\n" in result.out
 
 
-def test_a_plan_says_what_dequantized_weights_become(tmp_path: Path) -> None:
+def test_a_plan_shows_the_dtype_of_dequantized_weights(tmp_path: Path) -> None:
     base, one = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "one")
     assert "4 of 6 tensors, dtype as the base\n" in adapterkit("merge", base, one, "--dry-run").out
     assert "dtype F32\n" in adapterkit("merge", base, one, "--dry-run", "--dtype", "fp32").out
@@ -202,14 +202,14 @@ def test_a_plan_says_what_dequantized_weights_become(tmp_path: Path) -> None:
     assert "rounded once (dtype BF16)" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_what_is_drawn_is_said(tmp_path: Path) -> None:
+def test_the_path_of_a_plot_is_printed(tmp_path: Path) -> None:
     one, two = write_adapter(tmp_path / "one"), write_adapter(tmp_path / "two")
     result = adapterkit("compare", one, two, "--plot", tmp_path / "a.svg", "--json")
     assert result.err == f"drawn to {tmp_path / 'a.svg'}\n"
     json.loads(result.out)
 
 
-def test_words_fit_their_number(tmp_path: Path) -> None:
+def test_plurals(tmp_path: Path) -> None:
     assert [counted(count, "file") for count in (0, 1, 2, 1000)] == ["0 files", "1 file", "2 files", "1,000 files"]
     one = write_adapter(tmp_path / "one", factors("q_proj", layers=1))
     base = write_base(tmp_path / "base")

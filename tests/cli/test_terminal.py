@@ -1,4 +1,4 @@
-"""The app in a real terminal: keys in, screen text out, on a real model; tmux is the terminal."""
+"""The app in a real terminal, which is tmux, with a real model: keys in, screen text out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE = 30.0  # seconds
 
 
 class Terminal:
-    """A terminal that a command runs in; its screen is looked at whenever it wrote something."""
+    """A terminal that runs a command; its screen is read whenever the command writes."""
 
     def __init__(self, folder: Path, command: list[str], size: tuple[int, int]) -> None:
         self._tmux = ["tmux", "-L", f"adapterkit-{os.getpid()}-{folder.name}", "-f", "/dev/null"]
@@ -35,7 +35,7 @@ class Terminal:
         self.press(f"{' '.join(command)}; echo en''ded", "Enter")
 
     def run(self, *args: str) -> str:
-        """A command of tmux."""
+        """Run a tmux command."""
         return subprocess.run([*self._tmux, *args], capture_output=True, text=True, check=True).stdout
 
     def press(self, *keys: str) -> None:
@@ -43,11 +43,11 @@ class Terminal:
         self.run("send-keys", "-t", "t", *keys)
 
     def screen(self) -> str:
-        """What is to be seen."""
+        """Return the text on the screen."""
         return self.run("capture-pane", "-p", "-t", "t")
 
     def see(self, *texts: str) -> str:
-        """Wait until all `texts` are on the screen, looking again whenever something was written."""
+        """Wait until all `texts` are on the screen, checking whenever something was written."""
         end = time.monotonic() + PATIENCE
         while not all(text in (screen := self.screen()) for text in texts):
             left = end - time.monotonic()
@@ -57,7 +57,7 @@ class Terminal:
         return screen
 
     def close(self) -> None:
-        """End whatever runs there."""
+        """Terminate the command."""
         subprocess.run([*self._tmux, "kill-server"], capture_output=True, check=False)
         os.close(self._written)
 

@@ -1,4 +1,4 @@
-"""`adapterkit inspect` on real files: what it prints, what it counts, what it reads, and what it draws."""
+"""`adapterkit inspect` on real files: its output, its numbers, the files it reads, and its plots."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def inspect(*words: str | Path) -> Result:
 
 
 def facts(*words: str | Path) -> dict[str, Any]:
-    """The JSON, strictly parsed: NaN is no JSON."""
+    """Return the JSON, strictly parsed: without NaN."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} in the JSON")
@@ -52,7 +52,7 @@ def test_the_summary_of_a_real_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name", ["tiny-rslora", "tiny-patterns", "tiny-dora", "tiny-conv1d", "tiny-conv", "smollm2-wikisql"]
 )
-def test_every_module_has_its_own_numbers(name: str) -> None:
+def test_the_numbers_of_every_module(name: str) -> None:
     found = facts(FIXTURES / name)["modules"]
     tensors = load_file(FIXTURES / name / "adapter_model.safetensors")
     config = json.loads((FIXTURES / name / "adapter_config.json").read_text())
@@ -71,12 +71,12 @@ def test_every_module_has_its_own_numbers(name: str) -> None:
         assert row["zero_B"] is False and row["non_finite"] == 0
 
 
-def test_kinds_are_named() -> None:
+def test_the_kind_of_an_adapter() -> None:
     kinds = {name: facts(FIXTURES / name, "--header-only")["summary"]["kind"] for name in ("tiny-dora", "tiny-rslora")}
     assert kinds == {"tiny-dora": "DoRA", "tiny-rslora": "rsLoRA"}
 
 
-def test_headers_alone_need_no_torch() -> None:
+def test_reading_headers_does_not_import_torch() -> None:
     code = (
         "import sys; from adapterkit.cli.commands.inspect import inspect_command\n"
         f"inspect_command([{str(FIXTURES / 'smollm2-wikisql')!r}, '--header-only'], standalone_mode=False)\n"
@@ -96,11 +96,11 @@ def test_modules_lists_every_one() -> None:
 
 
 def unwrapped(text: str) -> str:
-    """What is printed, wherever its lines are broken: that goes by the length of paths."""
+    """Return the output with line breaks removed, since they depend on the length of paths."""
     return " ".join(text.split())
 
 
-def test_against_a_base_gives_the_relative_size() -> None:
+def test_the_relative_size_against_a_base() -> None:
     base = FIXTURES / "bases" / "tiny-llama"
     found = facts(FIXTURES / "tiny-rslora", "--against", base)
     assert (found["against"]["found"], found["against"]["total"]) == (6, 6)
@@ -111,12 +111,12 @@ def test_against_a_base_gives_the_relative_size() -> None:
     assert "6 of 6 modules found" in unwrapped(inspect(FIXTURES / "tiny-rslora", "--against", base).stdout)
 
 
-def test_against_another_base_ends_with_3_and_says_why() -> None:
+def test_another_base_exits_with_3_and_the_reason() -> None:
     result = inspect(FIXTURES / "smollm2-wikisql", "--against", FIXTURES / "bases" / "tiny-llama")
     assert result.exit_code == 3 and "0 of 126 modules found" in unwrapped(result.stdout)
 
 
-def test_what_is_wrong_is_said(make_adapter: Make) -> None:
+def test_problems_are_reported(make_adapter: Make) -> None:
     tensors = factors("m.q_proj", 6, 10) | factors("m.v_proj", 6, 10) | {"stray": torch.ones(2)}
     tensors["m.q_proj.lora_B.weight"].zero_()
     tensors["m.v_proj.lora_A.weight"][0, 0] = torch.nan
@@ -131,7 +131,7 @@ def test_what_is_wrong_is_said(make_adapter: Make) -> None:
     assert "o_proj" in output and "stray" in output and output.count("⚠") >= 3
 
 
-def test_inspect_in_python_finds_what_the_command_prints() -> None:
+def test_inspect_in_python_equals_the_command() -> None:
     adapter, base = FIXTURES / "tiny-dora", FIXTURES / "bases" / "tiny-llama"
     for options, words in (
         ({}, []),
@@ -154,7 +154,7 @@ def test_inspect_in_python_finds_what_the_command_prints() -> None:
             adapterkit.inspect(base, **options)
 
 
-def test_a_rank_that_is_not_the_tensors_is_said(make_adapter: Make) -> None:
+def test_a_rank_that_contradicts_the_tensors_is_reported(make_adapter: Make) -> None:
     assert "rank 3" in inspect(make_adapter(factors("m", 6, 10, rank=3))).stdout
 
 
@@ -176,7 +176,7 @@ def test_a_plot_is_drawn(suffix: str, start: bytes, tmp_path: Path) -> None:
         assert plot.stat().st_size > 20_000  # 126 spectra are paths
 
 
-def test_plots_that_cannot_be_are_refused_first(tmp_path: Path) -> None:
+def test_invalid_plots_are_refused_first(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="header-only"):
         inspect(FIXTURES / "tiny-dora", "--header-only", "--plot", tmp_path / "a.png")
     with pytest.raises(UsageError, match="jpg"):
@@ -184,8 +184,8 @@ def test_plots_that_cannot_be_are_refused_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_a_plot_replaces_plots_and_nothing_else(suffix: str, tmp_path: Path) -> None:
-    """Whatever a file is called; and a name may be as long as a file system has them."""
+def test_a_plot_replaces_plots_only(suffix: str, tmp_path: Path) -> None:
+    """For every file type and the longest names."""
     plot, thesis, link = (tmp_path / f"{name}{suffix}" for name in ("x" * 251, "thesis", "link"))
     for adapter in ("tiny-dora", "tiny-rslora"):
         assert inspect(FIXTURES / adapter, "--plot", plot).exit_code == 0
@@ -198,7 +198,7 @@ def test_a_plot_replaces_plots_and_nothing_else(suffix: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["movies-lora", "sift-opf-zh", "bloom-lora-bin"])
-def test_adapters_of_other_people(name: str, material: Callable[[str], Path]) -> None:
+def test_real_adapters(name: str, material: Callable[[str], Path]) -> None:
     found = facts(material(name))
     assert found["summary"]["modules"] == len(found["modules"]) > 0 and not found["summary"]["unread"]
     assert all(row["frobenius"] > 0 for row in found["modules"])
