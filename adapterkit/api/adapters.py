@@ -1,4 +1,4 @@
-"""What `import adapterkit` offers for adapters alone: combined, resized and compared, without a base.
+"""The Python calls that make adapters from adapters or models, and compare them.
 
 >>> adapterkit.combine(["a", ("b", 0.3)], "out", method="svd", rank=16).error  # relative to the exact sum
 >>> adapterkit.resize("adapter", "out", energy=0.99)
@@ -60,7 +60,7 @@ def plan_combine(o: CombineOptions) -> AdapterPlan:
     limit = Limit(o.rank, o.energy) if o.rank is not None or o.energy is not None else None
     target = _checked(o.out, o.overwrite, *given)
     work = plan_combination(given, o.method, limit=limit, options=o.options, seed=o.seed, saved=o.saved)
-    how = f"{o.method}{_of(limit)}{''.join(f', {name} {value}' for name, value in (o.options or {}).items())}"
+    how = f"{o.method}{_limit_text(limit)}{''.join(f', {name} {value}' for name, value in (o.options or {}).items())}"
     return AdapterPlan(work, f"combined by {how}", target, tuple(given))
 
 
@@ -102,7 +102,7 @@ def plan_resize(o: ResizeOptions) -> AdapterPlan:
     target = _checked(o.out, o.overwrite, *given)
     work = plan_combination(given, limit=limit, pad=limit.rank is not None, uniform=o.uniform)
     alike = ", the same rank for every module" if o.uniform else ""
-    return AdapterPlan(work, f"resized{_of(limit)}{alike}", target, tuple(given))
+    return AdapterPlan(work, f"resized{_limit_text(limit)}{alike}", target, tuple(given))
 
 
 @takes(ResizeCall)
@@ -132,7 +132,7 @@ def compare(o: CompareOptions) -> list[Pair]:
     """
     with downloads_shown(o.progress):
         given = open_adapters(o.adapters)
-    check_cached(file for one in given for file in one.adapter.files)
+    check_cached(file for entry in given for file in entry.adapter.files)
     with progress_bar("comparing", "modules", o.progress) as show:
         return list(run_compare(given, show))
 
@@ -172,7 +172,7 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
         work = ToLora(placed_in(models[0], one, dora=True), limit, o.seed or 0)
     else:
         work = ToDora(placed_in(models[0], one, dora=False))
-    return AdapterPlan(work, f"converted to {o.to}{_of(limit)}", target, tuple(given), tuple(models))
+    return AdapterPlan(work, f"converted to {o.to}{_limit_text(limit)}", target, tuple(given), tuple(models))
 
 
 def _check_conversion(o: ConvertOptions, one: WeightedAdapter, limit: Limit | None) -> bool:
@@ -232,7 +232,7 @@ def plan_extract(o: ExtractOptions) -> AdapterPlan:
     target = _checked(o.out, o.overwrite, before, after)
     work = Extraction(before, after, limit, o.whole, o.seed)
     return AdapterPlan(
-        work, f"extracted from {after.name} over {before.name}{_of(limit)}", target, models=(before, after)
+        work, f"extracted from {after.name} over {before.name}{_limit_text(limit)}", target, models=(before, after)
     )
 
 
@@ -250,14 +250,14 @@ def extract(o: ExtractCall) -> AdapterMade:
 
 
 def _checked(out: AnyPath, overwrite: bool, *inputs: Checkpoint | WeightedAdapter) -> Destination:
-    """Where the new adapter goes, once it may be written."""
+    """The checked destination of the new adapter."""
     target = Destination(Path(out).expanduser(), inputs_of(*inputs), overwrite=overwrite)
     target.check()
     return target
 
 
-def _of(limit: Limit | None) -> str:
-    """What a limit asks for, in words."""
+def _limit_text(limit: Limit | None) -> str:
+    """A limit as text, such as ` to rank 8`."""
     if limit is None:
         return ""
     facts = {"rank": limit.rank, "energy": limit.energy, "error": limit.error}

@@ -1,4 +1,4 @@
-"""What `import adapterkit` offers for the Hub: models and adapters downloaded, checked and uploaded.
+"""The Python calls for the Hub: download and upload models and adapters.
 
 >>> adapterkit.pull("HuggingFaceTB/SmolLM2-135M-Instruct", "base").path  # every byte checked against its hash
 >>> plan = adapterkit.plan_push("adapter", "me/lora")  # everything checked; nothing is sent
@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 
 @takes(PullOptions)
 def plan_pull(o: PullOptions) -> PullPlan:
-    """Plan a download: the files that the Hub cache lacks, by their hashes; nothing is downloaded but headers.
+    """Plan a download of the files that the Hub cache lacks; nothing is downloaded.
 
-    Returns:
+        Args:
+        ids: one or more of `org/name`, `org/name@revision` and `org/name:folder`.
+        out: a new directory to copy a single one to; None leaves it in the Hub cache.
+
+        Returns:
         The plan: `print` shows it, `run` runs it.
 
     Raises:
-        FormatError: an id is no name on the Hub, or the Hub has neither an adapter nor a base there.
-        OfflineError, NotAllowedError: the Hub cannot be reached, or does not let this token in.
-        OutputExistsError: `out` is there already.
+        FormatError: invalid id, or neither an adapter nor a base in the repository.
+        OfflineError, NotAllowedError: the Hub cannot be reached, or denies access.
+        OutputExistsError: `out` exists.
     """
     from adapterkit.hub.pull import plan_pull as make_plan
 
@@ -43,26 +47,35 @@ def pull(o: PullCall) -> Pulled:
     """Download in one call: `plan_pull`, then `run` to its end.
 
     Returns:
-        The local folders, one an id: `path` is the first, or only, one.
+        The local folders, one per id; `path` is the first.
 
     Raises:
         NoSpaceError: the disk is too small.
-        AdapterkitError: other bytes came than the Hub names by their SHA-256; and what `plan_pull` raises.
+        AdapterkitError: a file does not match its hash on the Hub; and the errors of `plan_pull`.
     """
     return in_one_call(plan_pull.of, o, Pulled)
 
 
 @takes(PushOptions)
 def plan_push(o: PushOptions) -> PushPlan:
-    """Plan an upload: the folder, its base, the token and the repository are checked; nothing is sent.
+    """Plan an upload: check the folder, its base, the token and the repository; nothing is sent.
 
-    Returns:
+        Args:
+        path: the folder of an adapter or a model.
+        repo: `ORG/NAME`, or `NAME` for a repository of the token's owner.
+        base_id: Hub id of the base, if the adapter names a local path.
+        license: for the card.
+        message: of the commit.
+        private: make the repository private, if it is new.
+        pr: open a pull request instead of changing the main branch.
+
+        Returns:
         The plan: `print` shows it, `run` runs it.
 
     Raises:
-        FormatError, FitError: the folder does not load, holds NaN or Inf, or its base is not on the Hub.
-        UnsafeFileError: a file holds a secret or a local path.
-        NotAllowedError: the token may not write there.
+        FormatError, FitError: the folder does not load, contains NaN or Inf, or its base is not on the Hub.
+        UnsafeFileError: a file contains a secret or a local path.
+        NotAllowedError: the token has no write access.
     """
     from adapterkit.hub.upload.push import plan_push as make_plan
 
@@ -77,9 +90,9 @@ def push(o: PushCall) -> Pushed:
     """Upload in one call: `plan_push`, then `run` to its end, in one commit.
 
     Returns:
-        Where it is: `url`, and `commit`, which is None where nothing had changed.
+        The `url` of the repository or pull request, and the `commit`, None if nothing had changed.
 
     Raises:
-        AdapterkitError: the repository changed meanwhile; and what `plan_push` raises.
+        AdapterkitError: the repository changed in the meantime; and the errors of `plan_push`.
     """
     return in_one_call(plan_push.of, o, Pushed)

@@ -1,4 +1,4 @@
-"""Bases and adapters as they are given to a Python call, checked and opened."""
+"""Check and open the bases and adapters given to a Python call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AnyAdapters: TypeAlias = AnyWeighted | Iterable[AnyWeighted] | Mapping[AnyPath, 
 
 
 def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve, *, hint: str = "") -> Checkpoint:
-    """The model that `base` names, opened `where` it lies. Raises UsageError, with `hint`, where it is an adapter."""
+    """Open the model `base` at `where(base)`. Raises UsageError, with `hint`, if it is an adapter."""
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise UsageError(f"base {base!r}: expected a path or a Hub id")
     path = where(base)
@@ -48,13 +48,13 @@ def open_adapters(
     scaling: float | None = None,
     where: Callable[[AnyPath], Path] = resolve,
 ) -> list[WeightedAdapter]:
-    """Adapters as they are given to a call, opened `where` they lie, with names that tell them apart."""
+    """Open the adapters given to a call at `where(adapter)`, with unique labels."""
     scale = number(scale, "scale")
-    return _name_apart([_open(what, weight * scale, alpha, scaling, where) for what, weight in weighted(adapters)])
+    return _unique_labels([_open(what, weight * scale, alpha, scaling, where) for what, weight in weighted(adapters)])
 
 
 def open_one(adapter: AnyWeighted) -> list[WeightedAdapter]:
-    """The only adapter of a call that takes one. Raises UsageError where it is several, or none."""
+    """Open the adapter of a call that takes one. Raises UsageError for several or none."""
     named = weighted(adapter)
     if len(named) != 1:
         raise UsageError(f"{len(named)} adapters: expected one")
@@ -62,7 +62,7 @@ def open_one(adapter: AnyWeighted) -> list[WeightedAdapter]:
 
 
 def weighted(adapters: AnyAdapters) -> list[tuple[AnyAdapter, float]]:
-    """One adapter, one with its weight, several of these, or weights by path, as pairs of adapter and weight.
+    """Normalize an adapter, a pair with its weight, a sequence of these, or a mapping of weights to a list of pairs.
 
     Raises UsageError for anything else.
     """
@@ -76,14 +76,14 @@ def weighted(adapters: AnyAdapters) -> list[tuple[AnyAdapter, float]]:
 
 
 def number(value: object, what: str) -> float:
-    """`value` as a float. Raises UsageError where it is no finite number."""
+    """`value` as a float. Raises UsageError unless it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise UsageError(f"{what} {value!r}: expected a finite number")
     return float(value)
 
 
 def _is_pair(entry: object) -> bool:
-    """Whether a tuple is an adapter and its weight, and not two adapters."""
+    """Whether a tuple is an adapter and its weight, not two adapters."""
     return (
         isinstance(entry, tuple) and len(entry) == 2 and not isinstance(entry[1], str | os.PathLike | Adapter | tuple)
     )
@@ -119,21 +119,21 @@ def _open(
     return WeightedAdapter(adapter, weight, name, path)
 
 
-def _name_apart(given: list[WeightedAdapter]) -> list[WeightedAdapter]:
-    """Give adapters of one name numbers, so that no two labels are equal, whatever the others are called."""
-    times = Counter(one.label for one in given)
-    taken, apart = {label for label, number in times.items() if number == 1}, []
-    for one in given:
-        label = one.label
+def _unique_labels(given: list[WeightedAdapter]) -> list[WeightedAdapter]:
+    """Append a number to equal labels, different from all other labels."""
+    times = Counter(entry.label for entry in given)
+    taken, labelled = {label for label, number in times.items() if number == 1}, []
+    for entry in given:
+        label = entry.label
         if times[label] > 1:
-            label = next(name for number in count(1) if (name := f"{one.label} #{number}") not in taken)
+            label = next(name for number in count(1) if (name := f"{entry.label} #{number}") not in taken)
             taken.add(label)
-        apart.append(replace(one, label=label))
-    return apart
+        labelled.append(replace(entry, label=label))
+    return labelled
 
 
 def renaming(rename: object) -> tuple[str, str] | None:
-    """A rename as (old, new), or as the text OLD=NEW."""
+    """Parse a rename, `OLD=NEW` or a pair."""
     if rename is None:
         return None
     text = "=".join(map(str, rename)) if isinstance(rename, tuple | list) else rename

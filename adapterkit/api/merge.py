@@ -1,4 +1,4 @@
-"""What `import adapterkit` offers: plan a merge, run it step by step or in one call.
+"""The Python calls that merge, verify and quantize.
 
 >>> plan = adapterkit.plan_merge("base", ["adapter", ("other", 0.3)], "out")  # headers only; raises if it cannot work
 >>> for event in adapterkit.run(plan): ...  # TensorMerged …, then Merged
@@ -62,7 +62,7 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         NotAllowedError, OfflineError, NoSpaceError: A download from the Hub failed.
     """
     if o.quantize is not None and o.dtype is not None:
-        raise UsageError("a quantized output has the dtypes of its scheme: give dtype or quantize, not both")
+        raise UsageError("`dtype` and `quantize` exclude each other: a quantized output has the dtypes of its scheme")
     _check_rounding(o, o.quantize is not None)
     named, rename = weighted(o.adapters), renaming(o.rename)
 
@@ -126,7 +126,7 @@ def verify(o: VerifyOptions) -> Iterator[Verdict]:
         ChangedError: A file changed while it was read.
     """
     if not 0 < number(o.sample, "sample") <= 1:
-        raise UsageError(f"sample {o.sample}: expected a share above 0 and up to 1")
+        raise UsageError(f"sample {o.sample}: expected a fraction above 0 and at most 1")
     from adapterkit.merging.verify import verify as run_verify
 
     with downloads_shown(o.progress):
@@ -182,17 +182,17 @@ def _check_rounding(o: QuantizingOptions, quantized: bool) -> None:
     if type(o.seed) is not int or not 0 <= o.seed < 2**63:
         raise UsageError(f"seed {o.seed!r}: expected a whole number from 0 to 2^63 - 1")
     if o.seed and o.rounding != "stochastic":
-        raise UsageError("only stochastic rounding has a seed")
+        raise UsageError("`seed` needs stochastic rounding")
 
 
 def _text(o: QuantizingOptions) -> Path | None:
     if o.calibration is None:
         return None
     if o.rounding != "compensated":
-        raise UsageError("a calibration text is for compensated rounding")
+        raise UsageError("`calibration` needs compensated rounding")
     path = Path(o.calibration).expanduser()
     if not path.is_file():
-        raise UsageError(f"{path}: expected a text file to calibrate with")
+        raise UsageError(f"{path}: expected a calibration text file")
     return path
 
 
@@ -204,7 +204,7 @@ def _default_output(checkpoint: Checkpoint, base: AnyPath, what: str) -> Path:
 
 
 def _placed(plan: MergePlan, overwrite: bool, base: Checkpoint) -> MergePlan:
-    """The plan, once its output may be written; with an original, the quantized `base` is read too."""
+    """The plan with its destination checked; with an original, the quantized `base` counts as an input too."""
     text = (plan.calibration,) if plan.calibration else ()
     plan = replace(plan, overwrite=overwrite, also_read=(*inputs_of(base), *text))
     plan.destination(receipt=False).check()

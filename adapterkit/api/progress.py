@@ -1,4 +1,4 @@
-"""`progress=True`: how far a call is, by tqdm: a widget in a notebook, a line on stderr elsewhere.
+"""Progress bars for `progress=True`, by tqdm: a widget in a notebook, a line on stderr elsewhere.
 
 >>> adapterkit.merge("base", "adapter", "merged", progress=True)  # and of what it downloads first
 >>> for event in adapterkit.run(plan, progress=True): ...  # the same bar, beside the same events
@@ -16,14 +16,14 @@ from adapterkit.text import visible
 
 
 class Show(Protocol):
-    """What is called with how much is done of how much, and where that changes with what is being done."""
+    """A callback for the progress; `what` changes the bar's description."""
 
     def __call__(self, done: int, total: int | None, what: str = "") -> None: ...
 
 
 @contextmanager
 def progress_bar(what: str, unit: str, shown: bool = True) -> Iterator[Show]:
-    """Yield what moves a bar of `what`, counted in `unit`: tensors, modules, B. Nothing is drawn unless `shown`."""
+    """Yield the callback of a bar in `unit` (tensors, modules or B); it draws nothing unless `shown`."""
     if not shown:
         yield lambda done, total, what="": None
         return
@@ -44,7 +44,7 @@ def progress_bar(what: str, unit: str, shown: bool = True) -> Iterator[Show]:
 
 @contextmanager
 def downloads_shown(shown: bool) -> Iterator[None]:
-    """Have every download that begins meanwhile draw a bar, where `shown`."""
+    """Draw a bar for every download that starts in the context, if `shown`."""
     if not shown:
         yield
         return

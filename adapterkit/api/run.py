@@ -82,7 +82,7 @@ def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, N
 
 
 def in_one_call(plan: Callable[[T], Plan], options: T, made: type[R], how: RunOptions | None = None) -> R:
-    """Plan what the `options` ask for and run it to its end; the result is of the type `made`."""
+    """Make the plan for `options` and run it to its end; `made` is the type of the result."""
     with downloads_shown(options.progress):
         planned = plan(options)
     *_, result = run(planned, progress=options.progress, **(asdict(how) if how else {}))
@@ -98,12 +98,12 @@ def _events(plan: Plan, how: dict[str, Any]) -> Generator[Event, None, None]:
     if isinstance(plan, UnmergePlan):
         return run_steps(plan, RunOptions(**how))
     if how:
-        raise UsageError(f"this plan takes no {next(iter(how))}: that is for merges")
+        raise UsageError(f"unexpected option `{next(iter(how))}`: only merges take it")
     return make_adapter(plan) if isinstance(plan, AdapterPlan) else plan.steps()
 
 
 def _with_bar(events: Generator[Event, None, None], plan: Plan) -> Generator[Event, None, None]:
-    """The events, with a bar that counts them."""
+    """Yield the events, and draw a bar."""
     what = plan.out.name if isinstance(plan, MergePlan | UnmergePlan | AdapterPlan) else ""
     with progress_bar(what, plan.unit) as show, closing(events):
         for event in events:

@@ -1,4 +1,4 @@
-"""Several merges undone one after the other: the plan, and its run."""
+"""Undo several merges in sequence: the plan, and its run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from adapterkit.text import counted
 
 @dataclass(frozen=True, repr=False)
 class UnmergePlan(Displayed):
-    """Merges to be undone one after the other, the last one first; `first` is the plan that undoes that.
+    """Merges to undo in sequence, the last one first; `first` is the plan of that step.
 
-    Each other one is planned on what the one before wrote; its receipt and adapters are there and known.
+    Each further step is planned on the output of the one before, with its receipt and adapters.
     """
 
     unit: ClassVar[str] = "tensors"
@@ -39,7 +39,7 @@ class UnmergePlan(Displayed):
 
     @property
     def destination(self) -> Destination:
-        """Where the base goes in the end."""
+        """The destination of the restored base."""
         return replace(self.first.destination(receipt=False), beside=True)
 
     @property
@@ -47,17 +47,17 @@ class UnmergePlan(Displayed):
         return ()  # each step has its own
 
     def facts(self) -> dict[str, Any]:
-        """The plan for programs: of the first step, and what undoes each."""
+        """The plan as JSON data: the first step, and the adapters of each step."""
         return self.first.facts() | {"steps": [[one.name for one in receipt.adapters] for receipt in self.receipts]}
 
     def brief(self) -> str:
         return f"{self.first.base.name} → {self.out}, {counted(len(self.receipts), 'merge')} to undo"
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """The plan as text."""
         steps = [" and ".join(one.name for one in receipt.adapters) for receipt in self.receipts]
         return [
-            f"undoes    {counted(len(steps), 'merge')}, one after the other:",
+            f"undo      {counted(len(steps), 'merge')}, in this order:",
             *(f"  {number}.      {step}" for number, step in enumerate(steps, 1)),
             self.first.lines()[-1],
         ]
@@ -65,7 +65,7 @@ class UnmergePlan(Displayed):
 
 @dataclass(frozen=True, slots=True)
 class StepStarted:
-    """The `number`-th of `total` merges is about to be undone, by its plan."""
+    """The plan of the `number`-th of `total` merges, about to be undone."""
 
     plan: MergePlan
     number: int
@@ -73,7 +73,7 @@ class StepStarted:
 
 
 def run_steps(plan: UnmergePlan, options: RunOptions) -> Generator[StepStarted | TensorMerged | Merged, None, None]:
-    """Undo every merge of `plan`: a step's events after its `StepStarted`, the result last."""
+    """Undo every merge of `plan`; yields a `StepStarted` and the events of each step, the result last."""
     steps = len(plan.receipts)
     with staged(plan.destination) as last:
         between = [last.with_name(f"before-{number}") for number in range(1, steps)]

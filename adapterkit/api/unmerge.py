@@ -1,6 +1,6 @@
-"""What `import adapterkit` offers to undo merges.
+"""The Python calls that undo merges.
 
->>> adapterkit.unmerge("merged", "base-again", adapters=["adapter"])  # every file's SHA-256 as it was
+>>> adapterkit.unmerge("merged", "base-again", adapters=["adapter"])  # restores every file's SHA-256
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def plan_unmerge(o: UnmergeOptions) -> MergePlan | UnmergePlan:
         return _plan(checkpoint, target, given, o.base, o.approximate)
     receipts = levels(checkpoint.path)
     if o.base is not None or o.approximate or not receipts:
-        raise UsageError("every merge is undone by receipts alone, one after the other: there must be some")
-    offers = sort_by_level(receipts, [one.adapter for one in given])
+        raise UsageError("`every=True` needs receipts, and takes neither `base` nor `approximate`")
+    offers = sort_by_level(receipts, [entry.adapter for entry in given])
     found = [
         tuple(find_adapters(receipt, offer, checkpoint.path)) for receipt, offer in zip(receipts, offers, strict=True)
     ]
@@ -81,7 +81,7 @@ def unmerge(o: UnmergeCall) -> Merged:
 def _checked(
     merged: AnyPath, out: AnyPath, adapters: AnyAdapters, approximate: bool
 ) -> tuple[Checkpoint, Path, list[WeightedAdapter]]:
-    """What is to be undone, where that goes, and the adapters that are given, opened and checked to lie apart."""
+    """The merged model, the output and the given adapters, opened and checked to be disjoint."""
     source, target = resolve(merged), Path(out).expanduser()
     checkpoint = open_base(merged, hint="the merged model comes first; its adapters are named by `adapters`")
     told = find_receipt(source) is not None and not approximate
@@ -94,7 +94,7 @@ def _checked(
 def _plan(
     merged: Checkpoint, out: Path, given: Sequence[WeightedAdapter], base: AnyPath | None, approximate: bool
 ) -> MergePlan:
-    """What undoes the last merge, from headers only but where a base is to be checked."""
+    """Plan to undo the last merge, from headers only unless a base must be checked."""
     original = None if base is None else open_base(base)
     if original is not None:
         Destination(out, inputs_of(merged, original, *given), original.is_directory).check()
@@ -103,7 +103,7 @@ def _plan(
     weighted = any(one.weight != 1.0 for one in given)
     if approximate:
         if original is not None:
-            raise UsageError("with the base nothing needs to be approximate: give one of them")
+            raise UsageError("`base` and `approximate` exclude each other: with the base, undoing is exact")
         if receipt is not None and not given:
             found = find_adapters(receipt, [], merged.path)
             given = [WeightedAdapter(a, one.weight, one.name) for a, one in zip(found, receipt.adapters, strict=True)]
@@ -111,28 +111,28 @@ def _plan(
             raise UsageError(f"{merged.path}: no receipt names the adapters to subtract", hint="give `adapters`")
         return plan_subtraction(merged, given, out)
     if receipt is not None and weighted:
-        raise UsageError("the weights are those of the receipt", hint="name the adapters without weights")
+        raise UsageError("the receipt defines the weights", hint="give the adapters without weights")
     if original is not None:
         if receipt is None:
             check_fits(merged, original, given)
         elif given:
-            raise UsageError("a receipt and the base are enough", hint="omit `adapters`")
+            raise UsageError("the receipt and the base are sufficient", hint="omit `adapters`")
         return plan_copy(original, receipt, out)
     if receipt is None:
         raise FitError(
-            f"{merged.path}: has no receipt, without which no merge is undone exactly",
+            f"{merged.path}: no receipt, so the merge cannot be undone exactly",
             hint="`base` with `adapters` checks and restores the base; `approximate=True` with `adapters` subtracts",
         )
     return plan_undo(merged, receipt, find_adapters(receipt, [one.adapter for one in given], merged.path), out)
 
 
 def _opened(adapter: AnyAdapter) -> Adapter:
-    """An adapter that a receipt tells the scalings of."""
+    """An adapter whose scalings are in a receipt."""
     return adapter if isinstance(adapter, Adapter) else opened(resolve(adapter))
 
 
 def levels(merged: Path) -> list[Receipt]:
-    """The receipts of all merges that are to be undone one after the other, the last merge first."""
+    """The receipts of all merges, the last merge first."""
     found, folder = [], find_receipt(merged)
     while folder is not None:
         found.append(read_receipt(folder))
@@ -172,16 +172,15 @@ def find_adapters(receipt: Receipt, offered: Sequence[Adapter], near: Path) -> l
         if here is None:
             digests = ", ".join(f"{name} {digest[:12]}…" for name, digest in one.files.items())
             raise FitError(
-                f"{one.name}: undoing the merge needs this adapter ({digests}), and it is neither beside {near.name} "
-                "nor here",
-                hint="name it in `adapters`",
+                f"{one.name}: adapter not found next to {near.name} or in the current directory ({digests})",
+                hint="give it in `adapters`",
             )
         found.append(here)
     return found
 
 
 def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
-    """Raise FitError where some, but not all, of the adapters are named: one alone cannot be taken out exactly."""
+    """Raise FitError if only some of the adapters are given: they cannot be removed exactly one by one."""
     named = [one for one in receipt.adapters if set(one.files.values()) in offered]
     others = [one for one in receipt.adapters if one not in named]
     if named and others:
@@ -194,14 +193,14 @@ def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
         names, rest = (" and ".join(one.name for one in some) for some in (named, others))
         again = command(["adapterkit", "merge", "OUT", *(argument(f"{one.name}:{one.weight}") for one in others)])
         raise FitError(
-            f"{names}: was merged together with {rest}, and {shared} of its {touched} tensors were rounded with both "
-            "in them: what is exact is to take all out",
-            hint=f"name all in `adapters`, or none, and merge the rest again: {again}",
+            f"{names}: merged together with {rest}; {shared} of {touched} tensors were rounded after adding both, so "
+            "that only removing all is exact",
+            hint=f"give all or none in `adapters`, then merge the rest again: {again}",
         )
 
 
 def opened(path: Path) -> Adapter:
-    """An adapter whose scalings stand in a receipt, so that without a config it need not be told."""
+    """Load an adapter whose scalings are in a receipt, so that it needs no config."""
     try:
         return load(path)
     except UsageError:
@@ -209,19 +208,19 @@ def opened(path: Path) -> Adapter:
 
 
 def hashes_of(adapter: Adapter) -> set[str]:
-    """The SHA-256 of the files of an adapter."""
+    """The SHA-256 of an adapter's files."""
     return {_sha256(file, stamp) for file, stamp in stamps_of(adapter.files).items()}
 
 
 @cache
 def _sha256(file: Path, _: Stamp) -> str:
-    """Of a file in that state."""
+    """The SHA-256 of a file, cached until its stamp changes."""
     with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _by_name(name: str, near: Path) -> Iterator[Adapter]:
-    """Adapters that can be the one of that name, with or without the number that told it from its namesakes."""
+    """Yield candidates for the adapter of that label, with and without its number."""
     names = dict.fromkeys((name, re.sub(r" #\d+$", "", name)))
     plain = [last for one in names if (last := one.rpartition("/")[2]) not in ("", ".", "..")]
     places = [folder / one for one in plain for folder in (near.absolute().parent, Path.cwd())]

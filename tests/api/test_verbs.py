@@ -170,6 +170,6 @@ def _frozen(events: Iterator[Any]) -> Iterator[Any]:
 
 def test_combining_refuses_options_of_merges(folder: Path, tmp_path: Path) -> None:
     plan = adapterkit.plan_resize(folder / "one", tmp_path / "out", rank=2)
-    with pytest.raises(UsageError, match="takes no threads"):
+    with pytest.raises(UsageError, match="unexpected option `threads`"):
         adapterkit.run(plan, threads=2)  # type: ignore[call-overload]
     assert not (tmp_path / "out").exists()

@@ -928,7 +928,7 @@ def test_the_seed_matters_for_stochastic_rounding_only(sixteen_bits: Path, tmp_p
     assert any((tmp_path / "1" / n).read_bytes() != (tmp_path / "2" / n).read_bytes() for n in names)
     for how, message in [
         ({"rounding": "up"}, "expected one of nearest"),
-        ({"seed": 3}, "only stochastic rounding has a seed"),
+        ({"seed": 3}, "`seed` needs stochastic rounding"),
         ({"seed": 2**63, "rounding": "stochastic"}, "expected a whole number"),
         ({"seed": -1, "rounding": "stochastic"}, "expected a whole number"),
     ]:

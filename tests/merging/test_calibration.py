@@ -174,8 +174,8 @@ def test_failures_of_calibration_are_named(model: Path, tmp_path: Path, monkeypa
             adapterkit.quantize(base, out, **({"to": "nf4", "rounding": "compensated", "calibration": file} | how))
         assert not out.exists()
 
-    fails(UsageError, "for compensated rounding", rounding="nearest")
-    fails(UsageError, "expected a text file", file=tmp_path)
+    fails(UsageError, "needs compensated rounding", rounding="nearest")
+    fails(UsageError, "expected a calibration text file", file=tmp_path)
     (tmp_path / "empty.txt").write_text("")
     fails(UsageError, "the text has 0 tokens", file=tmp_path / "empty.txt")
     fails(FormatError, "transformers cannot load a tokenizer", base=FIXTURES / "bases" / "tiny-llama")

@@ -74,7 +74,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(merged: Path, tmp_path: Pat
     facts = json.loads(run("unmerge", merged, "-o", out, "--base", tmp_path / "base", "--dry-run", "--json").out)
     assert facts["bytes_to_write"] == sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
     every = run("unmerge", merged, "-o", out, "--all", "--dry-run")
-    assert every.out.startswith("undoes    1 merge, one after the other:\n  1.      adapter\n"), every
+    assert every.out.startswith("undo      1 merge, in this order:\n  1.      adapter\n"), every
     assert contents(tmp_path) == before
 
 
@@ -274,7 +274,7 @@ def test_no_two_adapters_have_one_label() -> None:
     names = ["a", "a #1", "a #2", "a #1 #1", "b"]
     for wanted in product(names, repeat=4):
         given = [WeightedAdapter(Adapter("peft", {}), 1.0, name) for name in wanted]
-        labels = [one.label for one in inputs._name_apart(given)]
+        labels = [one.label for one in inputs._unique_labels(given)]
         assert len(set(labels)) == len(labels)
         assert all(label.startswith(name) for label, name in zip(labels, wanted, strict=True))
         assert all(label == name for label, name in zip(labels, wanted, strict=True) if wanted.count(name) == 1)
@@ -617,9 +617,9 @@ def test_one_of_two_that_were_merged_together_is_refused(merged: Path, make_adap
     adapterkit.merge(tmp_path / "base", [tmp_path / "adapter", (tmp_path / "second", 0.5)], tmp_path / "both")
     outcome = run("unmerge", tmp_path / "both", "-o", tmp_path / "out", "--adapter", tmp_path / "adapter")
     says = outcome.message(3)
-    assert "was merged together with second, and 1 of its 2 tensors" in says and "merge OUT second:0.5" in says
+    assert "merged together with second; 1 of 2 tensors" in says and "merge OUT second:0.5" in says
     shutil.move(tmp_path / "second", tmp_path / "elsewhere")
-    with pytest.raises(FitError, match="second: undoing the merge needs this adapter .*; name it in `adapters`"):
+    with pytest.raises(FitError, match="second: adapter not found .*; give it in `adapters`"):
         adapterkit.unmerge(tmp_path / "both", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     given = [tmp_path / "elsewhere", tmp_path / "adapter"]
@@ -651,7 +651,7 @@ def test_a_changed_adapter_is_refused(merged: Path, tmp_path: Path) -> None:
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, file)
-    assert "needs this adapter" in run("unmerge", merged, "-o", tmp_path / "out").message(3)
+    assert "adapter not found" in run("unmerge", merged, "-o", tmp_path / "out").message(3)
     outcome = run("unmerge", merged, "-o", tmp_path / "out", "--adapter", tmp_path / "adapter")
     assert "not the merged adapter, by its SHA-256" in outcome.message(3)
     assert run("unmerge", merged, "-o", tmp_path / "out", "--adapter", tmp_path / "adapter", "--approximate").code == 0
@@ -810,7 +810,7 @@ def test_without_a_receipt_the_base_does(merged: Path, tmp_path: Path) -> None:
     base, adapter, bare = tmp_path / "base", tmp_path / "adapter", tmp_path / "bare"
     adapterkit.merge(base, [adapter], bare, receipt=False)
     assert not (bare / "adapterkit_receipt.json").exists()
-    assert "has no receipt" in run("unmerge", bare, "-o", tmp_path / "out").message(3)
+    assert "no receipt" in run("unmerge", bare, "-o", tmp_path / "out").message(3)
     assert "no receipt lists the adapters" in run("unmerge", bare, "-o", tmp_path / "out", "--base", base).message(2)
     outcome = run("unmerge", bare, "-o", tmp_path / "out", "--base", base, "--adapter", f"{adapter}:0.5")
     assert ", scaled: " in outcome.message(3) and not (tmp_path / "out").exists()

@@ -1,1 +1,1 @@
-"""What each verb takes: tables, of which its Python call, its command and its form in the app are made."""
+"""The options of each verb, from which its Python call, its command and its form in the app are made."""

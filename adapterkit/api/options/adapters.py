@@ -1,4 +1,4 @@
-"""Adapters from adapters, or compared: what each verb takes."""
+"""Options of the verbs that make adapters from adapters, and of compare."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ADAPTER_KINDS = ("dora", "lora", "rslora")
 
 SIZE = "Size of the result"
-ENERGY = "Truncate each module to the lowest rank that keeps this share of ‖Δ‖²"
+ENERGY = "Truncate each module to the lowest rank that retains this share of ‖Δ‖²"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CombineOptions(Options):
     )  # fmt: skip
     rank: int | None = option(None, "Truncate the result to this rank, optimally", group=SIZE)
     energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
-    seed: int | None = option(None, "Random seed, for methods that leave something to chance", in_form=False)
+    seed: int | None = option(None, "Random seed, for methods that drop elements", in_form=False)
     saved: str = option(
         "error", "For tensors that several adapters store whole: error, first or average", RULES, metavar="RULE",
         in_form=False,
@@ -57,14 +57,12 @@ class ResizeOptions(Options):
     _: KW_ONLY
     rank: int | None = option(None, "Rank of every module; lower ones are padded", group=SIZE)
     energy: float | None = option(
-        None, "Lowest rank of each module that keeps this share of ‖Δ‖²", group=SIZE, label="or energy to retain"
+        None, "Lowest rank of each module that retains this share of ‖Δ‖²", group=SIZE, label="or energy to retain"
     )
     error: float | None = option(
         None, "Lowest rank of each module with no more than this relative error", group=SIZE, in_form=False
     )
-    uniform: bool = option(
-        False, "Give every module the highest rank that one of them needs", group=SIZE, in_form=False
-    )
+    uniform: bool = option(False, "Give every module the highest of these ranks", group=SIZE, in_form=False)
     overwrite: bool = overwrite()
 
 
@@ -83,11 +81,11 @@ class ConvertOptions(Options):
     to: str = option(MISSING, "Kind to convert to", ADAPTER_KINDS)
     base: AnyModel | None = option(None, "Base model, needed to and from DoRA", metavar="BASE")
     initial: AnyAdapter | None = option(
-        None, "The adapter before its training, of PiSSA or OLoRA", metavar="ADAPTER", in_form=False
+        None, "Initial state of a PiSSA or OLoRA adapter", metavar="ADAPTER", in_form=False
     )
     rank: int | None = option(None, "From DoRA, or with `initial`: truncate to this rank, optimally", group=SIZE)
     energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
-    seed: int | None = option(None, "Random seed of the search for the best rank, from DoRA", in_form=False)
+    seed: int | None = option(None, "Random seed of the low-rank approximation, from DoRA", in_form=False)
     overwrite: bool = overwrite()
 
 
@@ -100,16 +98,16 @@ class ConvertCall(ProgressOptions, ConvertOptions):
 class ExtractOptions(Options):
     """An adapter from the difference of two models"""
 
-    base: AnyModel = argument("The model before fine-tuning")
-    finetuned: AnyModel = argument("The model after fine-tuning", label="fine-tuned model")
+    base: AnyModel = argument("Model before fine-tuning")
+    finetuned: AnyModel = argument("Model after fine-tuning", label="fine-tuned model")
     out: AnyPath = output()
     _: KW_ONLY
     rank: int | None = option(None, "Rank of every module", group=SIZE)
     energy: float | None = option(
-        None, "Lowest rank of each module that keeps this share of ‖Δ‖²", group=SIZE, in_form=False
+        None, "Lowest rank of each module that retains this share of ‖Δ‖²", group=SIZE, in_form=False
     )
-    whole: bool = option(False, "Take embeddings, norms and heads that differ too, as modules_to_save", in_form=False)
-    seed: int = option(0, "Random seed of the search for the best rank", in_form=False)
+    whole: bool = option(False, "Include changed embeddings, norms and heads, as modules_to_save", in_form=False)
+    seed: int = option(0, "Random seed of the low-rank approximation", in_form=False)
     overwrite: bool = overwrite()
 
 

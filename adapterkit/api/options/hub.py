@@ -1,4 +1,4 @@
-"""The Hub: what downloads and uploads take."""
+"""Options of pull and push."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ class PullOptions(Options):
     """Models and adapters downloaded"""
 
     ids: AnyNames = argument("Hub ids: org/name, org/name@revision or org/name:folder", metavar="ID...", label="Hub id")
-    out: AnyPath | None = output(
-        None, "Copy it to this new directory, besides keeping it in the Hub cache", label="copy to"
-    )
+    out: AnyPath | None = output(None, "Copy it from the Hub cache to this new directory", label="copy to")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class PushOptions(Options):
     repo: str = argument("Repository on the Hub: ORG/NAME, or NAME for one of your own", label="repository")
     _: KW_ONLY
     base_id: str | None = option(
-        None, "Hub id of the base, where the adapter names a local path", metavar="ORG/NAME", group=CARD,
+        None, "Hub id of the base, if the adapter names a local path", metavar="ORG/NAME", group=CARD,
         label="base on the Hub",
     )  # fmt: skip
     license: str | None = option(None, "License for the card, such as apache-2.0", group=CARD)

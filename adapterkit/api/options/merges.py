@@ -1,4 +1,4 @@
-"""Adapters into a base and out of it, and a base quantized: what each verb takes."""
+"""Options of merge, unmerge, verify and quantize."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DeviceOptions(Options):
 
     _: KW_ONLY
     device: str | torch.device = option(
-        "auto", "Device: cpu, cuda, cuda:N, or auto, which takes a GPU where the job gains from one",
+        "auto", "Device: cpu, cuda, cuda:N, or auto (a GPU if it is faster)",
         metavar="DEVICE", in_form=False,
     )  # fmt: skip
     threads: int | None = threads()
@@ -48,7 +48,7 @@ class QuantizingOptions(Options):
 
 @dataclass(frozen=True)
 class StrengthOptions(Options):
-    """How strongly adapters are merged, and by which names"""
+    """Strength and names of merged adapters"""
 
     _: KW_ONLY
     scale: float = option(1.0, "Multiply every adapter's strength", group=ADAPTERS, in_form=False)
@@ -70,13 +70,13 @@ class MergeOptions(StrengthOptions, QuantizingOptions):
     alpha: float | None = option(
         None, "Alpha of an adapter without a config (scaling = alpha / rank)", group=ADAPTERS, in_form=False
     )
-    scaling: float | None = option(None, "Scaling itself of an adapter without a config", group=ADAPTERS, in_form=False)
+    scaling: float | None = option(None, "Scaling of an adapter without a config", group=ADAPTERS, in_form=False)
     allow_partial: bool = option(False, "Skip modules that don't exist in the base", group=ADAPTERS, in_form=False)
     dtype: str | torch.dtype | None = option(
-        None, "Convert the output; by default dtypes stay", OUTPUT_DTYPES, spellings=DTYPE_SPELLINGS, group="Output"
+        None, "Dtype of the output [default: as in the base]", OUTPUT_DTYPES, spellings=DTYPE_SPELLINGS, group="Output"
     )
     quantize: str | None = option(
-        None, "Quantize the output; by default it is not", lambda: (*writable_kinds(), "same"), group=QUANTIZATION
+        None, "Quantize the output [default: unquantized]", lambda: (*writable_kinds(), "same"), group=QUANTIZATION
     )
     original: AnyModel | None = option(
         None, "Merge into the unquantized model that `base` was made from", metavar="BASE16", group=QUANTIZATION,
@@ -85,7 +85,7 @@ class MergeOptions(StrengthOptions, QuantizingOptions):
     overwrite: bool = overwrite()
     download: bool = option(
         True,
-        "Download what is on the Hub, once its headers fit; else the plan is to be looked at, not run",
+        "Download from the Hub once headers match; otherwise the plan cannot be run",
         in_form=False,
         in_cli=False,
     )
@@ -98,11 +98,11 @@ class MergeRunOptions(DeviceOptions):
     _: KW_ONLY
     report: bool = option(
         False,
-        "Measure what rounding kept of the update, by layer; with `json`, by tensor",
+        "Measure the share of the update retained, by layer; with `json`, by tensor",
         in_form=False,
-        meaning="Measure what rounding kept of every element, instead of a sample",
+        meaning="Measure retention after rounding on all elements, instead of a sample",
     )
-    resume: bool = option(False, "Take over the shards that an interrupted merge had finished", in_form=False)
+    resume: bool = option(False, "Reuse the shards that an interrupted merge finished", in_form=False)
     accept_loss: bool = option(
         False, "Proceed even if quantization erases more than half of the update", group=QUANTIZATION, in_form=False
     )
@@ -139,13 +139,13 @@ class VerifyOptions(ProgressOptions, StrengthOptions):
     """A merge checked"""
 
     merged: AnyModel = argument("Model to check", label="merged model")
-    base: AnyModel = argument("Base that it should be made of", flags=("--base",), metavar="BASE")
+    base: AnyModel = argument("Expected base", flags=("--base",), metavar="BASE")
     adapters: AnyAdapters = argument(
-        "An adapter that should be in it; can be given several times", flags=("--adapter",),
+        "Expected adapter; can be given several times", flags=("--adapter",),
         metavar="ADAPTER[:WEIGHT]",
     )  # fmt: skip
     _: KW_ONLY
-    sample: float = option(1.0, "Look at this share of the rows only", in_form=False)
+    sample: float = option(1.0, "Check only this fraction of the rows", in_form=False)
     threads: int | None = threads()
 
 
@@ -164,7 +164,7 @@ class QuantizeOptions(QuantizingOptions):
     to: str = option(MISSING, "Kind to quantize to", writable_kinds, group=QUANTIZATION)
     blocksize: int = option(
         DEFAULT_BLOCKSIZE,
-        "Elements that share a scale, for kinds that have blocks",
+        "Elements per scale, for kinds with blocks",
         blocksizes,
         group=QUANTIZATION,
         label="block size",
@@ -183,21 +183,19 @@ class QuantizeCall(ProgressOptions, DeviceOptions, QuantizeOptions):
 class UnmergeOptions(Options):
     """A merge undone"""
 
-    merged: AnyModel = argument("Model to undo the merge of", label="merged model")
+    merged: AnyModel = argument("Merged model", label="merged model")
     out: AnyPath = output(help="Output directory or file")
     _: KW_ONLY
     adapters: AnyAdapters = option(
-        (), "An adapter that was merged, where it is not found by itself", flags=("--adapter",),
-        meaning="The adapters that were merged, where they are not found by name and SHA-256",
+        (), "A merged adapter, if it is not found automatically", flags=("--adapter",),
+        meaning="The merged adapters, if they are not found by name and SHA-256",
         metavar="ADAPTER[:WEIGHT]",
     )  # fmt: skip
-    every: bool = option(
-        False, "Undo every merge, one after the other, not only the last", flags=("--all",), in_form=False
-    )
+    every: bool = option(False, "Undo all merges, not only the last", flags=("--all",), in_form=False)
     base: AnyModel | None = option(
-        None, "Restore from this base, checked to be the one", metavar="BASE", label="restore from base"
+        None, "Restore from this base, after checking it", metavar="BASE", label="restore from base"
     )
-    approximate: bool = option(False, "Subtract the adapters, whatever `merged` is", in_form=False)
+    approximate: bool = option(False, "Subtract the adapters without checking `merged`", in_form=False)
 
 
 @dataclass(frozen=True)

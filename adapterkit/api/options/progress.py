@@ -1,4 +1,4 @@
-"""Whether a call shows how far it is."""
+"""The option to draw a progress bar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from adapterkit.options import Options, option
 
 @dataclass(frozen=True)
 class ProgressOptions(Options):
-    """Whether a call shows how far it is"""
+    """Whether a call draws a progress bar"""
 
     _: KW_ONLY
     progress: bool = option(False, "Draw a progress bar, in a notebook or on stderr", in_form=False, in_cli=False)
