@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 def plan_pull(o: PullOptions) -> PullPlan:
     """Plan a download of the files that the Hub cache lacks; nothing is downloaded.
 
-        Args:
-        ids: one or more of `org/name`, `org/name@revision` and `org/name:folder`.
-        out: a new directory to copy a single one to; None leaves it in the Hub cache.
-
-        Returns:
+    Returns:
         The plan: `print` shows it, `run` runs it.
 
     Raises:
@@ -60,16 +56,7 @@ def pull(o: PullCall) -> Pulled:
 def plan_push(o: PushOptions) -> PushPlan:
     """Plan an upload: check the folder, its base, the token and the repository; nothing is sent.
 
-        Args:
-        path: the folder of an adapter or a model.
-        repo: `ORG/NAME`, or `NAME` for a repository of the token's owner.
-        base_id: Hub id of the base, if the adapter names a local path.
-        license: for the card.
-        message: of the commit.
-        private: make the repository private, if it is new.
-        pr: open a pull request instead of changing the main branch.
-
-        Returns:
+    Returns:
         The plan: `print` shows it, `run` runs it.
 
     Raises:
