@@ -64,7 +64,7 @@ def speak_options(error: BaseException, command: click.Command) -> None:
     """Have an error of the library name the options of `command`, where it names parameters of a Python call."""
     error.args = tuple(in_options(part, command) if isinstance(part, str) else part for part in error.args)
     if isinstance(error, AdapterkitError):
-        hint = in_options(error.hint, command).replace("`output`", "output")
+        hint = in_options(error.hint, command).replace("`out`", "output")
         error.hint = "" if PARAMETER.search(hint) else hint  # about an option that the command does not have
     if notes := getattr(error, "__notes__", None):
         notes[:] = [in_options(line, command) for line in notes]

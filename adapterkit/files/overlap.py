@@ -23,11 +23,11 @@ def check_disjoint(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
         out = _Tree.of(path, follow=False)
         for tree in trees:
             if tree.top & out.above or (tree.inside | tree.top) & out.top:
-                raise UsageError(f"{path}: is the input {tree.path}, or inside it", hint="choose another `output`")
+                raise UsageError(f"{path}: is the input {tree.path}, or inside it", hint="choose another `out`")
             if (tree.above | tree.inside | tree.top) & (out.folders | out.top):
                 raise UsageError(
                     f"{path}: contains the input {tree.path}, or a file that it links to",
-                    hint="choose another `output`",
+                    hint="choose another `out`",
                 )
 
 

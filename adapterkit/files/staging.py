@@ -106,16 +106,16 @@ class Destination:
     def _check_free(self, path: Path) -> None:
         directory = self.directory or path != self.out
         if path.is_symlink() or (path.exists() and not path.is_dir() and not path.is_file()):
-            raise OutputExistsError(f"{path}: is a link or a special file", hint="choose another `output`")
+            raise OutputExistsError(f"{path}: is a link or a special file", hint="choose another `out`")
         if not path.exists() or (directory and path.is_dir() and not any(path.iterdir())):
             return
         if not self.overwrite:
             instead = "" if self.overwrite is None else ", or replace it with `overwrite=True`"
-            raise OutputExistsError(f"{path}: already exists", hint=f"choose another `output`{instead}")
+            raise OutputExistsError(f"{path}: already exists", hint=f"choose another `out`{instead}")
         if path.is_dir() is not directory:
             found, expected = ("directory", "file") if path.is_dir() else ("file", "directory")
             raise OutputExistsError(
-                f"{path}: is a {found}, but the output is a {expected}", hint="choose another `output`, or remove it"
+                f"{path}: is a {found}, but the output is a {expected}", hint="choose another `out`, or remove it"
             )
         if not (self.is_ours if path == self.out else is_made_by_us)(path):
             raise OutputExistsError(
@@ -254,7 +254,7 @@ def _commit(work: Workspace, destination: Destination, before: list[Inode | None
     _flush_all(work.path)
     for path, inode in zip(destination.paths, before, strict=True):
         if _identity(path) != inode:
-            raise OutputExistsError(f"{path}: appeared during the run", hint="choose another `output`")
+            raise OutputExistsError(f"{path}: appeared during the run", hint="choose another `out`")
     for beside in destination.paths[:-1]:
         _put_receipt(work, beside)
     if before[-1] is None:

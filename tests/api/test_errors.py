@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import errno
+import inspect
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from adapterkit import errors
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import map_os_errors
 from adapterkit.hub.client.call import checked_response
+from adapterkit.merging.options import RunOptions
+from adapterkit.train.recipe import Recipe
 
 PACKAGE = Path(adapterkit.__file__).parent
 
@@ -111,6 +115,7 @@ def test_mapping_os_errors_leaves_our_errors_unchanged(kind: type[errors.Adapter
 
 # --- arguments and options -------------------------------------------------------------------------------------------
 
+PARAMETER = re.compile("`([a-z_]+)(?:=[^`]*)?`")
 OPTION = re.compile(r"(?<![\w-])(--[a-z]|-[a-z](?![\w-]))")
 
 
@@ -134,6 +139,17 @@ def test_no_message_outside_the_command_line_names_an_option() -> None:
     assert [bool(OPTION.search(text)) for text in ("give -o OUT", "say --json", "a-b --", "up - down", "e-3")] == [
         True, True, False, False, False,
     ]  # fmt: skip
+
+
+def test_every_argument_that_a_text_names_is_one() -> None:
+    """What stands in backticks, as `overwrite=True`, is an argument of a public call, or a field of a recipe."""
+    calls = [one for name in adapterkit.__all__ if inspect.isfunction(one := getattr(adapterkit, name))]
+    known = {argument for call in calls for argument in inspect.signature(call).parameters}
+    known |= {field.name for options in (RunOptions, Recipe) for field in fields(options)}
+    known |= {"unmerge", "json"}  # a call, and an option of every command
+    files = [file for file in PACKAGE.rglob("*.py") if not {"cli", "tui"} & set(file.relative_to(PACKAGE).parts)]
+    named = {(file.name, name) for file in files for text in texts(file) for name in PARAMETER.findall(text)}
+    assert {(file, name) for file, name in named if name not in known} == set() and len(named) > 50
 
 
 BOTH: dict[str, tuple[Callable[[], Any], list[str], str, str]] = {

@@ -244,7 +244,7 @@ def test_errors_are_red_on_a_terminal(monkeypatch: pytest.MonkeyPatch, env: dict
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("merge", "choose another `output`, or say `overwrite=True`", "choose another -o, or say --overwrite"),
+        ("merge", "choose another `out`, or say `overwrite=True`", "choose another -o, or say --overwrite"),
         ("merge", 'use `dtype="fp32"` or `receipt=False`', "use --dtype fp32 or --no-receipt"),
         ("merge", "name a `base`, then `rename`", "name a BASE, then --map"),
         ("eval", "leave out `generate=True` and `max_new_tokens`", "leave out --generate and --max-new-tokens"),
@@ -257,13 +257,13 @@ def test_parameters_as_options(name: str, text: str, expected: str) -> None:
 
 
 def test_errors_name_arguments_in_python_and_options_on_the_command_line() -> None:
-    error = OutputExistsError("a: exists", hint="choose another `output`, or say `overwrite=True`")
+    error = OutputExistsError("a: exists", hint="choose another `out`, or say `overwrite=True`")
     error.add_note("run it again with `resume=True`")
-    assert str(error) == "a: exists; choose another `output`, or say `overwrite=True`"
+    assert str(error) == "a: exists; choose another `out`, or say `overwrite=True`"
     speak_options(error, command_of("merge"))
     assert str(error) == "a: exists; choose another -o, or say --overwrite"
     assert error.__notes__ == ["run it again with --resume"]
-    elsewhere = OutputExistsError("a: exists", hint="choose another `output`")
+    elsewhere = OutputExistsError("a: exists", hint="choose another `out`")
     speak_options(elsewhere, command_of("eval"))
     assert elsewhere.hint == "choose another output"
     speak_options(unknown := UsageError("no alpha", hint="give `alpha`, or `scaling`"), command_of("verify"))

@@ -281,7 +281,7 @@ def test_an_output_that_appears_during_the_run_is_not_replaced(tmp_path: Path, d
     """Not even with --overwrite, which applies to what existed at the start."""
     out = tmp_path / "out"
     with (
-        pytest.raises(OutputExistsError, match="appeared during the run; choose another `output`")
+        pytest.raises(OutputExistsError, match="appeared during the run; choose another `out`")
         if not directory or place == "out"
         else nullcontext(),
         staged(Destination(out, directory=directory, overwrite=True, beside=not directory)) as new,
@@ -461,13 +461,11 @@ def test_a_file_or_directory_of_the_wrong_kind_is_refused(tmp_path: Path, direct
     out = tmp_path / "out"
     out.write_text("x") if directory else (out / "x").mkdir(parents=True)
     said = "is a file, but the output is a directory" if directory else "is a directory, but the output is a file"
-    with pytest.raises(OutputExistsError, match=rf"out: {said}; choose another `output`, or remove it"):
+    with pytest.raises(OutputExistsError, match=rf"out: {said}; choose another `out`, or remove it"):
         Destination(out, directory=directory, overwrite=True).check()
 
 
-@pytest.mark.parametrize(
-    ("overwrite", "end"), [(None, "`output`"), (False, "`output`, or replace it with `overwrite=True`")]
-)
+@pytest.mark.parametrize(("overwrite", "end"), [(None, "`out`"), (False, "`out`, or replace it with `overwrite=True`")])
 def test_overwrite_is_suggested_only_where_it_exists(tmp_path: Path, overwrite: bool | None, end: str) -> None:
     (tmp_path / "out" / "x").mkdir(parents=True)
     with pytest.raises(OutputExistsError) as raised:
