@@ -43,8 +43,8 @@ EAGER = {
     "rich": r"tui\..*",
     "textual": r"tui\..*",
     # Imported at the top only by modules that compute with weights.
-    "torch": r"""(?x) algebra\..* | kernels\..* | base\.(quant\.compensated | row_reader) | inspection\.match
-        | combining\.(batches | compare | convert | elementwise | extract)
+    "torch": r"""(?x) algebra\..* | kernels\..* | base\.quant\.compensated | inspection\.match
+        | combining\.(batches | compare | elementwise)
         | merging\.(blocks\..* | calibration | live\..* | verify)
         | train\.(causal_lm | initial | injection | layers | loop | loss | products)
         | train\.runs\.(distributed | evaluate | export | memory | model_setup | prepare | run)""",

@@ -9,9 +9,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterkit.adapter.weights import WeightedAdapter
-from adapterkit.algebra.lowrank import Limit
+from adapterkit.algebra.limit import Limit
 from adapterkit.api.inputs import AnyPath, open_adapters, open_base, open_one
 from adapterkit.api.options.adapters import (
     CombineCall,
@@ -29,8 +30,6 @@ from adapterkit.api.run import in_one_call
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.combining.checks import check_limit
 from adapterkit.combining.combine import plan_combination
-from adapterkit.combining.compare import Pair
-from adapterkit.combining.compare import compare as run_compare
 from adapterkit.combining.convert import Rescale, ToDora, ToLora, placed_in
 from adapterkit.combining.extract import Extraction
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, Work
@@ -39,6 +38,9 @@ from adapterkit.files.hub_cache import check_cached
 from adapterkit.files.staging import Destination
 from adapterkit.merging.plan.types import inputs_of
 from adapterkit.options import takes
+
+if TYPE_CHECKING:
+    from adapterkit.combining.compare import Pair
 
 
 @takes(CombineOptions)
@@ -130,6 +132,8 @@ def compare(o: CompareOptions) -> list[Pair]:
         MissingFileError: An adapter does not exist.
         FitError: Shapes differ, or a pair shares no module.
     """
+    from adapterkit.combining.compare import compare as run_compare
+
     with downloads_shown(o.progress):
         given = open_adapters(o.adapters)
     check_cached(file for entry in given for file in entry.adapter.files)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from adapterkit.adapter.weights import LazyTensor, LoraWeights
-from adapterkit.algebra.updates import Update, update_for
 from adapterkit.base.quant import QuantizedWeight, supported_schemes
 from adapterkit.base.targets import Target
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, Weight
 
-RowReader = Callable[[int, int], torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.algebra.updates import Update
+
+RowReader: TypeAlias = "Callable[[int, int], torch.Tensor]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,15 @@ class Piece:
 
     def direction(self, first: int, last: int) -> torch.Tensor:
         """Compute rows `first:last` of `W + s·B·A`."""
+        import torch
+
         update = self.update
         return torch.addmm(self.base_rows(first, last), update.left[first:last], update.right, alpha=update.strength)
 
     def norms(self, chunks: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Compute `‖W + s·B·A‖` for each output: by row, or by column if transposed."""
+        import torch
+
         if not self.transposed:
             return torch.cat([torch.linalg.vector_norm(self.direction(*chunk), dim=1) for chunk in chunks])
         squares = torch.zeros(self.shape[1], dtype=torch.float64)
@@ -57,6 +64,10 @@ def pieces(
     module: str, weights: LoraWeights[torch.Tensor], targets: Sequence[Target], tensors: Mapping[str, Weight]
 ) -> list[Piece]:
     """Return the pieces of a module's base weight in the order of its outputs; `check_readable` must have passed."""
+    import torch
+
+    from adapterkit.algebra.updates import update_for
+
     found = []
     for target in targets:
         columns = weights.out_features if target.transposed else weights.in_features

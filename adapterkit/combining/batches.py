@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from adapterkit.adapter.weights import LoraWeights, WeightedAdapter, load_weights
-from adapterkit.algebra.lowrank import Decomposition, Limit, Product, decompose, inner, stacked, tails
+from adapterkit.algebra.limit import Limit, tails
+from adapterkit.algebra.lowrank import Decomposition, Product, decompose, inner, stacked
 from adapterkit.algebra.sketch import sketch
 from adapterkit.combining.checks import layout_of
 from adapterkit.combining.method import Method, Part, Value

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable
-from adapterkit.algebra.lowrank import Limit, Product
-from adapterkit.combining.batches import Weights, batches, combine_batch, weights_of
+from adapterkit.algebra.limit import Limit
 from adapterkit.combining.checks import check_fit, check_rank, check_supported, check_truncation
 from adapterkit.combining.method import Value
 from adapterkit.combining.methods import DEFAULT, METHODS
 from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.combining.whole_tensors import WholeTensors, pick_whole_tensors
+
+if TYPE_CHECKING:
+    from adapterkit.combining.batches import Weights
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Combination:
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
         """Combine the modules of all adapters: an event per module, then the result."""
+        from adapterkit.combining.batches import batches, combine_batch
+
         if self.uniform:
             yield from _uniform_steps(self)
             return
@@ -54,6 +59,9 @@ class Combination:
         rank = self.limit.rank if self.pad and self.limit is not None else None
         if rank is None or weights.rank >= rank:
             return weights
+        from adapterkit.algebra.lowrank import Product
+        from adapterkit.combining.batches import weights_of
+
         return replace(weights_of(Product.of(weights).padded(rank), weights), bias=weights.bias)
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable, load_weights
-from adapterkit.algebra.lowrank import Limit, Product, decompose
-from adapterkit.algebra.sketch import Matrix, sketch
+from adapterkit.algebra.limit import Limit
 from adapterkit.base.adapter_fit import place_adapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_in
@@ -18,12 +16,16 @@ from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.row_reader import Piece, check_readable
 from adapterkit.base.row_reader import pieces as pieces_of
 from adapterkit.base.targets import Target
-from adapterkit.combining.batches import best_of, weights_of
 from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import Weight
 
-Weights = LoraWeights[torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.algebra.sketch import Matrix
+
+Weights: TypeAlias = "LoraWeights[torch.Tensor]"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class ToDora:
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
         """An event per module, then the adapter."""
+        import torch
+
+        from adapterkit.algebra.lowrank import Product, decompose
+        from adapterkit.algebra.sketch import Matrix
+
         adapter = self.placed.one.adapter
         done: dict[str, LoraWeights[LazyTensor]] = {}
         rows = []
@@ -100,6 +107,10 @@ class ToLora:
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
         """An event per module, then the adapter."""
+        from adapterkit.algebra.lowrank import Product
+        from adapterkit.algebra.sketch import sketch
+        from adapterkit.combining.batches import best_of, weights_of
+
         adapter = self.placed.one.adapter
         done: dict[str, LoraWeights[LazyTensor]] = {}
         rows = []
@@ -162,6 +173,10 @@ def placed_in(base: Checkpoint, one: WeightedAdapter, dora: bool) -> Placed:
 
 def _effective(weights: Weights, pieces: Sequence[Piece]) -> Matrix:
     """`diag(g)·(W + s·B·A) − W` in the layout of the base, with the pieces one after the other."""
+    import torch
+
+    from adapterkit.algebra.sketch import Matrix
+
     assert weights.magnitude is not None
     magnitude = weights.magnitude.double()
     ends, gains = [0], []

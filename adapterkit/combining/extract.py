@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-
-import torch
+from typing import TYPE_CHECKING
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
-from adapterkit.algebra.lowrank import Limit, Product
-from adapterkit.algebra.sketch import Matrix, sketch
+from adapterkit.algebra.limit import Limit
 from adapterkit.base.architectures import CONV1D_MODELS, is_linear
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.row_reader import reader
-from adapterkit.combining.batches import best_of
 from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo, Weight
 from adapterkit.text import counted
+
+if TYPE_CHECKING:
+    from adapterkit.algebra.sketch import Matrix
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Extraction:
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
         """An event per layer that differs, then the adapter. Raises FitError if no layer differs."""
+        from adapterkit.algebra.lowrank import Product
+        from adapterkit.algebra.sketch import sketch
+        from adapterkit.combining.batches import best_of
+
         before, after = _weights(self.base), _weights(self.tuned)
         transposed = self.base.config.get("model_type") in CONV1D_MODELS
         linear = _linear(before)
@@ -110,6 +114,8 @@ def _check(base: Checkpoint, tuned: Checkpoint, before: dict[str, Weight], after
 
 def _difference(before: Weight, after: Weight) -> Matrix:
     """`after − before` in float32, which is nearly always exact for 16-bit numbers."""
+    from adapterkit.algebra.sketch import Matrix
+
     depth, columns = before.shape
     old, new = reader(before, columns), reader(after, columns)
     return Matrix((depth, columns), lambda first, last: new(first, last).float() - old(first, last).float())
@@ -119,6 +125,10 @@ def _differs(before: Weight, after: Weight) -> bool:
     """Whether two weights of one shape differ, compared a chunk of rows at a time."""
     if not isinstance(before, TensorInfo) or before.dtype in ("I64", "I32", "U8", "BOOL"):
         return False
+    import torch
+
+    from adapterkit.algebra.sketch import Matrix
+
     columns = _columns(before)
     old, new = reader(before, columns), reader(after, columns)
     spans = Matrix((_depth(before), columns), old).spans()

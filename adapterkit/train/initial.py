@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapterkit.algebra.lowrank import Limit
+from adapterkit.algebra.limit import Limit
 from adapterkit.algebra.sketch import Matrix, sketch
 from adapterkit.errors import UsageError
 from adapterkit.train.recipe import INITS

@@ -163,11 +163,26 @@ def test_commands_do_not_import_heavy_modules(code: str) -> None:
 
 
 def test_a_dry_run_does_not_import_torch(tmp_path: Path) -> None:
+    """Of no verb: all run in one process, in which importing it fails."""
     base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
-    code = "import sys; sys.modules['torch'] = None; from adapterkit.cli.main import main; main()"
-    result = python("-c", code, "merge", base, adapter, "--dry-run")
+    runs = [
+        ["combine", adapter, adapter, "-o", "new"], ["resize", adapter, "-o", "new", "--rank", "2"],
+        ["convert", adapter, "-o", "new", "--to", "dora", "--base", base],
+        ["extract", base, base, "-o", "new", "--rank", "2"], ["quantize", base, "--to", "nf4"], ["merge", base, adapter],
+    ]  # fmt: skip
+    code = """if True:
+        import sys
+        sys.modules["torch"] = None
+        from adapterkit.cli.main import main
+        for sys.argv in [["adapterkit", *line.split(), "--dry-run"] for line in sys.argv[1:]]:
+            try:
+                main()
+            except SystemExit as error:
+                print("code", error.code)
+    """
+    result = python("-c", code, *(" ".join(map(str, words)) for words in runs))
     assert (result.returncode, result.stderr) == (0, "")
-    assert "Dry run: nothing written" in result.stdout
+    assert result.stdout.count("Dry run: nothing written\ncode 0\n") == len(runs)
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 

@@ -16,7 +16,7 @@ from test_combine import best, delta, relative
 
 import adapterkit
 from adapterkit.algebra import sketch
-from adapterkit.algebra.lowrank import Limit
+from adapterkit.algebra.limit import Limit
 from adapterkit.algebra.sketch import Matrix
 from adapterkit.errors import FitError, UsageError
 
