@@ -242,6 +242,8 @@ def retention(before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) 
 
 def retentions(before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, count: int) -> list[Retention]:
     """The `retention` of each of `count` weights of one shape, stacked."""
-    delta, applied = ((after.double() - before.double()).view(count, -1) for after in (exact, rounded))
-    sums = (applied * delta).sum(1), delta.square().sum(1), (applied - delta).square().sum(1)
-    return [Retention(*each) for each in torch.stack(sums, dim=1).tolist()]
+    delta, applied = (after.to(torch.float64, copy=True).sub_(before).view(count, -1) for after in (exact, rounded))
+    dot, square = torch.linalg.vecdot(applied, delta), torch.linalg.vecdot(delta, delta)
+    residual = applied.sub_(delta)
+    sums = torch.stack([dot, square, torch.linalg.vecdot(residual, residual)], dim=1)
+    return [Retention(*each) for each in sums.tolist()]

@@ -16,7 +16,8 @@ from statistics import median
 
 from benchmarks.common.paths import ROOT
 
-KEPT_OUT = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"}  # would make the BLAS behave unlike on users' machines
+# Variables that would make the BLAS behave unlike on users' machines, or have every run compile the package.
+KEPT_OUT = {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE"}
 
 
 @dataclass(frozen=True)

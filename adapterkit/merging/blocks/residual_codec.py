@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,12 +54,11 @@ def encode_each(residual: Residual, starts: Sequence[int]) -> list[bytes]:
     for start, first, last in zip(starts, ends, ends[1:], strict=False):
         if first < last:
             gaps[first] = at[first] - start + 1
-    by_element, by_whole = [*_planes(gaps.astype(np.uint32)), symbols.tobytes()], _planes(_bits(residual.values)[whole])
-    codes = []
-    for first, last, begin, end in zip(ends, ends[1:], whole_ends, whole_ends[1:], strict=False):
-        planes = [*(plane[first:last] for plane in by_element), *(plane[begin:end] for plane in by_whole)]
-        codes.append(_COUNTS.pack(RESIDUAL, last - first, end - begin) + b"".join(map(_deflate, planes)))
-    return codes
+    planes = [(plane, ends) for plane in (*_planes(gaps.astype(np.uint32)), symbols.tobytes())]
+    planes += [(plane, whole_ends) for plane in _planes(_bits(residual.values)[whole])]
+    counts = zip(np.diff(ends).tolist(), np.diff(whole_ends).tolist(), strict=True)
+    heads = [_COUNTS.pack(RESIDUAL, *count) for count in counts]
+    return [b"".join(parts) for parts in zip(heads, *(_deflate_each(*plane) for plane in planes), strict=True)]
 
 
 def encode_difference(before: torch.Tensor, after: torch.Tensor) -> bytes:
@@ -155,6 +155,13 @@ def _compressor() -> Any:
 
 
 # --- planes ----------------------------------------------------------------------------------------------------------
+
+
+def _deflate_each(plane: bytes, ends: Sequence[int]) -> list[bytes]:
+    """The parts of a plane between `ends`."""
+    if plane == bytes(len(plane)):
+        return [_PLANE.pack(0, last - first) for first, last in pairwise(ends)]
+    return [_deflate(plane[first:last]) for first, last in pairwise(ends)]
 
 
 def _deflate(plane: bytes) -> bytes:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
 SMALL = 256  # a tensor of up to that part of a block is bundled with its neighbours
-BUNDLE = 32  # and a bundle is up to that part of a block: more is no faster
+BUNDLE = 16  # and a bundle is up to that part of a block: more is no faster
 BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
 SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
 
