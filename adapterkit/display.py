@@ -1,4 +1,4 @@
-"""How a result shows itself: one line as part of something else, a few where it is printed, the same in a notebook."""
+"""Short displays of results: one line in other output, a few lines when printed, the same in notebooks."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import html
 
 from adapterkit.text import visible
 
-# Lines that are too long for the page are broken; a $ is no formula, and < no tag.
+# Wraps long lines, and disables formulas ($).
 PRE = '<pre class="tex2jax_ignore mathjax_ignore" style="white-space: pre-wrap">{}</pre>'
 
 
 class Displayed:
-    """The base of results: `repr` is one line, `str` a few lines, and a notebook shows those. Nothing is read for it.
+    """The base class of results: `repr` is one line, `str` a few lines, which notebooks show too. Reads no weights.
 
-    What strangers' files hold ends no line, steers no terminal, and is no HTML.
+    Untrusted text is escaped, for terminals and for HTML.
+
     """
 
     __slots__ = ()
 
     def brief(self) -> str:
-        """What it is, in a few words."""
+        """A description in a few words."""
         raise NotImplementedError
 
     def lines(self) -> list[str]:
-        """What a person should know of it."""
+        """The lines to print."""
         return [self.brief()]
 
     def __repr__(self) -> str:

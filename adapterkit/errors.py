@@ -33,7 +33,7 @@ class AdapterkitError(Exception):
 
     def __init__(self, *lines: object, hint: str = "") -> None:
         super().__init__(*lines)
-        self.args = lines  # of which an OSError takes two for its errno and strerror
+        self.args = lines  # OSError would interpret two of them as errno and strerror
         self.hint = hint
 
     @property

@@ -57,7 +57,7 @@ class About:
     help: str
     choices: Collection[Any] | Callable[[], Collection[Any]] = ()  # a function if they are found at run time
     spellings: Mapping[str, Any] = field(default_factory=dict)  # other names of the choices, in lower case
-    meaning: str = ""  # the help of the Python argument, where that of the option doesn't fit
+    meaning: str = ""  # the help of the Python argument, if it differs from the option's
     least: int | None = None
     most: int | None = None
     group: str = ""
@@ -93,7 +93,7 @@ def overwrite() -> Any:
 
 
 def plotted(what: str) -> Any:
-    """The field of the file that a figure is drawn to."""
+    """Define the field for the file of a plot."""
     return option(None, f"Plot {what} to this PNG or SVG file", metavar="FILE", group="Output", in_form=False)
 
 

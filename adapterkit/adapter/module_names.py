@@ -1,21 +1,21 @@
-"""What a module's dotted name says: its layer and its target."""
+"""The layer and the target in a module's dotted name."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-NAMES = 1 << 15  # that are remembered: the adapters of one base have the same
+NAMES = 1 << 15  # names to cache, since the adapters of a base share them
 
 
 @lru_cache(NAMES)
 def layer_of(name: str) -> int | None:
-    """The first number in a dotted path."""
+    """Return the layer number, the first number in a dotted name; None without one."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 @lru_cache(NAMES)
 def target_of(name: str) -> str:
-    """The last part of a path that is no number; what PEFT nests under base_layer stays apart from its wrapper."""
+    """Return the last segment that is not a number, followed by base_layer where PEFT nests a module in that."""
     parts = [part for part in name.split(".") if not part.isdecimal()] or [name]
     last = max((at for at, part in enumerate(parts) if part != "base_layer"), default=0)
     return ".".join(parts[last:])

@@ -1,4 +1,4 @@
-"""An adapter in a few numbers, as its headers tell them: for people, for a notebook and, field by field, for JSON."""
+"""The summary of an adapter from its headers, for the command line, for notebooks and for JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from adapterkit.text import counted, runs, size, span
 
 V = TypeVar("V", int, float, str)
 
-LABEL = 12  # columns of the names on the left
+LABEL = 12  # columns
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Summary(Displayed):
-    """What the headers say about an adapter; `scalings` and `alphas` are the different values, in order."""
+    """The facts in an adapter's headers; `ranks`, `scalings` and `alphas` are the distinct values, in order."""
 
     format: str
     kind: str
@@ -24,10 +24,10 @@ class Summary(Displayed):
     modules: int
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
-    scalings: tuple[float, ...]  # empty where no config gives the alpha
+    scalings: tuple[float, ...]  # empty if no config defines the alpha
     targets: tuple[str, ...]
     layers: tuple[int, ...]
-    parameters: int  # trained ones: whole tensors that replace the base's are counted apart
+    parameters: int  # trained ones, without replaced tensors
     bytes: int
     dtypes: tuple[str, ...]
     replaced: dict[str, tuple[int, ...]]  # tensor -> shape
@@ -43,7 +43,7 @@ class Summary(Displayed):
         )
 
     def rows(self) -> dict[str, str]:
-        """Each fact by its label; those that do not apply are left out."""
+        """Return the facts by label, without those that don't apply."""
         rows = {
             "format": f"{self.format}, {self.kind}",
             "base": self.base_model or "not named",
@@ -62,11 +62,11 @@ class Summary(Displayed):
         return {label: text for label, text in rows.items() if text}
 
     def warnings(self) -> list[str]:
-        """What is wrong with it, a line each."""
+        """Return the problems, one per line."""
         refused = {True: "; merge refuses it", False: ""}
         found = [f"{problem['where']}: {problem['what']}{refused[problem['fatal']]}" for problem in self.problems]
         if self.unread:
-            found.append(f"{counted(len(self.unread), 'tensor')} of no known kind; merge refuses them")
+            found.append(f"{counted(len(self.unread), 'unrecognized tensor')}; merge refuses them")
         return found
 
     def lines(self) -> list[str]:
@@ -75,6 +75,6 @@ class Summary(Displayed):
 
 
 def distinct(values: Iterable[V]) -> tuple[V, ...]:
-    """The different values; numbers in order, names in order of appearance."""
+    """Return the distinct values; numbers sorted, names in order of appearance."""
     seen = list(dict.fromkeys(values))
     return tuple(seen if seen and isinstance(seen[0], str) else sorted(seen))

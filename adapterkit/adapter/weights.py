@@ -256,7 +256,7 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
             yield delta
 
     def summary(self) -> Summary:
-        """What the headers say about it, as `adapterkit inspect` prints it."""
+        """Return the facts in the headers, as printed by `adapterkit inspect`."""
         weights, layers = self.modules.values(), map(layer_of, self.modules)
         stored = [*(tensor.source for tensor in self.tensors()), *self.unrecognized]
         return Summary(
@@ -286,7 +286,7 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
 
 
 def _only(values: Iterable[V]) -> V | None:
-    """The value that all of `values` are, or None."""
+    """Return the value if all of `values` are equal, else None."""
     different = set(values)
     return different.pop() if len(different) == 1 else None
 
