@@ -12,7 +12,7 @@
     ├── MissingPackageError  1   a package is not installed; also an ImportError
     ├── FitError             3   adapter and base don't match
     ├── NotAllowedError      4   the Hub requires a login or a permission; also a PermissionError
-    ├── OfflineError         5   the Hub is unreachable
+    ├── OfflineError         5   the Hub is unreachable; also a ConnectionError
     ├── NoSpaceError         6   the disk is full
     └── OutputExistsError    7   the output already exists; also a FileExistsError
 
@@ -101,7 +101,7 @@ class NotAllowedError(AdapterkitError, PermissionError):
     exit_code = 4
 
 
-class OfflineError(AdapterkitError):
+class OfflineError(AdapterkitError, ConnectionError):
     """The Hub is unreachable, and the file is not in the local cache."""
 
     exit_code = 5

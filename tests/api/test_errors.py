@@ -76,6 +76,7 @@ def test_errors_are_also_of_pythons_kinds(folder: Path) -> None:
         adapterkit.merge("base", "one", "out", scales=2)  # type: ignore[call-arg]
     with pytest.raises(FileNotFoundError, match="gone: cannot be read: No such file"), open_regular(Path("gone")):
         pass
+    assert issubclass(errors.OfflineError, ConnectionError)
     assert issubclass(errors.NotAllowedError, PermissionError) and issubclass(errors.UnreadableError, PermissionError)
     assert (folder / "taken" / "mine.txt").read_text() == "mine"
 
