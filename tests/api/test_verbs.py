@@ -102,7 +102,6 @@ def test_call_command_and_form_have_the_same_options(verb: str) -> None:
     assert command is not None and verb in COMMANDS
     params = {param.name: param for param in command.params}
     more = {
-        "inner",
         "dry_run",
         "as_json",
         "by",

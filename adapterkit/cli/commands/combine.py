@@ -38,17 +38,14 @@ class CombineCommand(Command):
     ],
 )
 @options_of(CombineOptions)
-@click.option("--inner", help="Short for --set inner=VALUE")
 @dry_run
 @as_json("Print the plan or the result as JSON, with every module")
-def combine_command(given: dict[str, Any], inner: str | None, dry_run: bool, as_json: bool) -> None:
+def combine_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     """Ranks, scalings and targets may differ. If the result is truncated, its error is printed."""
     from adapterkit.api.adapters import plan_combine
     from adapterkit.cli.run_plan import print_plan, run_with_bar, show_adapter
     from adapterkit.combining.plan import AdapterMade
 
-    if inner is not None:
-        given["options"] = given.get("options", {}) | {"inner": inner}
     plan = plan_combine(**given)
     if dry_run:
         print_plan(plan, {}, as_json)

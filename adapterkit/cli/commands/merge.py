@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.api import merge
 from adapterkit.api.options.merges import MergeCall, MergeOptions, MergeRunOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.next_commands import next_lines, push_command, undo_command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.cli.output import note, say, say_result
-from adapterkit.cli.run_plan import Ran, hashes_by_label, print_plan, run_with_bar
 from adapterkit.errors import UsageError
-from adapterkit.merging.plan.types import MergePlan
-from adapterkit.merging.receipts.receipt import irreversible
-from adapterkit.merging.run.finish import Merged
 from adapterkit.text import counted, size
 
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
+    from adapterkit.cli.run_plan import Ran
+    from adapterkit.merging.plan.types import MergePlan
+    from adapterkit.merging.run.finish import Merged
 
 
 @click.command(
@@ -47,7 +45,12 @@ def merge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_
     report, resume = bool(how.get("report")), bool(how.get("resume"))
     if dry_run and (report or resume):
         raise UsageError("--report and --resume are about a merge, --dry-run makes none", hint="give one of them")
-    plan = merge.plan_merge.of(MergeCall(**given, **how, download=not dry_run))
+    from adapterkit.api.merge import plan_merge
+    from adapterkit.cli.run_plan import print_plan, run_with_bar
+    from adapterkit.merging.receipts.receipt import irreversible
+    from adapterkit.merging.run.finish import Merged
+
+    plan = plan_merge.of(MergeCall(**given, **how, download=not dry_run))
     if dry_run:
         print_plan(plan, how, as_json)
         return
@@ -71,6 +74,8 @@ def _print(facts: dict[str, Any], lines: list[str], as_json: bool) -> None:
 
 
 def _result_facts(plan: MergePlan, ran: Ran[Merged], undo: Sequence[str] | None) -> dict[str, Any]:
+    from adapterkit.cli.run_plan import hashes_by_label
+
     result = ran.result
     total = _total(result)
     return {

@@ -6,14 +6,11 @@ from typing import Any
 
 import click
 
-from adapterkit.api import merge
 from adapterkit.api.options.merges import DeviceOptions, QuantizeOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.next_commands import next_lines, push_command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.cli.output import say, say_result
-from adapterkit.cli.run_plan import hashes_by_label, print_plan, run_with_bar
-from adapterkit.merging.run.finish import Merged
 from adapterkit.text import counted, size
 
 
@@ -32,7 +29,11 @@ from adapterkit.text import counted, size
 @as_json("Print the plan or the result as JSON")
 def quantize_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     """Other tensors are unchanged. transformers loads the output like a model that it quantized itself."""
-    plan = merge.plan_quantize(**given)
+    from adapterkit.api.merge import plan_quantize
+    from adapterkit.cli.run_plan import hashes_by_label, print_plan, run_with_bar
+    from adapterkit.merging.run.finish import Merged
+
+    plan = plan_quantize(**given)
     if dry_run:
         print_plan(plan, how, as_json)
         return

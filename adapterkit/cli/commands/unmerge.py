@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.api.options.merges import DeviceOptions, UnmergeOptions
-from adapterkit.api.unmerge import plan_unmerge
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.cli.output import say, say_result
-from adapterkit.cli.run_plan import Ran, print_plan, run_with_bar
-from adapterkit.merging.plan.types import MergePlan
-from adapterkit.merging.run.finish import Merged
 from adapterkit.text import counted, size
+
+if TYPE_CHECKING:
+    from adapterkit.cli.run_plan import Ran
+    from adapterkit.merging.run.finish import Merged
 
 
 @click.command(
@@ -35,6 +35,10 @@ def unmerge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, a
 
     The adapters are found by name and SHA-256. Nothing is written unless every hash matches.
     """
+    from adapterkit.api.unmerge import plan_unmerge
+    from adapterkit.cli.run_plan import print_plan, run_with_bar
+    from adapterkit.merging.run.finish import Merged
+
     plan = plan_unmerge(**given)
     if dry_run:
         print_plan(plan, how, as_json)
@@ -44,6 +48,8 @@ def unmerge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, a
 
 def _show(ran: Ran[Merged], approximate: bool, as_json: bool) -> None:
     result = ran.result
+    from adapterkit.merging.plan.types import MergePlan
+
     unchecked = ran.last.unchecked if isinstance(ran.last, MergePlan) else ()
     if as_json:
         facts = {

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.api import merge
 from adapterkit.api.options.merges import VerifyOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, options_of
@@ -47,7 +46,9 @@ def verify_command(given: dict[str, Any], as_json: bool) -> None:
     Every tensor is recomputed a few rows at a time and compared. Exits with 0 if all match, else with 3, and describes
     the difference: an update at a different scale, a missing update, damaged elements.
     """
-    found = list(merge.verify(**given))
+    from adapterkit.api.merge import verify
+
+    found = list(verify(**given))
     fits = all(verdict.fits for verdict in found)
     if as_json:
         say_result({"fits": fits, "tensors": [to_json(verdict) for verdict in found]})
