@@ -655,7 +655,7 @@ def test_quantizing_while_merging_equals_merging_then_quantizing(
     [
         ({"quantize": "int3"}, UsageError, "expected one of nf4, fp4, int8, same"),
         ({"quantize": "same"}, UsageError, "not quantized, so `quantize='same'` has no scheme"),
-        ({"quantize": "nf4", "dtype": "fp32"}, UsageError, "not both"),
+        ({"quantize": "nf4", "dtype": "fp32"}, UsageError, "exclude each other"),
         ({"accept_loss": True}, UsageError, "goes with `quantize`"),
     ],
 )
