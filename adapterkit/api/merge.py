@@ -105,7 +105,7 @@ def merge(o: MergeCall) -> Merged:
     """Merge in one call: `plan_merge`, then `run` to its end.
 
     Returns:
-        The output and its hashes, and per tensor the share of the update that rounding kept.
+        The output and its hashes, and per tensor the share of the update retained after rounding.
 
     Raises:
         AdapterkitError: See `plan_merge` and `run`; nothing is left behind.

@@ -1,4 +1,4 @@
-"""What every command has: its line of help, options that stand before and after its name, and near names for typos."""
+"""The base class of commands: grouped help with examples, global options, and suggestions for typos."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import click
 from adapterkit import __version__
 from adapterkit.cli import output, progress
 from adapterkit.cli.complete import complete_by_name
-from adapterkit.cli.failures import failure_of, speak_options
+from adapterkit.cli.failures import failure_of, name_options
 from adapterkit.cli.naming import in_options
 from adapterkit.cli.options import GroupedOption, Spelled
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.text import nearest
 
 LOG = logging.getLogger("adapterkit")
-SHARED: tuple[click.Parameter, ...] = (
+GLOBAL_OPTIONS: tuple[click.Parameter, ...] = (
     click.Option(["--progress"], type=click.Choice(["auto", "json", "none"]),
                  help="Progress on stderr: a bar on a terminal (auto), JSON lines, or none.  [default: auto]"),
     click.Option(["-q", "--quiet"], is_flag=True, help="Print only results, warnings and errors."),
@@ -42,7 +42,7 @@ class Command(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         *own, help = super().get_params(ctx)
-        return [*own, *SHARED, help]
+        return [*own, *GLOBAL_OPTIONS, help]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given = list(args)
@@ -52,21 +52,21 @@ class Command(click.Command):
             if error.param is not None and isinstance(error.param.type, click.Choice):
                 raise self._no_such_choice(ctx, given, error) from error
             raise
-        _heed(*(ctx.params.pop(name, None) for name in ("progress", "quiet", "verbose")))
+        _apply_global_options(*(ctx.params.pop(name, None) for name in ("progress", "quiet", "verbose")))
         return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except BaseException as error:
-            speak_options(error, self)
+            name_options(error, self)
             if isinstance(error, BrokenPipeError) and not output.is_of_stream(error):
-                failure = failure_of(error)  # click would take it for one of stdout, and say nothing
+                failure = failure_of(error)  # click would ignore it as one of stdout
                 raise AdapterkitError(*failure.lines, hint=failure.hint) from error
             raise
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the line of help that the list of commands has, then the details."""
+        """Write the summary from the list of commands, then the details."""
         if self.short_help:
             formatter.write_paragraph()
             with formatter.indentation():
@@ -74,7 +74,7 @@ class Command(click.Command):
         super().format_help_text(ctx, formatter)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options by group: the command's own, those of its groups, and what every command has."""
+        """Write the options by group: the command's own, then the global ones."""
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for param in self.params:
             if isinstance(param, click.Option) and (line := param.get_help_record(ctx)) is not None:
@@ -88,7 +88,7 @@ class Command(click.Command):
                     formatter.write_dl(lines)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples, unwrapped so that they can be copied, and the page of the documentation."""
+        """Write the examples, unwrapped for copying, and the page of the documentation."""
         with formatter.section("Examples"):
             for line in self.examples:
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
@@ -96,7 +96,7 @@ class Command(click.Command):
         formatter.write(f"Docs: docs/{self.docs}\n")
 
     def _no_such_choice(self, ctx: click.Context, args: list[str], error: click.BadParameter) -> UsageError:
-        """The error of an option that has no such choice, and the choice that is most like it."""
+        """The error for an invalid choice, with the nearest valid one."""
         param = error.param
         assert param is not None and isinstance(param.type, click.Choice) and param.name is not None
         found, _, _ = self.make_parser(ctx).parse_args(args)
@@ -107,8 +107,8 @@ class Command(click.Command):
         return UsageError(said, hint=nearest(str(value), [*choices, *spellings]))
 
 
-def _heed(mode: progress.Mode | None, quiet: bool, verbose: bool) -> None:
-    """Do what the shared options say, wherever they stood."""
+def _apply_global_options(mode: progress.Mode | None, quiet: bool, verbose: bool) -> None:
+    """Apply the global options, given before or after the command's name."""
     if quiet:
         output.be_quiet()
     if verbose:

@@ -1,4 +1,4 @@
-"""What shells complete besides choices: paths, names in the Hub cache, and methods."""
+"""Shell completion of paths, ids in the Hub cache, and methods."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MODELS = {
 
 
 class Model(click.types.StringParamType):
-    """A path, or a name on the Hub: one that its cache has."""
+    """A path, or the id of a repository in the Hub cache."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from adapterkit.hub.names import names_in_cache
 
-        if not _is_begun_path(incomplete):
+        if not _is_path_prefix(incomplete):
             names = [name for name in names_in_cache() if name.startswith(incomplete)]
             if names:
                 return [CompletionItem(name) for name in names]
@@ -29,7 +29,7 @@ class Model(click.types.StringParamType):
 
 
 class Method(click.types.StringParamType):
-    """A way to combine."""
+    """A method of combine."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from adapterkit.combining.methods import METHODS
@@ -45,14 +45,14 @@ TYPES |= {"method": Method()} | dict.fromkeys(("data", "eval_data"), click.Path(
 
 
 def complete_by_name(params: Iterable[click.Parameter]) -> None:
-    """Have parameters that take any text complete what their names say."""
+    """Set the completion of text parameters by their names."""
     for param in params:
         if param.name in TYPES and isinstance(param.type, click.types.StringParamType):
             param.type = TYPES[param.name]
 
 
-def _is_begun_path(text: str) -> bool:
-    """Whether something on this disk begins so."""
+def _is_path_prefix(text: str) -> bool:
+    """Whether a path on this disk starts with `text`."""
     folder, begin = os.path.split(os.path.expanduser(text))
     try:
         return any(name.startswith(begin) for name in os.listdir(folder or "."))

@@ -1,4 +1,4 @@
-"""How a command fails: `error: …` and `hint: …` on stderr, with `--json` an object on stdout, and an exit code."""
+"""Errors of commands: `error: …` and `hint: …` on stderr, with `--json` an object on stdout, and an exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adapterkit.packages import missing
 
 @dataclass(frozen=True)
 class Failure:
-    """The lines of an error, what to do next, and the exit code."""
+    """The lines of an error, its hint, and the exit code."""
 
     lines: Sequence[str]
     hint: str = ""
@@ -30,8 +30,8 @@ class Failure:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """How `error` is shown."""
-    notes = getattr(error, "__notes__", [])  # what became of an output that was not finished, by `staged`
+    """The failure that `error` is reported as."""
+    notes = getattr(error, "__notes__", [])  # from `staged`, about an unfinished output
     match error:
         case AdapterkitError():
             *lines, last = error.lines or [""]
@@ -51,7 +51,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def fail(failure: Failure, *, as_json: bool = False) -> NoReturn:
-    """Say how the command failed, and end it."""
+    """Report the failure and exit."""
     say_labelled("error", *failure.lines)
     if failure.hint:
         say_labelled("hint", failure.hint)
@@ -60,8 +60,8 @@ def fail(failure: Failure, *, as_json: bool = False) -> NoReturn:
     sys.exit(failure.code)
 
 
-def speak_options(error: BaseException, command: click.Command) -> None:
-    """Have an error of the library name the options of `command`, where it names parameters of a Python call."""
+def name_options(error: BaseException, command: click.Command) -> None:
+    """Replace the Python parameters in an error's message by the options of `command`."""
     error.args = tuple(in_options(part, command) if isinstance(part, str) else part for part in error.args)
     if isinstance(error, AdapterkitError):
         hint = in_options(error.hint, command).replace("`out`", "output")
@@ -71,7 +71,7 @@ def speak_options(error: BaseException, command: click.Command) -> None:
 
 
 def _click_failure(error: click.ClickException) -> Failure:
-    """An error of click's in our words: no capital, no full stop, the nearest name as the hint."""
+    """Convert an error of click: no capital, no full stop, the nearest name as the hint."""
     text = error.message if isinstance(error, click.NoSuchOption) else error.format_message()
     text = (text[:1].lower() + text[1:]).rstrip(".")
     hint = ""

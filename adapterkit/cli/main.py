@@ -1,4 +1,4 @@
-"""`adapterkit`: the group of commands, and how a run of one begins and ends."""
+"""`adapterkit`: the group of commands, and the setup and end of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from adapterkit.cli.failures import Failure, fail, failure_of
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.text import nearest
 
-# Group -> command -> its line of help. The module of that name is imported when it is called: --help costs nothing.
+# Group -> command -> summary. The command's module is imported only when it is called, so that --help is fast.
 GROUPS = {
     "Look": {
         "list": "List adapters in folders, the Hub cache, or on the Hub",
@@ -81,7 +81,7 @@ class LazyGroup(Command, click.Group):
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """The commands that begin so, none of which is imported for that, and options."""
+        """Complete commands, without importing them, and options."""
         named = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
         return [*named, *click.Command.shell_complete(self, ctx, incomplete)]
 
@@ -120,29 +120,29 @@ def group(ctx: click.Context) -> None:
 
 def main() -> NoReturn:
     """Run the command line; every failure is an error on stderr and its own exit code."""
-    gc.set_threshold(200_000)  # importing torch makes 600 000 objects, none of them garbage: 0.08 s less
-    atexit.register(gc.freeze)  # nor does it pay to look for garbage in them at the end: 0.15 s less
+    gc.set_threshold(200_000)  # importing torch makes 600 000 objects, none of them garbage: saves 0.08 s
+    atexit.register(gc.freeze)  # no garbage collection at exit: saves 0.15 s
     _begin()
     as_json = "--json" in sys.argv[1:]
     try:
         os.getcwd()
     except FileNotFoundError:
-        said = "the current directory does not exist any more"
+        said = "the current directory no longer exists"
         fail(Failure([said], "change to another directory"), as_json=as_json)
     try:
         result = group.main(prog_name="adapterkit", standalone_mode=False)
         if sys.stdout is not None:
-            sys.stdout.flush()  # at exit it would be too late for an error and an exit code
+            sys.stdout.flush()  # an error at exit would not set the exit code
     except (AdapterkitError, click.ClickException, KeyboardInterrupt, click.Abort, OSError, ImportError) as error:
         _end(error, as_json)
     sys.exit(result if isinstance(result, int) else 0)
 
 
 def _begin() -> None:
-    """Make the streams safe to print to, and forget what a command before in this process said and set."""
+    """Make the streams safe to print to, and reset the state of an earlier command in this process."""
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # paths need not be UTF-8, and terminals need not show it
+        if isinstance(stream, io.TextIOWrapper):  # paths may not be UTF-8, and terminals may not support it
             stream.reconfigure(errors="backslashreplace")
     output.guard()
     output.begin()
@@ -152,22 +152,22 @@ def _begin() -> None:
 
 
 def _end(error: BaseException, as_json: bool) -> NoReturn:
-    """Say how the command failed, and end it."""
+    """Report the failure and exit."""
     if isinstance(error, click.Abort):  # click wraps the interrupts that it catches
         error = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else KeyboardInterrupt()
     if LOG.level == logging.DEBUG:
         output.say(*"".join(traceback.format_exception(error)).rstrip("\n").split("\n"), err=True)
     if output.is_of_stream(error):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit works
-        if isinstance(error, BrokenPipeError):  # the reader of a pipe went away: nothing to tell anyone
+        if isinstance(error, BrokenPipeError):  # the reader of the pipe has closed it
             sys.exit(1)
     fail(failure_of(error), as_json=as_json)
 
 
 def _fill_closed_streams() -> None:
-    """Give a program that was started with a closed stream one that goes nowhere.
+    """Open the null device for standard streams that were closed at the start.
 
-    Else the next file opened would get its number, and whatever a library prints would be written into that.
+    Otherwise the next opened file would get their descriptor, and printed text would be written to it.
     """
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -177,7 +177,7 @@ def _fill_closed_streams() -> None:
 
 
 class _Notes(logging.Handler):
-    """What the library has to say while it works, as a line on stderr."""
+    """Print the library's log records on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
@@ -186,4 +186,4 @@ class _Notes(logging.Handler):
             output.say(record.getMessage(), err=True)
 
 
-NOTES = _Notes()  # one, however often `main` is called
+NOTES = _Notes()  # a single handler, for repeated calls of `main`

@@ -1,4 +1,4 @@
-"""Parameters of the Python calls, as errors and notes name them, as the options of the command that runs."""
+"""Translate the Python parameters in errors and notes to options of the running command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PARAMETER = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 
 
 def in_options(text: str, command: click.Command | None = None) -> str:
-    """`text` with the options of `command`, else of the one that runs: `overwrite=True` as --overwrite."""
+    """Replace `overwrite=True` in `text` by --overwrite, for the options of `command`, by default the running one."""
     if command is None:
         context = click.get_current_context(silent=True)
         if context is None:

@@ -17,7 +17,7 @@ SEVERAL = ("adapters", "words", "pairs", "paths")
 
 
 class GroupedOption(click.Option):
-    """An option that the help shows under the heading of its group."""
+    """An option shown under its group's heading in the help."""
 
     def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -25,7 +25,7 @@ class GroupedOption(click.Option):
 
 
 class Spelled(click.Choice[str]):
-    """One of several names, some of which have other spellings."""
+    """A choice with alternative spellings."""
 
     def __init__(self, choices: Sequence[str], spellings: Mapping[str, Any]) -> None:
         super().__init__(choices)
@@ -38,9 +38,9 @@ class Spelled(click.Choice[str]):
 def options_of(
     options: type, into: str = "given", *, negatable: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an argument or option for every field; it is called with those that were given, as `into`.
+    """Add an argument or option for every field; the command gets the given ones as the keyword `into`.
 
-    With `negatable`, each flag has its opposite: for what would be taken from a file where it is not given.
+    With `negatable`, each flag has a --no- form, to override a file.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -85,18 +85,18 @@ def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Cal
 
 
 def _parsed(one: Parameter, value: Any) -> Any:
-    """What was given, as the verb takes it; None where it was not."""
+    """Convert a given value for the verb; None if it was not given."""
     if value in (None, ()):
         return None
     if one.kind == "adapters":
         return [weighted(text) for text in value]
     if one.kind == "pairs":
         return dict(_pair(one, text) for text in value)
-    return int(value) if one.kind == "int" else value  # one of the choices is a text
+    return int(value) if one.kind == "int" else value  # click returns choices as text
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """`path:0.7` as (path, 0.7); a path that exists as it is written wins."""
+    """Parse `path:0.7` as (path, 0.7), unless a path of that whole name exists."""
     path, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(text):
         return text, 1.0
@@ -107,7 +107,7 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def _pair(one: Parameter, text: str) -> tuple[str, float | str]:
-    """`name=value` with its value as a number where it is one."""
+    """Parse `name=value`; numeric values become floats."""
     name, _, value = text.partition("=")
     if not value:
         raise UsageError(f"{one.flags[0]} {text}: expected NAME=VALUE, as in {one.about.example}")
@@ -118,10 +118,10 @@ def _pair(one: Parameter, text: str) -> tuple[str, float | str]:
 
 
 def dry_run(command: Callable[..., None]) -> Callable[..., None]:
-    """`--dry-run`, as every command has it that writes."""
+    """Add `--dry-run`, which every writing command has."""
     return click.option("--dry-run", is_flag=True, help="Check everything, print the plan, and stop")(command)
 
 
 def as_json(help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`--json`, as every command has it."""
+    """Add `--json`, which every command has."""
     return click.option("--json", "as_json", is_flag=True, help=help)

@@ -1,4 +1,4 @@
-"""The one place that prints: whatever strangers' files hold, a line stays one line and steers no terminal."""
+"""All printing: untrusted text cannot break lines or send control sequences to the terminal."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
-SCHEMA = 1  # of the JSON; it grows when a field goes, or comes to mean something else
+SCHEMA = 1  # version of the JSON; increases when a field is removed or changes its meaning
 COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36", "note": "1"}
 
-STDOUT, STDERR = "standard output", "standard error"  # as the file name of their errors
+STDOUT, STDERR = "standard output", "standard error"  # file names in their errors
 
-_notes: list[str] = []  # of the command that runs, for its JSON
+_notes: list[str] = []  # of the running command, for its JSON
 _warnings: list[str] = []
-_printed: list[str] = []  # its result, once it is printed
+_printed: list[str] = []  # the result, once printed
 _quiet = False
 
 
 def begin() -> None:
-    """Forget what the command before printed, and that it was quiet."""
+    """Reset the state of an earlier command."""
     global _quiet
     _quiet = False
     for lines in (_notes, _warnings, _printed):
@@ -45,7 +45,7 @@ def is_quiet() -> bool:
 
 
 def say(*lines: str, err: bool = False) -> None:
-    """Print lines of a result, or with `err` of what goes on, on stderr."""
+    """Print lines of a result on stdout, or with `err` status lines on stderr."""
     if not (err and _quiet):
         print("\n".join(map(visible, lines)), file=sys.stderr if err else sys.stdout, flush=err)
 
@@ -60,11 +60,11 @@ def warn(*lines: str) -> None:
     _add(_warnings, "warning", lines)
 
 
-def _add(told: list[str], label: str, lines: Iterable[str], shown: bool = True) -> None:
+def _add(lines_so_far: list[str], label: str, lines: Iterable[str], shown: bool = True) -> None:
     from adapterkit.cli.naming import in_options
 
     for line in map(in_options, lines):
-        told.append(line)
+        lines_so_far.append(line)
         if shown:
             say_labelled(label, line)
 
@@ -84,7 +84,7 @@ def say_result(facts: Mapping[str, Any]) -> None:
 
 
 def is_result_printed() -> bool:
-    """Whether the command that runs has printed its JSON."""
+    """Whether the running command has printed its JSON."""
     return bool(_printed)
 
 
@@ -97,7 +97,7 @@ def say_json(value: Any, *, indent: int | None = 2, err: bool = False) -> None:
 
 
 def console(*, err: bool = False) -> Console:
-    """What draws tables and bars; it takes texts as they are, which `visible` has to have made."""
+    """The console for tables and bars; it doesn't escape text, so pass the result of `visible`."""
     from rich.console import Console
 
     stream = sys.stderr if err else sys.stdout
@@ -105,7 +105,7 @@ def console(*, err: bool = False) -> Console:
 
 
 def guard() -> None:
-    """Make stdout and stderr show what steers terminals, whoever prints it: also the warnings and bars of libraries."""
+    """Escape control sequences on stdout and stderr, including those in warnings and bars of libraries."""
     sys.stdout, sys.stderr = (
         cast(TextIO, Guarded(getattr(stream, "unguarded", None) or Named(stream, name)))
         for stream, name in ((sys.stdout, STDOUT), (sys.stderr, STDERR))
@@ -113,12 +113,12 @@ def guard() -> None:
 
 
 def is_of_stream(error: BaseException) -> bool:
-    """Whether it was stdout or stderr that failed."""
+    """Whether the error is about stdout or stderr."""
     return isinstance(error, OSError) and (error.filename is STDOUT or error.filename is STDERR)
 
 
 class Named:
-    """A stream whose errors name it: those of the system name files only."""
+    """A stream whose OSErrors carry its name."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self._stream, self._name = stream, name
@@ -141,7 +141,7 @@ class Named:
 
 
 class Guarded:
-    """A stream that writes lines of visible text; `unguarded` is the one below, for our own colours."""
+    """A stream that escapes control sequences; `unguarded` is the underlying one, for our own colours."""
 
     def __init__(self, stream: Named) -> None:
         self.unguarded = stream

@@ -1,4 +1,4 @@
-"""How far something is, on stderr: a bar where that is a terminal, JSON lines with `--progress json`, else nothing."""
+"""Progress on stderr: a bar on a terminal, JSON lines with `--progress json`, otherwise nothing."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from adapterkit.text import visible
 T = TypeVar("T")
 Mode = Literal["auto", "json", "none"]
 
-EVERY = 0.05  # seconds between JSON lines, but for the last
+JSON_INTERVAL = 0.05  # seconds between JSON lines, except the last
 
-# What --progress says.
+# The value of --progress.
 mode: ContextVar[Mode] = ContextVar("mode", default="auto")
 
 
 class Show(Protocol):
-    """What is called with how much is done; `facts` are for programs, and `what` where that changes."""
+    """A callback for progress; `what` changes the description, `facts` go to JSON."""
 
     def __call__(self, done: int, total: int | None, what: str = "", **facts: Any) -> None: ...
 
@@ -36,7 +36,7 @@ def is_shown() -> bool:
 def progress(
     what: str, *, in_bytes: bool = False, note: Callable[[dict[str, Any]], str] | None = None
 ) -> Iterator[Show]:
-    """Yield what shows how far `what` is; `note` makes the facts a text beside the bar."""
+    """Yield a callback that shows the progress of `what`; `note` formats the facts for the bar."""
     if mode.get() == "json":
         yield _as_json(what)
     elif is_shown():
@@ -46,7 +46,7 @@ def progress(
 
 
 def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """`items`, counted as they come."""
+    """Yield `items` with a progress bar."""
     with progress(what) as show:
         for done, item in enumerate(items, 1):
             yield item
@@ -58,7 +58,7 @@ def _as_json(about: str) -> Show:
 
     def show(done: int, total: int | None, what: str = "", **facts: Any) -> None:
         nonlocal last
-        if time.monotonic() - last >= EVERY or done == total or facts:
+        if time.monotonic() - last >= JSON_INTERVAL or done == total or facts:
             last = time.monotonic()
             line = {"progress": what or about, "done": done, "total": total, **facts}
             say_json(line, indent=None, err=True)

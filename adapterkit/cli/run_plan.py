@@ -1,4 +1,4 @@
-"""A plan printed, and a plan at work in the terminal: the same for every verb."""
+"""Print a plan, or run it with a progress bar; shared by all verbs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ R = TypeVar("R", Merged, AdapterMade, Pulled, Pushed)
 
 
 def print_plan(plan: Plan, how: Mapping[str, Any], as_json: bool, done: str = "written") -> None:
-    """Print what `plan` would do, what running it so would take, and that nothing was `done`."""
-    _tell(plan)
+    """Print `plan` and the memory to run it, ending with `Dry run: nothing` and `done`."""
+    _print_notes(plan)
     facts, lines = plan.facts(), plan.lines()
     if isinstance(plan, MergePlan):
         options = RunOptions(**how)
@@ -45,7 +45,7 @@ def print_plan(plan: Plan, how: Mapping[str, Any], as_json: bool, done: str = "w
 
 @dataclass(frozen=True)
 class Ran(Generic[R]):
-    """What came of a plan, and in how many seconds; `last` is its last step, where it has several."""
+    """The result of a plan, its duration, and the plan of its last step."""
 
     result: R
     seconds: float
@@ -55,11 +55,11 @@ class Ran(Generic[R]):
 def run_with_bar(
     plan: Plan, what: str, made: type[R], on_event: Callable[[Event], None] = lambda _: None, **how: Any
 ) -> Ran[R]:
-    """Run `plan` to its end, show how far it is, and say what was done otherwise than asked for."""
+    """Run `plan` to its end with a progress bar, and print its notes and warnings."""
     began, last = time.perf_counter(), plan
-    _tell(plan)
+    _print_notes(plan)
     bar = progress(what, in_bytes=plan.unit == "B")
-    with bar as show, closing(run(plan, **how)) as events:  # ctrl-C may come while the bar is drawn
+    with bar as show, closing(run(plan, **how)) as events:  # ctrl-C may arrive while the bar is drawn
         for event in events:
             on_event(event)
             if isinstance(event, TensorMerged | ModuleDone):
@@ -68,7 +68,7 @@ def run_with_bar(
                 show(event.done, event.total, event.what)
             elif isinstance(event, StepStarted):
                 last = event.plan
-                _tell(last)
+                _print_notes(last)
             elif isinstance(event, made):
                 note(*(line for line in getattr(event, "notes", ()) if line not in plan.notes))
                 warn(*getattr(event, "warnings", ()))
@@ -76,8 +76,8 @@ def run_with_bar(
     raise AssertionError("a run ends with its result")
 
 
-def _tell(plan: Plan) -> None:
-    """Print the notes of a plan, and what it skips."""
+def _print_notes(plan: Plan) -> None:
+    """Print the notes of a plan, and its skipped modules."""
     skipped = plan.skipped if isinstance(plan, MergePlan) else ()
     note(*plan.notes, *(f"skipped: {name}" for name in skipped))
 
@@ -104,7 +104,7 @@ def show_adapter(ran: Ran[AdapterMade], what: str, as_json: bool, base: str | No
     if result.error:
         worst = max(result.modules, key=lambda row: row.error)
         say(
-            f"kept      {1 - result.error**2:.2%} of ‖Δ‖², relative error {result.error:.3g} "
+            f"retained  {1 - result.error**2:.2%} of ‖Δ‖², relative error {result.error:.3g} "
             f"(worst: {worst.name}, {worst.error:.3g})"
         )
     say(f"wrote     {result.out}")

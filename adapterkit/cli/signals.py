@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM from the first moment on: everything is taken back, and the exit code is 128 plus the signal."""
+"""Handle Ctrl-C and SIGTERM from the start: unfinished output is removed, and the exit code is 128 plus the signal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from types import FrameType
 
 IMPORTING = "<frozen importlib._bootstrap>"
-AGAIN = 0.002  # seconds until a signal that came in an import is tried again
+AGAIN = 0.002  # seconds until a signal that arrived during an import is raised again
 
 
 class Terminated(KeyboardInterrupt):
-    """Ends the command as ctrl-C does, for a signal that asks for it."""
+    """Ends the command like ctrl-C, for another signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class Terminated(KeyboardInterrupt):
 
 
 def end_at_once() -> None:
-    """Handle signals while nothing was begun that would have to be taken back."""
+    """Exit on signals at once, while there is no output to remove."""
     _handle(lambda number, _: _exit(number))
 
 
 def end_cleanly() -> None:
-    """Have signals raise an exception, though not in an import: that swallows it, or is left half done."""
+    """Raise an exception on signals, but after imports: those swallow it, or remain half done."""
     _handle(_interrupt)
     if system.HAS_TIMER:
         signal.signal(signal.SIGALRM, _interrupt_again)
@@ -37,7 +37,7 @@ def end_cleanly() -> None:
 
 
 def ignore() -> None:
-    """Let nothing disturb the end."""
+    """Ignore further signals at the end."""
     for number in system.END_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if system.HAS_TIMER:

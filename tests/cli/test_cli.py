@@ -252,7 +252,7 @@ def test_nothing_is_written_to_closed_streams(tmp_path: Path) -> None:
 def test_a_deleted_working_directory(tmp_path: Path) -> None:
     result = started("mkdir gone; cd gone; rmdir ../gone; $ADAPTERKIT list", tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.endswith("the current directory does not exist any more\nhint: change to another directory\n")
+    assert result.stderr.endswith("the current directory no longer exists\nhint: change to another directory\n")
 
 
 def test_files_beside_the_weights_are_noted(tmp_path: Path) -> None:

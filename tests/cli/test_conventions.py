@@ -18,7 +18,7 @@ from jsondocs import sections, undocumented
 import adapterkit as package
 from adapterkit.cli import main as cli
 from adapterkit.cli.command import Command
-from adapterkit.cli.failures import speak_options
+from adapterkit.cli.failures import name_options
 from adapterkit.cli.naming import in_options
 from adapterkit.errors import OutputExistsError, UsageError
 
@@ -260,13 +260,13 @@ def test_errors_name_arguments_in_python_and_options_on_the_command_line() -> No
     error = OutputExistsError("a: exists", hint="choose another `out`, or say `overwrite=True`")
     error.add_note("run it again with `resume=True`")
     assert str(error) == "a: exists; choose another `out`, or say `overwrite=True`"
-    speak_options(error, command_of("merge"))
+    name_options(error, command_of("merge"))
     assert str(error) == "a: exists; choose another -o, or say --overwrite"
     assert error.__notes__ == ["run it again with --resume"]
     elsewhere = OutputExistsError("a: exists", hint="choose another `out`")
-    speak_options(elsewhere, command_of("eval"))
+    name_options(elsewhere, command_of("eval"))
     assert elsewhere.hint == "choose another output"
-    speak_options(unknown := UsageError("no alpha", hint="give `alpha`, or `scaling`"), command_of("verify"))
+    name_options(unknown := UsageError("no alpha", hint="give `alpha`, or `scaling`"), command_of("verify"))
     assert unknown.hint == ""
 
 

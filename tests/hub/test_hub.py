@@ -680,4 +680,4 @@ def test_a_hub_that_is_busy_is_asked_for_its_list_again(hub: Hub, adapter: Path,
 
 
 def test_nothing_found(hub: Hub, tmp_path: Path) -> None:
-    assert adapterkit("list", tmp_path).out == "no adapters found; --hub looks on the Hub\n"
+    assert adapterkit("list", tmp_path).out == "no adapters found; add --hub to search the Hub\n"

@@ -1,1 +1,1 @@
-"""A command a file."""
+"""One file per command."""

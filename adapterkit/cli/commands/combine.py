@@ -17,7 +17,7 @@ class CombineCommand(Command):
     """A command whose help lists the methods."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Every method, and every option that one of them has."""
+        """Write the methods, and their options."""
         with formatter.section("Methods"):
             formatter.write_dl([(name, method.help) for name, method in METHODS.items()])
         with formatter.section("Options of methods, for --set"):

@@ -1,4 +1,4 @@
-"""`adapterkit inspect ADAPTER`: what is in it, by headers alone, and how large its updates are, from the weights."""
+"""`adapterkit inspect ADAPTER`."""
 
 from __future__ import annotations
 

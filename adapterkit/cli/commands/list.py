@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from adapterkit.hub.listing import AdapterEntry
 
 NAME = "adapter"
-CUT, LEAST = ("base", "targets"), 8  # the columns that give way on a narrow terminal, and what is left of them
+CUT, LEAST = ("base", "targets"), 8  # columns truncated on a narrow terminal, and their minimal width
 ON_THE_LEFT = (NAME, "kind", "targets", "base")
 
 
@@ -45,7 +45,7 @@ def list_command(given: dict[str, Any], as_json: bool) -> None:
     from adapterkit.api.inspect import find_adapters
 
     options = ListOptions(**given)
-    rows, failed = find_adapters(options)  # a Hub that is away is told once what is on this disk was shown
+    rows, failed = find_adapters(options)  # an error of the Hub is raised after local results are shown
     if as_json:
         facts = [asdict(row) | {"path": str(row.path) if row.path else None} for row in rows]
         say_result({"adapters": facts} | (failure_of(failed).facts if failed else {}))
@@ -55,15 +55,15 @@ def list_command(given: dict[str, Any], as_json: bool) -> None:
             if row.problem:
                 say(f"⚠ {row.name}: {row.problem}")
     elif failed is None:
-        say("no adapters found" + ("" if options.hub else "; --hub looks on the Hub"))
+        say("no adapters found" + ("" if options.hub else "; add --hub to search the Hub"))
     if failed is not None:
         raise failed
 
 
 def _print_rows(columns: dict[str, Callable[[AdapterEntry], str]], rows: list[AdapterEntry]) -> None:
-    """A line for every row: into a pipe as wide as it is, on a terminal with less of what is least asked for.
+    """Print a line per adapter, on a terminal with the least important columns truncated.
 
-    Names are whole in any case, to be copied from there; long ones have a line of their own on a terminal.
+    Names are never truncated, so that they can be copied; on a terminal, long ones get a line of their own.
     """
     from rich.cells import cell_len
 
@@ -82,7 +82,7 @@ def _print_rows(columns: dict[str, Callable[[AdapterEntry], str]], rows: list[Ad
 
 
 def _fitted(widths: dict[str, int], room: int) -> dict[str, int]:
-    """The widths of columns two spaces apart in `room`: some are cut for that, and left out where it is not enough."""
+    """Fit column widths, two spaces apart, into `room` by truncating some columns, then omitting them."""
     for leave_out in (False, True):
         for name in CUT:
             over = sum(widths.values()) + 2 * len(widths) - 2 - room

@@ -100,7 +100,7 @@ def _result_lines(
     if report:
         lines += _report(result)
     if quantized and (total := _total(result)) is not None and total.delta:
-        lines.append(f"kept      {total.retained:.1%} of the update, relative error {total.error:.2f}")
+        lines.append(f"retained  {total.retained:.1%} of the update, relative error {total.error:.2f}")
     lines.append(
         f"merged    {facts['tensors_changed']} of {counted(facts['tensors'], 'tensor')} in {facts['seconds']:.1f} s, "
         f"{size(facts['bytes_written'])}"

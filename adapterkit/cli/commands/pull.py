@@ -43,13 +43,13 @@ def pull_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     say(*plan.lines(), err=True)
     paths: list[str] = []
 
-    def when_here(event: Event) -> None:
+    def on_fetched(event: Event) -> None:
         if isinstance(event, Fetched):
             paths.append(str(event.path))
 
     try:
-        run_with_bar(plan, "downloading", Pulled, when_here)
-    finally:  # those that came, though a later one did not
+        run_with_bar(plan, "downloading", Pulled, on_fetched)
+    finally:  # the finished ones, if a later one failed
         if paths and not as_json:
             say(*paths)
     if as_json:

@@ -1,1 +1,1 @@
-"""Results as tables, curves and pictures."""
+"""Views of results: tables, curves and plots."""

@@ -1,4 +1,4 @@
-"""How an adapter is printed: header lines, warnings, a table by target, bars by layer, a table of modules."""
+"""Print an adapter: header lines, warnings, a table by target, bars by layer, a table of modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BESIDE_BARS = 18  # columns of spaces and the range at the end
 
 
 def show_header(report: AdapterReport) -> None:
-    """Print the facts that headers tell, then what is wrong; rich is not needed for it."""
+    """Print the facts from the headers, then the problems, without rich."""
     for label, text in report.rows().items():
         print_wrapped(f"{label:{LABEL}}", in_options(text))
     for warning in report.warnings():
@@ -130,7 +130,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _bar(value: float | None, low: float, high: float) -> str:
-    """Eight heights between `low` and `high`; a dot where there is no module, an x where it is broken."""
+    """One of eight bars between `low` and `high`; a dot without a module, an x for NaN or Inf."""
     if value is None:
         return "·"
     if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""A curve in the terminal, in dots of braille."""
+"""A line plot in the terminal, in braille dots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EMPTY = 0x2800
 
 
 def curve(values: Sequence[float], width: int, height: int) -> list[str]:
-    """Lines of text that show `values` from left to right, with the greatest and the least at the margin.
+    """Plot `values` from left to right as lines of text, with the maximum and minimum in the margin.
 
     Where there are more values than columns of dots, each shows the mean of its own.
     """

@@ -1,4 +1,4 @@
-"""Pictures: an adapter's ‖ΔW‖ and singular values; how alike adapters are; the losses of a run."""
+"""Plots of an adapter's ‖ΔW‖ and singular values, of adapter similarity, and of a run's losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TICKS = 40  # more layers than this are labelled in steps
 
 
 def check_plot(path: Path) -> None:
-    """Raise UsageError where a plot could not be drawn to `path`, before anything is measured for it.
+    """Raise UsageError if a plot cannot be drawn to `path`, before anything is measured.
 
     Raises OutputExistsError where anything but an earlier plot is there.
     """
@@ -46,7 +46,7 @@ def check_plot(path: Path) -> None:
 
 
 def _destination(path: Path) -> Destination:
-    """Where a plot goes: to a free place, or over an earlier plot of ours."""
+    """The destination of a plot: a new file, or an earlier plot of adapterkit."""
     return Destination(path, directory=False, overwrite=True, is_ours=_is_plot)
 
 
@@ -134,7 +134,7 @@ def draw_losses(metrics: Sequence[Mapping[str, float]], path: Path, title: str) 
 
 
 def _words(text: str) -> str:
-    """A stranger's name as a text of a picture: short, and no formula."""
+    """Untrusted text for a plot: shortened, without math markup."""
     text = visible(text)
     return (text if len(text) <= MOST else f"{text[: MOST - 1]}…").replace("$", r"\$")
 
@@ -152,7 +152,7 @@ def _heat_map(
     figure: Figure, axes: Axes, cells: Sequence[Sequence[float]], targets: Sequence[str], layers: Sequence[int],
     label: str, colors: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Layers from top to bottom, targets from left to right; grey where there is no module."""
+    """Layers from top to bottom, targets from left to right; grey without a module."""
     if not layers:
         axes.text(0.5, 0.5, "no module has a layer number", ha="center", va="center", color="0.4")
         axes.set_axis_off()

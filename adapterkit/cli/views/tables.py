@@ -1,4 +1,4 @@
-"""Tables and numbers as a terminal shows them."""
+"""Tables and numbers for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def table(columns: dict[str, Callable[..., str]], rows: Iterable[Any]) -> Table:
-    """A table of text on the left and numbers on the right, without lines but the one under the names."""
+    """A table with text left-aligned, numbers right-aligned, and a rule below the header."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -38,7 +38,7 @@ def width() -> int:
 
 
 def padded(text: str, wide: int, *, right: bool = False) -> str:
-    """`text` in `wide` columns of a terminal, cut where it has more."""
+    """`text` padded or truncated to `wide` terminal columns."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(text) > wide:
