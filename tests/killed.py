@@ -67,10 +67,10 @@ def succeeds(*args: str) -> None:
 
 
 def whole(out: Path) -> Any:
-    """Return the contents of `out`, without sidecars, whose entries are in the order of the threads."""
+    """The bytes of the file or folder `out`, or None."""
     if not out.is_dir():
         return out.read_bytes() if out.exists() else None
-    return {name: data for name, data in contents(out).items() if not name.endswith(".residuals")}
+    return contents(out)
 
 
 def state(out: Path) -> State:

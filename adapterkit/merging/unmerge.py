@@ -31,7 +31,7 @@ from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.planner import make_plan
 from adapterkit.merging.plan.types import Copy, FilePlan, Hashes, MergePlan, SidecarCopy
 from adapterkit.merging.receipts.receipt import HOLDS, Companions, ModuleShare, Receipt, Shard
-from adapterkit.merging.receipts.sidecar import base_header, kept, recorded
+from adapterkit.merging.receipts.sidecar import base_header, dropped_name, recorded_rows
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.text import counted
 
@@ -138,7 +138,7 @@ def _open_shard(shard: Shard, after: Header, receipt: Receipt) -> _OpenShard:
     raw, before = base_header(sidecar, after.file, shard.size)
     tensors = {}
     for number, info in enumerate(before.tensors.values()):
-        stored = sidecar.tensors.get(kept(number))
+        stored = sidecar.tensors.get(dropped_name(number))
         if stored is not None and (stored.dtype, stored.shape) != (info.dtype, info.shape):
             raise FormatError(
                 f"{sidecar.file}: {stored.name} is {stored.dtype} {stored.shape}, "
@@ -152,7 +152,7 @@ def _file(opened: _OpenShard, quantized: Mapping[str, QuantizedWeight], given: S
     """Plan one file of the base."""
     after, before = opened.after, opened.before
     changed = {name: (number, parts) for number, (name, parts) in enumerate(opened.shard.tensors)}
-    blocks = recorded(opened.sidecar)
+    blocks = recorded_rows(opened.sidecar)
     copies, edits, from_sidecar = [], [], []
     for info in sorted(before.tensors.values(), key=lambda info: (info.start, info.stop)):
         stored, now = opened.tensors[info.name], after.tensors.get(info.name)

@@ -508,7 +508,7 @@ def test_a_merge_beyond_the_dequantized_dtype_is_refused(
     ones = {"layers.0.q.lora_A.weight": torch.ones(1, 40), "layers.0.q.lora_B.weight": torch.full((24, 1), 9e3)}
     adapter = make_adapter(ones, r=1, lora_alpha=1)
     for how in ({"quantize": "same", "accept_loss": True}, {}):
-        with pytest.raises(FitError, match="layers.0.q.weight: .* beyond 65504, where float16 ends"):
+        with pytest.raises(FitError, match="layers.0.q.weight: .* exceeds 65504, the maximum of float16"):
             adapterkit.merge(tmp_path / "packed", [adapter], tmp_path / "out", **how)
         assert not (tmp_path / "out").exists()
 
@@ -518,12 +518,12 @@ def test_nested_scales_that_would_be_infinite_are_refused(make_base: Callable[..
     half = torch.linspace(6.4e4, 65504, 64)[:, None].expand(64, 64).half()
     half[0] = 0.0  # so that the other scales are close to each other and to the next code
     base = make_base({"layers.0.q.weight": half})
-    with pytest.raises(FitError, match="with its scales quantized too it dequantizes to .* beyond 65504"):
+    with pytest.raises(FitError, match="with nested quantization it dequantizes to .* exceeds 65504"):
         adapterkit.quantize(base, tmp_path / "out", to="nf4", nested=True)
     adapterkit.quantize(base, tmp_path / "out", to="nf4")
     huge = {"layers.0.q.weight": torch.full((64, 64), 3e38).bfloat16()}
     save_file(huge, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FitError, match="with its scales quantized too it dequantizes to (nan|inf)"):
+    with pytest.raises(FitError, match="with nested quantization it dequantizes to (nan|inf)"):
         adapterkit.quantize(base, tmp_path / "nested", to="fp4", nested=True)
     assert not (tmp_path / "nested").exists()
 
@@ -557,7 +557,7 @@ def test_weights_beyond_their_own_dtype_are_refused(
             continue
         for dtype in (None, "bf16"):
             with pytest.raises(
-                FitError, match=f"{name}.weight: holds .* beyond 65504, where float16 ends, to which it"
+                FitError, match=f"{name}.weight: dequantizes to .* exceeds 65504, the maximum of float16; set the"
             ):
                 adapterkit.merge(base, [adapter], tmp_path / "refused", dtype=dtype)
             assert not (tmp_path / "refused").exists()
@@ -696,7 +696,7 @@ def test_invalid_options_of_quantize(sixteen_bits: Path, tmp_path: Path, how: An
 def test_quantizing_nan_is_refused(make_base: Callable[..., Path], tmp_path: Path) -> None:
     weight = torch.randn(8, 64)
     weight[3, 3] = torch.nan
-    with pytest.raises(FitError, match=r"m\.weight: holds NaN"):
+    with pytest.raises(FitError, match=r"m\.weight: contains NaN"):
         adapterkit.quantize(make_base({"m.weight": weight}), tmp_path / "out", to="nf4")
     assert not (tmp_path / "out").exists()
 

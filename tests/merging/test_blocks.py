@@ -68,8 +68,8 @@ def test_blocks_are_rows_of_the_whole(name: str, weight: float, rows: int, tmp_p
                 found.append(torch.frombuffer(into, dtype=before.dtype).view(-1, columns))
                 source = before.view(depth, columns)[first:last]
                 assert made.changed is not torch.equal(found[-1], source) and (made.undo is None) is (first % 2 == 1)
-                assert made.kept is not None
-                kept += made.kept
+                assert made.retention is not None
+                kept += made.retention
             os.close(fd)
             after, want = torch.cat(found).view(before.shape), expected[edit.name]
             assert check(after, want) == 0

@@ -120,7 +120,7 @@ def given(tmp_path: Path, make_adapter: Make) -> tuple[Path, list[tuple[Path, fl
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have every tensor merged by itself from here on."""
-    return lambda: monkeypatch.setattr(pieces, "SMALL", 1 << 60)
+    return lambda: monkeypatch.setattr(pieces, "SMALL_SHARE", 1 << 60)
 
 
 def sizes(plan: MergePlan, records: bool = True) -> list[int]:

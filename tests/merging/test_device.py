@@ -205,13 +205,13 @@ def test_a_failure_leaves_nothing_pinned(
 ) -> None:
     base = make_base({"q.weight": torch.full((24, 40), 6e4).half()})
     adapter = make_adapter({k: t * 1e4 for k, t in factors("q", 24, 40).items()})
-    with pytest.raises(adapterkit.errors.FitError, match="beyond 65504"):
+    with pytest.raises(adapterkit.errors.FitError, match="exceeds 65504"):
         adapterkit.merge(base, [adapter], tmp_path / "out", device="cuda")
     assert cuda.most_pinned and not cuda.pinned and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("chunk", "said"), [(device.LEAST_CHUNK, ["elements at a time"] * 4), (0, ["at a time"] * 4 + ["the CPU"])]
+    ("chunk", "said"), [(device.MIN_GPU_CHUNK, ["elements at a time"] * 4), (0, ["at a time"] * 4 + ["the CPU"])]
 )
 def test_running_out_of_memory_halves_chunks_then_falls_back_to_the_cpu(
     cuda: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, said: list[str]
@@ -437,6 +437,6 @@ def test_a_full_gpu_falls_back_to_the_cpu(
         result = adapterkit.merge(base, [adapter], tmp_path / "gpu", device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert result.place == "the CPU" and "too little memory" in result.notes[0]
+    assert result.place == "the CPU" and "ran out of memory" in result.notes[0]
     adapterkit.merge(base, [adapter], tmp_path / "cpu", device="cpu")
     assert files(tmp_path / "gpu") == files(tmp_path / "cpu")

@@ -32,9 +32,9 @@ from adapterkit.files import stamps, system
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.workspace import PREFIX
 from adapterkit.merging import companions, verify
-from adapterkit.merging.run import finish, making, run, scheduler
+from adapterkit.merging.run import builder, finish, run, scheduler
+from adapterkit.merging.run.builder import FileBuilder
 from adapterkit.merging.run.inputs import Inputs
-from adapterkit.merging.run.making import FileMaking
 
 ROOT = Path(package.__file__).parents[1]
 KILLS = os.environ.get("STRESS_KILLS", "20")
@@ -80,7 +80,7 @@ import torch  # now: parts of its import swallow a KeyboardInterrupt
 import adapterkit.merging.blocks.bundle, adapterkit.cli.main
 from adapterkit.files import staging, writing
 from adapterkit.merging import companions
-from adapterkit.merging.run import finish, making, run, scheduler
+from adapterkit.merging.run import builder, finish, run, scheduler
 from adapterkit.__main__ import main
 
 def run_hooked(place, nth, which, out, err, *argv):
@@ -107,11 +107,11 @@ for line in sys.stdin:
 # Where a merge of four tensors in two shards may end: function, and which of its calls.
 POINTS = [
     ("scheduler.Scheduler._create", 1),
-    ("making.FileMaking._copy", 1),
-    ("making.FileMaking.make", 1),
-    ("making.FileMaking.make", 2),
-    ("making.FileMaking._part_done", 3),
-    ("making.FileMaking._part_done", 6),
+    ("builder.FileBuilder._copy", 1),
+    ("builder.FileBuilder.make", 1),
+    ("builder.FileBuilder.make", 2),
+    ("builder.FileBuilder._part_done", 3),
+    ("builder.FileBuilder._part_done", 6),
     ("finish.finish_merge", 1),
     ("companions.copy_file", 1),
     ("writing.write_text", 2),
@@ -157,9 +157,9 @@ def test_killed(inputs: Path, place: tuple[str, int]) -> None:
     assert loads(inputs / "out")
 
 
-def test_a_shard_in_the_making_opens_as_nothing(inputs: Path) -> None:
+def test_an_unfinished_shard_does_not_open(inputs: Path) -> None:
     """Shards load without a config too, so a header must not be there before its tensors are."""
-    ended_by(("making.FileMaking.make", 1), "SIGKILL", inputs)
+    ended_by(("builder.FileBuilder.make", 1), "SIGKILL", inputs)
     shards = sorted(building(inputs).glob("*.safetensors"))
     assert len(shards) == 2
     for shard in shards:
@@ -192,7 +192,7 @@ def test_interrupted_while_progress_is_drawn(inputs: Path, monkeypatch: pytest.M
 def test_an_interrupted_overwrite_keeps_the_old_output(inputs: Path, which: str) -> None:
     assert merge(inputs).code == 0
     old = contents(inputs / "out")
-    assert ended_by(("making.FileMaking.make", 2), which, inputs, "--overwrite", "--scale=2").returncode != 0
+    assert ended_by(("builder.FileBuilder.make", 2), which, inputs, "--overwrite", "--scale=2").returncode != 0
     assert contents(inputs / "out") == old
     assert merge(inputs, "--overwrite", "--scale=2").code == 0
     assert contents(inputs / "out") != old
@@ -214,20 +214,15 @@ def test_a_failing_rename_puts_the_old_output_back(inputs: Path, monkeypatch: py
 
 
 def finished(folder: Path) -> list[str]:
-    """Which shards a dead merge has noted as finished; they are given an old date."""
+    """The shards that a killed merge recorded as finished; they get an old date."""
     found = sorted(note.stem for note in (building(folder) / ".adapterkit_progress").glob("*.json"))
     for name in found:
         os.utime(building(folder) / name, ns=(1, 1))
     return found
 
 
-def taken_over(out: Path) -> list[str]:
+def reused(out: Path) -> list[str]:
     return [file.name for file in sorted(out.glob("*.safetensors")) if file.stat().st_mtime_ns == 1]
-
-
-def bytes_of(out: Path) -> dict[str, bytes | None]:
-    """But for sidecars, the order of whose entries is that in which threads came to them."""
-    return {name: data for name, data in contents(out).items() if not name.endswith(".residuals")}
 
 
 HALF = ("run.record_done", 2)  # one shard is finished and noted, the other finished
@@ -241,8 +236,8 @@ def test_a_killed_merge_is_resumed(inputs: Path) -> None:
     os.utime(inputs / "base" / first, ns=(1, 1))
     os.utime(inputs / "adapter" / "adapter_model.safetensors", ns=(1, 1))
     assert merge(inputs, "--resume").code == 0
-    assert taken_over(inputs / "out") == [first]
-    assert bytes_of(inputs / "out") == bytes_of(inputs / "fresh")
+    assert reused(inputs / "out") == [first]
+    assert contents(inputs / "out") == contents(inputs / "fresh")
     assert adapterkit("unmerge", inputs / "out", "-o", inputs / "again").code == 0
     assert contents(inputs / "again") == contents(inputs / "base")
     assert names(inputs) == ["adapter", "again", "base", "fresh", "out"]
@@ -264,8 +259,8 @@ def test_what_does_not_hash_right_is_merged_again(tmp_path: Path, what: str) -> 
         overwritten(tmp_path / what / (name if what == "base" else "adapter_model.safetensors"))
     assert merge(tmp_path, "--resume", scale).code == 0
     assert merge(tmp_path, scale, out="fresh").code == 0
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "fresh")
-    assert taken_over(tmp_path / "out") == []
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert reused(tmp_path / "out") == []
 
 
 def test_ctrl_c_with_resume_keeps_what_is_finished(inputs: Path) -> None:
@@ -274,7 +269,7 @@ def test_ctrl_c_with_resume_keeps_what_is_finished(inputs: Path) -> None:
     noted = finished(inputs)
     assert noted  # the other one too, where it was faster than the signal
     assert merge(inputs, "--resume").code == 0
-    assert taken_over(inputs / "out") == noted and names(inputs) == ["adapter", "base", "out"]
+    assert reused(inputs / "out") == noted and names(inputs) == ["adapter", "base", "out"]
 
 
 def test_resume_needs_hashes(inputs: Path) -> None:
@@ -346,7 +341,7 @@ def test_killed_at_random(inputs: Path, command: str, resume: str) -> None:
     """At random calls: the inputs stay, what is there is whole, and the next run makes it right."""
     assert merge(inputs, out="merged").code == 0
     merged = contents(inputs / "merged")
-    wanted = bytes_of(inputs / ("merged" if resume else "base"))
+    wanted = contents(inputs / ("merged" if resume else "base"))
     child = subprocess.Popen(
         [sys.executable, "-c", KILLER, ROOT, inputs, KILLS, "7", command, resume],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -355,7 +350,7 @@ def test_killed_at_random(inputs: Path, command: str, resume: str) -> None:
     for index, line in enumerate(child.stdout):
         assert contents(inputs / "merged") == merged
         if "True" in line:  # killed at its very end, or not at all
-            assert bytes_of(inputs / "out") == wanted
+            assert contents(inputs / "out") == wanted
             shutil.rmtree(inputs / "out")
         else:
             assert [name for name in names(inputs) if not name.startswith(PREFIX)] == ["adapter", "base", "merged"]
@@ -363,7 +358,7 @@ def test_killed_at_random(inputs: Path, command: str, resume: str) -> None:
         child.stdin.flush()
         if index % 3 == 0:
             assert child.stdout.readline() == "again\n"
-            assert bytes_of(inputs / "out") == wanted
+            assert contents(inputs / "out") == wanted
             assert names(inputs) == ["adapter", "base", "merged", "out"]
             shutil.rmtree(inputs / "out")
             child.stdin.write("\n")
@@ -580,7 +575,7 @@ def test_an_input_that_changes_while_it_is_merged(
 ) -> None:
     """Whatever changes and whenever, no receipt is written that fits neither state."""
     owner, name, nth = {
-        "begun": (scheduler.Scheduler, "_create", 1), "block": (making.FileMaking, "make", 2),
+        "begun": (scheduler.Scheduler, "_create", 1), "block": (builder.FileBuilder, "make", 2),
         "end": (Inputs, "check", 2),
     }[point]  # fmt: skip
     for number, file in enumerate(INPUTS):
@@ -888,9 +883,9 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 def test_the_first_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another worker that needs the file as well must not find what the first had created, and say that."""
     base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
-    real, seen = FileMaking.open, []
+    real, seen = FileBuilder.open, []
 
-    def both(file: FileMaking) -> None:
+    def both(file: FileBuilder) -> None:
         try:
             real(file)
         except OSError as error:
@@ -899,7 +894,7 @@ def test_the_first_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             seen.append(second.value is error)
             raise
 
-    monkeypatch.setattr(FileMaking, "open", both)
+    monkeypatch.setattr(FileBuilder, "open", both)
     monkeypatch.setattr(os, "pwrite", failing(FULL))
     adapterkit("merge", base / "model.safetensors", adapter, "-o", tmp_path / "out.safetensors").message(6)
     assert seen and all(seen)

@@ -222,7 +222,7 @@ def test_an_overflow_leaves_the_model_unchanged(make_adapter: Callable[..., Path
         layer.bias = model.q.bias
         model.q, tensors["q.lora_B.weight"] = layer.to("cpu"), tensors["q.lora_B.weight"] * 1e7
     before, layers = bits(model), dict(model.named_modules())
-    with pytest.raises(FitError, match="(weight|bias): a weight is then beyond 65504, where float16 ends"):
+    with pytest.raises(FitError, match="(weight|bias): a weight would exceed 65504, the maximum of float16"):
         adapterkit.apply(model, adapterkit.load(make_adapter(tensors, **config)))
     assert same(bits(model), before) and dict(model.named_modules()) == layers
 

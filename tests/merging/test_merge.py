@@ -255,7 +255,7 @@ def test_unchanged_files_can_be_linked(
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EXDEV, "Invalid cross-device link")))
     monkeypatch.setattr(fcntl, "ioctl", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no")))
     copied = adapterkit.merge(base, [adapter], tmp_path / "copied", link=True)
-    assert copied.notes == (f"{untouched}: copied, since it cannot be linked here: Invalid cross-device link",)
+    assert copied.notes == (f"{untouched}: copied, cannot be linked: Invalid cross-device link",)
     for out in ("plain", "linked", "copied"):
         for name in (untouched, changed):
             assert (tmp_path / out / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
@@ -393,7 +393,7 @@ def test_fp16_overflow_is_refused(
     adapter = make_adapter(
         {"m.lora_A.weight": torch.ones(1, 4), "m.lora_B.weight": torch.full((4, 1), 900.0)}, r=1, lora_alpha=1
     )
-    with pytest.raises(FitError, match="beyond 65504, where float16 ends; use `dtype='bf16'`"):
+    with pytest.raises(FitError, match="exceeds 65504, the maximum of float16; use `dtype='bf16'`"):
         adapterkit.merge(base, [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -99,9 +99,9 @@ def test_finish_refuses_missing_or_foreign_files(base: Path, adapter: Path, tmp_
     foreign = run_file(twice, twice.files[0], other, ONE)
     before = contents(where)
     for given, said in (
-        (done[1:], f"{done[0].name}: is not made yet"),
-        ([foreign, *done[1:]], f"{done[0].name}: was made of another plan"),
-        ([*done, replace(done[0], name="extra.safetensors")], "extra.safetensors: is no file of this plan"),
+        (done[1:], f"{done[0].name}: missing or incomplete"),
+        ([foreign, *done[1:]], f"{done[0].name}: made from another plan"),
+        ([*done, replace(done[0], name="extra.safetensors")], "extra.safetensors: not a file of this plan"),
     ):
         with pytest.raises(FitError, match=said):
             finish(plan, given, where, ONE)
@@ -109,7 +109,7 @@ def test_finish_refuses_missing_or_foreign_files(base: Path, adapter: Path, tmp_
         finish(plan, done, where, replace(ONE, receipt=False))
     assert contents(where) == before
     (where / done[1].name).unlink()
-    with pytest.raises(FitError, match=f"{done[1].name}: is not made yet"):
+    with pytest.raises(FitError, match=f"{done[1].name}: missing or incomplete"):
         finish(plan, done, where, ONE)
 
 
@@ -141,3 +141,22 @@ def test_plans_and_records_are_plain_data(base: Path, adapter: Path, tmp_path: P
         assert {type(edit) for file in undo.files for edit in file.edits} == {RestoreEdit}
         again = pickle.loads(pickle.dumps(undo))
         assert replace(again, write_companions=None) == replace(undo, write_companions=None)
+
+
+def test_an_edit_without_blocks_does_not_keep_a_file_open(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """A tensor of zero bytes has nothing to restore; if the file waited for it, the run would hang."""
+    plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+    empty = RestoreEdit("empty", None, "BF16", (0, 4), plan.files[0].size, plan.files[0].size)
+    file = replace(plan.files[0], edits=(*plan.files[0].edits, empty))
+    place, where = Place(), tmp_path / "made"
+    place.device = device.CPU
+    where.mkdir()
+    with ThreadPoolExecutor(1) as writers:
+        worker = Worker(writers)
+        builder = FileBuilder(Job(plan, where, RunOptions()), file, lambda _: None, lambda _: None)
+        while builder.input.left:
+            builder.hash_next(worker)
+        for piece in builder.pieces:
+            builder.make(piece, place, worker)
+        worker.release()
+    assert builder.done is not None

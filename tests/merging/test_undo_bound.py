@@ -52,8 +52,8 @@ def marked_by(W: torch.Tensor, S: torch.Tensor, updates: list[Update]) -> torch.
 def comes_back(W: torch.Tensor, S: torch.Tensor, N: torch.Tensor, rank: int, parts: int) -> Iterator[torch.Tensor]:
     """What subtracting leaves, rounded, where merging to `S` and subtracting are as far off as can be.
 
-    Merging adds W and all terms up in one go. Subtracting does so for each update, then takes it off, rounded but for
-    the last, which is rounded here.
+    Merging sums W and all terms at once. Subtraction sums each update, then subtracts it, rounded except for the last,
+    which is rounded here.
     """
     total, left = W.double().abs() + N, (S.to(W.dtype).double() - S).abs()
     merging = share(parts * (rank + 3)) * total

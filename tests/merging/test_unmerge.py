@@ -11,9 +11,10 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from itertools import product
+from itertools import permutations, product
 from math import prod
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import adversarial
@@ -427,14 +428,62 @@ def test_no_other_weight_is_read(merged: Path, weight: str) -> None:
 def test_a_sidecars_header_has_room_for_every_shape(tmp_path: Path) -> None:
     """Of as many dimensions as there may be: it never reaches the data."""
     file, shapes = tmp_path / "s.residuals", {f"kept:{number}": (1,) * 64 for number in range(9)}
-    writer = sidecar.SidecarWriter(file, b"header", shapes | {"0:0-9": (sidecar.LARGEST,)})
+    writer = sidecar.SidecarWriter(
+        file, b"header", [{name: shape} for name, shape in shapes.items()] + [{"0:0-9": (sidecar.MAX_OFFSET,)}]
+    )
     for name, shape in shapes.items():
-        writer.add(name, name.encode() + b"!!", "F64", shape)
-    writer.add("0:0-9", b"code")
+        writer.add([(name, "F64", shape)], name.encode() + b"!!")
+    writer.add([("0:0-9", "U8", (4,))], b"code")
     writer.finish()
     writer.close()
     found = {name: bytes(info.read_bytes()) for name, info in read_header(file).tensors.items() if name != "header"}
     assert found == {name: name.encode() + b"!!" for name in shapes} | {"0:0-9": b"code"}
+
+
+def test_a_sidecar_has_the_same_bytes_in_any_order_of_its_pieces(tmp_path: Path) -> None:
+    pieces = [[("0:0-4", "U8", (3,)), ("0:0-4.gains", "F64", (1, 1))], [("0:4-8", "U8", (5,))], [("1:0-9", "U8", (0,))]]
+    data = [b"one" + bytes(8), b"other", b""]
+    expected = [{name: shape for name, _, shape in piece} for piece in pieces]
+    written = set()
+    for number, order in enumerate(permutations(range(3))):
+        file = tmp_path / f"{number}.residuals"
+        writer = sidecar.SidecarWriter(file, b"header", expected)
+        for piece in order:
+            writer.add(pieces[piece], data[piece])
+        assert writer.finish() == file.stat().st_size
+        writer.close()
+        written.add(file.read_bytes())
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "nf4"])
+def test_equal_merges_write_equal_bytes(
+    kind: str, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whichever thread is first: here the first block is recorded after another one."""
+    base = make_base({f"{name}.weight": torch.randn(128, 64).bfloat16() for name in "ab"})
+    if kind == "nf4":
+        adapterkit.quantize(base, tmp_path / "nf4", to="nf4")
+        base = tmp_path / "nf4"
+    tensors = factors("a", 128, 64) | factors("b", 128, 64)
+    if kind == "dora":
+        tensors |= {f"{name}.lora_magnitude_vector": torch.rand(128) + 0.5 for name in "ab"}
+    adapter = make_adapter(tensors, use_dora=kind == "dora")
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 64 * 64 * 2)
+    alone = contents(adapterkit.merge(base, [adapter], tmp_path / "alone", threads=1).out)
+    add, other = sidecar.SidecarWriter.add, Event()
+
+    def first_comes_second(self: Any, entries: Any, data: bytes) -> None:
+        if entries[0][0] == "0:0-64":
+            assert other.wait(60)
+        add(self, entries, data)
+        if entries[0][0].partition(":")[2] not in ("", "0-64"):
+            other.set()
+
+    monkeypatch.setattr(sidecar.SidecarWriter, "add", first_comes_second)
+    assert contents(adapterkit.merge(base, [adapter], tmp_path / "many", threads=4).out) == alone
+    assert other.is_set()
 
 
 @pytest.mark.parametrize("size", [0, 9, 10**8, 10**15, 2**60 - 1])
@@ -447,8 +496,8 @@ def test_the_room_for_a_sidecars_header_is_enough_for_any_offset(size: int, dims
 
 def test_a_sidecar_of_too_many_entries_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sidecar, "MAX_HEADER_BYTES", 1000)
-    with pytest.raises(FormatError, match="12 entries are too many .* `receipt=False`"):
-        sidecar.SidecarWriter(tmp_path / "s.residuals", b"", {f"{number}:0-1": (1,) for number in range(12)})
+    with pytest.raises(FormatError, match="13 entries are too many .* `receipt=False`"):
+        sidecar.SidecarWriter(tmp_path / "s.residuals", b"", [{f"{number}:0-1": (1,)} for number in range(12)])
     assert not list(tmp_path.iterdir())
 
 
@@ -705,9 +754,9 @@ def test_broken_sidecars_are_named(merged: Path, tmp_path: Path) -> None:
         ({"0:0-40": None, "0:0-39": "0:0-40"}, "restores only 39 of 40 rows"),
         ({"0:0-40": None, "0:0-41": "0:0-40"}, "expected rows from 0 of 40 on"),
         ({"0:0-40": None}, "restores only 0 of 40 rows"),
-        ({"0:0-40": "header"}, "does not restore 960 elements"),
-        ({"header": None}, "holds no header"),
-        ({"header": "0:0-40"}, "is broken"),
+        ({"0:0-40": "header"}, "cannot restore 960 elements"),
+        ({"header": None}, "no header of the base's shard"),
+        ({"header": "0:0-40"}, "is corrupt"),
     ],
 )
 def test_sidecars_with_other_entries(changes: dict[str, str | None], says: str, merged: Path, tmp_path: Path) -> None:
@@ -740,7 +789,7 @@ def test_dora_without_its_gains(tmp_path: Path) -> None:
     adapterkit.merge(FIXTURES / "bases" / "tiny-llama", [adapter], merged)
     file = merged / "adapterkit_receipt" / "model.safetensors.residuals"
     save_file({name: tensor for name, tensor in load_file(file).items() if not name.endswith(".gains")}, file)
-    with pytest.raises(FormatError, match="is without gains"):
+    with pytest.raises(FormatError, match="no gains, which are needed to undo DoRA"):
         adapterkit.unmerge(merged, tmp_path / "out", adapters=[adapter])
 
 
@@ -770,7 +819,7 @@ def test_headers_that_are_padded_and_that_would_fill_memory(merged: Path, tmp_pa
     file = tmp_path / "m.safetensors.receipt" / "adapterkit_receipt" / "padded.safetensors.residuals"
     bomb = zlib.compress(packed(b'{"":[' + b"[]," * (1 << 24)))
     save_file(load_file(file) | {"header": torch.tensor(list(bomb), dtype=torch.uint8)}, file)
-    with pytest.raises(FormatError, match="is broken"):
+    with pytest.raises(FormatError, match="is corrupt"):
         adapterkit.unmerge(tmp_path / "m.safetensors", tmp_path / "out.safetensors")
 
 

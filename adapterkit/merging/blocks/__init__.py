@@ -1,1 +1,1 @@
-"""A block of rows: read, changed, rounded once, and what undoes it."""
+"""Merge or restore blocks of rows: read, change, round once, and record the undo."""

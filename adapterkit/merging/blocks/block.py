@@ -1,6 +1,6 @@
-"""One block of rows of one edited tensor: read it, change it a cache-sized chunk at a time, round it once.
+"""One block of rows of an edited tensor: read it, change it in cache-sized chunks, round it once.
 
-Nothing here knows about threads, or files beyond a descriptor to read from. The buffers know where to compute.
+Threads and output files are the caller's; the device is that of the buffers.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from adapterkit.merging.plan.edits import MergeEdit, Recorded, RestoreEdit
 
 @dataclass(frozen=True, slots=True)
 class MergedRows:
-    """A merged block: what rounding kept, where that was measured, what undoes it, and whether it is not the base's."""
+    """A merged block: its retention if measured, its undo if recorded, and whether it differs from the base."""
 
-    kept: Retention | None = None
+    retention: Retention | None = None
     undo: Undo | None = None
     changed: bool = False
 
@@ -52,16 +52,16 @@ def merge_rows(
     measured: int = 0,
     undoable: bool = False,
 ) -> MergedRows:
-    """Compute rows `first:last` of an edit as bytes `into`.
+    """Compute rows `first:last` of an edit into the bytes `into`.
 
-    What rounding kept is measured in the first `measured` of them; what restores the base's is found if `undoable`.
-    Raises FitError where a finite input becomes infinite in the output dtype.
+    Retention is measured on the first `measured` rows; the undo is computed if `undoable`. Raises FitError if a finite
+    input becomes infinite in the output dtype.
     """
     edit = loaded.edit
     if not into:
         return MergedRows()
     source = read_rows(edit, loaded.packed, loaded.fd, first, last, buffers)
-    _check_twin(loaded, source, first, last)
+    _check_original(loaded, source, first, last)
     out = buffers.output(into, getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, edit.matrix[1])
     undone = None
     if source is not None and compute_dtype(edit) is torch.float32:
@@ -79,17 +79,17 @@ def merge_rows(
     buffers.deliver(out, into)
     if not measured:
         return MergedRows(None, undone, changed)
-    kept = Retention()
+    total = Retention()
     for start, sums in _sums(loaded, source, first, first + measured, buffers):
         before = base_rows(edit, source, first, start, start + len(sums), buffers)
-        kept += retention(before, sums, out[start - first :][: len(sums)])
-    return MergedRows(kept, undone, changed)
+        total += retention(before, sums, out[start - first :][: len(sums)])
+    return MergedRows(total, undone, changed)
 
 
 def _undo(
     loaded: Loaded[MergeEdit], source: torch.Tensor, first: int, out: torch.Tensor, found: Undo | None, buffers: Buffers
 ) -> Undo:
-    """What restores `source`, rows `first …`, from `out`; `found` already, where only plain updates were added."""
+    """The undo that restores `source`, rows from `first` on, from `out`; `found` if only plain updates were added."""
     edit = loaded.edit
     if found is None and (edit.replaced or edit.added):
         found = difference(source, out)
@@ -103,16 +103,16 @@ def _undo(
 
 
 def _same(source: torch.Tensor | None, out: torch.Tensor) -> bool:
-    """Whether the rows are the base's; mostly the first tells that they are not."""
+    """Whether the rows equal the base's; usually the first row shows that they don't."""
     if source is None:
         return False
     return all(torch.equal(source[:rows].to(out.dtype), out[:rows]) for rows in (1, len(out)))
 
 
 def restore_rows(loaded: Loaded[RestoreEdit], recorded: Recorded, buffers: Buffers, into: memoryview) -> None:
-    """Restore the base's rows of an edit that a receipt has `recorded`, as bytes `into`.
+    """Restore the base's rows that a receipt has `recorded`, into the bytes `into`.
 
-    Raises FormatError where what it holds cannot belong to them.
+    Raises FormatError if the record does not fit the rows.
     """
     edit, columns = loaded.edit, loaded.edit.matrix[1]
     after = read_rows(edit, None, loaded.fd, recorded.first, recorded.last, buffers)
@@ -131,11 +131,11 @@ def restore_rows(loaded: Loaded[RestoreEdit], recorded: Recorded, buffers: Buffe
 
 
 def pack_rows(loaded: Loaded[MergeEdit], first: int, last: int, buffers: Buffers, into: memoryview) -> None:
-    """Compute rows `first:last` of an edit and quantize them into `into`. Raises FitError where they are not finite."""
+    """Compute rows `first:last` of an edit and quantize them into `into`. Raises FitError if they are not finite."""
     edit, packing, packer = loaded.edit, loaded.edit.packing, loaded.packer
     assert packing is not None and packer is not None
     source = read_rows(edit, loaded.packed, loaded.fd, first, last, buffers)
-    _check_twin(loaded, source, first, last)
+    _check_original(loaded, source, first, last)
     for start, sums in _sums(loaded, source, first, last, buffers):
         check_packable(edit.name, sums, packing)
         at = edit.offset(start) - edit.offset(first)
@@ -144,25 +144,25 @@ def pack_rows(loaded: Loaded[MergeEdit], first: int, last: int, buffers: Buffers
 
 
 def finish_packing(loaded: Loaded[MergeEdit], buffers: Buffers) -> tuple[list[bytes], Retention | None]:
-    """The other tensors of a quantized weight of which all rows are packed, and what is kept of its update."""
+    """The other tensors of a quantized weight, once all rows are packed, and the retention of its update."""
     edit, packer, depth = loaded.edit, loaded.packer, loaded.edit.matrix[0]
     assert packer is not None and edit.packing is not None
     parts = packer.finish()
     check_scales(edit.name, packer.max_magnitude(), edit.packing)
     if not edit.deltas or edit.replaced:
         return parts, None
-    kept, step = Retention(), rows_at_a_time(edit, buffers.place.chunk)
+    total, step = Retention(), rows_at_a_time(edit, buffers.place.chunk)
     for first in range(0, depth, step):
         last = min(depth, first + step)
         source = read_rows(edit, loaded.packed, loaded.fd, first, last, buffers)
         before = base_rows(edit, source, first, first, last, buffers)
         [(_, sums)] = _sums(loaded, source, first, last, buffers)
-        kept += retention(before, sums, packer.unpack(packer.pack(sums.float(), first), first, last))
-    return parts, kept
+        total += retention(before, sums, packer.unpack(packer.pack(sums.float(), first), first, last))
+    return parts, total
 
 
 def replayed(loaded: Loaded[MergeEdit], first: int, last: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `first:last` of the base, zero where the tensor is new, and with everything added but not rounded."""
+    """Rows `first:last` of the base, or zeros for a new tensor, and the same rows merged but not rounded."""
     edit = loaded.edit
     source = read_rows(edit, loaded.packed, loaded.fd, first, last, buffers)
     before = torch.zeros(last - first, edit.matrix[1], dtype=compute_dtype(edit))
@@ -174,7 +174,7 @@ def replayed(loaded: Loaded[MergeEdit], first: int, last: int, buffers: Buffers)
 def _merge_plain(
     source: torch.Tensor, first: int, updates: Sequence[Update], out: torch.Tensor, buffers: Buffers, undoable: bool
 ) -> tuple[torch.Tensor, Undo | None]:
-    """Plain updates of 16-bit weights: the sum of squares of each chunk, and what undoes it all."""
+    """Add plain updates to 16-bit weights; return the sum of squares of each chunk, and the undo."""
     rows, columns = out.shape
     here = [update for update in updates if update.start < first + rows and first < update.stop]
     step = min(rows, chunk_rows(columns, buffers.place.chunk))
@@ -204,10 +204,10 @@ def add_plain(
     depth: int,
     undoable: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Add plain updates in float32, `step` rows at a time; rounding twice, so sums on a midpoint are settled after.
+    """Add plain updates in float32, `step` rows at a time; sums near a midpoint are then computed exactly.
 
-    Midpoints are searched for in groups of `depth` rows, which divides both `step` and the number of rows. Returns the
-    sum of squares of each chunk, and if `undoable` the flat positions that subtracting may not restore.
+    Midpoints are searched for in groups of `depth` rows, which divides `step` and the number of rows. Returns the sum
+    of squares of each chunk, and if `undoable` the flat positions that subtraction may not restore.
     """
     sums, products = buffers.sums(step, out.shape[1]), buffers.products(step, out.shape[1])
     doubts = buffers.doubts(source) if undoable else None
@@ -224,7 +224,7 @@ def add_plain(
 def _sums(
     loaded: Loaded[MergeEdit], source: torch.Tensor | None, first: int, last: int, buffers: Buffers
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Rows `first:last` with everything added but not rounded yet, as `(first row, rows)`, a chunk at a time."""
+    """Rows `first:last` merged but not rounded, as `(first row, rows)`, a chunk at a time."""
     edit = loaded.edit
     step = rows_at_a_time(edit, buffers.place.chunk)
     for start in range(first, last, step):
@@ -237,26 +237,27 @@ def _sums(
 
 
 def _filled(raw: torch.Tensor, size: int) -> torch.Tensor:
-    """`raw` with zeros up to `size` bytes."""
+    """`raw` padded with zeros to `size` bytes."""
     return torch.cat([raw, raw.new_zeros(size - len(raw))]) if len(raw) < size else raw
 
 
-def _check_twin(loaded: Loaded[MergeEdit], source: torch.Tensor | None, first: int, last: int) -> None:
-    """Refuse an original that its quantized twin cannot have been made from.
+def _check_original(loaded: Loaded[MergeEdit], source: torch.Tensor | None, first: int, last: int) -> None:
+    """Raise FitError unless quantizing the original can give the quantized base.
 
-    Both may have been rounded to 16 bits: the original before it was quantized, the twin when it was dequantized.
+    Both may have been rounded to 16 bits: the original before quantization, the base by dequantization.
     """
-    twin, name = loaded.checked_against, loaded.edit.name
-    if twin is None or source is None:
+    quantized, name = loaded.checked_against, loaded.edit.name
+    if quantized is None or source is None:
         return
-    other = twin.rows(first, last, lambda info: info.read().to(source.device)).float()
-    slack = twin.slack(first, last).to(source.device)
-    rounding = (source.float().abs() + other.abs()) * 2**-8 + 2**-24  # bf16's of both, or fp16's of the least
+    other = quantized.rows(first, last, lambda info: info.read().to(source.device)).float()
+    slack = quantized.slack(first, last).to(source.device)
+    rounding = (source.float().abs() + other.abs()) * 2**-8 + 2**-24  # in bf16 of both, or fp16 near zero
     off = (source.float() - other).abs() > slack + rounding
     if bool(off.any()):
         i, j = off.nonzero()[0].tolist()
         here, there = float(source[i, j]), float(other[i, j])
         raise FitError(
-            f"{name}: is {here:.6g} at [{first + i}, {j}] in the original and {there:.6g} in the quantized base, "
-            "further than rounding explains: is it the model that was quantized?"
+            f"{name}: [{first + i}, {j}] is {here:.6g} in the original but {there:.6g} in the quantized base, "
+            "more than quantization explains",
+            hint="give the model that was quantized as `original`",
         )

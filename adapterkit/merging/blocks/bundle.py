@@ -1,7 +1,7 @@
-"""Small tensors merged together, in as many calls of torch as a single one takes: those are what a small tensor costs.
+"""Merge small tensors together, in the number of torch calls that one takes: those calls are their cost.
 
-Tensors of the same shape with updates of the same shapes are stacked into one matrix. Every update is still added by
-the product that it would be alone, so the bits are the same.
+Tensors of the same shape, with updates of the same shapes, are stacked into one matrix. Each update is still a product
+of its own, so the bits are the same as in separate merges.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from adapterkit.merging.blocks.residual_codec import encode_each
 from adapterkit.merging.blocks.undo import Undo
 from adapterkit.merging.plan.edits import MergeEdit
 
-_Tensor = tuple[MergeEdit, list[torch.Tensor], torch.Tensor, torch.Tensor]  # with its factors, the base's, the output's
+_Tensor = tuple[MergeEdit, list[torch.Tensor], torch.Tensor, torch.Tensor]  # edit, factors, base values, output values
 
 
 def merge_bundle(
     edits: Sequence[MergeEdit], fd: int, buffers: Buffers, into: memoryview, *, undoable: bool
 ) -> list[MergedRows]:
-    """Compute 16-bit tensors with plain updates only, neighbours in the open file `fd`, as bytes `into`.
+    """Merge 16-bit tensors with plain updates, contiguous in the open file `fd`, into the bytes `into`.
 
-    What rounding kept is measured in all rows. Raises FitError where a factor, or a result of finite weights, is not
-    finite.
+    Retention is measured on all rows. Raises FitError if a factor, or the result of a finite weight, is not finite.
     """
     first, last = edits[0].source, edits[-1].source
     assert isinstance(first, TensorInfo) and isinstance(last, TensorInfo)
@@ -67,7 +66,7 @@ def _factors(edits: Sequence[MergeEdit]) -> list[list[torch.Tensor]]:
 
 
 def _kind(edit: MergeEdit) -> tuple[Any, ...]:
-    """What tensors have in common that can be stacked."""
+    """A key that is equal for tensors that can be stacked."""
     return edit.matrix, *(
         (
             *(shape for factor in (delta.weights.A, delta.weights.B) for shape in (factor.shape, factor.dtype)),
@@ -80,14 +79,14 @@ def _kind(edit: MergeEdit) -> tuple[Any, ...]:
 def _updates(
     edits: Sequence[MergeEdit], factors: Sequence[list[torch.Tensor]], device: torch.device, fd: int
 ) -> list[Update]:
-    """The updates of stacked tensors, those of one after those of the other. Raises FitError if one is not finite."""
+    """The updates of stacked tensors, tensor by tensor. Raises FitError if one is not finite."""
     rows, by_delta = edits[0].matrix[0], []
     for at, delta in enumerate(edits[0].deltas):
         A, B = (torch.stack([one[2 * at + side] for one in factors]).to(device).float().flatten(2) for side in (0, 1))
         strengths = [edit.deltas[at].weights.scaling * edit.deltas[at].weight for edit in edits]
         if not all(bool(x.isfinite().all()) for x in (A, B, torch.tensor(strengths, dtype=A.dtype))):
             for edit in edits:
-                load_merge(edit, fd)  # says which
+                load_merge(edit, fd)  # raises for the one
         left, right = oriented(A, B, delta.target.delta_rows, delta.target.transposed)
         first, last = delta.target.rows or (0, rows)
         by_delta.append([
@@ -105,7 +104,7 @@ def _merge_stacked(
     buffers: Buffers,
     undoable: bool,
 ) -> list[MergedRows]:
-    """Merge tensors that are alike, stacked in `before`, into `out`."""
+    """Merge tensors of one kind, stacked in `before`, into `out`."""
     count, rows, size = len(edits), edits[0].matrix[0], before.numel() // len(edits)
     squares, doubtful = add_plain(
         before, 0, updates, out, buffers, step=len(before), depth=gcd(rows, GROUP_ROWS), undoable=undoable
@@ -115,10 +114,10 @@ def _merge_stacked(
             check_range(edit, squares, new, old, 0)
     exact = before.float()
     add_updates(exact, 0, updates)
-    kept = retentions(before, exact, out, count)
+    measured = retentions(before, exact, out, count)
     changed = (before != out).view(count, -1).any(1).tolist()
     undone: Sequence[Undo | None] = [None] * count
     if doubtful is not None:
         starts = range(0, before.numel(), size)
         undone = [Undo(code) for code in encode_each(marked(before, out, updates, doubtful, count), starts)]
-    return [MergedRows(*one) for one in zip(kept, undone, changed, strict=True)]
+    return [MergedRows(*rows) for rows in zip(measured, undone, changed, strict=True)]

@@ -1,7 +1,7 @@
-"""Where blocks are computed: on the worker's own core, or on a GPU, with a way there and back for each worker.
+"""Devices and buffers: blocks are computed on a worker's core, or on a GPU with a stream for each worker.
 
-A worker reads into pinned memory, and its rows are copied to the GPU, computed and copied back on a stream of its own:
-while one worker's rows travel, another's are computed and a third's come back.
+For a GPU a worker reads into pinned memory, then copies, computes and copies back on its own stream, so that its
+transfers overlap with another worker's computation.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from adapterkit.files.safetensors import PAGE, TORCH_NAMES, TensorInfo, read_spa
 from adapterkit.kernels.cpu import DoubtMask
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.merging.plan.types import MergePlan
+from adapterkit.text import counted
 
 CUDA: Any = torch.cuda  # untyped in parts
 
-# In float32 half a megabyte, which with all that is made of it stays in the L2 cache of most cores.
-CPU_CHUNK = 1 << 16
-GPU_CHUNK = 1 << 22  # as many as a block has, at most: every launch costs some µs
-LEAST_CHUNK = 1 << 18  # with which a GPU is hardly worth it
+CPU_CHUNK = 1 << 16  # elements: a float32 chunk and its intermediates fit in the L2 cache of most cores
+GPU_CHUNK = 1 << 22  # a whole block, since every kernel launch costs some µs
+MIN_GPU_CHUNK = 1 << 18  # below, a GPU is hardly faster than the CPU
 
-# What `auto` reckons with, by thread and per second: measured on one core of a Xeon (benchmarks/RESULTS.md).
+# Rates per second, and per thread on the CPU, by which `auto` decides: measured on a Xeon core (benchmarks/RESULTS.md).
 CPU_FLOPS = 1e11
 PACK_ELEMENTS = {"nearest": 7e7, "stochastic": 1.5e7, "compensated": 1.2e7}
-DISK_BYTES = 2e9  # a fast disk's, for the whole machine
-GPU_START = 2.0  # seconds that a process takes to set a GPU up
+DISK_BYTES = 2e9  # of a fast disk
+GPU_START = 2.0  # seconds to initialize a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeDevice:
-    """A device, and how many elements at a time are computed on it."""
+    """A device, and the number of elements that it computes at a time."""
 
     device: torch.device
     chunk: int
 
     def smaller(self) -> ComputeDevice:
-        """Half as many at a time; below the least the CPU."""
-        return replace(self, chunk=self.chunk // 2) if self.chunk // 2 >= LEAST_CHUNK else CPU
+        """The same device with half the chunk; below the minimum, the CPU."""
+        return replace(self, chunk=self.chunk // 2) if self.chunk // 2 >= MIN_GPU_CHUNK else CPU
 
     def buffers(self) -> Buffers:
-        """New buffers for one worker."""
+        """Create buffers for one worker."""
         return Buffers() if self.device.type == "cpu" else GpuBuffers(self)
 
     def __str__(self) -> str:
@@ -58,20 +58,20 @@ CPU = ComputeDevice(torch.device("cpu"), CPU_CHUNK)
 
 
 def choose(wanted: str, plan: MergePlan, threads: int) -> ComputeDevice:
-    """The place for `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError where there is no such GPU."""
-    if wanted == "cpu" or (wanted == "auto" and not (_gains(plan, threads) and torch.cuda.is_available())):
+    """Choose the device for `auto`, `cpu`, `cuda` or `cuda:N`. Raises UsageError if there is no such GPU."""
+    if wanted == "cpu" or (wanted == "auto" and not (_gpu_pays_off(plan, threads) and torch.cuda.is_available())):
         return CPU
     number = int(wanted.partition(":")[2] or 0) if wanted != "auto" else 0
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if number >= found:
         built = torch.version.cuda or torch.version.hip
         why = "see nvidia-smi" if built else "it was built without CUDA"
-        raise UsageError(f"device {wanted}: torch finds {found} GPUs here ({why}); use cpu or auto")
+        raise UsageError(f"device {wanted}: torch finds {counted(found, 'GPU')} ({why}); use cpu or auto")
     return ComputeDevice(torch.device("cuda", number), GPU_CHUNK)
 
 
-def _gains(plan: MergePlan, threads: int) -> bool:
-    """Whether the CPU would keep the disk waiting for longer than a GPU takes to start."""
+def _gpu_pays_off(plan: MergePlan, threads: int) -> bool:
+    """Whether the CPU would be slower than the disk by more time than a GPU takes to start."""
     seconds = sum(_cpu_seconds(edit) for file in plan.files for edit in file.edits) / threads
     return seconds > plan.bytes_to_write / DISK_BYTES + GPU_START
 
@@ -86,40 +86,40 @@ def _cpu_seconds(edit: MergeEdit | RestoreEdit) -> float:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products in the precision of their inputs: no TF32, no bf16 for float32, and 16 bits summed in float32.
+    """Compute matrix products in full precision: no TF32, no bf16 for float32, and float32 accumulation for 16 bits.
 
-    The settings are the process's own, and put back.
+    These are settings of the process, restored at the end.
     """
     gpu: Any = torch.backends.cuda.matmul
     cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    kept = [(gpu, f"allow_{kind}_reduced_precision_reduction") for kind in ("bf16", "fp16")]
+    attributes = [(gpu, f"allow_{kind}_reduced_precision_reduction") for kind in ("bf16", "fp16")]
     precision = None
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch's newer interface, which the older one then refuses to describe
-        kept += [(gpu, "fp32_precision"), (cpu, "fp32_precision")]
-    before = [(settings, name, getattr(settings, name)) for settings, name in kept]
+    except RuntimeError:  # raised if it was set through torch's newer interface
+        attributes += [(gpu, "fp32_precision"), (cpu, "fp32_precision")]
+    saved = [(owner, name, getattr(owner, name)) for owner, name in attributes]
     torch.set_float32_matmul_precision("highest")
-    for settings, name in kept[:2]:
-        setattr(settings, name, False)
+    for owner, name in attributes[:2]:
+        setattr(owner, name, False)
     try:
         yield
     finally:
         if precision is not None:
             torch.set_float32_matmul_precision(precision)
-        for settings, name, value in before:
-            setattr(settings, name, value)
+        for owner, name, value in saved:
+            setattr(owner, name, value)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU had too little memory left, as torch, the driver or one of CUDA's libraries says it."""
+    """Whether an error of torch, the driver or a CUDA library means that a GPU ran out of memory."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(
-        said in str(error) for said in ("out of memory", "ALLOC_FAILED")
+        text in str(error) for text in ("out of memory", "ALLOC_FAILED")
     )
 
 
 class Buffers:
-    """What one worker on the CPU reuses from block to block, grown to the largest it met."""
+    """Memory that a worker on the CPU reuses from block to block; it grows to the largest."""
 
     def __init__(self) -> None:
         self.place = CPU
@@ -129,11 +129,11 @@ class Buffers:
         self._marks = torch.empty(0)
 
     def at_work(self) -> AbstractContextManager[object]:
-        """Within it the worker computes at its place."""
+        """A context in which the worker computes on its device."""
         return nullcontext()
 
     def read(self, fd: int, info: TensorInfo) -> torch.Tensor:
-        """The tensor that `info` spans in the open file `fd`; it is valid until the next one is read."""
+        """Read a tensor from the open file `fd`; valid until the next read."""
         dtype = getattr(torch, TORCH_NAMES[info.dtype])
         raw = self._raw(info.nbytes)
         if not raw:
@@ -142,7 +142,7 @@ class Buffers:
         return torch.frombuffer(raw, dtype=dtype).view(info.shape)
 
     def sums(self, rows: int, columns: int) -> torch.Tensor:
-        """A float32 matrix with anything in it, valid until the next."""
+        """An uninitialized float32 matrix, valid until the next call."""
         if self._sums.numel() < rows * columns:
             self._sums = torch.empty(rows * columns)
         return self._sums[: rows * columns].view(rows, columns)
@@ -154,24 +154,24 @@ class Buffers:
         return self._products[: rows * columns].view(rows, columns)
 
     def doubts(self, base: torch.Tensor) -> DoubtMask:
-        """Room to mark elements of `base`; valid until the next."""
+        """A mask for elements of `base`, valid until the next call."""
         if self._marks.numel() < base.numel() or self._marks.dtype != base.dtype:
             self._marks = torch.empty_like(base).view(-1)
         return DoubtMask(self._marks[: base.numel()].view_as(base))
 
     def output(self, into: memoryview, dtype: torch.dtype) -> torch.Tensor:
-        """Where to compute what `deliver` puts into `into`."""
+        """A tensor to compute in, which `deliver` then copies to `into`."""
         return torch.frombuffer(into, dtype=dtype)
 
     def deliver(self, output: torch.Tensor, into: memoryview) -> None:
-        """Have what `output` holds in `into`."""
+        """Copy `output` to `into`, unless they share memory."""
 
     def page(self) -> PageBuffer:
-        """Memory for output."""
+        """Create a page for output."""
         return PageBuffer()
 
     def close(self) -> None:
-        """Give back what other processes could use."""
+        """Release pinned memory."""
 
     def _raw(self, size: int) -> memoryview:
         if len(self._memory) < size:
@@ -180,13 +180,13 @@ class Buffers:
 
 
 class GpuBuffers(Buffers):
-    """The same for a GPU: what is read goes there, what is computed comes back."""
+    """Buffers for a GPU: input is copied to it, output is copied back."""
 
     def __init__(self, place: ComputeDevice) -> None:
         super().__init__()
         self.place = place
         self._stream: Any = CUDA.Stream(device=place.device)
-        self._taken: Any = CUDA.Event()  # the last bytes read have left the pinned memory
+        self._copied: Any = CUDA.Event()  # the last input has left the pinned memory
         self._sums = torch.empty(0, device=place.device)
         self._products = torch.empty(0, device=place.device)
         self._pinned: list[PinnedPages] = []
@@ -199,10 +199,10 @@ class GpuBuffers(Buffers):
         return stack
 
     def read(self, fd: int, info: TensorInfo) -> torch.Tensor:
-        self._taken.synchronize()
-        there = super().read(fd, info).to(self.place.device, non_blocking=True)
-        self._taken.record(self._stream)
-        return there
+        self._copied.synchronize()
+        on_device = super().read(fd, info).to(self.place.device, non_blocking=True)
+        self._copied.record(self._stream)
+        return on_device
 
     def sums(self, rows: int, columns: int) -> torch.Tensor:
         if self._sums.numel() < rows * columns:
@@ -231,7 +231,7 @@ class GpuBuffers(Buffers):
 
 
 class PinnedPages(PageBuffer):
-    """Pages that stay where they are, so that a GPU copies to and from them itself; with direct writes like others."""
+    """Pages pinned in memory, so that a GPU copies to and from them directly."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -239,7 +239,7 @@ class PinnedPages(PageBuffer):
         super().__init__()
 
     def unpin(self) -> None:
-        """Let the pages move again."""
+        """Unpin the pages."""
         if self._pinned:
             with CUDA.device(self._device):
                 CUDA.cudart().cudaHostUnregister(self._pinned)
@@ -251,5 +251,5 @@ class PinnedPages(PageBuffer):
         address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         with CUDA.device(self._device):
             failed = int(CUDA.cudart().cudaHostRegister(address, -(-size // PAGE) * PAGE, 0))
-        self._pinned = 0 if failed else address  # not pinned it works too, only slower
+        self._pinned = 0 if failed else address  # unpinned pages work too, only slower
         return memory

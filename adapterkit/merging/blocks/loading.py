@@ -1,4 +1,4 @@
-"""What the blocks of one edit share in memory: its factors, and the scales of quantized weights."""
+"""The data that all blocks of an edit share in memory: its factors, and the scales of quantized weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ E = TypeVar("E", MergeEdit, RestoreEdit)
 
 @dataclass(frozen=True)
 class Loaded(Generic[E]):
-    """An edit, the open file `fd` that it reads, and its updates at the place where they are computed.
+    """An edit, the open file `fd` of its input, and its updates on the device of `place`.
 
-    `codes` tells how rows of a weight are stored that is, or becomes, quantized in the base.
+    `codes` packs rows of a weight that is quantized in the base.
     """
 
     edit: E
@@ -32,32 +32,32 @@ class Loaded(Generic[E]):
     updates: list[Update]
     codes: Codes | None = None
     added: tuple[torch.Tensor, ...] = ()  # to a bias
-    packed: Rows | None = None  # where the base is quantized
-    packer: Quantizer | None = None  # where the output is
-    checked_against: DequantizedTwin | None = None
+    packed: Rows | None = None  # if the base is quantized
+    packer: Quantizer | None = None  # if the output is quantized
+    checked_against: Dequantized | None = None
 
     def at(self, place: ComputeDevice) -> Loaded[E]:
-        """The same at another place."""
+        """Move it to another device."""
         updates = [update.to(place.device) for update in self.updates]
         added = tuple(vector.to(place.device) for vector in self.added)
         return replace(self, place=place, updates=updates, added=added)
 
 
 @dataclass(frozen=True)
-class DequantizedTwin:
-    """What was quantized from the source, and how far it may be from that."""
+class Dequantized:
+    """The rows of a quantized weight, and their largest distance from the weights that it was quantized from."""
 
     rows: Rows
     slack: Callable[[int, int], torch.Tensor]
 
 
 def load(edit: MergeEdit | RestoreEdit, fd: int) -> Loaded[Any]:
-    """Read the factors of `edit`; raises FitError where one is not finite."""
+    """Read the factors of `edit`. Raises FitError if one is not finite."""
     return load_restore(edit, fd) if isinstance(edit, RestoreEdit) else load_merge(edit, fd)
 
 
 def load_merge(edit: MergeEdit, fd: int) -> Loaded[MergeEdit]:
-    """The same of a merge, with what quantized weights and a bias need."""
+    """Read the factors of a merge, the biases, and the scales of quantized weights."""
     columns, dtype = edit.matrix[1], compute_dtype(edit)
     packed = edit.source.open(columns) if isinstance(edit.source, QuantizedWeight) else None
     updates: list[Update] = []
@@ -72,21 +72,21 @@ def load_merge(edit: MergeEdit, fd: int) -> Loaded[MergeEdit]:
         check_finite(vector, edit.name)
         added.append(vector[:, None])
     packer = edit.packing.start(columns) if edit.packing else None
-    twin = edit.checked_against
-    other = DequantizedTwin(twin.open(columns), twin.slack(columns)) if twin else None
+    quantized = edit.checked_against
+    checked_against = Dequantized(quantized.open(columns), quantized.slack(columns)) if quantized else None
     codes = edit.source.codes(columns) if isinstance(edit.source, QuantizedWeight) and not edit.packing else None
-    return Loaded(edit, fd, CPU, updates, codes, tuple(added), packed, packer, other)
+    return Loaded(edit, fd, CPU, updates, codes, tuple(added), packed, packer, checked_against)
 
 
 def load_restore(edit: RestoreEdit, fd: int) -> Loaded[RestoreEdit]:
-    """The same of what is restored, with the gains that a receipt recorded."""
+    """Read the factors of a restored tensor, and the gains by column that its receipt recorded."""
     by_column = next((block.gains for block in edit.recorded if block.gains is not None), None)
     updates: list[Update] = []
     for delta in edit.deltas:
         update = _update(edit, delta)
-        if update.magnitude is not None and delta.target.transposed and by_column is not None:  # else no block needs it
-            before = sum(one.renormalizes for one in updates)
-            update = replace(update, gain=by_column.read()[before][None])
+        if update.magnitude is not None and delta.target.transposed and by_column is not None:  # None: no block uses it
+            index = sum(earlier.renormalizes for earlier in updates)
+            update = replace(update, gain=by_column.read()[index][None])
         updates.append(update)
     codes = edit.quantized.codes(edit.matrix[1]) if edit.quantized else None
     return Loaded(edit, fd, CPU, updates, codes)

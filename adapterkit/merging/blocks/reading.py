@@ -1,4 +1,4 @@
-"""Rows of the tensor that an edit starts from: read, dequantized, and with what an adapter replaces in them."""
+"""Read rows of an edit's source tensor: dequantized, and with an adapter's replacements applied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adapterkit.merging.blocks.device import CPU, Buffers
 from adapterkit.merging.blocks.overflow import check_finite
 from adapterkit.merging.plan.edits import Edit, MergeEdit, RestoreEdit
 
-GROUP_ROWS = 32  # how many rows the search for midpoints takes together
+GROUP_ROWS = 32  # searched for midpoints together
 
 
 def compute_dtype(edit: Edit) -> torch.dtype:
@@ -26,21 +26,21 @@ def compute_dtype(edit: Edit) -> torch.dtype:
 
 
 def chunk_rows(columns: int, chunk: int) -> int:
-    """How many rows have `chunk` elements at most; where it is more than one group of them, whole groups."""
+    """The number of rows in a chunk of at most `chunk` elements: whole groups, or a power of two if fewer."""
     rows = max(1, chunk // max(1, columns))
     return rows - rows % GROUP_ROWS if rows > GROUP_ROWS else 1 << rows.bit_length() - 1
 
 
 def rows_at_a_time(edit: MergeEdit, chunk: int) -> int:
-    """How many rows to take at a time, so that no block of a quantized output is cut."""
+    """The number of rows in a chunk that splits no block of a quantized output."""
     step, together = chunk_rows(edit.matrix[1], chunk), edit.rows_together
-    if edit.packing and edit.packing.rounding.kind == "compensated":  # goes by columns: the longer, the fewer calls
+    if edit.packing and edit.packing.rounding.kind == "compensated":  # runs by column: more rows need fewer calls
         step *= 4
     return max(together, step - step % together)
 
 
 def read_rows(edit: Edit, packed: Rows | None, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor | None:
-    """Rows `first:last` of the source tensor in its own dtype, valid until the next; None where the tensor is new."""
+    """Rows `first:last` of the source tensor in its own dtype, valid until the next read; None for a new tensor."""
     info = edit.source
     if packed is not None:
         return packed(first, last, partial(buffers.read, fd))
@@ -53,7 +53,7 @@ def read_rows(edit: Edit, packed: Rows | None, fd: int, first: int, last: int, b
 
 
 def stored_rows(edit: Edit, fd: int, first: int, last: int) -> torch.Tensor:
-    """The bytes that rows `first:last` of a quantized weight are stored in; the last ones with what fills them up."""
+    """The packed bytes of rows `first:last` of a quantized weight; those of the last row include any padding."""
     packed, (depth, columns) = edit.source, edit.matrix
     assert isinstance(packed, QuantizedWeight)
     info = packed.stored
@@ -67,9 +67,9 @@ def stored_rows(edit: Edit, fd: int, first: int, last: int) -> torch.Tensor:
 def base_rows(
     edit: MergeEdit, source: torch.Tensor | None, first: int, start: int, stop: int, buffers: Buffers
 ) -> torch.Tensor:
-    """Rows `start:stop` of the base as the updates find it: what the adapter replaces is replaced.
+    """Rows `start:stop` of the base with replacements applied, to which the updates are added.
 
-    `source` holds rows `first …` of the base tensor, or is None where it is new.
+    `source` holds the base's rows from `first` on, or is None for a new tensor.
     """
     shape, dtype, device = (stop - start, edit.matrix[1]), compute_dtype(edit), buffers.place.device
     if source is None:
@@ -89,7 +89,7 @@ def base_rows(
         check_finite(values, edit.name)
         if change.weight == 1.0 or source is None:
             rows[at] = values
-        else:  # a weighted adapter goes that share of the way to its own values
+        else:
             rows[at] += change.weight * (values - rows[at])
     return rows
 

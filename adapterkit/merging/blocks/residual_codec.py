@@ -1,8 +1,8 @@
-"""Residuals as bytes: gaps between positions, and what tells each value from its neighbours, in compressed planes.
+"""Encode residuals: gaps between positions, and the lowest bits of each value, in compressed planes.
 
-Subtraction lands within a few steps of the value that was, so its lowest bits say which it is, whatever arithmetic
-subtracts: two bits for most. Only what lands further off is stored whole. What is read may be a stranger's: every count
-is checked against the bytes that are there, and nothing is inflated beyond it.
+Subtraction lands within a few steps of the original value, so its lowest bits identify it, whatever arithmetic
+subtracts: two bits for most. Values that may land further off are stored whole. The bytes may be a stranger's: every
+count is checked against their number, and nothing inflates beyond it.
 """
 
 from __future__ import annotations
@@ -24,31 +24,33 @@ from adapterkit.errors import FormatError
 from adapterkit.packages import needed
 
 RESIDUAL, DIFFERENCE, BYTES = 1, 2, 3
-LEVEL = 1  # of zstd: what can be told is in the planes' frequencies, so that looking for more finds nothing
-_COUNTS = struct.Struct("<BII")  # kind, elements, those of them that are stored whole
-_PLANE = struct.Struct("<II")  # bytes, and bytes once inflated
-_BITS = range(2, 8)  # how many of the lowest bits a symbol has
-_WHOLE = 255  # the symbol of what is stored whole, with no bits
-_FIRST = np.array([_WHOLE, 0, *(2**bits - 4 for bits in _BITS)], np.uint8)  # the symbol of that many bits, all zero
+LEVEL = 1  # of zstd: only the frequencies of bytes are redundant, and higher levels find nothing more
+_COUNTS = struct.Struct("<BII")  # kind, number of elements, number of those stored whole
+_PLANE = struct.Struct("<II")  # compressed and inflated size in bytes
+_BITS = range(2, 8)  # numbers of lowest bits that a symbol can hold
+_WHOLE = 255  # the symbol of a value that is stored whole
+_FIRST = np.array(
+    [_WHOLE, 0, *(2**bits - 4 for bits in _BITS)], np.uint8
+)  # the symbol of all zero bits, by their number
 _ENOUGH = np.array([next((b for b in _BITS if reach < 2 ** (b - 1)), 0) for reach in range(65)], np.uint8)  # bits
 _MASKS = np.array([2**bits - 1 for bits in range(_BITS.stop)], np.uint8)
 _SYMBOL_BITS = np.repeat(np.array([*_BITS, 0], np.uint8), [*(2**bits for bits in _BITS), 4])
 
 
 def encode(residual: Residual) -> bytes:
-    """A residual of up to 2³² elements."""
+    """Encode a residual of up to 2³² elements."""
     return encode_each(residual, [0])[0]
 
 
 def encode_each(residual: Residual, starts: Sequence[int]) -> list[bytes]:
-    """A code for each part of a residual, whose positions count from the part's start."""
+    """Encode each part of a residual, with positions relative to the part's start."""
     residual = residual.to(torch.device("cpu"))
     bits = _ENOUGH[np.minimum(residual.reach.numpy(), len(_ENOUGH) - 1)]
     lowest = _bits(ordered(residual.values)).astype(np.uint8)
     symbols = _FIRST[bits] + (lowest & _MASKS[bits])
     whole = bits == 0
     at = residual.at.numpy()
-    ends = [*np.searchsorted(at, starts).tolist(), len(at)]  # of the elements before each part, and of all
+    ends = [*np.searchsorted(at, starts).tolist(), len(at)]  # number of elements before each part, and of all
     whole_ends = np.append(0, np.cumsum(whole))[ends].tolist()
     gaps = np.diff(at, prepend=-1)
     for start, first, last in zip(starts, ends, ends[1:], strict=False):
@@ -62,21 +64,21 @@ def encode_each(residual: Residual, starts: Sequence[int]) -> list[bytes]:
 
 
 def encode_difference(before: torch.Tensor, after: torch.Tensor) -> bytes:
-    """Every element of `before` by its steps from `after`'s, for what no residual restores."""
-    steps = ordered(before.reshape(-1)) - ordered(after.to(before.dtype).reshape(-1))  # wraps, and back again
+    """Encode every element of `before` by its steps from `after`, if no residual restores it."""
+    steps = ordered(before.reshape(-1)) - ordered(after.to(before.dtype).reshape(-1))  # wraps around, as decoding does
     planes = _planes(_zigzag(steps.cpu()))
     return _COUNTS.pack(DIFFERENCE, before.numel(), 0) + b"".join(map(_deflate, planes))
 
 
 def is_difference(data: bytes) -> bool:
-    """Whether it restores every element, and not only what subtraction does not."""
+    """Whether the code restores every element, not only those that subtraction does not."""
     return data[:1] == bytes([DIFFERENCE])
 
 
 def restore_difference(data: bytes, after: torch.Tensor, out: torch.Tensor, where: str) -> None:
-    """Restore `out` from what `encode_difference` made for rows that became `after`.
+    """Restore `out` from `after` by the code of `encode_difference`.
 
-    Raises FormatError, naming `where`, for anything that it does not make.
+    Raises FormatError, naming `where`, for any other code.
     """
     width, count = out.dtype.itemsize, out.numel()
     with _errors(where, out):
@@ -88,9 +90,9 @@ def restore_difference(data: bytes, after: torch.Tensor, out: torch.Tensor, wher
 
 
 def correct(data: bytes, out: torch.Tensor, where: str) -> None:
-    """Correct the elements that `encode` was given in `out`, which the updates are subtracted from and is rounded.
+    """Correct the elements of `out`, the rounded result of subtraction, that `encode` recorded.
 
-    Raises FormatError, naming `where`, for anything that `encode` does not make.
+    Raises FormatError, naming `where`, for any other code.
     """
     width, count = out.dtype.itemsize, out.numel()
     with _errors(where, out):
@@ -111,7 +113,7 @@ def correct(data: bytes, out: torch.Tensor, where: str) -> None:
 
 
 def encode_bytes(wanted: torch.Tensor, found: torch.Tensor) -> bytes:
-    """The bytes of `wanted` that are not as `found`; nothing where all are."""
+    """Encode the bytes of `wanted` that differ from `found`; empty if none does."""
     at = (wanted != found).nonzero()[:, 0].cpu().numpy()
     if not len(at):
         return b""
@@ -120,7 +122,7 @@ def encode_bytes(wanted: torch.Tensor, found: torch.Tensor) -> bytes:
 
 
 def correct_bytes(data: bytes, out: torch.Tensor, where: str) -> None:
-    """Correct the bytes of `out` that `encode_bytes` found to be others. Raises FormatError as `correct` does."""
+    """Correct the bytes of `out` that `encode_bytes` recorded. Raises FormatError as `correct` does."""
     with _errors(where, out):
         reader = _Reader(data, BYTES, out.numel())
         positions = reader.positions()
@@ -134,12 +136,12 @@ def _errors(where: str, out: torch.Tensor) -> Iterator[None]:
     try:
         yield
     except (ValueError, struct.error, _zstd().ZstdError) as error:
-        raise FormatError(f"{where}: does not restore {out.numel()} elements of {out.dtype}: {error}") from error
+        raise FormatError(f"{where}: cannot restore {out.numel()} elements of {out.dtype}: {error}") from error
 
 
 @cache
 def _zstd() -> Any:
-    """Where Python has zstd, or the package that has it before: imported here, since merging can do without."""
+    """Python's zstd or its backport, imported only if needed: a merge without a receipt works without it."""
     module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
     return needed(module, "a receipt", instead="merge with `receipt=False`")
 
@@ -148,7 +150,7 @@ _of_thread = threading.local()
 
 
 def _compressor() -> Any:
-    """One for each thread: to make it takes longer than to compress a small plane."""
+    """A compressor of this thread: creating one takes longer than compressing a small plane."""
     if not hasattr(_of_thread, "compressor"):
         _of_thread.compressor = _zstd().ZstdCompressor(LEVEL)
     return _of_thread.compressor
@@ -165,7 +167,7 @@ def _deflate_each(plane: bytes, ends: Sequence[int]) -> list[bytes]:
 
 
 def _deflate(plane: bytes) -> bytes:
-    packed = b""  # of what is all zero
+    packed = b""  # for all zeros
     if plane != bytes(len(plane)):
         compressor = _compressor()
         packed = compressor.compress(plane, compressor.FLUSH_FRAME)
@@ -173,42 +175,42 @@ def _deflate(plane: bytes) -> bytes:
 
 
 class _Reader:
-    """What was encoded for `count` elements, plane by plane; ValueError for anything else."""
+    """Reads the planes of a code for `count` elements. Raises ValueError for an invalid one."""
 
     def __init__(self, data: bytes, kind: int, count: int) -> None:
         self.data, self.at = memoryview(data), _COUNTS.size
         self.count = count
         found, self.many, self.whole = _COUNTS.unpack_from(self.data)
         if found != kind or not self.whole <= self.many <= count:
-            raise ValueError(f"kind {found}, {self.many} and {self.whole} of {count} elements")
+            raise ValueError(f"invalid counts: kind {found}, {self.many} positions, {self.whole} whole values")
 
     def plane(self, most: int) -> np.ndarray:
-        """The next plane, which has `most` bytes at most."""
+        """Read the next plane, of at most `most` bytes."""
         packed, size = _PLANE.unpack_from(self.data, self.at)
         self.at += _PLANE.size
         if size > most or packed > len(self.data) - self.at:
-            raise ValueError(f"a plane of {size} bytes in {packed}")
+            raise ValueError(f"a plane of {size} bytes, compressed to {packed}, does not fit")
         if not packed:
             return np.zeros(size, np.uint8)
         inflater = _zstd().ZstdDecompressor()
         plane = inflater.decompress(self.data[self.at : self.at + packed], size)
         if len(plane) != size or not inflater.eof or inflater.unused_data:
-            raise ValueError(f"a plane that does not have its {size} bytes")
+            raise ValueError(f"a plane does not inflate to {size} bytes")
         self.at += packed
         return np.frombuffer(bytearray(plane), np.uint8)
 
     def positions(self) -> np.ndarray:
-        """As many as there are elements, rising, and below the count."""
+        """Read the positions: increasing, and below the number of elements."""
         gaps = _joined([self.plane(self.many) for _ in range(4)])
         found: np.ndarray = np.cumsum(gaps, dtype=np.int64) - 1
         if len(gaps) != self.many or not bool((gaps > 0).all()) or (self.many and int(found[-1]) >= self.count):
-            raise ValueError(f"positions that do not lie in {self.count} elements")
+            raise ValueError(f"positions out of range of {self.count} elements")
         return found
 
     def end(self, fits: bool) -> None:
-        """Everything is read, and `fits` together."""
+        """Check that the planes fit together, and that no bytes are left."""
         if not fits or self.at != len(self.data):
-            raise ValueError(f"planes that do not fit, or {len(self.data) - self.at} bytes too many")
+            raise ValueError(f"planes of wrong sizes, or {len(self.data) - self.at} bytes too many")
 
 
 def _bits(values: torch.Tensor) -> np.ndarray:
@@ -216,7 +218,7 @@ def _bits(values: torch.Tensor) -> np.ndarray:
 
 
 def _zigzag(steps: torch.Tensor) -> np.ndarray:
-    """Signed integers as unsigned, small ones small: 0, −1, 1, −2 …"""
+    """Map signed integers to unsigned ones by magnitude: 0, −1, 1, −2 …"""
     return _bits((steps << 1) ^ (steps >> 8 * steps.element_size() - 1))
 
 
@@ -227,11 +229,11 @@ def _unzigzag(values: np.ndarray) -> np.ndarray:
 
 
 def _planes(values: np.ndarray) -> list[bytes]:
-    """The lowest byte of every value, then the next …"""
+    """Split values into planes: the lowest byte of each, then the next …"""
     return [plane.tobytes() for plane in values.view(np.uint8).reshape(-1, values.itemsize).T]
 
 
 def _joined(planes: list[np.ndarray]) -> np.ndarray:
     if len({len(plane) for plane in planes}) > 1:
-        raise ValueError("planes of different lengths")
+        raise ValueError("planes have different lengths")
     return np.ascontiguousarray(np.stack(planes, axis=1)).view(f"<u{len(planes)}").reshape(-1)

@@ -1,7 +1,7 @@
-"""What undoes a block of rows, recorded when they are merged, and the undoing.
+"""Record the undo of a block of rows when it is merged, and restore it.
 
-Plain updates and DoRA's leave a residual (`residual.py`). What takes the place of the base's own values, and what
-leaves more than it is worth, leaves the whole difference.
+Plain and DoRA updates leave a residual (`algebra/residual.py`). Replaced values, and residuals that would be larger,
+leave the whole difference.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from adapterkit.merging.blocks.residual_codec import (
 )
 from adapterkit.merging.plan.edits import Recorded
 
-SPARSE = 0.2  # above that share of recorded elements the whole difference may take less
+SPARSE = 0.2  # above this share of recorded elements, the whole difference may be smaller
 
 
 @dataclass(frozen=True, slots=True)
 class Undo:
-    """What restores a block: in code, and as float64 the gains of DoRA's updates, by row or by column.
+    """The data that restores a block: an encoded residual or difference, and float64 gains of DoRA updates, in `shape`.
 
-    And what of its bytes, where they are quantized, is not told by their values.
+    For a quantized block, `numbers` corrects the packed bytes that its values do not determine.
     """
 
     code: bytes
@@ -42,19 +42,19 @@ class Undo:
 
 
 def undo_nothing(before: torch.Tensor) -> Undo:
-    """What restores rows that no update touches."""
+    """The undo of rows that no update changes."""
     return Undo(encode(nothing(before)))
 
 
 def undo_marked(updates: Sequence[Update], before: torch.Tensor, after: torch.Tensor, at: torch.Tensor) -> Undo:
-    """What takes plain updates out again, where all but the elements `at` come back by themselves."""
+    """The undo of plain updates if subtraction restores every element except those at `at`."""
     return Undo(encode(marked(before, after, updates, at)))
 
 
 def undo(
     updates: Sequence[Update], before: torch.Tensor, first: int, after: torch.Tensor, step: int, dtype: torch.dtype
 ) -> Undo:
-    """What takes any updates, computed in `dtype`, out of rows `first …`; `step` rows at a time."""
+    """The undo of any updates, computed in `dtype`, on rows from `first` on, `step` rows at a time."""
     if not updates:
         return undo_nothing(before)
     parts, found = [], []
@@ -74,7 +74,7 @@ def undo(
 
 
 def difference(before: torch.Tensor, after: torch.Tensor) -> Undo:
-    """What restores values whatever became of them."""
+    """The undo that restores values from any others."""
     return Undo(encode_difference(before, after))
 
 
@@ -86,9 +86,9 @@ def restore(
     step: int,
     buffers: Buffers | None,
 ) -> None:
-    """Restore `out` from `after`, rows `recorded.first …`; with `buffers` plain updates in float32.
+    """Restore `out` from `after`, rows from `recorded.first` on; with `buffers`, subtract plain updates in float32.
 
-    Raises FormatError where the code is not that of so many elements, or lacks gains.
+    Raises FormatError if the code is not for this number of elements, or lacks DoRA's gains.
     """
     info = recorded.residual
     code, where = bytes(info.read_bytes()), f"{info.file}: {info.name}"
@@ -96,7 +96,7 @@ def restore(
         restore_difference(code, after, out, where)
         return
     if recorded.gains is None and any(update.renormalizes for update in updates):
-        raise FormatError(f"{where}: is without gains, which DoRA is not undone without")
+        raise FormatError(f"{where}: no gains, which are needed to undo DoRA")
     if buffers is not None:
         chunk = min(len(out), step), out.shape[1]
         subtract_rounded(after, recorded.first, updates, out, buffers.sums(*chunk), buffers.products(*chunk))
@@ -111,5 +111,5 @@ def restore(
 
 
 def _by_column(updates: Sequence[Update]) -> bool:
-    """Whether DoRA's gains go by column: each is measured over the whole matrix."""
+    """Whether DoRA's gains are by column, each measured on the whole matrix."""
     return any(update.gain is not None for update in updates)

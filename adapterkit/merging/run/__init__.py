@@ -1,1 +1,1 @@
-"""A plan run on threads, file by file."""
+"""Run a plan on threads, file by file."""

@@ -1,4 +1,4 @@
-"""The end of a run: every file is there and is the plan's; what belongs beside the weights is written, last of all."""
+"""The end of a run: check that every file is there and belongs to the plan, then write the files beside the weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import Hashes, MergePlan
 from adapterkit.merging.receipts.done import FileDone, fingerprint_of
 from adapterkit.merging.run.budget import check_loss, warnings_of
+from adapterkit.merging.run.builder import Job
 from adapterkit.merging.run.inputs import Inputs
-from adapterkit.merging.run.making import Job
 from adapterkit.text import counted, size
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Merged(Displayed):
-    """The last event: what was made. `retention` by tensor covers its first rows, or all of them with a report."""
+    """The last event: the result. `retention` is measured on each tensor's first rows, or on all with `report`."""
 
     out: Path
     bytes_written: int
     tensors: int
     hashes: Hashes
     retention: dict[str, Retention]
-    place: str  # where it was computed in the end
-    notes: tuple[str, ...]  # what was done otherwise than asked for
-    warnings: tuple[str, ...] = ()  # where the result is hardly what was meant: little or nothing is left of the update
+    place: str  # the last device used
+    notes: tuple[str, ...]  # deviations from the requested options
+    warnings: tuple[str, ...] = ()  # about updates that are zero or lost to rounding
 
     def brief(self) -> str:
         return f"{self.out}, {counted(self.tensors, 'tensor')} computed, {size(self.bytes_written)}"
@@ -51,21 +51,21 @@ class Merged(Displayed):
 
 
 def finish(plan: MergePlan, done: Iterable[FileDone], where: Path, options: RunOptions | None = None) -> Merged:
-    """Finish what `run_file` made of a plan in `where`: write index, config, receipt and card.
+    """Finish the files that `run_file` made in `where`: write index, config, receipt and card.
 
     Args:
-        plan: the plan that every file was made of.
-        done: what `run_file` returned for each of its files, in any order.
-        where: where the files were made.
-        options: those that the files were made with.
+        plan: the plan of every file.
+        done: the results of `run_file`, in any order.
+        where: the folder or file that they were made in.
+        options: the options that they were made with.
 
     Returns:
         The output and its hashes, as the last event of `run`.
 
     Raises:
-        FitError: where a file is missing, or was made of another plan or with other options.
-        ChangedError: where an input has changed since the plan was made.
-        LossError: where quantizing leaves little of the update.
+        FitError: if a file is missing, or was made from another plan or with other options.
+        ChangedError: if an input has changed since the plan was made.
+        LossError: if quantization erases more than half of the update.
     """
     job, made = Job(plan, where, options or RunOptions()), list(done)
     sources = {file.name: file.source for file in plan.files}
@@ -75,7 +75,7 @@ def finish(plan: MergePlan, done: Iterable[FileDone], where: Path, options: RunO
 
 
 def finish_job(job: Job, done: Iterable[FileDone], inputs: Inputs, adapters: Mapping[Path, str]) -> Merged:
-    """The same, where the `inputs` were watched from the beginning and the adapters' files are hashed already."""
+    """Finish a job, given its checked `inputs` and the SHA-256 of the adapters' files."""
     plan, made = job.plan, _all_of(job, done)
     retention = dict(sorted(item for one in made for item in one.retention.items()))
     unchanged = sorted(name for one in made for name in one.unchanged)
@@ -83,11 +83,11 @@ def finish_job(job: Job, done: Iterable[FileDone], inputs: Inputs, adapters: Map
         check_loss(plan, retention)
     hashes = _hashes(plan, made, adapters)
     warnings = warnings_of(plan, retention, unchanged)
-    told = replace(plan, notes=plan.notes + warnings)
+    with_warnings = replace(plan, notes=plan.notes + warnings)
     if plan.write_companions is not None:
-        plan.write_companions(told, job.folder, hashes)
+        plan.write_companions(with_warnings, job.folder, hashes)
     else:
-        finish_merge(told, job.folder, hashes, job.receipt)
+        finish_merge(with_warnings, job.folder, hashes, job.receipt)
     inputs.check()
     notes = tuple(note for one in made for note in one.notes)
     places = ", ".join(dict.fromkeys(one.device for one in made if one.device)) or "the CPU"
@@ -95,22 +95,22 @@ def finish_job(job: Job, done: Iterable[FileDone], inputs: Inputs, adapters: Map
 
 
 def _all_of(job: Job, done: Iterable[FileDone]) -> list[FileDone]:
-    """What was made of each file of the plan, in its order. Raises FitError unless that is all, and nothing else."""
+    """The records of the plan's files, in its order. Raises FitError if one is missing, foreign or superfluous."""
     made = {one.name: one for one in done}
     for file in job.plan.files:
         path = job.path_of(file)
         if file.name not in made or not path.is_file() or path.stat().st_size != file.size:
-            raise FitError(f"{path}: is not made yet: run_file makes it, and returns what finish needs")
+            raise FitError(f"{path}: missing or incomplete; make it with `run_file`, and give its result to `finish`")
         if made[file.name].fingerprint != fingerprint_of(job.plan, file, job.options):
-            raise FitError(f"{path}: was made of another plan, or with other options: make it again by run_file")
+            raise FitError(f"{path}: made from another plan or with other options; make it again with `run_file`")
     found = [made.pop(file.name) for file in job.plan.files]
     if made:
-        raise FitError(f"{next(iter(made))}: is no file of this plan, which makes {', '.join(f.name for f in found)}")
+        raise FitError(f"{next(iter(made))}: not a file of this plan, which has {', '.join(f.name for f in found)}")
     return found
 
 
 def _hashes(plan: MergePlan, made: list[FileDone], adapters: Mapping[Path, str]) -> Hashes:
-    """The hashes of it all, where files of the Hub cache have those that name them."""
+    """All hashes. Raises FormatError for a corrupt file in the Hub cache."""
     sources = {file.name: file.source for file in plan.files}
     for file, sha256 in [*((sources[one.name], one.before) for one in made), *adapters.items()]:
         check_blob_hash(file, sha256)

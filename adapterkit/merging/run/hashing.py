@@ -1,4 +1,4 @@
-"""SHA-256 while a file is read, and of an output in its own order, whatever order it is made in."""
+"""SHA-256 of inputs as they are read, and of outputs in file order, although pieces are made in any order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adapterkit.merging.plan.types import FilePlan
 if TYPE_CHECKING:
     from adapterkit.files.outfile import OutputFile, PageBuffer
 
-HASH_BYTES = 4 << 20  # measured best of 4 and 16; after each the importing thread may hold the interpreter for some ms
+HASH_BYTES = 4 << 20  # per step, faster than 16: after each one the thread that imports may hold the GIL for some ms
 
 
 def is_copy(plan: FilePlan) -> bool:
@@ -32,7 +32,7 @@ def is_copy(plan: FilePlan) -> bool:
 
 @dataclass
 class InputHash:
-    """The SHA-256 of an input, taken step by step; one worker at a time is `busy` with it."""
+    """The SHA-256 of an input, computed in steps by one `busy` worker at a time."""
 
     file: Path
     left: int
@@ -42,12 +42,12 @@ class InputHash:
     sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def open(self) -> None:
-        """Open the file to be read, unless it is open."""
+        """Open the file, unless it is open."""
         if self.fd < 0:
             self.fd = open_descriptor(self.file)
 
     def take_next(self, page: PageBuffer) -> memoryview:
-        """Read and hash the next bytes, in `page`."""
+        """Read the next bytes into `page` and hash them."""
         data = page.view(min(HASH_BYTES, self.left), self.at)
         read_span(self.fd, data, self.at, self.file)
         self.sha256.update(data)
@@ -63,10 +63,10 @@ class InputHash:
 
 
 class OutputHash:
-    """The SHA-256 of an output: of its header, what is fed, and what it takes over from the open file `source`.
+    """The SHA-256 of an output: its header, the pieces that are fed, and the spans copied from the open file `source`.
 
-    What is fed before its turn is waited for: its future ends when the bytes are not needed any more. An output that is
-    a copy has the hash of its source, and a quantized one, whose parts lie in another order, is read again at the end.
+    Pieces that are fed early wait for their turn; their futures end when they are hashed. A copy has the hash of its
+    source. A quantized output, whose tensors are not made in file order, is read back at the end.
     """
 
     def __init__(self, plan: FilePlan, source: int, when_done: Callable[[], None]) -> None:
@@ -74,7 +74,7 @@ class OutputHash:
         self._sha256 = hashlib.sha256(plan.header)
         self._at = len(plan.header)
         self._copies = {copy.at: copy for copy in plan.copies}
-        self._kept = {one.at: one for one in plan.from_sidecar}
+        self._from_sidecar = {copy.at: copy.tensor for copy in plan.from_sidecar}
         self._waiting: dict[int, tuple[memoryview, Future[None]]] = {}
         self._lock = threading.Lock()
         self._is_copy = is_copy(plan)
@@ -82,22 +82,22 @@ class OutputHash:
         self._busy, self._stopped = False, self._is_copy or self._at_the_end
 
     @property
-    def by_and_by(self) -> bool:
-        """Whether it is taken while the output is made, and then says when it is done."""
+    def incremental(self) -> bool:
+        """Whether it is computed while the output is made, and calls `when_done` at its end."""
         return not (self._is_copy or self._at_the_end)
 
     def feed(self, data: memoryview, at: int) -> Future[None] | None:
-        """Take over `data`, which lies at `at` in the output; None where it is not needed."""
+        """Hash `data` at offset `at` when its turn comes; None if it is not needed."""
         done: Future[None] = Future()
         with self._lock:
             if self._stopped or not data:
                 return None
             self._waiting[at] = data, done
-        self.go_on()
+        self.advance()
         return done
 
     def abandon(self) -> None:
-        """Need nothing any more."""
+        """Stop, and release all waiting pieces."""
         with self._lock:
             self._stopped = True
             for _, done in self._waiting.values():
@@ -105,15 +105,15 @@ class OutputHash:
             self._waiting.clear()
 
     def hexdigest(self, source: str, output: OutputFile) -> str:
-        """The hash, when everything was fed; `source` is that of the source."""
+        """The finished hash; `source` is the hash of the source file."""
         if self._is_copy:
             return source
         if self._at_the_end:
             self._hash_span(output.fileno(), self._at, self._plan.size, output.path)
         return self._sha256.hexdigest()
 
-    def go_on(self) -> None:
-        """Hash as far as there is no gap, unless another thread is doing so."""
+    def advance(self) -> None:
+        """Hash up to the first gap, unless another thread is doing so."""
         with self._lock:
             if self._busy:
                 return
@@ -122,12 +122,12 @@ class OutputHash:
             pass
 
     def _next(self) -> bool:
-        """Hash the next piece, if it is there."""
+        """Hash the next piece, if it is available."""
         with self._lock:
             stopped, at = self._stopped, self._at
             found = None if stopped else self._waiting.pop(at, None)
-            copy, kept = self._copies.get(at), self._kept.get(at)
-            if stopped or (found is None and copy is None and kept is None):
+            copy, tensor = self._copies.get(at), self._from_sidecar.get(at)
+            if stopped or (found is None and copy is None and tensor is None):
                 ended = at == self._plan.size and not stopped
                 self._busy, self._stopped = False, stopped or ended
                 if not ended:
@@ -140,9 +140,9 @@ class OutputHash:
         elif copy is not None:
             self._hash_span(self._source, copy.start, copy.stop, self._plan.source)
             self._at += copy.stop - copy.start
-        elif kept is not None:
-            self._sha256.update(kept.tensor.read_bytes())
-            self._at += kept.tensor.nbytes
+        elif tensor is not None:
+            self._sha256.update(tensor.read_bytes())
+            self._at += tensor.nbytes
         else:
             self._when_done()
             return False

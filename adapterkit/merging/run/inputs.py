@@ -1,4 +1,4 @@
-"""The files that a run reads, which must stay as they are from the plan to the end."""
+"""The input files of a run, which must not change between planning and its end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from adapterkit.merging.plan.types import FilePlan, MergePlan
 
 
 class Inputs:
-    """What a plan is made from: all of it with the base's companions, or only what one `file` needs."""
+    """The inputs of a plan with the base's companions, or only those of one `file`."""
 
     def __init__(self, plan: MergePlan, file: FilePlan | None = None, linked: Collection[Path] = ()) -> None:
-        """Raise ChangedError where anything has changed since the plan was made, but for links to `linked`."""
+        """Raise ChangedError if an input has changed since the plan was made, except by hard links to `linked`."""
         self._base = plan.base if file is None else None
         if file is None:
             self.stamps = {**stamps_of(companions_of(plan.base)), **plan.stamps}
@@ -26,11 +26,11 @@ class Inputs:
         self.check()
 
     def link(self, files: Collection[Path]) -> None:
-        """Some of them got a hard link, which changes their status, and nothing else. Raises ChangedError."""
+        """Accept the status change of files that got a hard link. Raises ChangedError for any other change."""
         self.stamps = restamp_linked(self.stamps, files)
 
     def check(self) -> None:
-        """Raise ChangedError where a file is not what it was, or there are others."""
+        """Raise ChangedError if a file has changed, or a companion was added."""
         for file in companions_of(self._base) if self._base is not None else ():
             if file not in self.stamps:
                 raise ChangedError(

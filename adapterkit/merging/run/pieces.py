@@ -1,6 +1,4 @@
-"""The pieces of a file, which any worker can compute in any order: blocks of rows of a tensor, some megabytes each, and
-bundles of small tensors.
-"""
+"""The pieces of a file, which workers compute in any order: blocks of rows, and bundles of small tensors."""
 
 from __future__ import annotations
 
@@ -14,29 +12,29 @@ from adapterkit.files.safetensors import TensorInfo, tensor_bytes
 from adapterkit.merging.plan.edits import Edit, MergeEdit, Recorded, RestoreEdit
 from adapterkit.merging.plan.types import FilePlan
 from adapterkit.merging.receipts.receipt import undoable
-from adapterkit.merging.receipts.sidecar import GAINS, LARGEST, NUMBERS, entry
+from adapterkit.merging.receipts.sidecar import GAINS, MAX_OFFSET, NUMBERS, entry_name
 
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
     from adapterkit.merging.blocks.loading import Loaded
 
-BLOCK_BYTES = 8 << 20  # what a worker reads and writes at a time
-SMALL = 256  # a tensor of up to that part of a block is bundled with its neighbours
-BUNDLE = 16  # and a bundle is up to that part of a block: more is no faster
-BLOCK_ROWS = 64  # a block has a multiple of them, since rows are searched for midpoints in groups
-SAMPLE_ELEMENTS = 1 << 15  # of each tensor, where no full report is asked for
+BLOCK_BYTES = 8 << 20  # read and written at a time
+SMALL_SHARE = 256  # tensors up to this fraction of a block are bundled
+BUNDLE_SHARE = 16  # the largest bundle as a fraction of a block: larger ones are no faster
+BLOCK_ROWS = 64  # blocks have a multiple of these rows, because midpoints are searched for in groups of rows
+SAMPLE_ELEMENTS = 1 << 15  # of each tensor, measured without `report`
 
 
 @dataclass
 class EditWork:
-    """An edit in progress: the first worker to get there loads it, the last block to be written drops it again."""
+    """An edit in progress: loaded by its first block, and released by its last."""
 
     edit: MergeEdit | RestoreEdit
-    total: int  # blocks
-    number: int | None = None  # of the tensor in the sidecar, if what undoes it is recorded
+    total: int  # number of blocks
+    number: int | None = None  # of the tensor in the sidecar, if its undo is recorded
     computed: int = 0
     written: int = 0
-    changed: bool = False  # whether any row is not the base's
+    changed: bool = False  # whether any row differs from the base's
     lock: threading.Lock = field(default_factory=threading.Lock)
     loaded: Loaded[Any] | None = None
     retention: Retention | None = None
@@ -44,35 +42,35 @@ class EditWork:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Whole small tensors, neighbours in input and output, which are merged together."""
+    """Small tensors, contiguous in input and output, which are merged together."""
 
     works: tuple[EditWork, ...]
 
     @property
     def start(self) -> int:
-        """Where in the output it begins."""
+        """Offset in the output."""
         return self.works[0].edit.start
 
     @property
     def stop(self) -> int:
-        """Where in the output it ends."""
+        """End offset in the output."""
         return self.works[-1].edit.stop
 
     @property
-    def begin(self) -> int:
-        """Where in the base's file its input begins."""
+    def source_start(self) -> int:
+        """Offset of the input in the base's file."""
         source = self.works[0].edit.source
         assert source is not None
         return source.start
 
     @property
-    def names(self) -> list[str]:
-        """What its tensors are called in the sidecar, if what undoes them is recorded."""
-        return [entry(work.number, 0, work.edit.matrix[0]) for work in self.works if work.number is not None]
+    def entry_names(self) -> list[str]:
+        """The names of its entries in the sidecar, if undo is recorded."""
+        return [entry_name(work.number, 0, work.edit.matrix[0]) for work in self.works if work.number is not None]
 
-    def entries(self) -> list[tuple[str, tuple[int, ...]]]:
-        """What it may have in the sidecar, with the largest shape."""
-        return [(name, (LARGEST,)) for name in self.names]
+    def entries(self) -> dict[str, tuple[int, ...]]:
+        """The possible entries in the sidecar, each with its largest shape."""
+        return dict.fromkeys(self.entry_names, (MAX_OFFSET,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ class Block:
     work: EditWork
     first: int
     last: int
-    recorded: Recorded | None = None  # what restores them
+    recorded: Recorded | None = None  # restores them
 
     @property
     def works(self) -> tuple[EditWork, ...]:
@@ -90,37 +88,37 @@ class Block:
 
     @property
     def start(self) -> int:
-        """Where in the output it begins."""
+        """Offset in the output."""
         return self.work.edit.offset(self.first)
 
     @property
     def stop(self) -> int:
-        """Where in the output it ends."""
+        """End offset in the output."""
         return self.work.edit.offset(self.last)
 
     @property
-    def begin(self) -> int:
-        """Where in the base's file its input begins."""
+    def source_start(self) -> int:
+        """Offset of the input in the base's file."""
         source, (rows, _) = self.work.edit.source, self.work.edit.matrix
         return source.start + source.nbytes * self.first // rows if source and rows else 0
 
     @property
-    def entry(self) -> str:
-        """What it is called in the sidecar."""
+    def entry_name(self) -> str:
+        """The name of its main entry in the sidecar."""
         assert self.work.number is not None
-        return entry(self.work.number, self.first, self.last)
+        return entry_name(self.work.number, self.first, self.last)
 
-    def entries(self) -> list[tuple[str, tuple[int, ...]]]:
-        """What it may have in the sidecar, with the largest shape."""
+    def entries(self) -> dict[str, tuple[int, ...]]:
+        """The possible entries in the sidecar, each with its largest shape."""
         edit = self.work.edit
         if self.work.number is None:
-            return []
-        gains = [(self.entry + GAINS, (LARGEST, LARGEST))] if edit.renormalizes else []
-        numbers = [(self.entry + NUMBERS, (LARGEST,))] if edit.is_quantized else []
-        return [(self.entry, (LARGEST,)), *gains, *numbers]
+            return {}
+        gains = {self.entry_name + GAINS: (MAX_OFFSET, MAX_OFFSET)} if edit.renormalizes else {}
+        numbers = {self.entry_name + NUMBERS: (MAX_OFFSET,)} if edit.is_quantized else {}
+        return {self.entry_name: (MAX_OFFSET,), **gains, **numbers}
 
     def rows_to_measure(self, report: bool) -> int:
-        """How many rows show what rounding keeps: all of them for a `report`, else a few at the tensor's start."""
+        """The number of rows to measure retention on: all for a `report`, else a few at the tensor's start."""
         edit = self.work.edit
         if not isinstance(edit, MergeEdit) or not edit.deltas or edit.replaced:
             return 0
@@ -130,7 +128,7 @@ class Block:
 
 
 def pieces_of(file: FilePlan, records: bool) -> Iterator[Block | Bundle]:
-    """The pieces of a file, in its order; with the number of the tensor where what undoes it is recorded."""
+    """The pieces of a file, in its order; with `records`, undoable tensors are numbered for the sidecar."""
     numbers, bundle = count(), list[EditWork]()
     for edit in file.edits:
         number = next(numbers) if records and isinstance(edit, MergeEdit) and undoable(edit) else None
@@ -147,8 +145,8 @@ def pieces_of(file: FilePlan, records: bool) -> Iterator[Block | Bundle]:
 
 
 def _is_small(edit: MergeEdit | RestoreEdit) -> bool:
-    """Whether a tensor can be bundled: small, not empty, of 16 bits before and after, with plain updates only."""
-    if not isinstance(edit, MergeEdit) or not 0 < edit.stop - edit.start <= BLOCK_BYTES // SMALL:
+    """Whether a tensor can be bundled: small, not empty, 16-bit before and after, with plain updates only."""
+    if not isinstance(edit, MergeEdit) or not 0 < edit.stop - edit.start <= BLOCK_BYTES // SMALL_SHARE:
         return False
     plain = isinstance(edit.source, TensorInfo) and edit.source.dtype == edit.dtype and edit.dtype in ("BF16", "F16")
     others = edit.replaced or edit.added or edit.packing or edit.checked_against or edit.renormalizes
@@ -156,11 +154,11 @@ def _is_small(edit: MergeEdit | RestoreEdit) -> bool:
 
 
 def _fits(bundle: Sequence[EditWork], edit: Edit) -> bool:
-    """Whether a small tensor lies right behind a bundle, which has room for it."""
+    """Whether a small tensor directly follows a bundle that can still grow."""
     first, last = bundle[0].edit, bundle[-1].edit
     assert isinstance(last.source, TensorInfo) and isinstance(edit.source, TensorInfo)
-    behind = (last.stop, last.source.stop, last.dtype) == (edit.start, edit.source.start, edit.dtype)
-    return behind and edit.stop - first.start <= BLOCK_BYTES // BUNDLE
+    follows = (last.stop, last.source.stop, last.dtype) == (edit.start, edit.source.start, edit.dtype)
+    return follows and edit.stop - first.start <= BLOCK_BYTES // BUNDLE_SHARE
 
 
 def _blocks_of(edit: MergeEdit | RestoreEdit, number: int | None) -> Iterator[Block]:

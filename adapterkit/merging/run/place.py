@@ -1,4 +1,4 @@
-"""Where the blocks of a run are computed: one device for all workers, with less memory where a GPU has too little."""
+"""The device of a run: one for all workers, with smaller chunks or the CPU if a GPU runs out of memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 class Place:
-    """The device of the moment, and `notes` on why it is another than was asked for."""
+    """The current device, and `notes` on falling back from the requested one."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self._device: ComputeDevice | None = None  # not known before torch is there
+        self._device: ComputeDevice | None = None  # unknown until torch is imported
         self._lock = threading.Lock()
 
     @property
@@ -26,16 +26,16 @@ class Place:
     def device(self, device: ComputeDevice) -> None:
         self._device = device
 
-    def retreat(self, device: ComputeDevice, error: RuntimeError) -> None:
-        """Go on with less memory where the GPU `device` had too little for `error`, which otherwise is raised again."""
+    def fall_back(self, device: ComputeDevice, error: RuntimeError) -> None:
+        """Fall back to smaller chunks or the CPU if `device` ran out of memory; else raise `error` again."""
         from adapterkit.merging.blocks.device import CPU, out_of_memory
 
         if device == CPU or not out_of_memory(error):
             raise error
         with self._lock:
-            if self._device == device:  # else another worker has done it
+            if self._device == device:  # no other worker was first
                 self._device = device.smaller()
-                self.notes.append(f"{device.device} has too little memory free: went on with {self._device}")
+                self.notes.append(f"{device.device} ran out of memory: continued on {self._device}")
 
     def __str__(self) -> str:
         return str(self._device)

@@ -1,7 +1,7 @@
-"""A plan run: all of it, or one file of it in any process.
+"""Run a plan: completely, or one file at a time in any process.
 
-`run` makes all files by a scheduler, in a workspace that becomes the output. `run_file` makes one, and what it returns
-is all that `finish` needs of it, so that files can be made in any order by any number of processes.
+`run` makes all files with a scheduler, in a workspace that becomes the output. `run_file` makes a single file and
+returns everything that `finish` needs, so any number of processes can make files in any order.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from adapterkit.merging.receipts.done import FileDone
 from adapterkit.merging.receipts.receipt import check_receipt
 from adapterkit.merging.receipts.resume import clear_records, job_of, record_done, resume_hint, reuse_finished
 from adapterkit.merging.run.budget import check_device, check_space
+from adapterkit.merging.run.builder import FileBuilder, Job
 from adapterkit.merging.run.finish import Merged, finish_job
 from adapterkit.merging.run.inputs import Inputs
-from adapterkit.merging.run.making import FileMaking, Job
 from adapterkit.merging.run.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMerged:
-    """One output tensor is done: the `done`-th of `total`."""
+    """An output tensor is finished, number `done` of `total`."""
 
     name: str
     done: int
@@ -35,15 +35,15 @@ class TensorMerged:
 
 
 def check_options(plan: MergePlan, options: RunOptions) -> None:
-    """Raise UsageError for options that do nothing for this plan."""
+    """Raise UsageError for options that have no effect on this plan."""
     options.check(quantized=bool(plan.schemes), resumable=plan.undoable and plan.calibration is None)
 
 
 def check_run(plan: MergePlan, options: RunOptions) -> None:
-    """Refuse what cannot work before anything is written.
+    """Check options, output and receipt before anything is written.
 
-    Raises UsageError for options that do not fit the plan, OutputExistsError where the output may not be written, and
-    FormatError where the receipt could not be read back.
+    Raises UsageError for options that do not fit the plan, OutputExistsError if the output may not be written, and
+    FormatError if the receipt could not be read back.
     """
     check_options(plan, options)
     check_device(plan, options)
@@ -54,12 +54,11 @@ def check_run(plan: MergePlan, options: RunOptions) -> None:
 
 
 def run(plan: MergePlan, options: RunOptions | None = None) -> Generator[TensorMerged | Merged, None, None]:
-    """Run `plan`, yielding an event for each tensor and the result last; nothing is left behind on failure.
+    """Run `plan`, yielding an event for each tensor and the result last. A failure leaves nothing behind.
 
-    With `resume` files are taken over that a run of this plan had finished when it was interrupted, and are left there
-    if this one fails.
-    Raises NoSpaceError where the disk is too small, before or while writing, FitError where factors are not finite or
-    results exceed their dtype, LossError where quantizing leaves little of the update, and what `check_run` raises.
+    With `resume`, files that an interrupted run of this plan finished are reused, and saved again if this run fails.
+    Raises NoSpaceError if the disk is too small, before or while writing, FitError if factors are not finite or results
+    exceed their dtype, LossError if quantization erases the update, and the errors of `check_run`.
     """
     options = options or RunOptions()
     check_run(plan, options)
@@ -78,26 +77,26 @@ def run(plan: MergePlan, options: RunOptions | None = None) -> Generator[TensorM
         job = Job(plan, building, options)
         if job.folder != building:
             job.folder.mkdir()
-        making = _Making(job, inputs, resumable)
-        for number, name in enumerate(making.scheduler.run(), making.taken_over + 1):
+        files = _Files(job, inputs, resumable)
+        for number, name in enumerate(files.scheduler.run(), files.reused_edits + 1):
             yield TensorMerged(name, number, plan.edits)
-        merged = finish_job(job, making.done, inputs, making.adapters)
+        merged = finish_job(job, files.done, inputs, files.adapters)
         if plan.base.is_directory:
             clear_records(building)
-    yield replace(merged, notes=(*merged.notes, *making.scheduler.place.notes))
+    yield replace(merged, notes=(*merged.notes, *files.scheduler.place.notes))
 
 
 def run_file(plan: MergePlan, file: FilePlan, where: Path, options: RunOptions | None = None) -> FileDone:
-    """Make one output file of a plan, with its sidecar, in `where`; nothing else is written.
+    """Make one output file of a plan, with its sidecar, and write nothing else.
 
     Args:
-        plan: what is merged.
+        plan: the plan.
         file: one of its files.
-        where: the folder to make it in; of a base that is a single file, the file to make.
-        options: how; those of all files of a plan must be the same.
+        where: the folder for the file; for a base of a single file, the output file itself.
+        options: options of the run, the same for all files of a plan.
 
     Returns:
-        What `finish` needs to know of the file.
+        The record of the file, for `finish`.
 
     Raises:
         AdapterkitError: See `run`.
@@ -108,9 +107,9 @@ def run_file(plan: MergePlan, file: FilePlan, where: Path, options: RunOptions |
     if job.folder != where:
         job.folder.mkdir(exist_ok=True)
 
-    def when_done(making: FileMaking) -> None:
-        assert making.done is not None
-        made.append(making.done)
+    def when_done(builder: FileBuilder) -> None:
+        assert builder.done is not None
+        made.append(builder.done)
 
     scheduler = Scheduler(job, [file], inputs, (), when_done)
     for _ in scheduler.run():
@@ -120,8 +119,8 @@ def run_file(plan: MergePlan, file: FilePlan, where: Path, options: RunOptions |
     return replace(done, notes=(*done.notes, *scheduler.place.notes))
 
 
-class _Making:
-    """The files of a run that are done, each recorded as soon as the adapters are hashed too."""
+class _Files:
+    """The finished files of a run, each recorded for `resume` once the adapters are hashed too."""
 
     def __init__(self, job: Job, inputs: Inputs, resumable: bool) -> None:
         plan, options = job.plan, job.options
@@ -134,11 +133,11 @@ class _Making:
             self._hashed = {file: sha256_of(file) for file in files}
             self.done = reuse_finished(plan, options, job.where, self._by_adapter(self._hashed))
             self._recorded = len(self.done)
-        taken = {one.name for one in self.done}
-        self.taken_over = sum(len(file.edits) for file in plan.files if file.name in taken)
-        left = [file for file in plan.files if file.name not in taken]
+        reused = {done.name for done in self.done}
+        self.reused_edits = sum(len(file.edits) for file in plan.files if file.name in reused)
+        remaining = [file for file in plan.files if file.name not in reused]
         also = [] if self._hashed else list(dict.fromkeys(files))
-        self.scheduler = Scheduler(job, left, inputs, also, self._when_done)
+        self.scheduler = Scheduler(job, remaining, inputs, also, self._when_done)
 
     @property
     def adapters(self) -> dict[Path, str]:
@@ -148,11 +147,11 @@ class _Making:
     def _by_adapter(self, hashed: dict[Path, str]) -> list[dict[str, str]]:
         return [{file.name: hashed[file] for file in one.adapter.files} for one in self._job.plan.adapters]
 
-    def _when_done(self, making: FileMaking) -> None:
-        assert making.done is not None
+    def _when_done(self, builder: FileBuilder) -> None:
+        assert builder.done is not None
         with self._lock:
-            self.done.append(making.done)
+            self.done.append(builder.done)
             if self._resumable and all(not hash_.left for hash_ in self.scheduler.also.values()):
-                for one in self.done[self._recorded :]:
-                    record_done(self._job.where, one, self._by_adapter(self.adapters))
+                for done in self.done[self._recorded :]:
+                    record_done(self._job.where, done, self._by_adapter(self.adapters))
                 self._recorded = len(self.done)

@@ -1,8 +1,8 @@
-"""Files of a plan made by threads, as many as there are cores, each of which takes the piece that is due.
+"""Schedule the pieces of all output files on threads.
 
-Every input is read through once for its SHA-256, and untouched spans are written from what that has in hand. `import
-torch` takes a second, so hashing and copying begin before it; from then on they run just ahead of the blocks, so that
-blocks find their input in the page cache. A file is opened with its first piece; only so many are open at a time.
+Every input is read once for its SHA-256, and unchanged spans are written from the same read. `import torch` takes a
+second, so hashing and copying start before it; afterwards they run just ahead of the blocks, so that blocks find their
+input in the page cache. A file is opened for its first piece, and the number of open files is limited.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from queue import SimpleQueue
 
 from adapterkit.merging.plan.types import FilePlan
 from adapterkit.merging.run.budget import default_threads
+from adapterkit.merging.run.builder import FileBuilder, Job
 from adapterkit.merging.run.hashing import InputHash
 from adapterkit.merging.run.inputs import Inputs
-from adapterkit.merging.run.making import FileMaking, Job
 from adapterkit.merging.run.pieces import Block, Bundle
 from adapterkit.merging.run.place import Place
 from adapterkit.merging.run.worker import Worker
 
-HASH_AHEAD = 256 << 20  # of the blocks, so that it is not left over at the end; little beside any page cache
-MOST_OPEN = 24  # files at a time, with four descriptors each: a process may have 1024, on some systems 256
+HASH_AHEAD = 256 << 20  # bytes ahead of the blocks; small beside any page cache, and none is left over at the end
+MAX_OPEN = 24  # files, with four descriptors each: some systems limit a process to 256
 
 _Task = Callable[[Worker], None]
 
 
 class Scheduler:
-    """Makes files of a job; `also` are hashed first, which are the adapters' files."""
+    """Makes the files of a job. The adapters' files, `also`, are hashed first."""
 
     def __init__(
         self,
@@ -39,37 +39,37 @@ class Scheduler:
         files: Sequence[FilePlan],
         inputs: Inputs,
         also: Sequence[Path],
-        when_done: Callable[[FileMaking], None],
+        when_done: Callable[[FileBuilder], None],
     ) -> None:
-        """Nothing is begun; `when_done` is called by some thread with each file that is on the disk."""
+        """Start nothing yet; `when_done` is called in some thread with each finished file."""
         self.job, self.files, self._inputs, self._when_done = job, files, inputs, when_done
         self.also = {file: InputHash(file, file.stat().st_size) for file in also}
         self.place = Place()
-        self.made: list[FileMaking] = []
+        self.builders: list[FileBuilder] = []
         self._threads = job.options.threads or default_threads()
-        self._begins: dict[FileMaking, int] = {}  # in the bytes of all inputs, one after the other
-        self._hashes: list[tuple[InputHash, FileMaking | None]] = []  # not ended, in the order that they are due
-        self._pieces: deque[tuple[FileMaking, Block | Bundle]] = deque()
-        self._open: set[FileMaking] = set()
-        self._changed = threading.Condition()  # what there is to do
+        self._starts: dict[FileBuilder, int] = {}  # offsets in the concatenated inputs
+        self._hashes: list[tuple[InputHash, FileBuilder | None]] = []  # unfinished, in order
+        self._pieces: deque[tuple[FileBuilder, Block | Bundle]] = deque()
+        self._open: set[FileBuilder] = set()
+        self._changed = threading.Condition()  # notified when new work may be due
         self._torch_ready = self._stopped = False
-        self._tensors: SimpleQueue[str | None] = SimpleQueue()  # that are made; None: a worker has ended
+        self._tensors: SimpleQueue[str | None] = SimpleQueue()  # finished; None when a worker has ended
 
     def _create(self) -> None:
-        """Create every file, so that what the disk has no room for shows itself now."""
-        begin = 0
+        """Create every file, so that a full disk is noticed before any work."""
+        start = 0
         self._hashes += [(hash_, None) for hash_ in self.also.values()]
         for file in self.files:
-            making = FileMaking(self.job, file, self._tensors.put, self._file_done)
-            self.made.append(making)
-            self._begins[making] = begin
-            self._hashes.append((making.input, making))
-            self._pieces.extend((making, piece) for piece in making.pieces)
-            begin += making.input.left
-        self._inputs.link([making.input.file for making in self.made if making.linked])
+            builder = FileBuilder(self.job, file, self._tensors.put, self._file_done)
+            self.builders.append(builder)
+            self._starts[builder] = start
+            self._hashes.append((builder.input, builder))
+            self._pieces.extend((builder, piece) for piece in builder.pieces)
+            start += builder.input.left
+        self._inputs.link([builder.input.file for builder in self.builders if builder.linked])
 
     def run(self) -> Iterator[str]:
-        """Make every file, yielding the name of each tensor that is done."""
+        """Make every file, and yield the name of each finished tensor."""
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="merge")
         writers = ThreadPoolExecutor(self._threads, thread_name_prefix="write")
         done = False
@@ -83,21 +83,21 @@ class Scheduler:
         finally:
             if not done:
                 self._change(stopped=True)
-                for making in self.made:
-                    making.stop()
+                for builder in self.builders:
+                    builder.stop()
             pool.shutdown(wait=True)
             writers.shutdown(wait=True)
-            for making in self.made:
-                making.close()
+            for builder in self.builders:
+                builder.close()
             for hash_ in self.also.values():
                 hash_.close()
 
-    # --- the thread that waits for all
+    # --- the calling thread
 
     def _with_torch(self, workers: Sequence[Future[None]]) -> Iterator[str]:
         import torch
 
-        import adapterkit.merging.blocks.bundle  # noqa: F401  (here, so that no worker imports while another waits)
+        import adapterkit.merging.blocks.bundle  # noqa: F401  (imported here, so that no worker does while others wait)
         from adapterkit.merging.blocks.device import choose, exact_products
 
         self.place.device = choose(self.job.options.device, self.job.plan, self._threads)
@@ -110,7 +110,7 @@ class Scheduler:
             torch.set_num_threads(threads_before)
 
     def _progress(self, workers: Sequence[Future[None]]) -> Iterator[str]:
-        """Pass finished tensors on until every worker has ended; the first failure stops them all."""
+        """Yield finished tensors until every worker has ended; the first failure stops all."""
         running = len(workers)
         while running:
             name = self._tensors.get()
@@ -134,19 +134,19 @@ class Scheduler:
             while (task := self._next_task()) is not None:
                 task(worker)
         finally:
-            worker.leave()
+            worker.release()
 
     def _next_task(self) -> _Task | None:
-        """Hashing while torch is on its way; then blocks, and hashing just ahead of them; None when all is begun."""
+        """Wait for the next task: hashing until torch is imported, then also blocks; None when no work is left."""
         with self._changed:
             while not self._stopped:
-                making, piece = self._pieces[0] if self._torch_ready and self._pieces else (None, None)
-                if (due := self._due_hash(making, piece)) is not None:
+                builder, piece = self._pieces[0] if self._torch_ready and self._pieces else (None, None)
+                if (due := self._due_hash(builder, piece)) is not None:
                     return due
-                if making is not None and piece is not None and self._may_open(making):
-                    self._open.add(making)
+                if builder is not None and piece is not None and self._may_open(builder):
+                    self._open.add(builder)
                     self._pieces.popleft()
-                    return partial(making.make, piece, self.place)
+                    return partial(builder.make, piece, self.place)
                 if (
                     self._torch_ready
                     and not self._pieces
@@ -156,43 +156,43 @@ class Scheduler:
                 self._changed.wait()
         return None
 
-    def _due_hash(self, of: FileMaking | None, following: Block | Bundle | None) -> _Task | None:
-        """The first hash to go on with; only as far ahead of the next block as its input stays in the page cache."""
-        limit = self._begins[of] + following.begin + HASH_AHEAD if of and following else None
+    def _due_hash(self, next_file: FileBuilder | None, next_piece: Block | Bundle | None) -> _Task | None:
+        """The next hash step, unless that is too far ahead for its input to stay in the page cache."""
+        limit = self._starts[next_file] + next_piece.source_start + HASH_AHEAD if next_file and next_piece else None
         while self._hashes and not self._hashes[0][0].left:
             self._hashes.pop(0)
-        for hash_, making in self._hashes:
-            if limit is not None and making is not None and self._begins[making] + hash_.at > limit:
+        for hash_, builder in self._hashes:
+            if limit is not None and builder is not None and self._starts[builder] + hash_.at > limit:
                 return None
             if hash_.left and not hash_.busy:
-                if making is None:
+                if builder is None:
                     hash_.busy = True
                     return partial(_hash_next, hash_)
-                if not self._may_open(making):
+                if not self._may_open(builder):
                     return None
                 hash_.busy = True
-                self._open.add(making)
-                return making.hash_next
+                self._open.add(builder)
+                return builder.hash_next
         return None
 
-    def _may_open(self, making: FileMaking) -> bool:
-        """Whether a file is open, or may be opened now."""
-        return making in self._open or len(self._open) < MOST_OPEN
+    def _may_open(self, builder: FileBuilder) -> bool:
+        """Whether a file is open, or may be opened."""
+        return builder in self._open or len(self._open) < MAX_OPEN
 
-    def _file_done(self, making: FileMaking) -> None:
-        """A file is on the disk."""
-        self._when_done(making)
+    def _file_done(self, builder: FileBuilder) -> None:
+        """Report a finished file."""
+        self._when_done(builder)
         with self._changed:
-            self._open.discard(making)
+            self._open.discard(builder)
             self._changed.notify_all()
 
 
 def _hash_next(hash_: InputHash, worker: Worker) -> None:
-    """Hash the next bytes of a file that no output is made from."""
+    """Hash the next bytes of an adapter's file."""
     page = worker.free_page()
     hash_.open()
     hash_.take_next(page)
-    worker.keep(page)
+    worker.put_back(page)
     if not hash_.left:
         hash_.close()
     hash_.busy = False

@@ -1,4 +1,4 @@
-"""What one worker of a run works with: buffers for its place, and pages on their way to the disk."""
+"""The resources of a worker: buffers for its device, and pages that are being written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Written = Future[Future[None] | None]
 
 
 class Worker:
-    """What one worker works with: of what may be written two buffers, since one can be on its way to the disk."""
+    """One worker's buffers, and the pages that it computes into while others are being written."""
 
     def __init__(self, writers: ThreadPoolExecutor) -> None:
         self.buffers: Buffers | None = None
@@ -25,18 +25,18 @@ class Worker:
         self.outgoing: deque[tuple[PageBuffer, Written | None]] = deque([(PageBuffer(), None) for _ in range(4)])
 
     def move_to(self, place: ComputeDevice) -> Buffers:
-        """Buffers for that place."""
+        """Return buffers for a device."""
         if self.buffers is None or self.buffers.place != place:
             import torch
 
-            torch.set_num_threads(1)  # of this worker, which computes on its own core
-            self.leave()
+            torch.set_num_threads(1)  # each worker computes on one core
+            self.release()
             self.buffers = place.buffers()
             self.outgoing = deque((self.buffers.page(), written) for _, written in self.outgoing)
         return self.buffers
 
-    def leave(self) -> None:
-        """Have everything written, and give the buffers back."""
+    def release(self) -> None:
+        """Wait until every page is written, and release the buffers."""
         try:
             for _, written in self.outgoing:
                 if written is not None:
@@ -47,23 +47,23 @@ class Worker:
                 self.buffers = None
 
     def free_page(self) -> PageBuffer:
-        """A buffer whose last block is written; raises what went wrong with that."""
+        """Return a page once its last block is written, and raise any error of that write."""
         page, written = self.outgoing.popleft()
         if written is not None:
             _wait(written)
         return page
 
-    def keep(self, page: PageBuffer) -> None:
-        """Put a page back that nothing of is written."""
+    def put_back(self, page: PageBuffer) -> None:
+        """Put back a page that has nothing to write."""
         self.outgoing.appendleft((page, None))
 
     def send(self, page: PageBuffer, write: Callable[[], Future[None] | None]) -> None:
-        """Have `write` called by another thread; its result is what else needs the page."""
+        """Call `write` in another thread; the page stays in use until the future that it returns ends."""
         self.outgoing.append((page, self.writers.submit(write)))
 
 
 def _wait(written: Written) -> None:
-    """Until it is written, and nothing else needs the page."""
-    needed = written.result()
-    if needed is not None:
-        needed.result()
+    """Wait until a page is written and hashed."""
+    hashed = written.result()
+    if hashed is not None:
+        hashed.result()

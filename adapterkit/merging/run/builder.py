@@ -1,13 +1,14 @@
-"""One output file in the making, from the first byte read to the last one flushed.
+"""Make one output file, from the first byte read to the last one flushed.
 
-    read     `hash_next` reads the input in order, for its SHA-256, and has what stays as it is written from there
-    change   `make` reads rows again, from the page cache, and computes them as the output stores them
-    hash     what is written is fed to the output's SHA-256, which takes it in the output's order
-    write    another thread writes, so that a worker computes while its last block is on its way to the disk
-    record   what restores a block goes to the sidecar; what became of the file is its `FileDone`
+    read     `hash_next` reads the input in order for its SHA-256, and passes unchanged spans on to be written
+    change   `make` reads rows again, from the page cache, and computes the output's rows
+    hash     written bytes are fed to the output's SHA-256, which hashes them in the output's order
+    write    another thread writes, so that a worker computes while its last block is being written
+    record   the data that restores a block goes to the sidecar, and the finished file is recorded as `FileDone`
 
-Any thread may do any piece of it, in any order but that of the input's bytes. What is left is counted in parts: every
-edit, the untouched spans as one, each piece of them on its way, and the hash. The last part finishes the file.
+Any thread may do any step, in any order except that of the input's bytes. The remaining work is counted in parts: one
+for each edit, one for the input's hash with the unchanged spans, one for each span being written, and one for the
+output's hash. The last part finishes the file.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.merging.plan.types import FilePlan, MergePlan
 from adapterkit.merging.receipts.done import FileDone, fingerprint_of
 from adapterkit.merging.receipts.receipt import irreversible, sidecar_name
-from adapterkit.merging.receipts.sidecar import GAINS, NUMBERS, SidecarWriter, kept, not_in_output
+from adapterkit.merging.receipts.sidecar import GAINS, NUMBERS, Entry, SidecarWriter, dropped_name, dropped_tensors
 from adapterkit.merging.run.hashing import InputHash, OutputHash, is_copy
 from adapterkit.merging.run.pieces import Block, Bundle, EditWork, pieces_of
 from adapterkit.merging.run.place import Place
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What the files of one run have in common: the plan, `where` they are made, and how.
+    """The plan and options of a run, and `where` its files are made.
 
-    `where` is a folder, or the file to make where the base is a single one; its receipt's folder is `receipt` beside.
+    `where` is a folder, or for a base of a single file the output file, with its receipt in `receipt` beside it.
     """
 
     plan: MergePlan
@@ -59,12 +60,12 @@ class Job:
 
     @cached_property
     def records(self) -> bool:
-        """Whether what restores the base is recorded."""
+        """Whether sidecars are written."""
         return self.receipt and irreversible(self.plan) is None
 
     @property
     def folder(self) -> Path:
-        """Where receipt and companions go."""
+        """The folder of receipt and companions."""
         plan = self.plan
         beside = not plan.base.is_directory and (self.receipt or plan.restores_receipt)
         return self.where.with_name("receipt") if beside else self.where
@@ -73,19 +74,19 @@ class Job:
         return self.where / file.name if self.plan.base.is_directory else self.where
 
 
-class FileMaking:
-    """One output file in the making. Its files are open from the first piece to the last."""
+class FileBuilder:
+    """Builds one output file, open from its first piece to its last."""
 
     def __init__(
-        self, job: Job, file: FilePlan, when_tensor: Callable[[str], None], when_done: Callable[[FileMaking], None]
+        self, job: Job, file: FilePlan, when_tensor: Callable[[str], None], when_done: Callable[[FileBuilder], None]
     ) -> None:
-        """Create the file, with its space reserved.
+        """Create the file and reserve its disk space.
 
-        `when_tensor` is called with each tensor that is made, `when_done` when all of the file is on the disk.
+        `when_tensor` is called with the name of each finished tensor, `when_done` when the file is flushed to disk.
         """
         self.job, self.file, self._when_tensor, self._when_done = job, file, when_tensor, when_done
         self._base = job.plan.header_of(file)
-        self.input = InputHash(self._base.file, self._base.size)  # as planned: if it shrank since, reading it fails
+        self.input = InputHash(self._base.file, self._base.size)  # the planned size: reading fails if it has shrunk
         self._notes: list[str] = []
         self.output = self._create()
         self.pieces = tuple(pieces_of(file, job.records))
@@ -96,10 +97,10 @@ class FileMaking:
         self._parts = 1 + len({id(work) for piece in self.pieces for work in piece.works})
         self._lock = threading.Lock()
         self._opened, self._opening = False, threading.Lock()
-        self._failure: BaseException | None = None  # of opening
+        self._failure: BaseException | None = None  # to open
         self._copies = sorted(file.copies, key=lambda copy: copy.start)
-        self._copied = 0  # of them, those that the input's hash has passed
-        self._place: Place | None = None  # where blocks were computed
+        self._copied = 0  # number of copies that the input's hash has passed
+        self._place: Place | None = None  # of the computed blocks
         self.done: FileDone | None = None
 
     def _create(self) -> OutputFile:
@@ -108,7 +109,7 @@ class FileMaking:
             try:
                 return LinkedFile(path, self.file.source)
             except OSError as error:
-                self._notes.append(f"{self.file.name}: copied, since it cannot be linked here: {error.strerror}")
+                self._notes.append(f"{self.file.name}: copied, cannot be linked: {error.strerror}")
         return OutputFile(path, self.file.size)
 
     @property
@@ -116,9 +117,9 @@ class FileMaking:
         return isinstance(self.output, LinkedFile)
 
     def open(self) -> None:
-        """Open its files, and begin what is in none of the parts; the first who needs them does so.
+        """Open input, output and sidecar, unless another thread has done so.
 
-        Where that fails, it fails in the same way for everyone: a second try would find what the first had created.
+        A failure is raised in every thread: a second attempt would fail differently, on files that the first created.
         """
         with self._opening:
             if self._failure is not None:
@@ -136,35 +137,35 @@ class FileMaking:
         self.output.open()
         if self.job.receipt or self.job.plan.restores:
             self._hash = OutputHash(self.file, self.input.fd, self._part_done)
-            self._parts += self._hash.by_and_by
+            self._parts += self._hash.incremental
         if self.job.records:
             self._sidecar = self._begin_sidecar()
-        for one in self.file.from_sidecar:
-            self.output.write(memoryview(one.tensor.read_bytes()), one.at)
+        for copy in self.file.from_sidecar:
+            self.output.write(memoryview(copy.tensor.read_bytes()), copy.at)
 
-    # --- read, and what stays as it is
+    # --- read and copy
 
     def hash_next(self, worker: Worker) -> None:
-        """Hash the next bytes of the input, and have written what of them is untouched."""
+        """Hash the next bytes of the input, and write the unchanged spans among them."""
         self.open()
         page, start = worker.free_page(), self.input.at
         data = self.input.take_next(page)
         ended = not self.input.left
-        untouched = self._untouched_in(data, start)
+        unchanged = self._unchanged_spans(data, start)
         self.input.busy = False
-        if untouched:
+        if unchanged:
             with self._lock:
                 self._parts += 1
-            worker.send(page, partial(self._copy, untouched))
+            worker.send(page, partial(self._copy, unchanged))
         else:
-            worker.keep(page)
+            worker.put_back(page)
         if ended:
             self._part_done()
             if self._hash is not None:
-                self._hash.go_on()
+                self._hash.advance()
 
-    def _untouched_in(self, data: memoryview, start: int) -> list[tuple[memoryview, int]]:
-        """What of the input's bytes from `start` on, `data`, the output takes over as they are, and where to."""
+    def _unchanged_spans(self, data: memoryview, start: int) -> list[tuple[memoryview, int]]:
+        """The parts of `data`, read from `start`, that the output copies, with their offsets in the output."""
         spans, stop = [], start + len(data)
         for copy in islice(self._copies, self._copied, None):
             if copy.start >= stop:
@@ -176,15 +177,15 @@ class FileMaking:
             self._copied += 1
         return spans
 
-    def _copy(self, untouched: list[tuple[memoryview, int]]) -> None:
-        for data, at in untouched:
+    def _copy(self, spans: list[tuple[memoryview, int]]) -> None:
+        for data, at in spans:
             self.output.write(data, at)
         self._part_done()
 
     # --- change
 
     def make(self, piece: Block | Bundle, place: Place, worker: Worker) -> None:
-        """Compute a piece, and leave the writing to another thread."""
+        """Compute a piece, and pass it to a writing thread."""
         self.open()
         self._place = place
         while True:
@@ -195,19 +196,19 @@ class FileMaking:
                 data = page.view(piece.stop - piece.start, piece.start)
                 with buffers.at_work():
                     if isinstance(piece, Bundle):
-                        kept = self._bundle(piece, buffers, data)
+                        retention = self._bundle(piece, buffers, data)
                     else:
-                        kept = [self._block(piece, buffers, data)]
+                        retention = [self._block(piece, buffers, data)]
             except RuntimeError as error:
                 if page is not None:
-                    worker.keep(page)
-                place.retreat(device, error)
+                    worker.put_back(page)
+                place.fall_back(device, error)
             else:
-                worker.send(page, partial(self._write, piece, kept, data))
+                worker.send(page, partial(self._write, piece, retention, data))
                 return
 
     def _bundle(self, bundle: Bundle, buffers: Buffers, data: memoryview) -> list[Retention | None]:
-        """Small tensors as bytes `data`, and what is kept of their updates."""
+        """Compute small tensors into `data`, and return their retention."""
         from adapterkit.merging.blocks.bundle import merge_bundle
 
         edits = [work.edit for work in bundle.works if isinstance(work.edit, MergeEdit)]
@@ -216,12 +217,12 @@ class FileMaking:
             work.changed = merged.changed
         if self._sidecar is not None:
             codes = [merged.undo.code for merged in made if merged.undo is not None]
-            entries = [(name, "U8", (len(code),)) for name, code in zip(bundle.names, codes, strict=True)]
-            self._sidecar.add_all(entries, b"".join(codes))
-        return [merged.kept for merged in made]
+            entries = [(name, "U8", (len(code),)) for name, code in zip(bundle.entry_names, codes, strict=True)]
+            self._sidecar.add(entries, b"".join(codes))
+        return [merged.retention for merged in made]
 
     def _block(self, block: Block, buffers: Buffers, data: memoryview) -> Retention | None:
-        """Rows of a tensor as bytes `data`, and what is kept of the update as far as it is measured."""
+        """Compute rows of a tensor into `data`, and return their retention if it is measured."""
         from adapterkit.merging.blocks.block import merge_rows, pack_rows, restore_rows
         from adapterkit.merging.blocks.loading import load
 
@@ -243,10 +244,10 @@ class FileMaking:
             work.changed = True
         if made.undo is not None:
             self._record(block, made.undo)
-        return made.kept
+        return made.retention
 
     def _finish_packing(self, work: EditWork, buffers: Buffers) -> Retention | None:
-        """Count a packed block; after the last one of an edit write what belongs to all of them."""
+        """Count a packed block; after an edit's last block, write the weight's other tensors."""
         from adapterkit.merging.blocks.block import finish_packing
 
         with work.lock:
@@ -255,20 +256,20 @@ class FileMaking:
                 return None
         loaded = work.loaded
         assert loaded is not None
-        parts, kept = finish_packing(loaded, buffers)
-        work.changed = kept is None or kept.delta > 0
+        parts, retention = finish_packing(loaded, buffers)
+        work.changed = retention is None or retention.delta > 0
         for data, (start, stop) in zip(parts, loaded.edit.parts, strict=True):
             assert len(data) == stop - start
             self.output.write(memoryview(data), start)
-        return kept
+        return retention
 
     # --- write and hash
 
-    def _write(self, piece: Block | Bundle, kept: list[Retention | None], data: memoryview) -> Future[None] | None:
-        """Write bytes of a piece; returns what else needs them."""
+    def _write(self, piece: Block | Bundle, retention: list[Retention | None], data: memoryview) -> Future[None] | None:
+        """Write a piece; the returned future ends when its bytes are hashed."""
         self.output.write(data, piece.start)
-        needed = self._hash.feed(data, piece.start) if self._hash is not None else None
-        for work, measured in zip(piece.works, kept, strict=True):
+        hashed = self._hash.feed(data, piece.start) if self._hash is not None else None
+        for work, measured in zip(piece.works, retention, strict=True):
             with work.lock:
                 if measured is not None:
                     work.retention = measured if work.retention is None else work.retention + measured
@@ -276,10 +277,10 @@ class FileMaking:
                 ended = work.written == work.total
             if ended:
                 self._end(work)
-        return needed
+        return hashed
 
     def _end(self, work: EditWork) -> None:
-        """All of an edit is written."""
+        """Release a completely written edit."""
         work.loaded, name = None, work.edit.name
         if not isinstance(work.edit, RestoreEdit) and work.edit.changes and not work.changed:
             self._unchanged.append(name)
@@ -291,29 +292,30 @@ class FileMaking:
     # --- record
 
     def _begin_sidecar(self) -> SidecarWriter:
-        """The sidecar, with what the base has and the output has not."""
-        gone = not_in_output(self._base, self.file)
-        expected = {name: shape for piece in self.pieces for name, shape in piece.entries()}
-        expected |= {kept(index): info.shape for index, info in gone.items()}
+        """Create the sidecar, with the base's tensors that the output lacks."""
+        dropped = {dropped_name(number): info for number, info in dropped_tensors(self._base, self.file).items()}
+        expected = [{name: info.shape} for name, info in dropped.items()]
+        expected += [entries for piece in self.pieces if (entries := piece.entries())]
         (self.job.folder / RECEIPT_FOLDER).mkdir(exist_ok=True)
         header = bytearray(self._base.nbytes)
         read_span(self.input.fd, memoryview(header), 0, self._base.file)
         sidecar = SidecarWriter(self.job.folder / sidecar_name(self.file.name), bytes(header), expected)
-        for index, info in gone.items():
-            sidecar.add(kept(index), bytes(info.read_bytes()), info.dtype, info.shape)
+        for name, info in dropped.items():
+            sidecar.add([(name, info.dtype, info.shape)], bytes(info.read_bytes()))
         return sidecar
 
     def _record(self, block: Block, undo: Undo) -> None:
-        """Have the sidecar keep what undoes a block."""
+        """Add the undo of a block to the sidecar."""
         assert self._sidecar is not None
-        self._sidecar.add(block.entry, undo.code)
+        entries: list[Entry] = [(block.entry_name, "U8", (len(undo.code),))]
         if undo.gains:
-            self._sidecar.add(block.entry + GAINS, undo.gains, "F64", undo.shape)
+            entries.append((block.entry_name + GAINS, "F64", undo.shape))
         if undo.numbers:
-            self._sidecar.add(block.entry + NUMBERS, undo.numbers)
+            entries.append((block.entry_name + NUMBERS, "U8", (len(undo.numbers),)))
+        self._sidecar.add(entries, undo.code + undo.gains + undo.numbers)
 
     def _part_done(self) -> None:
-        """Count a finished part; the last one writes the header, flushes the file and closes it."""
+        """Count a finished part; the last one writes the header, flushes and closes the file."""
         with self._lock:
             self._parts -= 1
             if self._parts:
@@ -332,12 +334,12 @@ class FileMaking:
         self.close()
 
     def stop(self) -> None:
-        """Nothing that it waits for will come."""
+        """Stop waiting for further pieces."""
         if self._hash is not None:
             self._hash.abandon()
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Close all descriptors."""
         self.output.close()
         self.input.close()
         if self._sidecar is not None:
