@@ -1,6 +1,6 @@
-"""200 merges of the hardest inputs, and of a real model, undone through files: `pytest -s tests/merging/stress.py`.
+"""Merge and undo 200 adversarial inputs, and a real model, through files: `pytest -s tests/merging/stress.py`.
 
-It takes minutes, so that pytest finds it only by this name. STRESS_RUNS and STRESS_ROWS make it shorter.
+It takes minutes, so pytest finds it only by this name. STRESS_RUNS and STRESS_ROWS shorten it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS = int(os.environ.get("STRESS_ROWS", "50000"))
 
 @pytest.mark.parametrize("run", range(RUNS))
 def test_hardest_sums(run: int, cuda: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every case in turn, with other numbers, arithmetics and devices each time."""
+    """Every case in turn, each time with other numbers, arithmetic and devices."""
     name = adversarial.CASES[run % len(adversarial.CASES)]
     case = adversarial.write(name, tmp_path, ROWS, 1000 * run)
     devices = ("cpu", "cuda") if run // len(adversarial.CASES) % 2 else ("cuda", "cpu")

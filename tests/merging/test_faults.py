@@ -1,4 +1,4 @@
-"""Bad luck: kills, ctrl-C, full disks, failing reads, outputs in the way. Inputs stay; an output is whole or absent."""
+"""Kills, Ctrl-C, full disks, failing reads, existing outputs: inputs are unchanged, and an output is complete or absent."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Iterator[Path]:
-    """A folder with `base` (two shards) and `adapter`, and nothing else; both must be unchanged at the end."""
+    """A folder with only `base` (two shards) and `adapter`, both of which must be unchanged at the end."""
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "adapter")
     before = contents(tmp_path)
@@ -61,7 +61,7 @@ def names(folder: Path) -> list[str]:
 
 
 def building(folder: Path) -> Path:
-    """What is being made in the one workspace of a folder."""
+    """The unfinished output in the only workspace of a folder."""
     [work] = [name for name in names(folder) if name.startswith(PREFIX)]
     return folder / work / "new"
 
@@ -121,7 +121,7 @@ POINTS = [
 
 @cache
 def forking() -> subprocess.Popen[str]:
-    """It ends with this process, which then closes its stdin."""
+    """A process that forks on demand, and ends when this one closes its stdin."""
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", FORKING, ROOT], stdin=pipe, stdout=pipe, text=True)
 
@@ -137,7 +137,7 @@ def ended_by(place: tuple[str, int], which: str, folder: Path, *options: str) ->
 
 
 def loads(folder: Path) -> bool:
-    """Whether a loader could take `folder` for a model: a config, and shards that open."""
+    """Whether a loader would accept `folder` as a model: a config, and shards that open."""
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, "pt"):
@@ -158,7 +158,7 @@ def test_killed(inputs: Path, place: tuple[str, int]) -> None:
 
 
 def test_an_unfinished_shard_does_not_open(inputs: Path) -> None:
-    """Shards load without a config too, so a header must not be there before its tensors are."""
+    """Shards load without a config too, so a header must not be written before its tensors."""
     ended_by(("builder.FileBuilder.make", 1), "SIGKILL", inputs)
     shards = sorted(building(inputs).glob("*.safetensors"))
     assert len(shards) == 2
@@ -180,7 +180,7 @@ def test_interrupted(inputs: Path, place: tuple[str, int]) -> None:
 
 
 def test_interrupted_while_progress_is_drawn(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the exception does not pass through the generator that merges, which must end all the same."""
+    """The exception does not pass through the merging generator, which must end anyway."""
     monkeypatch.setattr(Terminal, "isatty", lambda _: True)
     monkeypatch.setattr("rich.progress.Progress.update", failing(KeyboardInterrupt()))
     result = merge(inputs)
@@ -200,7 +200,7 @@ def test_an_interrupted_overwrite_keeps_the_old_output(inputs: Path, which: str)
 
 
 def test_a_failing_rename_puts_the_old_output_back(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel cannot swap two directories, the second of two renames may fail."""
+    """Without a kernel call that swaps two directories, the second of two renames may fail."""
     assert merge(inputs).code == 0
     old = contents(inputs / "out")
     monkeypatch.setattr(system, "exchange", lambda *_: False)
@@ -229,7 +229,7 @@ HALF = ("run.record_done", 2)  # one shard is finished and noted, the other fini
 
 
 def test_a_killed_merge_is_resumed(inputs: Path) -> None:
-    """A shard that was finished is not written again, whatever its inputs' dates; all is as if nothing had happened."""
+    """A finished shard is not written again, whatever its inputs' dates; the output equals an uninterrupted one."""
     assert merge(inputs, out="fresh").code == 0
     ended_by(HALF, "SIGKILL", inputs)
     [first] = finished(inputs)
@@ -244,7 +244,7 @@ def test_a_killed_merge_is_resumed(inputs: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["shard", "note", "base", "adapter", "plan"])
-def test_what_does_not_hash_right_is_merged_again(tmp_path: Path, what: str) -> None:
+def test_shards_with_a_wrong_hash_are_merged_again(tmp_path: Path, what: str) -> None:
     write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
     ended_by(HALF, "SIGKILL", tmp_path)
     [name] = finished(tmp_path)
@@ -263,7 +263,7 @@ def test_what_does_not_hash_right_is_merged_again(tmp_path: Path, what: str) -> 
     assert reused(tmp_path / "out") == []
 
 
-def test_ctrl_c_with_resume_keeps_what_is_finished(inputs: Path) -> None:
+def test_ctrl_c_with_resume_saves_finished_shards(inputs: Path) -> None:
     result = ended_by(HALF, "SIGINT", inputs, "--resume")
     assert result.returncode == 130 and "finished shards are saved: continue with --resume" in result.stderr
     noted = finished(inputs)
@@ -338,7 +338,7 @@ while kills < total:
     ids=["merge", "unmerge"],
 )
 def test_killed_at_random(inputs: Path, command: str, resume: str) -> None:
-    """At random calls: the inputs stay, what is there is whole, and the next run makes it right."""
+    """Killed at random calls: inputs are unchanged, any output is complete, and the next run succeeds."""
     assert merge(inputs, out="merged").code == 0
     merged = contents(inputs / "merged")
     wanted = contents(inputs / ("merged" if resume else "base"))
@@ -384,8 +384,8 @@ def test_reads_that_fail_while_unmerging(inputs: Path, monkeypatch: pytest.Monke
     assert names(inputs) == ["adapter", "base", "merged"]
 
 
-def test_two_that_make_one_output(inputs: Path) -> None:
-    """The second is refused at once; where both began, the one that ends first wins."""
+def test_two_runs_with_one_output(inputs: Path) -> None:
+    """The second is refused at once; if both have begun, the first to finish wins."""
     assert merge(inputs, out="merged").code == 0
     with staged(Destination(inputs / "out")) as new:
         for command in (("merge", inputs / "base", inputs / "adapter"), ("unmerge", inputs / "merged")):
@@ -452,7 +452,7 @@ def test_a_disk_that_is_too_small_is_noticed_first(inputs: Path, monkeypatch: py
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_a_small_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: bool) -> None:
-    """The real thing, noticed beforehand, and where the check was passed but others then filled the disk."""
+    """A real one: noticed beforehand, and when others fill the disk after the check."""
     if not checked:
         monkeypatch.setattr(run, "check_space", lambda *_: None)
     disk = tmp_path / "disk"
@@ -498,7 +498,7 @@ def test_an_input_that_shrinks_after_planning(tmp_path: Path, which: str) -> Non
     assert nothing_left(tmp_path)
 
 
-def test_a_base_that_loses_only_untouched_bytes_after_planning(
+def test_a_base_that_loses_only_unchanged_bytes_after_planning(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = make_base({"m.weight": torch.ones(24, 40).bfloat16(), "z.weight": torch.ones(24, 40).bfloat16()})
@@ -521,7 +521,7 @@ def test_an_input_that_vanishes_after_planning(tmp_path: Path) -> None:
     assert names(tmp_path) == ["adapter"]
 
 
-def test_a_plan_that_is_given_up(inputs: Path) -> None:
+def test_an_abandoned_plan(inputs: Path) -> None:
     events = package.run(package.plan_merge(inputs / "base", [inputs / "adapter"], inputs / "out"))
     next(events)
     assert building(inputs).is_dir()
@@ -533,7 +533,7 @@ def test_a_plan_that_is_given_up(inputs: Path) -> None:
 
 
 def overwritten(file: Path) -> None:
-    """As long as it was, and by its date as old."""
+    """Same size and date."""
     before = file.stat()
     with open(file, "r+b") as scheduler:
         last = scheduler.seek(-1, os.SEEK_END)
@@ -544,7 +544,7 @@ def overwritten(file: Path) -> None:
 
 
 def replaced(file: Path) -> None:
-    """By a copy that has its date."""
+    """By a copy with the same date."""
     shutil.copy2(file, file.with_name("copy"))
     os.replace(file.with_name("copy"), file)
 
@@ -554,7 +554,7 @@ def strip_folders(file: Path) -> None:
 
 
 def swapped(file: Path) -> None:
-    """Moved away, another in its place, and back again."""
+    """Moved away, replaced by another, and moved back."""
     file.rename(file.with_name("aside"))
     shutil.copy2(file.with_name("aside"), file)
     file.with_name("aside").replace(file)
@@ -573,7 +573,7 @@ INPUTS = [
 def test_an_input_that_changes_while_it_is_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, change: Callable[[Path], None]
 ) -> None:
-    """Whatever changes and whenever, no receipt is written that fits neither state."""
+    """Whatever changes at any time, no receipt is written that matches neither state."""
     owner, name, nth = {
         "begun": (scheduler.Scheduler, "_create", 1), "block": (builder.FileBuilder, "make", 2),
         "end": (Inputs, "check", 2),
@@ -636,9 +636,7 @@ def test_inputs_that_change_under_other_commands(tmp_path: Path, monkeypatch: py
     assert contents(tmp_path) | {str(what.relative_to(tmp_path)): b""} == before
 
 
-def test_a_file_that_is_written_to_all_the_time_is_not_waited_for_forever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_never_stops_changing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(stamps, "_stamp", lambda _: stamps.Stamp(0, 0, 0, 0, time.time_ns()))
     monkeypatch.setattr(threading.Event, "wait", lambda _, seconds: waited.append(seconds))
@@ -647,8 +645,8 @@ def test_a_file_that_is_written_to_all_the_time_is_not_waited_for_forever(
     assert sum(waited) <= 5
 
 
-def test_linking_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hard link sets the time of the base's status; a change in the same moment is still one."""
+def test_a_hard_link_is_not_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hard link changes the base's status time; a change at the same time is still noticed."""
     base = write_base(tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", {n: t for n, t in factors().items() if ".0." in n})
     assert package.merge(base, [adapter], tmp_path / "out", link=True).notes == ()
@@ -669,7 +667,7 @@ def test_linking_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_folder_that_becomes_a_link_before_it_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """What lies where it leads gets into no output: neither on the way to a file, nor as where a receipt keeps them."""
+    """The link's target gets into no output, neither on the path to a file nor as the folder of a receipt."""
     write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
     (tmp_path / "base" / "extra").mkdir()
     (tmp_path / "base" / "extra" / "notes.txt").write_text("mine")
@@ -703,7 +701,7 @@ def test_an_output_that_cannot_be_made(inputs: Path, out: str) -> None:
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_an_output_directory_that_is_read_only(inputs: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """Permission bits do not bind root, who may run the tests; so the file system's answer is played."""
+    """Root may run the tests, and ignores permission bits, so the file system's answer is simulated."""
     error = OSError(code, os.strerror(code), str(inputs / "out"))
     monkeypatch.setattr(Path, "mkdir", nth_call(Path.mkdir, 1, failing(error)))
     assert merge(inputs).message(1) == f"{inputs}/out: {os.strerror(code)}"
@@ -715,7 +713,7 @@ def test_an_output_below_proc(inputs: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["out", "new/folder/out"])
-def test_folders_made_for_an_output_go_with_it(inputs: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+def test_folders_made_for_a_failed_output_are_removed(inputs: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(finish, "finish_merge", failing(FULL))
         assert merge(inputs, out=out).code != 0
@@ -726,7 +724,7 @@ def test_folders_made_for_an_output_go_with_it(inputs: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("kind", ["directory", "file", "link", "dangling link", "fifo"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_something_is_in_the_way(inputs: Path, kind: str, overwrite: bool) -> None:
+def test_an_existing_output_is_refused(inputs: Path, kind: str, overwrite: bool) -> None:
     out = inputs / "out"
     if kind == "directory":
         out.mkdir()
@@ -745,14 +743,14 @@ def test_something_is_in_the_way(inputs: Path, kind: str, overwrite: bool) -> No
     assert contents(inputs) == before
 
 
-def test_an_empty_directory_is_no_obstacle(inputs: Path) -> None:
+def test_an_empty_directory_is_accepted(inputs: Path) -> None:
     (inputs / "out").mkdir()
     assert merge(inputs).code == 0
     assert loads(inputs / "out")
     assert names(inputs) == ["adapter", "base", "out"]
 
 
-def test_what_adapterkit_made_is_replaced_when_asked(inputs: Path) -> None:
+def test_an_output_of_adapterkit_is_overwritten_on_request(inputs: Path) -> None:
     assert merge(inputs).code == 0
     first = contents(inputs / "out")
     assert "already exists" in merge(inputs, "--scale=2").message(7)
@@ -806,7 +804,7 @@ SECRET = b"hf_not_to_be_seen_by_anyone"
 
 
 def tempting(folder: Path, secrets: Path) -> list[str]:
-    """Put links to secrets, and what blocks or never ends, into `folder`; their names."""
+    """Put links to secrets, pipes and endless files into `folder`; return their names."""
     secrets.mkdir(exist_ok=True)
     (secrets / "id_rsa").write_bytes(SECRET)
     links = {
@@ -823,7 +821,7 @@ def tempting(folder: Path, secrets: Path) -> list[str]:
 
 @pytest.mark.parametrize("command", ["merge", "quantize", "unmerge", "unmerge --base"])
 def test_no_link_is_copied_and_no_pipe_opened(tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base folder with a link to a private key put it into the output, and from there on the Hub."""
+    """A link to a private key in a base's folder once got into the output, and from there to the Hub."""
     monkeypatch.setenv("HF_TOKEN", SECRET.decode())
     base, adapter, merged = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), tmp_path / "merged"
     args: list[str | Path] = [base, adapter]
@@ -843,7 +841,7 @@ def test_no_link_is_copied_and_no_pipe_opened(tmp_path: Path, command: str, monk
 
 @pytest.mark.parametrize("kind", ["a link", "a link to a folder", "a named pipe"])
 def test_a_receipt_holds_no_links(tmp_path: Path, kind: str) -> None:
-    """Neither is undone by it anything, nor is it kept by the next merge."""
+    """It undoes nothing, and the next merge does not save it."""
     base, adapter, merged = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), tmp_path / "merged"
     assert adapterkit("merge", base, adapter, "-o", merged).code == 0
     (tmp_path / "secrets").mkdir()
@@ -862,7 +860,7 @@ def test_a_receipt_holds_no_links(tmp_path: Path, kind: str) -> None:
         assert names(tmp_path) == held
 
 
-def test_a_file_called_as_a_receipts_folder_is_said_to_stay_behind(tmp_path: Path) -> None:
+def test_a_file_named_like_a_receipts_folder_is_reported_as_not_copied(tmp_path: Path) -> None:
     base, adapter, merged = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter"), tmp_path / "merged"
     (base / "adapterkit_receipt").write_text("for the printer")
     assert "adapterkit_receipt: not copied:" in adapterkit("merge", base, adapter, "-o", merged).err
@@ -880,8 +878,8 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 # --- single files ----------------------------------------------------------------------------------------------------
 
 
-def test_the_first_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another worker that needs the file as well must not find what the first had created, and say that."""
+def test_the_first_failure_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker that needs the file must not report the files that the first had created."""
     base, adapter = write_base(tmp_path / "base", shards=1), write_adapter(tmp_path / "adapter")
     real, seen = FileBuilder.open, []
 

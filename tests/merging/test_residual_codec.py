@@ -1,4 +1,4 @@
-"""Residuals as bytes: what subtraction may leave at most, the edges of each count, and streams that nothing encodes."""
+"""The residual codec: the largest errors of subtraction, the limits of each count, and invalid streams."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FAR = 2**14
 
 
 def every(dtype: torch.dtype) -> torch.Tensor:
-    """All bits that 16-bit values have, or as many others with 0, ±1 and the ends."""
+    """All 16-bit values, or as many wider ones with 0, ±1 and the extremes."""
     integer = INTEGERS[dtype]
     if dtype.itemsize == 2:
         return torch.arange(-(2**15), 2**15).short().view(dtype)
@@ -46,7 +46,7 @@ def every(dtype: torch.dtype) -> torch.Tensor:
 
 
 def beside(values: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Move each value up by `steps` places in the order of all values, in which −0 comes just before 0."""
+    """Move each value up by `steps` in the order of all values, where −0 precedes 0."""
     bits = values.view(INTEGERS[values.dtype]).numpy().astype(object)
     least = -(2 ** (8 * values.element_size() - 1))
     rank = np.where(bits >= 0, bits, least - 1 - bits) + steps.numpy().astype(object)
@@ -55,8 +55,8 @@ def beside(values: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_whatever_lies_within_reach_is_corrected(dtype: torch.dtype) -> None:
-    """As far off as it may be, to either side, across zero too; what may be further off comes back from anything."""
+def test_values_within_reach_are_corrected(dtype: torch.dtype) -> None:
+    """Up to the largest distance, to either side and across zero; values stored whole are restored from anything."""
     values = every(dtype)[:: 7 if dtype.itemsize == 2 else 1]
     values = values[values.isfinite() & (values.abs() < torch.finfo(dtype).max / 2)]
     reach = torch.tensor([0, 1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 63, 64, 65, 1000, FAR])[torch.arange(len(values)) % 16]
@@ -71,7 +71,7 @@ def test_whatever_lies_within_reach_is_corrected(dtype: torch.dtype) -> None:
 
 
 def test_two_bits_are_enough_for_most() -> None:
-    """What is a step off at most takes two bits, more those that may be further off, and whole ones all they have."""
+    """Values at most one step off take two bits, those further off more, and whole ones all of theirs."""
     values, at = torch.rand(2**16).add_(1).float(), torch.arange(2**16).int()
     sizes = []
     for reach in (1, 3, 7, 15, 31, 63, 64):
@@ -111,7 +111,7 @@ def test_a_difference_restores_every_bit_from_anything(dtype: torch.dtype) -> No
 
 
 def test_steps_to_neighbours_take_few_bits() -> None:
-    """Of either sign: only their lowest bytes are not zero."""
+    """Of either sign: only the lowest bytes are not zero."""
     before = torch.randn(2**14)
     after = beside(before, torch.randint(-1, 2, before.shape))
     assert 8 * len(encode_difference(before, after)) < 2.5 * len(before)
@@ -121,7 +121,7 @@ def test_steps_to_neighbours_take_few_bits() -> None:
 
 
 def stream(kind: int, many: int, whole: int, *planes: Any, after: bytes = b"") -> bytes:
-    """A code written by hand: each plane by its bytes, or by what stands for it."""
+    """A code written by hand, each plane by its bytes or by its encoding."""
     code = struct.pack("<BII", kind, many, whole)
     for plane in planes:
         _, size, packed = plane if isinstance(plane, tuple) else (plane, len(plane), zstd.compress(plane))
@@ -177,7 +177,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_nothing_encodes_is_refused(what: str) -> None:
+def test_invalid_codes_are_refused(what: str) -> None:
     out = torch.tensor([2, 7, 5], dtype=torch.int16).view(torch.bfloat16)
     with pytest.raises(FormatError, match="^here: cannot restore 3 elements of torch.bfloat16: "):
         correct(BAD[what], out, "here")

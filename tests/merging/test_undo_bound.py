@@ -1,7 +1,7 @@
-"""The bound behind undoing a merge: arithmetic as wrong as the standard model allows, to every side, restores each bit.
+"""The error bound behind undoing a merge: arithmetic at the limits of the standard model still restores every bit.
 
-The model: whatever is rounded k times is off by a share of `k·u / (1 − k·u)` at most. It is written down here once more
-from the order of the operations, and shares no code with adapterkit.
+In the model, a value rounded k times has a relative error of at most `k·u / (1 − k·u)`. It is written again here, from
+the order of the operations, and shares no code with adapterkit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
 def share(count: int, kind: torch.dtype = torch.float32) -> float:
-    """How far off what is rounded `count` times can be."""
+    """The largest relative error of `count` roundings."""
     off = count * UNIT[kind]
     return off / (1 - off)
 
@@ -40,7 +40,7 @@ def update_of(size: torch.Tensor, rank: int) -> Update:
 
 
 def marked_by(W: torch.Tensor, S: torch.Tensor, updates: list[Update]) -> torch.Tensor:
-    """The flat positions that are marked where `W` and `updates` were summed to `S`."""
+    """The flat positions marked when `W` and `updates` are summed to `S`."""
     doubts, error = DoubtMask(torch.empty_like(W)), S.to(W.dtype).float() - S
     _mark(
         0, torch.empty_like(S), error, W, doubts.marks, doubts.marks.view(torch.int16), W.view(torch.int16),
@@ -50,7 +50,7 @@ def marked_by(W: torch.Tensor, S: torch.Tensor, updates: list[Update]) -> torch.
 
 
 def comes_back(W: torch.Tensor, S: torch.Tensor, N: torch.Tensor, rank: int, parts: int) -> Iterator[torch.Tensor]:
-    """What subtracting leaves, rounded, where merging to `S` and subtracting are as far off as can be.
+    """The rounded result of subtraction, with the largest errors both in merging to `S` and in subtracting.
 
     Merging sums W and all terms at once. Subtraction sums each update, then subtracts it, rounded except for the last,
     which is rounded here.
@@ -65,7 +65,7 @@ def comes_back(W: torch.Tensor, S: torch.Tensor, N: torch.Tensor, rank: int, par
 
 
 def needless(W: torch.Tensor, S: torch.Tensor, N: torch.Tensor, rank: int, parts: int) -> torch.Tensor:
-    """Where marking would be for nothing: all that can be off, and a hundredth more, stays short of the boundary."""
+    """Positions that need no mark: the largest error plus 1% stays short of the boundary."""
     error = S.to(W.dtype).double() - S.double()
     towards = torch.where((error >= 0) == (W > 0), 1, -1).short()  # in bits, which grow away from zero
     distance = ((W.view(torch.int16) + towards).view(W.dtype).double() - W.double()).abs() / 2
@@ -78,7 +78,7 @@ def needless(W: torch.Tensor, S: torch.Tensor, N: torch.Tensor, rank: int, parts
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(("rank", "parts"), [(1, 1), (16, 1), (256, 1), (1000, 1), (4, 3)])
-def test_what_is_not_marked_comes_back(dtype: torch.dtype, rank: int, parts: int) -> None:
+def test_unmarked_values_are_restored_by_subtraction(dtype: torch.dtype, rank: int, parts: int) -> None:
     rows, kept = min(20_000, 4_000_000 // rank), 0
     for seed, near in enumerate((0.0, 0.02, 0.3, 0.9)):  # Δ's own error, in distances to the boundary
         W = adversarial.weights(rows, 1, dtype, seed)
@@ -96,8 +96,8 @@ def test_what_is_not_marked_comes_back(dtype: torch.dtype, rank: int, parts: int
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("rank", [4, 256])
 @pytest.mark.parametrize("subnormal", [False, True])
-def test_what_is_marked_lands_within_the_steps_that_are_coded(dtype: torch.dtype, rank: int, subnormal: bool) -> None:
-    """Here all weights are of one size, as the bound takes the largest update for every element."""
+def test_marked_values_land_within_the_encoded_steps(dtype: torch.dtype, rank: int, subnormal: bool) -> None:
+    """All weights have one size here, because the bound uses the largest update for every element."""
     rng = torch.Generator().manual_seed(0)
     rows = 6_000
     step = torch.finfo(dtype).eps
@@ -123,7 +123,7 @@ def test_what_is_marked_lands_within_the_steps_that_are_coded(dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", KINDS)
 def test_the_largest_row_and_column_decide_how_far_off_any_can_be(dtype: torch.dtype) -> None:
-    """So that weights land no further off, by the bound, for being merged beside others."""
+    """So weights merged beside others land no further off by the bound."""
     W = adversarial.weights(1000, 1, dtype, 1)
     after, left = (W.double() * 1.3).to(dtype), torch.full((1000, 4), 20.0)
     alone = marked(W, after, [Update(0, 1000, left, torch.full((4, 1), 30.0), 1.0)], torch.arange(1000))
@@ -139,8 +139,8 @@ def test_the_largest_row_and_column_decide_how_far_off_any_can_be(dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-def test_most_of_what_is_marked_takes_two_bits(dtype: torch.dtype) -> None:
-    """Those that land on a neighbour at most; where the update is as in practice, a hundredth of the weights."""
+def test_most_marked_values_take_two_bits(dtype: torch.dtype) -> None:
+    """Those at most one step off; with realistic updates, a hundredth of the weights."""
     W = (torch.randn(500, 500) * 0.02).to(dtype)
     update = Update(0, 500, torch.randn(500, 16) * 5e-5, torch.randn(16, 500), 1.0)
     S = W.float() + update.left @ update.right
@@ -148,8 +148,8 @@ def test_most_of_what_is_marked_takes_two_bits(dtype: torch.dtype) -> None:
     assert len(found) > 100 and ((found.reach <= 1).sum() > 0.7 * len(found))
 
 
-def test_only_updates_that_meet_are_added_up() -> None:
-    """256 experts in one tensor leave no more than one."""
+def test_only_overlapping_updates_are_summed() -> None:
+    """256 experts in one tensor leave no more than a single one."""
     one = Update(0, 8, torch.ones(8, 4), torch.ones(4, 5), 1.0)
     experts = [Update(8 * at, 8 * at + 8, one.left, one.right, 1.0) for at in range(256)]
     assert spread(experts, torch.float16) == spread([one], torch.float16)
@@ -159,7 +159,7 @@ def test_only_updates_that_meet_are_added_up() -> None:
 
 
 def furthest(side: float) -> Callable[..., torch.Tensor]:
-    """`residual.subtracted` by arithmetic that is off to one side by all that the model allows."""
+    """`residual.subtracted` with arithmetic that errs to one side as far as the model allows."""
 
     def subtract(
         after: torch.Tensor, first: int, updates: Sequence[Update], gain: torch.Tensor | None = None
@@ -184,7 +184,7 @@ def furthest(side: float) -> Callable[..., torch.Tensor]:
 def check_recorded(
     W: torch.Tensor, after: torch.Tensor, plain: list[Update], factor: torch.Tensor | None, patch: pytest.MonkeyPatch
 ) -> None:
-    """Recorded by arithmetic that is off to one side, restored by what is off to the other."""
+    """Recorded with arithmetic that errs to one side, restored with arithmetic that errs to the other."""
     for side in (-1.0, 1.0):
         patch.setattr(residual, "subtracted", furthest(side))
         found = record(W, after, 0, plain, factor)
@@ -200,7 +200,7 @@ def check_recorded(
 @pytest.mark.parametrize("dtype", [*KINDS, torch.float32])
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("units", [1.5, 8.0, 40.0])
-def test_what_is_recorded_by_one_sum_is_restored_by_any(
+def test_a_record_of_one_sum_restores_with_any(
     dtype: torch.dtype, parts: int, units: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     W, factors = adversarial.plain(10_000, dtype, 5, parts, units)
@@ -212,7 +212,7 @@ def test_what_is_recorded_by_one_sum_is_restored_by_any(
 
 @pytest.mark.parametrize("dtype", [*KINDS, torch.float32])
 @pytest.mark.parametrize("units", [20.0, 60.0, 200.0])
-def test_what_dora_leaves_is_restored_by_any_sum(
+def test_a_dora_residual_restores_with_any_sum(
     dtype: torch.dtype, units: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     W, (B, A), magnitude = adversarial.dora(10_000, dtype, 6, units)

@@ -1,4 +1,4 @@
-"""Merges undone: every file of the base byte for byte, or one clear refusal."""
+"""Undoing merges: every file of the base is restored byte for byte, or one clear error is raised."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def rewritten(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 @pytest.fixture
 def merged(make_base: Make, make_adapter: Make, tmp_path: Path) -> Path:
-    """`base` (two shards, one of them untouched) and `adapter` in a folder of their own, merged."""
+    """A merge of `base` (two shards, one unchanged) and `adapter`, all in one folder."""
     tensors = {name: torch.randn(40, 24).bfloat16() for name in ("a.q.weight", "norm.weight", "b.q.weight")}
     make_base(tensors, {"model_type": "llama"}, shards=2)
     make_adapter(factors("a.q", 40, 24) | factors("b.q", 40, 24))
@@ -67,7 +67,7 @@ def merged(make_base: Make, make_adapter: Make, tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(merged: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(merged: Path, tmp_path: Path) -> None:
     before, out = contents(tmp_path), tmp_path / "again"
     result = run("unmerge", merged, "-o", out, "--adapter", tmp_path / "adapter", "--dry-run")
     assert result.code == 0, result
@@ -83,7 +83,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(merged: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_kind_of_adapter_comes_out_again(name: str, tmp_path: Path) -> None:
+def test_every_kind_of_adapter_is_undone(name: str, tmp_path: Path) -> None:
     base = FIXTURES / "bases" / TINY[name]
     adapterkit.merge(base, [FIXTURES / name], tmp_path / "merged")
     result = adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=[FIXTURES / name])
@@ -94,7 +94,7 @@ def test_every_kind_of_adapter_comes_out_again(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 1e3])
 @pytest.mark.parametrize("rank", [1, 4, 256])
-def test_every_size_comes_out_again(
+def test_every_size_is_undone(
     dtype: torch.dtype, size: float, rank: int, make_base: Make, make_adapter: Make, tmp_path: Path
 ) -> None:
     W = torch.randn(70, 50) * torch.logspace(-3, 1, 50)
@@ -111,8 +111,8 @@ def test_every_size_comes_out_again(
 
 
 @pytest.mark.parametrize("name", adversarial.CASES)
-def test_the_hardest_sums_come_out_again(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On midpoints of powers of two; `pytest tests/merging/stress.py` does many more of them."""
+def test_adversarial_sums_are_undone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums on midpoints of powers of two; `pytest tests/merging/stress.py` runs many more."""
     case = adversarial.write(name, tmp_path, 3_000, 1)
     adapterkit.merge(case.base, case.adapters, tmp_path / "merged", **case.how)
     adapterkit.unmerge(tmp_path / "merged", tmp_path / "again", adapters=case.adapters)
@@ -123,7 +123,7 @@ def test_the_hardest_sums_come_out_again(name: str, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("flipped", [False, True], ids=["(E, out, in)", "(E, in, out)"])
-def test_stacked_experts_come_out_again(flipped: bool, make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+def test_stacked_experts_are_undone(flipped: bool, make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     W = (torch.randn(3, 10, 6) if flipped else torch.randn(3, 6, 10)).bfloat16()
     parts = {"mlp.experts.lora_A.weight": torch.randn(12, 10), "mlp.experts.lora_B.weight": torch.randn(6, 12)}
     adapter = make_adapter(parts, target_parameters=["mlp.experts.gate_up_proj"])
@@ -143,10 +143,10 @@ def test_several_adapters_dora_among_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("small", [8, 16])
-def test_dora_by_column_that_leaves_too_much(
+def test_dora_by_column_with_large_residuals(
     small: int, make_base: Make, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first blocks, or all of them, leave whole differences, which need no gains."""
+    """Its first blocks, or all, leave whole differences, which need no gains."""
     monkeypatch.setattr(pieces, "BLOCK_BYTES", 96)
     W = torch.randn(16, 48)  # stored (in, out)
     W[small:] *= 1e4
@@ -162,7 +162,7 @@ def test_dora_by_column_that_leaves_too_much(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_dtype_that_holds_the_base_can_be_undone(dtype: str, tmp_path: Path) -> None:
+def test_a_dtype_that_represents_the_base_can_be_undone(dtype: str, tmp_path: Path) -> None:
     base, adapter = FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-dora"  # bf16
     adapterkit.merge(base, [adapter], tmp_path / "merged", dtype=dtype)
     if dtype == "fp16":
@@ -179,10 +179,10 @@ def test_a_dtype_that_holds_the_base_can_be_undone(dtype: str, tmp_path: Path) -
     [{"to": "nf4"}, {"to": "nf4", "nested": True}, {"to": "fp4", "blocksize": 128}, {"to": "int8"}],
     ids=lambda how: "-".join(str(value) for value in how.values()),
 )
-def test_a_base_merged_out_of_4_or_8_bits_is_packed_again(
+def test_a_dequantized_base_is_restored_packed(
     how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block at a time; and merged without a receipt it is the same."""
+    """Block by block; a merge without a receipt is the same."""
     adapterkit.quantize(FIXTURES / "bases" / "tiny-llama", tmp_path / "base", **how)
     monkeypatch.setattr(pieces, "BLOCK_BYTES", 640)
     for name in ("tiny-rslora", "tiny-dora"):
@@ -198,8 +198,8 @@ def test_a_base_merged_out_of_4_or_8_bits_is_packed_again(
         assert merged.read_bytes() == bare.read_bytes()
 
 
-def test_an_fp8_base_is_packed_again(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
-    """With a last block that is cut, a scale that is zero, and a negative zero."""
+def test_an_fp8_base_is_restored_packed(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    """With a partial last block, a scale of zero, and a negative zero."""
     numbers = (torch.randn(20, 12) * 50).to(torch.float8_e4m3fn)
     numbers[0, 0], scale = -0.0, torch.rand(3, 2)
     scale[1, 1] = 0.0
@@ -211,8 +211,10 @@ def test_an_fp8_base_is_packed_again(make_base: Make, make_adapter: Make, tmp_pa
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_blocks_threads_and_arithmetic_are_free(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recorded with small blocks and other chunks, undone by sums the other way round."""
+def test_blocks_threads_and_arithmetic_may_differ(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded with small blocks and other chunks, undone with sums in reverse order."""
     base, names = FIXTURES / "bases" / "tiny-llama", ("tiny-dora", "tiny-patterns")
     for name in names:
         with monkeypatch.context() as patched:
@@ -224,7 +226,7 @@ def test_blocks_threads_and_arithmetic_are_free(threads: int, tmp_path: Path, mo
         assert same(base, tmp_path / f"{name}-again")
 
 
-def test_an_adapter_without_a_config_is_undone_by_the_scaling_of_the_receipt(merged: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_a_config_is_undone_with_the_receipts_scaling(merged: Path, tmp_path: Path) -> None:
     file = shutil.copy(tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "bare.safetensors")
     assert run("merge", tmp_path / "base", file, "-o", tmp_path / "other", "--alpha", "7", "--scale", "-0.3").code == 0
     assert run("unmerge", tmp_path / "other", "-o", tmp_path / "again").code == 0
@@ -270,8 +272,8 @@ def test_smollm2_in_separate_processes(smollm2: Path, tmp_path: Path) -> None:
 # --- labels and names ------------------------------------------------------------------------------------------------
 
 
-def test_no_two_adapters_have_one_label() -> None:
-    """Whatever they are called, and in any order: names that look like the numbers that tell namesakes apart."""
+def test_labels_of_adapters_are_unique() -> None:
+    """For any names in any order, also names that look like the numbers that distinguish equal ones."""
     names = ["a", "a #1", "a #2", "a #1 #1", "b"]
     for wanted in product(names, repeat=4):
         given = [WeightedAdapter(Adapter("peft", {}), 1.0, name) for name in wanted]
@@ -281,8 +283,8 @@ def test_no_two_adapters_have_one_label() -> None:
         assert all(label == name for label, name in zip(labels, wanted, strict=True) if wanted.count(name) == 1)
 
 
-def test_adapters_that_share_names_are_told_apart(merged: Path, make_adapter: Make, tmp_path: Path) -> None:
-    """Two in folders `a`, one in `a #1`, of other sizes and weights: each is found, and taken out as itself."""
+def test_adapters_of_the_same_name_are_distinguished(merged: Path, make_adapter: Make, tmp_path: Path) -> None:
+    """Two in folders `a`, one in `a #1`, of different sizes and weights: each is found and undone."""
     for folder, name in (("x", "a"), ("y", "a"), ("z", "a #1")):
         (tmp_path / folder).mkdir()
         make_adapter(factors("a.q", 40, 24) | factors("b.q", 40, 24), f"{folder}/{name}")
@@ -306,7 +308,9 @@ NAMES = [
 
 
 @pytest.mark.parametrize("place", ["base", "shard", "indexed", "adapter", "adapter file", "single file"])
-def test_names_survive_or_are_refused_before_anything_is_written(place: str, merged: Path, tmp_path: Path) -> None:
+def test_adapter_names_survive_or_are_refused_before_anything_is_written(
+    place: str, merged: Path, tmp_path: Path
+) -> None:
     """Adapters are found again by their names alone."""
     shutil.rmtree(merged)
     clean, refused = contents(tmp_path), []
@@ -359,7 +363,7 @@ def packed_ones(shapes: dict[str, tuple[int, int]]) -> bytes:
 
 @pytest.mark.parametrize("place", ["changed", "other", "adapter alone", "pickled"])
 def test_tensor_names_survive_or_are_refused_before_anything_is_written(place: str, tmp_path: Path) -> None:
-    """Whatever is merged has a receipt that can be read; what is refused is shown by its name, on one line."""
+    """Every merge has a readable receipt; a refused name is shown on one line."""
     survived = []
     for number, name in enumerate((*NAMES, "\ud83d", "hangul\u3164filler", "variation\ufe0f", "x" * 1000)):
         folder = tmp_path / str(number)
@@ -396,7 +400,7 @@ def test_tensor_names_survive_or_are_refused_before_anything_is_written(place: s
 def test_a_receipt_that_could_not_be_read_is_refused_first(
     merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same code reads what is to be written, as it would at unmerging: here more values than it takes."""
+    """The receipt is read back before it is written: here it has more values than the reader accepts."""
     before, giving = contents(tmp_path), [(tmp_path / "adapter", 1.0)] * 3
     monkeypatch.setattr(jsonfile, "MAX_HEADER_ITEMS", 60)  # more than any header has, fewer than the receipt
     with pytest.raises(
@@ -415,7 +419,7 @@ def test_any_finite_weight_can_be_read_back(merged: Path, weight: float) -> None
 
 
 @pytest.mark.parametrize("weight", ["Infinity", "NaN", "true", "1" + "0" * 400])
-def test_no_other_weight_is_read(merged: Path, weight: str) -> None:
+def test_invalid_weights_are_refused(merged: Path, weight: str) -> None:
     file = merged / "adapterkit_receipt.json"
     file.write_text(file.read_text().replace('"weight": 1.0', f'"weight": {weight}', 1))
     with pytest.raises(FormatError, match="weight: expected a finite number"):
@@ -425,8 +429,8 @@ def test_no_other_weight_is_read(merged: Path, weight: str) -> None:
 # --- sidecars --------------------------------------------------------------------------------------------------------
 
 
-def test_a_sidecars_header_has_room_for_every_shape(tmp_path: Path) -> None:
-    """Of as many dimensions as there may be: it never reaches the data."""
+def test_a_sidecar_reserves_space_for_every_shape(tmp_path: Path) -> None:
+    """Even with the largest number of dimensions it never reaches the data."""
     file, shapes = tmp_path / "s.residuals", {f"kept:{number}": (1,) * 64 for number in range(9)}
     writer = sidecar.SidecarWriter(
         file, b"header", [{name: shape} for name, shape in shapes.items()] + [{"0:0-9": (sidecar.MAX_OFFSET,)}]
@@ -488,7 +492,7 @@ def test_equal_merges_write_equal_bytes(
 
 @pytest.mark.parametrize("size", [0, 9, 10**8, 10**15, 2**60 - 1])
 @pytest.mark.parametrize("dims", [1, 2, 64])
-def test_the_room_for_a_sidecars_header_is_enough_for_any_offset(size: int, dims: int) -> None:
+def test_the_reserved_header_is_large_enough_for_any_offset(size: int, dims: int) -> None:
     shape = (size, *(1,) * (dims - 1))
     raw, _ = encode_header([(f"{number}:0-1", "F8_E4M3", shape) for number in range(7)], {})
     assert len(raw) <= sidecar.room_for({f"{number}:0-1": shape for number in range(7)})
@@ -510,7 +514,7 @@ def test_a_sidecar_of_too_many_entries_is_refused_first(tmp_path: Path, monkeypa
 def test_the_printed_command_undoes_the_merge(
     name: str, single: bool, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As any shell reads it, and from where one stands; the adapters are found by nothing but what is printed."""
+    """In any shell, from the current directory, with adapters found only by the printed command."""
     base = tmp_path / "base" / "model-00001-of-00002.safetensors" if single else tmp_path / "base"
     end, files = (
         ".safetensors" if single else "",
@@ -562,7 +566,7 @@ def test_a_command_of_many_adapters_is_whole(merged: Path, tmp_path: Path) -> No
 
 
 def with_everything(base: Path) -> Path:
-    """A base with companions of every kind: in folders, of names that a merge makes anew, and left out."""
+    """A base with every kind of companion: in folders, replaced by a merge, and left out."""
     (base / "deep" / "er").mkdir(parents=True)
     (base / "deep" / "er" / "vocab.txt").write_text("a")
     (base / "tokenizer.json").write_text("{}")
@@ -596,7 +600,7 @@ def test_files_beside_the_weights_are_checked(name: str, how: str, merged: Path,
 
 
 def test_levels_below_are_checked_too(merged: Path, tmp_path: Path) -> None:
-    """A changed receipt or sidecar of an earlier merge is found when the last one is undone."""
+    """A changed receipt or sidecar of an earlier merge is found when the last merge is undone."""
     adapterkit.merge(merged, [tmp_path / "adapter"], tmp_path / "both")
     before = tmp_path / "both" / "adapterkit_receipt" / "before"
     for file in [file for file in before.rglob("*") if file.is_file()]:
@@ -610,7 +614,7 @@ def test_levels_below_are_checked_too(merged: Path, tmp_path: Path) -> None:
     assert same(tmp_path / "out", tmp_path / "base")
 
 
-def test_what_is_not_restored_is_said(merged: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_restored_are_named(merged: Path, tmp_path: Path) -> None:
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"other weights")
     adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "more")
     (tmp_path / "more" / "notes.txt").write_text("mine")
@@ -626,7 +630,7 @@ def test_what_is_not_restored_is_said(merged: Path, tmp_path: Path) -> None:
     assert same(tmp_path / "out", tmp_path / "base")
 
 
-def test_a_receipt_of_format_1_is_read_and_says_what_is_not_checked(merged: Path, tmp_path: Path) -> None:
+def test_a_receipt_of_format_1_is_read_and_unchecked_files_are_named(merged: Path, tmp_path: Path) -> None:
     def former(facts: dict[str, Any]) -> None:
         facts["adapterkit_receipt"] = 1
         for name in ("copied", "replaced", "left_out"):
@@ -657,7 +661,7 @@ def test_merges_one_after_the_other_are_undone_from_the_last(merged: Path, make_
     assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith(".")) == []
 
 
-def test_one_of_two_that_were_merged_together_is_refused(merged: Path, make_adapter: Make, tmp_path: Path) -> None:
+def test_one_of_two_adapters_merged_together_is_refused(merged: Path, make_adapter: Make, tmp_path: Path) -> None:
     make_adapter(factors("a.q", 40, 24), "second")
     make_adapter(factors("a.q", 40, 24), "it's\x1b")
     adapterkit.merge(tmp_path / "base", [tmp_path / "adapter", (tmp_path / "it's\x1b", 1 / 3)], tmp_path / "odd")
@@ -707,7 +711,7 @@ def test_a_changed_adapter_is_refused(merged: Path, tmp_path: Path) -> None:
 
 
 def test_a_changed_receipt_never_passes_for_the_base(merged: Path, tmp_path: Path) -> None:
-    """Whatever a stranger writes into a receipt, what comes out has the SHA-256 it names, or nothing does."""
+    """Whatever a stranger writes into a receipt, the output has the SHA-256 that it names, or there is none."""
     file = merged / "adapterkit_receipt.json"
     whole = file.read_text()
     for broken, says in (
@@ -726,7 +730,7 @@ def test_a_changed_receipt_never_passes_for_the_base(merged: Path, tmp_path: Pat
         assert not (tmp_path / "out").exists()
 
 
-def test_nothing_but_what_a_merge_keeps_is_put_back(merged: Path, tmp_path: Path) -> None:
+def test_foreign_files_in_a_receipt_are_refused(merged: Path, tmp_path: Path) -> None:
     (merged / "adapterkit_receipt" / "before" / "model.safetensors").write_bytes(b"other weights")
     assert "not a file that a merge saves" in run("unmerge", merged, "-o", tmp_path / "out").message(1)
     assert not (tmp_path / "out").exists()
@@ -760,7 +764,7 @@ def test_broken_sidecars_are_named(merged: Path, tmp_path: Path) -> None:
     ],
 )
 def test_sidecars_with_other_entries(changes: dict[str, str | None], says: str, merged: Path, tmp_path: Path) -> None:
-    """None of them hang, write elsewhere, or fail in another way."""
+    """None hangs, writes elsewhere, or fails otherwise."""
     file = merged / "adapterkit_receipt" / "model-00001-of-00002.safetensors.residuals"
     before = load_file(file)
     after = {name: before[source].clone() for name, source in changes.items() if source}
@@ -831,7 +835,7 @@ def test_adapters_by_names_that_no_file_has(name: str, merged: Path, tmp_path: P
 
 
 def test_where_zstd_is_missing(merged: Path, tmp_path: Path) -> None:
-    """Merging does without it, and says so."""
+    """A merge without a receipt works, and the error suggests it."""
     code = """
 import sys
 sys.modules["backports"] = sys.modules["compression"] = None
@@ -855,7 +859,7 @@ for more in ([], ["--no-receipt"]):
 # --- without a receipt -----------------------------------------------------------------------------------------------
 
 
-def test_without_a_receipt_the_base_does(merged: Path, tmp_path: Path) -> None:
+def test_without_a_receipt_the_base_restores(merged: Path, tmp_path: Path) -> None:
     base, adapter, bare = tmp_path / "base", tmp_path / "adapter", tmp_path / "bare"
     adapterkit.merge(base, [adapter], bare, receipt=False)
     assert not (bare / "adapterkit_receipt.json").exists()

@@ -1,4 +1,4 @@
-"""One weight of a model in memory: updated in place, block by block, with what undoes it recorded."""
+"""Change one weight of a model in memory, in place and block by block, and record its undo."""
 
 from __future__ import annotations
 

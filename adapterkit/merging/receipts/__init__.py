@@ -1,1 +1,1 @@
-"""What a merge leaves to be undone and resumed by."""
+"""Receipts, which undo a merge, and the records that resume one."""
