@@ -58,7 +58,7 @@ def test_blocks_are_rows_of_the_whole(name: str, weight: float, rows: int, tmp_p
         for edit in (one for one in file.edits if one.name in expected and one.source is not None):
             fd = os.open(file.source, os.O_RDONLY)
             (depth, columns), before = edit.matrix, base[edit.name]
-            loaded, kept, found = load(edit, fd), Retention(), []
+            loaded, measured, found = load(edit, fd), Retention(), []
             for first in range(0, depth, rows):
                 last = min(depth, first + rows)
                 into = bytearray((last - first) * columns * before.itemsize)
@@ -69,13 +69,15 @@ def test_blocks_are_rows_of_the_whole(name: str, weight: float, rows: int, tmp_p
                 source = before.view(depth, columns)[first:last]
                 assert made.changed is not torch.equal(found[-1], source) and (made.undo is None) is (first % 2 == 1)
                 assert made.retention is not None
-                kept += made.retention
+                measured += made.retention
             os.close(fd)
             after, want = torch.cat(found).view(before.shape), expected[edit.name]
             assert check(after, want) == 0
             if not edit.replaced:
                 delta, applied = want.exact - before.double(), after.double() - before.double()
-                assert kept.retained == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-3)
+                assert measured.retained == pytest.approx(
+                    float((applied * delta).sum() / delta.square().sum()), rel=1e-3
+                )
             seen.add(edit.name)
     assert seen
 

@@ -151,9 +151,9 @@ def test_bundled_is_as_alone(
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     assert names == same_names and bundled.hashes == single.hashes and bundled.warnings == single.warnings
     assert bundled.retention.keys() == single.retention.keys()
-    for name, kept in bundled.retention.items():
+    for name, measured in bundled.retention.items():
         other = single.retention[name]
-        assert (kept.dot, kept.delta, kept.residual) == pytest.approx(
+        assert (measured.dot, measured.delta, measured.residual) == pytest.approx(
             (other.dot, other.delta, other.residual), nan_ok=True
         )
 

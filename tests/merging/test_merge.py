@@ -372,9 +372,9 @@ def test_retention_matches_numpy(tmp_path: Path) -> None:
     before, after = weights(base), weights(tmp_path / "out")
     for name, expected in oracle.merged(before, adapter).items():
         delta, applied = expected.exact - before[name].double(), after[name].double() - before[name].double()
-        kept = result.retention[name]
-        assert kept.retained == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-5)
-        assert kept.error == pytest.approx(float((applied - delta).norm() / delta.norm()), rel=1e-4)
+        measured = result.retention[name]
+        assert measured.retained == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-5)
+        assert measured.error == pytest.approx(float((applied - delta).norm() / delta.norm()), rel=1e-4)
     assert sum(result.retention.values(), Retention()).retained == pytest.approx(1, abs=1e-3)
 
 
@@ -446,9 +446,9 @@ def test_retention_does_not_depend_on_how_the_base_is_stored(
     result = adapterkit.merge(base, [adapter], tmp_path / "out", dtype=output, report=True)
     exact = oracle.merged({"m.weight": W}, adapter)["m.weight"].exact
     delta, applied = exact - W.double(), weights(tmp_path / "out")["m.weight"].double() - W.double()
-    kept = result.retention["m.weight"]
-    assert kept.delta == pytest.approx(float(delta.square().sum()), rel=1e-4)
-    assert kept.retained == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-4)
+    measured = result.retention["m.weight"]
+    assert measured.delta == pytest.approx(float(delta.square().sum()), rel=1e-4)
+    assert measured.retained == pytest.approx(float((applied * delta).sum() / delta.square().sum()), rel=1e-4)
 
 
 # --- updates that change nothing -------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def needless(W: torch.Tensor, S: torch.Tensor, N: torch.Tensor, rank: int, parts
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(("rank", "parts"), [(1, 1), (16, 1), (256, 1), (1000, 1), (4, 3)])
 def test_unmarked_values_are_restored_by_subtraction(dtype: torch.dtype, rank: int, parts: int) -> None:
-    rows, kept = min(20_000, 4_000_000 // rank), 0
+    rows, restored = min(20_000, 4_000_000 // rank), 0
     for seed, near in enumerate((0.0, 0.02, 0.3, 0.9)):  # Δ's own error, in distances to the boundary
         W = adversarial.weights(rows, 1, dtype, seed)
         S, N = adversarial.sums(W, near / (2 * share(parts * (rank + 3))), seed)
@@ -89,8 +89,8 @@ def test_unmarked_values_are_restored_by_subtraction(dtype: torch.dtype, rank: i
         for back in comes_back(W, S, N, rank, parts):
             assert torch.equal(back[others], W[others]), near
         assert not bool((needless(W, S, N, rank, parts) & ~others[:, None]).any()), near
-        kept += int(others.sum())
-    assert kept > 0.05 * rows
+        restored += int(others.sum())
+    assert restored > 0.05 * rows
 
 
 @pytest.mark.parametrize("dtype", KINDS)

@@ -200,8 +200,8 @@ def test_a_requantized_merge_is_named_with_its_retention(base: Path, adapter: Pa
     adapterkit.merge(tmp_path / "nf4", small, tmp_path / "out", quantize="same", accept_loss=True)
     found = verdicts(tmp_path / "out", tmp_path / "nf4", *small)
     assert kinds(found) <= {"quantized", "missing"} and any("NF4" in v.explanation for v in found.values())
-    kept = [scale for verdict in found.values() for _, scale in verdict.scales]
-    assert max(kept) < 0.9
+    scales = [scale for verdict in found.values() for _, scale in verdict.scales]
+    assert max(scales) < 0.9
 
 
 @pytest.mark.parametrize("broken", [False, True])
