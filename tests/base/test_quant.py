@@ -481,7 +481,9 @@ def test_weights_beyond_float16_are_refused_for_int8(
         adapterkit.quantize(base, tmp_path / "out", to="int8")
         assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["layers.0.q.SCB"], scale)
         return
-    says = "exceeds 65504, the maximum of float16; bitsandbytes LLM.int8" if np.isfinite(most) else "contains NaN or Inf"
+    says = (
+        "exceeds 65504, the maximum of float16; bitsandbytes LLM.int8" if np.isfinite(most) else "contains NaN or Inf"
+    )
     with pytest.raises(FitError, match=f"layers.0.q.weight: .*{says}"):
         adapterkit.quantize(base, tmp_path / "out", to="int8")
     assert not (tmp_path / "out").exists()
