@@ -63,7 +63,7 @@ def plan_combine(o: CombineOptions) -> AdapterPlan:
     target = _checked(o.out, o.overwrite, *given)
     work = plan_combination(given, o.method, limit=limit, options=o.options, seed=o.seed, saved=o.saved)
     how = f"{o.method}{_limit_text(limit)}{''.join(f', {name} {value}' for name, value in (o.options or {}).items())}"
-    return AdapterPlan(work, f"combined by {how}", target, tuple(given))
+    return AdapterPlan(work, f"combined by {how}", target, tuple(given), format=o.format)
 
 
 @takes(CombineCall)
@@ -104,7 +104,7 @@ def plan_resize(o: ResizeOptions) -> AdapterPlan:
     target = _checked(o.out, o.overwrite, *given)
     work = plan_combination(given, limit=limit, pad=limit.rank is not None, uniform=o.uniform)
     alike = ", the same rank for every module" if o.uniform else ""
-    return AdapterPlan(work, f"resized{_limit_text(limit)}{alike}", target, tuple(given))
+    return AdapterPlan(work, f"resized{_limit_text(limit)}{alike}", target, tuple(given), format=o.format)
 
 
 @takes(ResizeCall)
@@ -176,7 +176,7 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
         work = ToLora(placed_in(models[0], one, dora=True), limit, o.seed or 0)
     else:
         work = ToDora(placed_in(models[0], one, dora=False))
-    return AdapterPlan(work, f"converted to {o.to}{_limit_text(limit)}", target, tuple(given), tuple(models))
+    return AdapterPlan(work, f"converted to {o.to}{_limit_text(limit)}", target, tuple(given), tuple(models), o.format)
 
 
 def _check_conversion(o: ConvertOptions, one: WeightedAdapter, limit: Limit | None) -> bool:
@@ -235,9 +235,8 @@ def plan_extract(o: ExtractOptions) -> AdapterPlan:
     before, after = open_base(o.base), open_base(o.finetuned)
     target = _checked(o.out, o.overwrite, before, after)
     work = Extraction(before, after, limit, o.whole, o.seed)
-    return AdapterPlan(
-        work, f"extracted from {after.name} over {before.name}{_limit_text(limit)}", target, models=(before, after)
-    )
+    made = f"extracted from {after.name} over {before.name}{_limit_text(limit)}"
+    return AdapterPlan(work, made, target, models=(before, after), format=o.format)
 
 
 @takes(ExtractCall)

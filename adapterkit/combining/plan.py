@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from adapterkit.adapter.formats.table import DEFAULT
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.display import Displayed
@@ -83,6 +84,7 @@ class AdapterPlan(Displayed):
     destination: Destination
     given: tuple[WeightedAdapter, ...] = ()
     models: tuple[Checkpoint, ...] = ()
+    format: str = DEFAULT
     unit: ClassVar[str] = "modules"
 
     @property

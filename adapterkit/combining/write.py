@@ -9,8 +9,8 @@ from pathlib import Path
 
 from adapterkit import __version__
 from adapterkit.adapter.formats import save
-from adapterkit.adapter.formats.table import DEFAULT, get_format
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.formats.table import get_format
+from adapterkit.adapter.weights import Adapter
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
 from adapterkit.files.hub_cache import check_blob_hash, check_cached
 from adapterkit.files.opening import open_regular
@@ -22,7 +22,7 @@ from adapterkit.text import file_rows, markdown
 
 
 def make_adapter(plan: AdapterPlan) -> Generator[ModuleDone | AdapterMade, None, None]:
-    """Compute the adapter of `plan` and write it in PEFT's format: an event per module, then the result.
+    """Compute the adapter of `plan` and write it in the plan's format: an event per module, then the result.
 
     Raises ChangedError if an input has changed since it was opened, OutputExistsError if the output exists and was not
     written by adapterkit, NoSpaceError if the disk is full.
@@ -47,26 +47,25 @@ def _write(plan: AdapterPlan, made: AdapterMade) -> None:
         "notes": list(made.notes),
     }  # fmt: skip
     with staged(plan.destination) as folder:
-        save(made.adapter, folder)
+        save(made.adapter, folder, format=plan.format)
         write_json(folder / ADAPTER_RECORD, record)
-        write_text(folder / "README.md", _card(made.adapter, plan.made, plan.given, hashes, made.notes))
+        write_text(folder / "README.md", _card(made.adapter, plan, hashes, made.notes))
         for stamps in (*(model.stamps for model in plan.models), *(one.adapter.stamps for one in plan.given)):
             check_unchanged(stamps)
 
 
 def _card(
     adapter: Adapter,
-    made: str,
-    given: Sequence[WeightedAdapter],
+    plan: AdapterPlan,
     hashes: Sequence[Mapping[str, str]],
     notes: Sequence[str],
 ) -> str:
     """The adapter's card: metadata for the Hub, then the table of inputs."""
-    base = public_name(adapter.base_model)
+    base, given = public_name(adapter.base_model), plan.given
     lines = ["---", *([f"base_model: {base}"] if base else [])]
-    lines += [f"library_name: {get_format(DEFAULT).LIBRARY}", "tags:", "- adapterkit", "- lora"]
+    lines += [f"library_name: {get_format(plan.format).LIBRARY}", "tags:", "- adapterkit", "- lora"]
     title = " + ".join(one.label for one in given) or "Extracted adapter"
-    lines += ["---", "", f"# {markdown(title)}", "", f"Made by adapterkit {__version__}: {markdown(made)}."]
+    lines += ["---", "", f"# {markdown(title)}", "", f"Made by adapterkit {__version__}: {markdown(plan.made)}."]
     if given:
         lines += ["", "| from | weight | file | SHA-256 |", "| --- | --- | --- | --- |"]
     for one, files in zip(given, hashes, strict=True):

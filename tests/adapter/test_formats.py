@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ BASE = "lab/base"
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register the format; commands that already made their choices from the table are imported again."""
     monkeypatch.setattr(table, "FORMATS", (*table.FORMATS, toyformat))
+    for name in ("combine", "convert"):
+        monkeypatch.delitem(sys.modules, f"adapterkit.cli.commands.{name}", raising=False)
 
 
 def write_toy(folder: Path, **config: Any) -> Path:
@@ -128,6 +132,20 @@ def test_it_is_combined_resized_and_converted(
     assert one.format == "peft" and one.base_model == BASE and one.config == other.config
     for name in one.modules:
         assert torch.equal(one[name].A, other[name].A) and torch.equal(one[name].B, other[name].B)
+
+
+def test_it_is_written_where_it_is_asked_for(twin: Path, tmp_path: Path) -> None:
+    done("combine", twin, "-o", tmp_path / "sum", "--format", "toy")
+    done("convert", twin, "-o", tmp_path / "scaled", "--to", "lora", "--format", "toy")
+    kit.resize(twin, tmp_path / "same", rank=4, format="toy")
+    for name in ("sum", "scaled", "same"):
+        made = {path.name for path in (tmp_path / name).iterdir()}
+        assert made == {"twigs.safetensors", "twigs.json", "README.md", "adapterkit_adapter.json"}
+        assert kit.compare([tmp_path / name, twin])[0].total.distance < 1e-6
+        assert "library_name: toylib" in (tmp_path / name / "README.md").read_text()
+    assert "did you mean toy" in adapterkit("combine", twin, "-o", "x", "--format", "toyy").message(2)
+    with pytest.raises(UsageError, match="format 'toyy': expected one of peft, toy"):
+        kit.resize(twin, "x", rank=4, format="toyy")
 
 
 def test_it_is_compared_and_given_magnitudes(toy: Path, twin: Path, base: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass
 from typing import TYPE_CHECKING
 
+from adapterkit.adapter.formats.table import DEFAULT as DEFAULT_FORMAT
+from adapterkit.adapter.formats.table import format_names
 from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.combining.methods import DEFAULT, METHODS, all_options
 from adapterkit.combining.whole_tensors import RULES
@@ -21,7 +23,15 @@ ENERGY = "Truncate each module to the lowest rank that retains this share of ‖
 
 
 @dataclass(frozen=True)
-class CombineOptions(Options):
+class FormatOptions(Options):
+    """How a new adapter is written"""
+
+    _: KW_ONLY
+    format: str = option(DEFAULT_FORMAT, "Format of the new adapter", format_names, group="Output", in_form=False)
+
+
+@dataclass(frozen=True)
+class CombineOptions(FormatOptions):
     """Adapters into one"""
 
     adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
@@ -49,7 +59,7 @@ class CombineCall(ProgressOptions, CombineOptions):
 
 
 @dataclass(frozen=True)
-class ResizeOptions(Options):
+class ResizeOptions(FormatOptions):
     """An adapter with another rank"""
 
     adapter: AnyAdapter = argument("Adapter to resize")
@@ -72,7 +82,7 @@ class ResizeCall(ProgressOptions, ResizeOptions):
 
 
 @dataclass(frozen=True)
-class ConvertOptions(Options):
+class ConvertOptions(FormatOptions):
     """An adapter of another kind"""
 
     adapter: AnyAdapter = argument("Adapter to convert")
@@ -95,7 +105,7 @@ class ConvertCall(ProgressOptions, ConvertOptions):
 
 
 @dataclass(frozen=True)
-class ExtractOptions(Options):
+class ExtractOptions(FormatOptions):
     """An adapter from the difference of two models"""
 
     base: AnyModel = argument("Model before fine-tuning")
