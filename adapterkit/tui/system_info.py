@@ -32,6 +32,7 @@ def who() -> tuple[str, str]:
     except NotAllowedError as error:
         return "token refused", str(error)
     except OfflineError as error:
-        return "offline", f"Offline: showing local folders and cache ({error})"
+        reason = str(error).removeprefix("the Hub: ")
+        return "offline", f"Offline: showing local folders and cache; {reason}"
     except AdapterkitError as error:
         return "Hub: ?", str(error)
