@@ -9,6 +9,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,14 @@ PARAMETER = re.compile("`([a-z_]+)(?:=[^`]*)?`")
 OPTION = re.compile(r"(?<![\w-])(--[a-z]|-[a-z](?![\w-]))")
 
 
-def texts(file: Path) -> Iterator[str]:
+@cache
+def texts() -> list[tuple[str, str]]:
+    """The texts below the command line, each with its file."""
+    files = [file for file in PACKAGE.rglob("*.py") if not {"cli", "tui"} & set(file.relative_to(PACKAGE).parts)]
+    return [(file.name, text) for file in files for text in texts_of(file)]
+
+
+def texts_of(file: Path) -> Iterator[str]:
     """Return the texts of a module that can be shown: those with a space, except docstrings and commands to copy."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     known = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -134,9 +142,7 @@ def texts(file: Path) -> Iterator[str]:
 
 
 def test_no_message_outside_the_command_line_names_an_option() -> None:
-    files = [file for file in PACKAGE.rglob("*.py") if not {"cli", "tui"} & set(file.relative_to(PACKAGE).parts)]
-    found = [(file.name, text) for file in files for text in texts(file) if OPTION.search(text)]
-    assert len(files) > 150 and found == []
+    assert len(texts()) > 1000 and [(name, text) for name, text in texts() if OPTION.search(text)] == []
     assert [bool(OPTION.search(text)) for text in ("give -o OUT", "say --json", "a-b --", "up - down", "e-3")] == [
         True, True, False, False, False,
     ]  # fmt: skip
@@ -147,9 +153,8 @@ def test_every_argument_that_a_text_names_is_one() -> None:
     calls = [one for name in adapterkit.__all__ if inspect.isfunction(one := getattr(adapterkit, name))]
     known = {argument for call in calls for argument in inspect.signature(call).parameters}
     known |= {field.name for options in (RunOptions, Recipe) for field in fields(options)}
-    known |= {"unmerge", "json"}  # a call, and an option of every command
-    files = [file for file in PACKAGE.rglob("*.py") if not {"cli", "tui"} & set(file.relative_to(PACKAGE).parts)]
-    named = {(file.name, name) for file in files for text in texts(file) for name in PARAMETER.findall(text)}
+    known |= {*adapterkit.__all__, "json"}  # calls, and an option of every command
+    named = {(file, name) for file, text in texts() for name in PARAMETER.findall(text)}
     assert {(file, name) for file, name in named if name not in known} == set() and len(named) > 50
 
 
