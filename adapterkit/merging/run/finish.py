@@ -100,9 +100,9 @@ def _all_of(job: Job, done: Iterable[FileDone]) -> list[FileDone]:
     for file in job.plan.files:
         path = job.path_of(file)
         if file.name not in made or not path.is_file() or path.stat().st_size != file.size:
-            raise FitError(f"{path}: missing or incomplete; make it with `run_file`, and give its result to `finish`")
+            raise FitError(f"{path}: missing or incomplete; make it with run_file, and give its result to finish")
         if made[file.name].fingerprint != fingerprint_of(job.plan, file, job.options):
-            raise FitError(f"{path}: made from another plan or with other options; make it again with `run_file`")
+            raise FitError(f"{path}: made from another plan or with other options; make it again with run_file")
     found = [made.pop(file.name) for file in job.plan.files]
     if made:
         raise FitError(f"{next(iter(made))}: not a file of this plan, which has {', '.join(f.name for f in found)}")
