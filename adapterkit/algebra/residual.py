@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from math import inf
 
 import numpy as np
@@ -85,7 +86,7 @@ def marked(
     old, new = values.view(torch.int16).numpy(), others.view(torch.int16).numpy()
     exponent, other = (np.maximum(bits >> mantissa & most, 1) for bits in (old, new))
     k = np.clip(other - exponent, 1, 10)
-    weight = at.cpu().numpy() // (before.numel() // count or 1)
+    weight = at.cpu().numpy() // (before.numel() // count) if count > 1 else 0
     reach = (np.int16(1) << k - 1) + _steps_off(updates, before.dtype, count, len(before) // count)[weight, exponent]
     reach += ((old & (1 << mantissa) - 1) <= reach) * (reach + 1)  # half a step is a whole one there, and −0 adds one
     reach[exponent == most] = FAR
@@ -144,13 +145,18 @@ def _norms_by_shape(updates: Sequence[Update]) -> Iterator[tuple[list[int], torc
     for number, update in enumerate(updates):
         by_shape.setdefault((update.left.shape, update.right.shape), []).append(number)
     for numbers in by_shape.values():
-        left, right = (torch.stack([getattr(updates[n], side) for n in numbers]) for side in ("left", "right"))
+        left, right = (_stacked([getattr(updates[n], side) for n in numbers]) for side in ("left", "right"))
         strength = left.new_tensor([abs(updates[n].strength) for n in numbers], dtype=torch.float64)[:, None]
         by_row = torch.linalg.vector_norm(left, dim=-1, dtype=torch.float64)
         by_column = torch.linalg.vector_norm(right, dim=-2, dtype=torch.float64)
         rows = (by_row * strength).maximum(FLUSHED * strength.clamp(min=1.0)) * (by_row > 0)
         columns = by_column.clamp(min=FLUSHED) * (by_column > 0)
         yield numbers, rows.to(left.dtype), columns.to(left.dtype)
+
+
+def _stacked(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Matrices of one shape stacked; a single one is not copied."""
+    return torch.stack(list(factors)) if len(factors) > 1 else factors[0][None]
 
 
 def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]:
@@ -170,11 +176,15 @@ def spread(updates: Sequence[Update], dtype: torch.dtype) -> tuple[float, float]
 
 def _most_on_a_row(updates: Sequence[Update]) -> tuple[int, int]:
     """The most terms on one row, `r + 3` of each update of rank r, and the most updates."""
-    rows, which = np.unique([(update.start, update.stop) for update in updates], return_inverse=True)
-    terms = np.array([update.right.shape[0] + 3 for update in updates])
-    added = (np.stack([values, -values], axis=1) for values in (terms, np.ones_like(terms)))
-    most = [np.bincount(which.reshape(-1), change.reshape(-1), len(rows)).cumsum().max() for change in added]
-    return int(most[0]), int(most[1])
+    changes: dict[int, tuple[int, int]] = {}  # from a row on, terms and updates are so many more
+    for update in updates:
+        size = update.right.shape[0] + 3
+        for row, terms, count in ((update.start, size, 1), (update.stop, -size, -1)):
+            before = changes.get(row, (0, 0))
+            changes[row] = before[0] + terms, before[1] + count
+    by_row = zip(*(changes[row] for row in sorted(changes)), strict=True)
+    terms, count = (max(accumulate(change)) for change in by_row)
+    return terms, count
 
 
 def restore(after: torch.Tensor, first: int, updates: Sequence[Update], residual: Residual) -> torch.Tensor:
