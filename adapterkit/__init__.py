@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from adapterkit.api.inspect import inspect, list_adapters
     from adapterkit.api.merge import merge, plan_merge, plan_quantize, quantize, verify
     from adapterkit.api.run import run
-    from adapterkit.api.steps import StepStarted, UnmergePlan
     from adapterkit.api.unmerge import plan_unmerge, unmerge
+    from adapterkit.api.unmerge_steps import StepStarted, UnmergePlan
     from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
     from adapterkit.errors import AdapterkitError
     from adapterkit.hub.events import BytesDone, Fetched, Pulled, Pushed
@@ -67,22 +67,22 @@ if TYPE_CHECKING:
     from adapterkit.hub.upload.push import PushPlan
     from adapterkit.inspection.report import AdapterReport, BaseReport
     from adapterkit.merging.live.apply import apply, remove
-    from adapterkit.merging.options import RunOptions
     from adapterkit.merging.plan.types import MergePlan
     from adapterkit.merging.run.finish import Merged, finish
     from adapterkit.merging.run.run import TensorMerged, run_file
+    from adapterkit.merging.run_options import RunOptions
 
 # Name -> module; imported on first use, so that `adapterkit --help` stays fast.
 _EXPORTS = {
     "Adapter": "adapter.weights", "LazyTensor": "adapter.weights", "LoraWeights": "adapter.weights",
-    "AdapterkitError": "errors", "MergePlan": "merging.plan.types", "RunOptions": "merging.options",
+    "AdapterkitError": "errors", "MergePlan": "merging.plan.types", "RunOptions": "merging.run_options",
     **dict.fromkeys(("load", "save"), "adapter.formats"),
     "run": "api.run",
     **dict.fromkeys(("run_file", "TensorMerged"), "merging.run.run"),
     **dict.fromkeys(("finish", "Merged"), "merging.run.finish"),
     **dict.fromkeys(("AdapterMade", "AdapterPlan", "ModuleDone"), "combining.plan"),
     **dict.fromkeys(("merge", "plan_merge", "plan_quantize", "quantize", "verify"), "api.merge"),
-    **dict.fromkeys(("StepStarted", "UnmergePlan"), "api.steps"),
+    **dict.fromkeys(("StepStarted", "UnmergePlan"), "api.unmerge_steps"),
     **dict.fromkeys(("plan_unmerge", "unmerge"), "api.unmerge"),
     **dict.fromkeys(("combine", "compare", "convert", "extract", "resize"), "api.adapters"),
     **dict.fromkeys(("plan_combine", "plan_convert", "plan_extract", "plan_resize"), "api.adapters"),

@@ -419,8 +419,8 @@ def by_adapterkit(job: Job, order: Order, meter: Meter) -> None:
     from adapterkit.base.checkpoint import open_checkpoint
     from adapterkit.train.causal_lm import CausalModel
     from adapterkit.train.loop import Loop
-    from adapterkit.train.runs.model_setup import TORCH_DTYPES, choose_device, load_model
-    from adapterkit.train.runs.prepare import prepare
+    from adapterkit.train.runs.load_model import TORCH_DTYPES, choose_device, load_model
+    from adapterkit.train.runs.prepare_model import prepare
 
     recipe = recipe_of(job)
     if job.shape:
@@ -459,7 +459,7 @@ def by_trl(job: Job, order: Order, meter: Meter) -> None:
 
 def peer_model(job: Job) -> Any:
     """Load the model as the peers do."""
-    from adapterkit.train.runs.model_setup import TORCH_DTYPES
+    from adapterkit.train.runs.load_model import TORCH_DTYPES
     from benchmarks.peers.peft_train import load
 
     return random_model(job) if job.shape else load(BASE, TORCH_DTYPES[job.dtype], job.device, job.method == "qlora")
@@ -470,7 +470,7 @@ def random_model(job: Job) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from adapterkit.train.runs.model_setup import TORCH_DTYPES
+    from adapterkit.train.runs.load_model import TORCH_DTYPES
 
     shape, attention = SHAPES[job.shape], cast(Any, {"attn_implementation": "sdpa"})
     config = LlamaConfig(

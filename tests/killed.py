@@ -21,7 +21,7 @@ from typing import Any
 from handmade import adapterkit, contents
 
 from adapterkit.__main__ import main
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.workspace import PREFIX
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir")
@@ -49,7 +49,7 @@ def run(*args: str, nth: int | None = None, which: int = signal.SIGKILL, swaps: 
 
         for name in CALLS:
             setattr(os, name, counting(getattr(os, name)))
-        system._rename = counting(system._rename) if swaps else lambda *_: False
+        os_calls._rename = counting(os_calls._rename) if swaps else lambda *_: False
         err = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(err, 1), os.dup2(err, 2)
         sys.argv = ["adapterkit", *args]

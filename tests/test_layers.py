@@ -16,16 +16,16 @@ PACKAGE = Path(adapterkit.__file__).parent
 
 # Packages import only from those to their left; those in the same braces don't import each other.
 ORDER = """
-text < {display errors} < {packages options} < files < adapter < algebra < base < inspection < hub < kernels
+text < {errors reprs} < {packages options} < files < adapter < algebra < base < inspection < hub < kernels
 < {merging combining train} < api < tui < cli < __main__
 """
 INNER = {
-    "base": "{architectures checkpoint quant rename_option} < {models targets ties} < {adapter_fit row_reader}",
-    "hub": "{client events names} < {remote upload} < download < {locate pull} < listing < removal",
-    "merging": "{options plan} < {blocks calibration receipts} < {companions live verify} < run < unmerge",
+    "base": "{architectures checkpoint quant rename_option} < {models targets tied_embeddings} < {adapter_fit row_reader}",
+    "hub": "{client events names} < {remote upload} < download < {locate pull} < adapter_listing < local_removal",
+    "merging": "{plan run_options} < {blocks calibration receipts} < {companions live verify} < run < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract write}",
     "train": "{products recipe} < {data evaluate_options initial loss} < {causal_lm layers} < {injection loop} < runs",
-    "cli": "{data_notes naming options signals} < output < {complete failures next_commands progress} < {command run_plan views} < {main commands}",
+    "cli": "{data_notes option_names options signals} < output < {complete failures next_commands progress} < {command run_plan views} < {main commands}",
 }
 
 # Only these packages may import these libraries, and only the modules in EAGER import them at the top.
@@ -39,7 +39,7 @@ LIBRARIES = {
     "transformers": {"base", "train"},
 }
 EAGER = {
-    "click": r"cli\.(main|command|complete|failures|naming|options|commands\..*)",
+    "click": r"cli\.(main|command|complete|failures|option_names|options|commands\..*)",
     "rich": r"tui\..*",
     "textual": r"tui\..*",
     # Imported at the top only by modules that compute with weights.
@@ -47,7 +47,7 @@ EAGER = {
         | combining\.(batches | compare | elementwise)
         | merging\.(blocks\..* | calibration | live\..* | verify)
         | train\.(causal_lm | initial | injection | layers | loop | loss | products)
-        | train\.runs\.(distributed | evaluate | export | memory | model_setup | prepare | run)""",
+        | train\.runs\.(distributed | evaluate | export | load_model | memory | prepare_model | run)""",
 }
 
 

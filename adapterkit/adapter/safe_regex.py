@@ -1,4 +1,4 @@
-"""Untrusted regular expressions, matched without backtracking.
+"""Match untrusted regular expressions without backtracking.
 
 Python's `re` takes exponential time for some short patterns; RE2 takes time proportional to the sizes of pattern and
 name. RE2 has no lookarounds or backreferences, which PEFT's patterns don't need; patterns that it would interpret

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from adapterkit.display import Displayed
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted, runs, size, span
 
 V = TypeVar("V", int, float, str)

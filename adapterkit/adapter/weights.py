@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from adapterkit.adapter.module_names import layer_of, target_of
 from adapterkit.adapter.summary import Summary, distinct
-from adapterkit.display import Displayed
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo, read_tensors, tensor_bytes
 from adapterkit.files.stamps import Stamp
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted, given
 
 if TYPE_CHECKING:

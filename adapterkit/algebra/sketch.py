@@ -13,8 +13,8 @@ from math import prod
 import torch
 
 from adapterkit.algebra.counter_rng import seed_for, uniform_at
-from adapterkit.algebra.limit import Limit
 from adapterkit.algebra.lowrank import Decomposition, signs_of
+from adapterkit.algebra.truncation import Limit
 
 CHUNK_ELEMENTS = 1 << 20
 CACHED_ELEMENTS = 1 << 26  # larger matrices are computed again in every pass

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter.weights import WeightedAdapter
-from adapterkit.algebra.limit import Limit
+from adapterkit.algebra.truncation import Limit
 from adapterkit.api.inputs import AnyPath, open_adapters, open_base, open_one
 from adapterkit.api.options.adapters import (
     CombineCall,

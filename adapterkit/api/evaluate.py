@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from adapterkit.api.options.training import EvaluateCall
 from adapterkit.api.progress import downloads_shown, progress_bar
-from adapterkit.display import Displayed
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import Destination, staged
 from adapterkit.hub import input_path
 from adapterkit.options import takes
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted
 from adapterkit.train.evaluate_options import EvaluateOptions
 

@@ -23,11 +23,11 @@ from adapterkit.base.checkpoint import is_base, open_checkpoint
 from adapterkit.base.quant import shapes_need_values
 from adapterkit.errors import AdapterkitError, FormatError, UnknownStrengthError, UsageError
 from adapterkit.files.hub_cache import check_cached
-from adapterkit.hub.listing import AdapterEntry, add_details, list_cache, list_folders, list_hub, sorted_entries
+from adapterkit.hub.adapter_listing import AdapterEntry, add_details, list_cache, list_folders, list_hub, sorted_entries
 from adapterkit.hub.locate import Location, locate
 from adapterkit.inspection.base_summary import inventory, unsupported
+from adapterkit.inspection.module_rows import header_rows, measure
 from adapterkit.inspection.report import AdapterReport, BaseReport, ModuleMeasured, Outlined
-from adapterkit.inspection.summary import header_rows, measure
 from adapterkit.options import takes
 
 if TYPE_CHECKING:

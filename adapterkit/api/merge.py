@@ -31,12 +31,12 @@ from adapterkit.base.quant import QuantizationSettings, Rounding, checked
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_repo, locate_all, resolve
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.planner import make_plan
 from adapterkit.merging.plan.planner import plan_quantize as make_quantize_plan
 from adapterkit.merging.plan.types import MergePlan, inputs_of
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.merging.run.finish import Merged
+from adapterkit.merging.run_options import RunOptions
 from adapterkit.options import takes
 
 if TYPE_CHECKING:

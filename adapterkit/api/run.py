@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.api.progress import downloads_shown, progress_bar
-from adapterkit.api.steps import StepStarted, UnmergePlan, run_steps
+from adapterkit.api.unmerge_steps import StepStarted, UnmergePlan, run_steps
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
 from adapterkit.combining.write import make_adapter
 from adapterkit.errors import UsageError
 from adapterkit.hub.events import BytesDone, Fetched, Pulled, Pushed
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.run.finish import Merged
 from adapterkit.merging.run.run import TensorMerged, check_options
 from adapterkit.merging.run.run import run as run_merge
+from adapterkit.merging.run_options import RunOptions
 
 if TYPE_CHECKING:
     import torch

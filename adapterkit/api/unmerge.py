@@ -19,17 +19,17 @@ from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
 from adapterkit.api.options.merges import UnmergeCall, UnmergeOptions
 from adapterkit.api.run import in_one_call
-from adapterkit.api.steps import UnmergePlan
+from adapterkit.api.unmerge_steps import UnmergePlan
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.errors import AdapterkitError, FitError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import BEFORE, RECEIPT, Destination
 from adapterkit.files.stamps import Stamp, stamps_of
 from adapterkit.hub import is_hub_id, resolve
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan, inputs_of
 from adapterkit.merging.receipts.receipt import Receipt, find_receipt, read_receipt
 from adapterkit.merging.run.finish import Merged
+from adapterkit.merging.run_options import RunOptions
 from adapterkit.merging.unmerge import check_fits, plan_copy, plan_subtraction, plan_undo
 from adapterkit.options import takes
 from adapterkit.text import argument, command

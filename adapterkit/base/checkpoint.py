@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter.formats.table import config_names, has_adapter_file
-from adapterkit.display import Displayed
 from adapterkit.errors import FormatError, MissingFileError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import cache_blob, files_below
 from adapterkit.files.safetensors import Header, TensorInfo, read_header
 from adapterkit.files.staging import MAX_NAME_BYTES, RECEIPT
 from adapterkit.files.stamps import Stamp, stamps_of
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted
 
 CONFIG = "config.json"

@@ -1,4 +1,4 @@
-"""Renaming modules: the option `rename`, and suggestions for it when an adapter's names don't match a base."""
+"""Rename an adapter's modules (`rename`), and suggest a rename when its names don't match a base."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from adapterkit import __version__
 from adapterkit.cli import output, progress
 from adapterkit.cli.complete import complete_by_name
 from adapterkit.cli.failures import failure_of, name_options
-from adapterkit.cli.naming import in_options
+from adapterkit.cli.option_names import in_options
 from adapterkit.cli.options import GroupedOption, Spelled
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.text import nearest

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from adapterkit.cli.naming import PARAMETER, in_options
+from adapterkit.cli.option_names import PARAMETER, in_options
 from adapterkit.cli.output import SCHEMA, is_result_printed, say_json, say_labelled
 from adapterkit.errors import AdapterkitError
 from adapterkit.packages import missing

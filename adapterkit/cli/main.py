@@ -1,4 +1,4 @@
-"""`adapterkit`: the group of commands, and the setup and end of a run."""
+"""Define the `adapterkit` command group, and set up and end each run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All printing: untrusted text cannot break lines or send control sequences to the terminal."""
+"""Print everything, escaped: untrusted text can't break lines or control the terminal."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def warn(*lines: str) -> None:
 
 
 def _add(lines_so_far: list[str], label: str, lines: Iterable[str], shown: bool = True) -> None:
-    from adapterkit.cli.naming import in_options
+    from adapterkit.cli.option_names import in_options
 
     for line in map(in_options, lines):
         lines_so_far.append(line)
@@ -90,7 +90,7 @@ def is_result_printed() -> bool:
 
 def say_json(value: Any, *, indent: int | None = 2, err: bool = False) -> None:
     """Print a value as JSON, in ASCII: every string whole, none of it a control character; NaN and Inf as null."""
-    from adapterkit.inspection.summary import finite
+    from adapterkit.inspection.module_rows import finite
 
     text = json.dumps(finite(value), indent=indent, allow_nan=False).replace("\x7f", r"\u007f")
     print(text, file=sys.stderr if err else sys.stdout, flush=err)

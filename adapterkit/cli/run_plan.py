@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 from adapterkit.api.run import Event, Plan, run
-from adapterkit.api.steps import StepStarted
+from adapterkit.api.unmerge_steps import StepStarted
 from adapterkit.cli.next_commands import merge_command, next_lines, push_command
 from adapterkit.cli.output import note, say, say_result, warn
 from adapterkit.cli.progress import progress
 from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.hub.events import BytesDone, Pulled, Pushed
 from adapterkit.hub.names import public_name
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import Hashes, MergePlan
 from adapterkit.merging.run.budget import default_threads, estimate_memory
 from adapterkit.merging.run.finish import Merged
 from adapterkit.merging.run.run import TensorMerged, check_run
+from adapterkit.merging.run_options import RunOptions
 from adapterkit.text import counted, size
 
 R = TypeVar("R", Merged, AdapterMade, Pulled, Pushed)

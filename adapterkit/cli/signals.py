@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from adapterkit.files import system
+from adapterkit.files import os_calls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,22 +31,22 @@ def end_at_once() -> None:
 def end_cleanly() -> None:
     """Raise an exception on signals, but after imports: those swallow it, or remain half done."""
     _handle(_interrupt)
-    if system.HAS_TIMER:
+    if os_calls.HAS_TIMER:
         signal.signal(signal.SIGALRM, _interrupt_again)
         signal.siginterrupt(signal.SIGALRM, False)
 
 
 def ignore() -> None:
     """Ignore further signals at the end."""
-    for number in system.END_SIGNALS:
+    for number in os_calls.END_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if system.HAS_TIMER:
+    if os_calls.HAS_TIMER:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 def _handle(handler: signal._HANDLER) -> None:
-    for number in system.END_SIGNALS:
+    for number in os_calls.END_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as in the background, or under nohup
             signal.signal(number, handler)
 
@@ -57,7 +57,7 @@ _waiting: list[int] = []
 def _interrupt(number: int, frame: FrameType | None) -> None:
     while frame is not None and frame.f_code.co_filename != IMPORTING:
         frame = frame.f_back
-    if frame is None or not system.HAS_TIMER:
+    if frame is None or not os_calls.HAS_TIMER:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
     _waiting.append(number)
     signal.setitimer(signal.ITIMER_REAL, AGAIN)

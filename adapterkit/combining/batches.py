@@ -1,4 +1,4 @@
-"""Modules of equal shapes, loaded, combined by a method and truncated as one batch."""
+"""Combine modules of equal shapes as one batch: load them, apply the method, truncate."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from adapterkit.adapter.weights import LoraWeights, WeightedAdapter, load_weights
-from adapterkit.algebra.limit import Limit, tails
 from adapterkit.algebra.lowrank import Decomposition, Product, decompose, inner, stacked
 from adapterkit.algebra.sketch import sketch
+from adapterkit.algebra.truncation import Limit, tails
 from adapterkit.combining.checks import layout_of
 from adapterkit.combining.method import Method, Part, Value
 from adapterkit.errors import FitError

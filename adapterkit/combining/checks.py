@@ -12,7 +12,7 @@ from adapterkit.combining.methods import DEFAULT
 from adapterkit.errors import FitError, UsageError
 
 if TYPE_CHECKING:
-    from adapterkit.algebra.limit import Limit
+    from adapterkit.algebra.truncation import Limit
 
 
 def check_limit(limit: Limit | None) -> None:

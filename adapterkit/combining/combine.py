@@ -1,4 +1,4 @@
-"""Adapters combined into one, module by module, with the error of truncation."""
+"""Combine adapters into one, module by module, and report the error of truncation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable
-from adapterkit.algebra.limit import Limit
+from adapterkit.algebra.truncation import Limit
 from adapterkit.combining.checks import check_fit, check_rank, check_supported, check_truncation
 from adapterkit.combining.method import Value
 from adapterkit.combining.methods import DEFAULT, METHODS

@@ -16,8 +16,8 @@ from adapterkit.combining.batches import batches, parts_of
 from adapterkit.combining.checks import check_fit
 from adapterkit.combining.method import Part
 from adapterkit.combining.plan import relative_error
-from adapterkit.display import Displayed
 from adapterkit.errors import FitError, UsageError
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted, number
 
 SAMPLED_ROWS = 32  # rows of each Δ whose signs are compared

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable, load_weights
-from adapterkit.algebra.limit import Limit
+from adapterkit.algebra.truncation import Limit
 from adapterkit.base.adapter_fit import place_adapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_in

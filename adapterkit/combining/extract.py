@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
-from adapterkit.algebra.limit import Limit
+from adapterkit.algebra.truncation import Limit
 from adapterkit.base.architectures import CONV1D_MODELS, is_linear
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import weights as weights_in

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Protocol
 from adapterkit.adapter.formats.table import DEFAULT
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.display import Displayed
 from adapterkit.files.staging import Destination
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted, number
 
 

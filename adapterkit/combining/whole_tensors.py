@@ -1,4 +1,4 @@
-"""Tensors that adapters store whole instead of as factors (modules_to_save, trained tokens), combined."""
+"""Combine tensors that adapters store whole (modules_to_save, trained tokens)."""
 
 from __future__ import annotations
 

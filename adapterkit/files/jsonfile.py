@@ -1,4 +1,4 @@
-"""Untrusted JSON: limits on size, number of values and depth; duplicate keys are refused."""
+"""Read untrusted JSON within limits on size, values and depth; refuse duplicate keys."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from io import BufferedReader
 from pathlib import Path, PurePath
 
 from adapterkit.errors import AdapterkitError, FormatError, MissingFileError, UnreadableError, UnsafeFileError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 
 CHUNK_BYTES = 1 << 20
 MAX_FOLDER_DEPTH = 100
@@ -129,17 +129,17 @@ def _folder(folder: Path, inner: Sequence[str]) -> Iterator[tuple[Path, int | No
 
     Without `dir_fd` support the check races with whoever replaces a folder by a link.
     """
-    if not system.HAS_DIR_FD:
+    if not os_calls.HAS_DIR_FD:
         for part in inner:
             folder /= part
             if not stat.S_ISDIR(os.lstat(folder).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         yield folder, None
         return
-    at = os.open(folder, system.FOLDER_FLAGS)
+    at = os.open(folder, os_calls.FOLDER_FLAGS)
     try:
         for part in inner:
-            above, at = at, os.open(part, system.FOLDER_FLAGS | system.NO_FOLLOW, dir_fd=at)
+            above, at = at, os.open(part, os_calls.FOLDER_FLAGS | os_calls.NO_FOLLOW, dir_fd=at)
             os.close(above)
         yield Path(), at
     finally:
@@ -152,7 +152,7 @@ def _open(name: str | os.PathLike[str], at: int | None = None, links: bool = Tru
     `name` is relative to the open folder `at` if given; `links` allows it to be a link.
     """
     _check(os.stat(name, dir_fd=at, follow_symlinks=links).st_mode)
-    fd = os.open(name, system.READ_FLAGS | (0 if links else system.NO_FOLLOW), dir_fd=at)  # a pipe doesn't block
+    fd = os.open(name, os_calls.READ_FLAGS | (0 if links else os_calls.NO_FOLLOW), dir_fd=at)  # a pipe doesn't block
     try:
         _check(os.fstat(fd).st_mode)
     except BaseException:

@@ -1,4 +1,4 @@
-"""One output file while it is written: space reserved first, large spans by direct I/O, the header last.
+"""Write one output file: reserve its space, write large spans by direct I/O, the header last.
 
 Direct I/O saves a copy of every byte and the kernel's page handling, and writes at once instead of at the final flush.
 On Linux it needs offset, length and memory address in whole pages; the ends of a span, which share a page with their
@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import PAGE
 
@@ -34,7 +34,7 @@ class PageBuffer:
         return memoryview(self._memory)[begin : begin + size]
 
     def _map(self, size: int) -> mmap:
-        return system.page_aligned_memory(size)
+        return os_calls.page_aligned_memory(size)
 
 
 class OutputFile:
@@ -43,26 +43,26 @@ class OutputFile:
     def __init__(self, path: Path, size: int) -> None:
         """Create `path` and reserve `size` bytes, so that a full disk fails now. Raises OSError."""
         self.path, self._fd, self._direct = path, -1, -1
-        fd = os.open(path, system.NEW_FLAGS, 0o666)
+        fd = os.open(path, os_calls.NEW_FLAGS, 0o666)
         try:
             if size:
-                system.reserve(fd, size)
+                os_calls.reserve(fd, size)
         finally:
             os.close(fd)
 
     def open(self) -> None:
         """Open the file for writing. Raises OSError."""
-        self._fd = os.open(self.path, system.WRITE_FLAGS)
-        self._direct = system.open_direct(self.path)
+        self._fd = os.open(self.path, os_calls.WRITE_FLAGS)
+        self._direct = os_calls.open_direct(self.path)
 
     def write(self, data: memoryview, at: int) -> None:
         """Write `data` at offset `at`, its whole pages by direct I/O where the file system and the buffer allow it."""
         first, last = -at % PAGE, (at + len(data)) // PAGE * PAGE - at
         if self._direct < 0 or last <= first:
-            system.write_at(self._fd, data, at)
-            system.start_writeback(self._fd, len(data), at)
+            os_calls.write_at(self._fd, data, at)
+            os_calls.start_writeback(self._fd, len(data), at)
             return
-        system.write_at(self._fd, data[:first], at)
+        os_calls.write_at(self._fd, data[:first], at)
         done = first
         while done < last:
             try:
@@ -71,12 +71,12 @@ class OutputFile:
                 if error.errno != errno.EINVAL:
                     raise
                 break  # misaligned for this file system, for example after a short write
-        system.write_at(self._fd, data[done:], at + done)
+        os_calls.write_at(self._fd, data[done:], at + done)
 
     def finish(self, header: bytes) -> None:
         """Write the header and flush the file to the disk."""
-        system.write_at(self._fd, memoryview(header), 0)
-        system.flush(self._fd)
+        os_calls.write_at(self._fd, memoryview(header), 0)
+        os_calls.flush(self._fd)
 
     def fileno(self) -> int:
         """Return the file descriptor, which can also be read from."""
@@ -97,7 +97,7 @@ class LinkedFile(OutputFile):
         """Link `path` to the contents of `source`. Raises OSError if neither kind of link is possible."""
         self.path, self._fd, self._direct = path, -1, -1
         with open_regular(source) as stream:
-            if not system.clone(stream.fileno(), path):
+            if not os_calls.clone(stream.fileno(), path):
                 os.link(source.resolve(), path)
 
     def open(self) -> None:

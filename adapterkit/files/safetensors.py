@@ -19,11 +19,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adapterkit.display import Displayed
 from adapterkit.errors import FormatError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES, MAX_HEADER_ITEMS, parse_object
 from adapterkit.files.opening import open_regular
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def read_span(fd: int, into: memoryview, offset: int, file: Path) -> None:
     done = 0
     while done < len(into):
         try:
-            got = system.read_at(fd, into[done:], offset + done)
+            got = os_calls.read_at(fd, into[done:], offset + done)
         except OSError as error:
             raise FormatError(f"{file}: reading at byte {offset + done} failed: {error.strerror}") from error
         if got == 0:
@@ -234,7 +234,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             if flat.numel():
                 stream.write(flat.view(torch.uint8).numpy().data)
         stream.flush()
-        system.flush(stream.fileno())
+        os_calls.flush(stream.fileno())
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Programs that process untrusted data in a child process, with limits on CPU time and memory."""
+"""Run programs on untrusted data in a child process with limits on CPU time and memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from subprocess import DEVNULL, PIPE, Popen
 from typing import IO, Any
 
 from adapterkit.errors import AdapterkitError, FormatError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 
 CHILD = Path(__file__).with_name("sandbox_subprocess.py")
 BASELINE_BYTES = 1 << 30  # allowed for the program itself, where only its total memory can be measured
@@ -26,11 +26,11 @@ def start(program: Path, *arguments: str, memory: int, what: str, stdin: IO[Any]
     """
     if find_spec("resource") is None:
         raise AdapterkitError(f"{what} needs limits on time and memory, which Python supports on Linux and macOS only")
-    bytes_ = memory if system.LIMITS_MEMORY else 0
+    bytes_ = memory if os_calls.LIMITS_MEMORY else 0
     command = [sys.executable, "-P", str(CHILD), str(program), str(bytes_), *arguments]
     # In its own process group, so that ctrl-C doesn't reach it and we decide when it ends.
     process = Popen(command, stdin=stdin, stdout=PIPE, stderr=DEVNULL, encoding="utf-8", process_group=0)
-    if not system.LIMITS_MEMORY:
+    if not os_calls.LIMITS_MEMORY:
         threading.Thread(target=_kill_above, args=(process, BASELINE_BYTES + memory), daemon=True).start()
     return process
 
@@ -81,7 +81,7 @@ class Sandbox:
         if line:
             self.end()
             raise FormatError(f"{self.what} produced more than {max_chars:,} characters")
-        if self.end() == system.CPU_TIME_EXCEEDED:
+        if self.end() == os_calls.CPU_TIME_EXCEEDED:
             raise FormatError(f"{self.what} took more than {self.seconds} s of CPU time")
         raise FormatError(f"{self.what} crashed its sandbox process, possibly out of memory")
 

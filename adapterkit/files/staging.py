@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import AdapterkitError, FormatError, NoSpaceError, OutputExistsError, UsageError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.overlap import Inode, check_disjoint
 from adapterkit.files.safetensors import read_header
 from adapterkit.files.workspace import (
@@ -195,7 +195,7 @@ def defer_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: handler for number in system.END_SIGNALS if callable(handler := signal.getsignal(number))}
+    handlers = {number: handler for number in os_calls.END_SIGNALS if callable(handler := signal.getsignal(number))}
     arrived: list[int] = []
     try:
         for number in handlers:
@@ -258,14 +258,14 @@ def _commit(work: Workspace, destination: Destination, before: list[Inode | None
     for beside in destination.paths[:-1]:
         _put_receipt(work, beside)
     if before[-1] is None:
-        system.rename_new(work.new, out)
+        os_calls.rename_new(work.new, out)
     elif not destination.directory:
         work.new.replace(out)
-    elif not system.exchange(work.new, out):
+    elif not os_calls.exchange(work.new, out):
         out.rename(work.old)
-        system.rename_new(work.new, out)
+        os_calls.rename_new(work.new, out)
     work.done = True
-    system.flush_path(out.parent)
+    os_calls.flush_path(out.parent)
 
 
 def _put_receipt(work: Workspace, beside: Path) -> None:
@@ -276,10 +276,10 @@ def _put_receipt(work: Workspace, beside: Path) -> None:
     elif new:
         work.old_receipt.mkdir()
     if new:
-        system.rename_new(work.receipt, beside)
+        os_calls.rename_new(work.receipt, beside)
     if old or new:
-        system.flush_path(work.path)
-        system.flush_path(beside.parent)
+        os_calls.flush_path(work.path)
+        os_calls.flush_path(beside.parent)
 
 
 def _clean_up(work: Workspace | None, destination: Destination, resume_hint: Callable[[Path], str]) -> str:
@@ -312,5 +312,5 @@ def _identity(path: Path) -> Inode | None:
 def _flush_all(path: Path) -> None:
     for folder, _, names in os.walk(path):
         for name in names:
-            system.flush_path(Path(folder) / name)
-        system.flush_path(Path(folder))
+            os_calls.flush_path(Path(folder) / name)
+        os_calls.flush_path(Path(folder))

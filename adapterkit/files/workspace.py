@@ -19,13 +19,13 @@ from pathlib import Path
 
 from adapterkit import __version__
 from adapterkit.errors import OutputExistsError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.overlap import entries_below
 
 PREFIX, MARK = ".adapterkit-", "adapterkit_workspace.json"
 MODE = 0o1700  # the sticky bit identifies the folder until the mark is written
 MAX_MARK_BYTES = 10_000
-MARK_FLAGS = system.WRITE_FLAGS | system.NO_FOLLOW | system.READ_FLAGS
+MARK_FLAGS = os_calls.WRITE_FLAGS | os_calls.NO_FOLLOW | os_calls.READ_FLAGS
 
 
 def receipt_of(out: Path) -> Path:
@@ -70,7 +70,7 @@ class Workspace:
         while True:
             path = parent / f"{PREFIX}{secrets.token_hex(4)}"
             with suppress(FileExistsError):
-                system.make_folder(path, MODE)
+                os_calls.make_folder(path, MODE)
                 fd = _create_mark(path, mark)
                 if fd is not None:
                     return cls(path, mark, fd)
@@ -86,7 +86,7 @@ class Workspace:
             return None
         mark, alive = _read_mark(fd), False
         try:
-            system.lock(fd, wait=False)
+            os_calls.lock(fd, wait=False)
         except BlockingIOError:
             alive = True
         except OSError:
@@ -102,13 +102,13 @@ class Workspace:
                 raise OutputExistsError(
                     f"{out}: a run that ended early had moved this output to {self.old}; move one of the two away"
                 )
-            system.rename_new(self.old, out)
+            os_calls.rename_new(self.old, out)
         if os.path.lexists(self.old_receipt) and os.path.lexists(self.new):
             beside = receipt_of(out)
             if self.misplaced_receipt and os.path.lexists(beside):
-                system.rename_new(beside, self.receipt)
+                os_calls.rename_new(beside, self.receipt)
             if os.listdir(self.old_receipt):  # empty if there was no old receipt
-                system.rename_new(self.old_receipt, beside)
+                os_calls.rename_new(self.old_receipt, beside)
 
     @property
     def resumable(self) -> bool:
@@ -181,7 +181,7 @@ def remove_unmarked(parent: Path) -> None:
             if (path / MARK).exists():
                 fd = os.open(path / MARK, MARK_FLAGS)
                 try:
-                    system.lock(fd, wait=False)
+                    os_calls.lock(fd, wait=False)
                     if _read_mark(fd) is None:
                         (path / MARK).unlink()
                 finally:
@@ -214,13 +214,13 @@ def _candidates(parent: Path) -> list[Path]:
 def _is_ours(path: Path) -> bool:
     """Return whether the folder has the owner and the mode of this user's workspaces."""
     stats = path.lstat()
-    return stat.S_ISDIR(stats.st_mode) and stats.st_uid == system.user_id() and stats.st_mode & 0o1777 == MODE
+    return stat.S_ISDIR(stats.st_mode) and stats.st_uid == os_calls.user_id() and stats.st_mode & 0o1777 == MODE
 
 
 def _create_mark(path: Path, mark: Mark) -> int | None:
     """Write the mark; returns it open and locked, or None if another process removed the folder as abandoned."""
     try:
-        fd = os.open(path / MARK, system.NEW_FLAGS, 0o600)
+        fd = os.open(path / MARK, os_calls.NEW_FLAGS, 0o600)
     except FileNotFoundError:
         return None
     except OSError:
@@ -228,15 +228,15 @@ def _create_mark(path: Path, mark: Mark) -> int | None:
         raise
     try:
         try:
-            system.lock(fd)
+            os_calls.lock(fd)
         except OSError as error:
-            if error.errno not in system.NO_LOCKS:
+            if error.errno not in os_calls.NO_LOCKS:
                 raise
         if not os.fstat(fd).st_nlink:
             os.close(fd)
             return None
         os.write(fd, json.dumps({"adapterkit": __version__, **asdict(mark)}).encode())
-        system.flush(fd)
+        os_calls.flush(fd)
     except BaseException:
         os.close(fd)
         (path / MARK).unlink(missing_ok=True)
@@ -248,11 +248,11 @@ def _create_mark(path: Path, mark: Mark) -> int | None:
 def _read_mark(fd: int) -> Mark | None:
     """Parse an open mark; returns None if it is incomplete or of another user."""
     stats = os.fstat(fd)
-    if not stat.S_ISREG(stats.st_mode) or stats.st_uid != system.user_id():
+    if not stat.S_ISREG(stats.st_mode) or stats.st_uid != os_calls.user_id():
         return None
     try:
         data = bytearray(MAX_MARK_BYTES)
-        fields = json.loads(data[: system.read_at(fd, memoryview(data), 0)])
+        fields = json.loads(data[: os_calls.read_at(fd, memoryview(data), 0)])
         fields.pop("adapterkit")
         mark = Mark(**fields)
     except (ValueError, TypeError, AttributeError, KeyError):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.opening import CHUNK_BYTES, open_inside
 
 
@@ -25,7 +25,7 @@ def copy_file(source: Path, name: str, target: Path) -> str:
                 digest.update(piece)
                 copy.write(piece)
             copy.flush()
-            system.flush(copy.fileno())
+            os_calls.flush(copy.fileno())
     return digest.hexdigest()
 
 
@@ -44,4 +44,4 @@ def write_bytes(file: Path, data: bytes) -> None:
     with open(file, "wb") as stream:
         stream.write(data)
         stream.flush()
-        system.flush(stream.fileno())
+        os_calls.flush(stream.fileno())

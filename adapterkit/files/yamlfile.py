@@ -1,4 +1,4 @@
-"""Untrusted YAML: plain values only, with a size limit; duplicate keys and aliases are refused."""
+"""Read untrusted YAML: plain values within a size limit, no duplicate keys or aliases."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ from typing import Any
 from adapterkit.adapter.formats import table as formats
 from adapterkit.base.checkpoint import CONFIG
 from adapterkit.errors import AdapterkitError, NoSpaceError, OfflineError, UnsafeFileError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import map_os_errors
 from adapterkit.hub.client.call import call_hub, hub_errors
+from adapterkit.hub.client.limits import MAX_RESPONSE_BYTES
 from adapterkit.hub.client.parallel import run_parallel
-from adapterkit.hub.client.session import MAX_RESPONSE_BYTES
 from adapterkit.hub.events import BytesDone
 from adapterkit.hub.names import HubId, cache_folder, hub_cache
 from adapterkit.hub.remote import Remote, RemoteFile, open_range
@@ -218,7 +218,7 @@ def _download_blob(remote: Remote, file: RemoteFile, progress: _Progress) -> Non
         if hashed.hexdigest() != name:
             partial.unlink()
             raise AdapterkitError(f"{remote.id}: {file.name} does not match its hash on the Hub; download it again")
-        system.flush(stream.fileno())
+        os_calls.flush(stream.fileno())
         partial.rename(blob)
 
 
@@ -233,9 +233,9 @@ def _locked(partial: Path) -> Iterator[BufferedRandom]:
     while True:
         with open(partial, "a+b", opener=_open_partial) as stream:
             try:
-                system.lock(stream.fileno())
+                os_calls.lock(stream.fileno())
             except OSError as error:
-                if error.errno not in system.NO_LOCKS:
+                if error.errno not in os_calls.NO_LOCKS:
                     raise  # on a file system without locks, the hash reveals concurrent writes
             # While this one waited, the other process may have renamed or removed it.
             if not partial.exists() or not os.path.samestat(os.fstat(stream.fileno()), partial.stat()):
@@ -247,7 +247,7 @@ def _locked(partial: Path) -> Iterator[BufferedRandom]:
 
 def _open_partial(path: str, flags: int) -> int:
     """Open or create the file at `path`; raises UnsafeFileError for links and for anything but a regular file."""
-    fd = os.open(path, flags | system.NO_FOLLOW | system.READ_FLAGS, 0o666)
+    fd = os.open(path, flags | os_calls.NO_FOLLOW | os_calls.READ_FLAGS, 0o666)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(fd)

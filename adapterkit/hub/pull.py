@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from adapterkit.display import Displayed
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.writing import copy_file
@@ -15,6 +14,7 @@ from adapterkit.hub.download import Download, fetch_steps, plan_download
 from adapterkit.hub.events import BytesDone, Fetched, Pulled
 from adapterkit.hub.names import cache_folder, parse_hub_id
 from adapterkit.hub.remote import find_remote
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted, size
 
 

@@ -17,8 +17,8 @@ from adapterkit.errors import AdapterkitError, FormatError, OfflineError, Unsafe
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES
 from adapterkit.files.staging import map_os_errors
 from adapterkit.hub.client.call import call_hub
+from adapterkit.hub.client.limits import STREAMED
 from adapterkit.hub.client.parallel import parallel_map
-from adapterkit.hub.client.session import STREAMED
 from adapterkit.hub.names import HubId, is_safe_path
 
 if TYPE_CHECKING:

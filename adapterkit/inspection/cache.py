@@ -16,7 +16,7 @@ from adapterkit.adapter.weights import Adapter
 from adapterkit.errors import FormatError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.files.opening import open_regular
-from adapterkit.inspection.summary import ModuleRow, measure
+from adapterkit.inspection.module_rows import ModuleRow, measure
 
 MAX_ENTRIES = 500  # adapters; the oldest are removed
 

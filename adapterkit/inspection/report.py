@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter.summary import LABEL, Summary
-from adapterkit.display import Displayed
-from adapterkit.inspection.summary import ModuleRow, TargetRow, by_target, to_json
+from adapterkit.inspection.module_rows import ModuleRow, TargetRow, by_target, to_json
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted, size
 
 if TYPE_CHECKING:

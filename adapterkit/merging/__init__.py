@@ -1,1 +1,1 @@
-"""Adapters into a base: plan, blocks, receipts, run; verified, undone, or in a live model."""
+"""Merge adapters into a base, on disk or in a live model; verify and undo merges."""

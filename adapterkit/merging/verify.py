@@ -21,8 +21,7 @@ from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.row_reader import reader
-from adapterkit.base.ties import find_tie
-from adapterkit.display import Displayed
+from adapterkit.base.tied_embeddings import find_tie
 from adapterkit.errors import FitError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo, Weight
@@ -32,6 +31,7 @@ from adapterkit.merging.blocks.device import Buffers
 from adapterkit.merging.blocks.loading import Loaded, load_merge
 from adapterkit.merging.plan.edits import MergeEdit
 from adapterkit.merging.plan.types import MergePlan
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted
 
 BLOCK_ELEMENTS = 1 << 20

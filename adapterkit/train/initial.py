@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adapterkit.algebra.limit import Limit
 from adapterkit.algebra.sketch import Matrix, sketch
+from adapterkit.algebra.truncation import Limit
 from adapterkit.errors import UsageError
 from adapterkit.train.recipe import INITS
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from adapterkit.adapter.safe_regex import Patterns, compile_pattern
 from adapterkit.adapter.weights import Adapter
-from adapterkit.base.quant.quantized_layers import is_quantized
+from adapterkit.base.models.quantized_layers import is_quantized
 from adapterkit.errors import FitError, FormatError, UsageError
 from adapterkit.train.initial import Factors, loftq, start
 from adapterkit.train.layers import LoraEmbedding, LoraLayer, LoraLinear, dense_of, is_linear, plain_layer

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapterkit.adapter.weights import LazyTensor, LoraWeights
-from adapterkit.base.quant.quantized_layers import dequantized, is_quantized
+from adapterkit.base.models.quantized_layers import dequantized, is_quantized
 from adapterkit.train.initial import Factors
 from adapterkit.train.products import dora, gain, low_rank, plain, times_transposed
 

@@ -22,8 +22,8 @@ from textual.widgets import Footer, Input
 from textual.worker import Worker, WorkerState
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.hub.listing import AdapterEntry
-from adapterkit.hub.removal import Removal, plan_removal, remove
+from adapterkit.hub.adapter_listing import AdapterEntry
+from adapterkit.hub.local_removal import Removal, plan_removal, remove
 from adapterkit.text import counted, size, visible, visible_lines
 from adapterkit.tui.actions import ACTIONS, Action, Values, line
 from adapterkit.tui.browser import Browser

@@ -14,7 +14,7 @@ from textual.containers import Horizontal
 from textual.worker import WorkerState, get_current_worker
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.hub.listing import HUB_SORTS, PAGE, SORTS, AdapterEntry, list_cache, list_folders, list_hub
+from adapterkit.hub.adapter_listing import HUB_SORTS, PAGE, SORTS, AdapterEntry, list_cache, list_folders, list_hub
 from adapterkit.tui.details import Details, changes, details_of, row_of
 from adapterkit.tui.screens.detail import Detail, DetailScreen
 from adapterkit.tui.threads import hand_over

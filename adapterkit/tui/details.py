@@ -15,9 +15,9 @@ from adapterkit.adapter.formats.table import find_weights, read_config
 from adapterkit.adapter.summary import Summary
 from adapterkit.errors import AdapterkitError
 from adapterkit.files.opening import open_regular
-from adapterkit.hub.listing import AdapterEntry, adapter_folders, describe
+from adapterkit.hub.adapter_listing import AdapterEntry, adapter_folders, describe
 from adapterkit.hub.locate import locate
-from adapterkit.inspection.summary import ModuleRow
+from adapterkit.inspection.module_rows import ModuleRow
 from adapterkit.text import counted, size, span, visible_lines
 
 TEXT_BYTES = 200_000  # maximum shown of a card or config

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.text import visible
 from adapterkit.tui.actions import line
 
@@ -111,15 +111,15 @@ class Job:
         if process is None or process.returncode is not None:
             return
         if self.cancelling:
-            system.signal_group(process.pid, system.KILL)
+            os_calls.signal_group(process.pid, os_calls.KILL)
             return
         self.cancelling = True
-        system.signal_group(process.pid, signal.SIGINT)
+        os_calls.signal_group(process.pid, signal.SIGINT)
         try:
             await asyncio.wait_for(process.wait(), PATIENCE)
         except TimeoutError:
             with suppress(ProcessLookupError):
-                system.signal_group(process.pid, system.KILL)
+                os_calls.signal_group(process.pid, os_calls.KILL)
 
     async def _read_out(self) -> str:
         assert self.process is not None and self.process.stdout is not None
@@ -145,7 +145,7 @@ async def output_of(argv: Sequence[str]) -> tuple[int, str]:
         await job.run(lambda: None)
     finally:
         if job.process is not None and job.process.returncode is None:
-            system.signal_group(job.process.pid, signal.SIGINT)
+            os_calls.signal_group(job.process.pid, signal.SIGINT)
     assert job.code is not None
     return job.code, "\n".join([*job.said, *job.out.splitlines()]).strip()
 

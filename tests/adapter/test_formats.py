@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 import adapterkit as kit
 from adapterkit.adapter.formats import table
 from adapterkit.errors import AdapterkitError, FitError, OutputExistsError, UsageError
-from adapterkit.hub.listing import list_folders, list_hub
-from adapterkit.hub.removal import plan_removal, remove
+from adapterkit.hub.adapter_listing import list_folders, list_hub
+from adapterkit.hub.local_removal import plan_removal, remove
 from adapterkit.tui.details import changes, details_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

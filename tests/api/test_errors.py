@@ -22,7 +22,7 @@ from adapterkit import errors
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import map_os_errors
 from adapterkit.hub.client.call import checked_response
-from adapterkit.merging.options import RunOptions
+from adapterkit.merging.run_options import RunOptions
 from adapterkit.train.recipe import Recipe
 
 PACKAGE = Path(adapterkit.__file__).parent

@@ -22,16 +22,16 @@ from hostile import FOLDER, HOSTILE, steering, write_hostile_adapter, write_host
 import adapterkit
 from adapterkit import errors
 from adapterkit.api.evaluate import Evaluated
-from adapterkit.display import Displayed
 from adapterkit.errors import ChangedError
 from adapterkit.files.safetensors import TensorInfo
+from adapterkit.hub.adapter_listing import describe
 from adapterkit.hub.download import Download
-from adapterkit.hub.listing import describe
 from adapterkit.hub.names import HubId
 from adapterkit.hub.pull import PullPlan
 from adapterkit.hub.remote import Remote, RemoteFile
 from adapterkit.hub.upload.prepare import PreparedFolder
 from adapterkit.hub.upload.push import PushPlan
+from adapterkit.reprs import Displayed
 from adapterkit.train.data.tokenize import Encoded
 from adapterkit.train.evaluate_options import EvaluateOptions
 from adapterkit.train.runs.answer_scores import Prediction

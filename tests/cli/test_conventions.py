@@ -19,7 +19,7 @@ import adapterkit as package
 from adapterkit.cli import main as cli
 from adapterkit.cli.command import Command
 from adapterkit.cli.failures import name_options
-from adapterkit.cli.naming import in_options
+from adapterkit.cli.option_names import in_options
 from adapterkit.errors import OutputExistsError, UsageError
 
 every_command = pytest.mark.parametrize("name", cli.COMMANDS)

@@ -22,8 +22,8 @@ from toy_method import powered
 import adapterkit
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter
 from adapterkit.algebra import sketch
-from adapterkit.algebra.limit import Limit
 from adapterkit.algebra.lowrank import Product
+from adapterkit.algebra.truncation import Limit
 from adapterkit.combining.combine import plan_combination
 from adapterkit.combining.elementwise import drop
 from adapterkit.combining.method import Part

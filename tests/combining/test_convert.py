@@ -16,8 +16,8 @@ from test_combine import best, delta, relative
 
 import adapterkit
 from adapterkit.algebra import sketch
-from adapterkit.algebra.limit import Limit
 from adapterkit.algebra.sketch import Matrix
+from adapterkit.algebra.truncation import Limit
 from adapterkit.errors import FitError, UsageError
 
 MakeAdapter = Callable[..., Path]

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from adapterkit.files.os_calls import END_SIGNALS
 from adapterkit.files.staging import defer_signals
-from adapterkit.files.system import END_SIGNALS
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_files_are_opened_in_one_place() -> None:
         "files/opening.py",
         "base/models/tokenizer_subprocess.py",
         "files/workspace.py",
-        "files/system.py",
+        "files/os_calls.py",
         "files/outfile.py",
         "cli/main.py",
         "adapter/formats/pickled.py",

@@ -22,8 +22,8 @@ import adapterkit as package
 from adapterkit.cli import run_plan
 from adapterkit.errors import OutputExistsError
 from adapterkit.files.workspace import MARK, Mark, Workspace
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.receipts.resume import job_of
+from adapterkit.merging.run_options import RunOptions
 
 ROOT = Path(package.__file__).parents[1]
 

@@ -20,7 +20,7 @@ from handmade import contents
 from standins import failing, nth_call
 
 from adapterkit.errors import AdapterkitError, NoSpaceError, OutputExistsError, UsageError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.staging import RECEIPT, Destination, staged, unfinished_work, workspace_receipts
 from adapterkit.files.workspace import MARK, Mark, Workspace, receipt_of, remove_tree, remove_unmarked, workspaces_of
 
@@ -268,7 +268,9 @@ def test_ctrl_c_during_a_rename_is_deferred(tmp_path: Path, monkeypatch: pytest.
     if old:
         made(tmp_path / "out", "old")
     name = "exchange" if old else "rename_new"
-    monkeypatch.setattr(system, name, nth_call(getattr(system, name), 1, lambda: signal.raise_signal(signal.SIGINT)))
+    monkeypatch.setattr(
+        os_calls, name, nth_call(getattr(os_calls, name), 1, lambda: signal.raise_signal(signal.SIGINT))
+    )
     with pytest.raises(KeyboardInterrupt) as raised:
         made(tmp_path / "out", "new")
     assert raised.value.__notes__ == [f"{tmp_path}/out is complete"]
@@ -372,7 +374,7 @@ def failing_at(nth: int, error: BaseException, swaps: bool = True) -> Iterator[C
     with pytest.MonkeyPatch.context() as patched:
         for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
             patched.setattr(os, name, counted(getattr(os, name)))
-        patched.setattr(system, "_rename", counted(system._rename) if swaps else lambda *_: False)
+        patched.setattr(os_calls, "_rename", counted(os_calls._rename) if swaps else lambda *_: False)
         yield lambda: count
 
 
@@ -542,7 +544,7 @@ def test_everything_is_flushed_before_it_is_renamed(
             make(new)
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), happened.append(os.fstat(fd).st_ino)))
-    for owner, name in ((system, "rename_new"), (system, "exchange"), (Path, "replace")):
+    for owner, name in ((os_calls, "rename_new"), (os_calls, "exchange"), (Path, "replace")):
         monkeypatch.setattr(owner, name, noted(getattr(owner, name)))
     with staged(place) as new:
         make(new)
@@ -575,8 +577,8 @@ def test_receipts_are_found_in_the_workspace_during_a_swap(
     if old:
         make("old")
     found = []
-    replace = Path.replace if old else system.rename_new
-    owner, name = (Path, "replace") if old else (system, "rename_new")
+    replace = Path.replace if old else os_calls.rename_new
+    owner, name = (Path, "replace") if old else (os_calls, "rename_new")
 
     def replacing(source: Path, target: Path) -> Any:
         if target == out:
@@ -595,7 +597,7 @@ def test_receipts_are_found_in_the_workspace_during_a_swap(
 def without(number: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make renameat2 fail with `number`, or be missing."""
     library = SimpleNamespace() if number is None else SimpleNamespace(renameat2=lambda *_: -1)
-    monkeypatch.setattr(system, "_libc", lambda: library)
+    monkeypatch.setattr(os_calls, "_libc", lambda: library)
     monkeypatch.setattr(ctypes, "get_errno", lambda: number)
 
 
@@ -616,15 +618,15 @@ def test_a_rename_replaces_nothing(
     elif there == "a dangling link":
         other.symlink_to("gone")
     if there == "nothing":
-        system.rename_new(one, other)
+        os_calls.rename_new(one, other)
         assert contents(tmp_path) == {"other": b"one"}
         return
     before = contents(tmp_path)
     with pytest.raises(FileExistsError) as raised:
-        system.rename_new(one, other)
+        os_calls.rename_new(one, other)
     assert str(other) in (raised.value.filename, raised.value.filename2)
     assert contents(tmp_path) == before
-    swapped = system.exchange(one, other)
+    swapped = os_calls.exchange(one, other)
     assert swapped is (number == 0)
     if not swapped:
         assert contents(tmp_path) == before
@@ -636,18 +638,18 @@ def test_a_rename_replaces_nothing(
 
 
 def test_a_failed_rename_names_both_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for call in (system.exchange, system.rename_new):
+    for call in (os_calls.exchange, os_calls.rename_new):
         with pytest.raises(FileNotFoundError) as raised:
             call(tmp_path / "one", tmp_path / "other")
         assert (raised.value.filename, raised.value.filename2) == (f"{tmp_path}/one", f"{tmp_path}/other")
     without(errno.EIO, monkeypatch)
     with pytest.raises(OSError, match="Input/output error"):
-        system.exchange(tmp_path / "one", tmp_path / "other")
+        os_calls.exchange(tmp_path / "one", tmp_path / "other")
 
 
 def test_relative_names_are_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("one").write_text("one"), Path("other").write_text("other")
-    assert system.exchange(Path("one"), Path("other"))
-    system.rename_new(Path("one"), Path("new"))
+    assert os_calls.exchange(Path("one"), Path("other"))
+    os_calls.rename_new(Path("one"), Path("new"))
     assert contents(tmp_path) == {"new": b"other", "other": b"one"}

@@ -27,9 +27,9 @@ from huggingface_hub.utils import get_session
 
 from adapterkit.errors import AdapterkitError, UnsafeFileError
 from adapterkit.hub import remote, resolve
-from adapterkit.hub.client import session
+from adapterkit.hub.adapter_listing import list_hub
+from adapterkit.hub.client import limits
 from adapterkit.hub.client.parallel import parallel_map
-from adapterkit.hub.listing import list_hub
 from adapterkit.hub.names import is_safe_path
 
 ADAPTER = "someone/lora"
@@ -284,7 +284,7 @@ COMMANDS = (["inspect", ADAPTER], ["pull", ADAPTER], ["list", "--hub"])
 @pytest.fixture
 def timed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second passes whenever the clock is read, and the server sends the next byte then."""
-    monkeypatch.setattr(session, "clock", hub.clock)
+    monkeypatch.setattr(limits, "clock", hub.clock)
 
 
 @pytest.mark.usefixtures("timed")
@@ -427,11 +427,11 @@ def test_where_a_hub_may_lead(monkeypatch: pytest.MonkeyPatch, address: str, exp
     monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
     request = SimpleNamespace(url=address, headers={"Authorization": "Bearer hf_writer"})
     if expected is None:
-        session._check_address("a/b", request)
+        limits._check_address("a/b", request)
         assert not request.headers
     else:
         with pytest.raises(UnsafeFileError, match=expected):
-            session._check_address("a/b", request)
+            limits._check_address("a/b", request)
 
 
 def test_the_token_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +441,7 @@ def test_the_token_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         request = SimpleNamespace(url=address, headers={"Authorization": "Bearer hf_writer"})
-        session._check_address("a/b", request)
+        limits._check_address("a/b", request)
         assert request.headers
 
 

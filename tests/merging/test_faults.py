@@ -28,7 +28,7 @@ from standins import failing, nth_call
 import adapterkit as package
 from adapterkit.combining import write
 from adapterkit.errors import ChangedError, OutputExistsError
-from adapterkit.files import stamps, system
+from adapterkit.files import os_calls, stamps
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.workspace import PREFIX
 from adapterkit.merging import companions, verify
@@ -203,8 +203,8 @@ def test_a_failing_rename_puts_the_old_output_back(inputs: Path, monkeypatch: py
     """Without a kernel call that swaps two directories, the second of two renames may fail."""
     assert merge(inputs).code == 0
     old = contents(inputs / "out")
-    monkeypatch.setattr(system, "exchange", lambda *_: False)
-    monkeypatch.setattr(system, "rename_new", nth_call(system.rename_new, 1, failing(OSError(errno.EIO, "gone"))))
+    monkeypatch.setattr(os_calls, "exchange", lambda *_: False)
+    monkeypatch.setattr(os_calls, "rename_new", nth_call(os_calls.rename_new, 1, failing(OSError(errno.EIO, "gone"))))
     assert merge(inputs, "--overwrite").message(1) == f"{inputs}/out: gone"
     assert contents(inputs / "out") == old
     assert names(inputs) == ["adapter", "base", "out"]

@@ -20,9 +20,9 @@ from adapterkit import MergePlan, RunOptions, finish, run_file
 from adapterkit.errors import ChangedError, FitError
 from adapterkit.merging.blocks import device
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
-from adapterkit.merging.receipts.done import FileDone
+from adapterkit.merging.receipts.finished_file import FileDone
 from adapterkit.merging.run.builder import FileBuilder, Job
-from adapterkit.merging.run.place import Place
+from adapterkit.merging.run.device import Place
 from adapterkit.merging.run.run import run
 from adapterkit.merging.run.worker import Worker
 

@@ -324,7 +324,7 @@ def test_problems_of_an_adapter_are_noted(tiny: Path, prompted: Path, make_adapt
 
 def test_doras_norms_are_computed_once(with_words: Path, prompted: Path) -> None:
     from adapterkit.train.layers import LoraLayer
-    from adapterkit.train.runs.model_setup import load_model
+    from adapterkit.train.runs.load_model import load_model
 
     loaded = load_model(open_checkpoint(with_words), torch.float32, torch.device("cpu"))
     loaded.model.train()
@@ -552,7 +552,7 @@ def test_a_default_length_that_stays_within_the_model(tiny: Path, tmp_path: Path
 
 
 def test_reading_takes_records_in_any_order(tiny: Path, prompted: Path) -> None:
-    from adapterkit.train.runs.model_setup import load_model
+    from adapterkit.train.runs.load_model import load_model
 
     model = prepared(load_model(open_checkpoint(tiny), torch.float32, torch.device("cpu")), None)
     data = encode_all(read_records(prompted), AutoTokenizer.from_pretrained(tiny), 64)

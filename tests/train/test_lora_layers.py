@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import adapterkit
-from adapterkit.base.quant.quantized_layers import dequantized
+from adapterkit.base.models.quantized_layers import dequantized
 from adapterkit.errors import FitError, UsageError
 from adapterkit.train import Lora, adapter_of, disabled, inject, inject_from, layers, lora_layers, use_fast_products
 from adapterkit.train.initial import Factors, start

@@ -37,8 +37,8 @@ from adapterkit.train.loss import perplexity
 from adapterkit.train.recipe import Recipe
 from adapterkit.train.runs import checkpoints, train
 from adapterkit.train.runs.export import base_id
-from adapterkit.train.runs.model_setup import load_model
-from adapterkit.train.runs.prepare import prepare
+from adapterkit.train.runs.load_model import load_model
+from adapterkit.train.runs.prepare_model import prepare
 from adapterkit.train.runs.run import Evaluated, Started, Stopped, Trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,9 +18,9 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable, Markdown, Select, Static, TabbedContent
 
 from adapterkit.adapter.formats import load, save, table
-from adapterkit.hub.listing import AdapterEntry, list_folders
+from adapterkit.hub.adapter_listing import AdapterEntry, list_folders
 from adapterkit.inspection import cache
-from adapterkit.inspection.summary import ModuleRow
+from adapterkit.inspection.module_rows import ModuleRow
 from adapterkit.tui import browser
 from adapterkit.tui.details import Details, changes
 from adapterkit.tui.screens.detail import Detail, DetailScreen

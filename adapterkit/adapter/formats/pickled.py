@@ -1,4 +1,4 @@
-"""Pickled tensors, read without running their code."""
+"""Read pickled tensors without running their code."""
 
 from __future__ import annotations
 

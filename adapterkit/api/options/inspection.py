@@ -1,4 +1,4 @@
-"""Looking at adapters and bases: what each verb takes."""
+"""Options of inspect and list."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class InspectOptions(ProgressOptions):
 
 
 def _sorts() -> Collection[str]:
-    from adapterkit.hub.listing import SORTS
+    from adapterkit.hub.adapter_listing import SORTS
 
     return (*SORTS, "trending")
 
@@ -64,7 +64,7 @@ class ListOptions(ProgressOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from adapterkit.hub.listing import HUB_SORTS
+        from adapterkit.hub.adapter_listing import HUB_SORTS
 
         for name, given in (("`sort='trending'`", self.sort == "trending"), ("`details`", self.details)):
             if given and not self.hub:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, writable_kinds
 from adapterkit.files.safetensors import DTYPE_SPELLINGS, OUTPUT_DTYPES
-from adapterkit.merging.options import RunOptions
+from adapterkit.merging.run_options import RunOptions
 from adapterkit.options import Options, argument, option, output, overwrite, threads
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Training and evaluation: what a run takes besides its recipe, and a call besides its options."""
+"""Options of train and evaluate, apart from the recipe's."""
 
 from __future__ import annotations
 

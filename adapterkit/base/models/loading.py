@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, SINGLE, Checkpoint
+from adapterkit.base.models.quantized_layers import has_scales, is_quantized
 from adapterkit.base.models.tokenizing import check_loading
-from adapterkit.base.quant.quantized_layers import has_scales, is_quantized
 from adapterkit.errors import FormatError, MissingPackageError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import open_inside, read_up_to

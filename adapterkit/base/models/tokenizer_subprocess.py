@@ -1,4 +1,4 @@
-"""A sandboxed program that splits texts by the regular expressions of an untrusted tokenizer.
+"""Encode and decode text with an untrusted tokenizer, as a sandboxed program.
 
 The tokenizers library matches them by backtracking: one of twenty characters can run for hours on a page of text, and
 blocks Python, so that ctrl-C has no effect. Here the operating system stops it. Nothing is imported from the package,

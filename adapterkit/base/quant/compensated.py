@@ -1,4 +1,4 @@
-"""The loops of compensated rounding, compiled, since there are thousands of columns per weight."""
+"""Round columns with error compensation, in compiled loops: there are thousands of columns per weight."""
 
 from __future__ import annotations
 

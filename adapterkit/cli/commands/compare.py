@@ -15,7 +15,7 @@ from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, options_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.views.tables import common_prefix, print_table, table
-from adapterkit.inspection.summary import to_json
+from adapterkit.inspection.module_rows import to_json
 from adapterkit.options import Options, option, plotted
 from adapterkit.text import number
 
@@ -59,7 +59,7 @@ def compare_command(given: dict[str, Any], view: dict[str, Any], as_json: bool) 
     the sum, truncated to the higher of the two ranks.
     """
     from adapterkit.api.adapters import compare
-    from adapterkit.cli.views.figures import check_plot, draw_likeness
+    from adapterkit.cli.views.plots import check_plot, draw_likeness
 
     options = ViewOptions(**view)
     by, plot = options.by, options.plot

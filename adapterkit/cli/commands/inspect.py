@@ -13,7 +13,7 @@ import click
 from adapterkit.adapter.formats import table
 from adapterkit.api.options.inspection import InspectOptions
 from adapterkit.cli.command import Command
-from adapterkit.cli.naming import in_options
+from adapterkit.cli.option_names import in_options
 from adapterkit.cli.options import as_json, options_of
 from adapterkit.cli.output import say, say_result
 from adapterkit.cli.progress import progress
@@ -22,8 +22,8 @@ from adapterkit.options import Options, option, plotted
 
 if TYPE_CHECKING:
     from adapterkit.api.inputs import AnyPath
+    from adapterkit.inspection.module_rows import ModuleRow
     from adapterkit.inspection.report import BaseReport
-    from adapterkit.inspection.summary import ModuleRow
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _show_base(report: BaseReport, view: dict[str, Any], as_json: bool) -> None:
 
 
 def _check_plot(plot: Path, header_only: bool) -> None:
-    from adapterkit.cli.views.figures import check_plot
+    from adapterkit.cli.views.plots import check_plot
 
     if header_only:
         raise _without_weights()
@@ -121,7 +121,7 @@ def _without_weights() -> UsageError:
 
 
 def _draw(rows: Sequence[ModuleRow], plot: Path, title: str) -> None:
-    from adapterkit.cli.views.figures import draw
+    from adapterkit.cli.views.plots import draw
 
     draw(rows, plot, title)
     say(f"drawn to {plot}", err=True)

@@ -18,7 +18,7 @@ from adapterkit.cli.views.tables import padded, width
 from adapterkit.text import short, size, span, visible
 
 if TYPE_CHECKING:
-    from adapterkit.hub.listing import AdapterEntry
+    from adapterkit.hub.adapter_listing import AdapterEntry
 
 NAME = "adapter"
 CUT, LEAST = ("base", "targets"), 8  # columns truncated on a narrow terminal, and their minimal width

@@ -75,7 +75,7 @@ def train_command(given: dict[str, Any], run: dict[str, Any], view: dict[str, An
     if o.recipe is not None and not o.resume:  # a resumed run has its own recipe in its folder
         Destination(Path(o.out), (Path(o.recipe),)).check_disjoint()
     if plot is not None:
-        from adapterkit.cli.views.figures import check_plot
+        from adapterkit.cli.views.plots import check_plot
 
         check_plot(Path(plot))
     from adapterkit.train.runs.run import RECIPE, Started, Stopped, Trained, read_metrics, train
@@ -93,7 +93,7 @@ def train_command(given: dict[str, Any], run: dict[str, Any], view: dict[str, An
                 metrics = read_metrics(trained.out)
                 _print_result(recipe, started, trained, metrics, as_json)
                 if plot is not None:
-                    from adapterkit.cli.views.figures import draw_losses
+                    from adapterkit.cli.views.plots import draw_losses
 
                     draw_losses(metrics, Path(plot), trained.out.name)
                     if not as_json:

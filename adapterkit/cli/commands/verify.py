@@ -11,7 +11,7 @@ from adapterkit.api.options.merges import VerifyOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, options_of
 from adapterkit.cli.output import say, say_result
-from adapterkit.inspection.summary import to_json
+from adapterkit.inspection.module_rows import to_json
 from adapterkit.text import counted
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter.summary import LABEL
-from adapterkit.cli.naming import in_options
+from adapterkit.cli.option_names import in_options
 from adapterkit.cli.output import say
 from adapterkit.cli.views.tables import common_prefix, padded, print_table, print_wrapped, table, width
-from adapterkit.inspection.summary import ModuleRow, TargetRow, by_target, grid
+from adapterkit.inspection.module_rows import ModuleRow, TargetRow, by_target, grid
 from adapterkit.text import between, given, number, runs, span, visible
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.errors import AdapterkitError, MissingFileError, NotAllowedError, OfflineError
+from adapterkit.hub.client.limits import MAX_RESPONSE_BYTES, RETRY_STATUSES, bounded, retry_after
 from adapterkit.hub.client.masking import masked
-from adapterkit.hub.client.session import MAX_RESPONSE_BYTES, RETRY_STATUSES, bounded, retry_after
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo

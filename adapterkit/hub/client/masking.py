@@ -1,4 +1,4 @@
-"""Masking of tokens in messages and responses: the configured ones, and strings that look like a Hub token."""
+"""Mask tokens in messages and responses: configured ones, and strings that look like Hub tokens."""
 
 from __future__ import annotations
 

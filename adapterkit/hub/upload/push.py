@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.adapter.formats.table import weights_suffixes
 from adapterkit.base.checkpoint import INDEX_SUFFIX
-from adapterkit.display import Displayed
 from adapterkit.errors import AdapterkitError, FormatError, NotAllowedError, OfflineError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.hub.client.call import call_hub, one_line, page_url
 from adapterkit.hub.events import BytesDone, Pushed
 from adapterkit.hub.names import HubId, parse_hub_id
 from adapterkit.hub.upload.prepare import README, PreparedFolder, UploadFile, check_unchanged, prepare
+from adapterkit.reprs import Displayed
 from adapterkit.text import size, visible
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Local paths and tokens in text: paths are reduced to their last part, or refused."""
+"""Shorten local paths in text to their last part, and refuse text with tokens or paths."""
 
 from __future__ import annotations
 

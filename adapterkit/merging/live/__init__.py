@@ -1,1 +1,1 @@
-"""Adapters merged into a model in memory, and removed again bit for bit."""
+"""Merge adapters into a model in memory, and remove them bit for bit."""

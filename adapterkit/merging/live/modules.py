@@ -13,9 +13,9 @@ from torch import nn
 
 from adapterkit.adapter.weights import Adapter
 from adapterkit.base.architectures import ALWAYS_TIED
-from adapterkit.base.quant.quantized_layers import dequantized
+from adapterkit.base.models.quantized_layers import dequantized
 from adapterkit.base.targets import Fit
-from adapterkit.base.ties import declared
+from adapterkit.base.tied_embeddings import declared
 from adapterkit.files.safetensors import TORCH_NAMES
 
 

@@ -12,7 +12,7 @@ from adapterkit.adapter.weights import Adapter, load_weights
 from adapterkit.algebra.residual import Residual, record, restore
 from adapterkit.algebra.rounding import as_bfloat16, round_once
 from adapterkit.algebra.updates import Update, add_updates, update_for
-from adapterkit.base.quant.quantized_layers import is_quantized
+from adapterkit.base.models.quantized_layers import is_quantized
 from adapterkit.base.targets import Target
 from adapterkit.errors import FitError
 from adapterkit.merging.blocks.overflow import check_finite, check_overflow

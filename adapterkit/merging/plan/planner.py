@@ -26,7 +26,7 @@ from adapterkit.base.quant import (
     writable_kinds,
 )
 from adapterkit.base.targets import Fit
-from adapterkit.base.ties import Tie, find_tie, unknown_tie
+from adapterkit.base.tied_embeddings import Tie, find_tie, unknown_tie
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import FLOAT_DTYPES, OUTPUT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 from adapterkit.files.staging import MADE_BY

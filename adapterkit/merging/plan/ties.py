@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adapterkit.base.ties import Tie, unknown_tie
+from adapterkit.base.tied_embeddings import Tie, unknown_tie
 from adapterkit.errors import FitError
 from adapterkit.merging.plan.changes import Changes
 

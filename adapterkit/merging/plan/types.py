@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
-from adapterkit.display import Displayed
 from adapterkit.files.safetensors import Header, TensorInfo
 from adapterkit.files.staging import Destination
 from adapterkit.files.stamps import Stamp
 from adapterkit.files.workspace import receipt_of
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted, size
 
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from adapterkit import __version__
 from adapterkit.errors import AdapterkitError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import sha256_of
 from adapterkit.files.staging import RECEIPT_FOLDER
 from adapterkit.files.workspace import remove_tree
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import FilePlan, MergePlan
-from adapterkit.merging.receipts.done import FileDone, fingerprint_of, sha256_of_json
+from adapterkit.merging.receipts.finished_file import FileDone, fingerprint_of, sha256_of_json
 from adapterkit.merging.receipts.receipt import sidecar_name, with_ending
+from adapterkit.merging.run_options import RunOptions
 
 RECORDS = ".adapterkit_progress"  # a folder beside the files, removed at the end
 AdapterHashes = Sequence[dict[str, str]]
@@ -45,11 +45,11 @@ def record_done(building: Path, done: FileDone, adapters: AdapterHashes) -> None
     """Record that a file and its sidecar are finished and flushed to disk."""
     record = _record_of(building, done.name)
     record.parent.mkdir(exist_ok=True)
-    system.flush_path(building)
+    os_calls.flush_path(building)
     with open(record, "w", encoding="utf-8") as stream:
         stream.write(json.dumps({"adapters": adapters, "done": done.to_json()}))  # `dump` is several times slower
         stream.flush()
-        system.flush(stream.fileno())
+        os_calls.flush(stream.fileno())
 
 
 def reuse_finished(plan: MergePlan, options: RunOptions, building: Path, adapters: AdapterHashes) -> list[FileDone]:

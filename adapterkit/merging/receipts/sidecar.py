@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from adapterkit.errors import FormatError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES
 from adapterkit.files.safetensors import DTYPE_BITS, Header, TensorInfo, encode_header, parse_header
 from adapterkit.merging.plan.edits import Recorded
@@ -67,7 +67,7 @@ class SidecarWriter:
         self._entries: list[Entry] = []
         self._size = self.room
         self._lock = threading.Lock()
-        self._fd = os.open(file, system.NEW_FLAGS, 0o666)
+        self._fd = os.open(file, os_calls.NEW_FLAGS, 0o666)
         packed = _deflate(header)
         self.add([(HEADER, "U8", (len(packed),))], packed)
 
@@ -77,7 +77,7 @@ class SidecarWriter:
             self._early[self._turns[entries[0][0]]] = entries, data
             due = list(self._due())
         for at, part in due:
-            system.write_at(self._fd, part, at)
+            os_calls.write_at(self._fd, part, at)
 
     def _due(self) -> Iterator[tuple[int, bytes]]:
         """Offset and bytes of the pieces whose turn it is."""
@@ -93,8 +93,8 @@ class SidecarWriter:
         assert not self._early
         raw, _ = encode_header(self._entries, {})
         text = raw[8:].ljust(self.room - 8)
-        system.write_at(self._fd, len(text).to_bytes(8, "little") + text, 0)
-        system.flush(self._fd)
+        os_calls.write_at(self._fd, len(text).to_bytes(8, "little") + text, 0)
+        os_calls.flush(self._fd)
         return self._size
 
     def close(self) -> None:

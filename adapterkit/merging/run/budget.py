@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from adapterkit.base.quant import QuantizedWeight
 from adapterkit.errors import LossError, NoSpaceError
-from adapterkit.files import system
-from adapterkit.merging.options import RunOptions
+from adapterkit.files import os_calls
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.run.hashing import is_copy
 from adapterkit.merging.run.pieces import BLOCK_BYTES
+from adapterkit.merging.run_options import RunOptions
 
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
@@ -25,7 +25,7 @@ TORCH_BYTES = 230 << 20  # resident memory of an imported torch
 
 def default_threads() -> int:
     """One thread per usable core, at most 8: beyond that the disk is the bottleneck."""
-    return min(8, system.usable_cpus())
+    return min(8, os_calls.usable_cpus())
 
 
 def estimate_memory(plan: MergePlan, threads: int) -> int:

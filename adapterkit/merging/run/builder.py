@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING
 from adapterkit.files.outfile import LinkedFile, OutputFile
 from adapterkit.files.safetensors import read_span
 from adapterkit.files.staging import RECEIPT_FOLDER
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.merging.plan.types import FilePlan, MergePlan
-from adapterkit.merging.receipts.done import FileDone, fingerprint_of
+from adapterkit.merging.receipts.finished_file import FileDone, fingerprint_of
 from adapterkit.merging.receipts.receipt import irreversible, sidecar_name
 from adapterkit.merging.receipts.sidecar import GAINS, NUMBERS, Entry, SidecarWriter, dropped_name, dropped_tensors
+from adapterkit.merging.run.device import Place
 from adapterkit.merging.run.hashing import InputHash, OutputHash, is_copy
 from adapterkit.merging.run.pieces import Block, Bundle, EditWork, pieces_of
-from adapterkit.merging.run.place import Place
 from adapterkit.merging.run.worker import Worker
+from adapterkit.merging.run_options import RunOptions
 
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention

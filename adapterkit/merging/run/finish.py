@@ -1,4 +1,4 @@
-"""The end of a run: check that every file is there and belongs to the plan, then write the files beside the weights."""
+"""Finish a run: check that every file is there and belongs to the plan, then write the files beside the weights."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.display import Displayed
 from adapterkit.errors import FitError
 from adapterkit.files.hub_cache import check_blob_hash
 from adapterkit.files.opening import sha256_of
 from adapterkit.merging.companions import finish_merge
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import Hashes, MergePlan
-from adapterkit.merging.receipts.done import FileDone, fingerprint_of
+from adapterkit.merging.receipts.finished_file import FileDone, fingerprint_of
 from adapterkit.merging.run.budget import check_loss, warnings_of
 from adapterkit.merging.run.builder import Job
 from adapterkit.merging.run.inputs import Inputs
+from adapterkit.merging.run_options import RunOptions
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted, size
 
 if TYPE_CHECKING:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from adapterkit.files.opening import sha256_of
 from adapterkit.files.staging import staged
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import FilePlan, MergePlan
-from adapterkit.merging.receipts.done import FileDone
+from adapterkit.merging.receipts.finished_file import FileDone
 from adapterkit.merging.receipts.receipt import check_receipt
 from adapterkit.merging.receipts.resume import clear_records, job_of, record_done, resume_hint, reuse_finished
 from adapterkit.merging.run.budget import check_device, check_space
@@ -23,6 +22,7 @@ from adapterkit.merging.run.builder import FileBuilder, Job
 from adapterkit.merging.run.finish import Merged, finish_job
 from adapterkit.merging.run.inputs import Inputs
 from adapterkit.merging.run.scheduler import Scheduler
+from adapterkit.merging.run_options import RunOptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from queue import SimpleQueue
 from adapterkit.merging.plan.types import FilePlan
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.merging.run.builder import FileBuilder, Job
+from adapterkit.merging.run.device import Place
 from adapterkit.merging.run.hashing import InputHash
 from adapterkit.merging.run.inputs import Inputs
 from adapterkit.merging.run.pieces import Block, Bundle
-from adapterkit.merging.run.place import Place
 from adapterkit.merging.run.worker import Worker
 
 HASH_AHEAD = 256 << 20  # bytes ahead of the blocks; small beside any page cache, and none is left over at the end

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import FormatError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import read_whole, sha256_of
 from adapterkit.files.safetensors import TORCH_NAMES, read_header, write_tensors
@@ -85,10 +85,10 @@ def save(run: Path, state: State, tensors: Mapping[str, torch.Tensor]) -> Path:
     (partial / STATE).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
     (partial / SUMS).write_text("".join(_sums(partial).values()), encoding="utf-8")
     for file in (partial / STATE, partial / SUMS, partial):
-        system.flush_path(file)
+        os_calls.flush_path(file)
     remove_tree(folder)
     partial.rename(folder)
-    system.flush_path(folder.parent)
+    os_calls.flush_path(folder.parent)
     for old in steps(run)[:-NEWEST]:
         if number(old) != state.progress.best_step:
             remove_tree(old)

@@ -1,4 +1,4 @@
-"""Checks before any weight is read: that base, adapter and data fit together."""
+"""Check that base, adapter and data fit together, before any weight is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adapterkit.base.checkpoint import CONFIG, Checkpoint, is_base, open_checkpo
 from adapterkit.base.models.config_check import check_described
 from adapterkit.base.models.loading import SMALL_FILES
 from adapterkit.base.quant import weights as weights_of
-from adapterkit.base.ties import find_tie
+from adapterkit.base.tied_embeddings import find_tie
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_repo, resolve

@@ -1,4 +1,4 @@
-"""The folder of a run, and its distributed processes."""
+"""Set up a run's folder and its distributed processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from adapterkit.errors import OutputExistsError, UsageError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.staging import Destination, staged, unfinished_work
 from adapterkit.hub import input_path
 from adapterkit.train.recipe import Recipe
@@ -84,4 +84,4 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes, of the GPU or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return system.peak_memory()
+    return os_calls.peak_memory()

@@ -31,8 +31,8 @@ from adapterkit.train.loss import IGNORED, perplexity
 from adapterkit.train.recipe import Recipe
 from adapterkit.train.runs.answer_scores import Prediction, answer_of, compared
 from adapterkit.train.runs.checks import check_not_quantized, check_sequences, open_base, open_fitting, size_of
+from adapterkit.train.runs.load_model import choose_device, choose_dtype, load_model
 from adapterkit.train.runs.memory import available, estimate
-from adapterkit.train.runs.model_setup import choose_device, choose_dtype, load_model
 
 MARGIN = 8  # tokens that a completion may exceed the longest expected one
 

@@ -14,7 +14,7 @@ from adapterkit import __version__
 from adapterkit.adapter.formats import save
 from adapterkit.adapter.formats.table import DEFAULT, get_format
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.staging import MERGE_RECORD, TRAINING_RECORD
 from adapterkit.files.workspace import remove_tree
 from adapterkit.files.writing import write_json, write_text
@@ -48,7 +48,7 @@ def write_result(
     else:
         save(trained_adapter(loop.model.model, recipe, name), made)
     for file in made.iterdir():
-        system.flush_path(file)
+        os_calls.flush_path(file)
         file.rename(folder / file.name)
     made.rmdir()
     facts = _facts(recipe, loop, data, held_back, progress, origin)
@@ -145,7 +145,7 @@ def card(recipe: Recipe, base: str | None, facts: dict[str, Any], command: str) 
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{system.processor()}, {counted(torch.get_num_threads(), 'thread')}"
+    return f"{os_calls.processor()}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _versions() -> dict[str, str]:

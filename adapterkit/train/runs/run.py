@@ -21,7 +21,7 @@ import torch.distributed as dist
 from adapterkit.base.models.loading import load_tokenizer
 from adapterkit.base.models.tokenizing import decode_text, encode_text
 from adapterkit.errors import FormatError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.files.opening import open_regular
 from adapterkit.files.writing import write_text
 from adapterkit.train.data.order import Order
@@ -35,9 +35,9 @@ from adapterkit.train.runs.checks import check_not_quantized, check_sequences, o
 from adapterkit.train.runs.distributed import StoppedError, check_run, folder_for, peak_memory, processes
 from adapterkit.train.runs.export import write_result
 from adapterkit.train.runs.fingerprint import Origin
+from adapterkit.train.runs.load_model import choose_device, choose_dtype, load_model
 from adapterkit.train.runs.memory import Estimate, available, check, estimate, suggestion
-from adapterkit.train.runs.model_setup import choose_device, choose_dtype, load_model
-from adapterkit.train.runs.prepare import prepare
+from adapterkit.train.runs.prepare_model import prepare
 
 T = TypeVar("T")
 
@@ -302,7 +302,7 @@ class _Run:
     def _save(self) -> Saved:
         folder = checkpoints.at(self.folder, self.loop.step)
         if self.loop.rank == 0:
-            system.flush_path(self.folder / METRICS)
+            os_calls.flush_path(self.folder / METRICS)
             with open_regular(self.folder / METRICS) as stream:
                 log = Log.of(stream.read())
             checkpoints.save(self.folder, State(self.progress, self.origin, log), self.loop.state())

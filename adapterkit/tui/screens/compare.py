@@ -16,7 +16,7 @@ from textual.worker import get_current_worker
 from textual_plot import HiResMode
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.hub.listing import AdapterEntry
+from adapterkit.hub.adapter_listing import AdapterEntry
 from adapterkit.text import counted, number, visible
 from adapterkit.tui.threads import hand_over
 from adapterkit.tui.widgets.charts import COLOURS, Plot

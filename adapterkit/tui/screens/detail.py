@@ -17,8 +17,8 @@ from textual.widgets import Footer, Markdown, TabbedContent, TabPane
 from textual.worker import get_current_worker
 
 from adapterkit.adapter.formats.table import config_names
-from adapterkit.hub.listing import AdapterEntry
-from adapterkit.inspection.summary import ModuleRow
+from adapterkit.hub.adapter_listing import AdapterEntry
+from adapterkit.inspection.module_rows import ModuleRow
 from adapterkit.text import visible, visible_lines
 from adapterkit.tui.details import Details, config_text, rows_of
 from adapterkit.tui.threads import hand_over

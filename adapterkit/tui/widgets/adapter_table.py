@@ -16,7 +16,7 @@ from textual.message import Message
 from textual.timer import Timer
 from textual.widgets import Input
 
-from adapterkit.hub.listing import SORTS, AdapterEntry, sorted_entries
+from adapterkit.hub.adapter_listing import SORTS, AdapterEntry, sorted_entries
 from adapterkit.text import short, size, span, visible
 from adapterkit.tui.widgets.plain import Static, Table, plain
 

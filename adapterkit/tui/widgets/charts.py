@@ -13,7 +13,7 @@ from textual.containers import Horizontal, Vertical
 from textual.widgets import Checkbox
 from textual_plot import HiResMode, PlotWidget
 
-from adapterkit.inspection.summary import ModuleRow, by_target
+from adapterkit.inspection.module_rows import ModuleRow, by_target
 from adapterkit.text import between, number, span
 from adapterkit.tui.widgets.checkbox import MarkCheckbox
 from adapterkit.tui.widgets.plain import Select, Static, Table

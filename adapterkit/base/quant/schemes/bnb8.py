@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.base.quant.bitsandbytes import quantization_config
+from adapterkit.base.quant.bnb_config import quantization_config
 from adapterkit.base.quant.rounding import NEAREST, Rounding, choose_codes
 from adapterkit.base.quant.scheme import Layer, Scheme, Writer
 from adapterkit.base.quant.weight import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.base.quant.bitsandbytes import quantization_config
+from adapterkit.base.quant.bnb_config import quantization_config
 from adapterkit.base.quant.scheme import Layer, Scheme, Writer
 from adapterkit.base.quant.schemes.bnb4.nibbles import dequantize, has_kernels, kernel, pair_table
 from adapterkit.base.quant.schemes.bnb4.quantizer import Spec4bit

@@ -1,4 +1,4 @@
-"""Adapters in folders, in the Hub cache, and on the Hub: an entry each, from headers and configs alone."""
+"""List adapters in folders, the Hub cache and the Hub, from headers and configs alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.formats import table as formats
-from adapterkit.display import Displayed
 from adapterkit.errors import AdapterkitError
 from adapterkit.files.opening import read_whole
 from adapterkit.hub.client.call import RETRY_WAITS, call_hub
@@ -24,6 +23,7 @@ from adapterkit.hub.client.parallel import parallel_map
 from adapterkit.hub.download import cached_folder
 from adapterkit.hub.names import HubId, hub_cache, parse_hub_id
 from adapterkit.hub.remote import fetch_headers, find_remote
+from adapterkit.reprs import Displayed
 from adapterkit.text import span
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Limits on calls to the Hub: time, response size, redirects, and log output.
+"""Limit calls to the Hub in time, response size, redirects and log output.
 
 The whole process shares one client session, which may be the user's own, and one logger. During a call, hooks are
 installed on both; they ignore other threads, and are removed after the last call.

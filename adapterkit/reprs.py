@@ -1,4 +1,4 @@
-"""Short displays of results: one line in other output, a few lines when printed, the same in notebooks."""
+"""Show results in one line (`repr`), in a few lines (`print`), or in a notebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a low-rank update is truncated; a plan says so, and imports no torch for it."""
+"""Say how far to truncate a low-rank update; needs no torch, so that planning doesn't either."""
 
 from __future__ import annotations
 

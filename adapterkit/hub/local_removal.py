@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from adapterkit.adapter.formats import table as formats
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.files.staging import ADAPTER_RECORD, TRAINING_RECORD
-from adapterkit.hub.listing import AdapterEntry, adapter_folders
+from adapterkit.hub.adapter_listing import AdapterEntry, adapter_folders
 from adapterkit.hub.names import hub_cache
 from adapterkit.text import counted, size, visible
 

@@ -11,8 +11,8 @@ from handmade import adapterkit, contents, write_adapter, write_base
 from hubserver import Hub
 
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.hub.listing import AdapterEntry, list_cache
-from adapterkit.hub.removal import Removal, owned_names, plan_removal, remove
+from adapterkit.hub.adapter_listing import AdapterEntry, list_cache
+from adapterkit.hub.local_removal import Removal, owned_names, plan_removal, remove
 from adapterkit.train.runs.run import METRICS, RECIPE
 
 

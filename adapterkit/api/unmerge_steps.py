@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 
 from adapterkit.adapter.weights import Adapter
 from adapterkit.base.checkpoint import open_checkpoint
-from adapterkit.display import Displayed
 from adapterkit.files.staging import Destination, staged
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.receipts.receipt import Receipt, find_receipt, read_receipt
 from adapterkit.merging.run.finish import Merged
 from adapterkit.merging.run.run import TensorMerged, run
+from adapterkit.merging.run_options import RunOptions
 from adapterkit.merging.unmerge import plan_undo
+from adapterkit.reprs import Displayed
 from adapterkit.text import counted
 
 

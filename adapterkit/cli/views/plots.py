@@ -13,7 +13,7 @@ from adapterkit import __version__
 from adapterkit.errors import FormatError, UsageError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.staging import Destination, staged
-from adapterkit.inspection.summary import ModuleRow, grid
+from adapterkit.inspection.module_rows import ModuleRow, grid
 from adapterkit.packages import needed
 from adapterkit.text import visible
 

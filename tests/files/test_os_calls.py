@@ -23,7 +23,7 @@ from standins import failing, nth_call
 
 from adapterkit.cli.main import COMMANDS
 from adapterkit.errors import AdapterkitError, FormatError
-from adapterkit.files import sandbox, system
+from adapterkit.files import os_calls, sandbox
 from adapterkit.files.opening import open_inside
 from adapterkit.files.outfile import OutputFile
 from adapterkit.files.sandbox import Sandbox
@@ -31,7 +31,7 @@ from adapterkit.files.staging import Destination, staged
 from adapterkit.files.workspace import Mark, Workspace
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = Path(system.__file__).parents[1]
+PACKAGE = Path(os_calls.__file__).parents[1]
 # Names that macOS lacks or may lack, and those that Windows lacks too.
 MACOS = """posix_fallocate posix_fadvise POSIX_FADV_DONTNEED sched_getaffinity O_DIRECT O_PATH preadv pwritev"""
 WINDOWS = f"""{MACOS} pread pwrite geteuid getuid killpg fork O_NOFOLLOW O_NONBLOCK O_NOCTTY O_DIRECTORY
@@ -67,7 +67,7 @@ def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     def controlled(fd: int, number: int, *_: Any) -> int:
         if request.param == "macos without":
             raise OSError(errno.ENOTTY if number == 51 else errno.ENOTSUP, "no")
-        assert number in (system.F_PREALLOCATE, system.F_NOCACHE, system.F_FULLFSYNC)
+        assert number in (os_calls.F_PREALLOCATE, os_calls.F_NOCACHE, os_calls.F_FULLFSYNC)
         return 0
 
     for name in (WINDOWS if request.param == "windows" else MACOS).split():
@@ -83,12 +83,12 @@ def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(sys, "platform", "darwin")
         monkeypatch.setattr(os, "mkdir", lambda path, mode=0o777, **how: mkdir(path, mode & 0o777, **how))
         monkeypatch.setattr(fcntl, "fcntl", controlled)
-    importlib.reload(system)
+    importlib.reload(os_calls)
     library = MacLibrary() if request.param == "macos" else None
-    monkeypatch.setattr(system, "_libc", lambda: library)
+    monkeypatch.setattr(os_calls, "_libc", lambda: library)
     yield request.param
     monkeypatch.undo()
-    importlib.reload(system)
+    importlib.reload(os_calls)
 
 
 @pytest.fixture(scope="module")
@@ -189,18 +189,18 @@ def test_a_link_in_a_folder_is_refused(tmp_path: Path, elsewhere: str) -> None:
 
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch, platform: str, unit: int) -> None:
-    monkeypatch.setattr(system, "MACOS", platform == "darwin")
+    monkeypatch.setattr(os_calls, "MACOS", platform == "darwin")
     usage = SimpleNamespace(ru_maxrss=1000)
     monkeypatch.setattr("resource.getrusage", lambda _: usage)
-    assert system.peak_memory() == 1000 * unit
+    assert os_calls.peak_memory() == 1000 * unit
 
 
 def test_usable_cpus_without_an_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
-    assert system.usable_cpus() == 2
+    assert os_calls.usable_cpus() == 2
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert system.usable_cpus() == 6
+    assert os_calls.usable_cpus() == 6
 
 
 # --- programs on untrusted data --------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def main(limits, seconds):
 
 def test_memory_without_a_system_limit_is_monitored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS: the parent monitors it."""
-    monkeypatch.setattr(system, "LIMITS_MEMORY", False)
+    monkeypatch.setattr(os_calls, "LIMITS_MEMORY", False)
     monkeypatch.setattr(sandbox, "BASELINE_BYTES", 1 << 26)
     (tmp_path / "greedy.py").write_text(GREEDY)
     with (
@@ -259,14 +259,14 @@ def test_platform_specific_names_are_used_in_one_module() -> None:
     """Except in a standalone program, and where a check precedes the use."""
     timer = ("SIGALRM", "setitimer", "siginterrupt", "ITIMER_REAL")
     known = {
-        "files/system.py": "",
+        "files/os_calls.py": "",
         "files/sandbox_subprocess.py": "",
         "files/outfile.py": "pwrite",
         "cli/signals.py": timer,
     }
     found = [line for file in sorted(PACKAGE.rglob("*.py")) for line in platform_names(file)]
     assert [line for line in found if not line.endswith(known.get(line.partition(":")[0], "nothing"))] == []
-    assert len(platform_names(Path(system.__file__))) > 10
+    assert len(platform_names(Path(os_calls.__file__))) > 10
 
 
 HELP = f"""

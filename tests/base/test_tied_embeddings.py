@@ -20,9 +20,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import adapterkit
-from adapterkit.base import ties
+from adapterkit.base import tied_embeddings
 from adapterkit.base.checkpoint import open_checkpoint
-from adapterkit.base.ties import declared
+from adapterkit.base.tied_embeddings import declared
 from adapterkit.errors import FitError
 
 # --- the tables ------------------------------------------------------------------------------------------------------
@@ -45,7 +45,9 @@ def resolved(config: dict[str, Any]) -> bool | None:
     """Return whether transformers ties a model with this config.json."""
     found = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     return getattr(
-        found.text_config if config["model_type"] in ties.TEXT_CONFIG_DECIDES else found, "tie_word_embeddings", None
+        found.text_config if config["model_type"] in tied_embeddings.TEXT_CONFIG_DECIDES else found,
+        "tie_word_embeddings",
+        None,
     )
 
 
@@ -80,7 +82,7 @@ def test_every_head_has_its_name_in_transformers() -> None:
         for name in names:
             keys = getattr(transformers, name)._tied_weights_keys
             heads = [key for key in keys or {} if key.endswith("weight") and "embed" not in key and "shared" not in key]
-            expected = ties.HEADS.get(model, "lm_head.weight")
+            expected = tied_embeddings.HEADS.get(model, "lm_head.weight")
             if isinstance(keys, dict) and heads and expected not in heads and model != "gpt_neox":
                 wrong.append((model, heads))
     assert wrong == []
@@ -156,7 +158,7 @@ def test_which_tensors_are_tied(case: str, make_base: Callable[..., Path]) -> No
     config, names, expected = FOUND[case]
     config = config if isinstance(config, dict) else {"model_type": config}
     base = open_checkpoint(make_base({f"{name}.weight": torch.zeros(2, 2) for name in names.split()}, config))
-    tie = ties.find_tie(base)
+    tie = tied_embeddings.find_tie(base)
     assert (tie and (tie.embedding, tie.head, tie.others, tie.stored, tie.certain)) == expected
     assert tie is None or tie.implied is (tie.certain and not tie.stored)
 
@@ -185,7 +187,9 @@ def test_an_output_with_both_tensors_is_untied_if_possible(
     config: dict[str, Any], embedding: str, changed: dict[str, Any], make_base: Callable[..., Path]
 ) -> None:
     head = "cls.predictions.bias" if "bert" in embedding else "x"
-    tie = ties.find_tie(open_checkpoint(make_base({embedding: torch.zeros(2, 2), head: torch.zeros(2)}, config)))
+    tie = tied_embeddings.find_tie(
+        open_checkpoint(make_base({embedding: torch.zeros(2, 2), head: torch.zeros(2)}, config))
+    )
     assert tie is not None and tie.certain
     before = json.dumps(config)
     untied, note = tie.untie(config)
@@ -198,7 +202,7 @@ def test_two_tensors_are_equal_to_the_last_byte(make_base: Callable[..., Path]) 
     size = (1 << 24) + 3
     weight = torch.zeros(size, dtype=torch.int8)
     folder = make_base({"wte.weight": weight, LM: weight.clone()}, {"model_type": "gpt2"})
-    tie = ties.find_tie(open_checkpoint(folder))
+    tie = tied_embeddings.find_tie(open_checkpoint(folder))
     assert tie is not None and tie.equal()
     info = tie.base.tensors[LM]
     with open(info.file, "r+b", buffering=0) as file:
@@ -212,7 +216,7 @@ def test_two_tensors_are_equal_to_the_last_byte(make_base: Callable[..., Path]) 
 @pytest.mark.parametrize("other", [torch.zeros(2, 4), torch.zeros(4, 2).bfloat16(), torch.zeros(8)], ids=str)
 def test_tensors_of_another_shape_or_type_are_not_equal(other: torch.Tensor, make_base: Callable[..., Path]) -> None:
     base = open_checkpoint(make_base({"wte.weight": torch.zeros(4, 2), LM: other}, {"model_type": "gpt2"}))
-    tie = ties.find_tie(base)
+    tie = tied_embeddings.find_tie(base)
     assert tie is not None and tie.stored and not tie.equal()
 
 

@@ -10,9 +10,9 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import __version__
-from adapterkit.merging.options import RunOptions
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.merging.plan.types import FilePlan, MergePlan
+from adapterkit.merging.run_options import RunOptions
 
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention

@@ -1,4 +1,4 @@
-"""Tied embeddings: whether a base's input embedding is also its head.
+"""Find whether a base's input embedding is also its head.
 
 transformers omits `tie_word_embeddings` from config.json if it has the architecture's default, which for many
 architectures is true; `architectures.py` has the defaults.

@@ -10,7 +10,7 @@ from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.models.loading import load_causal, quiet
 from adapterkit.base.quant import loading
 from adapterkit.errors import UsageError
-from adapterkit.files import system
+from adapterkit.files import os_calls
 from adapterkit.packages import needed
 from adapterkit.train.causal_lm import CausalModel
 from adapterkit.train.injection import use_fast_products
@@ -50,7 +50,7 @@ def choose_dtype(name: str, base: Checkpoint, device: torch.device, full: bool) 
 def load_model(base: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> CausalModel:
     """Load the causal language model `base`, optionally in 4 bits; raises FormatError for other kinds of models."""
     if device.type == "cpu":
-        system.keep_freed_memory()
+        os_calls.keep_freed_memory()
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantize != "none":
         needed("bitsandbytes", f"`quantize={quantize}`")

@@ -1,4 +1,4 @@
-"""The device of a run: one for all workers, with smaller chunks or the CPU if a GPU runs out of memory."""
+"""Hold the device of a run, and fall back to smaller chunks or the CPU if a GPU runs out of memory."""
 
 from __future__ import annotations
 
