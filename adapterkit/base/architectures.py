@@ -1,7 +1,7 @@
 """Tables of architectures: module names, weight layouts, and tied embeddings.
 
-All knowledge that depends on `model_type` or on names is here. tests/base/test_tied_embeddings.py checks the tables of ties
-against transformers.
+All knowledge that depends on `model_type` or on names is here. tests/base/test_tied_embeddings.py checks the tables of
+ties against transformers.
 """
 
 from __future__ import annotations

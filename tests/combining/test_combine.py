@@ -574,12 +574,13 @@ def test_output_is_complete_and_records_its_sources(two: tuple[Path, Path], tmp_
 def test_combine_and_resize_commands(two: tuple[Path, Path], tmp_path: Path) -> None:
     done = run_adapterkit("combine", f"{two[0]}:0.7", f"{two[1]}:0.3", "-o", tmp_path / "out", "--rank", "3")
     assert done.code == 0 and "3 modules, rank 3" in done.out and "relative error" in done.out and "note:" in done.err
-    args = ["combine", *two, "-o", tmp_path / "core", "--method", "core", "--inner", "linear", "--set", "density=0.2"]
+    settings = ["--set", "inner=linear", "--set", "density=0.2"]
+    args = ["combine", *two, "-o", tmp_path / "core", "--method", "core", *settings]
     done = run_adapterkit(*args, "--json")
     assert done.code == 0 and max(row["rank"] for row in json.loads(done.out)["modules"]) == 11
     assert "expected NAME=VALUE" in run_adapterkit(*args[:-1], "density", "--overwrite").err
     done = run_adapterkit("resize", tmp_path / "core", "-o", tmp_path / "small", "--energy", "0.9")
-    assert done.code == 0 and "resized" in done.out and "kept" in done.out
+    assert done.code == 0 and "resized" in done.out and "retained" in done.out
     assert run_adapterkit("resize", tmp_path / "core", "-o", tmp_path / "none").code == 2
 
 
