@@ -289,9 +289,9 @@ def elsewhere(stats: os.stat_result, moved: bool) -> os.stat_result:
 
 
 def test_hundreds_of_shards_with_few_descriptors(make_adapter: Callable[..., Path]) -> None:
-    """In memory, where files are fast: merge every second shard, and undo, in a process limited to 128 descriptors."""
+    """In memory, where files are fast: merge every second shard, and undo, in a process limited to 256 descriptors."""
     shm = "/dev/shm"
-    names, count = {}, 400
+    names, count = {}, 600
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None) as folder:
         base = Path(folder) / "base"
@@ -304,7 +304,7 @@ def test_hundreds_of_shards_with_few_descriptors(make_adapter: Callable[..., Pat
         adapter = make_adapter(
             {key: value for i in range(0, count, 2) for key, value in factors(f"layers.{i}.q", 6, 4).items()}
         )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
         try:
             merged = adapterkit.merge(base, [adapter], base.with_name("merged"), threads=16)
             adapterkit.unmerge(merged.out, base.with_name("again"), adapters=[adapter], threads=16)
