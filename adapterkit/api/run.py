@@ -44,7 +44,11 @@ def run(plan: HubPlan, *, progress: bool = False) -> Generator[HubEvent, None, N
 def run(plan: AdapterPlan, *, progress: bool = False) -> Generator[ModuleDone | AdapterMade, None, None]: ...
 @overload
 def run(
-    plan: MergePlan | UnmergePlan,
+    plan: UnmergePlan, *, progress: bool = False, threads: int | None = None, device: str | torch.device = "auto"
+) -> Generator[StepStarted | TensorMerged | Merged, None, None]: ...
+@overload
+def run(
+    plan: MergePlan,
     *,
     progress: bool = False,
     threads: int | None = None,
@@ -54,7 +58,7 @@ def run(
     receipt: bool = True,
     link: bool = False,
     accept_loss: bool = False,
-) -> Generator[StepStarted | TensorMerged | Merged, None, None]: ...
+) -> Generator[TensorMerged | Merged, None, None]: ...
 @overload
 def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, None, None]: ...
 def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, None, None]:
@@ -64,7 +68,7 @@ def run(plan: Plan, *, progress: bool = False, **how: Any) -> Generator[Event, N
         plan: What a function named plan_… returned.
         progress: Draw a progress bar beside the events, in a notebook or on stderr.
         how: For plans of merges, the fields of `RunOptions`: threads, device, report, resume, receipt, link,
-            accept_loss.
+            accept_loss. For plans of unmerging, threads and device.
 
     Yields:
         An event per tensor, module or file, then the result.
@@ -91,12 +95,10 @@ def in_one_call(plan: Callable[[T], Plan], options: T, made: type[R], how: RunOp
 
 
 def _events(plan: Plan, how: dict[str, Any]) -> Generator[Event, None, None]:
-    if isinstance(plan, MergePlan):
+    if isinstance(plan, MergePlan | UnmergePlan):
         options = RunOptions(**how)
-        check_options(plan, options)
-        return run_merge(plan, options)
-    if isinstance(plan, UnmergePlan):
-        return run_steps(plan, RunOptions(**how))
+        check_options(plan if isinstance(plan, MergePlan) else plan.first, options)
+        return run_merge(plan, options) if isinstance(plan, MergePlan) else run_steps(plan, options)
     if how:
         raise UsageError(f"unexpected option `{next(iter(how))}`: only merges take it")
     return make_adapter(plan) if isinstance(plan, AdapterPlan) else plan.steps()

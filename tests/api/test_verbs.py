@@ -172,3 +172,13 @@ def test_combining_refuses_options_of_merges(folder: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="unexpected option `threads`"):
         adapterkit.run(plan, threads=2)  # type: ignore[call-overload]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["report", "resume", "receipt", "link", "accept_loss"])
+def test_unmerging_refuses_options_that_only_merging_has(name: str, folder: Path, tmp_path: Path) -> None:
+    plan = adapterkit.plan_unmerge(folder / "merged", tmp_path / "out", adapters=[folder / "one"])
+    with pytest.raises(UsageError, match=f"unexpected option `{name}`"):
+        adapterkit.run(plan, **{name: name != "receipt"})
+    assert not (tmp_path / "out").exists()
+    *_, last = adapterkit.run(plan, threads=1, device="cpu", receipt=True)  # as by default
+    assert last.out == tmp_path / "out"

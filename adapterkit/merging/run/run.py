@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from adapterkit.errors import UsageError
 from adapterkit.files.opening import sha256_of
 from adapterkit.files.staging import staged
 from adapterkit.merging.plan.types import FilePlan, MergePlan
@@ -36,6 +37,10 @@ class TensorMerged:
 
 def check_options(plan: MergePlan, options: RunOptions) -> None:
     """Raise UsageError for options that have no effect on this plan."""
+    if plan.restores:
+        for name, default in asdict(RunOptions(options.threads, options.device)).items():
+            if getattr(options, name) != default:
+                raise UsageError(f"unexpected option `{name}`: unmerging takes only `threads` and `device`")
     options.check(quantized=bool(plan.schemes), resumable=plan.undoable and plan.calibration is None)
 
 
