@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -29,11 +31,14 @@ import adapterkit as package
 from adapterkit.combining import write
 from adapterkit.errors import ChangedError, OutputExistsError
 from adapterkit.files import os_calls, stamps
+from adapterkit.files.outfile import OutputFile
 from adapterkit.files.staging import Destination, staged
 from adapterkit.files.workspace import PREFIX
 from adapterkit.merging import companions, verify
-from adapterkit.merging.run import builder, finish, run, scheduler
+from adapterkit.merging.receipts.sidecar import SidecarWriter
+from adapterkit.merging.run import builder, finish, pieces, run, scheduler
 from adapterkit.merging.run.builder import FileBuilder
+from adapterkit.merging.run.hashing import OutputHash
 from adapterkit.merging.run.inputs import Inputs
 
 ROOT = Path(package.__file__).parents[1]
@@ -468,6 +473,31 @@ def test_a_small_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ch
         assert names(disk) == []
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("owner, name", [(OutputFile, "write"), (OutputHash, "_hash_span"), (SidecarWriter, "add")])
+def test_no_worker_waits_for_bytes_that_are_never_written(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, threads: str
+) -> None:
+    """At every step of every file: pages wait until earlier bytes are hashed."""
+    real, waits = getattr(owner, name), Future.result
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 16 * COLUMNS * 2)  # three blocks a tensor
+    monkeypatch.setattr(Future, "result", lambda future: waits(future, 20))  # a deadlock raises TimeoutError
+    for n in count(1):
+        calls: list[object] = []
+
+        def fail(*args: object, n: int = n, calls: list[object] = calls) -> object:
+            calls.append(args)
+            return real(*args) if len(calls) != n else failing(FULL)()
+
+        monkeypatch.setattr(owner, name, fail)
+        result = merge(inputs, "--threads", threads)
+        if len(calls) < n:
+            break
+        assert "No space left on device" in result.message(6)
+        assert nothing_left(inputs)
+    assert (result.code, n > 2) == (0, True)
 
 
 # --- failing reads ---------------------------------------------------------------------------------------------------

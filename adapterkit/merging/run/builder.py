@@ -96,7 +96,7 @@ class FileBuilder:
         self._unchanged: list[str] = []
         self._parts = 1 + len({id(work) for piece in self.pieces for work in piece.works})
         self._lock = threading.Lock()
-        self._opened, self._opening = False, threading.Lock()
+        self._opened, self._stopped, self._opening = False, False, threading.Lock()
         self._failure: BaseException | None = None  # to open
         self._copies = sorted(file.copies, key=lambda copy: copy.start)
         self._copied = 0  # number of copies that the input's hash has passed
@@ -138,6 +138,8 @@ class FileBuilder:
         if self.job.receipt or self.job.plan.restores:
             self._hash = OutputHash(self.file, self.input.fd, self._part_done)
             self._parts += self._hash.incremental
+            if self._stopped:
+                self._hash.abandon()
         if self.job.records:
             self._sidecar = self._begin_sidecar()
         for copy in self.file.from_sidecar:
@@ -335,8 +337,10 @@ class FileBuilder:
 
     def stop(self) -> None:
         """Stop waiting for further pieces."""
-        if self._hash is not None:
-            self._hash.abandon()
+        with self._opening:
+            self._stopped = True
+            if self._hash is not None:
+                self._hash.abandon()
 
     def close(self) -> None:
         """Close all descriptors."""

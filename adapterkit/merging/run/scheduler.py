@@ -75,16 +75,14 @@ class Scheduler:
         done = False
         try:
             self._create()
-            workers = [pool.submit(self._work, Worker(writers)) for _ in range(self._threads)]
+            workers = [pool.submit(self._work, Worker(writers, self._stop)) for _ in range(self._threads)]
             for worker in workers:
                 worker.add_done_callback(lambda _: self._tensors.put(None))
             yield from self._with_torch(workers)
             done = True
         finally:
             if not done:
-                self._change(stopped=True)
-                for builder in self.builders:
-                    builder.stop()
+                self._stop()
             pool.shutdown(wait=True)
             writers.shutdown(wait=True)
             for builder in self.builders:
@@ -133,8 +131,17 @@ class Scheduler:
         try:
             while (task := self._next_task()) is not None:
                 task(worker)
+        except BaseException:
+            self._stop()
+            raise
         finally:
             worker.release()
+
+    def _stop(self) -> None:
+        """Stop all workers, and at once: their pages may wait for the bytes that a failed task does not write."""
+        self._change(stopped=True)
+        for builder in self.builders:
+            builder.stop()
 
     def _next_task(self) -> _Task | None:
         """Wait for the next task: hashing until torch is imported, then also blocks; None when no work is left."""

@@ -19,7 +19,9 @@ Written = Future[Future[None] | None]
 class Worker:
     """One worker's buffers, and the pages that it computes into while others are being written."""
 
-    def __init__(self, writers: ThreadPoolExecutor) -> None:
+    def __init__(self, writers: ThreadPoolExecutor, when_failed: Callable[[], None] = lambda: None) -> None:
+        """Write with `writers`; `when_failed` is called as soon as a write fails."""
+        self._when_failed = when_failed
         self.buffers: Buffers | None = None
         self.writers = writers
         self.outgoing: deque[tuple[PageBuffer, Written | None]] = deque([(PageBuffer(), None) for _ in range(4)])
@@ -59,7 +61,13 @@ class Worker:
 
     def send(self, page: PageBuffer, write: Callable[[], Future[None] | None]) -> None:
         """Call `write` in another thread; the page stays in use until the future that it returns ends."""
-        self.outgoing.append((page, self.writers.submit(write)))
+        written = self.writers.submit(write)
+        self.outgoing.append((page, written))
+        written.add_done_callback(self._check)
+
+    def _check(self, written: Written) -> None:
+        if written.exception() is not None:
+            self._when_failed()
 
 
 def _wait(written: Written) -> None:
