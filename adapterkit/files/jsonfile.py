@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from adapterkit.errors import FormatError
 from adapterkit.files.opening import open_inside, read_up_to
@@ -28,12 +28,12 @@ def read_json(file: Path, large: bool = False, allow_surrogates: bool = False) -
     accepts lone surrogates, which stand for the bytes of file names that are not UTF-8.
     """
     with open_inside(file.parent, file.name) as stream:
-        raw = read_up_to(stream, MAX_HEADER_BYTES if large else MAX_CONFIG_BYTES, file)
-    return parse_json(file, raw, large, allow_surrogates)
+        return parse_json(file, stream, large, allow_surrogates)
 
 
-def parse_json(file: Path, raw: bytes, large: bool = False, allow_surrogates: bool = False) -> dict[str, Any]:
-    """Parse `raw`, the contents of `file`, with the checks of `read_json`."""
+def parse_json(file: Path, stream: BinaryIO, large: bool = False, allow_surrogates: bool = False) -> dict[str, Any]:
+    """Parse the rest of `stream`, the contents of `file`, with the checks of `read_json`."""
+    raw = read_up_to(stream, MAX_HEADER_BYTES if large else MAX_CONFIG_BYTES, file)
     value = parse_object(file, raw, MAX_HEADER_ITEMS if large else MAX_CONFIG_ITEMS, allow_surrogates)
     depth = 0
     level: list[Any] = [value]

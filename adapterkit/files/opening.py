@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path, PurePath
+from typing import BinaryIO
 
 from adapterkit.errors import AdapterkitError, FormatError, MissingFileError, UnreadableError, UnsafeFileError
 from adapterkit.files import os_calls
@@ -64,7 +65,7 @@ def read_whole(file: Path, limit: int) -> bytes:
         return read_up_to(stream, limit, file)
 
 
-def read_up_to(stream: BufferedReader, limit: int, file: Path) -> bytes:
+def read_up_to(stream: BinaryIO, limit: int, file: Path) -> bytes:
     """Read the rest of `stream`, which reads `file`; raises FormatError if it has more than `limit` bytes."""
     data = bytearray()
     with _map_errors(file):

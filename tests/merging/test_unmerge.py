@@ -397,15 +397,20 @@ def test_tensor_names_survive_or_are_refused_before_anything_is_written(place: s
     assert ("hangul\u3164filler" in survived) is (place in ("changed", "other"))
 
 
+@pytest.mark.parametrize(
+    ("limit", "most", "said"),  # more than any header has, less than the receipt
+    [
+        ("MAX_HEADER_ITEMS", 60, r"the JSON has up to \d+ values, expected at most 60"),
+        ("MAX_HEADER_BYTES", 1500, "is too large, expected at most 1,500 bytes"),
+    ],
+)
 def test_a_receipt_that_could_not_be_read_is_refused_first(
-    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, most: int, said: str, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The receipt is read back before it is written: here it has more values than the reader accepts."""
+    """The receipt is read back before it is written: here it has more values or bytes than the reader accepts."""
     before, giving = contents(tmp_path), [(tmp_path / "adapter", 1.0)] * 3
-    monkeypatch.setattr(jsonfile, "MAX_HEADER_ITEMS", 60)  # more than any header has, fewer than the receipt
-    with pytest.raises(
-        FormatError, match=r"adapterkit_receipt.json: the JSON has up to \d+ values, expected at most 60"
-    ):
+    monkeypatch.setattr(jsonfile, limit, most)
+    with pytest.raises(FormatError, match=rf"adapterkit_receipt.json: {said}"):
         adapterkit.merge(tmp_path / "base", giving, tmp_path / "out")
     assert contents(tmp_path) == before
 

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from sys import float_info
 from typing import Any
@@ -174,8 +175,8 @@ def check_receipt(plan: MergePlan) -> None:
     base = {shard.file.name: unknown for shard in plan.base.shards}
     hashes = Hashes(base, adapters, {file.name: unknown for file in plan.files})
     folder = folder_of(plan.out, plan.base.is_directory)
-    raw = encode(as_json(plan, hashes, Companions({}, {})))
-    _parse(folder, parse_json(folder / RECEIPT, raw, large=True, allow_surrogates=True))
+    stream = BytesIO(encode(as_json(plan, hashes, Companions({}, {}))))
+    _parse(folder, parse_json(folder / RECEIPT, stream, large=True, allow_surrogates=True))
 
 
 def _part(delta: ModuleUpdate) -> dict[str, Any]:
