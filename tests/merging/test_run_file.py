@@ -155,12 +155,13 @@ def test_an_edit_without_blocks_does_not_keep_a_file_open(base: Path, adapter: P
     place, where = Place(), tmp_path / "made"
     place.device = device.CPU
     where.mkdir()
+    done: list[FileDone] = []
     with ThreadPoolExecutor(1) as writers:
         worker = Worker(writers)
-        builder = FileBuilder(Job(plan, where, RunOptions()), file, lambda _: None, lambda _: None)
+        builder = FileBuilder(Job(plan, where, RunOptions()), file, lambda _: None, lambda _, one: done.append(one))
         while builder.input.left:
             builder.hash_next(worker)
         for piece in builder.pieces:
             builder.make(piece, place, worker)
         worker.release()
-    assert builder.done is not None
+    assert len(done) == 1

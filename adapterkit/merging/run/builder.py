@@ -78,7 +78,11 @@ class FileBuilder:
     """Builds one output file, open from its first piece to its last."""
 
     def __init__(
-        self, job: Job, file: FilePlan, when_tensor: Callable[[str], None], when_done: Callable[[FileBuilder], None]
+        self,
+        job: Job,
+        file: FilePlan,
+        when_tensor: Callable[[str], None],
+        when_done: Callable[[FileBuilder, FileDone], None],
     ) -> None:
         """Create the file and reserve its disk space.
 
@@ -101,7 +105,6 @@ class FileBuilder:
         self._copies = sorted(file.copies, key=lambda copy: copy.start)
         self._copied = 0  # number of copies that the input's hash has passed
         self._place: Place | None = None  # of the computed blocks
-        self.done: FileDone | None = None
 
     def _create(self) -> OutputFile:
         path = self.job.path_of(self.file)
@@ -327,12 +330,12 @@ class FileBuilder:
         before = self.input.sha256.hexdigest()
         after = None if self._hash is None else self._hash.hexdigest(before, self.output)
         job = self.job
-        self.done = FileDone(
+        done = FileDone(
             self.file.name, fingerprint_of(job.plan, self.file, job.options), self.file.size, before, after, sidecar,
             self.linked, None if self._place is None else str(self._place), dict(sorted(self._retention.items())),
             tuple(sorted(self._unchanged)), tuple(self._notes),
         )  # fmt: skip
-        self._when_done(self)
+        self._when_done(self, done)
         self.close()
 
     def stop(self) -> None:

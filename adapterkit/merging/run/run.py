@@ -19,7 +19,7 @@ from adapterkit.merging.receipts.finished_file import FileDone
 from adapterkit.merging.receipts.receipt import check_receipt
 from adapterkit.merging.receipts.resume import clear_records, job_of, record_done, resume_hint, reuse_finished
 from adapterkit.merging.run.budget import check_device, check_space
-from adapterkit.merging.run.builder import FileBuilder, Job
+from adapterkit.merging.run.builder import Job
 from adapterkit.merging.run.finish import Merged, finish_job
 from adapterkit.merging.run.inputs import Inputs
 from adapterkit.merging.run.scheduler import Scheduler
@@ -111,12 +111,7 @@ def run_file(plan: MergePlan, file: FilePlan, where: Path, options: RunOptions |
     job = Job(plan, where, options)
     if job.folder != where:
         job.folder.mkdir(exist_ok=True)
-
-    def when_done(builder: FileBuilder) -> None:
-        assert builder.done is not None
-        made.append(builder.done)
-
-    scheduler = Scheduler(job, [file], inputs, (), when_done)
+    scheduler = Scheduler(job, [file], inputs, (), made.append)
     for _ in scheduler.run():
         pass
     inputs.check()
@@ -152,10 +147,9 @@ class _Files:
     def _by_adapter(self, hashed: dict[Path, str]) -> list[dict[str, str]]:
         return [{file.name: hashed[file] for file in one.adapter.files} for one in self._job.plan.adapters]
 
-    def _when_done(self, builder: FileBuilder) -> None:
-        assert builder.done is not None
+    def _when_done(self, file: FileDone) -> None:
         with self._lock:
-            self.done.append(builder.done)
+            self.done.append(file)
             if self._resumable and all(not hash_.left for hash_ in self.scheduler.also.values()):
                 for done in self.done[self._recorded :]:
                     record_done(self._job.where, done, self._by_adapter(self.adapters))

@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from adapterkit.merging.plan.types import FilePlan
+from adapterkit.merging.receipts.finished_file import FileDone
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.merging.run.builder import FileBuilder, Job
 from adapterkit.merging.run.device import Place
@@ -39,9 +40,9 @@ class Scheduler:
         files: Sequence[FilePlan],
         inputs: Inputs,
         also: Sequence[Path],
-        when_done: Callable[[FileBuilder], None],
+        when_done: Callable[[FileDone], None],
     ) -> None:
-        """Start nothing yet; `when_done` is called in some thread with each finished file."""
+        """Start nothing yet; `when_done` is called in some thread with the record of each finished file."""
         self.job, self.files, self._inputs, self._when_done = job, files, inputs, when_done
         self.also = {file: InputHash(file, file.stat().st_size) for file in also}
         self.place = Place()
@@ -186,9 +187,9 @@ class Scheduler:
         """Whether a file is open, or may be opened."""
         return builder in self._open or len(self._open) < MAX_OPEN
 
-    def _file_done(self, builder: FileBuilder) -> None:
+    def _file_done(self, builder: FileBuilder, done: FileDone) -> None:
         """Report a finished file."""
-        self._when_done(builder)
+        self._when_done(done)
         with self._changed:
             self._open.discard(builder)
             self._changed.notify_all()
