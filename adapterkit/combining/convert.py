@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from adapterkit.algebra.sketch import Matrix
 
 Weights: TypeAlias = "LoraWeights[torch.Tensor]"
+Converted: TypeAlias = tuple[LoraWeights[LazyTensor], float, float]  # weights, energy, energy discarded
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,18 @@ class ToDora:
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
         """An event per module, then the adapter."""
+        return _module_by_module(self.placed, self._converted)
+
+    def _converted(self, name: str, weights: Weights, pieces: Sequence[Piece]) -> Converted:
         import torch
 
         from adapterkit.algebra.lowrank import Product, decompose
         from adapterkit.algebra.sketch import Matrix
 
-        adapter = self.placed.one.adapter
-        done: dict[str, LoraWeights[LazyTensor]] = {}
-        rows = []
-        for name, weights, pieces in self.placed.read():
-            stored = adapter.modules[name]
-            magnitude = torch.cat([piece.norms(Matrix(piece.shape, piece.base_rows).spans()) for piece in pieces])
-            energy = float(decompose(Product.of(weights)).sigma.square().sum()) * stored.scaling**2
-            done[name] = replace(stored, magnitude=LazyTensor.of(magnitude.float()))
-            rows.append(ModuleDone(name, stored.rank, energy, 0.0, len(done), self.modules))
-            yield rows[-1]
-        yield AdapterMade(_like(adapter, done), tuple(rows))
+        magnitude = torch.cat([piece.norms(Matrix(piece.shape, piece.base_rows).spans()) for piece in pieces])
+        energy = float(decompose(Product.of(weights)).sigma.square().sum()) * weights.scaling**2
+        stored = self.placed.one.adapter.modules[name]
+        return replace(stored, magnitude=LazyTensor.of(magnitude.float())), energy, 0.0
 
 
 @dataclass(frozen=True)
@@ -107,27 +104,24 @@ class ToLora:
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
         """An event per module, then the adapter."""
+        return _module_by_module(self.placed, self._converted)
+
+    def _converted(self, name: str, weights: Weights, pieces: Sequence[Piece]) -> Converted:
         from adapterkit.algebra.lowrank import Product
         from adapterkit.algebra.sketch import sketch
         from adapterkit.combining.batches import best_of, weights_of
 
-        adapter = self.placed.one.adapter
-        done: dict[str, LoraWeights[LazyTensor]] = {}
-        rows = []
-        for name, weights, pieces in self.placed.read():
-            best = sketch(_effective(weights, pieces), self.limit, self.seed, name)
-            product, energy, discarded = best_of(*best.as_batch(), self.limit)
-            if pieces[0].transposed:
-                product = Product(product.right.mT, product.left.mT)
-            new = weights_of(product, weights)
-            bias = None if weights.bias is None else LazyTensor.of((weights.bias.double() * weights.scaling).float())
-            done[name] = replace(
-                adapter.modules[name], A=LazyTensor.of(new.A), B=LazyTensor.of(new.B), scaling=1.0,
-                alpha=float(new.rank), magnitude=None, bias=bias,
-            )  # fmt: skip
-            rows.append(ModuleDone(name, new.rank, energy, discarded, len(done), self.modules))
-            yield rows[-1]
-        yield AdapterMade(_like(adapter, done), tuple(rows))
+        best = sketch(_effective(weights, pieces), self.limit, self.seed, name)
+        product, energy, discarded = best_of(*best.as_batch(), self.limit)
+        if pieces[0].transposed:
+            product = Product(product.right.mT, product.left.mT)
+        new = weights_of(product, weights)
+        bias = None if weights.bias is None else LazyTensor.of((weights.bias.double() * weights.scaling).float())
+        converted = replace(
+            self.placed.one.adapter.modules[name], A=LazyTensor.of(new.A), B=LazyTensor.of(new.B), scaling=1.0,
+            alpha=float(new.rank), magnitude=None, bias=bias,
+        )  # fmt: skip
+        return converted, energy, discarded
 
 
 @dataclass(frozen=True)
@@ -169,6 +163,19 @@ def placed_in(base: Checkpoint, one: WeightedAdapter, dora: bool) -> Placed:
             raise FitError(f"{one.label}: {name}: the adapter also replaces the weight that it adapts")
         check_readable(name, adapter.modules[name], targets, tensors)
     return Placed(one, base, {name: tuple(targets) for name, targets in places.targets.items()})
+
+
+def _module_by_module(
+    placed: Placed, convert: Callable[[str, Weights, Sequence[Piece]], Converted]
+) -> Iterator[ModuleDone | AdapterMade]:
+    """Convert each module: an event per module, then the adapter."""
+    done: dict[str, LoraWeights[LazyTensor]] = {}
+    rows = []
+    for name, weights, pieces in placed.read():
+        done[name], energy, discarded = convert(name, weights, pieces)
+        rows.append(ModuleDone(name, done[name].rank, energy, discarded, len(done), len(placed.targets)))
+        yield rows[-1]
+    yield AdapterMade(_like(placed.one.adapter, done), tuple(rows))
 
 
 def _effective(weights: Weights, pieces: Sequence[Piece]) -> Matrix:
