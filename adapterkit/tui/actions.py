@@ -61,6 +61,19 @@ class Action:
         """The labels of the required fields that are empty."""
         return [field.label for field in self.fields if field.needed and not str(values.get(field.name, "")).strip()]
 
+    def suggested(self, adapters: Sequence[str], base: str) -> Values:
+        """The initial values of the form, for the selected `adapters` and the chosen `base`."""
+        first = adapters[0] if adapters else ""
+        short = first.rstrip("/").rpartition("/")[2]
+        where = f"{short or 'adapter'}-{'merged' if self.command == 'merge' else self.command}"
+        quoted = [shlex.quote(name) for name in adapters]
+        return {
+            "base": base, "adapter": first, "adapters": " ".join(quoted),
+            "-o": "" if self.command in ("pull", "train") else where,
+            "--base": base if self.command in ("verify", "convert") else "", "ids": "".join(quoted[:1]),
+            "path": first, "--adapter": " ".join(quoted), "repo": short,
+        }  # fmt: skip
+
 
 def form_of(options: type) -> tuple[Field, ...]:
     """A field for each parameter of a verb that its form shows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shlex
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.hub.adapter_listing import AdapterEntry
 from adapterkit.hub.local_removal import Removal, plan_removal, remove
 from adapterkit.text import counted, size, visible, visible_lines
-from adapterkit.tui.actions import ACTIONS, Action, Values, line
+from adapterkit.tui.actions import ACTIONS, line
 from adapterkit.tui.browser import Browser
 from adapterkit.tui.jobs import Job
 from adapterkit.tui.screens.compare import CompareScreen
@@ -135,23 +134,8 @@ class AdapterkitApp(App[None]):
     def action_act(self, command: str) -> None:
         """Open the form of an action, and run the command that it returns."""
         action = ACTIONS[command]
-        self.push_screen(FormScreen(action, self._suggested(action)), self.run_job)
-
-    def _suggested(self, action: Action) -> Values:
-        """The initial values of a form: the selected adapters, else the highlighted one."""
-        chosen = [row.name for row in self.table.chosen]
-        first = chosen[0] if chosen else ""
-        short = first.rstrip("/").rpartition("/")[2]
-        where = f"{short or 'adapter'}-{'merged' if action.command == 'merge' else action.command}"
-        quoted = [shlex.quote(name) for name in chosen]
-        values = {
-            "base": self.base, "adapter": first, "adapters": " ".join(quoted), "-o": where,
-            "--base": self.base if action.command in ("verify", "convert") else "", "ids": "".join(quoted[:1]),
-            "path": first, "--adapter": " ".join(quoted), "repo": short,
-        }  # fmt: skip
-        if action.command in ("pull", "train"):
-            values["-o"] = ""
-        return values
+        values = action.suggested([row.name for row in self.table.chosen], self.base)
+        self.push_screen(FormScreen(action, values), self.run_job)
 
     def run_job(self, argv: list[str] | None) -> None:
         """Run a command as a job."""
