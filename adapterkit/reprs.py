@@ -14,7 +14,6 @@ class Displayed:
     """The base class of results: `repr` is one line, `str` a few lines, which notebooks show too. Reads no weights.
 
     Untrusted text is escaped, for terminals and for HTML.
-
     """
 
     __slots__ = ()

@@ -262,5 +262,4 @@ def ordered(values: torch.Tensor) -> torch.Tensor:
 
 def from_ordered(steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of `ordered`; the mapping is its own inverse."""
-    bits = steps ^ (steps >> (8 * steps.element_size() - 1) & torch.iinfo(steps.dtype).max)
-    return bits.view(dtype)
+    return ordered(steps).view(dtype)

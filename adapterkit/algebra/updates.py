@@ -205,10 +205,7 @@ def measure_columns(update: Update, chunks: Callable[[], Iterator[tuple[int, tor
                 yield torch.addmm(rows[start - first : stop - first], left, update.right, alpha=update.strength)
 
     assert update.magnitude is not None
-    gain = column_gain(directions(), update.magnitude)
-    return Update(
-        update.start, update.stop, update.left, update.right, update.strength, update.magnitude, gain, update.weight
-    )
+    return replace(update, gain=column_gain(directions(), update.magnitude))
 
 
 @dataclass

@@ -32,11 +32,15 @@ class PullPlan(Displayed):
 
     def facts(self) -> dict[str, Any]:
         """The plan as JSON data."""
-        rows = [(download.remote, download.remaining, len(download.missing)) for download in self.downloads]
         return {
             "downloads": [
-                {"id": str(remote.id), "commit": remote.commit, "bytes": bytes_, "files": files}
-                for remote, bytes_, files in rows
+                {
+                    "id": str(one.remote.id),
+                    "commit": one.remote.commit,
+                    "bytes": one.remaining,
+                    "files": len(one.missing),
+                }
+                for one in self.downloads
             ]
         }
 
@@ -46,7 +50,7 @@ class PullPlan(Displayed):
 
     def lines(self) -> list[str]:
         """The plan as text, a line for each repository."""
-        return [f"{plan.remote.id}: {_missing(plan)}, {size(plan.free)} free" for plan in self.downloads]
+        return [f"{one.remote.id}: {_missing(one)}, {size(one.free)} free" for one in self.downloads]
 
     def steps(self) -> Generator[BytesDone | Fetched | Pulled, None, None]:
         """Download everything; yields progress, each finished repository, then the result."""
@@ -72,10 +76,11 @@ def plan_pull(ids: Sequence[str], out: Path | None = None) -> PullPlan:
         raise UsageError("no id given")
     if out is not None and len(ids) != 1:
         raise UsageError("`out` is one folder", hint="pull one ID at a time")
-    parsed = [id for text in ids if (id := parse_hub_id(text)) is not None]
-    if len(parsed) < len(ids):
-        wrong = next(text for text in ids if parse_hub_id(text) is None)
-        raise FormatError(f"{wrong}: not a valid Hub id; expected org/name[@revision][:folder]")
+    parsed = []
+    for text in ids:
+        if (id := parse_hub_id(text)) is None:
+            raise FormatError(f"{text}: not a valid Hub id; expected org/name[@revision][:folder]")
+        parsed.append(id)
     destination = None if out is None else Destination(out, (cache_folder(parsed[0]),))
     if destination is not None:
         destination.check()
