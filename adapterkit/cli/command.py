@@ -96,15 +96,17 @@ class Command(click.Command):
         formatter.write(f"Docs: docs/{self.docs}\n")
 
     def _no_such_choice(self, ctx: click.Context, args: list[str], error: click.BadParameter) -> UsageError:
-        """The error for an invalid choice, with the nearest valid one."""
+        """The error for an invalid or missing choice, with the nearest valid one."""
         param = error.param
         assert param is not None and isinstance(param.type, click.Choice) and param.name is not None
         found, _, _ = self.make_parser(ctx).parse_args(args)
         value, choices = found.get(param.name), [str(choice) for choice in param.type.choices]
         name = param.opts[-1] if isinstance(param, click.Option) else param.human_readable_name
-        said = f"{name} {value}: expected {', '.join(choices[:-1])} or {choices[-1]}"
+        expected = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+        if isinstance(error, click.MissingParameter):
+            return UsageError(f"missing {param.param_type_name} '{name}': expected {expected}")
         spellings = param.type.spellings if isinstance(param.type, Spelled) else ()
-        return UsageError(said, hint=nearest(str(value), [*choices, *spellings]))
+        return UsageError(f"{name} {value}: expected {expected}", hint=nearest(str(value), [*choices, *spellings]))
 
 
 def _apply_global_options(mode: progress.Mode | None, quiet: bool, verbose: bool) -> None:

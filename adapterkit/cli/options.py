@@ -66,7 +66,8 @@ def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Cal
         many = -1 if one.kind in SEVERAL else 1
         required, kind = one.required and not negatable, TYPES.get(one.kind)
         return click.argument(one.name, nargs=many, required=required, metavar=metavar, type=kind)(command)
-    settings: dict[str, Any] = {"help": one.help, "default": None, "required": one.required, "metavar": metavar}
+    presence = {"required": True} if one.required else {"default": None}  # with a default, click requires nothing
+    settings: dict[str, Any] = {"help": one.help, "metavar": metavar, **presence}
     flags = one.flags
     if one.kind == "flag":
         if negatable or one.default is None:

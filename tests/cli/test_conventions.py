@@ -201,6 +201,24 @@ def test_a_mistyped_choice(name: str) -> None:
             choice = str(param.type.choices[0])
             message = adapterkit(name, param.opts[-1], f"{choice}x").message(2)
             assert message.startswith(f"{param.opts[-1]} {choice}x: expected ") and f"did you mean {choice}" in message
+            assert "expected  or" not in message
+
+
+@every_command
+def test_a_missing_argument_or_option(name: str) -> None:
+    required = [param for param in command_of(name).params if param.required]
+    arguments = [param for param in required if isinstance(param, click.Argument)]
+    given = []
+    for param in [*arguments, *(param for param in required if param not in arguments)]:
+        message = adapterkit(name, *given).message(2)
+        assert message.startswith(f"missing {param.param_type_name} '") and "UNSET" not in message
+        given += [*(param.opts[-1:] if isinstance(param, click.Option) else []), "x"]
+
+
+def test_an_option_without_a_default_is_required(tmp_path: Path) -> None:
+    for name, choices in (("convert", "dora, lora or rslora"), ("quantize", "nf4, fp4 or int8")):
+        line = adapterkit(name, tmp_path, "-o", tmp_path / "out").message(2)
+        assert line == f"missing option '--to': expected {choices}"
 
 
 @every_command
