@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from adapterkit.api.run import in_one_call
 from adapterkit.api.unmerge_steps import UnmergePlan
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.errors import AdapterkitError, FitError, UsageError
-from adapterkit.files.opening import open_regular
+from adapterkit.files.opening import sha256_of
 from adapterkit.files.staging import BEFORE, RECEIPT, Destination
 from adapterkit.files.stamps import Stamp, stamps_of
 from adapterkit.hub import is_hub_id, resolve
@@ -215,8 +214,7 @@ def hashes_of(adapter: Adapter) -> set[str]:
 @cache
 def _sha256(file: Path, _: Stamp) -> str:
     """The SHA-256 of a file, cached until its stamp changes."""
-    with open_regular(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(file)
 
 
 def _by_name(name: str, near: Path) -> Iterator[Adapter]:

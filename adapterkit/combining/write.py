@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from adapterkit.adapter.formats.table import get_format
 from adapterkit.adapter.weights import Adapter
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
 from adapterkit.files.hub_cache import check_blob_hash, check_cached
-from adapterkit.files.opening import open_regular
+from adapterkit.files.opening import sha256_of
 from adapterkit.files.staging import ADAPTER_RECORD, staged
 from adapterkit.files.stamps import check_unchanged
 from adapterkit.files.writing import write_json, write_text
@@ -76,7 +75,6 @@ def _card(
 
 
 def _digest(file: Path) -> str:
-    with open_regular(file) as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256_of(file)
     check_blob_hash(file, found)
     return found

@@ -15,7 +15,7 @@ from adapterkit import __version__
 from adapterkit.adapter.weights import Adapter
 from adapterkit.errors import FormatError
 from adapterkit.files.hub_cache import check_cached
-from adapterkit.files.opening import open_regular
+from adapterkit.files.opening import open_regular, sha256_of
 from adapterkit.inspection.module_rows import ModuleRow, measure
 
 MAX_ENTRIES = 500  # adapters; the oldest are removed
@@ -47,8 +47,7 @@ def measured(adapter: Adapter, stop: Callable[[], bool] = lambda: False) -> list
 def _key(adapter: Adapter) -> str:
     hashed = hashlib.sha256(__version__.encode())
     for path in adapter.files:
-        with open_regular(path) as stream:
-            hashed.update(hashlib.file_digest(stream, "sha256").digest())
+        hashed.update(bytes.fromhex(sha256_of(path)))
     return hashed.hexdigest()
 
 
