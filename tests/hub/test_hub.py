@@ -556,6 +556,7 @@ def test_list_of_folders(hub: Hub, tmp_path: Path) -> None:
     assert repr(in_python[0]) == f"<AdapterEntry: {two}: LoRA, rank 4, o_proj, q_proj>"
     for wrong, said in (
         ({"details": True}, "needs `hub`"),
+        ({"limit": 7}, "`limit` needs `hub`"),
         ({"limit": 0}, "1 or more"),
         ({"sort": "nam"}, "mean name"),
     ):

@@ -66,7 +66,9 @@ class ListOptions(ProgressOptions):
         super().__post_init__()
         from adapterkit.hub.adapter_listing import HUB_SORTS
 
-        for name, given in (("`sort='trending'`", self.sort == "trending"), ("`details`", self.details)):
+        of_hub = {"`sort='trending'`": self.sort == "trending", "`limit`": self.limit != ROWS_OF_HUB,
+                  "`details`": self.details}  # fmt: skip
+        for name, given in of_hub.items():
             if given and not self.hub:
                 raise UsageError(f"{name} needs `hub`", hint="say `hub=True`")
         if self.hub and self.sort is not None and self.sort not in HUB_SORTS:
