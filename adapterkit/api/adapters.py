@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.algebra.truncation import Limit
-from adapterkit.api.inputs import AnyPath, open_adapters, open_base, open_one
+from adapterkit.api.inputs import AnyAdapter, AnyPath, open_adapters, open_base, open_one
 from adapterkit.api.options.adapters import (
     CombineCall,
     CombineOptions,
@@ -158,11 +158,11 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
         FitError: The adapter doesn't fit the base.
         OutputExistsError: `out` exists, and is not to be replaced.
     """
-    [one] = open_one(o.adapter)
+    one = _open_unweighted(o.adapter)
     limit = Limit(o.rank, o.energy) if o.rank is not None or o.energy is not None else None
     check_limit(limit)
     back = _check_conversion(o, one, limit)
-    before = [] if o.initial is None else open_one(o.initial)
+    before = [] if o.initial is None else [_open_unweighted(o.initial)]
     given = open_adapters([(one.adapter, 1.0), (before[0].adapter, -1.0)]) if before else [one]
     models = [] if o.base is None else [open_base(o.base)]
     target = _checked(o.out, o.overwrite, one, *before, *models)
@@ -177,6 +177,14 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
     else:
         work = ToDora(placed_in(models[0], one, dora=False))
     return AdapterPlan(work, f"converted to {o.to}{_limit_text(limit)}", target, tuple(given), tuple(models), o.format)
+
+
+def _open_unweighted(adapter: AnyAdapter) -> WeightedAdapter:
+    """Open an adapter that is converted as it is. Raises UsageError if it is given with a weight."""
+    [one] = open_one(adapter)
+    if one.weight != 1.0:
+        raise UsageError(f"{one.label}: weight {one.weight:g}: converting takes no weight", hint="omit the weight")
+    return one
 
 
 def _check_conversion(o: ConvertOptions, one: WeightedAdapter, limit: Limit | None) -> bool:

@@ -49,8 +49,18 @@ def open_adapters(
     where: Callable[[AnyPath], Path] = resolve,
 ) -> list[WeightedAdapter]:
     """Open the adapters given to a call at `where(adapter)`, with unique labels."""
-    scale = number(scale, "scale")
-    return _unique_labels([_open(what, weight * scale, alpha, scaling, where) for what, weight in weighted(adapters)])
+    scale, named = number(scale, "scale"), weighted(adapters)
+    check_strength((what for what, _ in named), alpha, scaling)
+    return _unique_labels([_open(what, weight * scale, alpha, scaling, where) for what, weight in named])
+
+
+def check_strength(adapters: Iterable[AnyAdapter], alpha: float | None, scaling: float | None) -> None:
+    """Raise UsageError for an alpha or a scaling if every adapter is an `Adapter`, which has its own."""
+    if (alpha is not None or scaling is not None) and all(isinstance(one, Adapter) for one in adapters):
+        raise UsageError(
+            "`alpha` and `scaling` are for adapters without a config, but no file of one is given",
+            hint="omit `alpha` and `scaling`",
+        )
 
 
 def open_one(adapter: AnyWeighted) -> list[WeightedAdapter]:

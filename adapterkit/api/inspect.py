@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import Adapter
+from adapterkit.api.inputs import check_strength
 from adapterkit.api.options.inspection import InspectOptions, ListOptions
 from adapterkit.api.progress import downloads_shown, progress_bar
 from adapterkit.base.checkpoint import is_base, open_checkpoint
@@ -64,6 +65,7 @@ def inspecting(o: InspectOptions) -> Generator[ModuleMeasured | Report, None, No
     """Yield what headers tell; then, where weights are read, each module as it is measured, and the whole report."""
     with ExitStack() as outlines:
         name, adapter, place = "adapter", o.adapter, Location(Path(), "local")
+        check_strength([adapter], o.alpha, o.scaling)
         if not isinstance(adapter, Adapter):
             name, place = str(adapter), locate(adapter, None if o.full else outlines)
             if is_base(place.path):

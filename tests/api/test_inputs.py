@@ -100,6 +100,20 @@ def test_every_call_takes_one_and_refuses_what_is_none(call: str, pair: tuple[Pa
     CALLS[call](base, tmp_path / "out", str(adapter))
 
 
+def test_a_strength_that_no_adapter_takes_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """An opened adapter has its own; the merge of a checkpoint alone has none."""
+    base, adapter = pair[0], adapterkit.load(pair[1])
+    for given in ({"alpha": 8.0}, {"scaling": 2.0}):
+        for call in (
+            lambda: adapterkit.merge(base, adapter, tmp_path / "out", **given),  # noqa: B023
+            lambda: adapterkit.inspect(adapter, **given),  # noqa: B023
+            lambda: adapterkit.merge(base, [], tmp_path / "out", dtype="fp32", **given),  # noqa: B023
+        ):
+            with pytest.raises(UsageError, match="for adapters without a config, but no file of one is given"):
+                call()
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_takes_one_adapter_refuses_two(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for call in ("resize", "convert"):
         with pytest.raises(UsageError, match="2 adapters: expected one"):

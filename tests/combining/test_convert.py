@@ -194,7 +194,7 @@ def test_initial_adapter_is_subtracted(make_adapter: MakeAdapter, tmp_path: Path
 
 
 def test_invalid_conversions_fail(make_adapter: MakeAdapter, tmp_path: Path) -> None:
-    def fails(error: type[Exception], match: str, adapter: Path = FIXTURES / "tiny-patterns", **how: Any) -> None:
+    def fails(error: type[Exception], match: str, adapter: Any = FIXTURES / "tiny-patterns", **how: Any) -> None:
         with pytest.raises(error, match=match):
             adapterkit.convert(adapter, tmp_path / "out", **how)
         assert not (tmp_path / "out").exists()
@@ -207,6 +207,8 @@ def test_invalid_conversions_fail(make_adapter: MakeAdapter, tmp_path: Path) -> 
     fails(UsageError, "the update of DoRA has full rank; give `rank` or `energy`", adapter=dora, to="lora", base=base)
     fails(UsageError, "converting to dora is exact", to="dora", base=base, rank=3)
     fails(UsageError, "only converting from DoRA takes a `seed`", to="rslora", seed=3)
+    fails(UsageError, "weight 0.5: converting takes no weight", adapter=(dora, 0.5), to="rslora")
+    fails(UsageError, "weight 2: converting takes no weight", to="lora", initial=(FIXTURES / "tiny-patterns", 2.0))
     fails(UsageError, "`initial` converts to LoRA", to="dora", base=base, initial=FIXTURES / "tiny-patterns")
     fails(FitError, "is already DoRA", adapter=dora, to="dora", base=base)
     elsewhere = make_adapter(factors("nowhere", 24, 40))
