@@ -56,6 +56,7 @@ def plan_unmerge(o: UnmergeOptions) -> MergePlan | UnmergePlan:
     receipts = levels(checkpoint.path)
     if o.base is not None or o.approximate or not receipts:
         raise UsageError("`every=True` needs receipts, and takes neither `base` nor `approximate`")
+    _check_unweighted(given)
     offers = sort_by_level(receipts, [entry.adapter for entry in given])
     found = [
         tuple(find_adapters(receipt, offer, checkpoint.path)) for receipt, offer in zip(receipts, offers, strict=True)
@@ -81,9 +82,9 @@ def _checked(
     merged: AnyPath, out: AnyPath, adapters: AnyAdapters, approximate: bool
 ) -> tuple[Checkpoint, Path, list[WeightedAdapter]]:
     """The merged model, the output and the given adapters, opened and checked to be disjoint."""
-    source, target = resolve(merged), Path(out).expanduser()
     checkpoint = open_base(merged, hint="the merged model comes first; its adapters are named by `adapters`")
-    told = find_receipt(source) is not None and not approximate
+    target = Path(out).expanduser()
+    told = find_receipt(checkpoint.path) is not None and not approximate
     given = open_adapters([(_opened(what), weight) for what, weight in weighted(adapters)] if told else adapters)
     named = [Path(what) for what, _ in weighted(adapters) if not isinstance(what, Adapter)]
     Destination(target, (*inputs_of(checkpoint, *given), *named), checkpoint.is_directory).check()
@@ -99,7 +100,6 @@ def _plan(
         Destination(out, inputs_of(merged, original, *given), original.is_directory).check()
     folder = find_receipt(merged.path)
     receipt = None if folder is None else read_receipt(folder)
-    weighted = any(one.weight != 1.0 for one in given)
     if approximate:
         if original is not None:
             raise UsageError("`base` and `approximate` exclude each other: with the base, undoing is exact")
@@ -109,8 +109,8 @@ def _plan(
         if not given:
             raise UsageError(f"{merged.path}: no receipt names the adapters to subtract", hint="give `adapters`")
         return plan_subtraction(merged, given, out)
-    if receipt is not None and weighted:
-        raise UsageError("the receipt defines the weights", hint="give the adapters without weights")
+    if receipt is not None:
+        _check_unweighted(given)
     if original is not None:
         if receipt is None:
             check_fits(merged, original, given)
@@ -123,6 +123,12 @@ def _plan(
             hint="`base` with `adapters` checks and restores the base; `approximate=True` with `adapters` subtracts",
         )
     return plan_undo(merged, receipt, find_adapters(receipt, [one.adapter for one in given], merged.path), out)
+
+
+def _check_unweighted(given: Sequence[WeightedAdapter]) -> None:
+    """Raise UsageError for adapters with weights, which are in the receipt."""
+    if any(one.weight != 1.0 for one in given):
+        raise UsageError("the receipt defines the weights", hint="give the adapters without weights")
 
 
 def _opened(adapter: AnyAdapter) -> Adapter:

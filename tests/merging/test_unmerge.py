@@ -661,6 +661,9 @@ def test_merges_one_after_the_other_are_undone_from_the_last(merged: Path, make_
     adapterkit.merge(merged, [tmp_path / "second"], tmp_path / "both")
     adapterkit.unmerge(tmp_path / "both", tmp_path / "one")
     assert same(tmp_path / "one", merged)
+    for every in (False, True):
+        with pytest.raises(UsageError, match="the receipt defines the weights"):
+            adapterkit.unmerge(tmp_path / "both", tmp_path / "none", adapters=[(tmp_path / "second", 2)], every=every)
     outcome = run("unmerge", tmp_path / "both", "-o", tmp_path / "none", "--all")
     assert outcome.code == 0 and same(tmp_path / "none", tmp_path / "base")
     assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith(".")) == []
