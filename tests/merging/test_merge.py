@@ -433,7 +433,7 @@ def test_the_report_has_a_line_for_each_layer_and_a_total(
     assert result.code == 0
     head, *lines, _, _, _, _ = result.out.splitlines()
     assert head.startswith("share of the update retained")
-    assert [line.split(maxsplit=2)[2] for line in lines] == ["layer 2", "layer 10", "lm_head.weight", "in total"]
+    assert [line.split(maxsplit=2)[2] for line in lines] == ["layer 2", "layer 10", "lm_head.weight", "total"]
     assert all(0.9 < float(line.split()[0]) < 1.1 for line in lines)
 
 

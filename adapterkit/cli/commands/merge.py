@@ -127,7 +127,7 @@ def _report(result: Merged) -> list[str]:
         retention = sum(parts[part], Retention())
         lines.append(f"  {_measured(retention)}  {part if isinstance(part, str) else f'layer {part}'}")
     if (total := _total(result)) is not None:
-        lines.append(f"  {_measured(total)}  in total")
+        lines.append(f"  {_measured(total)}  total")
     return lines
 
 
