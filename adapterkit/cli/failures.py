@@ -31,7 +31,7 @@ class Failure:
 
 def failure_of(error: BaseException) -> Failure:
     """The failure that `error` is reported as."""
-    notes = getattr(error, "__notes__", [])  # from `staged`, about an unfinished output
+    notes = getattr(error, "__notes__", [])  # about unfinished work
     match error:
         case AdapterkitError():
             *lines, last = error.lines or [""]

@@ -143,7 +143,8 @@ def fetch_steps(download: Download) -> Iterator[BytesDone | Path]:
         raise
     except KeyboardInterrupt as error:
         progress.stopped = True
-        raise KeyboardInterrupt(f"the next download of {id} resumes from here") from error
+        error.add_note(f"the next download of {id} resumes from here")
+        raise
     first = remote.files[0].name
     cached = _cached_file(id.repo, first, id.revision)
     if cached is None or remote.commit not in cached.parts:

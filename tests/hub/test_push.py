@@ -29,11 +29,14 @@ import yaml
 from conftest import FIXTURES
 from handmade import CONFIG, adapterkit, contents, factors, packed, write_adapter, write_base
 from hubserver import Hub, Token
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
+from standins import failing
 
 import adapterkit as package
+from adapterkit.cli.signals import Terminated
 from adapterkit.errors import UnsafeFileError
-from adapterkit.hub import resolve
+from adapterkit.hub import download, resolve
 from adapterkit.hub.upload import content_scan as contents_of
 from adapterkit.hub.upload import push, secrets
 from adapterkit.hub.upload.card import CardFacts, base_in_card, complete_card
@@ -281,6 +284,29 @@ def test_whatever_interrupts_a_push_it_ends_with_one_line_and_goes_on(
     weights = there.repos[REPO].files()["adapter_model.safetensors"].data
     assert weights == (adapter / "adapter_model.safetensors").read_bytes()
     assert len(there.repos[REPO].commits) == 2
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
+def test_a_network_that_is_lost_while_xet_uploads(
+    there: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    """The Hub's own protocol for files raises Python's errors, without a number."""
+    lost = "connection reset"
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", failing(error(lost)))
+    said = adapterkit("push", adapter, REPO).message_of_last(5)
+    assert said == f"{REPO}: the Hub cannot be reached ({lost})"
+
+
+@pytest.mark.parametrize(
+    "owner, name", [(HfApi, "preupload_lfs_files"), (HfApi, "create_commit"), (download, "run_parallel")]
+)
+def test_another_signal_keeps_its_exit_code(
+    there: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    there.add("me/there", {"config.json": b"{}"})
+    monkeypatch.setattr(owner, name, failing(Terminated(signal.SIGTERM)))
+    line = ["pull", "me/there"] if owner is download else ["push", adapter, REPO]
+    assert "me/" in adapterkit(*line).message_of_last(143)
 
 
 def test_ctrl_c_ends_a_push_and_the_next_sends_the_rest(there: Hub, adapter: Path) -> None:

@@ -118,7 +118,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise _http_error(repo, error) from error
     except httpx.TimeoutException as error:
         raise OfflineError(f"{repo}: the Hub does not respond") from error
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:  # the latter two from Xet, by which files go
         raise OfflineError(f"{repo}: the Hub cannot be reached ({_first_line(error)})") from error
 
 

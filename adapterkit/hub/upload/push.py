@@ -137,9 +137,8 @@ def send(plan: PushPlan) -> Generator[BytesDone | Pushed, None, None]:
     try:
         adds = yield from _upload(plan)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(
-            f"nothing committed to {plan.repo}; the next push skips the weights that arrived"
-        ) from error
+        error.add_note(f"nothing committed to {plan.repo}; the next push skips the weights that arrived")
+        raise
     operations: list[Any] = [*adds, *(CommitOperationDelete(name) for name in plan.removed)]
     description = plan.prepared.description.partition(":")[2].strip()
     subject = plan.message or f"{'Update' if plan.exists else 'Add'} {description}"
@@ -158,7 +157,8 @@ def send(plan: PushPlan) -> Generator[BytesDone | Pushed, None, None]:
     try:
         pull_request_url, commit = call_hub(plan.repo, create_commit)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"the commit to {plan.repo} may have been made; push again to check") from error
+        error.add_note(f"the commit to {plan.repo} may have been made; push again to check")
+        raise
     yield Pushed(pull_request_url or url, commit)
 
 
