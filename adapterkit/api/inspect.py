@@ -22,7 +22,7 @@ from adapterkit.api.options.inspection import InspectOptions, ListOptions
 from adapterkit.api.progress import downloads_shown, progress_bar
 from adapterkit.base.checkpoint import is_base, open_checkpoint
 from adapterkit.base.quant import shapes_need_values
-from adapterkit.errors import AdapterkitError, FormatError, UnknownStrengthError, UsageError
+from adapterkit.errors import AdapterkitError, FormatError, MissingFileError, UnknownStrengthError, UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub.adapter_listing import AdapterEntry, add_details, list_cache, list_folders, list_hub, sorted_entries
 from adapterkit.hub.locate import Location, locate
@@ -105,7 +105,7 @@ def list_adapters(o: ListOptions) -> list[AdapterEntry]:
         A row for each; `problem` says what is wrong with it.
 
     Raises:
-        FormatError: there is no such folder.
+        MissingFileError: there is no such folder.
         OfflineError: the Hub cannot be reached.
     """
     with downloads_shown(o.progress):
@@ -120,7 +120,7 @@ def find_adapters(o: ListOptions) -> tuple[list[AdapterEntry], AdapterkitError |
     folders = [o.folders] if isinstance(o.folders, str | os.PathLike) else list(o.folders)
     for folder in folders:
         if not os.path.isdir(folder):
-            raise FormatError(f"{folder}: no such folder")
+            raise MissingFileError(f"{folder}: no such folder")
     here = itertools.chain(list_folders(folders or ["."]), list_cache())
     rows = sorted_entries((row for row in here if row.matches(o.base, o.search)), o.sort or "name")
     if not o.hub:

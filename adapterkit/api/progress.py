@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,8 +24,8 @@ class Show(Protocol):
 
 @contextmanager
 def progress_bar(what: str, unit: str, shown: bool = True) -> Iterator[Show]:
-    """Yield the callback of a bar in `unit` (tensors, modules or B); it draws nothing unless `shown`."""
-    if not shown:
+    """Yield the callback of a bar in `unit` (tensors, modules or B), drawn if `shown` and there is a stderr."""
+    if not shown or sys.stderr is None or sys.stderr.closed:  # as in a service without a console
         yield lambda done, total, what="": None
         return
     from tqdm.auto import tqdm

@@ -39,6 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 MISSING: dict[str, Callable[[], Any]] = {
     "load": lambda: adapterkit.load("no/nope"),
+    "list_adapters": lambda: adapterkit.list_adapters("nope"),
     "merge into": lambda: adapterkit.merge("./nope", "one", "out"),
     "merge": lambda: adapterkit.merge("base", "./nope", "out"),
     "plan_merge": lambda: adapterkit.plan_merge("base", Path("nope.safetensors"), "out"),
@@ -60,7 +61,7 @@ def test_missing_files_are_file_not_found_errors(call: str, folder: Path) -> Non
         MISSING[call]()
     error = caught.value
     assert isinstance(error, errors.FormatError) and error.exit_code == 1
-    assert re.fullmatch(r"\S*nope(\.safetensors)?: no such file or directory", str(error))
+    assert re.fullmatch(r"\S*nope(\.safetensors)?: no such (file or directory|folder)", str(error))
     assert contents(folder) == before
 
 

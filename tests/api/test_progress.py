@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,18 @@ def test_nothing_is_drawn_unless_asked_for(out: Path, capsys: pytest.CaptureFixt
     for verb in ("resize", "compare"):
         CALLS[verb][0]({})
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("stream", [None, io.TextIOWrapper(io.BytesIO())])
+def test_nothing_is_drawn_without_stderr(
+    out: Path, monkeypatch: pytest.MonkeyPatch, stream: io.TextIOWrapper | None
+) -> None:
+    if stream is not None:
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    for verb in ("resize", "compare"):
+        CALLS[verb][0]({"progress": True})
+    assert out.is_dir()
 
 
 def test_names_on_a_bar_are_escaped(out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

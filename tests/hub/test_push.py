@@ -292,9 +292,13 @@ def test_a_network_that_is_lost_while_xet_uploads(
 ) -> None:
     """The Hub's own protocol for files raises Python's errors, without a number."""
     lost = "connection reset"
-    monkeypatch.setattr(HfApi, "preupload_lfs_files", failing(error(lost)))
-    said = adapterkit("push", adapter, REPO).message_of_last(5)
+    with monkeypatch.context() as patched:
+        patched.setattr(HfApi, "preupload_lfs_files", failing(error(lost)))
+        said = adapterkit("push", adapter, REPO).message_of_last(5)
     assert said == f"{REPO}: the Hub cannot be reached ({lost})"
+    there.fail("POST .*commit", after=0, times=99)  # is an OfflineError, and so a ConnectionError, already
+    said = adapterkit("push", adapter, REPO).message_of_last(5)
+    assert said.startswith(f"{REPO}: connection lost during the commit")
 
 
 @pytest.mark.parametrize(

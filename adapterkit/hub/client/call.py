@@ -94,6 +94,8 @@ def hub_errors(repo: str) -> Iterator[None]:
 
     try:
         yield
+    except AdapterkitError:
+        raise  # OfflineError is a ConnectionError too
     except errors.HFValidationError as error:
         raise MissingFileError(f"{repo}: no such path, and not a valid repository name") from error
     except errors.LocalTokenNotFoundError as error:
@@ -118,7 +120,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise _http_error(repo, error) from error
     except httpx.TimeoutException as error:
         raise OfflineError(f"{repo}: the Hub does not respond") from error
-    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:  # the latter two from Xet, by which files go
+    except (httpx.HTTPError, ConnectionError, TimeoutError) as error:  # Xet raises Python's
         raise OfflineError(f"{repo}: the Hub cannot be reached ({_first_line(error)})") from error
 
 
