@@ -107,3 +107,6 @@ def test_downloads_draw_too(hub: Hub, folder: Path, out: Path, capsys: pytest.Ca
         "downloading lab/base: 100", "downloading lab/one: 100", "out: 100",
     ]  # fmt: skip
     assert "B/s" in lines[0]
+    hub.add("lab/two", {file: data for file, data in contents(folder / "two").items() if data is not None})
+    adapterkit.inspect("lab/two", full=True)
+    assert capsys.readouterr().err == ""

@@ -193,7 +193,7 @@ def test_initial_adapter_is_subtracted(make_adapter: MakeAdapter, tmp_path: Path
     assert relative(delta(tmp_path / "small", "q"), expected) < 1e-6
 
 
-def test_invalid_conversions_fail(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_invalid_conversions_fail(make_adapter: MakeAdapter, make_base: Callable[..., Path], tmp_path: Path) -> None:
     def fails(error: type[Exception], match: str, adapter: Any = FIXTURES / "tiny-patterns", **how: Any) -> None:
         with pytest.raises(error, match=match):
             adapterkit.convert(adapter, tmp_path / "out", **how)
@@ -213,6 +213,10 @@ def test_invalid_conversions_fail(make_adapter: MakeAdapter, tmp_path: Path) -> 
     fails(FitError, "is already DoRA", adapter=dora, to="dora", base=base)
     elsewhere = make_adapter(factors("nowhere", 24, 40))
     fails(FitError, "nowhere", adapter=elsewhere, to="dora", base=base)
+    base = make_base({"q.weight": torch.randn(24, 40)})
+    whole = factors("q", 24, 40) | {"q.base_layer.weight": torch.randn(24, 40)}
+    both = make_adapter(whole, "both", modules_to_save=["q"])
+    fails(FitError, "q: the adapter also replaces the weight that it adapts", adapter=both, to="dora", base=base)
 
 
 # --- extract ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import adapterkit as package
 from adapterkit.errors import OfflineError, UsageError
-from adapterkit.hub import HubId, as_hub_id, hub_repo, is_hub_id, resolve
+from adapterkit.hub import HubId, as_hub_id, hub_repo, is_hub_id, remote, resolve
 from adapterkit.hub.locate import Location, locate
 from adapterkit.hub.names import hub_cache, parse_hub_id
 
@@ -405,6 +405,17 @@ def test_a_plan_takes_headers_only(hub: Hub, adapter: Path, base: Path, tmp_path
     plan = output("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--dry-run")
     assert plan["tensors_changed"] == 4
     assert not Path(constants.HF_HUB_CACHE).exists()
+
+
+def test_a_plan_takes_values_where_shapes_are_values(
+    hub: Hub, adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nf4 stores shapes in tensors, so headers are not enough."""
+    monkeypatch.setattr(remote, "FIRST_REQUEST", 8)  # or it reads all of a file as small as this
+    assert adapterkit("quantize", base, "--to", "nf4", "-o", tmp_path / "nf4").code == 0
+    hub.add(f"{BASE}-nf4", files(tmp_path / "nf4"))
+    plan = output("merge", f"{BASE}-nf4", ADAPTER, "-o", tmp_path / "out", "--dry-run")
+    assert plan["tensors_changed"] == 4
 
 
 def test_what_does_not_fit_is_told_before_it_is_downloaded(hub: Hub, adapter: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from standins import failing
 
 import adapterkit as package
 from adapterkit.cli.signals import Terminated
-from adapterkit.errors import UnsafeFileError
+from adapterkit.errors import AdapterkitError, UnsafeFileError
 from adapterkit.hub import download, resolve
 from adapterkit.hub.upload import content_scan as contents_of
 from adapterkit.hub.upload import push, secrets
@@ -346,6 +346,14 @@ def test_a_folder_that_changes_while_it_is_pushed(
     message = adapterkit("push", adapter, REPO).message_of_last(1)
     assert message.startswith(f"{adapter / name}: ")
     assert [*there.repos[REPO].files()] == [".gitattributes"]
+
+
+def test_a_file_that_has_changed_since_the_plan_is_not_sent(there: Hub, adapter: Path) -> None:
+    plan = package.plan_push(adapter, REPO)
+    (adapter / "adapter_model.safetensors").write_bytes(b"other")
+    with pytest.raises(AdapterkitError, match="changed during the upload; nothing committed"):
+        list(package.run(plan))
+    assert not there.asked("PUT ")
 
 
 def test_a_card_that_the_hub_does_not_take_is_told_before_weights_are_sent(there: Hub, adapter: Path) -> None:

@@ -615,7 +615,7 @@ def test_levels_below_are_checked_too(merged: Path, tmp_path: Path) -> None:
             adapterkit.unmerge(tmp_path / "both", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         file.write_bytes(whole)
-    adapterkit.unmerge(tmp_path / "both", tmp_path / "out", every=True)
+    assert adapterkit.unmerge(tmp_path / "both", tmp_path / "out", every=True).out == tmp_path / "out"
     assert same(tmp_path / "out", tmp_path / "base")
 
 

@@ -92,9 +92,7 @@ def prepare(path: Path, repo: str, base_id: str | None = None, license: str | No
     skipped |= skip_by_content(found)
     files = (*_public_files(found, base, named), _card(path, facts, named))
     stamped = tuple(replace(file, stamp=stamps[file.name]) if file.name in stamps else file for file in files)
-    prepared = PreparedFolder(stamped, skipped, base, description)
-    check_unchanged(prepared.files)
-    return prepared
+    return PreparedFolder(stamped, skipped, base, description)
 
 
 def check_unchanged(files: Iterable[UploadFile]) -> None:
