@@ -171,13 +171,8 @@ class Spectrum:
         return [value / self.sigma[0] if self.sigma[0] else 0.0 for value in self.sigma]
 
 
-def singular_values(weights: Weights) -> torch.Tensor:
-    """The singular values of `scaling · B · A`, largest first; see `singular_values_of`."""
-    return singular_values_of([weights])[0]
-
-
 def singular_values_of(many: Sequence[Weights]) -> list[torch.Tensor]:
-    """The singular values of each Δ, float64 `(min(rank, in, out),)`, in the given order; equal shapes are batched.
+    """The singular values of each Δ, float64 `(min(rank, in, out),)`, largest first; equal shapes are batched.
 
     Float32 factors are factored in float32, float64 factors in float64. A convolution is flattened to (out, in·k…);
     stacked experts give the values of all their Δ together; a DoRA module gives those of its low-rank part. Factors

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 from adapterkit.cli.output import console, say_json
 from adapterkit.text import visible
 
-T = TypeVar("T")
 Mode = Literal["auto", "json", "none"]
 
 JSON_INTERVAL = 0.05  # seconds between JSON lines, except the last
@@ -43,14 +42,6 @@ def progress(
         yield from _as_bar(what, in_bytes, note)
     else:
         yield lambda done, total, what="", **facts: None
-
-
-def tracked(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """Yield `items` with a progress bar."""
-    with progress(what) as show:
-        for done, item in enumerate(items, 1):
-            yield item
-            show(done, total)
 
 
 def _as_json(about: str) -> Show:

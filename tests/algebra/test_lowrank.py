@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterkit.adapter.weights import LoraWeights
-from adapterkit.algebra.lowrank import Spectrum, singular_values, singular_values_of
+from adapterkit.algebra.lowrank import Spectrum, singular_values_of
 
 Weights = LoraWeights[torch.Tensor]
 
@@ -23,6 +23,11 @@ def dense(weights: Weights) -> torch.Tensor:
 
 def random(out: int, inner: int, rank: int, scaling: float = 1.5) -> Weights:
     return LoraWeights(torch.randn(rank, inner), torch.randn(out, rank), scaling)
+
+
+def singular_values(weights: Weights) -> torch.Tensor:
+    [values] = singular_values_of([weights])
+    return values
 
 
 @pytest.mark.parametrize(("out", "inner", "rank"), [(40, 24, 4), (24, 40, 1), (5, 300, 5), (3, 20, 8), (1, 1, 1)])

@@ -154,7 +154,9 @@ def test_progress_before_and_after(name: str) -> None:
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_the_shared_options_do_the_same_before_and_after(tmp_path: Path, after: bool) -> None:
+def test_the_shared_options_do_the_same_before_and_after(
+    tmp_path: Path, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
     (base / "notes.dat").symlink_to("elsewhere")
 
@@ -174,6 +176,8 @@ def test_the_shared_options_do_the_same_before_and_after(tmp_path: Path, after: 
     assert "Traceback" in merge("usual", "-v").err and merge("usual").message(7)
     assert "exclude each other" in merge("none", "-q", "-v").message(2)
     assert merge("again").err == usual.err
+    monkeypatch.setattr(Terminal, "isatty", lambda self: True)
+    assert "merging" in merge("drawn").err and merge("undrawn", "-q").err == ""
 
 
 def test_quiet_before_and_verbose_after_conflict() -> None:

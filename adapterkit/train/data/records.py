@@ -21,7 +21,6 @@ from adapterkit.hub.names import parse_hub_id
 from adapterkit.packages import needed
 from adapterkit.train.data import parquet_subprocess
 
-PARQUET = Path(parquet_subprocess.__file__)  # a program, which is run and not called
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
 LINE = 16_000_000  # maximum characters of a record in a file, unused fields included
 TOO_LONG = f"has more than {LINE:,} characters"
