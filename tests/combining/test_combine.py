@@ -75,7 +75,9 @@ def test_weighted_sum_without_truncation_is_exact(two: tuple[Path, Path], tmp_pa
     assert relative(delta(got, "k"), 0.7 * delta(one, "k")) < 1e-6
     assert relative(delta(got, "v"), -1.3 * delta(other, "v")) < 1e-6
     assert result.error == 0 and {row.name: row.rank for row in result.modules} == {"q": 11, "k": 4, "v": 7}
-    assert [note for note in result.notes if "2 of 3 modules are missing from some adapters" in note]
+    [note] = [note for note in result.notes if "2 of 3 modules are missing from some adapters" in note]
+    told = run_adapterkit("combine", one, other, "-o", tmp_path / "told", "--method", method)
+    assert told.err.splitlines().count(f"note: {note}") == 1
     assert {name: weights.scaling for name, weights in got.modules.items()} == {"q": 1.0, "k": 1.0, "v": 1.0}
 
 

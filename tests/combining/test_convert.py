@@ -18,6 +18,7 @@ import adapterkit
 from adapterkit.algebra import sketch
 from adapterkit.algebra.sketch import Matrix
 from adapterkit.algebra.truncation import Limit
+from adapterkit.combining.plan import AdapterMade
 from adapterkit.errors import FitError, UsageError
 
 MakeAdapter = Callable[..., Path]
@@ -151,8 +152,10 @@ def test_lora_to_dora_and_back_is_lossless(tmp_path: Path) -> None:
     base, adapter = base_in_card("tiny-rslora"), FIXTURES / "tiny-rslora"
     adapterkit.convert(adapter, tmp_path / "dora", to="dora", base=base)
     rank = max(weights.rank for weights in adapterkit.load(adapter).modules.values())
-    result = adapterkit.convert(tmp_path / "dora", tmp_path / "lora", to="lora", base=base, rank=rank)
-    assert result.error < 1e-4
+    plan = adapterkit.plan_convert(tmp_path / "dora", tmp_path / "lora", to="lora", base=base, rank=rank)
+    *events, result = adapterkit.run(plan)
+    assert isinstance(result, AdapterMade) and result.error < 1e-4 and result.modules == tuple(events)
+    assert [(row.done, row.total) for row in result.modules] == [(done, 6) for done in range(1, 7)]
     for name in adapterkit.load(adapter).modules:
         assert relative(delta(tmp_path / "lora", name), delta(adapter, name)) < 1e-4
 
