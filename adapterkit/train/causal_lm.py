@@ -84,6 +84,9 @@ class CausalModel:
     def hidden(self, batch: Batch) -> torch.Tensor:
         """The last hidden states `(tokens, dim)`, in the dtype of the output layer (some models end in float32)."""
         states = self._unpadded(batch) if self.unpadded else self._padded(batch)
+        return self._in_dtype_of_head(states)
+
+    def _in_dtype_of_head(self, states: torch.Tensor) -> torch.Tensor:
         dtype: torch.dtype = self.head.weight.dtype
         return states.to(dtype) if dtype.is_floating_point else states
 
@@ -187,11 +190,11 @@ class CausalModel:
     @torch.no_grad()
     def _has_plain_logits(self) -> bool:
         """Whether the model's logits are the output of its output layer, unchanged."""
-        batch = self._probe()
-        h = self.hidden(batch)
-        expected = torch.cat([self.model(input_ids=ids[None]).logits[0] for ids in batch.sequences()])
-        if not _same(self.logits(h), expected):
-            raise FormatError(f"{type(self.model).__name__}: unsupported model: it computes logits in an unknown way")
+        for ids in self._probe().sequences():  # each as the model computes it: other shapes may use other kernels
+            h = self._in_dtype_of_head(self.backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0])
+            if not _same(self.logits(h), self.model(input_ids=ids[None]).logits[0]):
+                name = type(self.model).__name__
+                raise FormatError(f"{name}: unsupported model: it computes logits in an unknown way")
         return self._cap_and_scale() in ((None, 1.0), (0.0, 1.0))
 
     def _probe(self) -> Batch:

@@ -98,7 +98,7 @@ def _undo(
         found = undo(loaded.updates, source, first, out, step, compute_dtype(edit))
     if loaded.codes is None:
         return found
-    stored = stored_rows(edit, loaded.fd, first, first + len(source))
+    stored = stored_rows(edit, loaded.fd, first, first + len(source)).to(source.device)
     return replace(found, numbers=encode_bytes(stored, _filled(loaded.codes(source, first), len(stored))))
 
 
