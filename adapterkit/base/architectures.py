@@ -6,6 +6,9 @@ ties against transformers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from adapterkit.files.safetensors import FLOAT_DTYPES, Weight
 
 # --- names and layouts -----------------------------------------------------------------------------------------------
@@ -58,9 +61,27 @@ PER_EXPERT: dict[str, tuple[tuple[str, ...], ...]] = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 
+# Architectures whose stacked experts are stored (expert, in, out); all others store (expert, out, in), although
+# transformers also reads Qwen3-VL-MoE's published files, which are (expert, in, out), by their shapes.
+EXPERTS_IN_OUT = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
+
 # Architectures with Conv1D layers, whose weights are stored (in, out).
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+def experts_in_out(config: Mapping[str, Any]) -> bool | None:
+    """Return whether a model with this config stores stacked experts (expert, in, out); None if it is unknown.
+
+    The text model decides, which a vision-language model describes in its `text_config`.
+    """
+    nested = config.get("text_config")
+    for model in (nested.get("model_type") if isinstance(nested, dict) else None, config.get("model_type")):
+        if model in EXPERTS_IN_OUT:
+            return True
+        if model in TIED or model in UNTIED:
+            return False
+    return None
 
 
 # --- ties: the defaults of `tie_word_embeddings` by model_type -------------------------------------------------------
