@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 # Set before any import: no test reaches the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # run its kernels on the CPU
 
 # In the background of a shell ctrl-C is ignored, which processes started by tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -45,24 +45,3 @@ def round_once(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     cut = 2**29 - 1  # the additional bits of a float64
     bits = exact.view(torch.int64)
     return (((bits & cut) + cut | bits) & ~cut).view(torch.float64).to(dtype)
-
-
-def as_bfloat16(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bf16 factors with the product of the float32 `left (m, r)` and `right (r, n)`, to float32 accuracy.
-
-    `x = x₁ + x₂ + x₃` of 8 bits each, so `l·r = l₁r₁ + l₁r₂ + l₂r₁ + l₂r₂ + l₁r₃ + l₃r₁` up to 2⁻²⁴: one product of
-    rank 6r, or of rank r if both factors are exact in bf16. A GPU multiplies bf16, sums in float32 and rounds once at
-    the end, so it adds a float32 update to a bf16 weight in one pass.
-    """
-    (l1, l2, l3), (r1, r2, r3) = _three(left), _three(right)
-    if not bool(l2.any()) and not bool(r2.any()):
-        return l1, r1
-    return torch.cat([l1, l1, l2, l2, l1, l3], dim=1), torch.cat([r1, r2, r1, r2, r3, r1])
-
-
-def _three(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three bf16 tensors with the sum `x`, each 2⁸ times smaller than the previous one."""
-    first = x.bfloat16()
-    rest = x - first
-    second = rest.bfloat16()
-    return first, second, (rest - second).bfloat16()

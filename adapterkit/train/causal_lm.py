@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -250,17 +251,24 @@ def _by_flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, lengths: Sequence[int],
     window: int | None,
 ) -> torch.Tensor | None:  # fmt: skip
-    """All sequences in one kernel, or None if torch lacks it (before 2.10)."""
+    """All sequences in one kernel, or None if torch lacks it, or its window (before 2.11)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
+    known = signature(varlen_attn).parameters
+    if "window_size" not in known:
+        return None
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device)
     longest, (q, k, v) = max(lengths), (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    output: Any = varlen_attn(
-        q, k, v, ends, ends, longest, longest, scale=scaling, window_size=((window or 0) - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    shared: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            shared["enable_gqa"] = True
+        else:  # torch 2.11
+            k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
+    window_size = (window or 0) - 1, 0
+    output: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window_size, **shared)
     rows: torch.Tensor = output
     return rows[None]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from standins import OnGpu
 
-from adapterkit.algebra.rounding import DROPPED_BITS, as_bfloat16, on_midpoints, round_once
+from adapterkit.algebra.rounding import DROPPED_BITS, on_midpoints, round_once
 from adapterkit.kernels.cpu import add_rounded
 
 KINDS = [torch.bfloat16, torch.float16]
@@ -65,27 +65,3 @@ def test_every_sum_on_a_midpoint_is_found(dtype: torch.dtype, rows: int, step: i
     assert bool(on[0, 0] & on[1, 74] & on[-1, 5]) and not bool(on[2, 37] | on[-1, 6])
     # Every one of them, and no group of rows without one.
     assert torch.equal(found, on.view(-1, depth, 75).any(dim=1).repeat_interleave(depth, dim=0))
-
-
-@pytest.mark.parametrize("rank", [1, 16, 64])
-def test_a_product_in_bf16_has_float32_accuracy(rank: int) -> None:
-    torch.manual_seed(0)
-    left, right = torch.randn(40, rank) * 1e-3, torch.randn(rank, 56) * 30
-    halves = as_bfloat16(left, right)
-    assert halves[0].shape == (40, 6 * rank) and all(half.dtype is torch.bfloat16 for half in halves)
-    exact = left.double() @ right.double()
-    bound = left.double().norm(dim=1)[:, None] * right.double().norm(dim=0) * 2.0**-22
-    assert bool(((halves[0].double() @ halves[1].double() - exact).abs() <= bound).all())
-
-
-def test_factors_that_are_exact_in_bf16_are_unchanged() -> None:
-    left, right = torch.randn(4, 3).bfloat16(), torch.randn(3, 5).bfloat16()
-    assert all(torch.equal(a, b) for a, b in zip(as_bfloat16(left.float(), right.float()), (left, right), strict=True))
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_factors_with_one_element_beyond_bf16_are_split(which: int) -> None:
-    factors = [torch.randn(4, 3).bfloat16().float(), torch.randn(3, 5).bfloat16().float()]
-    factors[which][1, 2] += 2.0**-20
-    halves = as_bfloat16(*factors)
-    assert torch.equal(halves[0].double() @ halves[1].double(), factors[0].double() @ factors[1].double())

@@ -17,7 +17,7 @@ from torch import nn
 
 from adapterkit.errors import FormatError
 from adapterkit.train import Lora, inject, lora_layers, loss, use_fast_products
-from adapterkit.train.causal_lm import ATTENTION, Batch, CausalModel
+from adapterkit.train.causal_lm import ATTENTION, Batch, CausalModel, attend
 from adapterkit.train.data.order import Order
 from adapterkit.train.data.tokenize import Example
 from adapterkit.train.loop import Loop
@@ -349,3 +349,23 @@ def test_the_first_losses_of_a_real_model_equal_pefts(
     apart = max(abs(one - other) / other for one, other in zip(found, wanted, strict=True))
     print(f"{method}: losses {wanted[0]:.4f} to {wanted[-1]:.4f}, apart by {apart:.2g}")
     assert apart < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_one_kernel_attends_within_each_sequence_on_a_gpu(kv_heads: int, window: int | None) -> None:
+    lengths = (5, 1, 9)
+    shapes = [(1, heads, sum(lengths), 16) for heads in (4, kv_heads, kv_heads)]
+    tensors = [torch.randn(shape, device="cuda") for shape in shapes]
+    found, _ = attend(None, *(x.bfloat16() for x in tensors), None, lengths=lengths, sliding_window=window)
+    expected, _ = attend(None, *tensors, None, lengths=lengths, sliding_window=window)  # float32: one by one
+    assert bool(((found.float() - expected).abs() <= 0.03).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_sequences_are_not_padded_on_a_gpu() -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    assert CausalModel(model.to("cuda", torch.bfloat16)).unpadded

@@ -10,7 +10,7 @@ from torch import nn
 
 from adapterkit.adapter.weights import Adapter, load_weights
 from adapterkit.algebra.residual import Residual, record, restore
-from adapterkit.algebra.rounding import as_bfloat16, round_once
+from adapterkit.algebra.rounding import round_once
 from adapterkit.algebra.updates import Update, add_updates, update_for
 from adapterkit.base.models.quantized_layers import is_quantized
 from adapterkit.base.targets import Target
@@ -90,9 +90,8 @@ def updates_of(
 def adder(matrix: torch.Tensor, updates: list[Update]) -> Callable[[int, int], None]:
     """Return a function that adds `updates` to rows `first:last` of `matrix` in place, rounded once.
 
-    On a bf16 weight a GPU sums, adds and rounds in one pass: within half a unit in the last place plus 2⁻⁹ of one,
-    because it rounds a float32 sum. It would round overlapping updates one by
-    one, so those are summed first.
+    A GPU sums, adds and rounds a 16-bit weight in one pass: within half a unit in the last place plus 2⁻⁹ of one,
+    because it rounds a float32 sum. It would round overlapping updates one by one, so those are summed first.
     """
 
     def add(first: int, last: int) -> None:
@@ -101,23 +100,22 @@ def adder(matrix: torch.Tensor, updates: list[Update]) -> Callable[[int, int], N
         matrix[first:last] = round_once(sums, matrix.dtype) if sums.dtype is torch.float64 else sums.to(matrix.dtype)
 
     def add_in_one_pass(first: int, last: int) -> None:
-        for update, (left, right) in zip(updates, factors, strict=True):
+        from adapterkit.kernels.gpu import add_in_place  # imports triton
+
+        for update in updates:
             start, stop = max(first, update.start), min(last, update.stop)
             if start < stop:
-                rows, factor = matrix[start:stop], left[start - update.start : stop - update.start]
-                torch.addmm(rows, factor, right, alpha=update.strength, out=rows)
+                left = update.left[start - update.start : stop - update.start]
+                add_in_place(matrix[start:stop], left, update.right, update.strength)
 
     spans = sorted((update.start, update.stop) for update in updates)
     overlap = any(start < stop for (_, stop), (start, _) in pairwise(spans))
-    if not _sums_in_float32(matrix) or overlap or any(update.renormalizes for update in updates):
-        return add
-    factors = [as_bfloat16(update.left, update.right) for update in updates]
-    return add_in_one_pass
+    separate = not overlap and not any(update.renormalizes for update in updates)
+    return add_in_one_pass if separate and _has_kernel(matrix) else add
 
 
-def _sums_in_float32(matrix: torch.Tensor) -> bool:
-    """Whether `addmm` of bf16 factors on this weight accumulates in float32."""
-    return matrix.is_cuda and matrix.dtype is torch.bfloat16
+def _has_kernel(matrix: torch.Tensor) -> bool:
+    return matrix.is_cuda and matrix.dtype in (torch.bfloat16, torch.float16)
 
 
 def _add(data: torch.Tensor, updates: list[Update], name: str) -> None:

@@ -1,0 +1,40 @@
+"""The kernels for a GPU, compared with exact sums; without a GPU, Triton's interpreter runs them if it is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from adapterkit.algebra.rounding import round_once
+from adapterkit.kernels import gpu
+
+SHAPES = [(1, 1, 1), (24, 40, 4), (64, 128, 16), (65, 129, 17), (130, 257, 33)]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@pytest.mark.parametrize("way", ["torch", "triton", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "rank"), SHAPES)
+def test_an_update_is_added_in_float32_and_rounded_once(
+    m: int, n: int, rank: int, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "torch":
+        monkeypatch.setattr(gpu, "triton", None)
+    elif way == "triton" and (gpu.triton is None or torch.cuda.is_available()):
+        pytest.skip("needs triton, and no GPU")
+    device = "cuda" if way == "cuda" else "cpu"
+    larger = torch.randn(m + 2, n).to(dtype).to(device)  # rows beside it stay
+    before, left, right = larger.clone(), torch.randn(m, rank).to(device), torch.randn(rank, n).to(device)
+    gpu.add_in_place(larger[1:-1], left, right, -0.37)
+    assert torch.equal(larger[:: m + 1], before[:: m + 1])
+    exact = torch.addmm(before[1:-1].double(), left.double(), right.double(), alpha=-0.37)
+    size = before[1:-1].double().abs() + 0.37 * left.double().abs() @ right.double().abs()
+    off, half_ulp = (larger[1:-1].double() - exact).abs(), exact.abs() * torch.finfo(dtype).eps / 2
+    slack: Any = (rank + 2) * 2.0**-24 * size + (dtype is torch.float16) * 2.0**-25
+    if way == "triton" and dtype is torch.bfloat16:
+        half_ulp *= 2  # the interpreter truncates to bf16
+    assert bool((off <= half_ulp + slack).all())
+    if way != "triton":
+        assert float((larger[1:-1] != round_once(exact, dtype)).double().mean()) < 2e-3
