@@ -1,0 +1,137 @@
+"""Run the matrix, or a part of it.
+
+Without TYPE: all of it, into results.jsonl and docs/architectures.md. A run that was interrupted goes on where it
+stopped, as long as neither adapterkit nor the matrix changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+from .page import PAGE, RESULTS, Line, page, read
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSIONS = {name: version(name) for name in ("transformers", "peft", "torch")}
+
+
+def main() -> None:
+    """Print the verdicts of the chosen types, or record those of all."""
+    parser = argparse.ArgumentParser("python -m tests.matrix", description=__doc__)
+    parser.add_argument("chosen", nargs="*", metavar="TYPE", help="a model type, TASK/TYPE or TASK")
+    parser.add_argument("--recipe", action="append", help="only this recipe")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave base, adapter and output here")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
+    args = parser.parse_args()
+    prepare()
+    from .models import registry
+
+    types = [of for of in registry() if not args.chosen or {*of, "/".join(of)} & {*args.chosen}]
+    if args.chosen:
+        for lines in run_all(types, args.jobs, args.recipe, args.keep):
+            show(lines)
+    else:
+        record(types, args.jobs)
+
+
+def prepare() -> None:
+    """Set up a process: one thread, no network, and no notes of transformers and PEFT."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def record(types: list[tuple[str, str]], jobs: int) -> None:
+    """Run what the file of this state of the sources lacks, and write the results and the page."""
+    partial = ROOT / ".cache" / f"matrix-{state()[:16]}.jsonl"
+    partial.parent.mkdir(exist_ok=True)
+    partial.touch()
+    done = {(line["task"], line["type"]) for line in read(partial)}
+    with partial.open("a", encoding="utf-8") as file:
+        for lines in run_all([of for of in types if of not in done], jobs):
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            show(lines)
+    order = {of: index for index, of in enumerate(types)}
+    lines = sorted(read(partial), key=lambda line: order[line["task"], line["type"]])
+    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    PAGE.write_text(page(lines, VERSIONS), encoding="utf-8")
+
+
+def state() -> str:
+    """Return a hash of what the results depend on."""
+    digest = hashlib.sha256(repr(VERSIONS).encode())
+    for folder in (ROOT / "adapterkit", Path(__file__).parent):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def run_all(
+    types: list[tuple[str, str]], jobs: int, recipes: Iterable[str] | None = None, keep: Path | None = None
+) -> Iterator[list[Line]]:
+    """Yield the lines of each type, as they are done."""
+    if jobs == 1:
+        yield from (run_type(*of, recipes, keep) for of in types)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), prepare) as pool:
+        for future in as_completed([pool.submit(run_type, *of, recipes, keep) for of in types]):
+            yield future.result()
+
+
+def run_type(task: str, name: str, recipes: Iterable[str] | None = None, keep: Path | None = None) -> list[Line]:
+    """Return the verdicts for one type, a line for tied and one for untied embeddings."""
+    from .models import variants
+    from .recipes import RECIPES
+    from .trial import said, trials
+
+    lines = []
+    for model in variants(task, name):
+        with kept(keep) as folder:
+            try:
+                verdicts = trials(model, recipes or RECIPES, folder)
+            except Exception as error:
+                verdicts = dict.fromkeys(recipes or RECIPES, f"model: {said(error)}")
+        lines.append({"task": task, "type": name, "tied": model.tied, "verdicts": verdicts})
+    return lines
+
+
+@contextlib.contextmanager
+def kept(folder: Path | None) -> Iterator[Path]:
+    """Give an empty folder, which stays where one is asked for."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+
+
+def show(lines: list[Line]) -> None:
+    for line in lines:
+        tie = {True: "tied", False: "untied", None: ""}[line["tied"]]
+        for recipe, verdict in line["verdicts"].items():
+            print(f"{line['task']}/{line['type']:22} {tie:6} {recipe:10} {verdict}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

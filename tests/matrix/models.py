@@ -1,0 +1,176 @@
+"""Tiny random models of the architectures that PEFT users train: transformers' own tables, with small sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+# Task -> the table of transformers with its classes by model type, and PEFT's name for it.
+TASKS = {
+    "causal": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "CAUSAL_LM"),
+    "seq2seq": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "SEQ_2_SEQ_LM"),
+    "classification": (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "SEQ_CLS"),
+    "vision": (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "CAUSAL_LM"),
+}
+IDS = (5, 9, 3, 17, 40, 33, 8, 60, 71, 12, 4, 2)
+LARGEST = 6_000_000  # parameters; a config that cannot be made smaller is left out
+
+SIZES = {
+    name: size
+    for size, names in {
+        96: "vocab_size vocab_size_per_layer_input",
+        64: "max_position_embeddings n_positions n_ctx",
+        48: "intermediate_size d_ff ffn_dim encoder_ffn_dim decoder_ffn_dim hidden_dim",
+        32: """hidden_size d_model n_embd dim embed_dim word_embed_proj_dim out_hidden_size projector_hidden_size
+            projection_dim""",
+        24: "moe_intermediate_size shared_expert_intermediate_size",
+        16: "embedding_size q_lora_rank kv_lora_rank sliding_window image_size",
+        8: """head_dim d_kv qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim
+            state_size mamba_d_state mamba_n_heads mamba_d_head hidden_size_per_layer_input""",
+        4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+            linear_num_value_heads rotary_dim num_experts n_routed_experts num_local_experts moe_num_experts
+            patch_size spatial_patch_size""",
+        2: """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers depth
+            num_key_value_heads linear_num_key_heads num_experts_per_tok moe_k spatial_merge_size eos_token_id""",
+        1: "n_group topk_group n_shared_experts first_k_dense_replace num_pooler_layers bos_token_id",
+        0: "pad_token_id decoder_start_token_id",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+TEXT_ONLY = {"num_key_value_heads", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
+
+# By model type, of a model or of a part of one: what SIZES doesn't make consistent.
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_n_groups": 1},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "falcon_h1": {"mamba_n_groups": 1, "mamba_d_ssm": 64},
+    "florence_vision": {"patch_size": [7, 3, 3, 3]},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "shared_intermediate_size": 24},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_dt_rank": 4,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {
+        "expert_ffn_hidden_size": 24, "ffn_hidden_size": 48, "zero_expert_num": 2, "moe_topk": 2, "head_dim": 8,
+    },
+    "mamba2": {"num_heads": 8, "n_groups": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 16},
+    "reformer": {
+        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8,
+        "feed_forward_size": 48,
+    },
+    "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
+    "t5": {"decoder_start_token_id": 0},
+    "xlstm": {"qk_dim_factor": 1.0, "chunk_size": 4},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "zaya": {"num_experts_per_tok": 1},
+    **dict.fromkeys(
+        ["glm4v_text", "glm46v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text",
+         "qwen2_5_omni_text"], MROPE,
+    ),
+}  # fmt: skip
+
+# Model types that are left out, and why.
+LEFT_OUT: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A class of transformers, with a tiny config."""
+
+    task: str
+    type: str
+    tied: bool | None = None  # as `tie_word_embeddings` is set; None: as the config's default is
+
+    @property
+    def cls(self) -> type[PreTrainedModel]:
+        names = TASKS[self.task][0][self.type]
+        return getattr(transformers, names if isinstance(names, str) else names[0])
+
+    def config(self) -> PretrainedConfig:
+        return tiny(self.cls.config_class, **({} if self.tied is None else {"tie_word_embeddings": self.tied}))
+
+    def make(self) -> PreTrainedModel:
+        """Return the model with random weights, in fp32."""
+        torch.manual_seed(0)
+        model = self.cls(self.config()).float().eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    def logits(self, model: torch.nn.Module, more: tuple[int, ...] = ()) -> torch.Tensor:
+        """Return the logits for a fixed prompt, which ends with the tokens `more`."""
+        ids = torch.tensor([IDS + more])
+        inputs = {"decoder_input_ids": ids[:, :5]} if self.task == "seq2seq" else {}
+        with torch.no_grad():
+            return model(input_ids=ids, **inputs).logits
+
+
+def registry() -> Iterator[tuple[str, str]]:
+    """Yield task and model type of each architecture; not the other names of one (internlm3 is a llama)."""
+    for task, (classes, _) in TASKS.items():
+        for name in classes:
+            own = Model(task, name).cls.config_class.model_type
+            if own == name or own not in classes:
+                yield task, name
+
+
+def variants(task: str, name: str) -> list[Model]:
+    """Return the model with tied and with untied embeddings, where both exist."""
+    found = []
+    for tied in (True, False):
+        model = Model(task, name, tied)
+        try:
+            with torch.device("meta"):
+                made = model.cls(model.config())
+        except (ValueError, TypeError):
+            continue
+        head = made.get_output_embeddings()
+        if head is not None and (head.weight is made.get_input_embeddings().weight) == tied:
+            found.append(model)
+    return found or [Model(task, name)]
+
+
+def tiny(config_class: type[PretrainedConfig], **more: Any) -> PretrainedConfig:
+    """Return a config of a few layers and a few thousand parameters, with the values `more`."""
+    return config_class(**_small(config_class(), text=True) | more)
+
+
+def _small(config: PretrainedConfig, text: bool) -> dict[str, Any]:
+    """Return the arguments that make a tiny config of the class of `config`, and of its parts."""
+    known = config.to_dict().keys() | getattr(type(config), "attribute_map", {}).keys()
+    small: dict[str, Any] = {
+        name: size for name, size in SIZES.items() if name in known and (text or name not in TEXT_ONLY)
+    }
+    if "qk_rope_head_dim" in known:  # multi-head latent attention: a head is nope + rope, and no head shares keys
+        small.pop("head_dim", None)
+        small["num_key_value_heads"] = 4
+    kinds = getattr(config, "layer_types", None)
+    own_name = getattr(type(config), "attribute_map", {}).get("layer_types", "layer_types")
+    if isinstance(kinds, list | tuple) and kinds and not isinstance(getattr(type(config), own_name, None), property):
+        different = list(dict.fromkeys(kinds))
+        small["layer_types"] = different if len(different) > 1 else list(kinds[:2])
+        small |= dict.fromkeys((name for name in LAYERS if name in small), len(small["layer_types"]))
+    for part in getattr(type(config), "sub_configs", {}) or {}:
+        if (of_part := getattr(config, part, None)) is not None:
+            is_text = not any(word in part for word in ("vision", "audio", "vit"))
+            small[part] = {"model_type": of_part.model_type, **_small(of_part, text and is_text)}
+    return small | OVERRIDES.get(config.model_type, {})

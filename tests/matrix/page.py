@@ -1,0 +1,75 @@
+"""The page of the matrix: a row for each model type, a column for each recipe."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from .recipes import RECIPES
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+TITLES = {
+    "causal": "Causal language models",
+    "seq2seq": "Sequence to sequence",
+    "classification": "Sequence classification",
+    "vision": "Vision and language",
+}
+INTRODUCTION = """# Architectures
+
+Made by `make matrix`, from tiny random models of transformers {transformers} and adapters that PEFT {peft} saved.
+
+✓ means: the model that transformers loads from the output of `adapterkit merge` has the logits of PEFT's unmerged
+model, within 1e-5 in fp32, and `adapterkit unmerge` restores the base's SHA-256. A number is a reason
+[below](#reasons); `a / b` stand for tied and untied embeddings; an empty cell: the recipe does not apply.
+"""
+
+Line = dict[str, Any]
+
+
+def read(file: Path = RESULTS) -> list[Line]:
+    """Return the lines of results: task, type, tied, and a verdict for each recipe."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def page(lines: list[Line], versions: dict[str, str]) -> str:
+    """Return the page for results."""
+    reasons: dict[str, int] = {}
+    parts = [INTRODUCTION.format_map(versions)]
+    for task, of_task in groupby(lines, lambda line: line["task"]):
+        names = [name for name, recipe in RECIPES.items() if task in recipe.tasks]
+        rows = ["| Model type | " + " | ".join(RECIPES[name].title for name in names) + " |"]
+        rows.append("| --- |" + " :-: |" * len(names))
+        for kind, variants in groupby(of_task, lambda line: line["type"]):
+            verdicts = [line["verdicts"] for line in variants]
+            cells = [cell([verdict[name] for verdict in verdicts], reasons) for name in names]
+            rows.append(f"| {kind} | " + " | ".join(cells) + " |")
+        parts.append(f"## {TITLES[task]}\n\n" + "\n".join(rows) + "\n")
+    parts.append("## Reasons\n\n" + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()) + "\n")
+    return "\n".join(parts)
+
+
+def cell(verdicts: list[str], reasons: dict[str, int]) -> str:
+    """Return ✓, the number of a reason, or two of these; a new reason gets the next number."""
+    marks = []
+    for verdict in verdicts:
+        if verdict in ("ok", "none"):
+            marks.append({"ok": "✓", "none": ""}[verdict])
+        else:
+            marks.append(str(reasons.setdefault(reason(verdict), len(reasons) + 1)))
+    return marks[0] if len(set(marks)) == 1 else " / ".join(marks)
+
+
+def reason(verdict: str) -> str:
+    """Return why something is not merged, without the names of one model."""
+    for pattern, text in REASONS.items():
+        if re.search(pattern, verdict):
+            return text
+    return verdict
+
+
+# What is found in verdicts -> what the page says.
+REASONS: dict[str, str] = {}

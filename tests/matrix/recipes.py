@@ -1,0 +1,154 @@
+"""The recipes of adapters: the arguments of PEFT's LoraConfig with which people train, for any model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+# The modules that compute queries and values, also fused, in the words of all architectures.
+QUERY_VALUE = re.compile(
+    r"(q|v|to_q|to_v|q_lin|v_lin|query|value|[qv]_proj|q_a_proj|kv_b_proj|c_attn|att_proj|in_proj|Wqkv|qkv|qkv_proj|query_key_value)"
+)
+# Where PEFT refuses `out_proj`, and `dt_proj` is used without calling it, the recipes list the other modules.
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+TOKENS = (5, 9, 90)  # trained rows; two of them are in the prompt
+NEW_TOKENS = 3
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The last names of a model's layers, as LoraConfig takes them."""
+
+    linear: list[str]
+    all_linear: str | list[str]
+    query_value: list[str]
+    experts: Config  # what targets stacked experts; empty where there are none
+    embedding: str
+    head: str | None
+    tied: bool
+    vocabulary: int  # rows of the embeddings
+
+    @property
+    def some(self) -> list[str]:
+        """The modules that are trained beside what a recipe is about."""
+        return self.query_value or self.linear[:1]
+
+    @property
+    def ends(self) -> list[str]:
+        return [self.embedding, *([self.head] if self.head else [])]
+
+
+def layers_of(model: PreTrainedModel) -> Layers:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    mamba = model.config.model_type in MAMBA
+    linear = [
+        name for module, name in names.items()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not (mamba and name in ("out_proj", "dt_proj"))
+    ]  # fmt: skip
+    linear = list(dict.fromkeys(linear))
+    return Layers(
+        linear=linear,
+        all_linear=linear if mamba else "all-linear",
+        query_value=sorted({name for name in linear if QUERY_VALUE.fullmatch(name)}),
+        experts=_experts(model),
+        embedding=names[embedding],
+        head=names.get(head),
+        tied=head is not None and head.weight is embedding.weight,
+        vocabulary=embedding.weight.shape[0],
+    )
+
+
+def _experts(model: PreTrainedModel) -> Config:
+    """Return what targets the stacked experts: v4's names of modules where PEFT converts them, or the parameters."""
+    stacked = {
+        ".".join(name.split(".")[-2:])
+        for name, parameter in model.named_parameters()
+        if "expert" in name and parameter.ndim == 3
+    }
+    converted = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, ""))
+    if stacked and converted:
+        return {"target_modules": [name for name in converted if name != "gate"]}
+    return {"target_parameters": sorted(stacked)} if stacked else {}
+
+
+def _linear(layers: Layers) -> Config:
+    return {"target_modules": layers.all_linear}
+
+
+def _dora(layers: Layers) -> Config | None:
+    return {"target_modules": layers.query_value, "use_dora": True, "r": 3} if layers.query_value else None
+
+
+def _moe(layers: Layers) -> Config | None:
+    modules = [*layers.some, *layers.experts.get("target_modules", [])]
+    return layers.experts | {"target_modules": modules} if layers.experts else None
+
+
+def _patterns(layers: Layers) -> Config:
+    first, last = layers.linear[0], layers.linear[-1]
+    return {
+        "target_modules": layers.all_linear, "exclude_modules": [last] if last != first else None, "use_rslora": True,
+        "rank_pattern": {r"(?:.*\.)?0\..*": 2}, "alpha_pattern": {first: 3},
+    }  # fmt: skip
+
+
+def _ends(layers: Layers) -> Config:
+    return {"target_modules": layers.some + layers.ends}
+
+
+def _saved(layers: Layers) -> Config:
+    return {"target_modules": layers.some, "modules_to_save": layers.ends}
+
+
+def _tokens(layers: Layers) -> Config:
+    return {"target_modules": layers.some, "trainable_token_indices": {layers.embedding: list(TOKENS)}}
+
+
+def _new_tokens(layers: Layers) -> Config:
+    new = list(range(layers.vocabulary - NEW_TOKENS, layers.vocabulary))
+    trained = [layers.embedding] if layers.tied else layers.ends
+    return {"target_modules": layers.some, "trainable_token_indices": dict.fromkeys(trained, new)}
+
+
+def _new_head(layers: Layers) -> Config:
+    return {"target_modules": layers.some}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A kind of adapter, and what happens to the model before it is trained."""
+
+    title: str
+    of: Callable[[Layers], Config | None]  # None: there is nothing in the model to train so
+    grown: bool = False  # the vocabulary grows by NEW_TOKENS
+    headless: bool = False  # the base is saved without its head
+    tasks: tuple[str, ...] = ("causal", "seq2seq", "classification", "vision")
+
+    def config(self, layers: Layers) -> Config | None:
+        made = self.of(layers)
+        return None if made is None else {"r": 4, "lora_alpha": 10, "init_lora_weights": False} | made
+
+
+HEADED = ("causal", "seq2seq", "vision")
+RECIPES = {
+    "linear": Recipe("all linear", _linear),
+    "dora": Recipe("DoRA on q, v", _dora),
+    "patterns": Recipe("patterns, rsLoRA", _patterns),
+    "moe": Recipe("experts", _moe),
+    "embeddings": Recipe("embeddings, head", _ends),
+    "saved": Recipe("saved embeddings, head", _saved),
+    "tokens": Recipe("trained tokens", _tokens),
+    "new-tokens": Recipe("new tokens", _new_tokens, grown=True, tasks=HEADED),
+    "grown": Recipe("new tokens, saved", _saved, grown=True, tasks=HEADED),
+    "new-head": Recipe("new classifier", _new_head, headless=True, tasks=("classification",)),
+}

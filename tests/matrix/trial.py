@@ -1,0 +1,129 @@
+"""One base × one recipe: train by PEFT, merge and unmerge by the command line, and compare with PEFT and the base."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from click.testing import CliRunner
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from adapterkit.cli.main import group
+
+from .models import TASKS, Model
+from .recipes import NEW_TOKENS, RECIPES, Recipe, layers_of
+
+OK, NONE = "ok", "none"
+RELATIVE = 1e-5  # of the logits' norm
+
+
+def trials(model: Model, names: Iterable[str], folder: Path) -> dict[str, str]:
+    """Return a verdict by recipe: OK, NONE where it does not apply, or who failed (peft, refused, wrong …) and how."""
+    made = model.make()
+    model.logits(made)
+    made.save_pretrained(folder / "base")
+    getattr(made, made.base_model_prefix, made).save_pretrained(folder / "headless")
+    return {name: trial(model, RECIPES[name], folder) for name in names if model.task in RECIPES[name].tasks}
+
+
+def trial(model: Model, recipe: Recipe, folder: Path) -> str:
+    """Return the verdict for one recipe; the base is in `folder`, where the adapter and the merged model will be."""
+    base, adapter, merged, restored = (folder / name for name in ("base", "adapter", "merged", "restored"))
+    if recipe.headless:
+        base = folder / "headless"
+    for made in (adapter, merged, restored):
+        shutil.rmtree(made, ignore_errors=True)
+    try:
+        expected = train(model, recipe, base, adapter)
+    except Exception as error:
+        return f"peft: {said(error)}"
+    if expected is None:
+        return NONE
+    if failed := run("merge", base, adapter, "-o", merged):
+        return failed
+    if failed := compare(model, recipe, merged, expected):
+        return failed
+    if failed := run("unmerge", merged, "-o", restored, "--adapter", adapter):
+        return f"unmerge {failed}"
+    return OK if hashes(restored) == hashes(base) else "wrong: unmerge restores other bytes"
+
+
+def train(model: Model, recipe: Recipe, base: Path, adapter: Path) -> PeftModel | None:
+    """Save an adapter with random weights, and return the model that PEFT loads with it."""
+    torch.manual_seed(1)
+    loaded = load(model, recipe, base)
+    if (config := recipe.config(layers_of(loaded))) is None:
+        return None
+    trained = get_peft_model(copy.deepcopy(loaded), LoraConfig(task_type=TASKS[model.task][1], **config))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter) * 0.05
+    trained.save_pretrained(adapter)
+    return PeftModel.from_pretrained(loaded, adapter).eval()
+
+
+def load(model: Model, recipe: Recipe, base: Path) -> PreTrainedModel:
+    loaded = model.cls.from_pretrained(base, **({"num_labels": 3} if recipe.headless else {})).eval()
+    if recipe.grown:
+        loaded.resize_token_embeddings(layers_of(loaded).vocabulary + NEW_TOKENS, mean_resizing=False)
+    return loaded
+
+
+def run(*words: object) -> str | None:
+    """Run a command in this process, and return how it failed."""
+    result = CliRunner().invoke(group, [str(word) for word in words])
+    if result.exit_code == 0:
+        return None
+    how = "refused" if hasattr(result.exception, "exit_code") else "crashed"
+    return f"{how}: {said(result.exception)}"
+
+
+def compare(model: Model, recipe: Recipe, merged: Path, expected: PeftModel) -> str | None:
+    """Return how the model that the output's config names differs from PEFT's."""
+    (architecture,) = json.loads((merged / "config.json").read_text())["architectures"]
+    try:
+        found, loading = getattr(transformers, architecture).from_pretrained(merged, output_loading_info=True)
+        more = tuple(range(96, 96 + NEW_TOKENS)) if recipe.grown else ()
+        logits, theirs = model.logits(found.eval(), more), model.logits(expected, more)
+    except Exception as error:
+        return f"wrong: the output does not load or run: {said(error)}"
+    if wrong := {what: sorted(names)[:3] for what, names in loading.items() if names and what != "error_msgs"}:
+        return f"wrong: {wrong}"
+    if logits.shape != theirs.shape:
+        return f"wrong: logits {tuple(logits.shape)}, PEFT's {tuple(theirs.shape)}"
+    if not (error := relative(logits, theirs)) < RELATIVE:
+        return f"wrong: logits differ by {error:.1e}"
+    return _unseen(found, expected) if model.task == "vision" else None
+
+
+def _unseen(found: PreTrainedModel, expected: PeftModel) -> str | None:
+    """Compare the weights that a text does not reach, those for images, with PEFT's merge.
+
+    PEFT merges tied embeddings wrongly, and the logits show them.
+    """
+    ends = layers_of(found).ends
+    theirs = expected.merge_and_unload().state_dict()
+    for name, tensor in found.state_dict().items():
+        if name.split(".")[-2] not in ends and not torch.allclose(tensor, theirs[name], rtol=RELATIVE, atol=1e-6):
+            return f"wrong: {name} differs from PEFT's"
+    return None
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+
+
+def said(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
