@@ -33,15 +33,13 @@ def add_in_place(rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor, st
         return
     (m, n), rank = rows.shape, left.shape[1]
     grid = triton.cdiv(m, TILE[0]), triton.cdiv(n, TILE[1])
-    precision = "ieee" if rank <= 32 else "tf32x3"
-    _add[grid](rows, left, right, strength, m, n, rank, *TILE, DEPTH, precision)
+    _add[grid](rows, left, right, strength, m, n, rank, *TILE, DEPTH)
 
 
-def _kernel(
-    rows: Any, left: Any, right: Any, strength: Any, m: Any, n: Any, rank: Any,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-) -> None:  # fmt: skip
-    """One tile of `add_in_place`."""
+def _kernel(  # type: ignore[no-untyped-def]
+    rows, left, right, strength, m, n, rank, TILE_M: tl.constexpr, TILE_N: tl.constexpr, STEP: tl.constexpr
+):
+    """One tile of `add_in_place`. Triton compiles annotations too, so there are no others."""
     i = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)[:, None].to(tl.int64)
     j = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)[None]
     inside = (i < m) & (j < n)
@@ -50,7 +48,7 @@ def _kernel(
         k = first + tl.arange(0, STEP)
         a = tl.load(left + i * rank + k[None], mask=(i < m) & (k[None] < rank), other=0.0)
         b = tl.load(right + k[:, None].to(tl.int64) * n + j, mask=(k[:, None] < rank) & (j < n), other=0.0)
-        delta = tl.dot(a, b, delta, input_precision=PRECISION)
+        delta = tl.dot(a, b, delta, input_precision="ieee")
     at = rows + i * n + j
     before = tl.load(at, mask=inside)
     tl.store(at, (before.to(tl.float32) + strength * delta).to(before.dtype), mask=inside)

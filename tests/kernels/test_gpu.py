@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -38,3 +41,21 @@ def test_an_update_is_added_in_float32_and_rounded_once(
     assert bool((off <= half_ulp + slack).all())
     if way != "triton":
         assert float((larger[1:-1] != round_once(exact, dtype)).double().mean()) < 2e-3
+
+
+def test_the_kernel_compiles_for_gpus() -> None:
+    """Which the interpreter does not show: it takes annotations, for example, that the compiler does not."""
+    pytest.importorskip("triton", reason="triton comes with torch for CUDA")
+    program = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from adapterkit.kernels.gpu import DEPTH, TILE, _add
+
+kinds = ["*bf16", "*fp32", "*fp32", "fp32", "i32", "i32", "i32", *3 * ["constexpr"]]
+source = ASTSource(_add, dict(zip(_add.arg_names, kinds)), {(7,): TILE[0], (8,): TILE[1], (9,): DEPTH})
+for capability in (80, 90):
+    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, capture_output=True)
