@@ -192,7 +192,7 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
     modules: dict[str, LoraWeights[LazyTensor]]
     replaced: dict[str, LazyTensor] = field(default_factory=dict)  # tensors that replace the base's
     tokens: dict[str, tuple[tuple[int, ...], LazyTensor]] = field(default_factory=dict)  # embedding -> rows, deltas
-    new_modules: frozenset[str] = frozenset()  # modules_to_save: only these may be missing from the base
+    new_tensors: frozenset[str] = frozenset()  # of `replaced`: those of saved modules, which the base may lack
     ensure_weight_tying: bool = False  # trained with input and output embeddings tied
     base_model: str | None = None
     rslora: bool = False  # scaling is alpha / √rank

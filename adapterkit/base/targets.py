@@ -141,7 +141,7 @@ def _fit_names(adapter: Adapter, names: _Names, config: Mapping[str, Any]) -> Fi
             biases[module] = bias
     for name in adapter.replaced:
         base = names.to_base(name)
-        if base in names.tensors or _is_new(name, adapter):
+        if base in names.tensors or name in adapter.new_tensors:
             replaced[name] = base
         else:
             missing.append(name)
@@ -152,10 +152,6 @@ def _fit_names(adapter: Adapter, names: _Names, config: Mapping[str, Any]) -> Fi
         else:
             missing.append(module)
     return Fit(targets, biases, replaced, tokens, tuple(missing), names.prefix_map)
-
-
-def _is_new(tensor: str, adapter: Adapter) -> bool:
-    return any(f".{entry}." in f".{tensor}." for entry in adapter.new_modules)
 
 
 def _find(base: str, weights: LoraWeights[LazyTensor], names: _Names) -> list[Weight]:

@@ -116,10 +116,11 @@ def _adapter_of(plan: Combination, modules: dict[str, LoraWeights[LazyTensor]]) 
     sources = [one.adapter for one in plan.adapters]
     replaced, tokens = plan.whole_tensors.read()
     return Adapter(
-        "", modules, replaced, tokens, frozenset().union(*(one.new_modules for one in sources)),
+        "", modules, replaced, tokens, frozenset().union(*(one.new_tensors for one in sources)),
         any(one.ensure_weight_tying for one in sources),
         next((one.base_model for one in sources if one.base_model), None),
         target_parameters=tuple(dict.fromkeys(name for one in sources for name in one.target_parameters)),
+        task=next((one.task for one in sources if one.task), None),
     )  # fmt: skip
 
 

@@ -73,9 +73,8 @@ class Extraction:
         if not modules and not (self.whole and changed):
             raise FitError(f"{self.tuned.path}: nothing to extract: its linear layers equal those of {self.base.path}")
         replaced = {name: _whole(after[name]) for name in changed} if self.whole else {}
-        saved = frozenset(name.rpartition(".")[0].rpartition(".")[2] for name in replaced)
         base_model = self.base.name if "/" in self.base.name else None
-        adapter = Adapter("", modules, replaced, new_modules=saved, base_model=base_model)
+        adapter = Adapter("", modules, replaced, new_tensors=frozenset(replaced), base_model=base_model)
         yield AdapterMade(adapter, tuple(rows), self._notes_on(changed))
 
     def _notes_on(self, changed: Sequence[str]) -> tuple[str, ...]:

@@ -414,9 +414,20 @@ READ: dict[str, tuple[list[str], dict[str, Any], list[str], list[str], list[str]
     "a pattern of targets": (["a.q"], {"target_modules": "zz"}, ["a.q"], [], [], []),
     "a saved module": (["q", "=a.score.weight"], {"modules_to_save": ["score"]}, ["q"], ["a.score.weight"], [], []),
     "a saved module within one": (["q", "=score.out.weight"], {"modules_to_save": ["score"]}, ["q"], ["score.out.weight"], [], []),
-    "a name that ends alike": (["q", "=a.myscore.weight"], {"modules_to_save": ["score"]}, ["q"], [], ["a.myscore.weight"], ["'score' has no tensors"]),
+    "a name that ends alike, which PEFT saves too": (["q", "=a.myscore.weight"], {"modules_to_save": ["score"]}, ["q"], ["a.myscore.weight"], [], []),
     "saved as PEFT wraps it": (["q", "=score.modules_to_save.default.weight"], {}, ["q"], ["score.weight"], [], []),
-    "saved twice": (["q", "=score.weight", "=score.modules_to_save.x.weight"], {"modules_to_save": ["score"]}, ["q"], ["score.weight"], ["score.weight"], []),
+    "saved twice": (["q", "=score.weight", "=score.modules_to_save.x.weight"], {"modules_to_save": ["score"]}, ["q"], ["score.weight"], [], []),
+    "saved by two adapters": (["q", "=score.modules_to_save.x.weight", "=score.modules_to_save.y.weight"], {}, ["q"], ["score.weight"], [], ["the file has several adapters (x, y): split it first"]),
+    "only the copy from before training": (["q", "=score.original_module.weight"], {"modules_to_save": ["score"]}, ["q"], [], ["score.original_module.weight"], ["'score' has no tensors"]),
+    "wrappers of a grown vocabulary": (["q", *(f"={e}.{w}weight" for e in ("lm_head", "m.embed_tokens") for w in ("", "modules_to_save.", "original_module."))], {"modules_to_save": ["lm_head", "embed_tokens"]}, ["q"], ["lm_head.weight", "m.embed_tokens.weight"], [], []),
+    "tokens of a grown vocabulary": (["q", "=e.token_adapter.base_layer.weight", f"=e.{TOKENS}"], {"trainable_token_indices": [*range(8)]}, ["q"], ["e.weight"], [], []),
+    "a saved module in a saved module": (["q", *(f"=c.{w}weight" for w in ("out.", "out.modules_to_save.", "out.original_module.", "modules_to_save.default.out.", "modules_to_save.out."))], {"modules_to_save": ["c", "out"]}, ["q"], ["c.out.weight"], [], []),
+    "factors on a saved module": (["q", "c.modules_to_save.default.up", "=c.modules_to_save.default.up.base_layer.weight", "=c.original_module.up.base_layer.weight"], {"modules_to_save": ["c"]}, ["c.up", "q"], ["c.up.weight"], [], []),
+    "biases beside a saved module": (["q", *(f"=v.{w}bias" for w in ("", "modules_to_save.", "original_module.")), "=v.weight"], {"bias": "all", "modules_to_save": ["v"]}, ["q"], ["v.bias", "v.weight"], [], []),
+    "the head of a task": (["q", "=a.pre_classifier.weight", "=classifier.weight"], {"task_type": "SEQ_CLS"}, ["q"], ["a.pre_classifier.weight", "classifier.weight"], [], []),
+    "another head of a task": (["q", "=score.weight", "=qa_outputs.weight"], {"task_type": "TOKEN_CLS", "modules_to_save": ["classifier", "score"]}, ["q"], ["score.weight"], ["qa_outputs.weight"], []),
+    "a head without a task": (["q", "=classifier.weight"], {"task_type": None}, ["q"], [], ["classifier.weight"], []),
+    "a task without its head": (["q"], {"task_type": "QUESTION_ANS"}, ["q"], [], [], ["is QUESTION_ANS, but no qa_outputs has tensors"]),
     "biases": (["q", "=a.bias", "=a.weight"], {"bias": "all"}, ["q"], ["a.bias"], ["a.weight"], []),
     "biases that are not trained": (["q", "=a.bias"], {"bias": "none"}, ["q"], [], ["a.bias"], []),
     "embeddings of a grown vocabulary": (["q", "=m.embed_tokens.weight", "=lm_head.weight", "=m.wte.x"], {}, ["q"], ["m.embed_tokens.weight", "lm_head.weight"], ["m.wte.x"], []),
@@ -444,7 +455,9 @@ def test_the_role_of_each_tensor(tmp_path: Path, case: str) -> None:
         info.name.removeprefix("base_model.model.").replace("modules_to_save.x.", "") for info in adapter.unrecognized
     ] == unread
     assert [problem.what for problem in adapter.problems] == problems
-    assert all(problem.fatal is not problem.what.endswith("has no tensors") for problem in adapter.problems)
+    assert all(
+        problem.fatal is not problem.what.endswith(("no tensors", "has tensors")) for problem in adapter.problems
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from adapterkit.adapter.formats.peft_config import BASE_KEY as BASE_KEY
 from adapterkit.adapter.formats.peft_config import CONFIG as CONFIG
 from adapterkit.adapter.formats.peft_config import PeftConfig, Strength
 from adapterkit.adapter.formats.peft_config import describe_config as describe_config
-from adapterkit.adapter.formats.peft_names import NAMES, PREFIX, SortedTensors, sort_tensors
+from adapterkit.adapter.formats.peft_names import NAMES, PREFIX, TASK_HEADS, SortedTensors, saves, sort_tensors
 from adapterkit.adapter.weights import Adapter, Kind, LazyTensor, LoraWeights, Problem
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, write_tensors
@@ -67,7 +67,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         modules=modules,
         replaced=found.replaced,
         tokens=tokens,
-        new_modules=frozenset(config.modules_to_save),
+        new_tensors=frozenset(found.saved),
         ensure_weight_tying=config.ensure_weight_tying,
         base_model=config.raw.get(BASE_KEY) or None,
         rslora=config.rslora,
@@ -213,9 +213,13 @@ def _disagreements(
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 yield Problem(f"{CONFIG}: target_modules", f"{target!r} has no tensors", fatal=False)
+    stored = {entry for entry in config.saved if any(saves(entry, name.rpartition(".")[0]) for name in found.saved)}
     for entry in config.modules_to_save:
-        if not any(f".{name}.".find(f".{entry}.") >= 0 for name in found.replaced):
+        if entry not in stored and entry not in config.task_heads:
             yield Problem(f"{CONFIG}: modules_to_save", f"{entry!r} has no tensors", fatal=False)
+    if config.task_heads and not stored:
+        heads = " or ".join(config.task_heads)
+        yield Problem(f"{CONFIG}: task_type", f"is {config.task}, but no {heads} has tensors", fatal=False)
     with_magnitude = sum(weights.magnitude is not None for weights in modules.values())
     if config.present and config.dora and with_magnitude < len(modules):
         yield Problem(
@@ -247,6 +251,7 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
     if not adapter.target_parameters and any(weights.kind == "experts" for weights in adapter.modules.values()):
         raise FitError("writing stacked experts needs the target_parameters of the original config")
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    saved, biased = _saved_modules(adapter)
     config = {
         "peft_type": "LORA",
         BASE_KEY: adapter.base_model,
@@ -256,17 +261,16 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": {_exactly(name): a for name, a in alphas.items() if a != alpha},
         "use_rslora": adapter.rslora,
         "use_dora": any(weights.magnitude is not None for weights in adapter.modules.values()),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.replaced} - set(adapter.modules))
-        or None,
+        "modules_to_save": saved or None,
+        "bias": "all" if biased else "none",
+        "task_type": adapter.task,
         "fan_in_fan_out": any(weights.fan_in_fan_out for weights in adapter.modules.values()),
         "inference_mode": True,
     }
     if adapter.target_suffixes and not config["rank_pattern"] and not config["alpha_pattern"]:
         return config | {
             "target_modules": list(adapter.target_suffixes),
-            "task_type": adapter.task,
             "lora_dropout": adapter.dropout,
-            "bias": "none",
         }
     return config | {
         "target_modules": sorted(name for name, weights in adapter.modules.items() if weights.kind != "experts"),
@@ -277,9 +281,21 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def _saved_modules(adapter: Adapter) -> tuple[list[str], bool]:
+    """Return modules_to_save for the replaced tensors, and whether there are biases of other modules."""
+    whole = {name.rpartition(".")[0] for name in adapter.replaced}
+    biased = whole - {name.rpartition(".")[0] for name in adapter.replaced if not name.endswith(".bias")}
+    saved = whole - adapter.modules.keys() - adapter.tokens.keys() - biased
+    heads = TASK_HEADS.get(adapter.task or "", ())
+    others = {name for name in saved if not any(saves(head, name) for head in heads)}
+    return sorted(others.union(heads) if others < saved else saved), bool(biased)  # PEFT can't load modules of heads
+
+
 def _saved_name(tensor: str, adapter: Adapter) -> str:
-    """Return PEFT's name for a replaced tensor: with base_layer, if its module also has factors."""
+    """Return PEFT's name for a replaced tensor: with base_layer, if its module also has factors or trained tokens."""
     module, _, leaf = tensor.rpartition(".")
+    if module in adapter.tokens:
+        return f"{module}.token_adapter.base_layer.{leaf}"
     return f"{module}.base_layer.{leaf}" if module in adapter.modules else tensor
 
 

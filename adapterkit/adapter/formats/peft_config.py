@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter.formats.format import ConfigFacts
+from adapterkit.adapter.formats.peft_names import TASK_HEADS
 from adapterkit.adapter.safe_regex import Patterns, compile_pattern
 from adapterkit.adapter.weights import Problem
 from adapterkit.errors import FormatError, UnknownStrengthError, UsageError
@@ -89,6 +90,16 @@ class PeftConfig:
     def task(self) -> str | None:
         task = self.raw.get("task_type")
         return None if task is None else str(task)
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """The endings of the names of saved modules: modules_to_save, and the heads that PEFT adds by task."""
+        return tuple(dict.fromkeys((*self.modules_to_save, *self.task_heads)))
+
+    @property
+    def task_heads(self) -> tuple[str, ...]:
+        """The heads that PEFT saves for the task; it loads them even if modules_to_save does not list them."""
+        return TASK_HEADS.get(self.task or "", ())
 
     @property
     def ensure_weight_tying(self) -> bool:
