@@ -32,7 +32,7 @@ class Summary(Displayed):
     dtypes: tuple[str, ...]
     replaced: dict[str, tuple[int, ...]]  # tensor -> shape
     tokens: dict[str, int]  # embedding -> rows trained
-    problems: tuple[dict[str, Any], ...]  # where, what, fatal
+    problems: tuple[dict[str, Any], ...]  # where, what, fatal, remedy
     unread: tuple[str, ...]
 
     def brief(self) -> str:
@@ -64,7 +64,11 @@ class Summary(Displayed):
     def warnings(self) -> list[str]:
         """Return the problems, one per line."""
         refused = {True: "; merge refuses it", False: ""}
-        found = [f"{problem['where']}: {problem['what']}{refused[problem['fatal']]}" for problem in self.problems]
+        found = [
+            f"{problem['where']}: {problem['what']}{refused[problem['fatal']]}"
+            + (f". {problem['remedy'][0].upper()}{problem['remedy'][1:]}" if problem["remedy"] else "")
+            for problem in self.problems
+        ]
         if self.unread:
             found.append(f"{counted(len(self.unread), 'unrecognized tensor')}; merge refuses them")
         return found

@@ -7,7 +7,7 @@ Opening an adapter reads only headers: names, shapes and scalings are known, wei
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
@@ -165,16 +165,26 @@ def load_weights(weights: LoraWeights[LazyTensor]) -> LoraWeights[torch.Tensor]:
     )  # fmt: skip
 
 
+Input = Literal["initial", "quantized base"]
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem of an adapter; merging refuses adapters with a fatal one."""
+    """A problem of an adapter; what computes with Δ refuses adapters with a fatal one."""
 
     where: str
     what: str
     fatal: bool = True
+    remedy: str = ""  # what to do next
+    intact: bool = False  # its own library loads the adapter right
+    settled_by: tuple[Input, ...] = ()  # with one of these, Δ is right
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what users see of it."""
+        return {"where": self.where, "what": self.what, "fatal": self.fatal, "remedy": self.remedy or None}
 
 
 @dataclass(frozen=True, repr=False)
@@ -255,6 +265,11 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
         for _, delta in self.tokens.values():
             yield delta
 
+    def given(self, input: Input) -> Adapter:
+        """Return the adapter without the fatal problems that `input` settles, where Δ is computed with it."""
+        settled = (replace(one, fatal=one.fatal and input not in one.settled_by) for one in self.problems)
+        return replace(self, problems=tuple(settled))
+
     def summary(self) -> Summary:
         """Return the facts in the headers, as printed by `adapterkit inspect`."""
         weights, layers = self.modules.values(), map(layer_of, self.modules)
@@ -274,7 +289,7 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
             dtypes=distinct(tensor.dtype for tensor in self.tensors()),
             replaced={name: tensor.shape for name, tensor in self.replaced.items()},
             tokens={name: delta.shape[0] for name, (_, delta) in self.tokens.items()},
-            problems=tuple(asdict(problem) for problem in self.problems),
+            problems=tuple(problem.facts() for problem in self.problems),
             unread=tuple(info.name for info in self.unrecognized),
         )
 
@@ -306,7 +321,7 @@ def check_mergeable(one: WeightedAdapter) -> None:
     fatal = [problem for problem in one.adapter.problems if problem.fatal]
     if fatal:
         more = f" (and {len(fatal) - 1} more: see adapterkit inspect)" if len(fatal) > 1 else ""
-        raise FitError(f"{one.label}: {fatal[0]}{more}")
+        raise FitError(f"{one.label}: {fatal[0]}{more}", hint=fatal[0].remedy)
     if one.adapter.unrecognized:
         names = ", ".join(info.name for info in one.adapter.unrecognized[:3])
         raise FitError(f"{one.label}: has {counted(len(one.adapter.unrecognized), 'unrecognized tensor')}: {names}")

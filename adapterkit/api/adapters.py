@@ -163,7 +163,8 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
     check_limit(limit)
     back = _check_conversion(o, one, limit)
     before = [] if o.initial is None else [_open_unweighted(o.initial)]
-    given = open_adapters([(one.adapter, 1.0), (before[0].adapter, -1.0)]) if before else [one]
+    signed = [(one, 1.0), *((start, -1.0) for start in before)]
+    given = open_adapters([(each.adapter.given("initial"), sign) for each, sign in signed]) if before else [one]
     models = [] if o.base is None else [open_base(o.base)]
     target = _checked(o.out, o.overwrite, one, *before, *models)
     work: Work

@@ -310,6 +310,7 @@ UNMERGEABLE = {
     "megatron_config": {"a": 1},
     "use_qalora": True,
     "arrow_config": {"a": 1},
+    "kasa_config": {"beta": 1e-4},
 }
 
 

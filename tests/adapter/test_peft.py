@@ -12,7 +12,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import FIXTURES, factors
+from conftest import FIXTURES
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -33,7 +33,6 @@ from transformers.pytorch_utils import Conv1D
 
 import adapterkit
 from adapterkit.base.architectures import CONV1D_MODELS, CONV1D_NAMES
-from adapterkit.errors import FitError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 BASES = {
@@ -327,18 +326,3 @@ def test_conv1d_names_equal_those_in_transformers() -> None:
             names |= {leaf} if isinstance(module, Conv1D) else set()
             assert isinstance(module, Conv1D) or not isinstance(module, torch.nn.Linear) or leaf not in CONV1D_NAMES
     assert names == CONV1D_NAMES
-
-
-def test_layer_replication_and_activated_lora_are_refused(make_base: Any, make_adapter: Any, tmp_path: Path) -> None:
-    base = make_base({"m.weight": torch.randn(8, 12)})
-    for key, value in {"layer_replication": [[0, 2], [1, 2]], "alora_invocation_tokens": [5]}.items():
-        adapter = make_adapter(factors("m", 8, 12), key, **{key: value})
-        with pytest.raises(FitError, match=key):
-            adapterkit.plan_merge(base, [adapter], tmp_path / "out")
-
-
-def test_an_initialization_that_changes_the_base_is_noted(make_base: Any, make_adapter: Any, tmp_path: Path) -> None:
-    base = make_base({"m.weight": torch.randn(8, 12)})
-    adapter = make_adapter(factors("m", 8, 12), init_lora_weights="pissa_niter_4")
-    plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
-    assert any("pissa_niter_4" in note for note in plan.notes)

@@ -299,7 +299,9 @@ def test_an_interrupted_apply_leaves_the_model_unchanged(
 ) -> None:
     monkeypatch.setattr(live, "BLOCK_ELEMENTS", 200)
     model, calls = Model(), []
-    adapter = adapterkit.load(make_adapter(factors("q", 24, 40) | factors("k", 24, 40) | {"q.bias": torch.randn(24)}))
+    adapter = adapterkit.load(
+        make_adapter(factors("q", 24, 40) | factors("k", 24, 40) | {"q.bias": torch.randn(24)}, bias="all")
+    )
     if broken == "set_module":
         bitsandbytes = pytest.importorskip("bitsandbytes")
         layer = bitsandbytes.nn.Linear8bitLt(40, 24, bias=False, has_fp16_weights=False)

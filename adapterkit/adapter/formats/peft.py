@@ -19,6 +19,7 @@ from adapterkit.adapter.formats.peft_config import CONFIG as CONFIG
 from adapterkit.adapter.formats.peft_config import PeftConfig, Strength
 from adapterkit.adapter.formats.peft_config import describe_config as describe_config
 from adapterkit.adapter.formats.peft_names import NAMES, PREFIX, TASK_HEADS, SortedTensors, saves, sort_tensors
+from adapterkit.adapter.formats.peft_variants import plain, without_blocks
 from adapterkit.adapter.weights import Adapter, Kind, LazyTensor, LoraWeights, Problem
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, write_tensors
@@ -54,7 +55,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
     problems = [*config.problems(), *found.problems]
     modules = {}
     for name, roles in sorted(found.modules.items(), key=lambda item: _natural(item[0])):
-        weights = _weights(name, roles, config, scale)
+        weights = _weights(name, without_blocks(name, roles, config.raw), config, scale)
         if isinstance(weights, Problem):
             problems.append(weights)
         else:
@@ -73,7 +74,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         rslora=config.rslora,
         target_parameters=config.target_parameters,
         task=config.task,
-        config=config.raw,
+        config=plain(config.raw),
         files=source.files,
         problems=tuple(problems),
         unrecognized=tuple(found.unrecognized),

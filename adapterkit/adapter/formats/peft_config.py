@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter.formats.format import ConfigFacts
 from adapterkit.adapter.formats.peft_names import TASK_HEADS
+from adapterkit.adapter.formats.peft_variants import BLOCKS, variant_problems
 from adapterkit.adapter.safe_regex import Patterns, compile_pattern
 from adapterkit.adapter.weights import Problem
 from adapterkit.errors import FormatError, UnknownStrengthError, UsageError
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 BASE_KEY = "base_model_name_or_path"
-# Fields that change the computation in ways that merged weights can't represent.
-UNMERGEABLE = {
-    "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens, so no merged weight equals it",
-    "layer_replication": "the adapter belongs to a model with repeated layers, which the base does not have",
-    "megatron_config": "its factors are split over Megatron ranks",
-    "use_qalora": "QA-LoRA pools its input by groups",
-    "arrow_config": "Arrow routes between adapters at run time",
-    "use_bdlora": "BD-LoRA's factors are block diagonal",
-    "velora_config": "VeLoRA is not LoRA at inference",
-    "kasa_config": "KaSA adds its own singular values",
-    "monteclora_config": "MonteCLoRA samples its factors",
-}
-# Initializations that also change the base weights, unless PEFT converted the adapter when saving it.
-CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
-
-
 EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT recognizes an embedding or a head
 
 
@@ -70,6 +55,7 @@ class PeftConfig:
             given.value(name, str, None)
         for name in ("fan_in_fan_out", "ensure_weight_tying"):
             given.value(name, bool, None)
+        given.value(BLOCKS, dict, None)
         if not isinstance(given.raw.get("target_modules"), str):
             given.names("target_modules")
         return cls(
@@ -134,17 +120,7 @@ class PeftConfig:
         return tuple(dict.fromkeys(rows))  # without duplicates, so that a mismatch with the tensor shows
 
     def problems(self) -> Iterable[Problem]:
-        for name, reason in UNMERGEABLE.items():
-            if self.raw.get(name):
-                yield Problem(f"{CONFIG}: {name}", reason)
-        init = self.raw.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
-            yield Problem(
-                f"{CONFIG}: init_lora_weights",
-                f"{init[:40]!r} changes the base when training starts; unless the adapter was converted on saving "
-                "(PEFT's path_initial_model_for_weight_conversion), merging it into the original base is wrong",
-                fatal=False,
-            )
+        return variant_problems(self.raw, CONFIG)
 
 
 @dataclass(frozen=True)

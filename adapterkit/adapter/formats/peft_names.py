@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from adapterkit.adapter.formats.peft_variants import is_for_training
 from adapterkit.adapter.weights import LazyTensor, Problem
 from adapterkit.files.safetensors import TensorInfo
 
@@ -79,7 +80,7 @@ def sort_tensors(tensors: Mapping[str, TensorInfo | torch.Tensor], config: PeftC
             found.replaced[name] = tensor
             if kind == "saved":
                 found.saved.add(name)
-        else:
+        elif not is_for_training(name, config.raw):
             found.unrecognized.append(stored if isinstance(stored, TensorInfo) else _info(key, tensor))
     several = adapter_names if len(adapter_names) > 1 else (adapter_names | wrapper_names) - {None}
     if len(several) > 1:

@@ -13,7 +13,7 @@ from adapterkit.base.quant.rounding import NEAREST, ROUNDINGS, Rounding
 from adapterkit.base.quant.scheme import Scheme, Writer
 from adapterkit.base.quant.weight import DEFAULT_BLOCKSIZE, QuantizationSettings, QuantizationSpec, QuantizedWeight
 from adapterkit.errors import FormatError, UsageError
-from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo
+from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ __all__ = [
     "checked",
     "declaration",
     "float_dtype",
+    "kinds",
     "loadable_kinds",
     "loading",
     "shapes_need_values",
@@ -83,6 +84,11 @@ def float_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
             sizes[info.dtype] += info.nbytes
     dominant = max(sizes, key=lambda dtype: sizes[dtype])
     return dominant if sizes[dominant] else "BF16"
+
+
+def kinds(weights: Mapping[str, Weight]) -> set[str]:
+    """Return the kinds of the quantized weights among `weights`."""
+    return {weight.kind for weight in weights.values() if isinstance(weight, QuantizedWeight)}
 
 
 def shapes_need_values(names: Iterable[str]) -> bool:

@@ -32,6 +32,7 @@ class CardFacts:
     library: str  # that loads it
     example: Sequence[str]  # Python lines that load it
     rows: Mapping[str, str]  # of the table below the title of a new card
+    unmergeable: str = ""  # why an adapter is not merged as it is, and what to do instead
 
     @property
     def is_adapter(self) -> bool:
@@ -124,10 +125,9 @@ def _body(facts: CardFacts) -> str:
             "",
         ]
     if facts.is_adapter:
-        lines += [
-            "```python", *facts.example, "```", "",
-            "Merge into the base:", "", "```", f"adapterkit merge {facts.base} {facts.name} -o merged", "```", "",
-        ]  # fmt: skip
+        lines += ["```python", *facts.example, "```", ""]
+        merge = ["Merge into the base:", "", "```", f"adapterkit merge {facts.base} {facts.name} -o merged", "```", ""]
+        lines += [f"Not merged as it is: {markdown(facts.unmergeable)}", ""] if facts.unmergeable else merge
     return "\n".join(lines)
 
 

@@ -126,8 +126,9 @@ def _named_base(path: Path, adapter: Adapter | None) -> str | None:
 def _adapter_facts(
     path: Path, adapter: Adapter, repo: str, base: str | None, license: str | None
 ) -> tuple[card.CardFacts, str]:
-    if fatal := next((problem for problem in adapter.problems if problem.fatal), None):
-        raise FitError(f"{path}: {fatal}; the adapter is not usable")
+    fatal = sorted((problem for problem in adapter.problems if problem.fatal), key=lambda problem: problem.intact)
+    if fatal and not fatal[0].intact:
+        raise FitError(f"{path}: {fatal[0]}; the adapter is not usable", hint=fatal[0].remedy)
     if any(isinstance(tensor.source, TensorInfo) is False for tensor in adapter.tensors()):
         raise UnsafeFileError(
             f"{path}: pickled weights are not uploaded; convert them to safetensors: `{_resave_command(path)}`"
@@ -146,6 +147,7 @@ def _adapter_facts(
     facts = card.CardFacts(
         repo, "adapter", base, tags, pipeline, license, format.LIBRARY, format.example(repo),
         {name: text for name, text in rows.items() if text},
+        f"{fatal[0].what}. {fatal[0].remedy}" if fatal else "",
     )  # fmt: skip
     return facts, f"{path.name}: {_summary_line(summary)}, for {base}"
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.adapter.weights import Adapter
+from adapterkit.adapter.weights import Adapter, WeightedAdapter, check_mergeable
 from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.targets import Fit, fit
 from adapterkit.errors import FitError, UsageError
 from adapterkit.merging.blocks.device import exact_products
-from adapterkit.merging.live.modules import config_of, parameters_of, separate_head, untie
+from adapterkit.merging.live.modules import config_of, is_nf4, parameters_of, separate_head, untie
 from adapterkit.merging.live.weights import Undo, add_to_bias, fingerprint, merge_into, replace_values, updates_of
 from adapterkit.text import counted
 
@@ -67,6 +67,8 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
     earlier: list[AppliedAdapter] = getattr(model, APPLIED, [])
     if any(applied.adapter is adapter for applied in earlier):
         raise UsageError("this adapter is already in the model: remove it before applying it again")
+    settled = adapter.given("quantized base") if is_nf4(model) else adapter
+    check_mergeable(WeightedAdapter(settled))
     parameters, config = parameters_of(model), config_of(model)
     found = fit(adapter, parameters, config)
     if found.missing:

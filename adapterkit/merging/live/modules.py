@@ -64,6 +64,11 @@ def set_module(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, layer)
 
 
+def is_nf4(model: nn.Module) -> bool:
+    """Whether any layer of the model is quantized to NF4."""
+    return any(getattr(parameter, "quant_type", None) == "nf4" for parameter in model.parameters())
+
+
 def config_of(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     return config.to_dict() if hasattr(config, "to_dict") else {}

@@ -21,6 +21,7 @@ from adapterkit.base.quant import (
     Rounding,
     declaration,
     float_dtype,
+    kinds,
     spec_for,
     weights,
     writable_kinds,
@@ -196,9 +197,11 @@ def make_plan(
     """
     if not given:
         raise UsageError("no adapter given: nothing to merge")
+    draft = _Draft.of(original or base)
+    if "nf4" in kinds(draft.tensors):
+        given = [replace(one, adapter=one.adapter.given("quantized base")) for one in given]
     for adapter in given:
         check_mergeable(adapter)
-    draft = _Draft.of(original or base)
     if original is not None:
         draft.check_against(base)
     draft.fit(given, rename, allow_partial)

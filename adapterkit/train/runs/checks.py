@@ -10,6 +10,7 @@ from adapterkit.base.adapter_fit import check_missing, place_adapter
 from adapterkit.base.checkpoint import CONFIG, Checkpoint, is_base, open_checkpoint
 from adapterkit.base.models.config_check import check_described
 from adapterkit.base.models.loading import SMALL_FILES
+from adapterkit.base.quant import kinds
 from adapterkit.base.quant import weights as weights_of
 from adapterkit.base.tied_embeddings import find_tie
 from adapterkit.errors import FitError, UsageError
@@ -35,13 +36,15 @@ def open_base(spec: str) -> Checkpoint:
     return base
 
 
-def open_fitting(spec: str, base: Checkpoint) -> WeightedAdapter:
-    """Load the adapter, checked to be complete and to fit `base`."""
-    path = resolve(spec)
-    given = WeightedAdapter(load(path), label=hub_repo(spec) or path.resolve().name)
-    check_cached(given.adapter.files)
+def open_fitting(spec: str, base: Checkpoint, quantize: str = "none") -> WeightedAdapter:
+    """Load the adapter, checked to be complete and to fit `base`, quantized as loaded."""
+    path, tensors = resolve(spec), weights_of(base.tensors, base.config)
+    adapter = load(path)
+    check_cached(adapter.files)
+    if "nf4" in (quantize, *kinds(tensors)):
+        adapter = adapter.given("quantized base")
+    given = WeightedAdapter(adapter, label=hub_repo(spec) or path.resolve().name)
     check_mergeable(given)
-    adapter, tensors = given.adapter, weights_of(base.tensors, base.config)
     whole = [
         *adapter.replaced,
         *adapter.tokens,

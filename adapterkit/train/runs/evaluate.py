@@ -140,7 +140,7 @@ def evaluate(o: EvaluateOptions) -> Iterator[Event]:
     device = choose_device(o.device)
     base = open_base(str(o.base))
     check_not_quantized(o.quantize, base)
-    given = None if o.adapter is None else open_fitting(str(o.adapter), base)
+    given = None if o.adapter is None else open_fitting(str(o.adapter), base, o.quantize)
     dtype = choose_dtype(str(o.dtype), base, device, full=False)
     tokenizer = load_tokenizer(base)
     fields = Fields(o.text_field, o.prompt_field, o.completion_field, o.messages_field)

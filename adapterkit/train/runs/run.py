@@ -137,7 +137,7 @@ def train(
         data, held_back = read_data(recipe, tokenizer)
         check_not_quantized(recipe.quantize, base)
         check_sequences(data, base)
-        first = open_fitting(recipe.init_from, base).adapter if recipe.init_from else None
+        first = open_fitting(recipe.init_from, base, recipe.quantize).adapter if recipe.init_from else None
         memory = check(base, recipe, data.examples, dtype, device)
         origin = Origin.of(recipe, data, held_back, base, first)
         with folder_for(place, rank, resume) as folder:
