@@ -1,11 +1,9 @@
-"""Simulated conditions: a full disk, a kill at a given moment, a GPU."""
+"""Simulated conditions: a full disk, a kill at a given moment."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 
 def nth_call(function: Callable[..., Any], n: int, act: Callable[[], None]) -> Callable[..., Any]:
@@ -27,9 +25,3 @@ def failing(error: BaseException) -> Callable[..., None]:
         raise error
 
     return fail
-
-
-class OnGpu(torch.Tensor):
-    """A tensor that claims to be on a GPU."""
-
-    is_cuda = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from standins import OnGpu
+from standin_gpu import OnGpu
 
 from adapterkit.algebra.updates import Update
 from adapterkit.kernels.cpu import DoubtMask, add_rounded, subtract_rounded
@@ -51,7 +51,7 @@ def test_every_update_is_added_to_its_own_rows(dtype: torch.dtype, at_once: int)
     # Nothing was rounded off, so that only zeros come back as something else: as small a value of either sign.
     marked = (W == 0).view(-1).nonzero()[:, 0]
     assert exact.abs().max() <= 256 and torch.equal(doubts.found(W, squares), marked)
-    assert torch.equal(DoubtMask(doubts.marks.as_subclass(OnGpu)).found(W, squares), marked)
+    assert torch.equal(DoubtMask(OnGpu.of(doubts.marks)).found(OnGpu.of(W), squares).cpu(), marked)
 
     back = torch.full_like(W, torch.nan)
     subtract_rounded(out, FIRST, updates, back, *torch.full((2, at_once, COLUMNS), torch.nan))

@@ -1,6 +1,7 @@
 """Merging on a GPU: the same bits as on the CPU, pinned memory released, and fallbacks if memory runs out.
 
-Without a GPU a stand-in replaces CUDA: it computes on the CPU, but pins, streams and runs out of memory like a GPU.
+Without a GPU a stand-in replaces CUDA: it computes on the CPU, but keeps its tensors apart, pins, streams and runs out
+of memory like a GPU.
 Tests that need a real GPU are marked `gpu`.
 """
 
@@ -19,6 +20,7 @@ import torch
 from conftest import FIXTURES, factors
 from handmade import adapterkit as run_adapterkit
 from safetensors.torch import save_file
+from standin_gpu import NAME, standin
 from test_merge import TINY, misrounded
 
 import adapterkit
@@ -92,7 +94,7 @@ class StandInPlace(ComputeDevice):
 def cuda(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setattr(device, "CUDA", stand_in)
-    place = StandInPlace(torch.device("cpu"), device.GPU_CHUNK)
+    place = StandInPlace(standin(), device.GPU_CHUNK)
     monkeypatch.setattr(device, "choose", lambda wanted, plan, threads: CPU if wanted == "cpu" else place)
     return stand_in
 
@@ -226,7 +228,7 @@ def test_running_out_of_memory_halves_chunks_then_falls_back_to_the_cpu(
     monkeypatch.setattr(device.GpuBuffers, "output", output)
     result = same_output(FIXTURES / "bases" / "tiny-llama", FIXTURES / "tiny-patterns", tmp_path, "cuda", threads=3)
     assert len(result.notes) == len(said) and all(a in b for a, b in zip(said, result.notes, strict=True))
-    assert result.place == ("the CPU" if not chunk else f"cpu, {chunk:,} elements at a time")
+    assert result.place == ("the CPU" if not chunk else f"{NAME}:0, {chunk:,} elements at a time")
     assert not cuda.pinned
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, factors
+from standin_gpu import standin
 from test_merge import weights
 from torch import nn
 
@@ -19,6 +20,7 @@ from adapterkit.kernels import gpu
 from adapterkit.merging.live import weights as live
 from adapterkit.merging.live.weights import adder, fingerprint
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 KINDS = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -334,21 +336,38 @@ def test_block_size_does_not_matter(make_adapter: Callable[..., Path], monkeypat
     assert same(bits(model), before)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+GPUS = ["standin", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
+
+
+@pytest.mark.parametrize("gpu_name", GPUS)
 @pytest.mark.parametrize("dtype", KINDS)
-def test_remove_restores_every_bit_on_a_gpu(make_adapter: Callable[..., Path], dtype: torch.dtype) -> None:
-    model, on_cpu = Model(dtype).cuda(), Model(dtype)
+@pytest.mark.parametrize("dora", [False, True])
+def test_remove_restores_every_bit_on_a_gpu(
+    make_adapter: Callable[..., Path], gpu_name: str, dtype: torch.dtype, dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu_name == "standin":
+        standin()
+        monkeypatch.setattr(gpu, "triton", None)
+        monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    model, on_cpu = Model(dtype), Model(dtype)
     on_cpu.load_state_dict(model.state_dict())
-    adapter = adapterkit.load(make_adapter(factors("q", 24, 40) | factors("k", 24, 40)))
-    before = bits(model)
+    model.to(gpu_name)
+    tensors = factors("q", 24, 40) | factors("k", 24, 40)
+    if dora:
+        tensors |= {f"{name}.lora_magnitude_vector.weight": torch.rand(24) + 0.5 for name in "qk"}
+    adapter = adapterkit.load(make_adapter(tensors, use_dora=dora))
+    before = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     adapterkit.apply(model, adapter)
     adapterkit.apply(on_cpu, adapter)
     for name, tensor in model.state_dict().items():
         off = (tensor.cpu().double() - on_cpu.state_dict()[name].double()).abs()
         assert bool((off <= tensor.cpu().double().abs() * torch.finfo(dtype).eps).all())
+    assert not torch.equal(model.q.weight.cpu(), before["q.weight"])
     adapterkit.remove(model, adapter)
-    assert same(bits(model), before)
+    after = model.state_dict()
+    assert all(
+        torch.equal(tensor.view(torch.uint8), after[name].cpu().view(torch.uint8)) for name, tensor in before.items()
+    )
 
 
 @pytest.mark.parametrize("together", [True, False])
