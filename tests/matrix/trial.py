@@ -28,20 +28,25 @@ def trials(model: Model, names: Iterable[str], folder: Path) -> dict[str, str]:
     """Return a verdict by recipe: OK, NONE where it does not apply, or who failed (peft, refused, wrong …) and how."""
     made = model.make()
     model.logits(made)
-    made.save_pretrained(folder / "base")
-    getattr(made, made.base_model_prefix, made).save_pretrained(folder / "headless")
-    return {name: trial(model, RECIPES[name], folder) for name in names if model.task in RECIPES[name].tasks}
+    bases = {}
+    for headless in {RECIPES[name].headless for name in names if model.task in RECIPES[name].tasks}:
+        saved = folder / ("headless" if headless else "base")
+        (getattr(made, made.base_model_prefix) if headless else made).save_pretrained(saved)
+        bases[headless] = saved, model.cls.from_pretrained(saved, **({"num_labels": 3} if headless else {})).eval()
+    return {
+        name: trial(model, recipe, *bases[recipe.headless], folder)
+        for name, recipe in RECIPES.items()
+        if name in names and model.task in recipe.tasks
+    }
 
 
-def trial(model: Model, recipe: Recipe, folder: Path) -> str:
-    """Return the verdict for one recipe; the base is in `folder`, where the adapter and the merged model will be."""
-    base, adapter, merged, restored = (folder / name for name in ("base", "adapter", "merged", "restored"))
-    if recipe.headless:
-        base = folder / "headless"
+def trial(model: Model, recipe: Recipe, base: Path, loaded: PreTrainedModel, folder: Path) -> str:
+    """Return the verdict for one recipe; the adapter and the merged model are left in `folder`."""
+    adapter, merged, restored = (folder / name for name in ("adapter", "merged", "restored"))
     for made in (adapter, merged, restored):
         shutil.rmtree(made, ignore_errors=True)
     try:
-        expected = train(model, recipe, base, adapter)
+        expected = train(model, recipe, copy.deepcopy(loaded), adapter)
     except Exception as error:
         return f"peft: {said(error)}"
     if expected is None:
@@ -55,26 +60,21 @@ def trial(model: Model, recipe: Recipe, folder: Path) -> str:
     return OK if hashes(restored) == hashes(base) else "wrong: unmerge restores other bytes"
 
 
-def train(model: Model, recipe: Recipe, base: Path, adapter: Path) -> PeftModel | None:
+def train(model: Model, recipe: Recipe, loaded: PreTrainedModel, adapter: Path) -> PeftModel | None:
     """Save an adapter with random weights, and return the model that PEFT loads with it."""
     torch.manual_seed(1)
-    loaded = load(model, recipe, base)
+    if recipe.grown:
+        loaded.resize_token_embeddings(layers_of(loaded).vocabulary + NEW_TOKENS, mean_resizing=False)
     if (config := recipe.config(layers_of(loaded))) is None:
         return None
     trained = get_peft_model(copy.deepcopy(loaded), LoraConfig(task_type=TASKS[model.task][1], **config))
+    trained.create_or_update_model_card = lambda *_: None  # which takes as long as the rest of saving
     with torch.no_grad():
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter += torch.randn_like(parameter) * 0.05
     trained.save_pretrained(adapter)
     return PeftModel.from_pretrained(loaded, adapter).eval()
-
-
-def load(model: Model, recipe: Recipe, base: Path) -> PreTrainedModel:
-    loaded = model.cls.from_pretrained(base, **({"num_labels": 3} if recipe.headless else {})).eval()
-    if recipe.grown:
-        loaded.resize_token_embeddings(layers_of(loaded).vocabulary + NEW_TOKENS, mean_resizing=False)
-    return loaded
 
 
 def run(*words: object) -> str | None:
