@@ -50,15 +50,19 @@ SEGMENTS = {"mlp": "block_sparse_moe"}  # Mixtral
 # Fused projections and their parts, in row order.
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "Wqkv": ("q_proj", "k_proj", "v_proj"),
     "W_pack": ("q_proj", "k_proj", "v_proj"),
     "in_proj": ("q_proj", "k_proj", "v_proj"),
+    "gqkv_proj": ("gate_proj", "q_proj", "k_proj", "v_proj"),  # HRM
     "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_gate_proj": ("up_proj", "gate_proj"),
 }
 
 # Stacked experts whose checkpoints have one tensor per expert and part: `experts.3.w1.weight`.
 PER_EXPERT: dict[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
+    "up_proj": (("up_proj",),),  # experts without a gate: NemotronH
 }
 
 # Architectures whose stacked experts are stored (expert, in, out); all others store (expert, out, in), although

@@ -6,7 +6,7 @@ Shapes decide the rest; ambiguous cases are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from adapterkit.base.architectures import (
     PREFIX_MAPS,
     SEGMENTS,
 )
+from adapterkit.base.checkpoint_names import names_in_model
 from adapterkit.base.rename_option import apply_rename
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import Weight
@@ -69,8 +70,10 @@ def fit(
     """
     best: Fit | None = None
     least = (0, 0)  # missing names, and tensors that would be new
+    in_model = names_in_model(config)
+    stored = dict(tensors) if in_model is str else {in_model(name): info for name, info in tensors.items()}
     for prefix_map in PREFIX_MAPS:
-        names = _Names(tensors, prefix_map, rename)
+        names = _Names(tensors, stored, in_model, prefix_map, rename)
         try:
             candidate = _fit_names(adapter, names, config)
         except FitError:
@@ -91,30 +94,41 @@ def fit(
 
 @dataclass(frozen=True)
 class _Names:
-    """Looks up the adapter's names in the base, through one prefix map and the user's rename."""
+    """Looks up the adapter's names in the base, through one prefix map and the user's rename.
+
+    An adapter has the names in the model, either of transformers 5, or of transformers 4, which are mostly those on
+    disk; `in_model` converts the latter to the former.
+    """
 
     tensors: Mapping[str, Weight]
+    stored: Mapping[str, Weight]  # the same by the names in the model
+    in_model: Callable[[str], str]
     prefix_map: dict[str, str]
     rename: tuple[str, str] | None
     segments: dict[str, bool] = field(default_factory=dict)  # a cache for `lacks`
 
-    def to_base(self, name: str) -> str:
+    def find(self, name: str) -> Weight | None:
+        """Return the base's tensor for a tensor's name in the adapter's model."""
+        mapped = self.mapped(name)
+        info = self.stored.get(mapped)
+        if info is None and self.in_model is not str:
+            info = self.stored.get(self.in_model(mapped)) or self.stored.get(self.mapped(self.in_model(name)))
+        return info or self.tensors.get(mapped)
+
+    def mapped(self, name: str) -> str:
         name = apply_rename(name, self.rename)
         for in_memory, on_disk in SEGMENTS.items():
-            if f".{in_memory}." in f"{name}." and self.lacks(f".{in_memory}.") and not self.lacks(f".{on_disk}."):
+            if f".{in_memory}." in name and self.lacks(f".{in_memory}.") and not self.lacks(f".{on_disk}."):
                 name = apply_rename(name, (in_memory, on_disk))
         for old in sorted(self.prefix_map, key=len, reverse=True):
-            if f"{name}.".startswith(old) and not (old == "" and name.split(".")[0] in HEAD_MODULES):
-                return (self.prefix_map[old] + f"{name}.".removeprefix(old)).removesuffix(".")
+            if name.startswith(old) and not (old == "" and name.split(".")[0] in HEAD_MODULES):
+                return self.prefix_map[old] + name.removeprefix(old)
         return name
-
-    def find(self, name: str) -> Weight | None:
-        return self.tensors.get(name)
 
     def lacks(self, segment: str) -> bool:
         """Return whether no tensor name of the base contains `segment`."""
         if segment not in self.segments:
-            self.segments[segment] = not any(segment in name for name in self.tensors)
+            self.segments[segment] = not any(segment in name for name in self.stored)
         return self.segments[segment]
 
 
@@ -122,44 +136,41 @@ def _fit_names(adapter: Adapter, names: _Names, config: Mapping[str, Any]) -> Fi
     targets: dict[str, tuple[Target, ...]] = {}
     biases, replaced, tokens, missing = {}, {}, {}, []
     orientations = _Orientations(config)
-    found = {module: _find(names.to_base(module), weights, names) for module, weights in adapter.modules.items()}
+    found = {module: _find(module, weights, names) for module, weights in adapter.modules.items()}
     for module, weights in adapter.modules.items():
         orientations.learn(weights, found[module])
     for module, weights in adapter.modules.items():
-        places = _places(module, names.to_base(module), weights, found[module], names, config, orientations)
+        places = _places(module, weights, found[module], names, config, orientations)
         if not places:
             missing.append(module)
             continue
         targets[module] = places
         if weights.bias is not None:
-            bias = names.to_base(module) + ".bias"
-            if (info := names.find(bias)) is None or info.shape != weights.bias.shape:
+            if (info := names.find(f"{module}.bias")) is None or info.shape != weights.bias.shape:
                 base_bias = "no bias" if info is None else f"a bias of {info.shape}"
                 raise FitError(
                     f"{module}: the adapter has a lora_bias of {weights.bias.shape}, but the base has {base_bias}"
                 )
-            biases[module] = bias
+            biases[module] = info.name
     for name in adapter.replaced:
-        base = names.to_base(name)
-        if base in names.tensors or name in adapter.new_tensors:
-            replaced[name] = base
+        if (info := names.find(name)) is not None or name in adapter.new_tensors:
+            replaced[name] = names.mapped(name) if info is None else info.name
         else:
             missing.append(name)
     for module in adapter.tokens:
-        base = names.to_base(module) + ".weight"
-        if base in names.tensors:
-            tokens[module] = base
+        if (info := names.find(f"{module}.weight")) is not None:
+            tokens[module] = info.name
         else:
             missing.append(module)
     return Fit(targets, biases, replaced, tokens, tuple(missing), names.prefix_map)
 
 
-def _find(base: str, weights: LoraWeights[LazyTensor], names: _Names) -> list[Weight]:
+def _find(module: str, weights: LoraWeights[LazyTensor], names: _Names) -> list[Weight]:
     """Return the base tensors of the module's own name that Δ may apply to."""
-    base = base.replace(".base_layer", "")
+    module = module.replace(".base_layer", "")
     if weights.parameters != ("weight",):
-        return [info for leaf in weights.parameters if (info := names.find(f"{base}.{leaf}"))]
-    return [info for leaf in (".weight", "", ".in_proj_weight") if (info := names.find(base + leaf))][:1]
+        return [info for leaf in weights.parameters if (info := names.find(f"{module}.{leaf}"))]
+    return [info for leaf in (".weight", "", ".in_proj_weight") if (info := names.find(module + leaf))][:1]
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -193,7 +204,6 @@ class _Orientations:
 
 def _places(
     module: str,
-    base: str,
     weights: LoraWeights[LazyTensor],
     found: list[Weight],
     names: _Names,
@@ -202,14 +212,14 @@ def _places(
 ) -> tuple[Target, ...]:
     """Return the targets of one module; empty if the base has no such name."""
     if weights.kind == "experts" or (weights.parameters != ("weight",) and not found):
-        return _place_experts(module, base.replace(".base_layer", ""), weights, found, names)
+        return _place_experts(module, weights, found, names)
     if weights.parameters != ("weight",):  # target_parameters on a plain matrix
         found = [info for info in found if info.shape == (weights.out_features, weights.in_features)]
         if len(found) > 1:
             raise FitError(f"{module}: {' and '.join(info.name for info in found)} both have the shape of Δ")
     if found:
         return (Target(found[0].name, transposed=_transposed(module, weights, found[0], orientations)),)
-    return _place_in_fused(module, base, weights, names, config) or _place_over_parts(base, weights, names)
+    return _place_in_fused(module, weights, names, config) or _place_over_parts(module, weights, names)
 
 
 def _transposed(module: str, weights: LoraWeights[LazyTensor], info: Weight, orientations: _Orientations) -> bool:
@@ -235,10 +245,10 @@ def _transposed(module: str, weights: LoraWeights[LazyTensor], info: Weight, ori
 
 
 def _place_in_fused(
-    module: str, base: str, weights: LoraWeights[LazyTensor], names: _Names, config: Mapping[str, Any]
+    module: str, weights: LoraWeights[LazyTensor], names: _Names, config: Mapping[str, Any]
 ) -> tuple[Target, ...]:
     """Place a split module in a fused base: q_proj is a row range of qkv_proj."""
-    parent, _, leaf = base.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
     for fused, parts in FUSED.items():
         info = names.find(f"{parent}.{fused}.weight") or names.find(f"{parent}.{fused}_weight")
         if leaf not in parts or info is None or len(info.shape) < 2:
@@ -257,8 +267,8 @@ def _place_in_fused(
 
 def _part_sizes(parts: tuple[str, ...], rows: int, config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Return the number of rows of each part of a fused projection, or None if the config doesn't define it."""
-    if len(parts) == 2:
-        return (rows // 2, rows // 2)
+    if len(parts) != 3:
+        return (rows // len(parts),) * len(parts)
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, dict) else config
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
@@ -272,9 +282,9 @@ def _part_sizes(parts: tuple[str, ...], rows: int, config: Mapping[str, Any]) ->
     return sizes if sum(sizes) == rows else None
 
 
-def _place_over_parts(base: str, weights: LoraWeights[LazyTensor], names: _Names) -> tuple[Target, ...]:
+def _place_over_parts(module: str, weights: LoraWeights[LazyTensor], names: _Names) -> tuple[Target, ...]:
     """Place a fused module in a split base: each part gets its rows of Δ."""
-    parent, _, leaf = base.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
     infos = [names.find(f"{parent}.{part}.weight") for part in FUSED.get(leaf, ())]
     found = [info for info in infos if info is not None and len(info.shape) > 1]
     return _over_rows(found, weights, None) if found and len(found) == len(infos) else ()
@@ -293,7 +303,7 @@ def _over_rows(infos: list[Weight], weights: LoraWeights[LazyTensor], expert: in
 
 
 def _place_experts(
-    module: str, base: str, weights: LoraWeights[LazyTensor], found: list[Weight], names: _Names
+    module: str, weights: LoraWeights[LazyTensor], found: list[Weight], names: _Names
 ) -> tuple[Target, ...]:
     """Place stacked experts: a range of rows of a 3-d tensor each, or one tensor per expert and part."""
     delta, experts = (weights.out_features, weights.in_features), weights.experts
@@ -316,7 +326,9 @@ def _place_experts(
             f"{module}: {experts} experts of Δ {delta} do not match {shapes}. Was this adapter trained on another base?"
         )
     layouts = [parts for leaf in weights.parameters for parts in PER_EXPERT.get(leaf, ())]
-    split = [rows for parts in layouts if (rows := _per_expert(base, parts, weights, names))]
+    split = [
+        rows for parts in layouts if (rows := _per_expert(module.replace(".base_layer", ""), parts, weights, names))
+    ]
     if len(split) > 1:
         both = f"{split[0][0][0].name} and {split[1][0][0].name}"
         raise FitError(f"{module}: {experts} experts of {delta} are ambiguous: they match both {both}")
@@ -324,10 +336,10 @@ def _place_experts(
 
 
 def _per_expert(
-    base: str, parts: tuple[str, ...], weights: LoraWeights[LazyTensor], names: _Names
+    module: str, parts: tuple[str, ...], weights: LoraWeights[LazyTensor], names: _Names
 ) -> list[list[Weight]]:
     """Return the tensors of each expert, if the checkpoint has one per expert and they add up to Δ; else nothing."""
-    rows = [[names.find(f"{base}.{e}.{part}.weight") for part in parts] for e in range(weights.experts)]
+    rows = [[names.find(f"{module}.{e}.{part}.weight") for part in parts] for e in range(weights.experts)]
     found = [[info for info in row if info and info.shape[1:] == (weights.in_features,)] for row in rows]
     whole = all(len(row) == len(parts) and sum(i.shape[0] for i in row) == weights.out_features for row in found)
     return found if whole else []
