@@ -29,7 +29,7 @@ Kind = Literal["text", "int", "float", "flag", "path", "paths", "adapters", "wor
 KINDS: dict[str, Kind] = {
     "bool": "flag", "int": "int", "float": "float", "str": "text", "AnyPath": "path", "AnyPaths": "paths",
     "AnyModel": "text", "AnyAdapter": "text", "AnyAdapters": "adapters", "AnyNames": "words", "tuple": "words",
-    "dict": "pairs", "Mapping": "pairs", "Path": "path",
+    "dict": "pairs", "Mapping": "pairs", "AnyWeights": "pairs", "Path": "path",
 }  # fmt: skip
 
 WIDTH = 100  # columns of docstrings

@@ -6,6 +6,7 @@ Opening an adapter reads only headers: names, shapes and scalings are known, wei
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from adapterkit.adapter.module_names import layer_of, target_of
+from adapterkit.adapter.module_patterns import matches
 from adapterkit.adapter.summary import Summary, distinct
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo, read_tensors, tensor_bytes
@@ -308,12 +310,55 @@ def _only(values: Iterable[V]) -> V | None:
 
 @dataclass(frozen=True, slots=True)
 class WeightedAdapter:
-    """An adapter of a merge with its weight, and its label in messages and cards."""
+    """An adapter of a merge with its weight, and its label in messages and cards.
+
+    `module_weights` pairs patterns (see `module_patterns`) with weights; the last that matches a module is its weight.
+    """
 
     adapter: Adapter
     weight: float = 1.0
     label: str = "the adapter"
     path: Path | None = None  # the file or directory that it was opened from
+    module_weights: tuple[tuple[str, float], ...] = ()
+
+    def weight_of(self, name: str) -> float:
+        """The weight of a module, or of a tensor or embedding that is stored whole."""
+        number = self._deciding(name)
+        return self.weight if number is None else self.module_weights[number][1]
+
+    def names(self) -> list[str]:
+        """The names of all modules, and of all tensors and embeddings that are stored whole."""
+        return [*self.adapter.modules, *self.adapter.replaced, *self.adapter.tokens]
+
+    def times(self, factor: float) -> WeightedAdapter:
+        """The adapter with every weight multiplied."""
+        scaled = tuple((pattern, factor * weight) for pattern, weight in self.module_weights)
+        return replace(self, weight=factor * self.weight, module_weights=scaled)
+
+    def weight_facts(self) -> dict[str, Any]:
+        """The weights as JSON facts, each by pattern with the number of modules and whole tensors that it decides."""
+        counts = Counter(map(self._deciding, self.names())) if self.module_weights else Counter[int | None]()
+        weights = enumerate(self.module_weights)
+        by_module = [{"pattern": one, "weight": weight, "modules": counts[number]} for number, (one, weight) in weights]
+        return {"weight": self.weight, "module_weights": by_module}
+
+    def module_weight_lines(self) -> list[str]:
+        """The weights by module as lines of a plan."""
+        facts = self.weight_facts()["module_weights"]
+        return [
+            f"weight    {self.label}:{one['pattern']} × {one['weight']:g}: {counted(one['modules'], 'module')}"
+            for one in facts
+        ]
+
+    @property
+    def weight_text(self) -> str:
+        """The weights in words: `0.7, layers.0-9 × 0.3`."""
+        return ", ".join([f"{self.weight:g}", *(f"{pattern} × {weight:g}" for pattern, weight in self.module_weights)])
+
+    def _deciding(self, name: str) -> int | None:
+        """The number of the module weight that decides the weight of `name`; None if that is the adapter's own."""
+        numbers = reversed(range(len(self.module_weights)))
+        return next((number for number in numbers if matches(self.module_weights[number][0], name)), None)
 
 
 def check_mergeable(one: WeightedAdapter) -> None:

@@ -56,7 +56,7 @@ def plan_combine(o: CombineOptions) -> AdapterPlan:
         FitError: Shapes differ, or several adapters store the same tensor whole; see `saved`.
         OutputExistsError: `out` exists, and is not to be replaced.
     """
-    given = open_adapters(o.adapters)
+    given = open_adapters(o.adapters, weights=o.weights)
     if not given:
         raise UsageError("no adapters to combine")
     limit = Limit(o.rank, o.energy) if o.rank is not None or o.energy is not None else None

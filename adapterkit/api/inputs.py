@@ -6,8 +6,9 @@ import math
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from difflib import get_close_matches
 from itertools import count
 from numbers import Real
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import TypeAlias
 
 from adapterkit.adapter.formats import holds_adapter, load
 from adapterkit.adapter.formats.table import weights_names
+from adapterkit.adapter.module_patterns import matches
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint, is_base, open_checkpoint
 from adapterkit.base.rename_option import parse_rename
 from adapterkit.errors import UsageError
 from adapterkit.hub import hub_repo, resolve
+from adapterkit.text import nearest
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 AnyModel: TypeAlias = AnyPath  # or a Hub id
@@ -28,6 +31,7 @@ AnyPaths: TypeAlias = AnyPath | Iterable[AnyPath]
 AnyAdapter: TypeAlias = AnyPath | Adapter
 AnyWeighted: TypeAlias = AnyAdapter | tuple[AnyAdapter, float]
 AnyAdapters: TypeAlias = AnyWeighted | Iterable[AnyWeighted] | Mapping[AnyPath, float]  # as `weighted` takes them
+AnyWeights: TypeAlias = Mapping[str, float] | None  # by adapter and modules, as ADAPTER:MODULES
 
 
 def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve, *, hint: str = "") -> Checkpoint:
@@ -47,11 +51,13 @@ def open_adapters(
     alpha: float | None = None,
     scaling: float | None = None,
     where: Callable[[AnyPath], Path] = resolve,
+    weights: AnyWeights = None,
 ) -> list[WeightedAdapter]:
-    """Open the adapters given to a call at `where(adapter)`, with unique labels."""
+    """Open the adapters given to a call at `where(adapter)`, with unique labels and their `weights` by module."""
     scale, named = number(scale, "scale"), weighted(adapters)
     check_strength((what for what, _ in named), alpha, scaling)
-    return _unique_labels([_open(what, weight * scale, alpha, scaling, where) for what, weight in named])
+    given = _unique_labels([_open(what, weight * scale, alpha, scaling, where) for what, weight in named])
+    return _weigh_modules(given, [what for what, _ in named], weights, scale)
 
 
 def check_strength(adapters: Iterable[AnyAdapter], alpha: float | None, scaling: float | None) -> None:
@@ -140,6 +146,82 @@ def _unique_labels(given: list[WeightedAdapter]) -> list[WeightedAdapter]:
             taken.add(label)
         labelled.append(replace(entry, label=label))
     return labelled
+
+
+# --- weights by module -----------------------------------------------------------------------------------------------
+
+
+def _weigh_modules(
+    given: Sequence[WeightedAdapter], named: Sequence[AnyAdapter], weights: AnyWeights, scale: float
+) -> list[WeightedAdapter]:
+    """Add `weights` by module, times `scale`, to adapters that are `named` in the call.
+
+    A key is an adapter's path or name, a colon, and a pattern of module names. Raises UsageError for a key that names
+    no adapter of the call and for a pattern that no module takes its weight from.
+    """
+    if weights is not None and not isinstance(weights, Mapping):
+        raise UsageError(f"`weights` {weights!r}: expected a mapping of ADAPTER:MODULES to weights")
+    names = [list(_names(one, what)) for one, what in zip(given, named, strict=True)]
+    found: list[list[tuple[str, float]]] = [[] for _ in given]
+    for key, weight in (weights or {}).items():
+        index, pattern = _parse_weight(key, names)
+        scaled = number(weight, f"`weights` {key}:") * scale
+        found[index].append((pattern, number(scaled, f"`weights` {key} × scale:")))
+    weighed = [replace(one, module_weights=tuple(by_module)) for one, by_module in zip(given, found, strict=True)]
+    for one in weighed:
+        _check_weights(one)
+    return weighed
+
+
+def _names(one: WeightedAdapter, what: object) -> Iterator[str]:
+    """The names of an adapter in a key: its label, and its path or Hub id as given."""
+    yield one.label
+    if isinstance(what, str | os.PathLike):
+        yield os.fspath(what)
+
+
+def _parse_weight(key: object, names: Sequence[Sequence[str]]) -> tuple[int, str]:
+    """The index of the adapter that a key names, the longest name first, and the key's pattern."""
+    known = sorted({name for several in names for name in several}, key=len, reverse=True)
+    name = next((name for name in known if isinstance(key, str) and key.startswith(f"{name}:")), None)
+    if not isinstance(key, str) or name is None:
+        labels = [several[0] for several in names]
+        near = nearest(str(key).rpartition(":")[0], known)
+        example = f"expected ADAPTER:MODULES, for example {labels[0]}:layers.0-9" if labels else ""
+        raise UsageError(f"`weights` {key}: names none of the adapters ({', '.join(labels)})", hint=near or example)
+    having = [index for index, several in enumerate(names) if name in several]
+    if len(having) > 1:
+        labels = [names[index][0] for index in having]
+        raise UsageError(f"`weights` {key}: {name} is given {len(having)} times", hint=f"use {' or '.join(labels)}")
+    return having[0], key.removeprefix(f"{name}:")
+
+
+def _check_weights(one: WeightedAdapter) -> None:
+    """Raise UsageError for a pattern that matches no module, or only modules that later patterns match."""
+    for by_module in one.weight_facts()["module_weights"]:
+        pattern, names = by_module["pattern"], one.names()
+        if by_module["modules"]:
+            continue
+        if any(matches(pattern, name) for name in names):
+            raise UsageError(
+                f"`weights` {one.label}:{pattern}: later patterns match all of its modules, so it has no effect",
+                hint="the last pattern that matches a module decides its weight: give specific patterns last",
+            )
+        near = get_close_matches(pattern.strip("*."), dict.fromkeys(_runs(pattern.strip("*."), names)), n=3, cutoff=0.0)
+        raise UsageError(
+            f"`weights` {one.label}:{pattern}: matches no module of the adapter", hint=f"nearest: {', '.join(near)}"
+        )
+
+
+def _runs(pattern: str, names: Sequence[str]) -> Iterator[str]:
+    """The runs of segments in `names` that are as long as the pattern, for suggestions."""
+    size = pattern.count(".") + 1
+    for name in names:
+        segments = name.split(".")
+        yield from (".".join(segments[at : at + size]) for at in range(max(1, len(segments) - size + 1)))
+
+
+# --- renames ---------------------------------------------------------------------------------------------------------
 
 
 def renaming(rename: object) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
-from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyPath, open_adapters, open_base, weighted
+from adapterkit.api.inputs import AnyAdapter, AnyPath, open_adapters, open_base, weighted
 from adapterkit.api.options.merges import UnmergeCall, UnmergeOptions
 from adapterkit.api.run import in_one_call
 from adapterkit.api.unmerge_steps import UnmergePlan
@@ -50,7 +50,7 @@ def plan_unmerge(o: UnmergeOptions) -> MergePlan | UnmergePlan:
         FitError: There is no receipt, or a file is not what was merged, by its SHA-256.
         OutputExistsError: `out` exists.
     """
-    checkpoint, target, given = _checked(o.merged, o.out, o.adapters, o.approximate)
+    checkpoint, target, given = _checked(o)
     if not o.every:
         return _plan(checkpoint, target, given, o.base, o.approximate)
     receipts = levels(checkpoint.path)
@@ -78,15 +78,15 @@ def unmerge(o: UnmergeCall) -> Merged:
     return in_one_call(plan_unmerge.of, o, Merged, RunOptions(o.threads, str(o.device)))
 
 
-def _checked(
-    merged: AnyPath, out: AnyPath, adapters: AnyAdapters, approximate: bool
-) -> tuple[Checkpoint, Path, list[WeightedAdapter]]:
+def _checked(o: UnmergeOptions) -> tuple[Checkpoint, Path, list[WeightedAdapter]]:
     """The merged model, the output and the given adapters, opened and checked to be disjoint."""
-    checkpoint = open_base(merged, hint="the merged model comes first; its adapters are named by `adapters`")
-    target = Path(out).expanduser()
-    told = find_receipt(checkpoint.path) is not None and not approximate
-    given = open_adapters([(_opened(what), weight) for what, weight in weighted(adapters)] if told else adapters)
-    named = [Path(what) for what, _ in weighted(adapters) if not isinstance(what, Adapter)]
+    checkpoint = open_base(o.merged, hint="the merged model comes first; its adapters are named by `adapters`")
+    target = Path(o.out).expanduser()
+    told = find_receipt(checkpoint.path) is not None and not o.approximate
+    adapters = weighted(o.adapters)
+    opened = [(_opened(what), weight) for what, weight in adapters] if told else adapters
+    given = open_adapters(opened, weights=o.weights)
+    named = [Path(what) for what, _ in adapters if not isinstance(what, Adapter)]
     Destination(target, (*inputs_of(checkpoint, *given), *named), checkpoint.is_directory).check()
     return checkpoint, target, given
 
@@ -105,7 +105,7 @@ def _plan(
             raise UsageError("`base` and `approximate` exclude each other: with the base, undoing is exact")
         if receipt is not None and not given:
             found = find_adapters(receipt, [], merged.path)
-            given = [WeightedAdapter(a, one.weight, one.name) for a, one in zip(found, receipt.adapters, strict=True)]
+            given = [one.weighting(adapter) for adapter, one in zip(found, receipt.adapters, strict=True)]
         if not given:
             raise UsageError(f"{merged.path}: no receipt names the adapters to subtract", hint="give `adapters`")
         return plan_subtraction(merged, given, out)
@@ -127,7 +127,7 @@ def _plan(
 
 def _check_unweighted(given: Sequence[WeightedAdapter]) -> None:
     """Raise UsageError for adapters with weights, which are in the receipt."""
-    if any(one.weight != 1.0 for one in given):
+    if any(one.weight != 1.0 or one.module_weights for one in given):
         raise UsageError("the receipt defines the weights", hint="give the adapters without weights")
 
 
@@ -196,7 +196,11 @@ def _refuse_some(receipt: Receipt, offered: Sequence[set[str]]) -> None:
             sum(bool(p & which) for p in parts),
         )
         names, rest = (" and ".join(one.name for one in some) for some in (named, others))
-        again = command(["adapterkit", "merge", "OUT", *(argument(f"{one.name}:{one.weight}") for one in others)])
+        by_module = [
+            f"--weight={one.name}:{pattern}={weight}" for one in others for pattern, weight in one.module_weights
+        ]
+        rest_again = (argument(f"{one.name}:{one.weight}") for one in others)
+        again = command(["adapterkit", "merge", "OUT", *rest_again, *by_module])
         raise FitError(
             f"{names}: merged together with {rest}; {shared} of {touched} tensors were rounded after adding both, so "
             "that only removing all is exact",

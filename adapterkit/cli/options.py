@@ -75,7 +75,7 @@ def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Cal
         else:
             settings |= {"is_flag": True, "flag_value": not one.default}
     elif one.kind in SEVERAL:
-        settings |= {"multiple": True, "metavar": metavar or ("NAME=VALUE" if one.kind == "pairs" else None)}
+        settings |= {"multiple": True, "metavar": _metavar(one)}
     elif one.choices and not metavar:
         settings["type"] = Spelled([str(choice) for choice in one.choices], one.about.spellings)
     elif one.kind == "int" and one.about.least is not None:
@@ -85,6 +85,10 @@ def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Cal
     return click.option(*flags, one.name, cls=GroupedOption, group=one.about.group, **settings)(command)
 
 
+def _metavar(one: Parameter) -> str | None:
+    return one.about.metavar or ("NAME=VALUE" if one.kind == "pairs" else None)
+
+
 def _parsed(one: Parameter, value: Any) -> Any:
     """Convert a given value for the verb; None if it was not given."""
     if value in (None, ()):
@@ -92,7 +96,12 @@ def _parsed(one: Parameter, value: Any) -> Any:
     if one.kind == "adapters":
         return [weighted(text) for text in value]
     if one.kind == "pairs":
-        return dict(_pair(one, text) for text in value)
+        found: dict[str, float | str] = {}
+        for text in value:
+            name, setting = _pair(one, text)
+            found.pop(name, None)  # a name given again counts where it was given last
+            found[name] = setting
+        return found
     return int(value) if one.kind == "int" else value  # click returns choices as text
 
 
@@ -109,9 +118,9 @@ def weighted(text: str) -> tuple[str, float]:
 
 def _pair(one: Parameter, text: str) -> tuple[str, float | str]:
     """Parse `name=value`; numeric values become floats."""
-    name, _, value = text.partition("=")
-    if not value:
-        raise UsageError(f"{one.flags[0]} {text}: expected NAME=VALUE, as in {one.about.example}")
+    name, _, value = text.rpartition("=")
+    if not name or not value:
+        raise UsageError(f"{one.flags[0]} {text}: expected {_metavar(one)}, as in {one.about.example}")
     try:
         return name, float(value)
     except ValueError:

@@ -28,14 +28,15 @@ Weights = LoraWeights[torch.Tensor]
 def batches(
     adapters: Sequence[WeightedAdapter], modules: Mapping[str, None], most: int | None = None
 ) -> Iterator[list[str]]:
-    """Group modules of equal shapes and ranks that the same adapters have, by window size or at most `most`."""
+    """Group modules of equal shapes, ranks and weights that the same adapters have, by window size or up to `most`."""
     groups: defaultdict[object, list[str]] = defaultdict(list)
     for name in modules:
-        having = {one.label: one.adapter.modules[name] for one in adapters if name in one.adapter.modules}
-        groups[tuple((label, w.B.shape, layout_of(w), w.bias is None) for label, w in having.items())].append(name)
+        having = [(one, one.adapter.modules[name]) for one in adapters if name in one.adapter.modules]
+        key = ((one.label, one.weight_of(name), w.B.shape, layout_of(w), w.bias is None) for one, w in having)
+        groups[tuple(key)].append(name)
     for names in groups.values():
-        having = {one.label: one.adapter.modules[names[0]] for one in adapters if names[0] in one.adapter.modules}
-        size = sum(8 * math.prod(tensor.shape) for weights in having.values() for tensor in (weights.A, weights.B))
+        factors = [one.adapter.modules[names[0]] for one in adapters if names[0] in one.adapter.modules]
+        size = sum(8 * math.prod(tensor.shape) for weights in factors for tensor in (weights.A, weights.B))
         step = most or max(1, WINDOW_BYTES // size)
         yield from (names[first : first + step] for first in range(0, len(names), step))
 
@@ -60,7 +61,7 @@ def combine_batch(
     """Combine a batch of modules by `method`, truncated within `limit`."""
     having = [one for one in adapters if names[0] in one.adapter.modules]
     loaded = [[_finite(one, name) for name in names] for one in having]
-    parts = [_part(one.weight, weights) for one, weights in zip(having, loaded, strict=True)]
+    parts = [_part(one.weight_of(names[0]), weights) for one, weights in zip(having, loaded, strict=True)]
     experts = loaded[0][0].experts
     spans = [slice(index * experts, (index + 1) * experts) for index in range(len(names))]
     noise = CANCELLED * torch.stack([part.weight**2 * inner(part.delta, part.delta) for part in parts]).sum(0)
@@ -82,7 +83,7 @@ def combine_batch(
     for index, (name, span, (best, energy, discarded)) in enumerate(zip(names, spans, results, strict=True)):
         if energy <= noise[span].sum():
             energy = discarded = 0.0
-        yield CombinedModule(name, _combined_weights(best, having, loaded, index), energy, discarded)
+        yield CombinedModule(name, _combined_weights(best, parts, loaded, index), energy, discarded)
 
 
 def best_of(found: Decomposition, beyond: torch.Tensor, limit: Limit | None) -> tuple[Product, float, float]:
@@ -98,7 +99,7 @@ def best_of(found: Decomposition, beyond: torch.Tensor, limit: Limit | None) -> 
 
 def parts_of(adapters: Sequence[WeightedAdapter], names: Sequence[str]) -> list[Part]:
     """The part of each adapter in a batch of modules. Raises FitError if a factor is not finite."""
-    return [_part(one.weight, [_finite(one, name) for name in names]) for one in adapters]
+    return [_part(one.weight_of(names[0]), [_finite(one, name) for name in names]) for one in adapters]
 
 
 def weights_of(product: Product, like: Weights) -> Weights:
@@ -111,12 +112,12 @@ def weights_of(product: Product, like: Weights) -> Weights:
 
 
 def _combined_weights(
-    product: Product, having: Sequence[WeightedAdapter], loaded: Sequence[Sequence[Weights]], index: int
+    product: Product, parts: Sequence[Part], loaded: Sequence[Sequence[Weights]], index: int
 ) -> Weights:
     """The weights of a combined module, with `Σ weight · scaling · bias` as the bias, since the new scaling is 1."""
     biases = [
-        one.weight * weights[index].scaling * bias.double()
-        for one, weights in zip(having, loaded, strict=True)
+        part.weight * weights[index].scaling * bias.double()
+        for part, weights in zip(parts, loaded, strict=True)
         if (bias := weights[index].bias) is not None
     ]
     new = weights_of(product, loaded[0][index])

@@ -100,7 +100,7 @@ class AdapterPlan(Displayed):
         return {
             "output": str(self.out),
             "made": self.made,
-            "adapters": [{"name": one.label, "weight": one.weight} for one in self.given],
+            "adapters": [{"name": one.label, **one.weight_facts()} for one in self.given],
             "models": [model.name for model in self.models],
             "modules": self.work.modules,
         }
@@ -112,5 +112,6 @@ class AdapterPlan(Displayed):
         """The plan as lines of text."""
         return [
             f"plan      {counted(self.work.modules, 'module')}, checked from headers",
+            *(line for one in self.given for line in one.module_weight_lines()),
             f"writes    {self.out}",
         ]

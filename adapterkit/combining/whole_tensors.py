@@ -58,9 +58,9 @@ def _pick(name: str, values: Sequence[tuple[WeightedAdapter, LazyTensor]], rule:
         raise FitError(f"{name}: stored whole in {labels}", hint="choose `saved='first'` or `saved='average'`")
     if len({tensor.shape for _, tensor in values}) > 1:
         raise FitError(f"{name}: has different shapes in {labels}", hint="choose `saved='first'`")
-    if not math.fsum(one.weight for one, _ in values):
+    if not math.fsum(one.weight_of(name) for one, _ in values):
         raise FitError(f"{name}: the weights of {labels} add up to zero, so there is no average")
-    return tuple((one.weight, tensor) for one, tensor in values)
+    return tuple((one.weight_of(name), tensor) for one, tensor in values)
 
 
 def _mean(weighted: Weighted) -> LazyTensor:

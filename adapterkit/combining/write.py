@@ -38,7 +38,7 @@ def _write(plan: AdapterPlan, made: AdapterMade) -> None:
     check_cached(shard.file for model in plan.models for shard in model.shards)
     hashes = [{file.name: _digest(file) for file in one.adapter.files} for one in plan.given]
     sources = [
-        {"name": one.label, "weight": one.weight, "files": files} for one, files in zip(plan.given, hashes, strict=True)
+        {"name": one.label, **one.weight_facts(), "files": files} for one, files in zip(plan.given, hashes, strict=True)
     ]
     record = {
         "adapterkit": __version__, "made": plan.made, "from": sources, "relative_error": made.error,
@@ -68,7 +68,7 @@ def _card(
     if given:
         lines += ["", "| from | weight | file | SHA-256 |", "| --- | --- | --- | --- |"]
     for one, files in zip(given, hashes, strict=True):
-        lines += file_rows(one.label, f"{one.weight:g}", files)
+        lines += file_rows(one.label, markdown(one.weight_text), files)
     if notes:
         lines += ["", "Notes:", "", *(f"- {markdown(note)}" for note in notes)]
     return "\n".join(lines) + "\n"

@@ -116,7 +116,7 @@ def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
         "adapters": [
             {
                 "name": one.label,
-                "weight": one.weight,
+                **one.weight_facts(),
                 "base_model": public_name(one.adapter.base_model),
                 "files": files,
             }
@@ -153,7 +153,7 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
     ]
     lines += file_rows(f"{plan.base.name} (base)", "", hashes.base)
     for one, files in zip(plan.adapters, hashes.adapters, strict=True):
-        lines += file_rows(one.label, f"{one.weight:g}", files)
+        lines += file_rows(one.label, markdown(one.weight_text), files)
     if plan.notes or plan.skipped:
         lines += ["", "Notes:", ""]
         lines += [f"- {markdown(note)}" for note in plan.notes]
@@ -162,4 +162,4 @@ def card(plan: MergePlan, hashes: Hashes) -> str:
 
 
 def _weighted(given: WeightedAdapter) -> str:
-    return given.label if given.weight == 1 else f"{given.weight:g} · {given.label}"
+    return given.label if given.weight_text == "1" else f"{given.weight:g} · {given.label}"

@@ -48,9 +48,7 @@ def plan_undo(merged: Checkpoint, receipt: Receipt, adapters: Sequence[Adapter],
     if receipt.irreversible is not None:
         raise FitError(f"{merged.path}: cannot be undone: {receipt.irreversible}", hint="`base` restores it")
     merged = _with_shards(merged, receipt)
-    given = tuple(
-        WeightedAdapter(adapter, one.weight, one.name) for adapter, one in zip(adapters, receipt.adapters, strict=True)
-    )
+    given = tuple(one.weighting(adapter) for adapter, one in zip(adapters, receipt.adapters, strict=True))
     parts = [_open_shard(shard, header, receipt) for shard, header in zip(receipt.shards, merged.shards, strict=True)]
     found = {name: info for part in parts for name, info in part.tensors.items()}
     config = receipt.folder / BEFORE / CONFIG
@@ -103,7 +101,7 @@ def plan_subtraction(merged: Checkpoint, given: Sequence[WeightedAdapter], out: 
             raise FitError(
                 f"{one.label}: {effect}, so subtraction cannot undo it", hint="use the merge's receipt, or `base`"
             )
-    plan = make_plan(merged, [replace(one, weight=-one.weight) for one in given], out)
+    plan = make_plan(merged, [one.times(-1.0) for one in given], out)
     return replace(plan, undoable=False, notes=(*plan.notes, APPROXIMATE))
 
 

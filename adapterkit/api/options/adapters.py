@@ -14,12 +14,27 @@ from adapterkit.combining.whole_tensors import RULES
 from adapterkit.options import Options, argument, option, output, overwrite
 
 if TYPE_CHECKING:
-    from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyModel, AnyPath
+    from adapterkit.api.inputs import AnyAdapter, AnyAdapters, AnyModel, AnyPath, AnyWeights
 
 ADAPTER_KINDS = ("dora", "lora", "rslora")
 
+ADAPTERS = "Adapters"
 SIZE = "Size of the result"
 ENERGY = "Truncate each module to the lowest rank that retains this share of ‖Δ‖²"
+
+
+@dataclass(frozen=True)
+class WeightsOptions(Options):
+    """Weights of adapters by module"""
+
+    _: KW_ONLY
+    weights: AnyWeights = option(
+        None, "Set the weight of the modules of an adapter that match a pattern; of several, the last one counts",
+        meaning="Weights by adapter and pattern of module names, such as `{'adapter:layers.0-9': 0.3}`; of several "
+        "patterns that match a module, the last one counts",
+        flags=("--weight",), metavar="ADAPTER:MODULES=WEIGHT", example="adapter:layers.0-9=0.3", group=ADAPTERS,
+        label="weights by module", hint=lambda: "adapter:layers.0-9=0.3 adapter:*.mlp=1.2",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,7 @@ class FormatOptions(Options):
 
 
 @dataclass(frozen=True)
-class CombineOptions(FormatOptions):
+class CombineOptions(WeightsOptions, FormatOptions):
     """Adapters into one"""
 
     adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")

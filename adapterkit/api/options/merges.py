@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, MISSING, dataclass
 from typing import TYPE_CHECKING
 
+from adapterkit.api.options.adapters import ADAPTERS, WeightsOptions
 from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, writable_kinds
 from adapterkit.files.safetensors import DTYPE_SPELLINGS, OUTPUT_DTYPES
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from adapterkit.api.inputs import AnyAdapters, AnyModel, AnyPath
 
-ADAPTERS = "Adapters"
 QUANTIZATION = "Quantization"
 
 
@@ -47,7 +47,7 @@ class QuantizingOptions(Options):
 
 
 @dataclass(frozen=True)
-class StrengthOptions(Options):
+class StrengthOptions(WeightsOptions):
     """Strength and names of merged adapters"""
 
     _: KW_ONLY
@@ -180,7 +180,7 @@ class QuantizeCall(ProgressOptions, DeviceOptions, QuantizeOptions):
 
 
 @dataclass(frozen=True)
-class UnmergeOptions(Options):
+class UnmergeOptions(WeightsOptions):
     """A merge undone"""
 
     merged: AnyModel = argument("Merged model", label="merged model")

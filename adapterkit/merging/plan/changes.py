@@ -14,6 +14,7 @@ from adapterkit.base.targets import Fit
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, Weight
 from adapterkit.merging.plan.edits import Addition, ModuleUpdate, Replacement
+from adapterkit.text import counted
 
 
 @dataclass
@@ -78,8 +79,10 @@ def idle_note(given: WeightedAdapter) -> list[str]:
     """A note on modules that change nothing, found from headers alone."""
     modules = given.adapter.modules
     idle = [name for name, weights in modules.items() if weights.scaling == 0 and weights.magnitude is None]
-    if given.weight == 0:
-        return [f"{given.label}: weight 0, changes nothing"]
+    zero = [name for name in given.names() if given.weight_of(name) == 0]
+    if zero:
+        part = "" if len(zero) == len(given.names()) else f" in {counted(len(zero), 'module')}"
+        return [f"{given.label}: weight 0 changes nothing{part}"]
     return [f"{given.label}: {len(idle)} of {len(modules)} modules have alpha 0 and change nothing"] if idle else []
 
 
@@ -93,16 +96,16 @@ def changes_of(number: int, given: WeightedAdapter, found: Fit) -> Changes:
     for module, targets in found.targets.items():
         weights = given.adapter.modules[module]
         for target in targets:
-            changes.deltas[target.tensor].append(ModuleUpdate(number, module, weights, given.weight, target))
+            changes.deltas[target.tensor].append(ModuleUpdate(number, module, weights, given.weight_of(module), target))
         if module in found.biases:
             bias = weights.bias
             assert bias is not None
-            changes.added[found.biases[module]].append(Addition(bias, given.weight * weights.scaling))
+            changes.added[found.biases[module]].append(Addition(bias, given.weight_of(module) * weights.scaling))
     for name, tensor in found.replaced.items():
-        changes.replaced[tensor].append(Replacement(given.adapter.replaced[name], given.weight))
+        changes.replaced[tensor].append(Replacement(given.adapter.replaced[name], given.weight_of(name)))
     for module, tensor in found.tokens.items():
         indices, values = given.adapter.tokens[module]
-        changes.replaced[tensor].append(Replacement(values, given.weight, indices))
+        changes.replaced[tensor].append(Replacement(values, given.weight_of(module), indices))
     return changes
 
 

@@ -153,7 +153,7 @@ class MergePlan(Displayed):
             "adapters": [
                 {
                     "name": given.label,
-                    "weight": given.weight,
+                    **given.weight_facts(),
                     "modules": len(given.adapter.modules),
                     "format": given.adapter.format,
                 }
@@ -187,10 +187,14 @@ class MergePlan(Displayed):
         stored = f"quantized to {'; '.join(self.schemes)}" if self.schemes else f"dtype {self.stored_as}"
         return [
             f"base      {self.base.name}: {tensors} in {counted(len(self.files), 'file')}",
-            *(f"adapter   {given.label} × {given.weight:g}: {self._matches(given)}" for given in self.adapters),
+            *(line for given in self.adapters for line in self._adapter_lines(given)),
             f"changes   {self.edits} of {tensors}, {stored}",
             writes,
         ]
+
+    def _adapter_lines(self, given: WeightedAdapter) -> Iterator[str]:
+        yield f"adapter   {given.label} × {given.weight:g}: {self._matches(given)}"
+        yield from given.module_weight_lines()
 
     def _matches(self, given: WeightedAdapter) -> str:
         matched, others = len(self.ledger[given.label]), len(given.adapter.replaced) + len(given.adapter.tokens)

@@ -19,6 +19,7 @@ from sys import float_info
 from typing import Any
 
 from adapterkit import __version__
+from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.targets import Target
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files.jsonfile import parse_json, read_json
@@ -65,6 +66,11 @@ class MergedAdapter:
     weight: float
     base_model: str | None
     files: dict[str, str]
+    module_weights: tuple[tuple[str, float], ...] = ()  # by pattern, as in `WeightedAdapter`
+
+    def weighting(self, adapter: Adapter) -> WeightedAdapter:
+        """`adapter` with the weights of the merge."""
+        return WeightedAdapter(adapter, self.weight, self.name, module_weights=self.module_weights)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str
         "adapters": [
             {
                 "name": one.label,
-                "weight": one.weight,
+                **one.weight_facts(),
                 "base_model": public_name(one.adapter.base_model),
                 "files": files,
             }
@@ -293,8 +299,11 @@ class _Reader:
         return value
 
     def adapter(self, of: dict[str, Any]) -> MergedAdapter:
-        files = self.hashes(of, "files")
-        return MergedAdapter(self.text(of, "name"), self.number(of, "weight"), self.optional(of, "base_model"), files)
+        by_module = self.objects(of, "module_weights") if "module_weights" in of else []
+        return MergedAdapter(
+            self.text(of, "name"), self.number(of, "weight"), self.optional(of, "base_model"), self.hashes(of, "files"),
+            tuple((self.text(one, "pattern"), self.number(one, "weight")) for one in by_module),
+        )  # fmt: skip
 
     def shard(self, of: dict[str, Any], adapters: int) -> Shard:
         name = self.text(of, "name")

@@ -30,7 +30,7 @@ AdapterHashes = Sequence[dict[str, str]]
 def job_of(plan: MergePlan, options: RunOptions) -> str:
     """The name of a merge by the sizes of its inputs and outputs, by which `resume` finds its workspace."""
     files = [(file.name, file.size, hashlib.sha256(file.header).hexdigest()) for file in plan.files]
-    given = [(one.label, one.weight, [(file.name, file.stat().st_size) for file in one.adapter.files])
+    given = [(one.label, one.weight_facts(), [(file.name, file.stat().st_size) for file in one.adapter.files])
              for one in plan.adapters]  # fmt: skip
     return f"merge {sha256_of_json([__version__, options.receipt, files, given])}"
 
