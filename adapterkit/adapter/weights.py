@@ -144,7 +144,7 @@ class LoraWeights(Displayed, Generic[T]):
         """Describe what is wrong with the shapes, or return None."""
         a, b = self.A.shape, self.B.shape
         if len(a) < 2 or len(b) < 2 or 0 in a or 0 in b:
-            return f"A is {a} and B is {b}: expected (rank, in) and (out, rank). Was a sharded model saved ungathered?"
+            return f"A is {a} and B is {b}: expected (rank, in) and (out, rank)"
         if self.kind != "conv" and (len(a) != 2 or len(b) != 2):
             return f"A is {a} and B is {b}: expected (rank, in) and (out, rank)"
         if self.kind == "conv" and (len(a) != len(b) or any(size != 1 for size in b[2:])):

@@ -371,7 +371,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, torch.Tensor | None], int, str]] = {
     "ranks differ": ({f"{FIRST}.lora_A.weight": torch.ones(RANK + 1, COLUMNS)}, 3, "ranks differ, 5 and 4"),
     "rank 0": (
         {f"{FIRST}.lora_A.weight": torch.ones(0, COLUMNS), f"{FIRST}.lora_B.weight": torch.ones(ROWS, 0)},
-        3, "the rank is 0",
+        3, "2 of 8 tensors are empty",
     ),
     "another rank than the config's": (
         {f"{FIRST}.lora_A.weight": torch.ones(3, COLUMNS), f"{FIRST}.lora_B.weight": torch.ones(ROWS, 3)},
@@ -395,6 +395,40 @@ BAD_TENSORS: dict[str, tuple[dict[str, torch.Tensor | None], int, str]] = {
 def test_bad_tensors(base: Path, changes: dict[str, torch.Tensor | None], code: int, expected: str) -> None:
     tensors = {name: tensor for name, tensor in (factors() | changes).items() if tensor is not None}
     assert expected in refused(base, write_adapter(base.parent / "a", tensors), code)
+
+
+ZERO3: dict[str, tuple[int, ...] | None] = {"none": None, "size 0": (0,), "size 0 in two dimensions": (0, 0)}
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("left", ["all", "one module"])
+@pytest.mark.parametrize("shape", ZERO3.values(), ids=ZERO3)
+def test_what_zero3_leaves_is_refused_with_the_remedy(
+    base: Path, shape: tuple[int, ...] | None, left: str, pickled: bool
+) -> None:
+    """DeepSpeed #7900, peft #2892: a run saved the shards of its first process, or nothing."""
+    empty = {} if shape is None else {name: torch.zeros(shape) for name in factors() if left == "all" or FIRST in name}
+    tensors = empty if shape is None or left == "all" else factors() | empty
+    folder = write_adapter(base.parent / "a", tensors)
+    if pickled:
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(tensors, folder / "adapter_model.bin")
+    message = refused(base, folder, 3)
+    count = f"{len(empty)} of 8 tensors are empty (first: base_model." if empty else "has no tensors; DeepSpeed ZeRO-3"
+    assert message.startswith(f"a: adapter_model.{'bin' if pickled else 'safetensors'}: {count}")
+    assert message.endswith("stage3_gather_16bit_weights_on_model_save (accelerate: zero3_save_16bit_model)")
+    assert "Gather the checkpoint with the zero_to_fp32.py" in " ".join(adapterkit("inspect", folder).out.split())
+
+
+def test_a_file_without_tensors_and_config(base: Path) -> None:
+    assert "has no tensors; DeepSpeed ZeRO-3" in refused(base, write_adapter(base.parent / "a", {}, None), 1)
+
+
+def test_the_folder_of_a_run_leads_to_its_last_checkpoint(base: Path) -> None:
+    for step in (500, 1000, 90):
+        write_adapter(base.parent / "run" / f"checkpoint-{step}")
+    assert "Did you mean " in (message := refused(base, base.parent / "run", 1))
+    assert message.endswith("run/checkpoint-1000?")
 
 
 def test_two_adapters_in_one_file(base: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapter.formats import table
 from adapterkit.adapter.formats.source import Source, open_sources
-from adapterkit.adapter.weights import Adapter
+from adapterkit.adapter.weights import Adapter, Problem
 from adapterkit.errors import FormatError, OutputExistsError, UsageError
+from adapterkit.text import counted
 
 if TYPE_CHECKING:
     from adapterkit.files.safetensors import TensorInfo
@@ -41,11 +42,30 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
             raise UsageError(f"{name} {value!r}: expected a number")
     for format, source in open_sources(Path(path)):
         if format.detect(source):
-            return replace(format.read(source, alpha, scaling), stamps=dict(source.stamps))
+            adapter = format.read(source, alpha, scaling)
+            problems = (*_empty_tensors(source), *adapter.problems)
+            return replace(adapter, stamps=dict(source.stamps), problems=problems)
+    for problem in _empty_tensors(source):
+        raise FormatError(str(problem), hint=problem.remedy)
     raise FormatError(
         f"{source.weights}: unsupported adapter format (tensors: {_shown(source.tensors)}); "
         f"supported formats: {', '.join(table.format_names())}"
     )
+
+
+def _empty_tensors(source: Source) -> Iterator[Problem]:
+    """Yield the problem of a file in which DeepSpeed ZeRO-3 left tensors empty, or none at all."""
+    empty = [name for name, tensor in source.tensors.items() if 0 in tensor.shape]
+    if empty or not source.tensors:
+        some = (
+            f"{len(empty)} of {counted(len(source.tensors), 'tensor')} are empty (first: {empty[0]})" if empty else ""
+        )
+        yield Problem(
+            source.weights.name,
+            f"{some or 'has no tensors'}; DeepSpeed ZeRO-3 shards the weights and saves them only if it gathers them",
+            remedy="gather the checkpoint with the zero_to_fp32.py in its folder, or save the adapter again with "
+            "stage3_gather_16bit_weights_on_model_save (accelerate: zero3_save_16bit_model)",
+        )
 
 
 def holds_adapter(path: Path, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,12 @@ def _find_weights(path: Path) -> Path:
     if found:
         names = ", ".join(file.name for file in found[:4])
         raise FormatError(f"{path}: has several possible adapter files ({names}); give the path of one of them")
-    nested = sorted(file for name in table.config_names() for file in path.glob(f"*/{name}"))
+    nested = sorted((file for name in table.config_names() for file in path.glob(f"*/{name}")), key=_by_number)
     expected = " or ".join(format.WEIGHTS[0] for format in table.FORMATS)
-    hint = f" Did you mean {nested[0].parent}?" if nested else f" Expected {expected}."
+    hint = f" Did you mean {nested[-1].parent}?" if nested else f" Expected {expected}."
     raise FormatError(f"{path}: no adapter weights in this directory.{hint}")
+
+
+def _by_number(config: Path) -> list[str | int]:
+    """Return a sort key for the folder of `config` that puts checkpoint-500 before checkpoint-1000."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,9})", config.parent.name)]
