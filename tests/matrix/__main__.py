@@ -98,18 +98,19 @@ def run_all(
 
 
 def run_type(task: str, name: str, recipes: Iterable[str] | None = None, keep: Path | None = None) -> list[Line]:
-    """Return the verdicts for one type, a line for tied and one for untied embeddings."""
+    """Return the verdicts for one type: of all recipes, and again with untied embeddings of those that change them."""
     from .models import variants
     from .recipes import RECIPES
     from .trial import said, trials
 
-    lines = []
+    lines: list[Line] = []
     for model in variants(task, name):
+        wanted = [of for of in recipes or RECIPES if not lines or RECIPES[of].ends]
         with kept(keep) as folder:
             try:
-                verdicts = trials(model, recipes or RECIPES, folder)
+                verdicts = trials(model, wanted, folder)
             except Exception as error:
-                verdicts = dict.fromkeys(recipes or RECIPES, f"model: {said(error)}")
+                verdicts = dict.fromkeys(wanted, f"model: {said(error)}")
         lines.append({"task": task, "type": name, "tied": model.tied, "verdicts": verdicts})
     return lines
 

@@ -162,7 +162,7 @@ LEFT_OUT = {
         "needs images as patches, or the state of a robot": "pix2struct pi0 pp_formulanet",
         "drafts for another model, or generates audio codes by several heads": """gemma4_assistant
             gemma4_unified_assistant musicgen musicgen_melody""",
-        "is composed of two other models": "vision-encoder-decoder",
+        "is composed of two other models": "encoder-decoder vision-encoder-decoder",
         "has kernels that take no small heads": "xlstm",
         "takes bytes, which it groups by another model": "blt perceiver",
     }.items()

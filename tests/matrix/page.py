@@ -45,7 +45,7 @@ def page(lines: list[Line], versions: dict[str, str]) -> str:
         rows.append("| --- |" + " :-: |" * len(names))
         for kind, variants in groupby(of_task, lambda line: line["type"]):
             verdicts = [line["verdicts"] for line in variants]
-            cells = [cell([verdict[name] for verdict in verdicts], reasons) for name in names]
+            cells = [cell([verdict[name] for verdict in verdicts if name in verdict], reasons) for name in names]
             rows.append(f"| {kind} | " + " | ".join(cells) + " |")
         parts.append(f"## {TITLES[task]}\n\n" + "\n".join(rows) + "\n")
     parts.append("## Reasons\n\n" + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()) + "\n")

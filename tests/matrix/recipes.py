@@ -130,6 +130,7 @@ class Recipe:
 
     title: str
     of: Callable[[Layers], Config | None]  # None: there is nothing in the model to train so
+    ends: bool = False  # it changes the embeddings or the head, which may be tied
     grown: bool = False  # the vocabulary grows by NEW_TOKENS
     headless: bool = False  # the base is saved without its head
     tasks: tuple[str, ...] = ("causal", "seq2seq", "classification", "vision")
@@ -145,10 +146,10 @@ RECIPES = {
     "dora": Recipe("DoRA on q, v", _dora),
     "patterns": Recipe("patterns, rsLoRA", _patterns),
     "moe": Recipe("experts", _moe),
-    "embeddings": Recipe("embeddings, head", _ends),
-    "saved": Recipe("saved embeddings, head", _saved),
-    "tokens": Recipe("trained tokens", _tokens),
-    "new-tokens": Recipe("new tokens", _new_tokens, grown=True, tasks=HEADED),
-    "grown": Recipe("new tokens, saved", _saved, grown=True, tasks=HEADED),
+    "embeddings": Recipe("embeddings, head", _ends, ends=True),
+    "saved": Recipe("saved embeddings, head", _saved, ends=True),
+    "tokens": Recipe("trained tokens", _tokens, ends=True),
+    "new-tokens": Recipe("new tokens", _new_tokens, ends=True, grown=True, tasks=HEADED),
+    "grown": Recipe("new tokens, saved", _saved, ends=True, grown=True, tasks=HEADED),
     "new-head": Recipe("new classifier", _new_head, headless=True, tasks=("classification",)),
 }
