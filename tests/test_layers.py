@@ -22,7 +22,7 @@ text < {errors reprs} < {packages options} < files < adapter < algebra < base < 
 INNER = {
     "base": "{architectures checkpoint checkpoint_names quant rename_option} < {models targets tied_embeddings} < {adapter_fit row_reader}",
     "hub": "{client events names} < {remote upload} < download < {locate pull} < adapter_listing < local_removal",
-    "merging": "{plan run_options} < {blocks calibration receipts} < {companions live verify} < run < unmerge",
+    "merging": "{plan run_options} < {blocks calibration receipts} < {companions live verdict} < {run verify} < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract write}",
     "train": "{products recipe} < {data evaluate_options initial loss} < {causal_lm layers} < {injection loop} < runs",
     "cli": "{data_notes option_names options signals} < output < {complete failures next_commands progress} < {command run_plan views} < {main commands}",
@@ -45,7 +45,7 @@ EAGER = {
     # Imported at the top only by modules that compute with weights.
     "torch": r"""(?x) algebra\..* | kernels\..* | base\.quant\.compensated | inspection\.match
         | combining\.(batches | compare | elementwise)
-        | merging\.(blocks\..* | calibration | live\..* | verify)
+        | merging\.(blocks\..* | calibration | live\..* | verdict | verify)
         | train\.(causal_lm | initial | injection | layers | loop | loss | products)
         | train\.runs\.(distributed | evaluate | export | load_model | memory | prepare_model | run)""",
 }

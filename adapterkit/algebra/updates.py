@@ -45,6 +45,12 @@ class Update:
         magnitude, gain = (None if x is None else x.to(device) for x in (self.magnitude, self.gain))
         return replace(self, left=left, right=right, magnitude=magnitude, gain=gain)
 
+    def read_as(self, dtype: torch.dtype) -> Update:
+        """The same with factors and magnitude rounded to `dtype`, as by a tool that reads them in it."""
+        left, right = (factor.to(dtype).to(factor.dtype) for factor in (self.left, self.right))
+        magnitude = None if self.magnitude is None else self.magnitude.to(dtype).to(self.magnitude.dtype)
+        return replace(self, left=left, right=right, magnitude=magnitude)
+
 
 def update_for(
     weights: LoraWeights[torch.Tensor],

@@ -40,7 +40,7 @@ from adapterkit.merging.run_options import RunOptions
 from adapterkit.options import takes
 
 if TYPE_CHECKING:
-    from adapterkit.merging.verify import Verdict
+    from adapterkit.merging.verdict import Verdict
 
 
 @takes(MergeOptions)

@@ -1,7 +1,7 @@
 """Verify that a checkpoint is exactly a base plus some adapters, by repeating the merge a few rows at a time.
 
-Where it is not, least squares fit the actual change to the expected one, `D = W' − W ≈ Σ λᵢ·Δᵢ`, to recognize an update
-that was applied twice, not at all, or with another scaling.
+A tensor passes if some tool's arithmetic gives it: in float32 or in 16 bits, from the base and the factors as stored or
+as read in another dtype (`Reading`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
 
 from adapterkit.adapter.weights import WeightedAdapter
-from adapterkit.algebra.rounding import round_once
+from adapterkit.algebra.tolerance import Rows, Tolerance
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
 from adapterkit.base.quant import weights as weights_in
@@ -31,43 +31,19 @@ from adapterkit.merging.blocks.device import Buffers
 from adapterkit.merging.blocks.loading import Loaded, load_merge
 from adapterkit.merging.plan.edits import MergeEdit
 from adapterkit.merging.plan.types import MergePlan
-from adapterkit.reprs import Displayed
+from adapterkit.merging.verdict import (
+    DAMAGE_LIMIT,
+    DAMAGED,
+    DIFFERENT,
+    EXACT,
+    QUANTIZED,
+    Sums,
+    Verdict,
+    classify,
+)
 from adapterkit.text import counted
 
 BLOCK_ELEMENTS = 1 << 20
-DAMAGE_LIMIT = 1e-3  # up to this share of mismatched elements is damage, not another merge
-SCALE_TOLERANCE = 0.02  # relative, to recognize a known factor
-NOISE_FACTOR = 1.5  # times the error of two roundings, up to which the adapters explain a change
-
-# Kinds of verdict, best first. The first two pass.
-EXACT, ROUNDED, SCALED, MISSING, QUANTIZED, DAMAGED, DIFFERENT = (
-    "exact", "rounded", "scaled", "missing", "quantized", "damaged", "different",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Verdict(Displayed):
-    """The verdict on one tensor: its kind, the number of checked and of mismatched elements, and an explanation.
-
-    `modified` tells whether adapters modify the tensor; if so, `scales` are λ by adapter. `first_mismatch` describes
-    the first mismatched element.
-    """
-
-    name: str
-    kind: str
-    modified: bool
-    checked: int
-    mismatched: int
-    scales: tuple[tuple[str, float], ...] = ()
-    first_mismatch: str = ""
-    explanation: str = ""
-
-    def brief(self) -> str:
-        return ", ".join(filter(None, (self.name, self.kind, self.explanation)))
-
-    @property
-    def fits(self) -> bool:
-        return self.kind in (EXACT, ROUNDED)
 
 
 def verify(
@@ -155,83 +131,99 @@ def _check_names(
 # --- tensors that adapters modify ------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Sums:
-    """Sums over the checked elements of a tensor, with one row and column for each of `count` adapters."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The dtypes in which a tool read the base and the factors, None if as stored, and to which it rounded W'."""
 
-    count: int
-    gram: torch.Tensor = field(init=False)  # Σ Δᵢ·Δⱼ
-    toward: torch.Tensor = field(init=False)  # Σ D·Δᵢ
-    change: float = 0.0  # Σ D²
-    noise: float = 0.0  # Σ of squared rounding errors
-    checked: int = 0
-    inexact: int = 0  # not the correctly rounded value
-    mismatched: int = 0  # nor within rounding error
-    first_mismatch: str = ""
+    base: torch.dtype | None
+    factors: torch.dtype | None
+    result: torch.dtype
 
-    def __post_init__(self) -> None:
-        self.gram = torch.zeros(self.count, self.count, dtype=torch.float64)
-        self.toward = torch.zeros(self.count, dtype=torch.float64)
+    @property
+    def as_stored(self) -> bool:
+        return self.base is self.factors is None
 
-    def add(
-        self, first: int, before: torch.Tensor, exact: torch.Tensor, deltas: list[torch.Tensor], found: torch.Tensor
-    ) -> None:
-        """Add rows from `first` on: base, expected values and adapters' updates in float64, and the found values."""
-        actual = found.double()
-        limit, finite = torch.finfo(found.dtype), exact.isfinite() & actual.isfinite()
-        inexact = (round_once(exact, found.dtype) != found) & ~(exact.isnan() & actual.isnan())
-        # Half a unit of the result, plus one unit of Δ for tools that round Δ separately.
-        unit = _unit(exact, limit) / 2 + _unit(exact - before, limit)
-        mismatched = inexact & ~((actual - exact).abs() <= unit)
-        change = torch.where(finite, actual - before, 0.0)
-        updates = torch.stack([torch.where(finite, delta, 0.0).flatten() for delta in deltas])
-        self.gram += updates @ updates.T
-        self.toward += updates @ change.flatten()
-        self.change += float(change.square().sum())
-        self.noise += float(torch.where(finite, _unit(actual, limit) / 2, 0.0).square().sum())
-        self.checked += found.numel()
-        self.inexact += int(inexact.sum())
-        if not self.mismatched and bool(mismatched.any()):
-            i, j = mismatched.nonzero()[0].tolist()
-            self.first_mismatch = f"[{first + i}, {j}] is {float(actual[i, j]):.6g}, expected {float(exact[i, j]):.6g}"
-        self.mismatched += int(mismatched.sum())
+    def __str__(self) -> str:
+        inputs = [name for name, dtype in (("base", self.base), ("factors", self.factors)) if dtype]
+        return f"{' and '.join([*inputs, 'result'])} rounded to {str(self.result).removeprefix('torch.')}"
 
 
-def _unit(values: torch.Tensor, limit: torch.finfo) -> torch.Tensor:
-    """The unit in the last place of a dtype at each of `values`."""
-    return torch.exp2(torch.floor(torch.log2(values.abs().clamp(min=limit.tiny)))) * limit.eps
+def _readings(edit: MergeEdit, after: torch.dtype) -> Iterator[Reading]:
+    """The readings by which a tensor of dtype `after` may be correct, the likeliest first."""
+    stored = set() if edit.source is None else {_torch(edit.source.dtype)}
+    # The gains by column of a transposed DoRA are measured with the factors as stored.
+    fixed = any(delta.target.transposed and delta.weights.magnitude is not None for delta in edit.deltas)
+    for result in (after, *((torch.bfloat16, torch.float16) if after.itemsize > 2 else ())):
+        base, factors = (
+            result if any(torch.promote_types(dtype, result) != result for dtype in dtypes) else None
+            for dtypes in (stored, set() if fixed else _factor_dtypes(edit))
+        )
+        for pair in dict.fromkeys([(None, None), (base, None), (base, factors)]):
+            yield Reading(*pair, result)
+
+
+def _factor_dtypes(edit: MergeEdit) -> set[torch.dtype]:
+    return {_torch(factor.dtype) for delta in edit.deltas for factor in (delta.weights.A, delta.weights.B)}
+
+
+def _torch(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
+
+
+class _Repeated:
+    """The merge of one tensor repeated: as adapterkit rounds it, in float64, and in float64 for each adapter alone."""
+
+    def __init__(self, plan: MergePlan, edit: MergeEdit, after: Weight, fd: int) -> None:
+        self.edit = replace(edit, dtype=after.dtype, packing=None, checked_against=None)
+        wide = replace(self.edit, dtype="F64")
+        alone = [_part_of(wide, number, given) for number, given in enumerate(plan.adapters)]
+        self.labels = [given.label for given, part in zip(plan.adapters, alone, strict=True) if part is not None]
+        self.rounded, self.exact = load_merge(self.edit, fd), load_merge(wide, fd)
+        self.alone = [load_merge(part, fd) for part in alone if part is not None]
+        self.read, self.buffers = reader(after, edit.matrix[1]), Buffers()
+
+    def compared(self, reading: Reading, share: float) -> Sums | None:
+        """The comparison with the rows found; None if they are not rounded as this reading says."""
+        exact, *alone = (
+            one
+            if reading.factors is None
+            else replace(one, updates=[update.read_as(reading.factors) for update in one.updates])
+            for one in (self.exact, *(self.alone if len(self.alone) > 1 else ()))
+        )
+        stored = {reading.factors} if reading.factors else _factor_dtypes(self.edit)
+        tolerance, sums = Tolerance(exact.updates, reading.result, stored), Sums(len(self.alone))
+        for first, last in _spans(*self.edit.matrix, share):
+            written = self.read(first, last)
+            found = written.to(reading.result)
+            if not torch.equal(found.to(written.dtype), written) and bool(written.isfinite().all()):
+                return None
+            if reading.as_stored and torch.equal(_merged(self.rounded, first, last, self.buffers), written):
+                sums.checked += found.numel()  # a tenth of the cost of the float64 check
+                continue
+            before, merged = replayed(exact, first, last, self.buffers, reading.base)
+            pairs = [replayed(part, first, last, self.buffers, reading.base) for part in alone]
+            deltas = [with_part - without for without, with_part in pairs] or [merged - before]
+            sums.add(Rows(first, before, merged, deltas), found, tolerance)
+        return sums
 
 
 def _check_modified(plan: MergePlan, edit: MergeEdit, source: Path, after: Weight, share: float) -> Verdict:
-    """Compare a tensor with a repeated merge, and classify any difference."""
-    rounded = replace(edit, dtype=after.dtype, packing=None, checked_against=None)
-    wide = replace(rounded, dtype="F64")  # computed in float64
-    alone = [_part_of(wide, number, given) for number, given in enumerate(plan.adapters)]
-    labels = [given.label for given, part in zip(plan.adapters, alone, strict=True) if part is not None]
-    parts = [part for part in alone if part is not None]
-    rows, columns = edit.matrix
-    read, sums, buffers = reader(after, columns), _Sums(len(parts)), Buffers()
+    """Compare a tensor with a repeated merge, and classify any difference from its best reading."""
     with open_regular(source) as stream:
-        fd = stream.fileno()
-        merge, exact_merge = load_merge(rounded, fd), load_merge(wide, fd)
-        merge_alone = [load_merge(part, fd) for part in parts]
-        for first, last in _spans(rows, columns, share):
-            found = read(first, last)
-            if torch.equal(_merged(merge, first, last, buffers), found):  # a tenth of the cost of the float64 check
-                sums.checked += found.numel()
-                continue
-            before, exact = replayed(exact_merge, first, last, buffers)
-            deltas = [exact - before]
-            if len(parts) > 1:
-                pairs = [replayed(loaded, first, last, buffers) for loaded in merge_alone]
-                deltas = [with_part - without for without, with_part in pairs]
-            sums.add(first, before, exact, deltas, found)
-    return _classify(edit.name, sums, labels, after, plan.adapters)
+        repeated = _Repeated(plan, edit, after, stream.fileno())
+        first, *others = _readings(edit, _torch(after.dtype))
+        best, how = repeated.compared(first, share), ""
+        assert best is not None  # `after` is the dtype of its result
+        for reading in others:
+            if best.mismatched and (sums := repeated.compared(reading, share)) and sums.mismatched < best.mismatched:
+                best, how = sums, str(reading)
+    return classify(edit.name, best, how, repeated.labels, after, plan.adapters)
 
 
 def _merged(loaded: Loaded[MergeEdit], first: int, last: int, buffers: Buffers) -> torch.Tensor:
     """Merged rows as `run` writes them; values beyond the dtype's range are compared, not refused."""
-    dtype, columns = getattr(torch, TORCH_NAMES[loaded.edit.dtype]), loaded.edit.matrix[1]
+    dtype, columns = _torch(loaded.edit.dtype), loaded.edit.matrix[1]
     into = bytearray((last - first) * columns * dtype.itemsize)
     with suppress(FitError):
         merge_rows(loaded, first, last, buffers, memoryview(into))
@@ -252,48 +244,6 @@ def _part_of(edit: MergeEdit, number: int, given: WeightedAdapter) -> MergeEdit 
     return replace(edit, deltas=own, replaced=(*replaced, *tokens), added=added)
 
 
-def _classify(name: str, sums: _Sums, labels: list[str], after: Weight, given: tuple[WeightedAdapter, ...]) -> Verdict:
-    solved = torch.linalg.lstsq(sums.gram, sums.toward[:, None]).solution[:, 0]
-    scales = tuple(zip(labels, solved.tolist(), strict=True))
-    unexplained = max(0.0, sums.change - float(solved @ sums.toward))
-    explained = unexplained <= NOISE_FACTOR**2 * sums.noise
-    explanation = ""
-    if not sums.inexact:
-        kind = EXACT
-    elif not sums.mismatched:
-        kind = ROUNDED
-    elif isinstance(after, QuantizedWeight):
-        retained = " and ".join(f"{scale:.1%}" for scale in solved.tolist())
-        kind, explanation = QUANTIZED, f"{after.scheme} retains {retained} of the update"
-    elif not sums.change or (explained and float(solved.abs().max()) < SCALE_TOLERANCE):
-        kind, explanation = MISSING, "equals the base"
-    elif sums.mismatched <= DAMAGE_LIMIT * sums.checked:
-        kind, explanation = DAMAGED, sums.first_mismatch
-    elif explained:
-        kind = SCALED
-        explanation = "; ".join(f"{label} × {scale:.4g}{_cause_of(scale, label, given)}" for label, scale in scales)
-    else:
-        kind, explanation = DIFFERENT, sums.first_mismatch
-    return Verdict(name, kind, True, sums.checked, sums.mismatched, scales, sums.first_mismatch, explanation)
-
-
-def _cause_of(scale: float, label: str, given: tuple[WeightedAdapter, ...]) -> str:
-    """The known cause of a wrong scale, in parentheses."""
-    adapter = next(one.adapter for one in given if one.label == label)
-    weights = next(iter(adapter.modules.values()), None)
-    known = {2.0: "applied twice", -1.0: "subtracted", 3.0: "applied three times", 0.5: "halved"}
-    if weights is not None:
-        root = weights.rank**0.5
-        known |= {1 / root: "α/r instead of α/√r"} if adapter.rslora else {root: "α/√r instead of α/r"}
-        if weights.scaling:
-            known.setdefault(1 / weights.scaling, "without its scaling")
-            known.setdefault(weights.scaling, "scaling applied twice")
-    causes = [
-        cause for factor, cause in known.items() if factor != 1 and abs(scale - factor) <= SCALE_TOLERANCE * abs(factor)
-    ]
-    return f" ({causes[0]})" if causes else ""
-
-
 # --- the others ------------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +256,7 @@ def _check_unmodified(name: str, before: Weight, after: Weight, share: float) ->
         same = before.read_bytes() == after.read_bytes()
         return Verdict(name, EXACT if same else DIFFERENT, False, prod(before.shape), 0 if same else 1)
     old, new = reader(before, columns), reader(after, columns)
-    dtype = getattr(torch, TORCH_NAMES[after.dtype])
+    dtype = _torch(after.dtype)
     checked = mismatched = 0
     first_mismatch = ""
     for first, last in _spans(rows, columns, share):

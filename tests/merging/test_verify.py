@@ -17,7 +17,7 @@ from test_merge import TINY
 
 import adapterkit
 from adapterkit.errors import FitError, UsageError
-from adapterkit.merging.verify import Verdict
+from adapterkit.merging.verdict import Verdict
 
 MakeBase, MakeAdapter = Callable[..., Path], Callable[..., Path]
 NAMES = [f"layers.{i}.{part}" for i in range(3) for part in ("q", "v")]

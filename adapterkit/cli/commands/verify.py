@@ -15,7 +15,7 @@ from adapterkit.inspection.module_rows import to_json
 from adapterkit.text import counted
 
 if TYPE_CHECKING:
-    from adapterkit.merging.verify import Verdict
+    from adapterkit.merging.verdict import Verdict
 
 MISMATCH = 3  # the exit code of adapters that do not fit a base
 DESCRIPTIONS = {

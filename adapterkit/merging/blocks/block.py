@@ -161,10 +161,17 @@ def finish_packing(loaded: Loaded[MergeEdit], buffers: Buffers) -> tuple[list[by
     return parts, total
 
 
-def replayed(loaded: Loaded[MergeEdit], first: int, last: int, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `first:last` of the base, or zeros for a new tensor, and the same rows merged but not rounded."""
+def replayed(
+    loaded: Loaded[MergeEdit], first: int, last: int, buffers: Buffers, read_as: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `first:last` of the base, or zeros for a new tensor, and the same rows merged but not rounded.
+
+    With `read_as` the base is rounded to that dtype first.
+    """
     edit = loaded.edit
     source = read_rows(edit, loaded.packed, loaded.fd, first, last, buffers)
+    if source is not None and read_as is not None:
+        source = source.to(read_as)
     before = torch.zeros(last - first, edit.matrix[1], dtype=compute_dtype(edit))
     if source is not None:
         before.copy_(source)
