@@ -6,6 +6,7 @@ ties against transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -185,6 +186,31 @@ INPUT_EMBEDDINGS = (
     "tokens_embed.weight", "tok_embeddings.weight", "word_embedding.weight", "backbone.embeddings.weight",
     "transformer.embeddings.weight", "transformer.w.weight",
 )  # fmt: skip
+
+
+# --- classifiers -----------------------------------------------------------------------------------------------------
+
+# How transformers ends the name of the class for a task of PEFT.
+TASK_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+# The layers with a row for each label.
+LABEL_LAYERS = re.compile(
+    r"(.+\.)?((score|classifier|classification_head)(\.out_proj|\.linear_out)?|logits_proj|qa_outputs|sequence_summary\.summary)"
+)
+CLASS_ENDING = re.compile(r"(For[A-Z]\w*|(With)?LMHead(Model)?|ModelWithLMHead|DoubleHeadsModel|(Encoder|Base)?Model)$")
+SIMPLE_ANSWERS = ("flaubert", "xlm", "xlnet")  # ForQuestionAnswering is a beam search, with other layers
+
+
+def class_for(name: str, ending: str, config: Mapping[str, Any]) -> str:
+    """Return the class of transformers for another task, from the `name` of a model's class and the new `ending`."""
+    stem, model = CLASS_ENDING.sub("", name), str(config.get("model_type"))
+    if model.endswith("_text") and ending == TASK_CLASSES["SEQ_CLS"] and not stem.endswith("Text"):
+        stem += "Text"
+    simple = ending == TASK_CLASSES["QUESTION_ANS"] and model in SIMPLE_ANSWERS
+    return stem + ending + ("Simple" if simple else "")
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------

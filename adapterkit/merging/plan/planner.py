@@ -32,6 +32,7 @@ from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import FLOAT_DTYPES, OUTPUT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 from adapterkit.files.staging import MADE_BY
 from adapterkit.merging.plan.changes import Changes, changes_of, check_target, idle_note, ledger_of, prefix_note
+from adapterkit.merging.plan.heads import describe_heads
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.ties import apply_to_tied, shared_embedding_error
 from adapterkit.merging.plan.types import MergePlan
@@ -63,6 +64,11 @@ class _Draft:
         quantized = (weight for weight in self.tensors.values() if isinstance(weight, QuantizedWeight))
         return list(dict.fromkeys(weight.scheme for weight in quantized))
 
+    @property
+    def float_dtype(self) -> str:
+        """The dtype of most of the output's weights, in which it stores new ones."""
+        return self.dtype or float_dtype(self.config if self.schemes else {}, self.base.tensors)
+
     def fit(self, given: Sequence[WeightedAdapter], rename: tuple[str, str] | None, allow_partial: bool) -> None:
         """Map everything in the adapters to tensors of the base."""
         tie, unties = find_tie(self.base), False
@@ -89,6 +95,11 @@ class _Draft:
             self.notes.append(note)
             if not tie.stored:
                 self.untied = (tie.embedding, tie.head)
+
+    def describe(self, given: Sequence[WeightedAdapter]) -> None:
+        """Describe the heads of classifiers in the config."""
+        self.config, notes = describe_heads(self.config, given, self.base.tensors)
+        self.notes += notes
 
     def check_against(self, quantized: Checkpoint) -> None:
         """Check every weight against its quantized counterpart in `quantized`."""
@@ -205,6 +216,7 @@ def make_plan(
     if original is not None:
         draft.check_against(base)
     draft.fit(given, rename, allow_partial)
+    draft.describe(given)
     if quantize is None:
         draft.dequantize()
     else:
@@ -290,5 +302,4 @@ def _entries(header: Header, draft: _Draft, copied: set[str], new: Sequence[str]
         info = tensors[draft.untied[0]]
         yield entry(draft.untied[1], info, info.dtype, info.shape)
     for name in new:
-        values = changes.replaced[name][0].values
-        yield entry(name, None, values.dtype, values.shape)
+        yield entry(name, None, draft.float_dtype, changes.replaced[name][0].values.shape)

@@ -1,0 +1,92 @@
+"""Heads of classifiers: the output's config names the class that adapters trained, and their labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.base.architectures import LABEL_LAYERS, TASK_CLASSES, class_for
+from adapterkit.base.checkpoint import CONFIG
+from adapterkit.files.jsonfile import read_json
+from adapterkit.text import counted
+
+
+def describe_heads(
+    config: dict[str, Any], given: Sequence[WeightedAdapter], known: Container[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the config of an output with the heads in adapters, and notes; `known` are the base's tensors."""
+    notes: list[str] = []
+    for one in given:
+        layers = _label_layers(one.adapter)
+        if config and layers and one.weight:
+            answers = any(name.endswith("qa_outputs.weight") for name in layers)  # two labels without names
+            ending = TASK_CLASSES.get("QUESTION_ANS" if answers else one.adapter.task or "")
+            classes, more = _class(config, ending, any(name not in known for name in layers))
+            labels, which = ({}, []) if answers else _labels(config, one.adapter, max(layers.values()))
+            config = config | classes | labels
+            notes += [f"{one.label}: {note}" for note in (*more, *which)]
+    return config, notes
+
+
+def _label_layers(adapter: Adapter) -> dict[str, int]:
+    """Return the replaced weights of layers that compute labels, with the number of labels."""
+    weights = {name: tensor for name, tensor in adapter.replaced.items() if name.endswith(".weight")}
+    return {
+        name: tensor.shape[0]
+        for name, tensor in weights.items()
+        if len(tensor.shape) == 2 and LABEL_LAYERS.fullmatch(name.removesuffix(".weight"))
+    }
+
+
+def _class(config: Mapping[str, Any], ending: str | None, new: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return the changed `architectures`, and notes; `new` tells whether the base lacks the layer of the labels."""
+    named = config.get("architectures")
+    before = named[0] if isinstance(named, list) and len(named) == 1 and isinstance(named[0], str) else None
+    if ending is None or before is None:
+        missing = "its config has no such task_type" if ending is None else f"the base's {CONFIG} has no architectures"
+        return {}, [f"the class of the output is not known, since {missing}: load it as in training"] if new else []
+    if ending in before:
+        return {}, []
+    after = class_for(before, ending, config)
+    return {"architectures": [after]}, [f"the output is a {after}, the base a {before}"]
+
+
+def _labels(config: Mapping[str, Any], adapter: Adapter, count: int) -> tuple[dict[str, Any], list[str]]:
+    """Return the labels from the config in the adapter's folder, or else the base's, and notes."""
+    beside = _config_beside(adapter)
+    if (names := _names(beside)) is not None and len(names) == count:
+        labels = {key: beside[key] for key in ("problem_type",) if beside.get(key)} | _as_labels(names)
+        pads = type(beside.get("pad_token_id")) is int and config.get("pad_token_id") is None
+        return labels | ({"pad_token_id": beside["pad_token_id"]} if pads else {}), [f"labels from its {CONFIG}"]
+    if (names := _names(config)) is not None and len(names) == count:
+        return {}, []
+    names = [f"LABEL_{number}" for number in range(count)]
+    unknown = f"the names of its {counted(count, 'label')} are not known: set id2label in {CONFIG}"
+    return _as_labels(names), [unknown]
+
+
+def _as_labels(names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+def _names(config: Mapping[str, Any]) -> list[str] | None:
+    """Return the labels of a config in order; None if it has none, or not one for each number."""
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
+        return None
+    by_number = {str(number): name for number, name in labels.items()}
+    names = [by_number.get(str(number)) for number in range(len(labels))]
+    return None if None in names else [name for name in names if name is not None]
+
+
+def _config_beside(adapter: Adapter) -> dict[str, Any]:
+    """Return the model's config in the adapter's folder, where some trainers leave it; empty if there is none."""
+    for file in adapter.files[:1]:
+        if os.path.lexists(beside := file.parent / CONFIG):
+            return read_json(beside)
+    return {}
