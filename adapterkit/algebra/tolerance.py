@@ -46,8 +46,7 @@ class Tolerance:
         self.usual = narrow | {result} if result.itemsize == 2 else set()  # Δ may be rounded to these
         self.renormalized = [update for update in updates if update.renormalizes]
         self.coarser = narrow if result.itemsize > 2 else self.usual if self.renormalized else set()
-        strengths = {abs(update.strength) for update in updates} - {0.0}
-        self.strengths = {s for s in strengths if frexp(s)[0] != 0.5}  # a power of two multiplies exactly
+        self.strengths = {abs(update.strength) for update in updates} - {0.0}
         self.updates = [(update, _magnified(update)) for update in updates]
 
     def fine(self, rows: Rows) -> torch.Tensor:
@@ -101,8 +100,11 @@ class Tolerance:
     def _of_delta(self, delta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The error of rounding Δ to `dtype` before and after it is multiplied by its strength."""
         error = half_unit(delta, dtype)
-        scaled = [half_unit(delta / s, dtype) * s for s in self.strengths]
-        return error + torch.stack(scaled).amax(0) if scaled else error
+        for s in self.strengths:
+            scaled = half_unit(delta / s, dtype) * s
+            # A power of two multiplies exactly, so that only one of the two rounds.
+            error = torch.maximum(error, scaled if frexp(s)[0] == 0.5 else scaled + half_unit(delta, dtype))
+        return error
 
     def _of_direction(
         self, update: Update, own: slice, before: torch.Tensor, error: torch.Tensor, dtypes: Collection[torch.dtype]
