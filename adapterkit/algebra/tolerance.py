@@ -99,11 +99,13 @@ class Tolerance:
 
     def _of_delta(self, delta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The error of rounding Δ to `dtype` before and after it is multiplied by its strength."""
-        error = half_unit(delta, dtype)
+        once = error = half_unit(delta, dtype)
         for s in self.strengths:
-            scaled = half_unit(delta / s, dtype) * s
-            # A power of two multiplies exactly, so that only one of the two rounds.
-            error = torch.maximum(error, scaled if frexp(s)[0] == 0.5 else scaled + half_unit(delta, dtype))
+            before = half_unit(delta / s, dtype) * s
+            twice = before + once
+            if frexp(s)[0] == 0.5:  # a power of two multiplies exactly, except into the subnormals
+                twice = torch.where(delta.abs() < torch.finfo(dtype).tiny, twice, torch.maximum(before, once))
+            error = torch.maximum(error, twice)
         return error
 
     def _of_direction(
