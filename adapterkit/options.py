@@ -23,13 +23,13 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 from adapterkit.errors import UsageError
 from adapterkit.text import nearest
 
-Kind = Literal["text", "int", "float", "flag", "path", "paths", "adapters", "words", "pairs"]
+Kind = Literal["text", "int", "float", "flag", "path", "paths", "adapters", "words", "pairs", "weights"]
 
 # The start of a field's type -> the kind of its value.
 KINDS: dict[str, Kind] = {
     "bool": "flag", "int": "int", "float": "float", "str": "text", "AnyPath": "path", "AnyPaths": "paths",
     "AnyModel": "text", "AnyAdapter": "text", "AnyAdapters": "adapters", "AnyNames": "words", "tuple": "words",
-    "dict": "pairs", "Mapping": "pairs", "AnyWeights": "pairs", "Path": "path",
+    "dict": "pairs", "Mapping": "pairs", "AnyWeights": "weights", "Path": "path",
 }  # fmt: skip
 
 WIDTH = 100  # columns of docstrings

@@ -25,7 +25,7 @@ INNER = {
     "merging": "{plan run_options} < {blocks calibration receipts} < {companions live verdict} < {run verify} < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract write}",
     "train": "{products recipe} < {data evaluate_options initial loss} < {causal_lm layers} < {injection loop} < runs",
-    "cli": "{data_notes option_names options signals} < output < {complete failures next_commands progress} < {command run_plan views} < {main commands}",
+    "cli": "{data_notes option_names options signals} < output < {complete failures next_commands progress} < {command recipe run_plan views} < {main commands}",
 }
 
 # Only these packages may import these libraries, and only the modules in EAGER import them at the top.
@@ -39,7 +39,7 @@ LIBRARIES = {
     "transformers": {"base", "train"},
 }
 EAGER = {
-    "click": r"cli\.(main|command|complete|failures|option_names|options|commands\..*)",
+    "click": r"cli\.(main|command|complete|failures|option_names|options|recipe|commands\..*)",
     "rich": r"tui\..*",
     "textual": r"tui\..*",
     # Imported at the top only by modules that compute with weights.

@@ -13,7 +13,7 @@ from adapterkit.errors import UsageError
 from adapterkit.options import Parameter, parameters
 
 TYPES: dict[str, Any] = {"int": int, "float": float, "path": click.Path(), "paths": click.Path()}
-SEVERAL = ("adapters", "words", "pairs", "paths")
+SEVERAL = ("adapters", "words", "pairs", "weights", "paths")
 
 
 class GroupedOption(click.Option):
@@ -36,11 +36,12 @@ class Spelled(click.Choice[str]):
 
 
 def options_of(
-    options: type, into: str = "given", *, negatable: bool = False
+    options: type, into: str = "given", *, negatable: bool = False, required: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add an argument or option for every field; the command gets the given ones as the keyword `into`.
 
-    With `negatable`, each flag has a --no- form, to override a file.
+    With `negatable`, each flag has a --no- form, to override a file. Without `required`, a file may have what is
+    required.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -54,19 +55,19 @@ def options_of(
 
         command: Callable[..., None] = parsed
         for one in reversed(known):
-            command = _added(command, one, negatable)
+            command = _added(command, one, negatable, required and one.required)
         return command
 
     return decorate
 
 
-def _added(command: Callable[..., None], one: Parameter, negatable: bool) -> Callable[..., None]:
+def _added(command: Callable[..., None], one: Parameter, negatable: bool, required: bool) -> Callable[..., None]:
     metavar = one.about.metavar
     if one.by_position:
         many = -1 if one.kind in SEVERAL else 1
-        required, kind = one.required and not negatable, TYPES.get(one.kind)
+        kind = TYPES.get(one.kind)
         return click.argument(one.name, nargs=many, required=required, metavar=metavar, type=kind)(command)
-    presence = {"required": True} if one.required else {"default": None}  # with a default, click requires nothing
+    presence = {"required": True} if required else {"default": None}  # with a default, click requires nothing
     settings: dict[str, Any] = {"help": one.help, "metavar": metavar, **presence}
     flags = one.flags
     if one.kind == "flag":
@@ -95,7 +96,7 @@ def _parsed(one: Parameter, value: Any) -> Any:
         return None
     if one.kind == "adapters":
         return [weighted(text) for text in value]
-    if one.kind == "pairs":
+    if one.kind in ("pairs", "weights"):
         found: dict[str, float | str] = {}
         for text in value:
             name, setting = _pair(one, text)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from adapterkit.errors import FormatError
 from adapterkit.packages import needed
 
 if TYPE_CHECKING:
-    from yaml import Node
+    from yaml import Node, SafeLoader
 
 MAX_YAML = 100_000  # characters; PyYAML takes two seconds for them
 MAX_NUMBER = 100  # characters
 
 
+Lines: TypeAlias = dict[tuple[Any, ...], int]  # path of keys and indices -> line
+
+
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse a YAML document.
+    """Parse a YAML document; see `parse_with_lines`."""
+    return parse_with_lines(text, where)[0]
+
+
+def parse_with_lines(text: str, where: str) -> tuple[Any, Lines]:
+    """Parse a YAML document, and return with it the line of each value in mappings and lists.
 
     Raises FormatError, with the line, for invalid YAML, aliases (a few lines of them expand to any size), duplicate
     keys (PyYAML silently takes the last), and very long numbers.
@@ -26,9 +35,10 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
-            return None
+            return None, {}
         _check(root, where, set())
-        return yaml.SafeLoader("").construct_document(root)
+        loader = yaml.SafeLoader("")
+        return loader.construct_document(root), dict(_lines(root, loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -37,6 +47,21 @@ def parse_yaml(text: str, where: str) -> Any:
         raise FormatError(f"{where}: is not valid YAML: {str(error).splitlines()[0]}") from error
     except (LookupError, AttributeError, TypeError) as error:  # from `!!bool x` and `!!int ''`
         raise FormatError(f"{where}: is not valid YAML: a value doesn't match its tag (!!name)") from error
+
+
+def _lines(node: Node, loader: SafeLoader, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Yield the path and the line of every value below `node`, a mapping's by its key."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*at, loader.construct_object(key, deep=True))
+            yield inner, key.start_mark.line + 1
+            yield from _lines(value, loader, inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*at, index), value.start_mark.line + 1
+            yield from _lines(value, loader, (*at, index))
 
 
 def _check(node: Node, where: str, seen: set[int]) -> None:

@@ -83,7 +83,7 @@ def form_of(options: type) -> tuple[Field, ...]:
 def _field(parameter: Parameter) -> Field:
     choices = parameter.choices
     kind: Kind = "choice" if choices else "text"
-    if parameter.kind in ("flag", "adapters", "words", "pairs"):
+    if parameter.kind in ("flag", "adapters", "words", "pairs", "weights"):
         kind = "flag" if parameter.kind == "flag" else "words"
     default = next(iter(choices), "") if parameter.required else "" if kind == "flag" else parameter.default or ""
     name = parameter.flags[0] if parameter.flags else parameter.name

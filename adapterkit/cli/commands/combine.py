@@ -9,6 +9,7 @@ import click
 from adapterkit.api.options.adapters import CombineOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.options import as_json, dry_run, options_of
+from adapterkit.cli.recipe import recipe_option, with_recipe
 from adapterkit.combining.methods import METHODS, all_options
 from adapterkit.text import counted
 
@@ -37,15 +38,17 @@ class CombineCommand(Command):
         "adapterkit combine adapter other -o ties --method ties --set density=0.2",
     ],
 )
-@options_of(CombineOptions)
+@options_of(CombineOptions, required=False)
+@recipe_option
 @dry_run
 @as_json("Print the plan or the result as JSON, with every module")
-def combine_command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+def combine_command(given: dict[str, Any], recipe: str | None, dry_run: bool, as_json: bool) -> None:
     """Ranks, scalings and targets may differ. If the result is truncated, its error is printed."""
     from adapterkit.api.adapters import plan_combine
     from adapterkit.cli.run_plan import print_plan, run_with_bar, show_adapter
     from adapterkit.combining.plan import AdapterMade
 
+    given = with_recipe(given, recipe, CombineOptions)
     plan = plan_combine(**given)
     if dry_run:
         print_plan(plan, {}, as_json)

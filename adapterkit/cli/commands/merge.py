@@ -12,6 +12,7 @@ from adapterkit.cli.command import Command
 from adapterkit.cli.next_commands import next_lines, push_command, undo_command
 from adapterkit.cli.options import as_json, dry_run, options_of
 from adapterkit.cli.output import note, say, say_result
+from adapterkit.cli.recipe import recipe_option, with_recipe
 from adapterkit.errors import UsageError
 from adapterkit.text import counted, size
 
@@ -28,20 +29,22 @@ if TYPE_CHECKING:
     docs="merge.md",
     examples=[
         "adapterkit merge base adapter -o merged",
-        "adapterkit merge base adapter:0.7 other:0.3 -o both",
+        "adapterkit merge base adapter other:0.3 -o both --weight adapter:layers.0=0.5",
         "adapterkit merge base adapter --dry-run",
     ],
 )
-@options_of(MergeOptions)
+@options_of(MergeOptions, required=False)
+@recipe_option
 @options_of(MergeRunOptions, "how")
 @dry_run
 @as_json("Print the plan or the result as JSON")
-def merge_command(given: dict[str, Any], how: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+def merge_command(given: dict[str, Any], how: dict[str, Any], recipe: str | None, dry_run: bool, as_json: bool) -> None:
     """W + Σ weight · scaling · B·A is summed in fp32 and rounded once.
 
     BASE is a directory, a .safetensors file or a Hub id. ADAPTER is a directory, a .safetensors or .bin file, or a Hub
     id; several are summed.
     """
+    given = with_recipe(given, recipe, MergeOptions)
     report, resume = bool(how.get("report")), bool(how.get("resume"))
     if dry_run and (report or resume):
         raise UsageError("--report and --resume are about a merge, --dry-run makes none", hint="give one of them")
