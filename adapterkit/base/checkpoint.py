@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter.formats.table import config_names, has_adapter_file
+from adapterkit.adapter.formats.table import config_names, find_weights, has_adapter_file
 from adapterkit.errors import FormatError, MissingFileError, UnsafeFileError
 from adapterkit.files.jsonfile import read_json
 from adapterkit.files.opening import cache_blob, files_below
@@ -92,8 +92,10 @@ class Checkpoint(Displayed):
 
 
 def is_base(path: Path) -> bool:
-    """Return whether the directory at `path` holds a model rather than an adapter."""
-    return (path / CONFIG).is_file() and not any((path / name).is_file() for name in config_names())
+    """Return whether the directory at `path` holds a model rather than an adapter, which may lack its config."""
+    if not (path / CONFIG).is_file() or any((path / name).is_file() for name in config_names()):
+        return False
+    return find_weights(path) is None or (path / SINGLE).exists() or any(path.glob(f"*{INDEX_SUFFIX}"))
 
 
 def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:

@@ -150,21 +150,91 @@ def test_a_plain_bin_is_read(base: Path, zipped: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "format"),
     [
-        ("diffusers-catundchat/pytorch_lora_weights.bin", ["--alpha", "1"]),  # its tensors were saved on a GPU
-        ("diffusers-catundchat/pytorch_lora_weights.safetensors", ["--alpha", "1"]),
-        ("sam-lora-mathieu-mit/lora_rank2.safetensors", ["--alpha", "1"]),
-        ("sd-cloneofsimo-apache/lora_disney.safetensors", ["--alpha", "1"]),
-        ("mlx-wyek1n", []),
+        ("diffusers-catundchat/pytorch_lora_weights.bin", "a LoRA of diffusers"),  # its tensors were saved on a GPU
+        ("diffusers-catundchat/pytorch_lora_weights.safetensors", "a LoRA of diffusers"),
+        ("sam-lora-mathieu-mit/lora_rank2.safetensors", "a LoRA of Sam_LoRA"),
+        ("sd-cloneofsimo-apache/lora_disney.safetensors", "a LoRA of cloneofsimo's scripts"),
+        ("mlx-wyek1n", "an adapter of MLX"),
     ],
 )
 def test_a_real_adapter_of_an_unknown_format(
-    base: Path, material: Callable[[str], Path], name: str, options: list[str]
+    base: Path, material: Callable[[str], Path], name: str, format: str
 ) -> None:
-    message = refused(base, material(name), 1, *options)
-    assert "unsupported adapter format (tensors: " in message
+    message = refused(base, material(name), 1)
+    assert f"is {format}" in message and ", an unsupported adapter format (tensors: " in message
     assert "supported formats: peft" in message
+
+
+FOREIGN = {
+    "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight": "kohya's scripts or LyCORIS",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": "kohya's scripts or LyCORIS",
+    "unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": "a LoRA of diffusers",
+    "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA of diffusers",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.down.weight": "a LoRA of diffusers",
+    "diffusion_model.layers.0.attention.to_q.lora_A.weight": "a LoRA for ComfyUI",
+    "model.layers.0.self_attn.q_proj.lora_a": "an adapter of MLX",
+    "layers.0.attn.q_proj.lora_a.weight": "an adapter of torchtune",
+    "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight": "Megatron or NeMo",
+    "prompt_embeddings": "prompt tuning, which changes no weights",
+    "base_model.model.model.layers.0.self_attn.k_proj.ia3_l": "IA³",
+    "base_model.model.model.layers.0.self_attn.k_proj.vera_lambda_b": "VeRA",
+    "base_model.model.model.layers.0.self_attn.k_proj.hada_w1_a": "LoHa",
+}
+
+
+@pytest.mark.parametrize(("tensor", "format"), FOREIGN.items(), ids=FOREIGN)
+def test_other_formats_are_named_by_their_tensors(base: Path, tensor: str, format: str) -> None:
+    folder = write_adapter(base.parent / "a", {tensor: torch.ones(2, 2)}, None)
+    assert format in refused(base, folder, 1)
+    message = refused(folder / "adapter_model.safetensors", folder, 2)
+    assert "adapter_model.safetensors: is an adapter, expected a model" in message
+
+
+@pytest.mark.parametrize("name", ["transformer.h.0.attn.c_attn", "model.layers.0.self_attn.q_proj"])
+def test_language_models_are_not_taken_for_diffusion(tmp_path: Path, name: str) -> None:
+    tensors = {f"{name}.lora_{k}.weight": torch.ones(2, 2) for k in "AB"}
+    assert list(package.load(write_adapter(tmp_path / "a", tensors, None), alpha=4).modules) == [name]
+
+
+@pytest.mark.parametrize(
+    ("file", "format"),
+    [("adapters.npz", "an adapter of MLX"), ("a.gguf", "GGUF"), ("pytorch_adapter.bin", "an adapter of AdapterHub"),
+     ("zero_to_fp32.py", "a DeepSpeed checkpoint: gather its weights with zero_to_fp32.py")],
+)  # fmt: skip
+def test_other_formats_are_named_by_their_files(base: Path, file: str, format: str) -> None:
+    folder = base.parent / "a"
+    folder.mkdir()
+    (folder / file).touch()
+    assert f"no adapter weights in this directory, but {file}, " in (message := refused(base, folder, 1))
+    assert format in message
+    assert format in refused(base, folder / file, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("PROMPT_TUNING", "changes no weights, so that it has nothing to merge"), ("IA3", "merge it with PEFT"),
+     ("ADALORA", "merge it with PEFT")],
+)  # fmt: skip
+def test_other_methods_of_peft_are_named(base: Path, kind: str, expected: str) -> None:
+    message = refused(base, write_adapter(base.parent / "a", config={"peft_type": kind}), 1)
+    assert f"peft_type is '{kind}'" in message and expected in message
+
+
+@pytest.mark.parametrize("base_beside", [False, True])
+def test_an_adapter_beside_a_models_config(base: Path, base_beside: bool) -> None:
+    """Without adapter_config.json, transformers loads the model if there is one, and nothing otherwise."""
+    folder = write_adapter(base.parent / "a", config=None)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    if base_beside:
+        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+        assert "a: is a model, expected an adapter" in refused(base, folder, 2)
+        return
+    assert "--alpha" in refused(base, folder, 2)
+    assert adapterkit("inspect", folder).out.splitlines()[0].startswith("adapter  ")
+    assert "a: is an adapter, expected a model" in refused(folder, write_adapter(base.parent / "b"), 2)
+    assert adapterkit("merge", base, folder, "--alpha", "6", "-o", base.parent / "of-a").code == 0
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter.formats import table
+from adapterkit.adapter.formats.foreign import format_of_tensors
 from adapterkit.adapter.formats.source import Source, open_sources
 from adapterkit.adapter.weights import Adapter, Problem
 from adapterkit.errors import FormatError, OutputExistsError, UsageError
@@ -47,8 +48,10 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
             return replace(adapter, stamps=dict(source.stamps), problems=problems)
     for problem in _empty_tensors(source):
         raise FormatError(str(problem), hint=problem.remedy)
+    named = format_of_tensors(source.tensors)
+    found = f"is {named}, an unsupported adapter format" if named else "unsupported adapter format"
     raise FormatError(
-        f"{source.weights}: unsupported adapter format (tensors: {_shown(source.tensors)}); "
+        f"{source.weights}: {found} (tensors: {_shown(source.tensors)}); "
         f"supported formats: {', '.join(table.format_names())}"
     )
 
@@ -72,7 +75,8 @@ def holds_adapter(path: Path, tensors: Mapping[str, TensorInfo]) -> bool:
     """Return whether a folder, or a file with these `tensors`, is an adapter rather than a model."""
     has_config = any((path / name).is_file() for name in table.config_names()) and not (path / "config.json").exists()
     source = Source(path, tensors, {}, None, path, {})
-    return has_config or any(format.detect(source) for format in table.FORMATS)
+    known = any(format.detect(source) for format in table.FORMATS)
+    return has_config or known or format_of_tensors(tensors) is not None
 
 
 def save(adapter: Adapter, directory: str | os.PathLike[str], *, format: str = table.DEFAULT) -> None:

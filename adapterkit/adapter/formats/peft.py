@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapter.formats.foreign import is_of_diffusion
 from adapterkit.adapter.formats.peft_config import BASE_KEY as BASE_KEY
 from adapterkit.adapter.formats.peft_config import CONFIG as CONFIG
 from adapterkit.adapter.formats.peft_config import PeftConfig, Strength
@@ -39,6 +40,8 @@ def detect(source: Source) -> bool:
     """Return whether the config has a `peft_type`, or a tensor has a LoRA role."""
     if source.config and "peft_type" in source.config:
         return True
+    if is_of_diffusion(source.tensors):  # diffusers writes PEFT's names, but no config
+        return False
     return any(".lora_A" in name or ".lora_embedding_A" in name for name in source.tensors)
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 BASE_KEY = "base_model_name_or_path"
+# Methods that train inputs of the model.
+PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT recognizes an embedding or a head
 
 
@@ -48,8 +50,12 @@ class PeftConfig:
         given = _Fields(source.config, source.config_file)
         kind = given.value("peft_type", str, "LORA")
         if kind.upper() != "LORA":
+            prompt = kind.upper() in PROMPTS
             raise FormatError(
-                f"{given.file}: peft_type is {kind[:40]!r}; only LORA (with rsLoRA and DoRA) is supported"
+                f"{given.file}: peft_type is {kind[:40]!r}"
+                f"{', which changes no weights, so that it has nothing to merge' if prompt else ''}; "
+                "only LORA (with rsLoRA and DoRA) is supported",
+                hint="" if prompt else "merge it with PEFT: `merge_and_unload()`",
             )
         for name in (BASE_KEY, "bias"):
             given.value(name, str, None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter.formats import table
+from adapterkit.adapter.formats.foreign import format_of_file
 from adapterkit.adapter.formats.format import Format
 from adapterkit.adapter.formats.pickled import read_pickle
 from adapterkit.errors import FormatError, MissingFileError
@@ -67,6 +68,8 @@ def _find_weights(path: Path) -> Path:
     if path.is_file():
         if path.suffix == ".json":
             raise FormatError(f"{path}: is not a weights file; give its directory")
+        if (named := format_of_file(path)) is not None:
+            raise FormatError(f"{path}: is {named}; supported formats: {', '.join(table.format_names())}")
         return path
     if (weights := table.find_weights(path)) is not None:
         return weights
@@ -79,6 +82,9 @@ def _find_weights(path: Path) -> Path:
     nested = sorted((file for name in table.config_names() for file in path.glob(f"*/{name}")), key=_by_number)
     expected = " or ".join(format.WEIGHTS[0] for format in table.FORMATS)
     hint = f" Did you mean {nested[-1].parent}?" if nested else f" Expected {expected}."
+    for file in sorted(path.iterdir()):
+        if (named := format_of_file(file)) is not None:
+            raise FormatError(f"{path}: no adapter weights in this directory, but {file.name}, {named}.{hint}")
     raise FormatError(f"{path}: no adapter weights in this directory.{hint}")
 
 
