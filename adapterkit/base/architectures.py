@@ -84,7 +84,7 @@ def experts_in_out(config: Mapping[str, Any]) -> bool | None:
     for model in (nested.get("model_type") if isinstance(nested, dict) else None, config.get("model_type")):
         if model in EXPERTS_IN_OUT:
             return True
-        if model in TIED or model in UNTIED:
+        if model in TIED | UNTIED | NEVER_TIED:
             return False
     return None
 
@@ -98,55 +98,62 @@ def _types(names: str) -> frozenset[str]:
 
 TIED = _types(
     """
-    albert aya_vision bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blip bloom
-    camembert canary cohere cohere2 cohere2_moe cohere2_vision cohere_compass_text convbert ctrl data2vec-text deberta
-    deberta-v2 deepseek_vl deepseek_vl_hybrid diffusion_gemma distilbert electra ernie ernie4_5 ernie4_5_moe
-    ernie4_5_vl_moe esm falcon falcon_mamba flaubert florence2 fnet fun_asr_nano funnel gemma gemma2 gemma3 gemma3_text
-    gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text glmasr got_ocr2
-    gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese granite_docling granite_speech granite_speech_plus granite_swa
-    gte hunyuan_vl hyperclovax_vision_v2 ibert internvl janus jetmoe jina_embeddings_v3 kimi_k25 kosmos-2 layoutlm led
-    lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr longformer longt5 luke m2m_100 mamba marian mbart megatron-bert
-    minicpm3 minicpm_ocr mistral3 mobilebert modernbert modernbert-decoder moonshine moss_transcribe_diarize mpnet mpt
-    mra mt5 mvp nllb-moe nomic_bert nystromformer openai-gpt opt ovis2 paddleocr_vl paddleocr_vl_text paligemma pegasus
-    pegasus_x plbart pop2piano pp_chart2table prophetnet qwen3_asr recurrent_gemma roberta roberta-prelayernorm
-    roc_bert roformer seamless_m4t seamless_m4t_v2 smollm3 speech_to_text speecht5 squeezebert starcoder2
-    switch_transformers t5 t5gemma t5gemma2 tapas trocr udop umt5 vaultgemma voxtral_realtime whisper xglm xlm
-    xlm-roberta xlm-roberta-xl xlnet xmod yoso youtu zamba zamba2 zaya
+    albert aya_vision bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blip
+    bloom camembert canary cohere cohere2 cohere2_moe cohere2_vision cohere_compass_text convbert ctrl data2vec-text
+    deberta deberta-v2 deepseek_vl deepseek_vl_hybrid diffusion_gemma distilbert electra ernie ernie4_5 ernie4_5_moe
+    ernie4_5_vl_moe esm falcon falcon_mamba flaubert florence2 fnet fun_asr_nano funnel gemma gemma2 gemma3
+    gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_assistant gemma4_unified_text
+    glmasr got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese granite_docling granite_speech
+    granite_speech_plus granite_swa gte hunyuan_vl hyperclovax_vision_v2 ibert internvl janus jetmoe
+    jina_embeddings_v3 kimi_k25 kosmos-2 layoutlm led lfm2 lfm2_moe lfm2_vl lfm3 lfm3_vl lighton_ocr longformer
+    longt5 luke m2m_100 mamba marian mbart megatron-bert minicpm3 minicpm_ocr mistral3 mobilebert modernbert
+    modernbert-decoder moonshine moss_transcribe_diarize mpnet mpt mra mt5 mvp nllb-moe nomic_bert nystromformer
+    openai-gpt opt ovis2 paddleocr_vl paddleocr_vl_text paligemma pegasus pegasus_x plbart pop2piano pp_chart2table
+    prophetnet qwen3_asr recurrent_gemma roberta roberta-prelayernorm roc_bert roformer seamless_m4t seamless_m4t_v2
+    smollm3 speech_to_text speecht5 squeezebert starcoder2 switch_transformers t5 t5gemma t5gemma2 tapas trocr udop
+    umt5 vaultgemma voxtral_realtime whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso youtu zamba zamba2
+    zaya
     """
 )
 UNTIED = _types(
     """
-    afmoe apertus arcee aria aria_text axk1 axk2 bailing_hybrid bamba beam bitnet blt chameleon codegen cohere_asr
-    cohere_compass cosmos3_edge cosmos3_omni cwm dbrx deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
-    diffllama doge dots1 dots3_note dots3_note_text emu3 esmc eurobert evolla exaone4 exaone4_5 exaone_moe falcon_h1
-    fast_vlm flex_olmo flint fsmt fuyu git glm glm4 glm46v glm4_moe glm4_moe_lite glm4v glm4v_moe glm5_next glm_moe_dsa
-    glm_ocr glmga gpt_neox gpt_oss gptj granite granite4_vision granitemoe granitemoe_swa granitemoehybrid
-    granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax idefics idefics2 idefics3
-    internlm3 iquestcoder jais2 jamba kimi_linear kolibri1 kyutai_speech_to_text laguna llama llama4 llama4_text llava
-    llava_next llava_next_video llava_onevision longcat_flash mamba2 mellum mimo_v2_flash minicpmv4_6 minicpmv4_7
-    minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text ministral ministral3 mistral mistral4 mistral_large4 mixtral
-    mllama_text_model modernvbert molmo2 moonshine_streaming moshi muse_glimmer_text muse_spark_text nanochat nemotron
-    nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phi3 phi4_multimodal phimoe pix2struct
-    pp_formulanet_text qianfan_ocr qwen2 qwen2_5_omni_thinker qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen4_exp
-    qwen4_exp_text reformer rembert rwkv seed_oss shieldgemma2 smolvlm solar_open stablelm ultrabert ultravbert
-    unlimited_ocr video_llama_3 video_llava vipllava xlstm
+    afmoe apertus arcee aria aria_text axk1 axk2 bamba beam bitnet blt chameleon codegen cohere_asr cohere_compass
+    cosmos3_omni cwm dbrx deepseek_ocr2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 diffllama doge dots1
+    dots3_note dots3_note_text emu3 eurobert exaone4 exaone4_5 exaone_moe falcon_h1 fast_vlm flex_olmo flint fsmt
+    fuyu git glm glm4 glm46v glm4_moe glm4_moe_lite glm4v glm4v_moe glm5_next glm_moe_dsa glm_ocr glmga gpt_neox
+    gpt_oss gptj granite granite4_vision granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax idefics idefics2 idefics3 internlm3 iquestcoder jais2
+    jamba kolibri1 kyutai_speech_to_text laguna llama llama4_text llava llava_next llava_next_video llava_onevision
+    longcat_flash mamba2 mellum mimo_v2_flash minicpmv4_6 minicpmv4_7 minimax minimax_m2 minimax_m3_vl
+    minimax_m3_vl_text ministral ministral3 mistral mistral4 mistral_large4 mixtral modernvbert moonshine_streaming
+    muse_glimmer muse_glimmer_text muse_spark_text nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe persimmon
+    phi phi3 phi4_multimodal phimoe pix2struct pp_formulanet_text qianfan_ocr qwen2 qwen2_5_omni_thinker qwen2_5_vl
+    qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
+    qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe qwen4_exp qwen4_exp_text rwkv seed_oss shieldgemma2 smolvlm
+    solar_open stablelm ultrabert ultravbert unlimited_ocr video_llama_3 video_llava vipllava
     """
 )
 # Tied regardless of the key, which in the T5 family controls output scaling instead.
 ALWAYS_TIED = _types("longt5 mt5 pop2piano t5 udop umt5")
+# Never tied, whatever the key says: the model has no such tie. An entry may be a class, where others of its type tie.
+NEVER_TIED = _types(
+    """
+    audioflamingo3 bailing_hybrid BigBirdPegasusForCausalLM cosmos3_edge cpmant esmc evolla inkling2 inkling2_text
+    inkling_mm_model inkling_text kimi_linear mllama mllama_text_model molmo2 moshi muse_spark musicflamingo
+    nemo_speechlm nemotron_h nemotron_h_omni qwen2_audio reformer rembert voxtral xlstm
+    """
+)
 # Tied if either the config or its text_config says so.
 TIED_IF_EITHER = _types(
     """
-    fast_vlm glm4v glm4v_moe glm_ocr hunyuan_vl llava llava_next_video llava_onevision minimax_m3_vl paddleocr_vl
-    qwen2_5_vl qwen2_vl shieldgemma2 video_llama_3
+    fast_vlm glm4v glm4v_moe glm_ocr hunyuan_vl kosmos-2 llava llava_next_video llava_onevision minimax_m3_vl
+    paddleocr_vl qwen2_5_vl qwen2_vl shieldgemma2 video_llama_3
     """
 )
 # The text model includes the head, so that its text_config decides.
 TEXT_CONFIG_DECIDES = _types(
     """
-    audioflamingo3 blip-2 inkling2 inkling_mm_model instructblip instructblipvideo mllama muse_glimmer muse_spark
-    musicflamingo nemo_speechlm nemotron_h_omni pp_formulanet qwen2_audio vibevoice vibevoice_asr voxtral
+    blip-2 instructblip instructblipvideo kosmos-2.5 llama4 pp_formulanet vibevoice vibevoice_asr
     """
 )
 LFM2_MODELS = _types("lfm2 lfm2_moe lfm2_vl")  # whose key is tie_embedding
@@ -184,7 +191,7 @@ HEADS = {
 INPUT_EMBEDDINGS = (
     "shared.weight", "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
     "tokens_embed.weight", "tok_embeddings.weight", "word_embedding.weight", "backbone.embeddings.weight",
-    "transformer.embeddings.weight", "transformer.w.weight",
+    "transformer.embeddings.weight", "transformer.w.weight", "rwkv.embeddings.weight",
 )  # fmt: skip
 
 

@@ -15,12 +15,14 @@ from adapterkit.base.architectures import (
     HEADS,
     INPUT_EMBEDDINGS,
     LFM2_MODELS,
+    NEVER_TIED,
     TEXT_CONFIG_DECIDES,
     TIED,
     TIED_IF_EITHER,
     UNTIED,
 )
 from adapterkit.base.checkpoint import Checkpoint
+from adapterkit.base.checkpoint_names import names_in_model
 from adapterkit.files.safetensors import TensorInfo
 
 # --- the config ------------------------------------------------------------------------------------------------------
@@ -30,6 +32,9 @@ def declared(config: Mapping[str, Any]) -> bool | None:
     """Return whether a model with this config ties its head, as transformers resolves it; None if unknown."""
     model, nested = config.get("model_type"), config.get("text_config")
     text = declared(nested) if isinstance(nested, dict) else None
+    classes = config.get("architectures")
+    if model in NEVER_TIED or (isinstance(classes, list) and not NEVER_TIED.isdisjoint(map(str, classes))):
+        return False
     if model in TEXT_CONFIG_DECIDES:
         return text
     if model in ALWAYS_TIED:
@@ -91,15 +96,15 @@ class Tie:
 def find_tie(base: Checkpoint) -> Tie | None:
     """Return the embedding and the head that `base` ties, or may tie; None if it certainly ties none."""
     tied = declared(base.config)
-    found = [name for name in base.tensors if f".{name}".endswith(tuple(f".{end}" for end in INPUT_EMBEDDINGS))]
-    found = [
-        name for name in found if not any(part.isdecimal() for part in name.split("."))
-    ]  # the others belong to a layer
+    in_model, ends = names_in_model(base.config), tuple(f".{end}" for end in INPUT_EMBEDDINGS)
+    outside = [name for name in base.tensors if not any(part.isdecimal() for part in name.split("."))]  # any layer
+    found = [name for name in outside if f".{in_model(name)}".endswith(ends)]
     if tied is False or not found:
         return None
     embedding = min(found, key=lambda name: (not name.endswith("shared.weight"), found.index(name)))
     head = HEADS.get(base.config.get("model_type", ""), "lm_head.weight")
-    stored = next((name for name in base.tensors if f".{name}".endswith(f".{head}")), None)
+    heads = (name for name in outside if f".{name}".endswith(f".{head}") or f".{in_model(name)}".endswith(f".{head}"))
+    stored = next(heads, None)
     if stored is None and head.endswith(".decoder.weight"):  # a head with more tensors, without which it doesn't exist
         within = head.removesuffix("decoder.weight")
         if not any(name.startswith(within) for name in base.tensors):

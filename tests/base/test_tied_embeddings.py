@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import warnings
@@ -13,6 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import factors
+from matrix.models import Model, registry
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
@@ -27,8 +30,8 @@ from adapterkit.errors import FitError
 
 # --- the tables ------------------------------------------------------------------------------------------------------
 
-# Two that declare a tie and have none, one with two heads, and three with incomplete configs.
-UNKNOWN = {"cpmant", "kosmos-2.5", "neomme", "perception_lm", "gemma4_assistant", "step3p7"}
+# Whose parts decide, one with two heads, and four with incomplete configs.
+UNKNOWN = {"kosmos-2", "kosmos-2.5", "muse_glimmer", "neomme", "perception_lm", "gemma4_assistant", "step3p7"}
 MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM")
 
 
@@ -43,6 +46,8 @@ def mapped() -> dict[str, list[str]]:
 
 def resolved(config: dict[str, Any]) -> bool | None:
     """Return whether transformers ties a model with this config.json."""
+    if config["model_type"] in tied_embeddings.NEVER_TIED:
+        return False
     found = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     return getattr(
         found.text_config if config["model_type"] in tied_embeddings.TEXT_CONFIG_DECIDES else found,
@@ -74,6 +79,38 @@ def test_every_architecture_is_tied_as_in_transformers() -> None:
         if (tied := resolved(config)) is not declared(config)
     ]
     assert wrong == []
+
+
+def test_architectures_without_a_tie_in_transformers_are_never_tied() -> None:
+    """Except those of which a part has the tie, and those that make it themselves or are unknown."""
+    elsewhere = {"dia", "encoder-decoder", "fsmt", "musicgen", "musicgen_melody", "perceiver", "pi0", "pix2struct"}
+    elsewhere |= {"qwen2_5_omni", "qwen3_omni_moe", "speech-encoder-decoder", "vision-encoder-decoder"}
+    known = tied_embeddings.NEVER_TIED | tied_embeddings.TEXT_CONFIG_DECIDES | elsewhere
+    for model, names in mapped().items():
+        without = [name for name in names if not getattr(transformers, name)._tied_weights_keys]
+        assert model in known or known.issuperset(without), (model, without)
+        assert model not in tied_embeddings.NEVER_TIED or len(without) == len(names), model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal", "seq2seq", "vision"])
+def test_tiny_models_tie_as_their_configs_declare(task: str) -> None:
+    """With the key set in the config and in its text_config."""
+    wrong = []
+    for name in (name for of, name in registry() if of == task):
+        for outer, inner in itertools.product((True, False), repeat=2):
+            model = Model(task, name, outer)
+            with contextlib.suppress(Exception), torch.device("meta"):  # no config of such small sizes
+                config = model.config().to_dict()
+                if isinstance(config.get("text_config"), dict):
+                    config["text_config"]["tie_word_embeddings"] = inner
+                made = model.cls(model.cls.config_class.from_dict(dict(config)))
+                made.tie_weights()
+                embedding, head = made.get_input_embeddings(), made.get_output_embeddings()
+                tied = declared(config | {"architectures": [model.cls.__name__]})
+                if head is not None and (embedding.weight is head.weight) is not tied:
+                    wrong.append((name, outer, inner))
+    assert {name for name, *_ in wrong} <= {"encoder-decoder", "t5gemma", "kosmos-2.5"}
 
 
 def test_every_head_has_its_name_in_transformers() -> None:

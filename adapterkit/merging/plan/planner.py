@@ -183,7 +183,7 @@ def _check_tied_head(given: WeightedAdapter, found: Fit, tie: Tie) -> None:
             raise FitError(f"{given.label}: changes {head}, which has no tensor in the base, and {unknown_tie(tie)}")
     if tie.shared:
         for name in found.missing:
-            if name.endswith("coder.embed_tokens"):
+            if name.endswith(("coder.embed_tokens", "coder.word_embeddings")):
                 raise shared_embedding_error(tie, given.label, f"{name}.weight")
 
 
