@@ -321,6 +321,13 @@ class WeightedAdapter:
     path: Path | None = None  # the file or directory that it was opened from
     module_weights: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder whose other files belong to the adapter; None for a lone file."""
+        files = self.adapter.files
+        lone = self.path is not None and self.path.is_file() and len(files) == 1
+        return None if lone or not files else files[0].parent
+
     def weight_of(self, name: str) -> float:
         """The weight of a module, or of a tensor or embedding that is stored whole."""
         number = self._deciding(name)

@@ -33,6 +33,7 @@ from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_repo, locate_all, resolve
 from adapterkit.merging.plan.planner import make_plan
 from adapterkit.merging.plan.planner import plan_quantize as make_quantize_plan
+from adapterkit.merging.plan.tokenizers import with_tokenizer
 from adapterkit.merging.plan.types import MergePlan, inputs_of
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.merging.run.finish import Merged
@@ -77,7 +78,7 @@ def plan_merge(o: MergeOptions) -> MergePlan:
             quantize=o.quantize, rounding=Rounding(o.rounding, o.seed), original=sixteen, rename=rename,
             allow_partial=o.allow_partial, calibration=_text(o),
         )  # fmt: skip
-        return _placed(plan, o.overwrite, checkpoint)
+        return _placed(with_tokenizer(plan, o.tokenizer), o.overwrite, checkpoint)
 
     specs = [o.base, *(what for what, _ in named), o.original]
     with _gc_paused(), locate_all([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:

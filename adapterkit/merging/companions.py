@@ -15,6 +15,7 @@ from adapterkit.files.opening import files_below, unsafe_kind
 from adapterkit.files.staging import BEFORE, MERGE_RECORD, RECEIPT, RECEIPT_FOLDER
 from adapterkit.files.writing import copy_file, write_bytes, write_json, write_text
 from adapterkit.hub.names import public_name
+from adapterkit.merging.plan.tokenizers import is_tokenizer_file
 from adapterkit.merging.plan.types import Hashes, MergePlan, total_size
 from adapterkit.merging.receipts.receipt import Companions, as_json, encode, find_receipt, folder_of
 from adapterkit.text import counted, file_rows, markdown
@@ -25,11 +26,16 @@ REPLACED = (README, MERGE_RECORD, RECEIPT, CONFIG)  # and the index
 
 def finish_merge(plan: MergePlan, folder: Path, hashes: Hashes, receipt: bool) -> None:
     """Write everything but the weights into `folder`; index and config last, because they make the model loadable."""
-    base = plan.base
-    copied = copy_companions(base, folder)
+    base, tokenizer = plan.base, plan.tokenizer
+    dropped = tokenizer.replaced if tokenizer else ()
+    copied = copy_companions(base, folder, [name for name in copied_files(base) if name not in dropped])
+    added = {file: copy_file(tokenizer.folder, file, folder / file) for file in tokenizer.files} if tokenizer else {}
     if receipt:
         left_out = tuple(str(file) for file in base.other_files()[1])
-        companions = Companions(copied, save_replaced(base, folder / BEFORE), left_out)
+        replaced = save_replaced(base, folder / BEFORE) | {
+            name: copy_file(base.path, name, folder / BEFORE / name) for name in dropped
+        }
+        companions = Companions(copied, replaced, left_out, tuple(added))
         write_bytes(folder / RECEIPT, encode(as_json(plan, hashes, companions)))
     if not base.is_directory:
         return
@@ -49,10 +55,11 @@ def copied_files(base: Checkpoint) -> list[str]:
     ]
 
 
-def companions_of(base: Checkpoint) -> list[Path]:
-    """List the base's files beside its weights that a merge copies or replaces."""
-    folder = _replaced_folder(base)
-    return [*(base.path / name for name in copied_files(base)), *(folder / name for name in replaced_files(base))]
+def companions_of(plan: MergePlan) -> list[Path]:
+    """List the files beside the weights that a merge copies or replaces."""
+    base, folder = plan.base, _replaced_folder(plan.base)
+    of_base = [*(base.path / name for name in copied_files(base)), *(folder / name for name in replaced_files(base))]
+    return [*of_base, *(plan.tokenizer.paths if plan.tokenizer else ())]
 
 
 def _replaced_folder(base: Checkpoint) -> Path:
@@ -89,7 +96,7 @@ def restore_replaced(receipt: Path, folder: Path) -> dict[str, str]:
     for name in names:
         inner = Path(name)
         index = len(inner.parts) == 1 and name.endswith(INDEX_SUFFIX)
-        if not (index or name in REPLACED or inner.parts[0] == RECEIPT_FOLDER):
+        if not (index or name in REPLACED or is_tokenizer_file(name) or inner.parts[0] == RECEIPT_FOLDER):
             raise UnsafeFileError(f"{receipt / BEFORE / name}: not a file that a merge saves; remove it")
     names.sort(key=lambda name: name == CONFIG)
     return {name: copy_file(receipt, f"{BEFORE}/{name}", folder / name) for name in names}

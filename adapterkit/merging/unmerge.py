@@ -73,7 +73,8 @@ def _not_restored(companions: Companions | None, source: Checkpoint) -> Iterator
         yield from (
             f"{name}: not restored: the merge left it out" for name in companions.left_out if name not in left_out
         )
-        extra = (name for name in copied_files(source) if name not in companions.copied)
+        known = {*companions.copied, *companions.replaced, *companions.added}
+        extra = (name for name in copied_files(source) if name not in known)
         yield from (f"{name}: not copied: the receipt does not list it" for name in extra)
     yield from source.notes()
 
@@ -276,7 +277,7 @@ def finish_copy(receipt: Receipt | None, plan: MergePlan, folder: Path, hashes: 
     if receipt is not None:
         _check_restored(receipt, hashes)
     if plan.base.is_directory:
-        copied = copy_companions(plan.base, folder, listed.copied if listed else None)
+        copied = copy_companions(plan.base, folder, listed.copied | listed.replaced if listed else None)
         copied |= save_replaced(plan.base, folder)
         _check_companions(listed, copied, plan.base.path, "not the base of this merge")
 

@@ -9,6 +9,7 @@ from adapterkit.api.options.adapters import ADAPTERS, WeightsOptions
 from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, writable_kinds
 from adapterkit.files.safetensors import DTYPE_SPELLINGS, OUTPUT_DTYPES
+from adapterkit.merging.plan.tokenizers import TOKENIZERS
 from adapterkit.merging.run_options import RunOptions
 from adapterkit.options import Options, argument, option, output, overwrite, threads
 
@@ -81,6 +82,10 @@ class MergeOptions(StrengthOptions, QuantizingOptions):
     original: AnyModel | None = option(
         None, "Merge into the unquantized model that `base` was made from", metavar="BASE16", group=QUANTIZATION,
         in_form=False,
+    )  # fmt: skip
+    tokenizer: str | None = option(
+        None, "Tokenizer of the output [default: the adapter's, if its folder brings another]", TOKENIZERS,
+        group="Output", in_form=False,
     )  # fmt: skip
     overwrite: bool = overwrite()
     download: bool = option(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.architectures import LABEL_LAYERS, TASK_CLASSES, class_for
 from adapterkit.base.checkpoint import CONFIG
 from adapterkit.files.jsonfile import read_json
@@ -19,24 +20,23 @@ def describe_heads(
     """Return the config of an output with the heads in adapters, and notes; `known` are the base's tensors."""
     notes: list[str] = []
     for one in given:
-        layers = _label_layers(one.adapter)
-        if config and layers and one.weight:
+        layers = _label_layers(one)
+        if config and layers:
             answers = any(name.endswith("qa_outputs.weight") for name in layers)  # two labels without names
             ending = TASK_CLASSES.get("QUESTION_ANS" if answers else one.adapter.task or "")
             classes, more = _class(config, ending, any(name not in known for name in layers))
-            labels, which = ({}, []) if answers else _labels(config, one.adapter, max(layers.values()))
+            labels, which = ({}, []) if answers else _labels(config, one.folder, max(layers.values()))
             config = config | classes | labels
             notes += [f"{one.label}: {note}" for note in (*more, *which)]
     return config, notes
 
 
-def _label_layers(adapter: Adapter) -> dict[str, int]:
-    """Return the replaced weights of layers that compute labels, with the number of labels."""
-    weights = {name: tensor for name, tensor in adapter.replaced.items() if name.endswith(".weight")}
+def _label_layers(given: WeightedAdapter) -> dict[str, int]:
+    """Return the weights of layers that compute labels, which an adapter replaces, with the number of labels."""
     return {
         name: tensor.shape[0]
-        for name, tensor in weights.items()
-        if len(tensor.shape) == 2 and LABEL_LAYERS.fullmatch(name.removesuffix(".weight"))
+        for name, tensor in given.adapter.replaced.items()
+        if len(tensor.shape) == 2 and LABEL_LAYERS.fullmatch(name.removesuffix(".weight")) and given.weight_of(name)
     }
 
 
@@ -53,9 +53,9 @@ def _class(config: Mapping[str, Any], ending: str | None, new: bool) -> tuple[di
     return {"architectures": [after]}, [f"the output is a {after}, the base a {before}"]
 
 
-def _labels(config: Mapping[str, Any], adapter: Adapter, count: int) -> tuple[dict[str, Any], list[str]]:
+def _labels(config: Mapping[str, Any], folder: Path | None, count: int) -> tuple[dict[str, Any], list[str]]:
     """Return the labels from the config in the adapter's folder, or else the base's, and notes."""
-    beside = _config_beside(adapter)
+    beside = read_json(folder / CONFIG) if folder and os.path.lexists(folder / CONFIG) else {}
     if (names := _names(beside)) is not None and len(names) == count:
         labels = {key: beside[key] for key in ("problem_type",) if beside.get(key)} | _as_labels(names)
         pads = type(beside.get("pad_token_id")) is int and config.get("pad_token_id") is None
@@ -82,11 +82,3 @@ def _names(config: Mapping[str, Any]) -> list[str] | None:
     by_number = {str(number): name for number, name in labels.items()}
     names = [by_number.get(str(number)) for number in range(len(labels))]
     return None if None in names else [name for name in names if name is not None]
-
-
-def _config_beside(adapter: Adapter) -> dict[str, Any]:
-    """Return the model's config in the adapter's folder, where some trainers leave it; empty if there is none."""
-    for file in adapter.files[:1]:
-        if os.path.lexists(beside := file.parent / CONFIG):
-            return read_json(beside)
-    return {}

@@ -19,6 +19,7 @@ from adapterkit.files.staging import Destination
 from adapterkit.files.stamps import Stamp
 from adapterkit.files.workspace import receipt_of
 from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
+from adapterkit.merging.plan.tokenizers import Tokenizer
 from adapterkit.reprs import Displayed
 from adapterkit.text import counted, size
 
@@ -101,6 +102,7 @@ class MergePlan(Displayed):
     overwrite: bool | None = None  # whether to replace an output of ours; None if the caller cannot choose
     also_read: tuple[Path, ...] = ()  # inputs besides the base and the adapters
     quantized: Checkpoint | None = None  # the quantized base that `base` is the original of
+    tokenizer: Tokenizer | None = None  # that an adapter brings; None: the base's
     write_companions: WriteCompanions | None = None  # checks hashes, writes the other files; None: `finish_merge`
 
     def destination(self, receipt: bool) -> Destination:
@@ -164,6 +166,7 @@ class MergePlan(Displayed):
             "tensors": len(self.weight_map) or sum(len(file.tensors) for file in self.files),
             "tensors_changed": self.edits,
             "dtype": self.stored_as,
+            "tokenizer": self.tokenizer.label if self.tokenizer else self.base.name,
             "quantized_to": self.schemes,
             "bytes_to_write": self.bytes_to_write,
             "bytes_free": disk_usage(next(p for p in self.out.absolute().parents if p.exists())).free,

@@ -80,6 +80,7 @@ class Companions:
     copied: dict[str, str]
     replaced: dict[str, str]  # saved in `before/`
     left_out: tuple[str, ...] = ()  # not copied and not hashed
+    added: tuple[str, ...] = ()  # files of the output that an adapter brought
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str
         "copied": companions.copied,
         "replaced": companions.replaced,
         "left_out": list(companions.left_out),
+        "added": list(companions.added),
         "shards": [
             {
                 "name": file.name,
@@ -287,10 +289,14 @@ class _Reader:
         return {name: self.hash(value, name) for name in value}
 
     def companions(self, of: dict[str, Any]) -> Companions:
-        left_out = of.get("left_out")
-        if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
-            raise self.wrong("left_out", "a list of file names", left_out)
-        return Companions(self.hashes(of, "copied"), self.hashes(of, "replaced"), tuple(left_out))
+        left_out, added = self.names(of, "left_out"), self.names(of, "added") if "added" in of else ()
+        return Companions(self.hashes(of, "copied"), self.hashes(of, "replaced"), left_out, added)
+
+    def names(self, of: dict[str, Any], field: str) -> tuple[str, ...]:
+        value = of.get(field)
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.wrong(field, "a list of file names", value)
+        return tuple(value)
 
     def objects(self, of: dict[str, Any], field: str) -> list[dict[str, Any]]:
         value = of.get(field)

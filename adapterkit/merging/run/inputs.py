@@ -16,9 +16,9 @@ class Inputs:
 
     def __init__(self, plan: MergePlan, file: FilePlan | None = None, linked: Collection[Path] = ()) -> None:
         """Raise ChangedError if an input has changed since the plan was made, except by hard links to `linked`."""
-        self._base = plan.base if file is None else None
+        self._plan = plan if file is None else None
         if file is None:
-            self.stamps = {**stamps_of(companions_of(plan.base)), **plan.stamps}
+            self.stamps = {**stamps_of(companions_of(plan)), **plan.stamps}
         else:
             others = {shard.file for shard in plan.base.shards} - {file.source}
             self.stamps = {path: stamp for path, stamp in plan.stamps.items() if path not in others}
@@ -31,7 +31,7 @@ class Inputs:
 
     def check(self) -> None:
         """Raise ChangedError if a file has changed, or a companion was added."""
-        for file in companions_of(self._base) if self._base is not None else ():
+        for file in companions_of(self._plan) if self._plan is not None else ():
             if file not in self.stamps:
                 raise ChangedError(
                     f"{file}: appeared after the run began. Try again when no other program writes there."
