@@ -104,14 +104,14 @@ def run_type(task: str, name: str, recipes: Iterable[str] | None = None, keep: P
     from .trial import said, trials
 
     lines: list[Line] = []
-    for model in variants(task, name):
+    for tied, model in variants(task, name).items():
         wanted = [of for of in recipes or RECIPES if not lines or RECIPES[of].ends]
         with kept(keep) as folder:
             try:
                 verdicts = trials(model, wanted, folder)
             except Exception as error:
                 verdicts = dict.fromkeys(wanted, f"model: {said(error)}")
-        lines.append({"task": task, "type": name, "tied": model.tied, "verdicts": verdicts})
+        lines.append({"task": task, "type": name, "tied": tied, "verdicts": verdicts})
     return lines
 
 

@@ -65,7 +65,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2_text": {"n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
     "deepseek_vl_hybrid": {"high_res_vision_config": {"model_type": "sam_vision_model"} | SAM},
-    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "deepseek_ocr2_sam_vision_model": SAM,
     "dots3_note_text": {
         "index_n_heads": 2, "index_head_dim": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
@@ -163,6 +162,7 @@ LEFT_OUT = {
         "drafts for another model, or generates audio codes by several heads": """gemma4_assistant
             gemma4_unified_assistant musicgen musicgen_melody""",
         "is composed of two other models": "encoder-decoder vision-encoder-decoder",
+        "shares all weights between an encoder and a decoder, and fills in blocks": "diffusion_gemma",
         "has kernels that take no small heads": "xlstm",
         "takes bytes, which it groups by another model": "blt perceiver",
     }.items()
@@ -187,7 +187,7 @@ class Model:
 
     task: str
     type: str
-    tied: bool | None = None  # as `tie_word_embeddings` is set; None: as the config's default is
+    tied: bool | None = None  # what `tie_word_embeddings` is set to; None: left to the config
 
     @property
     def cls(self) -> type[PreTrainedModel]:
@@ -229,20 +229,19 @@ def registry() -> Iterator[tuple[str, str]]:
                 yield task, name
 
 
-def variants(task: str, name: str) -> list[Model]:
-    """Return the model with tied and with untied embeddings, where both exist."""
-    found = []
-    for tied in (True, False):
-        model = Model(task, name, tied)
+def variants(task: str, name: str) -> dict[bool | None, Model]:
+    """Return the model with tied and with untied embeddings, where both exist; of None, where it has no head."""
+    found: dict[bool | None, Model] = {}
+    for flag in (None, True, False):
+        model = Model(task, name, flag)
         try:
             with torch.device("meta"):
                 made = model.cls(model.config())
         except Exception:  # the config allows one of the two only
             continue
         head = made.get_output_embeddings()
-        if head is not None and (head.weight is made.get_input_embeddings().weight) == tied:
-            found.append(model)
-    return found or [Model(task, name)]
+        found.setdefault(None if head is None else head.weight is made.get_input_embeddings().weight, model)
+    return found or {None: Model(task, name)}
 
 
 def tiny(config_class: type[PretrainedConfig], **more: Any) -> PretrainedConfig:

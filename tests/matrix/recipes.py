@@ -31,10 +31,12 @@ class Layers:
     linear: list[str]
     all_linear: str | list[str]
     query_value: list[str]
+    unsupported: list[str]  # full names of modules that have such a last name, and that PEFT cannot train
     experts: Config  # what targets stacked experts; empty where there are none
     embedding: str
     head: str | None
     tied: bool
+    normed: bool  # the embedding has layers of its own
     vocabulary: int  # rows of the embeddings
 
     @property
@@ -49,21 +51,28 @@ class Layers:
 
 def layers_of(model: PreTrainedModel) -> Layers:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    full_names = {module: name for name, module in model.named_modules()}
+    names = {module: name.rpartition(".")[2] for module, name in full_names.items()}
     mamba = model.config.model_type in MAMBA
     linear = [
-        name for module, name in names.items()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not (mamba and name in ("out_proj", "dt_proj"))
+        name for module, name in names.items() if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    ]
+    linear = [name for name in dict.fromkeys(linear) if not (mamba and name in ("out_proj", "dt_proj"))]
+    query_value = sorted({name for name in linear if QUERY_VALUE.fullmatch(name)})
+    other = [
+        full_names[module] for module, name in names.items()
+        if name in query_value and not isinstance(module, torch.nn.Linear | Conv1D)
     ]  # fmt: skip
-    linear = list(dict.fromkeys(linear))
     return Layers(
         linear=linear,
         all_linear=linear if mamba else "all-linear",
-        query_value=sorted({name for name in linear if QUERY_VALUE.fullmatch(name)}),
+        query_value=query_value,
+        unsupported=other,
         experts=_experts(model),
         embedding=names[embedding],
         head=names.get(head),
         tied=head is not None and head.weight is embedding.weight,
+        normed=any(embedding.children()),
         vocabulary=embedding.weight.shape[0],
     )
 
@@ -111,10 +120,13 @@ def _saved(layers: Layers) -> Config:
 
 
 def _tokens(layers: Layers) -> Config:
+    if layers.normed:
+        raise NotImplementedError("PEFT leaves out the norm that the model applies to its embeddings")
     return {"target_modules": layers.some, "trainable_token_indices": {layers.embedding: list(TOKENS)}}
 
 
 def _new_tokens(layers: Layers) -> Config:
+    _tokens(layers)
     new = list(range(layers.vocabulary - NEW_TOKENS, layers.vocabulary))
     trained = [layers.embedding] if layers.tied else layers.ends
     return {"target_modules": layers.some, "trainable_token_indices": dict.fromkeys(trained, new)}
@@ -136,8 +148,9 @@ class Recipe:
     tasks: tuple[str, ...] = ("causal", "seq2seq", "classification", "vision")
 
     def config(self, layers: Layers) -> Config | None:
-        made = self.of(layers)
-        return None if made is None else {"r": 4, "lora_alpha": 10, "init_lora_weights": False} | made
+        if (made := self.of(layers)) is None:
+            return None
+        return {"r": 4, "lora_alpha": 10, "init_lora_weights": False, "exclude_modules": layers.unsupported} | made
 
 
 HEADED = ("causal", "seq2seq", "vision")
