@@ -142,6 +142,12 @@ class Spectrum:
         return self.sigma[0]
 
     @property
+    def top_share(self) -> float:
+        """`σ₁ / Σσ`, 1 for a single direction; 0 if all values are zero."""
+        total = sum(self._ratios())
+        return 1 / total if total else 0.0
+
+    @property
     def stable_rank(self) -> float:
         """`‖Δ‖_F² / σ₁²`, between 1 and the rank."""
         return sum(ratio**2 for ratio in self._ratios())

@@ -52,6 +52,8 @@ class ModuleRow:
     relative: float | None = None  # ‖ΔW‖_F / ‖W‖_F
     non_finite: int | None = None  # elements that are NaN or Inf
     zero_B: bool | None = None
+    top_share: float | None = None  # σ₁ / Σσ
+    idle_experts: tuple[int, ...] = ()  # whose factors are zero, unless all are
     sigma: tuple[float, ...] = ()
 
 
@@ -198,6 +200,8 @@ def _measured(
         relative=spectrum.frobenius / base_norm if base_norm else None,
         non_finite=sum(_non_finite(tensor) for tensor in weights.tensors()),
         zero_B=not bool(weights.B.any()),
+        top_share=spectrum.top_share,
+        idle_experts=_idle_experts(weights),
         sigma=spectrum.sigma,
     )
 
@@ -205,6 +209,16 @@ def _measured(
 def _non_finite(tensor: torch.Tensor) -> int:
     """The number of NaN or Inf elements; a finite norm proves that there are none."""
     return 0 if bool(tensor.norm().isfinite()) else int((~tensor.isfinite()).sum())
+
+
+def _idle_experts(weights: LoraWeights[torch.Tensor]) -> tuple[int, ...]:
+    """The stacked experts without an update, if others have one."""
+    if weights.experts == 1:
+        return ()
+    A = weights.A.reshape(weights.experts, -1).any(1)
+    B = weights.B.reshape(-1, weights.experts).any(0)  # the expert is the fastest index of B's columns
+    idle = (~(A & B)).nonzero()[:, 0].tolist()
+    return tuple(idle) if len(idle) < weights.experts else ()
 
 
 def _target_row(target: str, rows: Sequence[ModuleRow]) -> TargetRow:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter.summary import LABEL, Summary
+from adapterkit.inspection.audit import Finding, audit
 from adapterkit.inspection.module_rows import ModuleRow, TargetRow, by_target, to_json
 from adapterkit.reprs import Displayed
 from adapterkit.text import counted, size
@@ -53,6 +54,11 @@ class AdapterReport(Displayed):
     outlined: Outlined | None = None
 
     @property
+    def findings(self) -> list[Finding]:
+        """What stands out among the measured modules."""
+        return audit(self.modules) if self.measured else []
+
+    @property
     def targets(self) -> list[TargetRow]:
         """The measured modules gathered by target."""
         return by_target(self.modules) if self.measured else []
@@ -63,6 +69,7 @@ class AdapterReport(Displayed):
         return {
             "path": self.path, "summary": to_json(self.summary), "against": to_json(self.match) if self.match else None,
             "fetched": self.outlined.fetched if self.outlined else None,
+            "findings": [to_json(finding) for finding in self.findings],
             "targets": [to_json(row) for row in self.targets],
             "modules": [{key: value for key, value in row.items() if sigma or key != "sigma"} for row in rows],
         }  # fmt: skip
@@ -82,8 +89,9 @@ class AdapterReport(Displayed):
         return rows
 
     def warnings(self) -> list[str]:
-        """What is wrong with it, a line each."""
-        return self.summary.warnings() + ([self.match.hint] if self.match and self.match.missing else [])
+        """What is wrong with it or stands out, a line each."""
+        missing = [self.match.hint] if self.match and self.match.missing else []
+        return [*self.summary.warnings(), *missing, *map(str, self.findings)]
 
     def lines(self) -> list[str]:
         rows = [f"{label:{LABEL}}{text}" for label, text in self.rows().items()]

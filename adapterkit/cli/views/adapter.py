@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -37,8 +37,8 @@ def show_rows(report: AdapterReport, *, modules: bool) -> None:
     rows, summary, measured = report.modules, report.summary, report.measured
     delta = "ΔW" if summary.scalings else "BA"
     if measured:
-        for warning in _warnings(rows):
-            print_wrapped("⚠ ", warning)
+        for finding in report.findings:
+            print_wrapped("⚠ ", str(finding))
         if rows and not summary.scalings:
             print_wrapped("⚠ ", "the norms are those of B·A: the scaling is unknown")
         if "DoRA" in summary.kind:
@@ -51,15 +51,6 @@ def show_rows(report: AdapterReport, *, modules: bool) -> None:
         prefix = common_prefix([row.name for row in rows])
         say("", *[f"modules of {prefix}"] * bool(prefix))
         print_table(_module_table(rows, len(prefix), delta, measured))
-
-
-def _warnings(rows: Sequence[ModuleRow]) -> Iterable[str]:
-    broken = [row.name for row in rows if row.non_finite]
-    if broken:
-        yield f"{len(broken)} of {len(rows)} modules hold NaN or Inf, {broken[0]} first; merge refuses them"
-    untrained = [row.name for row in rows if row.zero_B]
-    if untrained:
-        yield f"{len(untrained)} of {len(rows)} modules have B = 0 and change nothing, {untrained[0]} first"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
