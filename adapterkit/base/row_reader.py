@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from adapterkit.adapter.weights import LazyTensor, LoraWeights
 from adapterkit.base.quant import QuantizedWeight, supported_schemes
-from adapterkit.base.targets import Target
+from adapterkit.base.target import Target
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, TensorInfo, Weight
 

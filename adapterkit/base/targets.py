@@ -21,29 +21,11 @@ from adapterkit.base.architectures import (
     SEGMENTS,
 )
 from adapterkit.base.checkpoint_names import names_in_model
+from adapterkit.base.expert_modules import place_in_stack
 from adapterkit.base.rename_option import apply_rename
+from adapterkit.base.target import Target
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import Weight
-
-# --- the types -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The target of (part of) a module's Δ: `tensor[rows] += Δ[delta_rows]`.
-
-    Args:
-        rows: Rows of the tensor viewed as a matrix, of which an expert is a range; None means all.
-        delta_rows: Rows of Δ before any transposition; None means all.
-        expert: The expert whose factors make Δ.
-        transposed: The base weight is stored (in, out).
-    """
-
-    tensor: str
-    rows: tuple[int, int] | None = None
-    delta_rows: tuple[int, int] | None = None
-    expert: int | None = None
-    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,7 +201,11 @@ def _places(
             raise FitError(f"{module}: {' and '.join(info.name for info in found)} both have the shape of Δ")
     if found:
         return (Target(found[0].name, transposed=_transposed(module, weights, found[0], orientations)),)
-    return _place_in_fused(module, weights, names, config) or _place_over_parts(module, weights, names)
+    return (
+        _place_in_fused(module, weights, names, config)
+        or _place_over_parts(module, weights, names)
+        or place_in_stack(module, weights, names.find, config)
+    )
 
 
 def _transposed(module: str, weights: LoraWeights[LazyTensor], info: Weight, orientations: _Orientations) -> bool:

@@ -15,7 +15,7 @@ from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.row_reader import Piece, check_readable
 from adapterkit.base.row_reader import pieces as pieces_of
-from adapterkit.base.targets import Target
+from adapterkit.base.target import Target
 from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import Weight

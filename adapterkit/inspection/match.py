@@ -14,7 +14,8 @@ from adapterkit.base.adapter_fit import explain_misfit, place_adapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight, weights
 from adapterkit.base.row_reader import reader
-from adapterkit.base.targets import Fit, Target
+from adapterkit.base.target import Target
+from adapterkit.base.targets import Fit
 from adapterkit.files.safetensors import TensorInfo
 
 CHUNK_BYTES = 16 << 20  # rows of W in memory at once, as float32

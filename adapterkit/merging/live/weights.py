@@ -13,7 +13,7 @@ from adapterkit.algebra.residual import Residual, record, restore
 from adapterkit.algebra.rounding import round_once
 from adapterkit.algebra.updates import Update, add_updates, update_for
 from adapterkit.base.models.quantized_layers import is_quantized
-from adapterkit.base.targets import Target
+from adapterkit.base.target import Target
 from adapterkit.errors import FitError
 from adapterkit.merging.blocks.overflow import check_finite, check_overflow
 from adapterkit.merging.live.modules import dense_layer, set_module, shape_of

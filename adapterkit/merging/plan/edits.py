@@ -7,7 +7,7 @@ from math import lcm, prod
 
 from adapterkit.adapter.weights import LazyTensor, LoraWeights
 from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
-from adapterkit.base.targets import Target
+from adapterkit.base.target import Target
 from adapterkit.files.safetensors import DTYPE_BITS, TensorInfo
 
 

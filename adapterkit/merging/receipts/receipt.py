@@ -20,7 +20,7 @@ from typing import Any
 
 from adapterkit import __version__
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
-from adapterkit.base.targets import Target
+from adapterkit.base.target import Target
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files.jsonfile import parse_json, read_json
 from adapterkit.files.opening import sha256_of
