@@ -64,6 +64,11 @@ def plan_merge(o: MergeOptions) -> MergePlan:
     """
     if o.quantize is not None and o.dtype is not None:
         raise UsageError("`dtype` and `quantize` exclude each other: a quantized output has the dtypes of its scheme")
+    if o.as_trained is not None and o.original is not None:
+        raise UsageError(
+            "`as_trained` and `original` exclude each other: one merges onto quantized weights, the other avoids them",
+            hint="give the unquantized model as `base` with `as_trained`",
+        )
     _check_rounding(o, o.quantize is not None)
     named, rename = weighted(o.adapters), renaming(o.rename)
 
@@ -75,7 +80,8 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         target = Path(o.out).expanduser() if o.out is not None else _default_output(*into, "merged")
         plan = make_plan(
             checkpoint, given, target, dtype=None if o.dtype is None else str(o.dtype),
-            quantize=o.quantize, rounding=Rounding(o.rounding, o.seed), original=sixteen, rename=rename,
+            quantize=o.quantize, rounding=Rounding(o.rounding, o.seed), original=sixteen, as_trained=o.as_trained,
+            rename=rename,
             allow_partial=o.allow_partial, calibration=_text(o),
         )  # fmt: skip
         return _placed(with_tokenizer(plan, o.tokenizer), o.overwrite, checkpoint)
@@ -135,7 +141,7 @@ def verify(o: VerifyOptions) -> Iterator[Verdict]:
         given = open_adapters(o.adapters, o.scale, weights=o.weights)
     check_cached(shard.file for model in (checkpoint, there) for shard in model.shards)
     check_cached(file for one in given for file in one.adapter.files)
-    plan = make_plan(checkpoint, given, Path("never written"), rename=renaming(o.rename))
+    plan = make_plan(checkpoint, given, Path("never written"), as_trained=o.as_trained, rename=renaming(o.rename))
 
     def verdicts() -> Iterator[Verdict]:
         with progress_bar("verifying", "tensors", o.progress) as show:

@@ -130,6 +130,7 @@ def record(plan: MergePlan, hashes: Hashes) -> dict[str, Any]:
             for one, files in zip(plan.adapters, hashes.adapters, strict=True)
         ],
         "dtype": plan.stored_as,
+        "as_trained": plan.trained_as,
         "tensors_changed": plan.edits,
         "skipped": list(plan.skipped),
         "notes": list(plan.notes),

@@ -18,7 +18,7 @@ import torch
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.algebra.tolerance import Rows, Tolerance
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.quant import QuantizedWeight
+from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
 from adapterkit.base.quant import weights as weights_in
 from adapterkit.base.row_reader import reader
 from adapterkit.base.tied_embeddings import find_tie
@@ -26,6 +26,7 @@ from adapterkit.errors import FitError
 from adapterkit.files.opening import open_regular
 from adapterkit.files.safetensors import FLOAT_DTYPES, TORCH_NAMES, TensorInfo, Weight
 from adapterkit.files.stamps import check_unchanged
+from adapterkit.merging.blocks.as_trained import trained_rows
 from adapterkit.merging.blocks.block import merge_rows, replayed
 from adapterkit.merging.blocks.device import Buffers
 from adapterkit.merging.blocks.loading import Loaded, load_merge
@@ -79,7 +80,8 @@ def verify(
     def check(name: str) -> Verdict:
         if name in modified:
             return _check_modified(plan, *modified[name], after[name], share)
-        return _check_unmodified(name, before[name], after[name], share)
+        edit = edits[name][0] if name in edits else None
+        return _check_unmodified(name, before[name], after[name], share, edit.as_trained if edit else None)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         for done, verdict in enumerate(pool.map(check, names), 1):
@@ -247,7 +249,9 @@ def _part_of(edit: MergeEdit, number: int, given: WeightedAdapter) -> MergeEdit 
 # --- the others ------------------------------------------------------------------------------------------------------
 
 
-def _check_unmodified(name: str, before: Weight, after: Weight, share: float) -> Verdict:
+def _check_unmodified(
+    name: str, before: Weight, after: Weight, share: float, as_trained: QuantizationSpec | None
+) -> Verdict:
     """Compare a tensor that no adapter modifies with the base's, converted if the dtype differs."""
     columns = before.shape[-1] if len(before.shape) > 1 else 1
     rows = prod(before.shape) // max(1, columns)
@@ -256,6 +260,8 @@ def _check_unmodified(name: str, before: Weight, after: Weight, share: float) ->
         same = before.read_bytes() == after.read_bytes()
         return Verdict(name, EXACT if same else DIFFERENT, False, prod(before.shape), 0 if same else 1)
     old, new = reader(before, columns), reader(after, columns)
+    if as_trained is not None and isinstance(before, TensorInfo):
+        old = trained_rows(before, (rows, columns), as_trained)
     dtype = _torch(after.dtype)
     checked = mismatched = 0
     first_mismatch = ""

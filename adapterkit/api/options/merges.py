@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.api.options.adapters import ADAPTERS, WeightsOptions
 from adapterkit.api.options.progress import ProgressOptions
-from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, writable_kinds
+from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, training_kinds, writable_kinds
 from adapterkit.files.safetensors import DTYPE_SPELLINGS, OUTPUT_DTYPES
 from adapterkit.merging.plan.tokenizers import TOKENIZERS
 from adapterkit.merging.run_options import RunOptions
@@ -48,10 +48,14 @@ class QuantizingOptions(Options):
 
 
 @dataclass(frozen=True)
-class StrengthOptions(WeightsOptions):
-    """Strength and names of merged adapters"""
+class MergedOptions(WeightsOptions):
+    """Strength and names of merged adapters, and what they are merged onto"""
 
     _: KW_ONLY
+    as_trained: str | None = option(
+        None, "Merge onto `base` as quantized to this kind for training (QLoRA)", training_kinds, group=QUANTIZATION,
+        in_form=False,
+    )  # fmt: skip
     scale: float = option(1.0, "Multiply every adapter's strength", group=ADAPTERS, in_form=False)
     rename: str | tuple[str, str] | None = option(
         None, "Rename parts of the adapter's module names",
@@ -61,7 +65,7 @@ class StrengthOptions(WeightsOptions):
 
 
 @dataclass(frozen=True)
-class MergeOptions(StrengthOptions, QuantizingOptions):
+class MergeOptions(MergedOptions, QuantizingOptions):
     """Adapters into a base"""
 
     base: AnyModel = argument("Base model: a directory, a .safetensors file or a Hub id")
@@ -140,7 +144,7 @@ class MergeCall(ProgressOptions, MergeRunOptions, MergeOptions):
 
 
 @dataclass(frozen=True)
-class VerifyOptions(ProgressOptions, StrengthOptions):
+class VerifyOptions(ProgressOptions, MergedOptions):
     """A merge checked"""
 
     merged: AnyModel = argument("Model to check", label="merged model")

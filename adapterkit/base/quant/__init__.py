@@ -37,10 +37,14 @@ __all__ = [
     "shapes_need_values",
     "spec_for",
     "supported_schemes",
+    "training_kinds",
+    "training_settings",
     "unbounded_kinds",
     "weights",
     "writable_kinds",
 ]
+
+DOUBLE = "-dq"  # double quantization
 
 # The scheme of each module in `schemes`.
 SCHEMES: dict[str, Scheme] = {
@@ -113,6 +117,16 @@ def _writers() -> dict[str, Writer]:
 def writable_kinds() -> tuple[str, ...]:
     """Return the kinds that weights can be quantized to."""
     return tuple(_writers())
+
+
+def training_kinds() -> tuple[str, ...]:
+    """Return the kinds that a base can be quantized to for training; `-dq` are those with quantized scales."""
+    return tuple(kind + nested for kind, writer in _writers().items() for nested in ("", DOUBLE)[: 1 + writer.nests])
+
+
+def training_settings(kind: str) -> QuantizationSettings:
+    """Return the settings of one of `training_kinds`."""
+    return QuantizationSettings(kind.removesuffix(DOUBLE), nested=kind.endswith(DOUBLE))
 
 
 def unbounded_kinds() -> tuple[str, ...]:

@@ -105,6 +105,7 @@ class QuantizationSpec(ABC):
     """A plan to quantize one weight, with the layout of its tensors, made before the weight is read."""
 
     bits: ClassVar[int]  # per element, without scales
+    scales_together: bool = False  # whether the scales of all rows depend on each other
     source_dtype: ClassVar[str] = "F32"  # that weights are quantized from
     dtype: str  # that the weight dequantizes to
     rounding: Rounding
@@ -144,7 +145,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def unpack(self, packed: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Dequantize the packed rows `first:last` to float32, after `finish`."""
+        """Dequantize the packed rows `first:last` to float32; after `finish` if scales depend on each other."""
 
     @abstractmethod
     def max_magnitude(self) -> float:

@@ -65,7 +65,8 @@ def merge_rows(
     out = buffers.output(into, getattr(torch, TORCH_NAMES[edit.dtype])).view(-1, edit.matrix[1])
     undone = None
     if source is not None and compute_dtype(edit) is torch.float32:
-        squares, undone = _merge_plain(source, first, loaded.updates, out, buffers, undoable)
+        recorded = undoable and edit.as_trained is None
+        squares, undone = _merge_plain(source, first, loaded.updates, out, buffers, recorded)
     else:
         by_chunk = []
         for start, sums in _sums(loaded, source, first, last, buffers):
@@ -91,6 +92,10 @@ def _undo(
 ) -> Undo:
     """The undo that restores `source`, rows from `first` on, from `out`; `found` if only plain updates were added."""
     edit = loaded.edit
+    if edit.as_trained is not None:  # `source` has lost what quantization loses
+        stored = read_rows(edit, None, loaded.fd, first, first + len(source), buffers)
+        assert stored is not None
+        return difference(stored, out)
     if found is None and (edit.replaced or edit.added):
         found = difference(source, out)
     elif found is None:

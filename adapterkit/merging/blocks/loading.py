@@ -11,6 +11,8 @@ import torch
 from adapterkit.adapter.weights import load_weights
 from adapterkit.algebra.updates import Update, measure_columns, update_for
 from adapterkit.base.quant.weight import Codes, QuantizedWeight, Quantizer, Rows
+from adapterkit.files.safetensors import TensorInfo
+from adapterkit.merging.blocks.as_trained import trained_rows
 from adapterkit.merging.blocks.device import CPU, ComputeDevice
 from adapterkit.merging.blocks.overflow import check_finite
 from adapterkit.merging.blocks.reading import base_chunks, compute_dtype
@@ -32,7 +34,7 @@ class Loaded(Generic[E]):
     updates: list[Update]
     codes: Codes | None = None
     added: tuple[torch.Tensor, ...] = ()  # to a bias
-    packed: Rows | None = None  # if the base is quantized
+    packed: Rows | None = None  # if the base is quantized, or was for training
     packer: Quantizer | None = None  # if the output is quantized
     checked_against: Dequantized | None = None
 
@@ -60,6 +62,8 @@ def load_merge(edit: MergeEdit, fd: int) -> Loaded[MergeEdit]:
     """Read the factors of a merge, the biases, and the scales of quantized weights."""
     columns, dtype = edit.matrix[1], compute_dtype(edit)
     packed = edit.source.open(columns) if isinstance(edit.source, QuantizedWeight) else None
+    if edit.as_trained is not None and isinstance(edit.source, TensorInfo):
+        packed = trained_rows(edit.source, edit.matrix, edit.as_trained)
     updates: list[Update] = []
     for delta in edit.deltas:
         update = _update(edit, delta)

@@ -105,7 +105,8 @@ class MergeEdit(Edit):
     """A tensor that adapters change, or that changes its dtype or quantization.
 
     Without a `source` the tensor is new and `replaced` provides it. With a `packing` it is quantized: `start:stop` is
-    the span of the packed weights, `parts` are the spans of its other tensors.
+    the span of the packed weights, `parts` are the spans of its other tensors. With `as_trained` the source is
+    quantized and dequantized before anything is added to it.
     """
 
     replaced: tuple[Replacement, ...] = ()
@@ -113,6 +114,7 @@ class MergeEdit(Edit):
     packing: QuantizationSpec | None = None
     checked_against: QuantizedWeight | None = None  # must match the source, quantized
     parts: tuple[tuple[int, int], ...] = ()
+    as_trained: QuantizationSpec | None = None
 
     @property
     def stored_bits(self) -> int:
@@ -123,7 +125,7 @@ class MergeEdit(Edit):
         """Number of rows that must stay in one block: its row count is a multiple of this."""
         columns = self.matrix[1]
         own = 2 if isinstance(self.source, QuantizedWeight) and columns * self.source.bits % 8 else 1  # whole bytes
-        return lcm(own, self.packing.rows_together(columns)) if self.packing else own
+        return lcm(own, *(spec.rows_together(columns) for spec in (self.packing, self.as_trained) if spec))
 
     @property
     def changes(self) -> bool:

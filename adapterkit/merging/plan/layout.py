@@ -26,11 +26,12 @@ class Entry:
     added: tuple[Addition, ...] = ()
     packing: QuantizationSpec | None = None
     checked_against: QuantizedWeight | None = None
+    as_trained: QuantizationSpec | None = None
 
     @property
     def copied(self) -> TensorInfo | None:
         """The input's tensor, if the output copies its bytes."""
-        changed = self.deltas or self.replaced or self.added or self.packing or self.checked_against
+        changed = self.deltas or self.replaced or self.added or self.packing or self.checked_against or self.as_trained
         if changed or not isinstance(self.source, TensorInfo):
             return None
         return self.source if self.source.dtype == self.dtype else None
@@ -65,7 +66,7 @@ def lay_out(header: Header, entries: Sequence[Entry], metadata: Mapping[str, str
         edits.append(
             MergeEdit(
                 entry.name, entry.source, entry.dtype, entry.shape, start, stop, entry.deltas, entry.replaced,
-                entry.added, entry.packing, entry.checked_against, tuple(parts),
+                entry.added, entry.packing, entry.checked_against, tuple(parts), entry.as_trained,
             )
         )  # fmt: skip
     size = max((stop for _, stop in spans.values()), default=len(raw))

@@ -23,6 +23,7 @@ from adapterkit.base.quant import (
     float_dtype,
     kinds,
     spec_for,
+    training_settings,
     weights,
     writable_kinds,
 )
@@ -52,6 +53,8 @@ class _Draft:
     untied: tuple[str, str] | None = None  # the embedding, and the head that needs a tensor of its own
     packings: dict[str, QuantizationSpec | None] = field(default_factory=dict)  # None: packed bytes are copied
     quantized_base: dict[str, QuantizedWeight] = field(default_factory=dict)  # if merging into its original
+    training: QuantizationSettings | None = None  # by which the base was quantized for it
+    trained: dict[str, QuantizationSpec] = field(default_factory=dict)  # of the weights that are merged onto that
     dtype: str | None = None
 
     @classmethod
@@ -132,21 +135,43 @@ class _Draft:
         key = "dtype" if "dtype" in self.config else "torch_dtype"
         self.config = _with_nested(self.config, key, TORCH_NAMES[self.dtype])
 
+    def quantize_for_training(self, settings: QuantizationSettings) -> None:
+        """Merge onto linear layers as they were quantized for training, of a base that is not quantized."""
+        if self.schemes or self.base.quantization:
+            state = f"already quantized ({'; '.join(self.schemes) or self.base.quantization})"
+            hint = "omit `as_trained`: adapters are merged into its dequantized weights"
+            raise FitError(f"{self.base.path}: {state}", hint=hint if self.schemes else merge_into_original())
+        self.training = settings
+        self.trained = {name: spec_for(weight, settings) for name, weight in self._linear().items()}
+        if not self.trained:
+            raise FitError(f"{self.base.path}: no linear layer to quantize")
+        scheme = next(iter(self.trained.values())).scheme
+        self.notes.append(f"all linear layers are first quantized to {scheme} and dequantized, as in training")
+
     def quantize(self, settings: QuantizationSettings) -> None:
         """Quantize the weights that are quantized in the base, or all linear layers if none are."""
-        if self.base.config.get("model_type") in CONV1D_MODELS:
-            raise FitError(f"{self.base.path}: quantizing Conv1D layers (stored transposed) is not supported")
+        linear = self._linear()
         packed = self.quantized_base or {
             name: weight for name, weight in self.tensors.items() if isinstance(weight, QuantizedWeight)
         }
-        linear = {name: weight for name, weight in self.base.tensors.items() if is_linear(name, weight)}
+        as_trained = self.training is not None and self.training.kind == settings.kind
+        if self.training is not None and as_trained:
+            settings = replace(settings, nested=self.training.nested)
         for name, weight in (packed or linear).items():
             same = isinstance(weight, QuantizedWeight) and weight.kind == settings.kind
             unchanged = same and not self.quantized_base and not self.changes.touches(name)
             self.packings[name] = None if unchanged else spec_for(weight, settings)
+            if as_trained and not self.changes.touches(name):  # quantized as for training, and not once more
+                self.packings[name] = self.trained.pop(name)
         if {weight.kind for weight in packed.values()} != {settings.kind}:
             dtype = float_dtype(self.base.config, self.base.tensors)
             self.config["quantization_config"] = declaration(settings, dtype)
+
+    def _linear(self) -> dict[str, TensorInfo]:
+        """The weights of linear layers. Raises FitError if they are stored transposed."""
+        if self.base.config.get("model_type") in CONV1D_MODELS:
+            raise FitError(f"{self.base.path}: quantizing Conv1D layers (stored transposed) is not supported")
+        return {name: weight for name, weight in self.base.tensors.items() if is_linear(name, weight)}
 
     def plan(self, out: Path, given: Sequence[WeightedAdapter]) -> MergePlan:
         """Lay out every file."""
@@ -197,24 +222,29 @@ def make_plan(
     rounding: Rounding = NEAREST,
     calibration: Path | None = None,
     original: Checkpoint | None = None,
+    as_trained: str | None = None,
     rename: tuple[str, str] | None = None,
     allow_partial: bool = False,
 ) -> MergePlan:
     """Plan `base + Σ weight · adapter`, written to `out`, from headers alone.
 
     A quantized base is dequantized, unless `quantize` names a scheme or is "same". With the `original` that a quantized
-    base was made from, the adapters are merged into that instead. Raises FitError if any part of an adapter matches no
+    base was made from, the adapters are merged into that instead. With `as_trained`, one of `training_kinds`, they are
+    merged onto the base as it was quantized for training. Raises FitError if any part of an adapter matches no
     base tensor or several, or does not fit in shape, rank or dtype.
     """
     if not given:
         raise UsageError("no adapter given: nothing to merge")
-    draft = _Draft.of(original or base)
-    if "nf4" in kinds(draft.tensors):
+    draft, training = _Draft.of(original or base), None if as_trained is None else training_settings(as_trained)
+    if "nf4" in kinds(draft.tensors) or (training is not None and training.kind == "nf4"):
         given = [replace(one, adapter=one.adapter.given("quantized base")) for one in given]
     for adapter in given:
         check_mergeable(adapter)
     if original is not None:
         draft.check_against(base)
+    if training is not None:
+        draft.quantize_for_training(training)
+        quantize = training.kind if quantize == "same" else quantize
     draft.fit(given, rename, allow_partial)
     draft.describe(given)
     if quantize is None:
@@ -286,10 +316,12 @@ def _entries(header: Header, draft: _Draft, copied: set[str], new: Sequence[str]
     tensors, changes, packings = draft.tensors, draft.changes, draft.packings
 
     def entry(name: str, source: TensorInfo | QuantizedWeight | None, stored: str, shape: tuple[int, ...]) -> Entry:
+        trained = draft.trained.get(name)
+        stored = trained.dtype if trained is not None else stored
         dtype = draft.dtype if draft.dtype is not None and stored in FLOAT_DTYPES else stored
         return Entry(
             name, source, dtype, shape, tuple(changes.deltas.get(name, ())), tuple(changes.replaced.get(name, ())),
-            tuple(changes.added.get(name, ())), packings.get(name), draft.quantized_base.get(name),
+            tuple(changes.added.get(name, ())), packings.get(name), draft.quantized_base.get(name), trained,
         )  # fmt: skip
 
     for stored in sorted(header.tensors.values(), key=lambda info: (info.start, info.stop)):

@@ -142,6 +142,11 @@ class MergePlan(Displayed):
         return list(dict.fromkeys(edit.packing.scheme for edit in self.merges if edit.packing))
 
     @property
+    def trained_as(self) -> list[str]:
+        """The quantization schemes of the base in training, which its weights are rounded to."""
+        return list(dict.fromkeys(edit.as_trained.scheme for edit in self.merges if edit.as_trained))
+
+    @property
     def stored_as(self) -> str:
         """The requested dtype, or that of dequantized weights; else the base's."""
         plain = (edit for edit in self.merges if not edit.packing)
@@ -168,6 +173,7 @@ class MergePlan(Displayed):
             "dtype": self.stored_as,
             "tokenizer": self.tokenizer.label if self.tokenizer else self.base.name,
             "quantized_to": self.schemes,
+            "as_trained": self.trained_as,
             "bytes_to_write": self.bytes_to_write,
             "bytes_free": disk_usage(next(p for p in self.out.absolute().parents if p.exists())).free,
             "landed": {label: {name: list(at) for name, at in landed.items()} for label, landed in self.ledger.items()},
@@ -188,8 +194,9 @@ class MergePlan(Displayed):
             changed = f"{self.edits} of {tensors}" + (f", changed by {labels}" if labels else "")
             return [f"restores  {changed if self.edits else f'{tensors} from {self.base.name}'}", writes]
         stored = f"quantized to {'; '.join(self.schemes)}" if self.schemes else f"dtype {self.stored_as}"
+        trained = f", as quantized to {'; '.join(self.trained_as)}" if self.trained_as else ""
         return [
-            f"base      {self.base.name}: {tensors} in {counted(len(self.files), 'file')}",
+            f"base      {self.base.name}: {tensors} in {counted(len(self.files), 'file')}{trained}",
             *(line for given in self.adapters for line in self._adapter_lines(given)),
             f"changes   {self.edits} of {tensors}, {stored}",
             writes,

@@ -92,7 +92,7 @@ def _edit(edit: MergeEdit | RestoreEdit, in_memory: Iterable[int]) -> list[Any]:
     source = None if edit.source is None else (edit.source.name, edit.source.start, edit.source.dtype)
     if isinstance(edit, RestoreEdit):
         return [edit.name, source, deltas, edit.recorded, edit.quantized]
-    others = [part for part in (edit.replaced, edit.added, edit.packing, edit.checked_against) if part]
+    others = [part for part in (edit.replaced, edit.added, edit.packing, edit.checked_against, edit.as_trained) if part]
     return [edit.name, source, deltas, *others]
 
 

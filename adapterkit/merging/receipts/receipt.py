@@ -135,10 +135,11 @@ def irreversible(plan: MergePlan) -> str | None:
 
 def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str, Any]:
     """The receipt of a merge as JSON facts."""
+    base = f"dequantize(quantize(W, {'; '.join(plan.trained_as)}))" if plan.trained_as else "W"
     return {
         "adapterkit_receipt": FORMAT,
         "adapterkit": __version__,
-        "method": "W' = W + sum of weight * scaling * B @ A, rounded once to nearest even",
+        "method": f"W' = {base} + sum of weight * scaling * B @ A, rounded once to nearest even",
         "base": plan.base.name,
         "adapters": [
             {

@@ -37,7 +37,7 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
     )
     merges = list(plan.merges)
     blocks = 3  # the input, and two outputs
-    if any(isinstance(edit.source, QuantizedWeight) or edit.checked_against for edit in merges):
+    if any(isinstance(edit.source, QuantizedWeight) or edit.checked_against or edit.as_trained for edit in merges):
         blocks += 4  # packed bytes as indices, as float32, and rounded
     if any(edit.packing and edit.packing.rounding.kind == "compensated" for edit in merges):
         blocks += 5

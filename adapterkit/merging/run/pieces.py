@@ -149,7 +149,7 @@ def _is_small(edit: MergeEdit | RestoreEdit) -> bool:
     if not isinstance(edit, MergeEdit) or not 0 < edit.stop - edit.start <= BLOCK_BYTES // SMALL_SHARE:
         return False
     plain = isinstance(edit.source, TensorInfo) and edit.source.dtype == edit.dtype and edit.dtype in ("BF16", "F16")
-    others = edit.replaced or edit.added or edit.packing or edit.checked_against or edit.renormalizes
+    others = edit.replaced or edit.added or edit.packing or edit.checked_against or edit.as_trained or edit.renormalizes
     return plain and not others and bool(edit.deltas) and all(delta.target.expert is None for delta in edit.deltas)
 
 

@@ -64,6 +64,10 @@ class Spec4bit(QuantizationSpec):
         return cls(weight.shape, dtype, *options, rounding=settings.rounding)
 
     @property
+    def scales_together(self) -> bool:  # type: ignore[override]
+        return self.nested
+
+    @property
     def scheme(self) -> str:
         return scheme_name(self.kind, self.blocksize, self.nested)
 
