@@ -80,6 +80,14 @@ class LazyTensor(Displayed):
         start, shape = info.start + first * row, (last - first, *self.shape[1:])
         return replace(info, start=start, stop=start + (last - first) * row, shape=shape).read()
 
+    def equals(self, other: LazyTensor) -> bool:
+        """Return whether another tensor has the same shape, dtype and bytes; reads a few megabytes at a time."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        step = max(1, (16 << 20) // max(1, tensor_bytes(self.dtype, self.shape[1:])))
+        spans = [(first, min(self.shape[0], first + step)) for first in range(0, self.shape[0], step)]
+        return all(bool((self.read_rows(*span) == other.read_rows(*span)).all()) for span in spans)
+
 
 def read_all(tensors: Sequence[LazyTensor]) -> list[torch.Tensor]:
     """Read many tensors, each in its stored dtype; neighbours in a file in a single read."""

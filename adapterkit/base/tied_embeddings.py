@@ -12,8 +12,6 @@ from typing import Any
 
 from adapterkit.base.architectures import (
     ALWAYS_TIED,
-    HEADS,
-    INPUT_EMBEDDINGS,
     LFM2_MODELS,
     NEVER_TIED,
     TEXT_CONFIG_DECIDES,
@@ -22,7 +20,7 @@ from adapterkit.base.architectures import (
     UNTIED,
 )
 from adapterkit.base.checkpoint import Checkpoint
-from adapterkit.base.checkpoint_names import names_in_model
+from adapterkit.base.vocabulary import head_suffix, heads_in, input_embeddings
 from adapterkit.files.safetensors import TensorInfo
 
 # --- the config ------------------------------------------------------------------------------------------------------
@@ -96,15 +94,12 @@ class Tie:
 def find_tie(base: Checkpoint) -> Tie | None:
     """Return the embedding and the head that `base` ties, or may tie; None if it certainly ties none."""
     tied = declared(base.config)
-    in_model, ends = names_in_model(base.config), tuple(f".{end}" for end in INPUT_EMBEDDINGS)
-    outside = [name for name in base.tensors if not any(part.isdecimal() for part in name.split("."))]  # any layer
-    found = [name for name in outside if f".{in_model(name)}".endswith(ends)]
+    found = input_embeddings(base.tensors, base.config)
     if tied is False or not found:
         return None
     embedding = min(found, key=lambda name: (not name.endswith("shared.weight"), found.index(name)))
-    head = HEADS.get(base.config.get("model_type", ""), "lm_head.weight")
-    heads = (name for name in outside if f".{name}".endswith(f".{head}") or f".{in_model(name)}".endswith(f".{head}"))
-    stored = next(heads, None)
+    head = head_suffix(base.config)
+    stored = next(iter(heads_in(base.tensors, base.config)), None)
     if stored is None and head.endswith(".decoder.weight"):  # a head with more tensors, without which it doesn't exist
         within = head.removesuffix("decoder.weight")
         if not any(name.startswith(within) for name in base.tensors):

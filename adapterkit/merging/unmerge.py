@@ -14,9 +14,10 @@ from pathlib import Path
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import CONFIG, Checkpoint
 from adapterkit.base.quant import QuantizedWeight, weights
+from adapterkit.base.vocabulary import first_rows, rows_of
 from adapterkit.errors import FitError, FormatError, UsageError
 from adapterkit.files.jsonfile import read_json
-from adapterkit.files.safetensors import Header, TensorInfo, Weight, read_header
+from adapterkit.files.safetensors import Header, TensorInfo, read_header
 from adapterkit.files.staging import BEFORE, RECEIPT
 from adapterkit.merging.companions import (
     copied_files,
@@ -121,7 +122,7 @@ def _with_shards(merged: Checkpoint, receipt: Receipt) -> Checkpoint:
 class _OpenShard:
     """One merged file: its receipt, the headers of base, merged file and sidecar, and the base's tensors.
 
-    `tensors` that the merged file lacks lie in the sidecar.
+    `tensors` that the merged file lacks lie in the sidecar; those that it shortens end where `last_rows` begin.
     """
 
     shard: Shard
@@ -130,21 +131,36 @@ class _OpenShard:
     after: Header
     sidecar: Header
     tensors: dict[str, TensorInfo]
+    last_rows: tuple[SidecarCopy, ...]
 
 
 def _open_shard(shard: Shard, after: Header, receipt: Receipt) -> _OpenShard:
     sidecar = read_header(receipt.sidecar(shard))
     raw, before = base_header(sidecar, after.file, shard.size)
-    tensors = {}
+    tensors, last_rows = {}, []
     for number, info in enumerate(before.tensors.values()):
         stored = sidecar.tensors.get(dropped_name(number))
-        if stored is not None and (stored.dtype, stored.shape) != (info.dtype, info.shape):
+        if stored is None:
+            tensors[info.name] = info
+        elif (stored.dtype, stored.shape) == (info.dtype, info.shape):
+            tensors[info.name] = replace(stored, name=info.name)
+        elif (kept := _without(info, stored)) is not None:
+            tensors[info.name] = kept
+            last_rows.append(SidecarCopy(stored, kept.stop))
+        else:
             raise FormatError(
                 f"{sidecar.file}: {stored.name} is {stored.dtype} {stored.shape}, "
-                f"expected {info.dtype} {info.shape} for {info.name}"
+                f"expected {info.dtype} {info.shape} for {info.name}, or its last rows"
             )
-        tensors[info.name] = info if stored is None else replace(stored, name=info.name)
-    return _OpenShard(shard, raw, before, after, sidecar, tensors)
+    return _OpenShard(shard, raw, before, after, sidecar, tensors, tuple(last_rows))
+
+
+def _without(info: TensorInfo, last: TensorInfo) -> TensorInfo | None:
+    """The rows of a tensor before its `last` ones; None if those are not rows of it."""
+    rows = rows_of(info.shape) - (last.shape[0] if last.shape else 0)
+    kept = first_rows(info, max(0, rows))
+    fits = rows > 0 and (last.dtype, last.shape[1:]) == (info.dtype, kept.shape[1:])
+    return kept if fits and kept.nbytes + last.nbytes == info.nbytes else None
 
 
 def _file(opened: _OpenShard, quantized: Mapping[str, QuantizedWeight], given: Sequence[WeightedAdapter]) -> FilePlan:
@@ -152,19 +168,22 @@ def _file(opened: _OpenShard, quantized: Mapping[str, QuantizedWeight], given: S
     after, before = opened.after, opened.before
     changed = {name: (number, parts) for number, (name, parts) in enumerate(opened.shard.tensors)}
     blocks = recorded_rows(opened.sidecar)
-    copies, edits, from_sidecar = [], [], []
-    for info in sorted(before.tensors.values(), key=lambda info: (info.start, info.stop)):
-        stored, now = opened.tensors[info.name], after.tensors.get(info.name)
+    copies, edits, from_sidecar = [], [], list(opened.last_rows)
+    for whole in sorted(before.tensors.values(), key=lambda info: (info.start, info.stop)):
+        info, now = opened.tensors[whole.name], after.tensors.get(whole.name)
         if not info.nbytes:
             continue
-        if stored.file == opened.sidecar.file:
-            from_sidecar.append(SidecarCopy(stored, info.start))
+        if info.file == opened.sidecar.file:
+            from_sidecar.append(SidecarCopy(info, whole.start))
             continue
-        weight: Weight = quantized.get(info.name, info)
+        weight: TensorInfo | QuantizedWeight = quantized.get(info.name, info)
+        if now is not None and now.shape != weight.shape:  # a merge added or removed rows
+            now = first_rows(now, rows_of(weight.shape))
+            weight = first_rows(weight, rows_of(weight.shape)) if isinstance(weight, TensorInfo) else weight
         if info.name in changed:
             fits = now is not None and weight.dtype in HOLDS.get(now.dtype, ())
         else:
-            fits = now is not None and now.dtype == info.dtype and weight is info
+            fits = now is not None and now.dtype == info.dtype and isinstance(weight, TensorInfo)
         if now is None or now.shape != weight.shape or not fits:
             found = "is missing" if now is None else f"is {now.dtype} {now.shape}"
             raise FitError(

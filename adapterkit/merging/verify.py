@@ -6,7 +6,7 @@ as read in another dtype (`Reading`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -126,8 +126,10 @@ def _check_names(
             hint=f"is {plan.base.path} its base?",
         )
     for name, weight in before.items():
-        if name in after and after[name].shape != weight.shape:
-            raise FitError(f"{name}: shape {weight.shape} in the base, {after[name].shape} in {merged.path}")
+        expected = plan.resized.get(name, weight.shape)
+        if name in after and after[name].shape != expected:
+            where = "the merged model" if name in plan.resized else "the base"
+            raise FitError(f"{name}: shape {expected} in {where}, {after[name].shape} in {merged.path}")
 
 
 # --- tensors that adapters modify ------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ class _Repeated:
         )
         stored = {reading.factors} if reading.factors else _factor_dtypes(self.edit)
         tolerance, sums = Tolerance(exact.updates, reading.result, stored), Sums(len(self.alone))
-        for first, last in _spans(*self.edit.matrix, share):
+        for first, last in _shares(self.edit.spans(_block_rows(self.edit.matrix[1])), share):
             written = self.read(first, last)
             found = written.to(reading.result)
             if not torch.equal(found.to(written.dtype), written) and bool(written.isfinite().all()):
@@ -252,9 +254,12 @@ def _part_of(edit: MergeEdit, number: int, given: WeightedAdapter) -> MergeEdit 
 def _check_unmodified(
     name: str, before: Weight, after: Weight, share: float, as_trained: QuantizationSpec | None
 ) -> Verdict:
-    """Compare a tensor that no adapter modifies with the base's, converted if the dtype differs."""
-    columns = before.shape[-1] if len(before.shape) > 1 else 1
-    rows = prod(before.shape) // max(1, columns)
+    """Compare a tensor that no adapter modifies with the base's, converted if the dtype differs.
+
+    A shortened one has the base's first rows, and an extended bias has zeros after them.
+    """
+    columns = before.shape[-1] if len(before.shape) > 1 and before.shape[1:] == after.shape[1:] else 1
+    rows, kept = (prod(weight.shape) // max(1, columns) for weight in (after, before))
     if before.dtype not in FLOAT_DTYPES:
         assert isinstance(before, TensorInfo) and isinstance(after, TensorInfo)
         same = before.read_bytes() == after.read_bytes()
@@ -265,8 +270,12 @@ def _check_unmodified(
     dtype = _torch(after.dtype)
     checked = mismatched = 0
     first_mismatch = ""
-    for first, last in _spans(rows, columns, share):
-        expected, found = old(first, last).to(dtype), new(first, last)
+    spans = ((first, min(rows, first + step)) for step in [_block_rows(columns)] for first in range(0, rows, step))
+    for first, last in _shares(spans, share):
+        found = new(first, last)
+        expected = torch.zeros_like(found)
+        if first < kept:
+            expected[: kept - first] = old(first, min(last, kept)).to(dtype)
         differ = (expected != found) & ~(expected.isnan() & found.isnan())
         if not mismatched and bool(differ.any()):
             i, j = differ.nonzero()[0].tolist()
@@ -279,11 +288,13 @@ def _check_unmodified(
     return Verdict(name, kind, False, checked, mismatched, (), first_mismatch, first_mismatch)
 
 
-def _spans(rows: int, columns: int, share: float) -> Iterator[tuple[int, int]]:
-    """Blocks of rows, or the given share from the middle of each."""
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    for first in range(0, rows, step):
-        last = min(rows, first + step)
+def _block_rows(columns: int) -> int:
+    return max(1, BLOCK_ELEMENTS // max(1, columns))
+
+
+def _shares(blocks: Iterable[tuple[int, int]], share: float) -> Iterator[tuple[int, int]]:
+    """The given share of rows from the middle of each block."""
+    for first, last in blocks:
         take = max(1, round((last - first) * share))
         start = first + (last - first - take) // 2
         yield start, start + take

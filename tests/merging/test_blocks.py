@@ -93,31 +93,31 @@ def test_rows_are_the_same_or_not() -> None:
     assert not _same(None, rows)
 
 
-@pytest.mark.parametrize("new", [False, True], ids=["in the base", "new"])
+@pytest.mark.parametrize("kept", [20, 13, 0], ids=["in the base", "longer", "new"])
 @pytest.mark.parametrize("weight", [1.0, 0.25, -1.0])
-def test_values_replace_the_base_wherever_it_is_cut(weight: float, new: bool, tmp_path: Path) -> None:
-    """All rows, then single rows: first, last and adjacent, interpolated by a weight."""
+def test_values_replace_the_base_wherever_it_is_cut(weight: float, kept: int, tmp_path: Path) -> None:
+    """All rows, then single rows: first, last and adjacent, interpolated by a weight; new rows take the values whole."""
     W, whole, tokens = torch.randn(20, 3), torch.randn(20, 3), torch.randn(4, 3).half()
-    rows, vector = (19, 0, 6, 7), torch.randn(20)
-    save_file({"m.weight": W}, tmp_path / "m.safetensors")
-    source = None if new else read_header(tmp_path / "m.safetensors").tensors["m.weight"]
+    rows, vector = (19, 0, 12, 13), torch.randn(20)
+    save_file({"m.weight": W[: kept or 20]}, tmp_path / "m.safetensors")
+    source = read_header(tmp_path / "m.safetensors").tensors["m.weight"] if kept else None
     replaced = (
         Replacement(LazyTensor.of(whole), weight),
         Replacement(LazyTensor.of(tokens), weight, rows),
     )
     edit = MergeEdit("m.weight", source, "F32", (20, 3), 0, 240, (), replaced, (Addition(LazyTensor.of(vector), 0.5),))
-    exact = torch.zeros(20, 3).double() if new else W.double()
-    share = 1.0 if new else weight
-    exact += share * (whole.double() - exact)
-    exact[list(rows)] += share * (tokens.double() - exact[list(rows)])
+    exact = whole.double()
+    exact[:kept] = (W.double() + weight * (whole.double() - W.double()))[:kept]
+    exact[list(rows)] += weight * (tokens.double() - exact[list(rows)])
     exact += 0.5 * vector[:, None].double()
     fd = os.open(tmp_path / "m.safetensors", os.O_RDONLY)
     loaded, buffers = load(edit, fd), Buffers()
     for chunk in (1, 6, 12, 1000):
         buffers.place = ComputeDevice(torch.device("cpu"), chunk)
         for size in (1, 7, 20):
-            for first in range(0, 20, size):
-                last = min(20, first + size)
+            spans = list(edit.spans(size))
+            assert [row for span in spans for row in range(*span)] == list(range(20))
+            for first, last in spans:
                 into = bytearray((last - first) * 12)
                 merge_rows(loaded, first, last, buffers, memoryview(into))
                 assert torch.equal(torch.frombuffer(into, dtype=torch.float32).view(-1, 3), exact[first:last].float())

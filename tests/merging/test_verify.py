@@ -242,8 +242,9 @@ def test_the_tied_head_of_a_model_is_compared(
     base = make_base(
         tensors | ({f"{H}.weight": tensors[f"{E}.weight"].clone()} if stored else {}), {"tie_word_embeddings": True}
     )
-    tokens = {"trainable_token_indices": {"embed_tokens": [3, 7]}} if change == "tokens" else {}
-    adapter = make_adapter(factors("model.layers.0.q", 48, 64) | CHANGES[change], **tokens)
+    config: dict[str, Any] = {"trainable_token_indices": {"embed_tokens": [3, 7]}} if change == "tokens" else {}
+    config["modules_to_save"] = [module for module in (E, H) if f"{module}.weight" in CHANGES[change]]
+    adapter = make_adapter(factors("model.layers.0.q", 48, 64) | CHANGES[change], **config)
     merged = adapterkit.merge(base, [adapter], tmp_path / "merged").out
     follows = change in ("nothing", "tokens", "both alike")
 

@@ -117,10 +117,14 @@ class PeftConfig:
         return self.alpha_pattern.first(module, self.alpha)
 
     def token_indices(self, module: str) -> tuple[int, ...]:
-        """Return the trained rows of `module`; a bare list in the config means the input embedding."""
+        """Return the trained rows of `module`; a bare list in the config means the input embedding.
+
+        PEFT may store a tied head too, without listing it: it has the rows of the only module that is listed.
+        """
         rows = self.tokens
         if isinstance(rows, dict):
-            rows = next((rows[key] for key in rows if module == key or module.endswith("." + key)), ())
+            named = [rows[key] for key in rows if module == key or module.endswith("." + key)]
+            rows = next(iter(named or (rows.values() if len(rows) == 1 else ())), ())
         if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
             return ()
         return tuple(dict.fromkeys(rows))  # without duplicates, so that a mismatch with the tensor shows

@@ -150,7 +150,7 @@ def _kind_of_copy(key: str, name: str, config: PeftConfig) -> Literal["saved", "
     if TRAINED in key or any(saves(entry, module) for entry in entries):
         return "saved"
     bias = leaf == "bias" and config.raw.get("bias", "none") != "none"
-    embedding = leaf == "weight" and module.split(".")[-1] in EMBEDDINGS  # saved too if the vocabulary was resized
+    embedding = leaf in ("weight", "bias") and module.split(".")[-1] in EMBEDDINGS  # saved too if resized
     unexplained = not config.present and PREFIX in key  # PEFT stores nothing else without a role
     return "other" if bias or embedding or unexplained or BASE_LAYER.search(key) else None
 

@@ -40,12 +40,13 @@ def rows_at_a_time(edit: MergeEdit, chunk: int) -> int:
 
 
 def read_rows(edit: Edit, packed: Rows | None, fd: int, first: int, last: int, buffers: Buffers) -> torch.Tensor | None:
-    """Rows `first:last` of the source tensor in its own dtype, valid until the next read; None for a new tensor."""
+    """Rows `first:last` of the source tensor in its own dtype, valid until the next read; None for new rows."""
     info = edit.source
+    if first >= edit.source_rows:
+        return None
     if packed is not None:
         return packed(first, last, partial(buffers.read, fd))
-    if not isinstance(info, TensorInfo):
-        return None
+    assert isinstance(info, TensorInfo)
     _, columns = edit.matrix
     row = tensor_bytes(info.dtype, (columns,))
     start, stop = info.start + first * row, info.start + last * row
@@ -54,7 +55,7 @@ def read_rows(edit: Edit, packed: Rows | None, fd: int, first: int, last: int, b
 
 def stored_rows(edit: Edit, fd: int, first: int, last: int) -> torch.Tensor:
     """The packed bytes of rows `first:last` of a quantized weight; those of the last row include any padding."""
-    packed, (depth, columns) = edit.source, edit.matrix
+    packed, (_, columns), depth = edit.source, edit.matrix, edit.source_rows
     assert isinstance(packed, QuantizedWeight)
     info = packed.stored
     start = info.start + first * columns * packed.bits // 8
@@ -69,13 +70,15 @@ def base_rows(
 ) -> torch.Tensor:
     """Rows `start:stop` of the base with replacements applied, to which the updates are added.
 
-    `source` holds the base's rows from `first` on, or is None for a new tensor.
+    `source` holds the base's rows from `first` on, or is None for new rows: the first values are taken whole, whatever
+    their weight, and rows without any are zero, as in an extended bias.
     """
     shape, dtype, device = (stop - start, edit.matrix[1]), compute_dtype(edit), buffers.place.device
     if source is None:
-        rows = torch.empty(shape, dtype=dtype, device=device)
+        rows = torch.zeros(shape, dtype=dtype, device=device)
     else:
         rows = source[start - first : stop - first].to(dtype, copy=True)
+    known = source is not None
     for change in edit.replaced:
         if change.rows is None:
             values = change.values.read_rows(start, stop).reshape(shape).to(device, dtype)
@@ -87,17 +90,16 @@ def base_rows(
             picked, at = [index for index, _ in hits], [row for _, row in hits]
             values = change.values.read()[picked].to(device, dtype)
         check_finite(values, edit.name)
-        if change.weight == 1.0 or source is None:
+        if change.weight == 1.0 or not known:
             rows[at] = values
         else:
             rows[at] += change.weight * (values - rows[at])
+        known |= change.rows is None
     return rows
 
 
 def base_chunks(edit: MergeEdit, packed: Rows | None, fd: int) -> Iterator[tuple[int, torch.Tensor]]:
     """The whole base tensor as `(first row, rows)`, a chunk at a time."""
-    depth, columns = edit.matrix
-    step, buffers = chunk_rows(columns, CPU.chunk), Buffers()
-    for start in range(0, depth, step):
-        stop = min(depth, start + step)
+    buffers = Buffers()
+    for start, stop in edit.spans(chunk_rows(edit.matrix[1], CPU.chunk)):
         yield start, base_rows(edit, read_rows(edit, packed, fd, start, stop, buffers), start, start, stop, buffers)

@@ -102,7 +102,8 @@ def changes_of(number: int, given: WeightedAdapter, found: Fit) -> Changes:
             assert bias is not None
             changes.added[found.biases[module]].append(Addition(bias, given.weight_of(module) * weights.scaling))
     for name, tensor in found.replaced.items():
-        changes.replaced[tensor].append(Replacement(given.adapter.replaced[name], given.weight_of(name)))
+        values, of_base = given.adapter.replaced[name], name not in given.adapter.new_tensors
+        changes.replaced[tensor].append(Replacement(values, given.weight_of(name), of_base=of_base))
     for module, tensor in found.tokens.items():
         indices, values = given.adapter.tokens[module]
         changes.replaced[tensor].append(Replacement(values, given.weight_of(module), indices))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm, prod
 
@@ -24,11 +25,16 @@ class ModuleUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """Values that replace all or some rows of the base, interpolated by `weight`."""
+    """Values that replace all or some rows of the base, interpolated by `weight`; rows that the base lacks are new.
+
+    With `of_base` they are the layer's own weight during training, not a trained copy (modules_to_save): a tied layer
+    has it too.
+    """
 
     values: LazyTensor
     weight: float
     rows: tuple[int, ...] | None = None
+    of_base: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class Recorded:
 class Edit:
     """One computed output tensor: its source, dtype, shape, and byte span in the output file.
 
-    The tensor is processed as a matrix `(rows, columns)`.
+    The tensor is processed as a matrix `(rows, columns)`, which may have more rows than the source.
     """
 
     name: str
@@ -74,6 +80,18 @@ class Edit:
             return (self.shape[0] if self.shape else 1, 1)
         depth = self.shape[0] * self.shape[1] if len(self.shape) > 2 and self.by_expert else self.shape[0]
         return (depth, prod(self.shape) // depth if depth else 0)
+
+    @property
+    def source_rows(self) -> int:
+        """The number of rows that the source has; further ones are new."""
+        rows, columns = self.matrix
+        return 0 if self.source is None else min(rows, prod(self.source.shape) // max(1, columns))
+
+    def spans(self, step: int) -> Iterator[tuple[int, int]]:
+        """First and last row of blocks of `step` rows, none of which has both rows of the source and new ones."""
+        kept, rows = self.source_rows, self.matrix[0]
+        for start, stop in ((0, kept), (kept, rows)):
+            yield from ((first, min(stop, first + step)) for first in range(start, stop, step))
 
     @property
     def by_expert(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
@@ -34,7 +34,13 @@ class Entry:
         changed = self.deltas or self.replaced or self.added or self.packing or self.checked_against or self.as_trained
         if changed or not isinstance(self.source, TensorInfo):
             return None
-        return self.source if self.source.dtype == self.dtype else None
+        same = (self.source.dtype, self.source.shape) == (self.dtype, self.computed_shape)
+        return self.source if same else None
+
+    @property
+    def computed_shape(self) -> tuple[int, ...]:
+        """The shape in which it is computed: a vector if the source is one, as of a bias whose length changes."""
+        return self.shape[-1:] if self.source is not None and len(self.source.shape) == 1 else self.shape
 
     def stored(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Name, dtype and shape of every stored tensor, the weight itself first."""
@@ -65,12 +71,27 @@ def lay_out(header: Header, entries: Sequence[Entry], metadata: Mapping[str, str
             continue
         edits.append(
             MergeEdit(
-                entry.name, entry.source, entry.dtype, entry.shape, start, stop, entry.deltas, entry.replaced,
-                entry.added, entry.packing, entry.checked_against, tuple(parts), entry.as_trained,
+                entry.name, entry.source, entry.dtype, entry.computed_shape, start, stop, entry.deltas,
+                entry.replaced, entry.added, entry.packing, entry.checked_against, tuple(parts), entry.as_trained,
             )
         )  # fmt: skip
     size = max((stop for _, stop in spans.values()), default=len(raw))
-    return FilePlan(header.file.name, header.file, raw, size, tuple(spans), tuple(copies), tuple(edits))
+    return FilePlan(
+        header.file.name, header.file, raw, size, tuple(spans), tuple(copies), tuple(edits),
+        dropped=tuple(_dropped(header, entries, spans)),
+    )  # fmt: skip
+
+
+def _dropped(header: Header, entries: Sequence[Entry], kept: Container[str]) -> Iterator[tuple[int, TensorInfo]]:
+    """The numbers of tensors in `header` that the output lacks or shortens, each with the tensor or its last rows."""
+    sources = {entry.name: entry.source for entry in entries}
+    for number, info in enumerate(header.tensors.values()):
+        source = sources.get(info.name)
+        if info.name not in kept:
+            yield number, info
+        elif isinstance(source, TensorInfo) and source.start == info.start and source.stop < info.stop:
+            rows = (info.nbytes - source.nbytes) * source.shape[0] // source.nbytes
+            yield number, replace(info, start=source.stop, shape=(rows, *source.shape[1:]))
 
 
 def _in_order(header: Header) -> list[TensorInfo]:

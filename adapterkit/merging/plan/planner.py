@@ -29,12 +29,14 @@ from adapterkit.base.quant import (
 )
 from adapterkit.base.targets import Fit
 from adapterkit.base.tied_embeddings import Tie, find_tie, unknown_tie
+from adapterkit.base.vocabulary import find_vocabulary
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import FLOAT_DTYPES, OUTPUT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 from adapterkit.files.staging import MADE_BY
 from adapterkit.merging.plan.changes import Changes, changes_of, check_target, idle_note, ledger_of, prefix_note
 from adapterkit.merging.plan.heads import describe_heads
 from adapterkit.merging.plan.layout import Entry, lay_out
+from adapterkit.merging.plan.resizing import Resizing, kept_rows
 from adapterkit.merging.plan.ties import apply_to_tied, shared_embedding_error
 from adapterkit.merging.plan.types import MergePlan
 
@@ -56,6 +58,7 @@ class _Draft:
     training: QuantizationSettings | None = None  # by which the base was quantized for it
     trained: dict[str, QuantizationSpec] = field(default_factory=dict)  # of the weights that are merged onto that
     dtype: str | None = None
+    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of tensors that gain or lose rows
 
     @classmethod
     def of(cls, base: Checkpoint) -> _Draft:
@@ -77,11 +80,12 @@ class _Draft:
         tie, unties = find_tie(self.base), False
         if tie is not None and tie.implied:
             self.tensors[tie.head] = replace(self.tensors[tie.embedding], name=tie.head)
+        resizing = Resizing.of(find_vocabulary(self.tensors, self.base.config), given)
         for adapter in given:
             self.notes += [f"{adapter.label}: {problem}" for problem in adapter.adapter.problems if not problem.fatal]
             self.notes += idle_note(adapter)
         for number, adapter in enumerate(given):
-            found = place_adapter(adapter.adapter, self.tensors, self.base, rename)
+            found = place_adapter(adapter.adapter, resizing.seen_by(number, self.tensors), self.base, rename)
             if tie is not None and not allow_partial:
                 _check_tied_head(adapter, found, tie)
             self.skipped += check_missing(adapter, found, self.base, self.tensors, allow_partial)
@@ -91,8 +95,14 @@ class _Draft:
                 unties |= apply_to_tied(tie, changes, adapter.label, adapter.adapter.ensure_weight_tying)
             self.changes.update(changes)
             self.ledger[adapter.label] = ledger_of(found)
+        implied = tie.head if tie is not None and tie.implied and not unties else None
+        resizing.apply(self.changes, self.base, implied)
+        resized = resizing.after(self.tensors)
+        self.resized = {name: after.shape for name, after in resized.items() if after.shape != self.tensors[name].shape}
+        self.config = resizing.config(self.config)
+        self.notes += resizing.notes(self.base)
         for name in (*self.changes.deltas, *self.changes.replaced, *self.changes.added):
-            check_target(name, self.tensors, self.base, self.changes)
+            check_target(name, resized, self.base, self.changes)
         if tie is not None and unties:
             self.config, note = tie.untie(self.config)
             self.notes.append(note)
@@ -196,7 +206,7 @@ class _Draft:
         weight_map = {name: file.name for file in files for name in file.tensors}
         return MergePlan(
             base, out, tuple(given), files, self.config, weight_map, self.ledger, tuple(self.skipped),
-            tuple(dict.fromkeys(self.notes)), self.dtype,
+            tuple(dict.fromkeys(self.notes)), self.dtype, self.resized,
         )  # fmt: skip
 
 
@@ -316,6 +326,8 @@ def _entries(header: Header, draft: _Draft, copied: set[str], new: Sequence[str]
     tensors, changes, packings = draft.tensors, draft.changes, draft.packings
 
     def entry(name: str, source: TensorInfo | QuantizedWeight | None, stored: str, shape: tuple[int, ...]) -> Entry:
+        if source is not None and (resized := draft.resized.get(name)) is not None:
+            source, shape = kept_rows(source, resized), resized
         trained = draft.trained.get(name)
         stored = trained.dtype if trained is not None else stored
         dtype = draft.dtype if draft.dtype is not None and stored in FLOAT_DTYPES else stored

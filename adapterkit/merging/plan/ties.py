@@ -7,6 +7,7 @@ from dataclasses import replace
 from adapterkit.base.tied_embeddings import Tie, unknown_tie
 from adapterkit.errors import FitError
 from adapterkit.merging.plan.changes import Changes
+from adapterkit.merging.plan.edits import Replacement
 
 
 def apply_to_tied(tie: Tie, changes: Changes, label: str, keeps_tie: bool) -> bool:
@@ -24,11 +25,12 @@ def apply_to_tied(tie: Tie, changes: Changes, label: str, keeps_tie: bool) -> bo
         return False  # transformers ties two stored tensors only if the config says so
     if touched and tie.shared:
         _apply_to_shared(tie, changes, label, touched)
+    one_layer = _share_layer(tie, changes)
     if keeps_tie and tie.stored and not tie.equal():  # PEFT ties only equal tensors; trained tokens follow the config
         keeps_tie = False
     replaced = changes.replaced.get(tie.embedding, [])
     deltas = changes.deltas.get(tie.embedding, []) if keeps_tie else []
-    rows = [change for change in replaced if keeps_tie or change.rows is not None]
+    rows = [change for change in replaced if keeps_tie or change.rows is not None or (change.of_base and one_layer)]
     alone = len(rows) < len(replaced) or (tie.embedding in changes.deltas and not keeps_tie)
     unties = alone or changes.touches(tie.head)
     if rows and tie.head not in changes.replaced:
@@ -38,15 +40,35 @@ def apply_to_tied(tie: Tie, changes: Changes, label: str, keeps_tie: bool) -> bo
     return unties
 
 
+def _share_layer(tie: Tie, changes: Changes) -> bool:
+    """Give embedding and head the layer that the adapter stores of either; return whether they are one in training.
+
+    PEFT stores a layer that was resized, under both names if neither is trained.
+    """
+    embedding, head = changes.replaced.get(tie.embedding, []), changes.replaced.get(tie.head, [])
+    layers = [change for change in head if change.of_base]
+    if not any(change.of_base for change in (*embedding, *head)) or not (tie.implied or tie.equal()):
+        return False
+    if not embedding:
+        changes.replaced[tie.embedding] += layers
+    elif layers and len(head) == len(embedding) and all(map(_same, embedding, head)):
+        del changes.replaced[tie.head]
+    return True
+
+
+def _same(one: Replacement, other: Replacement) -> bool:
+    return one.rows == other.rows and one.values.equals(other.values)
+
+
 def _apply_to_shared(tie: Tie, changes: Changes, label: str, touched: list[str]) -> None:
     """Apply tokens trained in the embedding that an encoder and a decoder share to all tied embeddings.
 
-    PEFT trains tokens in every tied module, but factors and whole tensors in a module that such a model does not use.
-    Raises FitError for those, and if it is unknown which embeddings are tied.
+    PEFT trains tokens in every tied module and resizes all, but trains factors and copies (modules_to_save) in a module
+    that such a model does not use. Raises FitError for those, and if it is unknown which embeddings are tied.
     """
     replaced = changes.replaced.get(tie.embedding, [])
-    only_rows = bool(replaced) and all(change.rows is not None for change in replaced)
-    if touched != [tie.embedding] or changes.deltas.get(tie.embedding) or not only_rows:
+    everywhere = bool(replaced) and all(change.rows is not None or change.of_base for change in replaced)
+    if touched != [tie.embedding] or changes.deltas.get(tie.embedding) or not everywhere:
         raise shared_embedding_error(tie, label, touched[0])
     for other in tie.others:
         if not tie.equal(other):

@@ -6,7 +6,7 @@ A plan is made from headers alone and is plain data: it pickles, so any process 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any, ClassVar
@@ -53,6 +53,7 @@ class FilePlan(Displayed):
     copies: tuple[Copy, ...]
     edits: tuple[MergeEdit | RestoreEdit, ...]
     from_sidecar: tuple[SidecarCopy, ...] = ()
+    dropped: tuple[tuple[int, TensorInfo], ...] = ()  # tensors and rows that only the source has, by number in it
 
     def brief(self) -> str:
         return f"{self.name}, {size(self.size)}, {len(self.edits)} of {counted(len(self.tensors), 'tensor')} computed"
@@ -94,6 +95,7 @@ class MergePlan(Displayed):
     skipped: tuple[str, ...] = ()  # only with allow_partial
     notes: tuple[str, ...] = ()
     dtype: str | None = None
+    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of tensors that gain or lose rows
     calibration: Path | None = None  # a text, for compensated rounding
     undoable: bool = False  # whether a run may write a receipt
     restores: bool = False  # whether it restores a base, whose hashes are known

@@ -28,7 +28,7 @@ from adapterkit.files.safetensors import FLOAT_DTYPES
 from adapterkit.files.staging import MAX_NAME_BYTES, RECEIPT, RECEIPT_FOLDER, workspace_receipts
 from adapterkit.files.workspace import receipt_of
 from adapterkit.hub.names import public_name
-from adapterkit.merging.plan.edits import Edit, ModuleUpdate
+from adapterkit.merging.plan.edits import Edit, MergeEdit, ModuleUpdate
 from adapterkit.merging.plan.types import Hashes, MergePlan
 
 FORMAT = 2
@@ -120,6 +120,11 @@ def undoable(edit: Edit) -> bool:
     return edit.source is not None and edit.source.name == edit.name
 
 
+def subtracted(edit: Edit) -> tuple[ModuleUpdate, ...]:
+    """The updates that `unmerge` subtracts; none if values are replaced too, which leaves the whole difference."""
+    return () if isinstance(edit, MergeEdit) and edit.replaced else edit.deltas
+
+
 def irreversible(plan: MergePlan) -> str | None:
     """The reason if the output of `plan` cannot be undone, else None."""
     for edit in plan.merges:
@@ -162,7 +167,7 @@ def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str
                 "sha256_before": hashes.base[header.file.name],
                 "sha256_after": hashes.outputs[file.name],
                 "tensors": [
-                    {"name": edit.name, "parts": [_part(delta) for delta in edit.deltas]}
+                    {"name": edit.name, "parts": [_part(delta) for delta in subtracted(edit)]}
                     for edit in file.edits
                     if undoable(edit)
                 ],

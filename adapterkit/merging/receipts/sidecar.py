@@ -17,12 +17,11 @@ from pathlib import Path
 from adapterkit.errors import FormatError
 from adapterkit.files import os_calls
 from adapterkit.files.jsonfile import MAX_HEADER_BYTES
-from adapterkit.files.safetensors import DTYPE_BITS, Header, TensorInfo, encode_header, parse_header
+from adapterkit.files.safetensors import DTYPE_BITS, Header, encode_header, parse_header
 from adapterkit.merging.plan.edits import Recorded
-from adapterkit.merging.plan.types import FilePlan
 
 HEADER = "header"
-DROPPED = "kept:"  # prefix of a base tensor that the output lacks
+DROPPED = "kept:"  # prefix of a base tensor that the output lacks, or of its last rows
 GAINS, NUMBERS = ".gains", ".numbers"  # suffixes of an entry's further tensors
 MAX_OFFSET = 2**63 - 1  # no size or offset in a file has more digits
 MAX_INFLATION = 100  # of a compressed header: a stranger's sidecar must not fill memory
@@ -30,19 +29,13 @@ Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 def dropped_name(number: int) -> str:
-    """The entry of the base's tensor `number`, which the output lacks."""
+    """The entry of the base's tensor `number`, which the output lacks or shortens."""
     return f"{DROPPED}{number}"
 
 
 def entry_name(number: int, first: int, last: int) -> str:
     """The entry that restores rows `first:last` of the shard's changed tensor `number`."""
     return f"{number}:{first}-{last}"
-
-
-def dropped_tensors(base: Header, plan: FilePlan) -> dict[int, TensorInfo]:
-    """The tensors of the base's file that the output lacks, by number: the parts of quantized weights."""
-    names = set(plan.tensors)
-    return {number: info for number, info in enumerate(base.tensors.values()) if info.name not in names}
 
 
 class SidecarWriter:

@@ -29,7 +29,7 @@ from adapterkit.merging.plan.edits import MergeEdit, RestoreEdit
 from adapterkit.merging.plan.types import FilePlan, MergePlan
 from adapterkit.merging.receipts.finished_file import FileDone, fingerprint_of
 from adapterkit.merging.receipts.receipt import irreversible, sidecar_name
-from adapterkit.merging.receipts.sidecar import GAINS, NUMBERS, Entry, SidecarWriter, dropped_name, dropped_tensors
+from adapterkit.merging.receipts.sidecar import GAINS, NUMBERS, Entry, SidecarWriter, dropped_name
 from adapterkit.merging.run.device import Place
 from adapterkit.merging.run.hashing import InputHash, OutputHash, is_copy
 from adapterkit.merging.run.pieces import Block, Bundle, EditWork, pieces_of
@@ -297,8 +297,8 @@ class FileBuilder:
     # --- record
 
     def _begin_sidecar(self) -> SidecarWriter:
-        """Create the sidecar, with the base's tensors that the output lacks."""
-        dropped = {dropped_name(number): info for number, info in dropped_tensors(self._base, self.file).items()}
+        """Create the sidecar, with the base's tensors and rows that the output lacks."""
+        dropped = {dropped_name(number): info for number, info in self.file.dropped}
         expected = [{name: info.shape} for name, info in dropped.items()]
         expected += [entries for piece in self.pieces if (entries := piece.entries())]
         (self.job.folder / RECEIPT_FOLDER).mkdir(exist_ok=True)

@@ -99,8 +99,8 @@ class Block:
     @property
     def source_start(self) -> int:
         """Offset of the input in the base's file."""
-        source, (rows, _) = self.work.edit.source, self.work.edit.matrix
-        return source.start + source.nbytes * self.first // rows if source and rows else 0
+        source, rows = self.work.edit.source, self.work.edit.source_rows
+        return source.start + source.nbytes * min(self.first, rows) // rows if source and rows else 0
 
     @property
     def entry_name(self) -> str:
@@ -111,7 +111,7 @@ class Block:
     def entries(self) -> dict[str, tuple[int, ...]]:
         """The possible entries in the sidecar, each with its largest shape."""
         edit = self.work.edit
-        if self.work.number is None:
+        if self.work.number is None or self.first >= edit.source_rows:
             return {}
         gains = {self.entry_name + GAINS: (MAX_OFFSET, MAX_OFFSET)} if edit.renormalizes else {}
         numbers = {self.entry_name + NUMBERS: (MAX_OFFSET,)} if edit.is_quantized else {}
@@ -166,16 +166,12 @@ def _blocks_of(edit: MergeEdit | RestoreEdit, number: int | None) -> Iterator[Bl
         work = EditWork(edit, len(edit.recorded))
         yield from (Block(work, rows.first, rows.last, rows) for rows in edit.recorded)
     else:
-        spans = list(_spans(edit))
+        spans = list(edit.spans(_rows_per_block(edit))) or [(0, 0)]
         work = EditWork(edit, len(spans), number)
         yield from (Block(work, first, last) for first, last in spans)
 
 
-def _spans(edit: MergeEdit) -> Iterator[tuple[int, int]]:
-    """First and last row of each block of a merge."""
-    rows, columns = edit.matrix
-    step = max(1, BLOCK_BYTES // max(1, tensor_bytes(edit.dtype, (columns,))))
+def _rows_per_block(edit: MergeEdit) -> int:
+    step = max(1, BLOCK_BYTES // max(1, tensor_bytes(edit.dtype, (edit.matrix[1],))))
     unit = BLOCK_ROWS * edit.rows_together
-    step = step - step % unit if step > unit else max(edit.rows_together, step - step % edit.rows_together)
-    for start in range(0, max(1, rows), step):
-        yield start, min(rows, start + step)
+    return step - step % unit if step > unit else max(edit.rows_together, step - step % edit.rows_together)

@@ -1,0 +1,232 @@
+"""Adapters of models with new or fewer tokens, against the logits of PEFT, and undone to the base's bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from handmade import contents
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import adapterkit
+from adapterkit.merging.run import pieces
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+TOKENS = 64
+Resize = Callable[[PreTrainedModel], object]
+
+
+def llama(tied: bool, **config: Any) -> LlamaForCausalLM:
+    sizes = {"vocab_size": TOKENS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied, **config))
+
+
+def qwen2_vl() -> PreTrainedModel:
+    text = {
+        "vocab_size": TOKENS,
+        **SMALL,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 1}
+    tokens = dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 1)
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
+
+
+def resized(size: int, multiple: int | None = None) -> Resize:
+    return lambda model: model.resize_token_embeddings(size, pad_to_multiple_of=multiple)
+
+
+def save_base(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32, shards: str = "1GB") -> Path:
+    for name, values in model.named_buffers():
+        if name == "final_logits_bias":
+            values.normal_()
+    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    return folder
+
+
+def save_adapter(base: Path, folder: Path, resize: Resize, save: bool | str = "auto", **recipe: Any) -> Path:
+    """Save a random adapter, as trained on `base` after `resize`."""
+    model = loaded(base)
+    resize(model)
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, **recipe))
+    for name, values in model.named_parameters():
+        if "lora_magnitude" in name:
+            values.data *= 1 + torch.rand(values.shape)
+        elif any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
+            values.data += torch.randn(values.shape) * 0.1
+    model.save_pretrained(folder, save_embedding_layers=save)
+    return folder
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    """The model in float32, from its files alone."""
+    [name] = AutoConfig.from_pretrained(folder).architectures
+    return getattr(__import__("transformers"), name).from_pretrained(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.arange(3, 60).view(3, -1)
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model.eval()(input_ids=ids, **more).logits
+
+
+def check(base: Path, adapter: Path, resize: Resize, tmp_path: Path, tolerance: float = 1e-5, **how: Any) -> Path:
+    """Merge, and compare with PEFT; verify; undo. Return the output."""
+    before = contents(base)
+    model = loaded(base)
+    resize(model)
+    expected = logits(PeftModel.from_pretrained(model, adapter))
+    out = tmp_path / "out"
+    adapterkit.merge(base, [adapter], out, **how)
+    merged = loaded(out)
+    found = logits(merged)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    assert merged.config.get_text_config().vocab_size == expected.shape[-1]
+    assert all(verdict.fits for verdict in adapterkit.verify(out, base, [adapter]))
+    adapterkit.unmerge(out, tmp_path / "restored", adapters=[adapter])
+    assert contents(tmp_path / "restored") == before == contents(base)
+    return out
+
+
+BOTH = ["embed_tokens", "lm_head"]
+RECIPES: dict[str, dict[str, Any]] = {
+    "untouched": {"target_modules": ["q_proj"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": BOTH},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "lora": {"target_modules": ["q_proj", *BOTH]},
+    "dora": {"target_modules": ["q_proj", *BOTH], "use_dora": True},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [63, 65, 5]},
+    "tokens by name": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [64, 65]}},
+    "tokens of both": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [64], "lm_head": [1, 65]},
+    },
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_with_new_tokens_merges(recipe: str, tied: bool, tmp_path: Path) -> None:
+    base = save_base(llama(tied), tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", resized(66), **RECIPES[recipe])
+    out = check(base, adapter, resized(66), tmp_path)
+    ties = tied and recipe in ("untouched", "tokens", "tokens by name")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is ties
+    names = {name for name in load_file(out / "model.safetensors") if "layers" not in name}
+    assert names == {"model.embed_tokens.weight", "model.norm.weight"} | (set() if ties else {"lm_head.weight"})
+
+
+SIZES = {
+    "one more": resized(65),
+    "padded": resized(66, multiple=8),
+    "a multiple already": resized(72, multiple=8),
+    "doubled": resized(128),
+    "one less": resized(63),
+    "fewer": resized(60),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("size", SIZES)
+def test_any_size_merges(size: str, tied: bool, tmp_path: Path) -> None:
+    base = save_base(llama(tied), tmp_path / "base", shards="9KB")
+    assert len(list(base.glob("*.safetensors"))) > 1
+    adapter = save_adapter(base, tmp_path / "adapter", SIZES[size], **RECIPES["lora"])
+    check(base, adapter, SIZES[size], tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "dora", "saved", "tokens"])
+@pytest.mark.parametrize("size", [62, 70])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_bases_are_restored_whatever_the_blocks(
+    dtype: torch.dtype, size: int, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "BLOCK_BYTES", 32 * 5)  # five rows
+    base = save_base(llama(tied=False), tmp_path / "base", dtype)
+    how = RECIPES[recipe] | ({"trainable_token_indices": [61, 5]} if recipe == "tokens" else {})
+    adapter = save_adapter(base, tmp_path / "adapter", resized(size), **how)
+    check(base, adapter, resized(size), tmp_path, tolerance=0.05)
+
+
+def test_updates_of_fewer_tokens_leave_the_others_out(tmp_path: Path) -> None:
+    """LoRA on embeddings that were shortened, whose rows are the base's: nothing but factors is stored."""
+    base = save_base(llama(tied=False), tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", resized(60), save=False, **RECIPES["lora"])
+    out = check(base, adapter, resized(60), tmp_path)
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert after["lm_head.weight"].shape == (60, 16)
+    untouched = save_adapter(base, tmp_path / "embedding", resized(60), save=False, target_modules=["embed_tokens"])
+    adapterkit.merge(base, [untouched], tmp_path / "short")
+    assert torch.equal(
+        load_file(tmp_path / "short" / "model.safetensors")["lm_head.weight"], before["lm_head.weight"][:60]
+    )
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SEQ2SEQ = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+           "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "pad_token_id": 1,
+           "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
+ARCHITECTURES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    "a bias of the head": (lambda: PhiForCausalLM(PhiConfig(vocab_size=TOKENS, **SMALL)), {"target_modules": ["q_proj"]}),
+    "a bias of a trained head": (
+        lambda: PhiForCausalLM(PhiConfig(vocab_size=TOKENS, **SMALL)), {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "a saved head with a bias": (
+        lambda: PhiForCausalLM(PhiConfig(vocab_size=TOKENS, **SMALL)), {"target_modules": ["q_proj"], "modules_to_save": BOTH},
+    ),
+    "gpt2": (
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=TOKENS, n_embd=16, n_layer=1, n_head=2)), {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+    ),
+    "an embedding shared by encoder and decoder": (
+        lambda: T5ForConditionalGeneration(T5Config(vocab_size=TOKENS, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)),
+        {"target_modules": ["q"], "trainable_token_indices": [60, 61]},
+    ),
+    "a bias that grows by zeros": (
+        lambda: BartForConditionalGeneration(BartConfig(vocab_size=TOKENS, **SEQ2SEQ)), {"target_modules": ["q_proj"]},
+    ),
+    "trained tokens and a bias that grows by zeros": (
+        lambda: BartForConditionalGeneration(BartConfig(vocab_size=TOKENS, **SEQ2SEQ)), {"target_modules": ["q_proj"], "trainable_token_indices": [60, 61]},
+    ),
+    "gpt-neox": (
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=TOKENS, **SMALL)), {"target_modules": ["query_key_value"]},
+    ),
+    "qwen2-vl": (qwen2_vl, {"target_modules": "model.language_model.*q_proj", "modules_to_save": BOTH}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [62, 66])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_are_resized_as_by_transformers(name: str, size: int, tmp_path: Path) -> None:
+    make, recipe = ARCHITECTURES[name]
+    base = save_base(make(), tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", resized(size), **recipe)
+    check(base, adapter, resized(size), tmp_path)
