@@ -15,7 +15,6 @@ def layer_of(name: str) -> int | None:
 
 @lru_cache(NAMES)
 def target_of(name: str) -> str:
-    """Return the last segment that is not a number, followed by base_layer where PEFT nests a module in that."""
+    """Return the last segment that is not a number; of a parameter named weight or bias, with its module's segment."""
     parts = [part for part in name.split(".") if not part.isdecimal()] or [name]
-    last = max((at for at, part in enumerate(parts) if part != "base_layer"), default=0)
-    return ".".join(parts[last:])
+    return ".".join(parts[-2 if parts[-1] in ("weight", "bias") else -1 :])

@@ -25,7 +25,8 @@ from adapterkit.text import counted, given
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["linear", "embedding", "conv", "experts"]
+Kind = Literal["linear", "embedding", "conv", "parameter"]
+ORIENTATIONS = ("plain", "transposed")  # of the Δ of stacked experts, as PEFT adds it
 
 
 class Shaped(Protocol):
@@ -98,11 +99,12 @@ def read_all(tensors: Sequence[LazyTensor]) -> list[torch.Tensor]:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class LoraWeights(Displayed, Generic[T]):
-    """The low-rank update of one module: `Δ = scaling · B · A`; with a `magnitude` (DoRA), Δ updates the direction.
+    """The low-rank update of a module or parameter: `Δ = scaling · B · A`; with a `magnitude`, of the direction (DoRA).
 
     Shapes: `A (rank, in)`, `B (out, rank)`, `magnitude (out,)`, `bias (out,)`. For a convolution `A (rank, in, k…)` and
-    `B (out, rank, 1…)`. For an embedding, `in` is the vocabulary and Δ is added transposed. For stacked experts
-    `A (experts·rank, in)` and `B (out, rank·experts)`, with the expert as the fastest index of B's columns.
+    `B (out, rank, 1…)`. For an embedding, `in` is the vocabulary and Δ is added transposed. For a parameter, which may
+    be a stack of experts, `A (experts·rank, in)` and `B (out, rank·experts)`, with the expert as the fastest index of
+    B's columns.
     """
 
     A: T
@@ -114,7 +116,6 @@ class LoraWeights(Displayed, Generic[T]):
     kind: Kind = "linear"
     experts: int = 1
     fan_in_fan_out: bool = False  # as in the file; only used for square weights
-    parameters: tuple[str, ...] = ("weight",)  # the module's parameters that Δ may apply to
 
     @property
     def rank(self) -> int:
@@ -171,7 +172,7 @@ def load_weights(weights: LoraWeights[LazyTensor]) -> LoraWeights[torch.Tensor]:
         weights.A.read(), weights.B.read(), weights.scaling, weights.alpha,
         None if weights.magnitude is None else weights.magnitude.read(),
         None if weights.bias is None else weights.bias.read(),
-        weights.kind, weights.experts, weights.fan_in_fan_out, weights.parameters,
+        weights.kind, weights.experts, weights.fan_in_fan_out,
     )  # fmt: skip
 
 
@@ -199,7 +200,7 @@ class Problem:
 
 @dataclass(frozen=True, repr=False)
 class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
-    """A LoRA adapter: a mapping of module names to weights, and the tensors that it replaces.
+    """A LoRA adapter: a mapping of names of modules and parameters to weights, and the tensors that it replaces.
 
     >>> adapter = adapterkit.load("adapter")  # headers only
     >>> adapter["model.layers.0.self_attn.q_proj"].A  # reads weights: (rank, in)
@@ -216,7 +217,8 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
     ensure_weight_tying: bool = False  # trained with input and output embeddings tied
     base_model: str | None = None
     rslora: bool = False  # scaling is alpha / √rank
-    target_parameters: tuple[str, ...] = ()  # paths of the parameters that stacked experts apply to
+    peft_version: str | None = None  # decides, with the model's type, whether Δ of stacked experts is transposed
+    orientation: str | None = None  # one of ORIENTATIONS, to decide it instead
     task: str | None = None  # as PEFT names it: CAUSAL_LM, SEQ_CLS …
     dropout: float | None = None  # during training
     target_suffixes: tuple[str, ...] = ()  # name suffixes that select exactly these modules in their model, if known

@@ -65,7 +65,7 @@ def update_for(
     """The update of the stored `rows` of a matrix by `weights` times `weight`, computed in `dtype`.
 
     Args:
-        of: The rows of Δ to use; all by default.
+        of: The rows of Δ as stored to use; all by default.
         expert: The expert whose factors to use.
         transposed: Whether the weight is stored as `(in, out)`.
         where: The name of the module in errors.
@@ -73,7 +73,11 @@ def update_for(
     Raises:
         FitError: A factor or the strength is not finite.
     """
-    A, B = weights.A.to(dtype), weights.B.to(dtype)
+    A, B = weights.A, weights.B
+    if expert is not None:
+        A = A.reshape(weights.experts, weights.rank, -1)[expert]
+        B = B.reshape(B.shape[0], weights.rank, weights.experts)[:, :, expert]
+    A, B = A.to(dtype), B.to(dtype)
     magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype)
     strength = weights.scaling * (weight if magnitude is None else 1.0)
     if not bool(torch.tensor(strength, dtype=dtype).isfinite()):
@@ -83,9 +87,6 @@ def update_for(
             raise FitError(
                 f"{where}: {name} is NaN or Inf in {dtype}: the adapter is broken; did its training diverge?"
             )
-    if expert is not None:
-        A = A.reshape(weights.experts, weights.rank, -1)[expert]
-        B = B.reshape(B.shape[0], weights.rank, weights.experts)[:, :, expert]
     if of is not None and magnitude is not None:
         magnitude = magnitude[of[0] : of[1]]
     share = 1.0 if magnitude is None else weight
@@ -95,10 +96,10 @@ def update_for(
 def oriented(
     A: torch.Tensor, B: torch.Tensor, of: tuple[int, int] | None, transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`left` and `right` of an `Update` by rows `of` of Δ, from `A (…, rank, in)` and `B (…, out, rank)`."""
-    if of is not None:
-        B = B[..., of[0] : of[1], :]
+    """`left` and `right` of an `Update` by rows `of` of Δ as stored, from `A (…, rank, in)` and `B (…, out, rank)`."""
     left, right = (A.mT, B.mT) if transposed else (B, A)
+    if of is not None:
+        left = left[..., of[0] : of[1], :]
     return left.contiguous(), right.contiguous()
 
 

@@ -52,12 +52,21 @@ def open_adapters(
     scaling: float | None = None,
     where: Callable[[AnyPath], Path] = resolve,
     weights: AnyWeights = None,
+    orientation: str | None = None,
 ) -> list[WeightedAdapter]:
     """Open the adapters given to a call at `where(adapter)`, with unique labels and their `weights` by module."""
     scale, named = number(scale, "scale"), weighted(adapters)
     check_strength((what for what, _ in named), alpha, scaling)
-    given = _unique_labels([_open(what, weight * scale, alpha, scaling, where) for what, weight in named])
+    opened = [_open(what, weight * scale, alpha, scaling, where) for what, weight in named]
+    given = oriented(_unique_labels(opened), orientation)
     return _weigh_modules(given, [what for what, _ in named], weights, scale)
+
+
+def oriented(adapters: Iterable[WeightedAdapter], orientation: str | None) -> list[WeightedAdapter]:
+    """Set the orientation of the adapters, if one is given."""
+    if orientation is None:
+        return list(adapters)
+    return [replace(one, adapter=replace(one.adapter, orientation=orientation)) for one in adapters]
 
 
 def check_strength(adapters: Iterable[AnyAdapter], alpha: float | None, scaling: float | None) -> None:

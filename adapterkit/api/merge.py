@@ -74,7 +74,7 @@ def plan_merge(o: MergeOptions) -> MergePlan:
 
     def made(where: Callable[[AnyPath], Path]) -> MergePlan:
         checkpoint = open_base(o.base, where, hint="the base comes first, its adapters follow")
-        given = open_adapters(named, o.scale, o.alpha, o.scaling, where, o.weights)
+        given = open_adapters(named, o.scale, o.alpha, o.scaling, where, o.weights, o.orientation)
         sixteen = None if o.original is None else open_base(o.original, where)
         into = (sixteen, o.original) if sixteen and o.original is not None else (checkpoint, o.base)
         target = Path(o.out).expanduser() if o.out is not None else _default_output(*into, "merged")
@@ -138,7 +138,7 @@ def verify(o: VerifyOptions) -> Iterator[Verdict]:
 
     with downloads_shown(o.progress):
         checkpoint, there = open_base(o.base), open_base(o.merged)
-        given = open_adapters(o.adapters, o.scale, weights=o.weights)
+        given = open_adapters(o.adapters, o.scale, weights=o.weights, orientation=o.orientation)
     check_cached(shard.file for model in (checkpoint, there) for shard in model.shards)
     check_cached(file for one in given for file in one.adapter.files)
     plan = make_plan(checkpoint, given, Path("never written"), as_trained=o.as_trained, rename=renaming(o.rename))

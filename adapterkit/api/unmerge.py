@@ -15,7 +15,7 @@ from pathlib import Path
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
-from adapterkit.api.inputs import AnyAdapter, AnyPath, open_adapters, open_base, weighted
+from adapterkit.api.inputs import AnyAdapter, open_adapters, open_base, oriented, weighted
 from adapterkit.api.options.merges import UnmergeCall, UnmergeOptions
 from adapterkit.api.run import in_one_call
 from adapterkit.api.unmerge_steps import UnmergePlan
@@ -52,7 +52,7 @@ def plan_unmerge(o: UnmergeOptions) -> MergePlan | UnmergePlan:
     """
     checkpoint, target, given = _checked(o)
     if not o.every:
-        return _plan(checkpoint, target, given, o.base, o.approximate)
+        return _plan(checkpoint, target, given, o)
     receipts = levels(checkpoint.path)
     if o.base is not None or o.approximate or not receipts:
         raise UsageError("`every=True` needs receipts, and takes neither `base` nor `approximate`")
@@ -83,29 +83,30 @@ def _checked(o: UnmergeOptions) -> tuple[Checkpoint, Path, list[WeightedAdapter]
     checkpoint = open_base(o.merged, hint="the merged model comes first; its adapters are named by `adapters`")
     target = Path(o.out).expanduser()
     told = find_receipt(checkpoint.path) is not None and not o.approximate
+    if told and o.orientation is not None:
+        raise UsageError("the receipt defines the orientation", hint="omit `orientation`")
     adapters = weighted(o.adapters)
     opened = [(_opened(what), weight) for what, weight in adapters] if told else adapters
-    given = open_adapters(opened, weights=o.weights)
+    given = open_adapters(opened, weights=o.weights, orientation=o.orientation)
     named = [Path(what) for what, _ in adapters if not isinstance(what, Adapter)]
     Destination(target, (*inputs_of(checkpoint, *given), *named), checkpoint.is_directory).check()
     return checkpoint, target, given
 
 
-def _plan(
-    merged: Checkpoint, out: Path, given: Sequence[WeightedAdapter], base: AnyPath | None, approximate: bool
-) -> MergePlan:
+def _plan(merged: Checkpoint, out: Path, given: Sequence[WeightedAdapter], o: UnmergeOptions) -> MergePlan:
     """Plan to undo the last merge, from headers only unless a base must be checked."""
-    original = None if base is None else open_base(base)
+    original = None if o.base is None else open_base(o.base)
     if original is not None:
         Destination(out, inputs_of(merged, original, *given), original.is_directory).check()
     folder = find_receipt(merged.path)
     receipt = None if folder is None else read_receipt(folder)
-    if approximate:
+    if o.approximate:
         if original is not None:
             raise UsageError("`base` and `approximate` exclude each other: with the base, undoing is exact")
         if receipt is not None and not given:
             found = find_adapters(receipt, [], merged.path)
-            given = [one.weighting(adapter) for adapter, one in zip(found, receipt.adapters, strict=True)]
+            named = [one.weighting(adapter) for adapter, one in zip(found, receipt.adapters, strict=True)]
+            given = oriented(named, o.orientation)
         if not given:
             raise UsageError(f"{merged.path}: no receipt names the adapters to subtract", hint="give `adapters`")
         return plan_subtraction(merged, given, out)

@@ -70,6 +70,9 @@ PER_EXPERT: dict[str, tuple[tuple[str, ...], ...]] = {
 # transformers also reads Qwen3-VL-MoE's published files, which are (expert, in, out), by their shapes.
 EXPERTS_IN_OUT = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
 
+# Of these, the ones whose experts transformers doesn't mark with `is_transposed`, by which PEFT orients factors.
+EXPERTS_UNMARKED = frozenset({"llama4", "llama4_text"})
+
 # Architectures with Conv1D layers, whose weights are stored (in, out).
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
@@ -87,6 +90,12 @@ def experts_in_out(config: Mapping[str, Any]) -> bool | None:
         if model in TIED | UNTIED | NEVER_TIED:
             return False
     return None
+
+
+def experts_transposed(config: Mapping[str, Any]) -> bool | None:
+    """Return whether transformers marks this model's experts with `is_transposed`; None if it is unknown."""
+    in_out = experts_in_out(config)
+    return in_out and config.get("model_type") not in EXPERTS_UNMARKED
 
 
 # --- ties: the defaults of `tie_word_embeddings` by model_type -------------------------------------------------------

@@ -86,8 +86,8 @@ def check_readable(
     module: str, weights: LoraWeights[LazyTensor], targets: Sequence[Target], tensors: Mapping[str, Weight]
 ) -> None:
     """Raise FitError if the base weight of a module can't be read as `pieces`; looks at headers only."""
-    if weights.experts > 1 or any(target.expert is not None for target in targets):
-        raise FitError(f"{module}: DoRA of stacked experts is not supported")
+    if weights.kind == "parameter":
+        raise FitError(f"{module}: DoRA of a parameter (target_parameters) is not supported, nor by PEFT")
     if len(targets) > 1 and any(target.transposed for target in targets):
         raise FitError(f"{module}: spans several transposed tensors, which is not supported")
     for target in targets:

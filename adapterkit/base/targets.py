@@ -16,12 +16,12 @@ from adapterkit.base.architectures import (
     CONV1D_NAMES,
     FUSED,
     HEAD_MODULES,
-    PER_EXPERT,
     PREFIX_MAPS,
     SEGMENTS,
 )
 from adapterkit.base.checkpoint_names import names_in_model
 from adapterkit.base.expert_modules import place_in_stack
+from adapterkit.base.parameters import place_parameters
 from adapterkit.base.rename_option import apply_rename
 from adapterkit.base.target import Target
 from adapterkit.errors import FitError
@@ -118,11 +118,15 @@ def _fit_names(adapter: Adapter, names: _Names, config: Mapping[str, Any]) -> Fi
     targets: dict[str, tuple[Target, ...]] = {}
     biases, replaced, tokens, missing = {}, {}, {}, []
     orientations = _Orientations(config)
-    found = {module: _find(module, weights, names) for module, weights in adapter.modules.items()}
+    parameters = place_parameters(adapter, names.find, config)
+    found = {module: _find(module, names) for module in adapter.modules if module not in parameters}
+    for module in found:
+        orientations.learn(adapter.modules[module], found[module])
     for module, weights in adapter.modules.items():
-        orientations.learn(weights, found[module])
-    for module, weights in adapter.modules.items():
-        places = _places(module, weights, found[module], names, config, orientations)
+        if module in parameters:
+            places = parameters[module]
+        else:
+            places = _places(module, weights, found[module], names, config, orientations)
         if not places:
             missing.append(module)
             continue
@@ -147,11 +151,8 @@ def _fit_names(adapter: Adapter, names: _Names, config: Mapping[str, Any]) -> Fi
     return Fit(targets, biases, replaced, tokens, tuple(missing), names.prefix_map)
 
 
-def _find(module: str, weights: LoraWeights[LazyTensor], names: _Names) -> list[Weight]:
-    """Return the base tensors of the module's own name that Δ may apply to."""
-    module = module.replace(".base_layer", "")
-    if weights.parameters != ("weight",):
-        return [info for leaf in weights.parameters if (info := names.find(f"{module}.{leaf}"))]
+def _find(module: str, names: _Names) -> list[Weight]:
+    """Return the base tensor of the module's own name, if there is one."""
     return [info for leaf in (".weight", "", ".in_proj_weight") if (info := names.find(module + leaf))][:1]
 
 
@@ -193,12 +194,6 @@ def _places(
     orientations: _Orientations,
 ) -> tuple[Target, ...]:
     """Return the targets of one module; empty if the base has no such name."""
-    if weights.kind == "experts" or (weights.parameters != ("weight",) and not found):
-        return _place_experts(module, weights, found, names)
-    if weights.parameters != ("weight",):  # target_parameters on a plain matrix
-        found = [info for info in found if info.shape == (weights.out_features, weights.in_features)]
-        if len(found) > 1:
-            raise FitError(f"{module}: {' and '.join(info.name for info in found)} both have the shape of Δ")
     if found:
         return (Target(found[0].name, transposed=_transposed(module, weights, found[0], orientations)),)
     return (
@@ -273,59 +268,16 @@ def _place_over_parts(module: str, weights: LoraWeights[LazyTensor], names: _Nam
     parent, _, leaf = module.rpartition(".")
     infos = [names.find(f"{parent}.{part}.weight") for part in FUSED.get(leaf, ())]
     found = [info for info in infos if info is not None and len(info.shape) > 1]
-    return _over_rows(found, weights, None) if found and len(found) == len(infos) else ()
+    return _over_rows(found, weights) if found and len(found) == len(infos) else ()
 
 
-def _over_rows(infos: list[Weight], weights: LoraWeights[LazyTensor], expert: int | None) -> tuple[Target, ...]:
+def _over_rows(infos: list[Weight], weights: LoraWeights[LazyTensor]) -> tuple[Target, ...]:
     rows, width = sum(info.shape[0] for info in infos), weights.in_features
     if rows != weights.out_features or any(info.shape[1:] != (width,) for info in infos):
         shapes = ", ".join(f"{info.name} {info.shape}" for info in infos)
         raise FitError(f"Δ is {(weights.out_features, width)}, which cannot be split into {shapes}")
     targets, start = [], 0
     for info in infos:
-        targets.append(Target(info.name, delta_rows=(start, start + info.shape[0]), expert=expert))
+        targets.append(Target(info.name, delta_rows=(start, start + info.shape[0])))
         start += info.shape[0]
     return tuple(targets)
-
-
-def _place_experts(
-    module: str, weights: LoraWeights[LazyTensor], found: list[Weight], names: _Names
-) -> tuple[Target, ...]:
-    """Place stacked experts: a range of rows of a 3-d tensor each, or one tensor per expert and part."""
-    delta, experts = (weights.out_features, weights.in_features), weights.experts
-    fitting = [info for info in found if info.shape in ((experts, *delta), (experts, *delta[::-1]))]
-    if len(fitting) > 1 or (fitting and delta[0] == delta[1]):
-        names_ = " or ".join(info.name for info in fitting)
-        raise FitError(
-            f"{module}: {experts} experts of {delta} are ambiguous: they match {names_} in more than one way"
-        )
-    if fitting:
-        info = fitting[0]
-        height = info.shape[1]
-        return tuple(
-            Target(info.name, rows=(e * height, (e + 1) * height), expert=e, transposed=info.shape[1:] != delta)
-            for e in range(experts)
-        )
-    if found:
-        shapes = ", ".join(f"{info.name} {info.shape}" for info in found)
-        raise FitError(
-            f"{module}: {experts} experts of Δ {delta} do not match {shapes}. Was this adapter trained on another base?"
-        )
-    layouts = [parts for leaf in weights.parameters for parts in PER_EXPERT.get(leaf, ())]
-    split = [
-        rows for parts in layouts if (rows := _per_expert(module.replace(".base_layer", ""), parts, weights, names))
-    ]
-    if len(split) > 1:
-        both = f"{split[0][0][0].name} and {split[1][0][0].name}"
-        raise FitError(f"{module}: {experts} experts of {delta} are ambiguous: they match both {both}")
-    return tuple(target for e, row in enumerate(split[0]) for target in _over_rows(row, weights, e)) if split else ()
-
-
-def _per_expert(
-    module: str, parts: tuple[str, ...], weights: LoraWeights[LazyTensor], names: _Names
-) -> list[list[Weight]]:
-    """Return the tensors of each expert, if the checkpoint has one per expert and they add up to Δ; else nothing."""
-    rows = [[names.find(f"{module}.{e}.{part}.weight") for part in parts] for e in range(weights.experts)]
-    found = [[info for info in row if info and info.shape[1:] == (weights.in_features,)] for row in rows]
-    whole = all(len(row) == len(parts) and sum(i.shape[0] for i in row) == weights.out_features for row in found)
-    return found if whole else []

@@ -82,12 +82,11 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     kind: str
     experts: int
-    parameters: tuple[str, ...]
 
 
 def layout_of(weights: LoraWeights[LazyTensor]) -> Layout:
     shape = (weights.out_features, *weights.A.shape[1:])
-    return Layout(shape, weights.kind, weights.experts, weights.parameters)
+    return Layout(shape, weights.kind, weights.experts)
 
 
 def check_rank(adapters: Sequence[WeightedAdapter], modules: Mapping[str, None], rank: int, pad: bool) -> None:

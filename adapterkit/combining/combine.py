@@ -119,8 +119,8 @@ def _adapter_of(plan: Combination, modules: dict[str, LoraWeights[LazyTensor]]) 
         "", modules, replaced, tokens, frozenset().union(*(one.new_tensors for one in sources)),
         any(one.ensure_weight_tying for one in sources),
         next((one.base_model for one in sources if one.base_model), None),
-        target_parameters=tuple(dict.fromkeys(name for one in sources for name in one.target_parameters)),
         task=next((one.task for one in sources if one.task), None),
+        peft_version=next((one.peft_version for one in sources if one.peft_version), None),
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def _lazy(weights: Weights) -> LoraWeights[LazyTensor]:
     bias = None if weights.bias is None else LazyTensor.of(weights.bias)
     return LoraWeights(
         LazyTensor.of(weights.A), LazyTensor.of(weights.B), weights.scaling, weights.alpha, None, bias, weights.kind,
-        weights.experts, weights.fan_in_fan_out, weights.parameters,
+        weights.experts, weights.fan_in_fan_out,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -38,6 +38,7 @@ def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, F
     Raises FitError if a name is found but its shape does not match.
     """
     tensors = weights(checkpoint.tensors, checkpoint.config)
+    adapter = replace(adapter, orientation=adapter.orientation or "plain")  # matches the same rows either way
     places = place_adapter(adapter, tensors, checkpoint)
     hint = explain_misfit(adapter, places, tensors, checkpoint.config) if places.missing else ""
     total = len(adapter.modules)

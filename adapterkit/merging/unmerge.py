@@ -228,12 +228,14 @@ def _recorded(edit: RestoreEdit, blocks: Sequence[Recorded], sidecar: Header) ->
     for delta in edit.deltas:
         target, weights = delta.target, delta.weights
         start, stop = target.rows or (0, rows)
-        first, last = target.delta_rows or (0, weights.out_features)
-        size = (weights.in_features, last - first) if target.transposed else (last - first, weights.in_features)
-        in_range = 0 <= start < stop <= rows and 0 <= first < last <= weights.out_features
+        height, width = weights.out_features, weights.in_features
+        if target.transposed:
+            height, width = width, height
+        first, last = target.delta_rows or (0, height)
+        in_range = 0 <= start < stop <= rows and 0 <= first < last <= height
         has_expert = target.expert is None or target.expert < weights.experts
         oriented = weights.magnitude is None or target.transposed == by_column
-        if not (in_range and has_expert and oriented and size == (stop - start, columns)):
+        if not (in_range and has_expert and oriented and (last - first, width) == (stop - start, columns)):
             raise FormatError(
                 f"{sidecar.file}: the recorded position of {delta.module} does not fit {edit.name} {edit.shape}"
             )

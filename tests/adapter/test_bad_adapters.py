@@ -607,25 +607,24 @@ def test_module_names_are_without_wrappers(tmp_path: Path, key: str, module: str
     assert list(package.load(write_adapter(tmp_path / "a", tensors)).modules) == [module]
 
 
-@pytest.mark.parametrize("r", [RANK // 2, RANK, 3, None])
+@pytest.mark.parametrize("r", [RANK // 2, RANK, 3, 2 * RANK, None])
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_number_of_stacked_experts(tmp_path: Path, r: int | None, nested: bool) -> None:
-    """PEFT's tensor names don't include parameters, and it wraps the module once for each."""
+    """PEFT's tensor names don't include parameters, and it wraps the module once for each, the last one outermost."""
     module = "mlp.experts.base_layer" if nested else "mlp.experts"
     tensors = {f"base_model.model.{module}.{leaf}": tensor for leaf, tensor in PAIR.items()}
     config = {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": 6,
-        "target_parameters": ["one", "q.x", "mlp.experts.two"],
+        "target_parameters": ["up_proj", "q.x", "mlp.experts.down_proj", "up_proj"],
     }
     adapter = package.load(write_adapter(tmp_path / "a", tensors, config))
-    if r == 3:
-        assert "the tensors have rank 4, adapter_config.json says 3" in adapter.problems[0].what
+    if r in (3, 2 * RANK):
+        assert f"no whole number of experts of rank {r}" in adapter.problems[0].what
         return
-    weights = adapter.modules[module]
+    weights = adapter.modules["mlp.experts.up_proj" if nested else "mlp.experts.down_proj"]
     assert (weights.experts, weights.rank) == ((2, RANK // 2) if r == RANK // 2 else (1, RANK))
-    assert weights.parameters == ("one", "two")
 
 
 @pytest.mark.parametrize(("named", "base"), [("org/model", "org/model"), ("", None), (None, None)])

@@ -394,63 +394,6 @@ def test_a_fused_module_over_parts_of_which_one_is_missing(make_base: Make, make
         adapterkit.plan_merge(base, [make_adapter(factors("a.qkv_proj", 8, 3))], tmp_path / "out")
 
 
-@pytest.mark.parametrize("flipped", [False, True], ids=["(E, out, in)", "(E, in, out)"])
-def test_stacked_experts_take_either_orientation(
-    flipped: bool, make_base: Make, make_adapter: Make, tmp_path: Path
-) -> None:
-    W = torch.randn(3, 10, 6) if flipped else torch.randn(3, 6, 10)
-    A, B = torch.randn(3 * 4, 10), torch.randn(6, 4 * 3)
-    parts = {"mlp.experts.lora_A.weight": A, "mlp.experts.lora_B.weight": B}
-    adapter = make_adapter(parts, target_parameters=["mlp.experts.gate_up_proj"])
-    out = merged(make_base({"mlp.experts.gate_up_proj": W}), adapter, tmp_path / "out")["mlp.experts.gate_up_proj"]
-    each = torch.einsum("ore,eri->eoi", B.reshape(6, 4, 3).double(), A.reshape(3, 4, 10).double())
-    exact = W.double() + 1.5 * (each.mT if flipped else each)
-    assert torch.equal(out, oracle.rounded(exact, torch.float32))
-
-
-def test_square_experts_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
-    parts = {"mlp.experts.lora_A.weight": torch.randn(12, 6), "mlp.experts.lora_B.weight": torch.randn(6, 12)}
-    adapter = make_adapter(parts, target_parameters=["mlp.experts.down_proj"])
-    with pytest.raises(FitError, match="in more than one way"):
-        adapterkit.plan_merge(make_base({"mlp.experts.down_proj": torch.randn(3, 6, 6)}), [adapter], tmp_path / "out")
-
-
-APART = {f"mlp.experts.{e}.{part}.weight": (3, 10) for e in range(2) for part in ("w1", "w3")}
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [{}, {"w3": None}, {"w3": (2, 10)}, {"w3": (3, 9)}, {"w3": ()}, {"w1": (6, 10), "w3": None}],
-    ids=["whole", "one lacks", "too low", "too narrow", "a scalar", "one of the whole height"],
-)
-def test_per_expert_tensors_that_add_up_to_the_update(
-    changed: dict[str, tuple[int, ...] | None], make_base: Make, make_adapter: Make, tmp_path: Path
-) -> None:
-    shapes = APART | {f"mlp.experts.1.{part}.weight": shape for part, shape in changed.items()}
-    base = make_base({name: torch.randn(shape) for name, shape in shapes.items() if shape is not None})
-    parts = {"mlp.experts.lora_A.weight": torch.randn(8, 10), "mlp.experts.lora_B.weight": torch.randn(6, 8)}
-    adapter = make_adapter(parts, target_parameters=["mlp.experts.gate_up_proj"])
-    if not changed:
-        assert adapterkit.plan_merge(base, [adapter], tmp_path / "out").edits == 4
-        return
-    with pytest.raises(FitError, match=r"mlp\.experts: not in the base"):
-        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
-
-
-@pytest.mark.parametrize("shape", [(6, 10), (8, 10), (10, 6)])
-def test_the_parameter_with_the_matching_shape_is_chosen(
-    shape: tuple[int, int], make_base: Make, make_adapter: Make, tmp_path: Path
-) -> None:
-    """PEFT's tensor names don't include the parameter: the one with the shape of Δ is used, or both are refused."""
-    base = make_base({"m.one": torch.randn(shape), "m.two": torch.randn(6, 10)})
-    adapter = make_adapter(factors("m", 6, 10), target_parameters=["m.one", "m.two"])
-    if shape == (6, 10):
-        with pytest.raises(FitError, match=r"m\.one and m\.two both have the shape"):
-            adapterkit.plan_merge(base, [adapter], tmp_path / "out")
-        return
-    assert adapterkit.plan_merge(base, [adapter], tmp_path / "out").ledger == {"adapter": {"m": ("m.two",)}}
-
-
 # --- collisions
 
 

@@ -150,7 +150,7 @@ def test_stacked_experts_are_combined_separately(make_adapter: MakeAdapter, tmp_
     how = {"target_parameters": ["mlp.experts.down_proj"], "target_modules": [], "lora_alpha": 5}
     one, other = make_adapter(experts(2), "one", r=2, **how), make_adapter(experts(3), "other", r=3, **how)
     adapterkit.combine([(one, 0.5), (other, 2.0)], tmp_path / "out")
-    [got, a, b] = [adapterkit.load(path)["mlp.experts"] for path in (tmp_path / "out", one, other)]
+    [got, a, b] = [adapterkit.load(path)["mlp.experts.down_proj"] for path in (tmp_path / "out", one, other)]
     assert got.experts == 3 and got.rank == 5
     for expert in range(3):
         dense = [

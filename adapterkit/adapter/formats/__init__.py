@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from adapterkit.adapter.formats import table
 from adapterkit.adapter.formats.foreign import format_of_tensors
 from adapterkit.adapter.formats.source import Source, open_sources
-from adapterkit.adapter.weights import Adapter, Problem
+from adapterkit.adapter.weights import ORIENTATIONS, Adapter, Problem
 from adapterkit.errors import FormatError, OutputExistsError, UsageError
 from adapterkit.text import counted
 
@@ -20,13 +20,21 @@ if TYPE_CHECKING:
     from adapterkit.files.safetensors import TensorInfo
 
 
-def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: float | None = None) -> Adapter:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    scaling: float | None = None,
+    orientation: str | None = None,
+) -> Adapter:
     """Open the adapter at `path`. Reads the headers now, and weights on demand.
 
     Args:
         path: A directory or a file.
         alpha: Alpha of an adapter without a config (`scaling = alpha / rank`); an error if there is a config.
         scaling: Scaling itself of an adapter without a config; an error if there is a config.
+        orientation: Whether a square Δ of stacked experts is added `plain` or `transposed`; by default, the version of
+            PEFT and the type of the model decide.
 
     Returns:
         The adapter: a mapping of module names to weights.
@@ -41,11 +49,13 @@ def load(path: str | os.PathLike[str], *, alpha: float | None = None, scaling: f
     for name, value in (("alpha", alpha), ("scaling", scaling)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise UsageError(f"{name} {value!r}: expected a number")
+    if orientation not in (None, *ORIENTATIONS):
+        raise UsageError(f"orientation {orientation!r}: expected one of {', '.join(ORIENTATIONS)}")
     for format, source in open_sources(Path(path)):
         if format.detect(source):
             adapter = format.read(source, alpha, scaling)
             problems = (*_empty_tensors(source), *adapter.problems)
-            return replace(adapter, stamps=dict(source.stamps), problems=problems)
+            return replace(adapter, stamps=dict(source.stamps), problems=problems, orientation=orientation)
     for problem in _empty_tensors(source):
         raise FormatError(str(problem), hint=problem.remedy)
     named = format_of_tensors(source.tensors)

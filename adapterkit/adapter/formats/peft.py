@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,10 @@ from adapterkit.adapter.formats.peft_config import BASE_KEY as BASE_KEY
 from adapterkit.adapter.formats.peft_config import CONFIG as CONFIG
 from adapterkit.adapter.formats.peft_config import PeftConfig, Strength
 from adapterkit.adapter.formats.peft_config import describe_config as describe_config
-from adapterkit.adapter.formats.peft_names import NAMES, PREFIX, TASK_HEADS, SortedTensors, saves, sort_tensors
+from adapterkit.adapter.formats.peft_names import PREFIX, TASK_HEADS, SortedTensors, saves, sort_tensors
+from adapterkit.adapter.formats.peft_parameters import Owner, owners_of, stored_names
 from adapterkit.adapter.formats.peft_variants import plain, without_blocks
 from adapterkit.adapter.weights import Adapter, Kind, LazyTensor, LoraWeights, Problem
-from adapterkit.errors import FitError
 from adapterkit.files.safetensors import FLOAT_DTYPES, write_tensors
 
 if TYPE_CHECKING:
@@ -54,15 +54,16 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
     config = PeftConfig.parse(source)
     scale = Strength(config, source, alpha, scaling)
     found = sort_tensors(source.tensors, config)
-    config.check_patterns(found.modules)
-    problems = [*config.problems(), *found.problems]
+    owners, unowned = owners_of(found.modules, config)
+    config.check_patterns([owner.name for owner in owners.values()])
+    problems = [*config.problems(), *found.problems, *unowned]
     modules = {}
-    for name, roles in sorted(found.modules.items(), key=lambda item: _natural(item[0])):
-        weights = _weights(name, without_blocks(name, roles, config.raw), config, scale)
+    for stored, owner in owners.items():
+        weights = _weights(owner, without_blocks(stored, found.modules[stored], config.raw), config, scale)
         if isinstance(weights, Problem):
             problems.append(weights)
         else:
-            modules[name] = weights
+            modules[owner.name] = weights
     tokens = {name: (config.token_indices(name), delta) for name, delta in found.tokens.items()}
     problems += _token_problems(tokens)
     problems += _disagreements(config, modules, found)
@@ -75,7 +76,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         ensure_weight_tying=config.ensure_weight_tying,
         base_model=config.raw.get(BASE_KEY) or None,
         rslora=config.rslora,
-        target_parameters=config.target_parameters,
+        peft_version=config.peft_version,
         task=config.task,
         config=plain(config.raw),
         files=source.files,
@@ -88,7 +89,9 @@ def write(adapter: Adapter, directory: Path) -> None:
     """Write `adapter` to the new `directory`, so that PEFT computes the same Δ from it."""
     text = json.dumps(_config_for(adapter), indent=2, sort_keys=True)
     tensors: dict[str, torch.Tensor] = {}
-    for name, weights in adapter.modules.items():
+    stored = stored_names({name: weights.kind == "parameter" for name, weights in adapter.modules.items()})
+    for module, weights in adapter.modules.items():
+        name = stored[module]
         a, b = (".lora_embedding_A", ".lora_embedding_B") if weights.kind == "embedding" else (
             ".lora_A.weight", ".lora_B.weight")  # fmt: skip
         tensors[PREFIX + name + a] = weights.A.read()
@@ -119,9 +122,10 @@ def example(repo: str) -> list[str]:
 
 
 def _weights(
-    name: str, roles: dict[str, LazyTensor], config: PeftConfig, scale: Strength
+    owner: Owner, roles: dict[str, LazyTensor], config: PeftConfig, scale: Strength
 ) -> LoraWeights[LazyTensor] | Problem:
-    """Convert the tensors of one module to LoraWeights, or return the problem."""
+    """Convert the tensors of one module or parameter to LoraWeights, or return the problem."""
+    name = owner.name
     embedding = "embedding_A" in roles or "embedding_B" in roles
     a, b = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     missing = [f"lora_{role}" for role in (a, b) if role not in roles]
@@ -133,9 +137,14 @@ def _weights(
             return Problem(name, f"{role} is {tensor.dtype} {tensor.shape}, expected floating point weights")
     if len(A.shape) < 2 or len(B.shape) < 2:
         return Problem(name, f"A is {A.shape} and B is {B.shape}: expected (rank, in) and (out, rank)")
-    parameters = _parameters(name, config)
-    experts = _experts(A, config.rank(name)) if parameters != ("weight",) else 1
-    kind: Kind = "embedding" if embedding else "experts" if experts > 1 else "conv" if len(A.shape) > 2 else "linear"
+    experts, configured = 1, config.rank(name)
+    if owner.parameter and configured:
+        experts, rest = divmod(A.shape[0], int(configured))
+        if rest or not experts:
+            return Problem(name, f"A is {A.shape}, which is no whole number of experts of rank {configured:g}")
+    kind: Kind = (
+        "parameter" if owner.parameter else "embedding" if embedding else "conv" if len(A.shape) > 2 else "linear"
+    )
     enabled = config.raw.get("enable_lora")
     if isinstance(enabled, list) and len(A.shape) == 2 and len(B.shape) == 3:
         groups = sum(map(bool, enabled))
@@ -152,29 +161,13 @@ def _weights(
     scaling, alpha = scale.of(name, rank)
     weights = LoraWeights(
         A, B, scaling, alpha, magnitude, roles.get("bias"), kind, experts,
-        bool(config.raw.get("fan_in_fan_out")), parameters,
+        bool(config.raw.get("fan_in_fan_out")),
     )  # fmt: skip
     if problem := weights.problem():
         return Problem(name, problem)
-    configured = config.rank(name)
     if configured is not None and configured != rank and scale.scaling is None:
         return Problem(name, f"the tensors have rank {rank}, {CONFIG} says {configured:g}: the scaling is ambiguous")
     return weights
-
-
-def _parameters(name: str, config: PeftConfig) -> tuple[str, ...]:
-    """Return the parameters that a module's factors may apply to: `weight`, or those in target_parameters."""
-    if not config.target_parameters:
-        return ("weight",)
-    bare = name.replace(".base_layer", "")
-    named = [path.rpartition(".") for path in config.target_parameters]
-    hits = tuple(leaf for module, _, leaf in named if bare == module or bare.endswith("." + module) or not module)
-    return hits or ("weight",)
-
-
-def _experts(A: LazyTensor, rank: float | None) -> int:
-    """Return the number of experts stacked in `A (experts·rank, in)`, given the configured rank."""
-    return max(1, A.shape[0] // int(rank)) if rank and A.shape[0] % int(rank) == 0 else 1
 
 
 def _merged_linear(B: LazyTensor, enabled: tuple[bool, ...]) -> LazyTensor:
@@ -213,10 +206,12 @@ def _disagreements(
     """Yield the contradictions between the config and the tensors."""
     targets = config.raw.get("target_modules")
     names = [*modules, *found.tokens]
-    if isinstance(targets, list):
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                yield Problem(f"{CONFIG}: target_modules", f"{target!r} has no tensors", fatal=False)
+    listed = {"target_modules": targets if isinstance(targets, list) else [],
+              "target_parameters": config.target_parameters}  # fmt: skip
+    for field, entries in listed.items():
+        for entry in entries:
+            if not any(name == entry or name.endswith(f".{entry}") for name in names):
+                yield Problem(f"{CONFIG}: {field}", f"{entry!r} has no tensors", fatal=False)
     stored = {entry for entry in config.saved if any(saves(entry, name.rpartition(".")[0]) for name in found.saved)}
     for entry in config.modules_to_save:
         if entry not in stored and entry not in config.task_heads:
@@ -234,26 +229,19 @@ def _disagreements(
         yield Problem(f"{CONFIG}: use_dora", f"is false, but {with_magnitude} modules have a magnitude")
 
 
-@lru_cache(NAMES)
-def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Return a sort key that puts layer 2 before layer 10."""
-    return tuple((int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split("."))
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _config_for(adapter: Adapter) -> dict[str, Any]:
     """Return the config with which PEFT computes each module's scaling."""
+    parameters = [name for name, weights in adapter.modules.items() if weights.kind == "parameter"]
     if adapter.format == NAME and "lora_alpha" in adapter.config:
-        return adapter.config
+        return adapter.config | ({"target_parameters": parameters} if parameters else {})
     ranks = {name: weights.rank for name, weights in adapter.modules.items()}
     alphas = {
         name: weights.scaling * (weights.rank**0.5 if adapter.rslora else weights.rank)
         for name, weights in adapter.modules.items()
     }
-    if not adapter.target_parameters and any(weights.kind == "experts" for weights in adapter.modules.values()):
-        raise FitError("writing stacked experts needs the target_parameters of the original config")
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     saved, biased = _saved_modules(adapter)
     config = {
@@ -277,8 +265,9 @@ def _config_for(adapter: Adapter) -> dict[str, Any]:
             "lora_dropout": adapter.dropout,
         }
     return config | {
-        "target_modules": sorted(name for name, weights in adapter.modules.items() if weights.kind != "experts"),
-        "target_parameters": list(adapter.target_parameters) or None,
+        "target_modules": sorted(adapter.modules.keys() - {*parameters}),
+        "target_parameters": parameters or None,
+        **({"peft_version": adapter.peft_version} if parameters and adapter.peft_version else {}),
         "trainable_token_indices": {name: list(rows) for name, (rows, _) in adapter.tokens.items()} or None,
         "lora_bias": any(weights.bias is not None for weights in adapter.modules.values()),
         **({"ensure_weight_tying": True} if adapter.ensure_weight_tying else {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class PeftConfig:
     alpha_pattern: Patterns[float | None] = field(default_factory=Patterns)
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
+    peft_version: str | None = None
     tokens: Any = None
     present: bool = False
 
@@ -73,7 +75,8 @@ class PeftConfig:
             rank_pattern=given.pattern("rank_pattern", int),
             alpha_pattern=given.pattern("alpha_pattern", (int, float)),
             modules_to_save=given.names("modules_to_save"),
-            target_parameters=given.names("target_parameters"),
+            target_parameters=tuple(dict.fromkeys(given.names("target_parameters"))),
+            peft_version=given.value("peft_version", str, None),
             tokens=given.value("trainable_token_indices", (list, dict), None),
             present=True,
         )
@@ -103,6 +106,20 @@ class PeftConfig:
             with _errors_in(CONFIG):
                 targets = [name for name in EMBEDDINGS if compile_pattern(targets).matches(name)]
         return any(name.split(".")[-1] in EMBEDDINGS for name in (*targets, *self.modules_to_save))
+
+    @cached_property
+    def target_modules(self) -> str | frozenset[str]:
+        """A pattern for names of modules, or suffixes of them."""
+        targets = self.raw.get("target_modules") or ()
+        return targets if isinstance(targets, str) else frozenset(targets)
+
+    def targets(self, module: str) -> bool:
+        """Return whether target_modules selects `module`, as PEFT does."""
+        if isinstance(self.target_modules, str):
+            with _errors_in(f"{CONFIG}: target_modules"):
+                return compile_pattern(self.target_modules).matches(module)
+        parts = module.split(".")
+        return any(".".join(parts[at:]) in self.target_modules for at in range(len(parts)))
 
     def check_patterns(self, modules: Collection[str]) -> None:
         """Raise FormatError if matching the patterns against all module names could take minutes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, MISSING, dataclass
 from typing import TYPE_CHECKING
 
+from adapterkit.adapter.weights import ORIENTATIONS
 from adapterkit.api.options.adapters import ADAPTERS, WeightsOptions
 from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, training_kinds, writable_kinds
@@ -48,7 +49,18 @@ class QuantizingOptions(Options):
 
 
 @dataclass(frozen=True)
-class MergedOptions(WeightsOptions):
+class OrientationOptions(WeightsOptions):
+    """How adapters of stacked experts are read"""
+
+    _: KW_ONLY
+    orientation: str | None = option(
+        None, "Add Δ of stacked experts plain or transposed, where it is square [default: by the adapter and the base]",
+        ORIENTATIONS, group=ADAPTERS, in_form=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergedOptions(OrientationOptions):
     """Strength and names of merged adapters, and what they are merged onto"""
 
     _: KW_ONLY
@@ -189,7 +201,7 @@ class QuantizeCall(ProgressOptions, DeviceOptions, QuantizeOptions):
 
 
 @dataclass(frozen=True)
-class UnmergeOptions(WeightsOptions):
+class UnmergeOptions(OrientationOptions):
     """A merge undone"""
 
     merged: AnyModel = argument("Merged model", label="merged model")
