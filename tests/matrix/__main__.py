@@ -1,6 +1,6 @@
 """Run the matrix, or a part of it.
 
-Without TYPE: all of it, into results.jsonl and docs/architectures.md. A run that was interrupted goes on where it
+Without TYPE: all of it, into results.json and docs/architectures.md. A run that was interrupted goes on where it
 stopped, as long as neither adapterkit nor the matrix changes.
 """
 
@@ -22,7 +22,8 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from .page import PAGE, RESULTS, Line, page, read
+from . import page
+from .page import Line
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = {name: version(name) for name in ("transformers", "peft", "torch")}
@@ -72,8 +73,11 @@ def record(types: list[tuple[str, str]], jobs: int) -> None:
             show(lines)
     order = {of: index for index, of in enumerate(types)}
     lines = sorted(read(partial), key=lambda line: order[line["task"], line["type"]])
-    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    PAGE.write_text(page(lines, VERSIONS), encoding="utf-8")
+    page.record(lines, VERSIONS)
+
+
+def read(file: Path) -> list[Line]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def state() -> str:

@@ -8,9 +8,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from .models import LEFT_OUT
 from .recipes import RECIPES
 
-RESULTS = Path(__file__).with_name("results.jsonl")
+RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 TITLES = {
     "causal": "Causal language models",
@@ -30,9 +31,11 @@ model, within 1e-5 in fp32, and `adapterkit unmerge` restores the base's SHA-256
 Line = dict[str, Any]
 
 
-def read(file: Path = RESULTS) -> list[Line]:
-    """Return the lines of results: task, type, tied, and a verdict for each recipe."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def record(lines: list[Line], versions: dict[str, str]) -> None:
+    """Write the results, a line for each model, and the page."""
+    models = ",\n".join(json.dumps(line) for line in lines)
+    RESULTS.write_text(f'{{"versions": {json.dumps(versions)}, "models": [\n{models}\n]}}\n', encoding="utf-8")
+    PAGE.write_text(page(lines, versions), encoding="utf-8")
 
 
 def page(lines: list[Line], versions: dict[str, str]) -> str:
@@ -49,6 +52,8 @@ def page(lines: list[Line], versions: dict[str, str]) -> str:
             rows.append(f"| {kind} | " + " | ".join(cells) + " |")
         parts.append(f"## {TITLES[task]}\n\n" + "\n".join(rows) + "\n")
     parts.append("## Reasons\n\n" + "\n".join(f"{number}. {reason}" for reason, number in reasons.items()) + "\n")
+    left_out = [f"{why}: {', '.join(names)}." for why, names in groupby(LEFT_OUT, LEFT_OUT.__getitem__)]
+    parts.append("## Left out\n\n" + "\n".join(f"- {line[0].upper()}{line[1:]}" for line in left_out) + "\n")
     return "\n".join(parts)
 
 

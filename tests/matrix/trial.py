@@ -45,15 +45,26 @@ def trial(model: Model, recipe: Recipe, base: Path, loaded: PreTrainedModel, fol
     adapter, merged, restored = (folder / name for name in ("adapter", "merged", "restored"))
     for made in (adapter, merged, restored):
         shutil.rmtree(made, ignore_errors=True)
+    more = tuple(range(96, 96 + NEW_TOKENS)) if recipe.grown else ()
     try:
-        expected = train(model, recipe, copy.deepcopy(loaded), adapter)
+        if (expected := train(model, recipe, copy.deepcopy(loaded), adapter)) is None:
+            return NONE
+        logits = model.logits(expected.get_base_model(), more)
     except Exception as error:
         return f"peft: {said(error)}"
-    if expected is None:
-        return NONE
+    if not recipe.grown and relative(logits, model.logits(loaded)) < 100 * RELATIVE:
+        return "peft: the adapter has no effect"
     if failed := run("merge", base, adapter, "-o", merged):
         return failed
-    if failed := compare(model, recipe, merged, expected):
+    try:
+        found, loading = load(merged)
+        if failed := compare(model.logits(found, more), logits):
+            return failed
+    except Exception as error:
+        return f"wrong: the output does not load or run: {said(error)}"
+    if loading:
+        return f"wrong: {loading}"
+    if model.task == "vision" and (failed := compare_unseen(found, expected)):
         return failed
     if failed := run("unmerge", merged, "-o", restored, "--adapter", adapter):
         return f"unmerge {failed}"
@@ -88,25 +99,23 @@ def run(*words: object) -> str | None:
     return f"{how}: {said(result.exception)}"
 
 
-def compare(model: Model, recipe: Recipe, merged: Path, expected: PeftModel) -> str | None:
-    """Return how the model that the output's config names differs from PEFT's."""
+def load(merged: Path) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """Return the model of the class that the config names, and the tensors that are missing, unexpected or misshapen."""
     (architecture,) = json.loads((merged / "config.json").read_text())["architectures"]
-    try:
-        found, loading = getattr(transformers, architecture).from_pretrained(merged, output_loading_info=True)
-        more = tuple(range(96, 96 + NEW_TOKENS)) if recipe.grown else ()
-        logits, theirs = model.logits(found.eval(), more), model.logits(expected.get_base_model(), more)
-    except Exception as error:
-        return f"wrong: the output does not load or run: {said(error)}"
-    if wrong := {what: sorted(names)[:3] for what, names in loading.items() if names and what != "error_msgs"}:
-        return f"wrong: {wrong}"
-    if logits.shape != theirs.shape:
-        return f"wrong: logits {tuple(logits.shape)}, PEFT's {tuple(theirs.shape)}"
-    if not (error := relative(logits, theirs)) < RELATIVE:
+    found, loading = getattr(transformers, architecture).from_pretrained(merged, output_loading_info=True)
+    return found.eval(), {what: sorted(names)[:3] for what, names in loading.items() if names and what != "error_msgs"}
+
+
+def compare(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Return how logits differ from PEFT's."""
+    if found.shape != expected.shape:
+        return f"wrong: logits {tuple(found.shape)}, PEFT's {tuple(expected.shape)}"
+    if not (error := relative(found, expected)) < RELATIVE:
         return f"wrong: logits differ by {error:.1e}"
-    return _unseen(found, expected) if model.task == "vision" else None
+    return None
 
 
-def _unseen(found: PreTrainedModel, expected: PeftModel) -> str | None:
+def compare_unseen(found: PreTrainedModel, expected: PeftModel) -> str | None:
     """Compare the weights that a text does not reach, those for images, with PEFT's merge.
 
     PEFT merges tied embeddings wrongly, and the logits show them.
