@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from adapterkit.adapter.formats import holds_adapter, load
-from adapterkit.adapter.formats.table import weights_names
+from adapterkit.adapter.formats.table import has_adapter_file, weights_names
 from adapterkit.adapter.module_patterns import matches
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint, is_base, open_checkpoint
@@ -38,11 +38,20 @@ def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve, *, hint
     """Open the model `base` at `where(base)`. Raises UsageError, with `hint`, if it is an adapter."""
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise UsageError(f"base {base!r}: expected a path or a Hub id")
-    path = where(base)
+    path, adapter = where(base), UsageError(f"{base}: is an adapter, expected a model", hint=hint)
+    if path.is_dir() and not is_base(path) and has_adapter_file(os.listdir(path)):
+        raise adapter
     checkpoint = open_checkpoint(path, hub_repo(base))
     if holds_adapter(path, checkpoint.tensors):
-        raise UsageError(f"{base}: is an adapter, expected a model", hint=hint)
+        raise adapter
     return checkpoint
+
+
+def order_hint(adapters: Sequence[AnyAdapter], where: Callable[[AnyPath], Path]) -> str:
+    """Return what to do if the base of a merge with these `adapters` is an adapter."""
+    paths = (one for one in adapters if not isinstance(one, Adapter))
+    model = next((one for one in paths if is_base(where(one))), None)
+    return "give the base first, then the adapters" if model is None else f"{model} is a model: swap the two"
 
 
 def open_adapters(

@@ -2,6 +2,7 @@
 
 >>> plan = adapterkit.plan_merge("base", ["adapter", ("other", 0.3)], "out")  # headers only; raises if it cannot work
 >>> for event in adapterkit.run(plan): ...  # TensorMerged …, then Merged
+>>> adapterkit.merge("adapter", out="out")  # into the base that the adapter names
 >>> adapterkit.merge("base", ["adapter"], "out").bytes_written  # the same in one call
 """
 
@@ -15,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.api.inputs import AnyPath, number, open_adapters, open_base, renaming, weighted
+from adapterkit.api.inputs import AnyPath, number, open_adapters, open_base, order_hint, renaming, weighted
+from adapterkit.api.named_base import named_base
 from adapterkit.api.options.merges import (
     MergeCall,
     MergeOptions,
@@ -48,8 +50,9 @@ if TYPE_CHECKING:
 def plan_merge(o: MergeOptions) -> MergePlan:
     """Plan `base + scale · Σ weight · Δ` from headers only; nothing is written.
 
-    A quantized base is dequantized, unless `quantize` is given. Compensated rounding runs the base over the
-    `calibration` text when the plan is run.
+    Without a `base`, it is the one that the adapters name; a single argument is the adapter. A quantized base is
+    dequantized, unless `quantize` is given. Compensated rounding runs the base over the `calibration` text when the
+    plan is run.
 
     Returns:
         The plan: `print` shows it, `run` runs it.
@@ -71,13 +74,15 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         )
     _check_rounding(o, o.quantize is not None)
     named, rename = weighted(o.adapters), renaming(o.rename)
+    base = o.base if o.base is not None else named_base([what for what, _ in named])
 
     def made(where: Callable[[AnyPath], Path]) -> MergePlan:
-        checkpoint = open_base(o.base, where, hint="the base comes first, its adapters follow")
+        checkpoint = open_base(base, where, hint=order_hint([what for what, _ in named], where))
         given = open_adapters(named, o.scale, o.alpha, o.scaling, where, o.weights, o.orientation)
         sixteen = None if o.original is None else open_base(o.original, where)
-        into = (sixteen, o.original) if sixteen and o.original is not None else (checkpoint, o.base)
-        target = Path(o.out).expanduser() if o.out is not None else _default_output(*into, "merged")
+        into = (sixteen, o.original) if sixteen and o.original is not None else (checkpoint, base)
+        default = Path(f"{checkpoint.name}-merged") if o.base is None else _default_output(*into, "merged")
+        target = Path(o.out).expanduser() if o.out is not None else default
         plan = make_plan(
             checkpoint, given, target, dtype=None if o.dtype is None else str(o.dtype),
             quantize=o.quantize, rounding=Rounding(o.rounding, o.seed), original=sixteen, as_trained=o.as_trained,
@@ -86,7 +91,7 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         )  # fmt: skip
         return _placed(with_tokenizer(plan, o.tokenizer), o.overwrite, checkpoint)
 
-    specs = [o.base, *(what for what, _ in named), o.original]
+    specs = [base, *(what for what, _ in named), o.original]
     with _gc_paused(), locate_all([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
         plan = made(places.path_of)
         if not (places.headers_only and o.download):

@@ -53,8 +53,8 @@ def test_help_of_every_command(command: str) -> None:
     [
         (["mrege"], "error: no such command 'mrege'\nhint: did you mean merge?"),
         (["--nope"], "error: no such option '--nope'"),
-        (["merge"], "missing argument 'BASE'"),
-        (["merge", "base"], "missing argument"),
+        (["merge"], "no adapter given"),
+        (["combine", "-o", "out"], "missing argument"),
         (["merge", "base", "adapter", "--dtype", "int3"], "--dtype int3: expected bf16, fp16 or fp32"),
         (["merge", "base", "adapter", "--threads", "0"], "invalid value for '--threads'"),
         (["merge", "base", "adapter", "--scale", "much"], "invalid value for '--scale'"),

@@ -303,5 +303,5 @@ def test_options_are_shown_by_group() -> None:
     assert found["--rounding"] == "Quantization" and found["--scale"] == "Adapters" and found["-o"] == "Output"
     assert found["--threads"] == "Options" and found["-q"] == "Global options"
     assert [line for line in lines if line.strip().startswith("BASE ")] == [
-        "  BASE is a directory, a .safetensors file or a Hub id. ADAPTER is a"
+        "  BASE is a directory, a .safetensors file or a Hub id; without it, the base"
     ]

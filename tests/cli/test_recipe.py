@@ -102,8 +102,8 @@ def test_an_error_names_the_line(text: str, recipe: Callable[..., Path], tmp_pat
 
 
 def test_what_neither_has_is_missing(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    assert "no adapter given" in run("merge", "--recipe", recipe("dtype: fp32")).err
     file = recipe(f"adapters: {ONE}")
-    assert "missing argument 'BASE'" in run("merge", "--recipe", file).err
     assert "missing option '-o'" in run("combine", "--recipe", file).err
     assert "missing argument 'ADAPTER[:WEIGHT]...'" in run("combine", "-o", tmp_path / "out").err
     assert "No such file" in run("merge", "--recipe", tmp_path / "none.yaml").message(1)

@@ -196,8 +196,11 @@ async def test_a_plan_that_fails_is_told_and_nothing_runs(folder: Path) -> None:
 
 async def test_what_is_not_filled_in_is_asked_for(folder: Path) -> None:
     async with running(folder) as pilot:
-        await pilot.press("j", "m", "ctrl+s")
-        assert "Required: base" in text_of(pilot.app.screen.query_one("#plan", Static))
+        await pilot.press("j", "m")
+        pilot.app.screen.query_one("#field-adapters", Input).value = ""
+        await pilot.pause()
+        await pilot.press("ctrl+s")
+        assert "Required: adapters" in text_of(pilot.app.screen.query_one("#plan", Static))
         pilot.app.screen.query_one("#field-adapters", Input).value = "'open"
         await pilot.pause()
         await pilot.press("ctrl+s")

@@ -21,6 +21,7 @@ class ConfigFacts:
     alphas: tuple[float, ...] = ()
     targets: tuple[str, ...] = ()
     base_model: str | None = None
+    base_revision: str | None = None  # on the Hub
 
 
 class Format(Protocol):

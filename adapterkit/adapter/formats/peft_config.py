@@ -193,13 +193,14 @@ def describe_config(config: Mapping[str, Any]) -> ConfigFacts:
     enabled = config.get("enable_lora")  # parts of a fused layer, each of this rank
     if isinstance(rank, int) and isinstance(enabled, list):
         rank *= sum(part is True for part in enabled)
-    base = config.get(BASE_KEY)
+    base, revision = config.get(BASE_KEY), config.get("revision")
     return ConfigFacts(
         "DoRA" if config.get("use_dora") else "LoRA",
         ranks=(rank,) if isinstance(rank, int) and 0 <= rank < 1 << 30 else (),
         alphas=(float(alpha),) if isinstance(alpha, int | float) and abs(alpha) < 1e9 else (),
         targets=tuple(map(str, targets)) if isinstance(targets, Sequence) and not isinstance(targets, str) else (),
         base_model=base if isinstance(base, str) else None,
+        base_revision=revision if isinstance(revision, str) and revision else None,
     )
 
 

@@ -9,6 +9,7 @@ from adapterkit.adapter.weights import ORIENTATIONS
 from adapterkit.api.options.adapters import ADAPTERS, WeightsOptions
 from adapterkit.api.options.progress import ProgressOptions
 from adapterkit.base.quant import DEFAULT_BLOCKSIZE, ROUNDINGS, blocksizes, training_kinds, writable_kinds
+from adapterkit.errors import UsageError
 from adapterkit.files.safetensors import DTYPE_SPELLINGS, OUTPUT_DTYPES
 from adapterkit.merging.plan.tokenizers import TOKENIZERS
 from adapterkit.merging.run_options import RunOptions
@@ -80,8 +81,11 @@ class MergedOptions(OrientationOptions):
 class MergeOptions(MergedOptions, QuantizingOptions):
     """Adapters into a base"""
 
-    base: AnyModel = argument("Base model: a directory, a .safetensors file or a Hub id")
-    adapters: AnyAdapters = argument("Adapters, each with its weight", metavar="ADAPTER[:WEIGHT]...")
+    base: AnyModel | None = argument(
+        "Base model: a directory, a .safetensors file or a Hub id [default: the base that the adapters name]", None,
+        hint=lambda: "the base that the adapter names",
+    )  # fmt: skip
+    adapters: AnyAdapters = argument("Adapters, each with its weight", (), metavar="ADAPTER[:WEIGHT]...", asked=True)
     out: AnyPath | None = output(None, "Output directory or file [default: `base`-merged beside the base]", asked=True)
     _: KW_ONLY
     alpha: float | None = option(
@@ -110,6 +114,14 @@ class MergeOptions(MergedOptions, QuantizingOptions):
         in_form=False,
         in_cli=False,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapters == () and self.base is not None:  # a single argument is the adapter
+            object.__setattr__(self, "adapters", self.base)
+            object.__setattr__(self, "base", None)
+        if self.adapters == ():
+            raise UsageError("no adapter given: nothing to merge", hint="give `adapters`")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import click
 from adapterkit.api.options.merges import MergeCall, MergeOptions, MergeRunOptions
 from adapterkit.cli.command import Command
 from adapterkit.cli.next_commands import next_lines, push_command, undo_command
-from adapterkit.cli.options import as_json, dry_run, options_of
+from adapterkit.cli.options import as_json, dry_run, options_of, weighted
 from adapterkit.cli.output import note, say, say_result
 from adapterkit.cli.recipe import recipe_option, with_recipe
 from adapterkit.errors import UsageError
@@ -41,10 +41,12 @@ if TYPE_CHECKING:
 def merge_command(given: dict[str, Any], how: dict[str, Any], recipe: str | None, dry_run: bool, as_json: bool) -> None:
     """W + Σ weight · scaling · B·A is summed in fp32 and rounded once.
 
-    BASE is a directory, a .safetensors file or a Hub id. ADAPTER is a directory, a .safetensors or .bin file, or a Hub
-    id; several are summed.
+    BASE is a directory, a .safetensors file or a Hub id; without it, the base that ADAPTER names. ADAPTER is a
+    directory, a .safetensors or .bin file, or a Hub id; several are summed.
     """
     given = with_recipe(given, recipe, MergeOptions)
+    if "adapters" not in given and "base" in given:  # a single argument is the adapter
+        given["adapters"] = [weighted(given.pop("base"))]
     report, resume = bool(how.get("report")), bool(how.get("resume"))
     if dry_run and (report or resume):
         raise UsageError("--report and --resume are about a merge, --dry-run makes none", hint="give one of them")

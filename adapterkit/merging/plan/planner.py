@@ -131,10 +131,12 @@ class _Draft:
                 )
         self.notes.append(f"merged into {self.base.name}, checked to be the original of {quantized.name}")
 
-    def dequantize(self) -> None:
+    def dequantize(self, adapters: Sequence[WeightedAdapter]) -> None:
         """Store quantized weights dequantized, in the model's compute dtype."""
         if self.schemes:
             self.notes.append(f"the base is quantized ({'; '.join(self.schemes)}); the output is dequantized")
+            if not any("quantized base" in one.settled_by for given in adapters for one in given.adapter.problems):
+                self.notes.append("`original=BASE16` merges into the 16-bit model that the base was made from")
             self.config.pop("quantization_config", None)
 
     def convert(self, dtype: str) -> None:
@@ -258,7 +260,7 @@ def make_plan(
     draft.fit(given, rename, allow_partial)
     draft.describe(given)
     if quantize is None:
-        draft.dequantize()
+        draft.dequantize(given)
     else:
         kind = quantize if quantize != "same" else _kind_of(base, draft.quantized_base or draft.tensors)
         draft.quantize(QuantizationSettings(kind, rounding=rounding))
