@@ -216,6 +216,7 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
     new_tensors: frozenset[str] = frozenset()  # of `replaced`: those of saved modules, which the base may lack
     ensure_weight_tying: bool = False  # trained with input and output embeddings tied
     base_model: str | None = None
+    base_fingerprint: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `fingerprint.py`
     rslora: bool = False  # scaling is alpha / √rank
     peft_version: str | None = None  # decides, with the model's type, whether Δ of stacked experts is transposed
     orientation: str | None = None  # one of ORIENTATIONS, to decide it instead

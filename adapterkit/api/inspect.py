@@ -163,10 +163,12 @@ def _open(where: Path, alpha: float | None, scaling: float | None) -> tuple[Adap
 
 def _match(adapter: Adapter, base: Location, name: str) -> tuple[Match, BaseNorms | None]:
     """How `adapter` fits `base`, called `name`, by headers; and what reads ‖W‖_F by module, where weights are there."""
-    from adapterkit.inspection.match import base_norms, match
+    from adapterkit.inspection.match import base_norms, match, with_rows
 
     checkpoint = open_checkpoint(base.path)
     found, places = match(adapter, checkpoint, name)
+    if not base.headers_only:
+        found = with_rows(found, adapter, checkpoint)
 
     def norms() -> Iterator[tuple[str, float]]:
         check_cached(shard.file for shard in checkpoint.shards)

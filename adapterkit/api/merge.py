@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.api.inputs import AnyPath, number, open_adapters, open_base, order_hint, renaming, weighted
 from adapterkit.api.named_base import named_base
 from adapterkit.api.options.merges import (
@@ -29,6 +30,7 @@ from adapterkit.api.options.merges import (
 from adapterkit.api.progress import downloads_shown, progress_bar
 from adapterkit.api.run import in_one_call
 from adapterkit.base.checkpoint import Checkpoint
+from adapterkit.base.fingerprint import compare_rows
 from adapterkit.base.quant import QuantizationSettings, Rounding, checked
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
@@ -76,7 +78,7 @@ def plan_merge(o: MergeOptions) -> MergePlan:
     named, rename = weighted(o.adapters), renaming(o.rename)
     base = o.base if o.base is not None else named_base([what for what, _ in named])
 
-    def made(where: Callable[[AnyPath], Path]) -> MergePlan:
+    def made(where: Callable[[AnyPath], Path], read: bool = True) -> MergePlan:
         checkpoint = open_base(base, where, hint=order_hint([what for what, _ in named], where))
         given = open_adapters(named, o.scale, o.alpha, o.scaling, where, o.weights, o.orientation)
         sixteen = None if o.original is None else open_base(o.original, where)
@@ -89,15 +91,24 @@ def plan_merge(o: MergeOptions) -> MergePlan:
             rename=rename,
             allow_partial=o.allow_partial, calibration=_text(o),
         )  # fmt: skip
+        if read:
+            plan = replace(plan, notes=(*plan.notes, *_other_base(given, plan.base)))
         return _placed(with_tokenizer(plan, o.tokenizer), o.overwrite, checkpoint)
 
     specs = [base, *(what for what, _ in named), o.original]
     with _gc_paused(), locate_all([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
-        plan = made(places.path_of)
+        plan = made(places.path_of, read=not places.headers_only)
         if not (places.headers_only and o.download):
             return plan
     with _gc_paused():
         return made(resolve)
+
+
+def _other_base(given: Sequence[WeightedAdapter], base: Checkpoint) -> Iterator[str]:
+    """Yield a note for each adapter that was made for a base with other weights."""
+    for one in given:
+        if note := compare_rows(one.adapter.base_fingerprint, base).note(base.name):
+            yield f"{one.label}: {note}"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from adapterkit.adapter.fingerprint import agreed
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable
 from adapterkit.algebra.truncation import Limit
 from adapterkit.combining.checks import check_fit, check_rank, check_supported, check_truncation
@@ -119,6 +120,7 @@ def _adapter_of(plan: Combination, modules: dict[str, LoraWeights[LazyTensor]]) 
         "", modules, replaced, tokens, frozenset().union(*(one.new_tensors for one in sources)),
         any(one.ensure_weight_tying for one in sources),
         next((one.base_model for one in sources if one.base_model), None),
+        agreed(one.base_fingerprint for one in sources) or {},
         task=next((one.task for one in sources if one.task), None),
         peft_version=next((one.peft_version for one in sources if one.peft_version), None),
     )  # fmt: skip
@@ -145,6 +147,8 @@ def _difference_notes(adapters: Sequence[WeightedAdapter], modules: Mapping[str,
     if len(bases) > 1:
         found = ", ".join(f"{base} ({label})" for base, label in bases.items())
         notes.append(f"the adapters name different base models: {found}")
+    if agreed(one.adapter.base_fingerprint for one in adapters) is None:
+        notes.append("the adapters were made for bases with different weights")
     return notes
 
 

@@ -10,6 +10,7 @@ from adapterkit import __version__
 from adapterkit.adapter.formats import save
 from adapterkit.adapter.formats.table import get_format
 from adapterkit.adapter.weights import Adapter
+from adapterkit.base.fingerprint import compare_rows, fingerprint
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, ModuleDone
 from adapterkit.files.hub_cache import check_blob_hash, check_cached
 from adapterkit.files.opening import sha256_of
@@ -29,9 +30,21 @@ def make_adapter(plan: AdapterPlan) -> Generator[ModuleDone | AdapterMade, None,
     plan.destination.check()
     for event in plan.work.steps():
         if isinstance(event, AdapterMade):
-            event = replace(event, notes=(*plan.notes, *event.notes), out=plan.destination.out)
+            adapter, notes = _with_fingerprint(event.adapter, plan)
+            event = replace(event, adapter=adapter, notes=(*plan.notes, *event.notes, *notes), out=plan.destination.out)
             _write(plan, event)
         yield event
+
+
+def _with_fingerprint(adapter: Adapter, plan: AdapterPlan) -> tuple[Adapter, list[str]]:
+    """The adapter with the fingerprint of its base, and a note if it was made for another than that of the plan."""
+    if not plan.models:
+        return adapter, []
+    base = plan.models[0]
+    if not adapter.base_fingerprint:
+        return replace(adapter, base_fingerprint=fingerprint(base)), []
+    note = compare_rows(adapter.base_fingerprint, base).note(base.name)
+    return adapter, [note] if note else []
 
 
 def _write(plan: AdapterPlan, made: AdapterMade) -> None:

@@ -12,6 +12,7 @@ import torch
 from adapterkit.adapter.weights import Adapter
 from adapterkit.base.adapter_fit import explain_misfit, place_adapter
 from adapterkit.base.checkpoint import Checkpoint
+from adapterkit.base.fingerprint import RowsCompared, compare_rows
 from adapterkit.base.quant import QuantizedWeight, weights
 from adapterkit.base.row_reader import reader
 from adapterkit.base.target import Target
@@ -30,6 +31,12 @@ class Match:
     total: int
     missing: tuple[str, ...]
     hint: str  # the nearest names in the base; empty if nothing is missing
+    rows: RowsCompared | None = None  # with the base that the adapter was made for, where its fingerprint is known
+
+    def warnings(self) -> list[str]:
+        """What does not fit, a line each."""
+        other = self.rows.note(self.base) if self.rows else None
+        return [*([self.hint] if self.missing else []), *([other] if other else [])]
 
 
 def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, Fit]:
@@ -43,6 +50,12 @@ def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, F
     hint = explain_misfit(adapter, places, tensors, checkpoint.config) if places.missing else ""
     total = len(adapter.modules)
     return Match(name, len(places.targets), total, places.missing, hint), places
+
+
+def with_rows(found: Match, adapter: Adapter, checkpoint: Checkpoint) -> Match:
+    """Add the comparison of a few rows of the base with those that `adapter` was made for; reads these rows."""
+    rows = compare_rows(adapter.base_fingerprint, checkpoint)
+    return replace(found, rows=rows) if rows.compared else found
 
 
 def base_norms(places: Fit, checkpoint: Checkpoint) -> Iterator[tuple[str, float]]:

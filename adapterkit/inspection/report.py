@@ -84,14 +84,15 @@ class AdapterReport(Displayed):
             rows |= dict.fromkeys(("alpha", "scaling"), f"unknown: {self.unknown}; give `alpha`")
         if self.match:
             rows["against"] = f"{self.match.base}: {self.match.found} of {counted(self.match.total, 'module')} found"
+            rows["against"] += f", {self.match.rows}" if self.match.rows else ""
         if self.outlined:
             rows["fetched"] = str(self.outlined)
         return rows
 
     def warnings(self) -> list[str]:
         """What is wrong with it or stands out, a line each."""
-        missing = [self.match.hint] if self.match and self.match.missing else []
-        return [*self.summary.warnings(), *missing, *map(str, self.findings)]
+        match = self.match.warnings() if self.match else []
+        return [*self.summary.warnings(), *match, *map(str, self.findings)]
 
     def lines(self) -> list[str]:
         rows = [f"{label:{LABEL}}{text}" for label, text in self.rows().items()]

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import adapterkit
 from adapterkit.base.checkpoint import open_checkpoint
+from adapterkit.base.fingerprint import fingerprint
 from adapterkit.cli.main import group
 from adapterkit.errors import AdapterkitError, FitError, FormatError, NoSpaceError, OutputExistsError, UsageError
 from adapterkit.files.staging import unfinished_work
@@ -117,6 +118,7 @@ def test_a_run_learns_and_peft_loads_its_adapter(
     adapterkit.merge(base, [tmp_path / "out"], tmp_path / "merged", dtype="fp32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
     torch.testing.assert_close(merged, logits, atol=1e-4, rtol=1e-4)
+    assert adapterkit.load(tmp_path / "out").base_fingerprint == fingerprint(open_checkpoint(base)) != {}
 
 
 def test_full_fine_tuning_writes_a_model(recipe: Callable[..., Recipe], base: Path, tmp_path: Path) -> None:

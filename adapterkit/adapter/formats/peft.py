@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapter import fingerprint
 from adapterkit.adapter.formats.foreign import is_of_diffusion
 from adapterkit.adapter.formats.peft_config import BASE_KEY as BASE_KEY
 from adapterkit.adapter.formats.peft_config import CONFIG as CONFIG
@@ -67,6 +68,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
     tokens = {name: (config.token_indices(name), delta) for name, delta in found.tokens.items()}
     problems += _token_problems(tokens)
     problems += _disagreements(config, modules, found)
+    made_for, unreadable = fingerprint.decoded(source.metadata, source.weights.name)
     return Adapter(
         format=NAME,
         modules=modules,
@@ -75,12 +77,13 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         new_tensors=frozenset(found.saved),
         ensure_weight_tying=config.ensure_weight_tying,
         base_model=config.raw.get(BASE_KEY) or None,
+        base_fingerprint=made_for,
         rslora=config.rslora,
         peft_version=config.peft_version,
         task=config.task,
         config=plain(config.raw),
         files=source.files,
-        problems=tuple(problems),
+        problems=(*problems, *unreadable),
         unrecognized=tuple(found.unrecognized),
     )
 
@@ -108,7 +111,7 @@ def write(adapter: Adapter, directory: Path) -> None:
     for name, (_, delta) in adapter.tokens.items():
         tensors[PREFIX + name + ".token_adapter.trainable_tokens_delta"] = delta.read()
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / WEIGHTS[0], tensors, {"format": "pt"})
+    write_tensors(directory / WEIGHTS[0], tensors, {"format": "pt", **fingerprint.encoded(adapter.base_fingerprint)})
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from adapterkit import __version__
 from adapterkit.adapter.formats import save
 from adapterkit.adapter.formats.table import DEFAULT, get_format
 from adapterkit.base.checkpoint import Checkpoint
+from adapterkit.base.fingerprint import fingerprint
 from adapterkit.files import os_calls
 from adapterkit.files.staging import MERGE_RECORD, TRAINING_RECORD
 from adapterkit.files.workspace import remove_tree
@@ -46,7 +47,7 @@ def write_result(
         loop.model.model.save_pretrained(made)
         tokenizer.save_pretrained(made)
     else:
-        save(trained_adapter(loop.model.model, recipe, name), made)
+        save(trained_adapter(loop.model.model, recipe, base, name), made)
     for file in made.iterdir():
         os_calls.flush_path(file)
         file.rename(folder / file.name)
@@ -73,15 +74,15 @@ def base_id(base: Checkpoint) -> str | None:
     return named if named and named.rpartition("/")[2] == path.name and not (path / MERGE_RECORD).exists() else None
 
 
-def trained_adapter(model: nn.Module, recipe: Recipe, base: str | None) -> Adapter:
+def trained_adapter(model: nn.Module, recipe: Recipe, base: Checkpoint, name: str | None) -> Adapter:
     """The factors in `model` as an adapter; its targets are leaf names unless another layer has one of them."""
     layers = lora_layers(model)
     leaves = {name.rpartition(".")[2] for name in layers}
     others = (name for name, layer in model.named_modules() if is_linear(layer) or isinstance(layer, nn.Embedding))
     short = not any(name.rpartition(".")[2] in leaves for name in others)
     return replace(
-        adapter_of(model, base), rslora=recipe.method == "rslora", task="CAUSAL_LM", dropout=recipe.dropout,
-        target_suffixes=tuple(sorted(leaves)) if short else (),
+        adapter_of(model, name), base_fingerprint=fingerprint(base), rslora=recipe.method == "rslora", task="CAUSAL_LM",
+        dropout=recipe.dropout, target_suffixes=tuple(sorted(leaves)) if short else (),
     )  # fmt: skip
 
 
