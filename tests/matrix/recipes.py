@@ -16,8 +16,12 @@ from transformers.pytorch_utils import Conv1D
 QUERY_VALUE = re.compile(
     r"(q|v|to_q|to_v|q_lin|v_lin|query|value|[qv]_proj|q_a_proj|kv_b_proj|c_attn|att_proj|in_proj|Wqkv|qkv|qkv_proj|query_key_value)"
 )
-# Where PEFT refuses `out_proj`, and `dt_proj` is used without calling it, the recipes list the other modules.
-MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+# What PEFT cannot train, by model type: it refuses `out_proj`, the others are no plain linear layers, or are not called.
+UNTRAINABLE = {
+    **{name: ["out_proj", "dt_proj"] for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")},
+    **{name: ["router"] for name in ("llama4", "llama4_text")},
+    "deepseek_v4": ["o_a_proj"],
+}
 TOKENS = (5, 9, 90)  # trained rows; two of them are in the prompt
 NEW_TOKENS = 3
 
@@ -29,9 +33,8 @@ class Layers:
     """The last names of a model's layers, as LoraConfig takes them."""
 
     linear: list[str]
-    all_linear: str | list[str]
     query_value: list[str]
-    unsupported: list[str]  # full names of modules that have such a last name, and that PEFT cannot train
+    untrainable: list[str]  # what PEFT cannot train: last names, and full names of modules that have those of others
     experts: Config  # what targets stacked experts; empty where there are none
     embedding: str
     head: str | None
@@ -53,21 +56,14 @@ def layers_of(model: PreTrainedModel) -> Layers:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     full_names = {module: name for name, module in model.named_modules()}
     names = {module: name.rpartition(".")[2] for module, name in full_names.items()}
-    mamba = model.config.model_type in MAMBA
-    linear = [
-        name for module, name in names.items() if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    ]
-    linear = [name for name in dict.fromkeys(linear) if not (mamba and name in ("out_proj", "dt_proj"))]
+    never = UNTRAINABLE.get(model.config.model_type, [])
+    linear = [name for module, name in names.items() if is_linear(module) and module is not head and name not in never]
     query_value = sorted({name for name in linear if QUERY_VALUE.fullmatch(name)})
-    other = [
-        full_names[module] for module, name in names.items()
-        if name in query_value and not isinstance(module, torch.nn.Linear | Conv1D)
-    ]  # fmt: skip
+    others = [full_names[module] for module, name in names.items() if name in query_value and not is_linear(module)]
     return Layers(
-        linear=linear,
-        all_linear=linear if mamba else "all-linear",
+        linear=list(dict.fromkeys(linear)),
         query_value=query_value,
-        unsupported=other,
+        untrainable=never + others,
         experts=_experts(model),
         embedding=names[embedding],
         head=names.get(head),
@@ -75,6 +71,10 @@ def layers_of(model: PreTrainedModel) -> Layers:
         normed=any(embedding.children()),
         vocabulary=embedding.weight.shape[0],
     )
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear | Conv1D)
 
 
 def _experts(model: PreTrainedModel) -> Config:
@@ -91,7 +91,7 @@ def _experts(model: PreTrainedModel) -> Config:
 
 
 def _linear(layers: Layers) -> Config:
-    return {"target_modules": layers.all_linear}
+    return {"target_modules": "all-linear"}
 
 
 def _dora(layers: Layers) -> Config | None:
@@ -106,9 +106,12 @@ def _moe(layers: Layers) -> Config | None:
 def _patterns(layers: Layers) -> Config:
     first, last = layers.linear[0], layers.linear[-1]
     return {
-        "target_modules": layers.all_linear, "exclude_modules": [last] if last != first else None, "use_rslora": True,
-        "rank_pattern": {r"(?:.*\.)?0\..*": 2}, "alpha_pattern": {first: 3},
-    }  # fmt: skip
+        "target_modules": "all-linear",
+        "exclude_modules": layers.untrainable + ([last] if last != first else []),
+        "rank_pattern": {r"(?:.*\.)?0\..*": 2},
+        "alpha_pattern": {first: 3},
+        "use_rslora": True,
+    }
 
 
 def _ends(layers: Layers) -> Config:
@@ -150,7 +153,7 @@ class Recipe:
     def config(self, layers: Layers) -> Config | None:
         if (made := self.of(layers)) is None:
             return None
-        return {"r": 4, "lora_alpha": 10, "init_lora_weights": False, "exclude_modules": layers.unsupported} | made
+        return {"r": 4, "lora_alpha": 10, "init_lora_weights": False, "exclude_modules": layers.untrainable} | made
 
 
 HEADED = ("causal", "seq2seq", "vision")
