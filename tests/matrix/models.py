@@ -161,6 +161,7 @@ LEFT_OUT = {
         "needs images as patches, or the state of a robot": "pix2struct pi0 pp_formulanet",
         "drafts for another model, or generates audio codes by several heads": """gemma4_assistant
             gemma4_unified_assistant musicgen musicgen_melody""",
+        "has two vocabularies, of which transformers resizes one": "fsmt",
         "is composed of two other models": "encoder-decoder vision-encoder-decoder",
         "shares all weights between an encoder and a decoder, and fills in blocks": "diffusion_gemma",
         "has kernels that take no small heads": "xlstm",
