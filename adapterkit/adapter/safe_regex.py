@@ -62,6 +62,13 @@ def compile_pattern(text: str, ends: bool = False) -> Matcher:
     return Matcher(lambda name: match(name.encode()) is not None, compiled.programsize)
 
 
+def check_effort(matchers: Collection[Matcher], names: Collection[str]) -> None:
+    """Raise FormatError if matching `names` could take minutes."""
+    steps = sum(matcher.size for matcher in matchers) * sum(map(len, names))
+    if steps > MAX_STEPS or len(matchers) * len(names) > MAX_MATCHES:
+        raise FormatError(f"{len(matchers)} patterns would take too long to match against {len(names)} names")
+
+
 @dataclass(frozen=True)
 class Patterns(Generic[T]):
     """PEFT's `rank_pattern` and `alpha_pattern`: values by patterns for suffixes of module names; first match wins.
@@ -90,9 +97,7 @@ class Patterns(Generic[T]):
 
     def check(self, names: Collection[str]) -> None:
         """Raise FormatError if matching `names` could take minutes, or if RE2 would differ from Python on them."""
-        steps = sum(matcher.size for _, matcher in self.matchers) * sum(map(len, names))
-        if steps > MAX_STEPS or len(self.matchers) * len(names) > MAX_MATCHES:
-            raise FormatError(f"{len(self.matchers)} patterns would take too long to match against {len(names)} names")
+        check_effort([matcher for _, matcher in self.matchers], names)
         if self.matchers and (other := next((name for name in names if not name.isascii()), None)):
             raise FormatError(f"{other[:60]!r} is not ASCII, so it cannot be matched against patterns")
 

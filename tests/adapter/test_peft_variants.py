@@ -14,11 +14,12 @@ from handmade import adapterkit as run
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, CordaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.loraga import preprocess_loraga
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterkit
-from adapterkit.errors import FitError
+from adapterkit.errors import FitError, FormatError
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 BASE = LlamaConfig(
@@ -151,15 +152,18 @@ def test_a_loftq_adapter_belongs_to_the_quantized_base(base: Path, tmp_path: Pat
     run_ok("quantize", base, "--to", "nf4", "-o", nf4)
     message = run("merge", base, adapter, "-o", out).message(3)
     assert "init_lora_weights: 'loftq' moves the error of quantizing the base into the initial factors" in message
-    assert ("adapterkit quantize BASE --to nf4" in message) is (iterations == 1)
+    assert ("adapterkit merge BASE ADAPTER --as-trained nf4" in message) is (iterations == 1)
     assert run("merge", base, adapter, "--quantize", "nf4", "-o", out).code == 3
     assert run("merge", nf4, adapter, "--original", base, "-o", out).code == 3
     if iterations == 1:  # later iterations quantize the base without the factors, which no file has
         result = run("merge", nf4, adapter, "-o", out)
         assert result.code == 0 and "note: adapter: adapter_config.json: init_lora_weights" in result.err
         assert distance(logits(loaded(out)), trained) < 1e-5
+        run_ok("merge", base, adapter, "--as-trained", "nf4", "-o", tmp_path / "as trained")
+        assert distance(logits(loaded(tmp_path / "as trained")), trained) < 1e-5
     else:
         assert run("merge", nf4, adapter, "-o", out).code == 3
+        assert run("merge", base, adapter, "--as-trained", "nf4", "-o", out).code == 3
     run_ok("convert", adapter, "--to", "lora", "--initial", f"{adapter}-start", "-o", tmp_path / "lora")
     run_ok("merge", base, tmp_path / "lora", "-o", tmp_path / "converted")
     error = distance(logits(loaded(tmp_path / "converted")), trained)
@@ -248,3 +252,47 @@ def test_a_merge_computes_what_peft_does(base: Path, tmp_path: Path, case: str) 
     with warnings.catch_warnings(action="ignore"):
         again = PeftModel.from_pretrained(loaded(base), tmp_path / "saved")
     assert distance(logits(again), expected) < 1e-5
+
+
+# --- modules that the config leaves out ------------------------------------------------------------------------------
+
+LEFT_OUT: dict[str, tuple[dict[str, Any], int]] = {
+    "excluded by name": ({"exclude_modules": ["q_proj"]}, 4),
+    "excluded by whole name": ({"exclude_modules": ["model.layers.0.self_attn.q_proj"]}, 1),
+    "a name that ends alike": ({"exclude_modules": ["_proj"]}, 0),
+    "excluded by regex": ({"exclude_modules": r".*\.[01]\..*q_proj"}, 2),
+    "a regex that matches a part": ({"exclude_modules": "q_proj"}, 0),
+    "another layer": ({"layers_to_transform": 1}, 6),
+    "other layers": ({"layers_to_transform": [0, 2, 3]}, 2),
+    "another layer by pattern": ({"layers_to_transform": [0], "layers_pattern": "layers"}, 6),
+    "a pattern that is not there": ({"layers_to_transform": [0, 1, 2, 3], "layers_pattern": ["h", "blocks"]}, 8),
+    "one of the patterns": ({"layers_to_transform": [0, 1, 2, 3], "layers_pattern": ["h", "layers"]}, 0),
+    "no layers": ({"layers_to_transform": []}, 0),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_tensors_that_peft_would_ignore_are_refused(tmp_path: Path, case: str) -> None:
+    """The file of an adapter of all layers beside a config that leaves some out, as PEFT's own matching tells."""
+    fields, ignored = LEFT_OUT[case]
+    model = LlamaForCausalLM(LlamaConfig(**BASE.to_diff_dict() | {"num_hidden_layers": 4}))
+    whole = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS))
+    whole.save_pretrained(tmp_path / "a")
+    config = LoraConfig(r=4, target_modules=TARGETS, **fields)
+    names = [
+        name.removeprefix("base_model.model.") for name, layer in whole.named_modules() if hasattr(layer, "lora_A")
+    ]
+    assert sum(not check_target_module_exists(config, name) for name in names) == ignored
+    config.save_pretrained(tmp_path / "a")
+    fatal = [problem for problem in adapterkit.load(tmp_path / "a").problems if problem.fatal]
+    assert len(fatal) == (ignored > 0)
+    if fatal:
+        more = f" and {ignored - 1} more" if ignored > 1 else ""
+        assert f"{more}, which PEFT ignores" in fatal[0].what and fatal[0].where.endswith(next(iter(fields)))
+
+
+@pytest.mark.parametrize("field", ["exclude_modules", "layers_to_transform", "layers_pattern"])
+@pytest.mark.parametrize("value", [{"a": 1}, [1.5, {}], True])
+def test_fields_of_the_wrong_type(make_adapter: Callable[..., Path], field: str, value: Any) -> None:
+    with pytest.raises(FormatError, match=f"adapter_config.json: {field} is "):
+        adapterkit.load(make_adapter({"q.lora_A.weight": torch.ones(4, 4)}, **{field: value}))

@@ -67,6 +67,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
             modules[owner.name] = weights
     tokens = {name: (config.token_indices(name), delta) for name, delta in found.tokens.items()}
     problems += _token_problems(tokens)
+    problems += config.left_out([name for name, weights in modules.items() if weights.kind != "parameter"])
     problems += _disagreements(config, modules, found)
     made_for, unreadable = fingerprint.decoded(source.metadata, source.weights.name)
     return Adapter(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter.formats.format import ConfigFacts
 from adapterkit.adapter.formats.peft_names import TASK_HEADS
+from adapterkit.adapter.formats.peft_selection import left_out
 from adapterkit.adapter.formats.peft_variants import BLOCKS, variant_problems
 from adapterkit.adapter.safe_regex import Patterns, compile_pattern
 from adapterkit.adapter.weights import Problem
@@ -64,8 +65,10 @@ class PeftConfig:
         for name in ("fan_in_fan_out", "ensure_weight_tying"):
             given.value(name, bool, None)
         given.value(BLOCKS, dict, None)
-        if not isinstance(given.raw.get("target_modules"), str):
-            given.names("target_modules")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            if not isinstance(given.raw.get(name), str):
+                given.names(name)
+        given.layers("layers_to_transform")
         return cls(
             given.raw,
             r=given.number("r", int, above=0),
@@ -145,6 +148,11 @@ class PeftConfig:
         if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
             return ()
         return tuple(dict.fromkeys(rows))  # without duplicates, so that a mismatch with the tensor shows
+
+    def left_out(self, modules: Collection[str]) -> list[Problem]:
+        """Return the contradictions between the fields that leave out modules and the `modules` in the file."""
+        with _errors_in(CONFIG):
+            return list(left_out(modules, self.raw, CONFIG))
 
     def problems(self) -> Iterable[Problem]:
         return variant_problems(self.raw, CONFIG)
@@ -241,6 +249,12 @@ class _Fields:
                 )
         with _errors_in(f"{self.file}: {name}"):
             return Patterns.of(value)
+
+    def layers(self, name: str) -> None:
+        """Check a layer or a list of layers."""
+        value = self.value(name, (int, list), [])
+        if isinstance(value, list) and not all(type(layer) is int for layer in value):
+            raise FormatError(f"{self.file}: {name} is {str(value)[:60]}; expected layers")
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.value(name, list, [])

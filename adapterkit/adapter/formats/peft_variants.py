@@ -87,9 +87,9 @@ def _of_loftq(where: str, config: object) -> Problem:
     After the first of several iterations, LoftQ quantizes the base without the factors, which is no base to merge into.
     """
     settings = config if isinstance(config, Mapping) else {}
-    plain = settings.get("loftq_bits", 4) == 4 and settings.get("loftq_iter", 1) == 1
-    quantized = "merge it into the base in NF4 (`adapterkit quantize BASE --to nf4`), or " if plain else ""
-    settled_by: tuple[Input, ...] = ("initial", "quantized base") if plain else ("initial",)
+    once = settings.get("loftq_bits", 4) == 4 and settings.get("loftq_iter", 1) == 1
+    quantized = "merge it onto the base in NF4 (`adapterkit merge BASE ADAPTER --as-trained nf4`), or " if once else ""
+    settled_by: tuple[Input, ...] = ("initial", "quantized base") if once else ("initial",)
     return Problem(
         where, f"{LOFTQ!r} moves the error of quantizing the base into the initial factors, which a 16-bit base lacks",
         remedy=f"{quantized}convert it: {CONVERT}. {SAVED_BASE}", intact=True, settled_by=settled_by,
