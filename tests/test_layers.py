@@ -20,7 +20,7 @@ text < {errors reprs} < {packages options} < files < adapter < algebra < base < 
 < {merging combining train} < api < tui < cli < __main__
 """
 INNER = {
-    "base": "{architectures checkpoint checkpoint_names quant rename_option target} < {expert_modules parameters} < vocabulary < {models targets tied_embeddings} < {adapter_fit row_reader} < fingerprint",
+    "base": "{architectures checkpoint names_of_multimodal_models names_of_text_models quant rename_option target} < checkpoint_names < {expert_modules parameters} < vocabulary < {models targets tied_embeddings} < {adapter_fit row_reader} < fingerprint",
     "hub": "{client events names} < {remote upload} < download < {locate pull} < adapter_listing < local_removal",
     "merging": "{plan run_options} < {blocks calibration receipts} < {companions live verdict} < {run verify} < unmerge",
     "combining": "{method plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract write}",

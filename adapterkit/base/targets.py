@@ -230,11 +230,18 @@ def _place_in_fused(
 ) -> tuple[Target, ...]:
     """Place a split module in a fused base: q_proj is a row range of qkv_proj."""
     parent, _, leaf = module.rpartition(".")
-    for fused, parts in FUSED.items():
+    fused_names = [fused for fused, parts in FUSED.items() if leaf in parts]
+    for name in (leaf, *fused_names):
+        if (info := names.find(f"{parent}.permuted_{name}.weight")) is not None:
+            raise FitError(
+                f"{module}: {info.name} has its rows in another order than the model, which is not supported"
+            )
+    for fused in fused_names:
+        parts = FUSED[fused]
         info = names.find(f"{parent}.{fused}.weight") or names.find(f"{parent}.{fused}_weight")
-        if leaf not in parts or info is None or len(info.shape) < 2:
+        if info is None or len(info.shape) < 2:
             continue
-        sizes = _part_sizes(parts, info.shape[0], config)
+        sizes = _part_sizes(parts, info.shape[0], weights.out_features, config)
         index = parts.index(leaf)
         if sizes is None or sizes[index] != weights.out_features or info.shape[1:] != (weights.in_features,):
             raise FitError(
@@ -246,9 +253,12 @@ def _place_in_fused(
     return ()
 
 
-def _part_sizes(parts: tuple[str, ...], rows: int, config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Return the number of rows of each part of a fused projection, or None if the config doesn't define it."""
-    if len(parts) != 3:
+def _part_sizes(parts: tuple[str, ...], rows: int, part: int, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the number of rows of each part of a fused projection, or None if the config doesn't define it.
+
+    One `part` of the size of a third means that all are, since k and v always have the same size.
+    """
+    if len(parts) != 3 or part * 3 == rows:
         return (rows // len(parts),) * len(parts)
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, dict) else config
