@@ -32,6 +32,7 @@ from adapterkit.combining.checks import check_limit
 from adapterkit.combining.combine import plan_combination
 from adapterkit.combining.convert import Rescale, ToDora, ToLora, placed_in
 from adapterkit.combining.extract import Extraction
+from adapterkit.combining.factor_saved import plan_factors
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, Work
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
@@ -170,6 +171,9 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
     work: Work
     if before:
         work = plan_combination(given, limit=limit, saved="first")
+    elif o.saved == "factors":
+        assert limit is not None
+        work = plan_factors(one, models[0], limit, o.to == "rslora", o.seed or 0)
     elif not models:
         work = Rescale(one, o.to == "rslora")
     elif back:
@@ -177,7 +181,8 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
         work = ToLora(placed_in(models[0], one, dora=True), limit, o.seed or 0)
     else:
         work = ToDora(placed_in(models[0], one, dora=False))
-    return AdapterPlan(work, f"converted to {o.to}{_limit_text(limit)}", target, tuple(given), tuple(models), o.format)
+    made = f"converted to {o.to}{_limit_text(limit)}" + ", saved modules to factors" * (o.saved == "factors")
+    return AdapterPlan(work, made, target, tuple(given), tuple(models), o.format)
 
 
 def _open_unweighted(adapter: AnyAdapter) -> WeightedAdapter:
@@ -191,9 +196,15 @@ def _open_unweighted(adapter: AnyAdapter) -> WeightedAdapter:
 def _check_conversion(o: ConvertOptions, one: WeightedAdapter, limit: Limit | None) -> bool:
     """Whether the conversion is from DoRA to LoRA. Raises UsageError for options that contradict each other."""
     back = o.to == "lora" and any(weights.magnitude is not None for weights in one.adapter.modules.values())
-    if (o.to == "dora" or back) is not (o.base is not None):
+    factors = o.saved == "factors"
+    if factors and (o.to == "dora" or back or o.initial is not None):
+        raise UsageError(
+            f"{one.label}: `saved=factors` converts LoRA to LoRA, without other changes",
+            hint="convert the adapter to lora first, then its saved modules",
+        )
+    if (o.to == "dora" or back or factors) is not (o.base is not None):
         if o.base is None:
-            kinds = "from DoRA" if back else "to DoRA"
+            kinds = "saved modules" if factors else "from DoRA" if back else "to DoRA"
             raise UsageError(f"{one.label}: converting {kinds} needs the base model", hint="give `base`")
         raise UsageError(f"{one.label}: converting to {o.to} needs no base model", hint="omit `base`")
     if o.initial is not None and (o.base is not None or o.to != "lora"):
@@ -202,10 +213,14 @@ def _check_conversion(o: ConvertOptions, one: WeightedAdapter, limit: Limit | No
         raise UsageError(
             f"{one.label}: the update of DoRA has full rank", hint="give `rank` or `energy` to truncate it"
         )
-    if limit is not None and not back and o.initial is None:
+    if factors and limit is None:
+        raise UsageError(
+            f"{one.label}: saved modules change at full rank", hint="give `rank` or `energy` to truncate it"
+        )
+    if limit is not None and not back and not factors and o.initial is None:
         raise UsageError(f"converting to {o.to} is exact and truncates nothing", hint="omit `rank` and `energy`")
-    if o.seed is not None and not back:
-        raise UsageError("only converting from DoRA takes a `seed`", hint="omit `seed`")
+    if o.seed is not None and not back and not factors:
+        raise UsageError("only converting from DoRA or saved modules takes a `seed`", hint="omit `seed`")
     return back
 
 

@@ -231,12 +231,17 @@ def class_for(name: str, ending: str, config: Mapping[str, Any]) -> str:
 
 # --- linear layers ---------------------------------------------------------------------------------------------------
 
-# Matrices that aren't linear layers, and heads, which transformers doesn't quantize.
-NOT_LINEAR = (
+EMBEDDINGS = (
     *INPUT_EMBEDDINGS, "wpe.weight", "position_embeddings.weight", "token_type_embeddings.weight",
-    "embed_positions.weight", "relative_attention_bias.weight", "lm_head.weight", "embed_out.weight", "score.weight",
-    "classifier.weight",
+    "embed_positions.weight", "relative_attention_bias.weight",
 )  # fmt: skip
+# Matrices that aren't linear layers, and heads, which transformers doesn't quantize.
+NOT_LINEAR = (*EMBEDDINGS, "lm_head.weight", "embed_out.weight", "score.weight", "classifier.weight")
+
+
+def is_embedding(name: str) -> bool:
+    """Return whether a tensor is the weight of an embedding."""
+    return name.endswith(EMBEDDINGS)
 
 
 def is_linear(name: str, weight: Weight) -> bool:

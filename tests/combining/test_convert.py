@@ -209,7 +209,7 @@ def test_invalid_conversions_fail(make_adapter: MakeAdapter, make_base: Callable
     fails(UsageError, "converting to lora needs no base model; omit `base`", to="lora", base=base)
     fails(UsageError, "the update of DoRA has full rank; give `rank` or `energy`", adapter=dora, to="lora", base=base)
     fails(UsageError, "converting to dora is exact", to="dora", base=base, rank=3)
-    fails(UsageError, "only converting from DoRA takes a `seed`", to="rslora", seed=3)
+    fails(UsageError, "only converting from DoRA or saved modules takes a `seed`", to="rslora", seed=3)
     fails(UsageError, "weight 0.5: converting takes no weight", adapter=(dora, 0.5), to="rslora")
     fails(UsageError, "weight 2: converting takes no weight", to="lora", initial=(FIXTURES / "tiny-patterns", 2.0))
     fails(UsageError, "`initial` converts to LoRA", to="dora", base=base, initial=FIXTURES / "tiny-patterns")

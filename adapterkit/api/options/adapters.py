@@ -104,13 +104,21 @@ class ConvertOptions(FormatOptions):
     out: AnyPath = output()
     _: KW_ONLY
     to: str = option(MISSING, "Kind to convert to", ADAPTER_KINDS)
-    base: AnyModel | None = option(None, "Base model, needed to and from DoRA", metavar="BASE")
+    base: AnyModel | None = option(
+        None, "Base model, needed to and from DoRA, and with `saved=factors`", metavar="BASE"
+    )
+    saved: str = option(
+        "keep", "Modules that the adapter stores whole (modules_to_save): keep them, or turn them into factors",
+        ("keep", "factors"), group=SIZE, in_form=False,
+    )  # fmt: skip
     initial: AnyAdapter | None = option(
         None, "Initial state of a PiSSA or OLoRA adapter", metavar="ADAPTER", in_form=False
     )
-    rank: int | None = option(None, "From DoRA, or with `initial`: truncate to this rank, optimally", group=SIZE)
+    rank: int | None = option(
+        None, "From DoRA, or with `initial` or `saved`: truncate to this rank, optimally", group=SIZE
+    )
     energy: float | None = option(None, ENERGY, group=SIZE, in_form=False)
-    seed: int | None = option(None, "Random seed of the low-rank approximation, from DoRA", in_form=False)
+    seed: int | None = option(None, "Random seed of the low-rank approximation", in_form=False)
     overwrite: bool = overwrite()
 
 
