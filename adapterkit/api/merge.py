@@ -37,7 +37,7 @@ from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_repo, locate_all, resolve
 from adapterkit.merging.plan.planner import make_plan
 from adapterkit.merging.plan.planner import plan_quantize as make_quantize_plan
-from adapterkit.merging.plan.tokenizers import with_tokenizer
+from adapterkit.merging.plan.tokenizers import check_tokens, with_tokenizer
 from adapterkit.merging.plan.types import MergePlan, inputs_of
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.merging.run.finish import Merged
@@ -93,7 +93,7 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         )  # fmt: skip
         if read:
             plan = replace(plan, notes=(*plan.notes, *_other_base(given, plan.base)))
-        return _placed(with_tokenizer(plan, o.tokenizer), o.overwrite, checkpoint)
+        return _placed(check_tokens(with_tokenizer(plan, o.tokenizer)), o.overwrite, checkpoint)
 
     specs = [base, *(what for what, _ in named), o.original]
     with _gc_paused(), locate_all([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:

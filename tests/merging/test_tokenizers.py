@@ -59,7 +59,8 @@ def test_an_adapters_tokenizer_is_taken_and_given_back(base: Path, make: Callabl
     (base / "chat_template.jinja").write_text("an older template")
     adapter, out = make(tokens=("<new>",), template=TEMPLATE), tmp_path / "out"
     plan = adapterkit.plan_merge(base, [adapter], out)
-    [note] = [note for note in plan.notes if "tokenizer" in note]
+    note, too_many = [note for note in plan.notes if "tokenizer" in note]
+    assert too_many.startswith("the tokenizer of adapter has 64 tokens, but the embedding has 63 rows")
     assert note.startswith("the tokenizer is that of adapter, whose tokenizer.json, ") and "chat_template.jinja" in note
     assert plan.facts()["tokenizer"] == "adapter"
     assert note in command("merge", base, adapter, "-o", out, "--dry-run").err

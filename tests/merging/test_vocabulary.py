@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from handmade import adapterkit as run
 from handmade import contents
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -32,7 +34,9 @@ from transformers import (
 )
 
 import adapterkit
+from adapterkit.merging.receipts.resume import record_done
 from adapterkit.merging.run import pieces
+from adapterkit.merging.run import run as runner
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -133,8 +137,17 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+EVERY = tuple(RECIPES)
+RECIPES |= {
+    "new tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [64, 65]},
+    "old tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
+    "lora embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "lora head": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", EVERY)
 def test_every_recipe_with_new_tokens_merges(recipe: str, tied: bool, tmp_path: Path) -> None:
     base = save_base(llama(tied), tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", resized(66), **RECIPES[recipe])
@@ -230,3 +243,157 @@ def test_other_architectures_are_resized_as_by_transformers(name: str, size: int
     base = save_base(make(), tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", resized(size), **recipe)
     check(base, adapter, resized(size), tmp_path)
+
+
+def adapters_of(base: Path, folder: Path, **recipes: tuple[int, str, bool | str]) -> dict[str, Path]:
+    """Adapters by name, each of a number of tokens, a recipe, and how PEFT saves embeddings."""
+    return {
+        name: save_adapter(base, folder / name, resized(size), save, **RECIPES[recipe])
+        for name, (size, recipe, save) in recipes.items()
+    }
+
+
+def test_rows_that_no_adapter_holds_are_refused(tmp_path: Path) -> None:
+    base = save_base(llama(tied=False), tmp_path / "base")
+    adapters = adapters_of(
+        base,
+        tmp_path,
+        lora=(66, "lora", False),
+        tokens=(66, "new tokens", False),
+        embedding=(66, "lora embedding", "auto"),
+    )
+    for name, tensor in (("lora", "model.embed_tokens"), ("tokens", "lm_head"), ("embedding", "lm_head")):
+        message = run("merge", base, adapters[name], "-o", tmp_path / "out").message(3)
+        assert message.startswith(
+            f"{name}: was trained with 66 tokens, base has 64; rows 64 to 65 of {tensor}.weight are "
+        )
+        assert message.endswith(
+            "; merge into the resized base, or save the adapter again with PEFT's save_embedding_layers=True"
+        )
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe, save", [("new tokens", False), ("new tokens", "auto"), ("lora embedding", "auto"), ("lora head", "auto")]
+)
+def test_a_tied_head_has_the_new_rows_of_the_embedding(recipe: str, save: bool | str, tmp_path: Path) -> None:
+    base = save_base(llama(tied=True), tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", resized(66), save, **RECIPES[recipe])
+    check(base, adapter, resized(66), tmp_path)
+
+
+def test_adapters_with_different_vocabularies(tmp_path: Path) -> None:
+    base = save_base(llama(tied=False), tmp_path / "base")
+    a = adapters_of(
+        base, tmp_path, more=(66, "lora", "auto"), most=(68, "lora", "auto"), fewer=(60, "lora", False), same=(64, "lora", False),
+        saved=(66, "saved", "auto"), tokens=(66, "tokens", "auto"), old=(64, "old tokens", False), others=(66, "new tokens", False),
+    )  # fmt: skip
+
+    def refused(*names: str) -> str:
+        message = run("merge", base, *(a[name] for name in names), "-o", tmp_path / "out").message(3)
+        assert not (tmp_path / "out").exists()
+        return message
+
+    sizes = "the adapters were trained with different numbers of tokens: "
+    assert refused("more", "most").startswith(sizes + "more with 66, most with 68; ")
+    assert refused("fewer", "more").startswith(sizes + "fewer with 60, more with 66; ")
+    assert refused("fewer", "same").startswith(sizes + "fewer with 60, same with 64; ")
+    assert "2 adapters replace this tensor (resized before training)" in refused("more", "tokens")
+    assert "2 adapters replace this tensor (modules_to_save)" in refused("more", "saved")
+    assert "several adapters replace row 65; merge only one of them" in refused("tokens", "others")
+    assert "several adapters replace this tensor, some only rows of it" in refused("saved", "old")
+
+
+def test_adapters_that_share_a_resized_layer_add_up_in_any_order(tmp_path: Path) -> None:
+    """One with the old vocabulary changes the rows that it knows."""
+    base = save_base(llama(tied=False), tmp_path / "base")
+    a = adapters_of(base, tmp_path, more=(66, "lora", "auto"), same=(64, "lora", False), old=(64, "old tokens", False))
+    a["alike"] = shutil.copytree(a["more"], tmp_path / "alike")
+    found = []
+    for names in (("more", "same", "alike", "old"), ("old", "alike", "same", "more")):
+        out, restored = tmp_path / f"{names[0]}-out", tmp_path / f"{names[0]}-restored"
+        adapterkit.merge(base, [a[name] for name in names], out)
+        found.append(load_file(out / "model.safetensors"))
+        adapterkit.unmerge(out, restored, adapters=list(a.values()))
+        assert contents(restored) == contents(base)
+    before, parts = (
+        load_file(base / "model.safetensors"),
+        {name: load_file(a[name] / "adapter_model.safetensors") for name in a},
+    )
+    name, stem = "lm_head.weight", "base_model.model.lm_head."
+    expected = parts["more"][stem + "base_layer.weight"].double()
+    assert torch.equal(expected[:64], before[name].double())
+    for part in ("more", "same", "alike"):
+        delta = 3 * parts[part][stem + "lora_B.weight"].double() @ parts[part][stem + "lora_A.weight"].double()
+        expected[: len(delta)] += delta
+    for merged in found:
+        assert torch.equal(merged[name], expected.float())
+        assert torch.equal(merged["model.embed_tokens.weight"], found[0]["model.embed_tokens.weight"])
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_noted(tmp_path: Path) -> None:
+    """The rows were lost, because PEFT did not see that a vision model was resized."""
+    base = save_base(qwen2_vl(), tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", resized(66), target_modules=["q_proj"])
+    tokens = [{"id": 64, "content": "[a]"}, {"id": 65, "content": "]"}]
+    (adapter / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": tokens, "model": {}}))
+    note = (
+        "the tokenizer of adapter has 66 tokens, but the embedding has 64 rows: the model cannot read tokens from 64 on"
+    )
+    result = run("merge", base, adapter, "-o", tmp_path / "out", "--dry-run", "--json")
+    facts = json.loads(result.out)
+    assert (facts["vocabulary"], facts["tokenizer"]) == (64, "adapter") and note in result.err
+    assert note not in run("merge", base, adapter, "-o", tmp_path / "out", "--dry-run", "--tokenizer", "base").err
+    grown = save_adapter(base, tmp_path / "grown", resized(66), target_modules=["q_proj"], modules_to_save=BOTH)
+    shutil.copy(adapter / "tokenizer.json", grown)
+    result = run("merge", base, grown, "-o", tmp_path / "out")
+    assert result.code == 0 and "cannot read" not in result.err
+    assert contents(tmp_path / "out")["tokenizer.json"] == contents(grown)["tokenizer.json"]
+
+
+def test_embeddings_of_4_bit_bases_are_resized(tmp_path: Path) -> None:
+    plain, base = save_base(llama(tied=False), tmp_path / "plain", torch.bfloat16), tmp_path / "base"
+    adapterkit.quantize(plain, base, to="nf4")
+    adapter = save_adapter(plain, tmp_path / "adapter", resized(66), **RECIPES["lora"])
+    out = tmp_path / "out"
+    adapterkit.merge(base, [adapter], out)
+    assert loaded(out).lm_head.weight.shape == (66, 16)
+    assert all(verdict.fits for verdict in adapterkit.verify(out, base, [adapter]))
+    adapterkit.unmerge(out, tmp_path / "restored", adapters=[adapter])
+    assert contents(tmp_path / "restored") == contents(base)
+    adapterkit.merge(base, [adapter], tmp_path / "packed", quantize="same", accept_loss=True)
+    assert load_file(tmp_path / "packed" / "model.safetensors")["lm_head.weight"].shape == (66, 16)
+
+
+def test_a_single_file_is_resized_and_its_config_left_to_the_user(tmp_path: Path) -> None:
+    base = save_base(llama(tied=False), tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", resized(66), **RECIPES["saved"])
+    file = base / "model.safetensors"
+    result = run("merge", file, adapter, "-o", tmp_path / "out.safetensors")
+    assert "from 64 to 66 tokens: set vocab_size in the model's config" in result.err
+    adapterkit.unmerge(tmp_path / "out.safetensors", tmp_path / "restored.safetensors", adapters=[adapter])
+    assert (tmp_path / "restored.safetensors").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("size", [60, 66])
+def test_a_killed_merge_continues_with_resized_tensors(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(llama(tied=False), tmp_path / "base", shards="9KB")
+    adapter = save_adapter(base, tmp_path / "adapter", resized(size), **RECIPES["lora"])
+    adapterkit.merge(base, [adapter], tmp_path / "expected")
+    done = []
+
+    def interrupt(*args: Any) -> None:
+        record_done(*args)
+        done.append(args)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, "record_done", interrupt)
+        adapterkit.merge(base, [adapter], tmp_path / "out", threads=1, resume=True)
+    adapterkit.merge(base, [adapter], tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    adapterkit.unmerge(tmp_path / "out", tmp_path / "restored", adapters=[adapter])
+    assert contents(tmp_path / "restored") == contents(base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,9 +33,22 @@ class Changes:
         for name, deltas in other.deltas.items():
             self.deltas[name] += deltas
         for name, replacements in other.replaced.items():
-            self.replaced[name] += replacements
+            self.replaced[name] = _in_order([*self.replaced[name], *replacements])
         for name, additions in other.added.items():
             self.added[name] += additions
+
+
+def _in_order(replaced: list[Replacement]) -> list[Replacement]:
+    """Replacements of a tensor, those of single rows last; a layer that several adapters store alike counts once."""
+    layers, whole, rows = list[Replacement](), list[Replacement](), list[Replacement]()
+    for change in replaced:
+        if change.rows is not None:
+            rows.append(change)
+        elif not change.of_base:
+            whole.append(change)
+        elif not any(change.values.equals(layer.values) for layer in layers):
+            layers.append(change)
+    return [*layers, *whole, *rows]
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -51,7 +64,13 @@ def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, cha
         )
     whole = [change for change in changes.replaced.get(name, ()) if change.rows is None]
     if len(whole) > 1:
-        raise FitError(f"{name}: {len(whole)} adapters replace this tensor (modules_to_save); merge only one of them")
+        how = "modules_to_save" if any(not change.of_base for change in whole) else "resized before training"
+        raise FitError(f"{name}: {len(whole)} adapters replace this tensor ({how}); merge only one of them")
+    rows = Counter(row for change in changes.replaced.get(name, ()) for row in set(change.rows or ()))
+    twice = [row for row, count in rows.items() if count > 1]
+    if twice or (rows and any(not change.of_base for change in whole)):
+        where = f"row {min(twice)}" if twice else "this tensor, some only rows of it"
+        raise FitError(f"{name}: several adapters replace {where}; merge only one of them")
     for change in changes.replaced.get(name, ()):
         if change.values.dtype not in FLOAT_DTYPES:
             raise FitError(f"{name}: the adapter's tensor is {change.values.dtype}; expected a floating-point dtype")

@@ -58,6 +58,7 @@ class _Draft:
     training: QuantizationSettings | None = None  # by which the base was quantized for it
     trained: dict[str, QuantizationSpec] = field(default_factory=dict)  # of the weights that are merged onto that
     dtype: str | None = None
+    vocabulary: int | None = None  # the output's
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of tensors that gain or lose rows
 
     @classmethod
@@ -97,7 +98,7 @@ class _Draft:
             self.ledger[adapter.label] = ledger_of(found)
         implied = tie.head if tie is not None and tie.implied and not unties else None
         resizing.apply(self.changes, self.base, implied)
-        resized = resizing.after(self.tensors)
+        self.vocabulary, resized = resizing.size or None, resizing.after(self.tensors)
         self.resized = {name: after.shape for name, after in resized.items() if after.shape != self.tensors[name].shape}
         self.config = resizing.config(self.config)
         self.notes += resizing.notes(self.base)
@@ -208,7 +209,7 @@ class _Draft:
         weight_map = {name: file.name for file in files for name in file.tensors}
         return MergePlan(
             base, out, tuple(given), files, self.config, weight_map, self.ledger, tuple(self.skipped),
-            tuple(dict.fromkeys(self.notes)), self.dtype, self.resized,
+            tuple(dict.fromkeys(self.notes)), self.dtype, self.vocabulary, self.resized,
         )  # fmt: skip
 
 

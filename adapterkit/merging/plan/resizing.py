@@ -95,7 +95,7 @@ class Resizing:
         return FitError(
             f"{label}: was trained with {self.size} tokens, {base.name} has {old}; rows {old} to {self.size - 1} of "
             f"{name} are not in the adapter, because they were initialized when the base was resized",
-            hint="merge into the resized base, or save the adapter again with `save_embedding_layers=True`",
+            hint="merge into the resized base, or save the adapter again with PEFT's save_embedding_layers=True",
         )
 
 

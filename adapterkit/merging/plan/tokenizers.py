@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from json import JSONDecoder
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.errors import UsageError
-from adapterkit.files.jsonfile import parse_object
+from adapterkit.files.jsonfile import MAX_CONFIG_BYTES, parse_object, read_json
 from adapterkit.files.opening import CHUNK_BYTES, files_below, open_inside
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ SETTINGS = (
     "vocab-src.json", "vocab-tgt.json", "normalizer.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"  # a folder
+ADDED = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
 SMALL = 1 << 20  # bytes; JSON files up to this size are compared by content
 
 
@@ -77,6 +82,37 @@ def with_tokenizer(plan: MergePlan, wanted: str | None) -> MergePlan:
         )
     chosen = found[:1] if wanted else different[:1]
     return _with_files(plan, chosen[0]) if chosen and chosen[0].differing(base) else plan
+
+
+def check_tokens(plan: MergePlan) -> MergePlan:
+    """Add a note if the output's tokenizer was given tokens that its embedding has no rows for."""
+    folder = plan.tokenizer.folder if plan.tokenizer else plan.base.path
+    if plan.vocabulary is None or not (plan.tokenizer or plan.resized):
+        return plan
+    tokens = max(_added_tokens(folder), default=-1) + 1
+    if tokens <= plan.vocabulary:
+        return plan
+    label = plan.tokenizer.label if plan.tokenizer else plan.base.name
+    note = (
+        f"the tokenizer of {label} has {tokens} tokens, but the embedding has {plan.vocabulary} rows: the model cannot "
+    )
+    return replace(plan, notes=(*plan.notes, note + f"read tokens from {plan.vocabulary} on"))
+
+
+def _added_tokens(folder: Path) -> Iterator[int]:
+    """Yield the ids of tokens that were added to a tokenizer, which are its highest."""
+    if (folder / "tokenizer.json").is_file():  # tens of megabytes, which begin with the added tokens
+        with open_inside(folder, "tokenizer.json") as stream:
+            text = stream.read(MAX_CONFIG_BYTES).decode(errors="replace")
+        if found := ADDED.search(text):
+            with suppress(ValueError, RecursionError):  # not JSON, which is for transformers to say
+                added, _ = JSONDecoder().raw_decode(text, found.end())
+                yield from (token["id"] for token in added if isinstance(token, dict) and type(token.get("id")) is int)
+    if (folder / "added_tokens.json").is_file():
+        yield from (number for number in read_json(folder / "added_tokens.json").values() if type(number) is int)
+    if (folder / "tokenizer_config.json").is_file():
+        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+        yield from (int(key) for key in (decoder if isinstance(decoder, dict) else ()) if key.isdecimal())
 
 
 def _with_files(plan: MergePlan, chosen: Tokenizer) -> MergePlan:

@@ -95,6 +95,7 @@ class MergePlan(Displayed):
     skipped: tuple[str, ...] = ()  # only with allow_partial
     notes: tuple[str, ...] = ()
     dtype: str | None = None
+    vocabulary: int | None = None  # the output's number of tokens, by the rows of its embedding; None if unknown
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of tensors that gain or lose rows
     calibration: Path | None = None  # a text, for compensated rounding
     undoable: bool = False  # whether a run may write a receipt
@@ -173,6 +174,7 @@ class MergePlan(Displayed):
             "tensors": len(self.weight_map) or sum(len(file.tensors) for file in self.files),
             "tensors_changed": self.edits,
             "dtype": self.stored_as,
+            "vocabulary": self.vocabulary,
             "tokenizer": self.tokenizer.label if self.tokenizer else self.base.name,
             "quantized_to": self.schemes,
             "as_trained": self.trained_as,
