@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from adapterkit.base.architectures import experts_in_out
+from adapterkit.base.architectures import FUSED, PER_EXPERT, experts_in_out
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 1}
 
@@ -36,3 +38,31 @@ def test_stacked_experts_are_stored_in_the_orientation_of_transformers(model: st
 )
 def test_the_text_model_decides_how_experts_are_stored(config: dict[str, Any], in_out: bool | None) -> None:
     assert experts_in_out(config) is in_out
+
+
+# Whose tensors are concatenated convolutions or embeddings, have rows in another order, or mix experts of two kinds.
+NOT_IN_TABLES = """bailing_hybrid dots3_note_vision_encoder ernie4_5_vl_moe glm5_next glm5_next_text gradium_phonon_tts
+    inkling2_text inkling_mm_model kimi_k25 kimi_linear mistral_large4 Molmo2TextModel nemo_speechlm olmo_hybrid
+    qwen3_vl_moe qwen4_exp_text step3p5_vision"""
+
+
+def test_tensors_that_transformers_fuses_splits_or_stacks_are_in_the_tables() -> None:
+    """Fails for new layouts of transformers, which belong in FUSED or PER_EXPERT."""
+    unknown = set()
+    for key, rules in conversion_mapping._build_checkpoint_conversion_mapping().items():
+        for rule in (rule for rule in rules if isinstance(rule, WeightConverter)):
+            sources, targets = (
+                [leaf(name) for name in names] for names in (rule.source_patterns, rule.target_patterns)
+            )
+            steps = [type(step).__name__ for step in rule.operations]
+            if steps[0] == "MergeModulelist":
+                known = tuple(sources) in PER_EXPERT.get(targets[0], ())
+            else:
+                known = steps in (["Chunk"], ["Concatenate"]) and {*map(tuple, (sources, targets))} & {*FUSED.values()}
+            unknown |= set() if known else {key}
+    assert unknown == set(NOT_IN_TABLES.split())
+
+
+def leaf(pattern: str) -> str:
+    """Return the name of the module or the parameter in a pattern of transformers."""
+    return re.sub(r"\.?(weight|bias)$", "", pattern.replace("\\", "")).rpartition(".")[2]

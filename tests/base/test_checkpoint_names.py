@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from matrix.models import TASKS, Model
+from matrix.trial import trials
 from transformers import conversion_mapping
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -68,6 +70,15 @@ def test_names_on_disk_become_those_in_the_model(name: str) -> None:
     assert {
         stored: name for stored, name in found.items() if not known(name, tensors) and not OTHERWISE_STORED.match(name)
     } == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("hrm_text", "linear"), ("nemotron_h", "moe"), ("granitemoe", "moe"), ("kimi_linear", "tokens")],
+)
+def test_merges_into_names_on_disk_compute_what_peft_computes(name: str, recipe: str, tmp_path: Path) -> None:
+    assert trials(Model("causal", name, True), [recipe], tmp_path) == {recipe: "ok"}
 
 
 def test_every_architecture_with_other_names_on_disk_has_a_row() -> None:
