@@ -400,6 +400,42 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
     assert_merged(tmp_path / "base", tmp_path / "a", expected, tmp_path)
 
 
+def as_transformers_4_wrote_it(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the flags that have their default: Gemma 3 has none then, Qwen2-VL only that of its text model."""
+    text = config["text_config"] | {"tie_word_embeddings": True}
+    if config["model_type"] == "gemma3":
+        del text["tie_word_embeddings"]
+    return {key: value for key, value in config.items() if key != "tie_word_embeddings"} | {"text_config": text}
+
+
+@pytest.mark.parametrize("names", ["on disk", "in memory"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
+def test_the_tied_head_of_a_vision_language_model(kind: str, names: str, tmp_path: Path) -> None:
+    """Both flags follow what was trained, and the head has the name that transformers reads beside the embedding's."""
+    base, linear = tmp_path / "base", r".*language_model.*q_proj"
+    model = Model("vision", kind, True).make()
+    model.save_pretrained(base)
+    (base / "vision").touch()
+    if names == "in memory":
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    ways = {
+        "saved head": {"target_modules": linear, "modules_to_save": ["lm_head"]},
+        "head": {"target_modules": rf"{linear}|lm_head"},
+        "tokens": {"target_modules": linear, "trainable_token_indices": [5, 9]},
+    }
+    for way, how in itertools.islice(ways.items(), 3 if names == "on disk" else 1):
+        (base / "config.json").write_text(json.dumps(config))
+        expected = trained(base, tmp_path / way, **how)
+        for flags in (config, as_transformers_4_wrote_it(config)) if way == "saved head" else (config,):
+            (base / "config.json").write_text(json.dumps(flags))
+            assert_merged(base, tmp_path / way, expected, tmp_path)
+            out = json.loads((tmp_path / "out" / "config.json").read_text())
+            tied = way == "tokens"
+            assert out["tie_word_embeddings"] is out["text_config"].get("tie_word_embeddings", tied) is tied
+
+
 @pytest.mark.parametrize("stored", ["equal", "different", "without its prefix"])
 def test_a_tied_head_that_is_also_stored(stored: str, tmp_path: Path) -> None:
     """transformers ties two stored tensors if they are equal; GPT-2's on the Hub are named without the prefix."""
@@ -417,13 +453,14 @@ def test_a_tied_head_that_is_also_stored(stored: str, tmp_path: Path) -> None:
         assert_merged(base, tmp_path / way, expected, tmp_path)
 
 
-@pytest.mark.parametrize("stored", [True, False])
-def test_a_tied_head_follows_the_factors_of_the_embedding(stored: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", ["equal", "different", ""])
+def test_a_tied_head_follows_the_factors_of_the_embedding(stored: str, tmp_path: Path) -> None:
     """With `ensure_weight_tying` PEFT applies the embedding's factors to the head, if a file has no others."""
     names = save_base("gemma", base := tmp_path / "base")
     if stored:
         tensors = load_file(base / "model.safetensors")
         head = tensors["model.embed_tokens.weight"].clone()
+        head = head if stored == "equal" else torch.randn_like(head)
         save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors", {"format": "pt"})
     trained(base, tmp_path / "adapter", **ways(*names)["tied"])
     file = tmp_path / "adapter" / "adapter_model.safetensors"

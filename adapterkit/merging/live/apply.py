@@ -20,7 +20,7 @@ from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.targets import Fit, fit
 from adapterkit.errors import FitError, UsageError
 from adapterkit.merging.blocks.device import exact_products
-from adapterkit.merging.live.modules import config_of, is_nf4, parameters_of, separate_head, untie
+from adapterkit.merging.live.modules import config_of, is_nf4, parameters_of, separate_head, untie, with_separate_head
 from adapterkit.merging.live.weights import Undo, add_to_bias, fingerprint, merge_into, replace_values, updates_of
 from adapterkit.text import counted
 
@@ -86,6 +86,14 @@ def apply(model: nn.Module, adapter: Adapter, weight: float = 1.0) -> None:
 def _apply(model: nn.Module, applied: AppliedAdapter, weight: float, found: Fit, config: dict[str, Any]) -> None:
     """Change every tensor, and record how to undo it."""
     adapter, undo = applied.adapter, applied.undo
+    saved = list(found.replaced.items())
+    if adapter.ensure_weight_tying:
+        saved += [
+            (name, head)
+            for name, tensor in saved
+            if name in adapter.new_tensors and (head := separate_head(model, config, tensor, found)) is not None
+        ]
+        found = with_separate_head(model, config, adapter, found)
     targeted = dict.fromkeys(target.tensor for targets in found.targets.values() for target in targets)
     tokens = [(tensor, *adapter.tokens[module]) for module, tensor in found.tokens.items()]
     tokens += [
@@ -94,7 +102,7 @@ def _apply(model: nn.Module, applied: AppliedAdapter, weight: float, found: Fit,
         if (head := separate_head(model, config, tensor, found)) is not None
     ]
     untie(model, adapter, found, undo)
-    for name, tensor in found.replaced.items():
+    for name, tensor in saved:
         replace_values(model, tensor, adapter.replaced[name].read(), weight, None, undo)
     for tensor, rows, values in tokens:
         replace_values(model, tensor, values.read(), weight, rows, undo)
@@ -104,7 +112,7 @@ def _apply(model: nn.Module, applied: AppliedAdapter, weight: float, found: Fit,
         weights = adapter.modules[module]
         assert weights.bias is not None
         add_to_bias(model, bias, weights.bias.read(), weight * weights.scaling, undo)
-    others = (*found.replaced.values(), *(tensor for tensor, *_ in tokens), *found.biases.values())
+    others = (*(tensor for _, tensor in saved), *(tensor for tensor, *_ in tokens), *found.biases.values())
     changed = dict.fromkeys((*targeted, *others))
     applied.after = {name: _snapshot(model.get_parameter(name).data) for name in changed}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, cast
@@ -109,10 +109,10 @@ def _declare_untied(model: nn.Module, undo: list[Callable[[], object]]) -> None:
 
 
 def separate_head(model: nn.Module, config: dict[str, Any], tensor: str, found: Fit) -> str | None:
-    """The head that needs the tokens trained in the embedding `tensor` too, although it is another parameter.
+    """The head that needs what was trained in the embedding `tensor` too, although it is another parameter.
 
-    PEFT follows the config alone, while transformers does not tie a head that was stored with other weights. None if
-    there is no such head, or if the adapter itself changes it.
+    PEFT follows the config alone, for trained tokens and with `ensure_weight_tying`, while transformers does not tie a
+    head that was stored with other weights. None if there is no such head, or if the adapter itself changes it.
     """
     embedding, head = (
         getattr(getattr(model, name, lambda: None)(), "weight", None)
@@ -122,3 +122,14 @@ def separate_head(model: nn.Module, config: dict[str, Any], tensor: str, found: 
         return None
     name = next(name for name, parameter in model.named_parameters() if parameter is head)
     return None if name in (*found.replaced.values(), *found.tokens.values()) else name
+
+
+def with_separate_head(model: nn.Module, config: dict[str, Any], adapter: Adapter, found: Fit) -> Fit:
+    """Let the factors of the embedding target a separate head too."""
+    targets = dict(found.targets)
+    known = {target.tensor for places in found.targets.values() for target in places}
+    for module, places in found.targets.items():
+        if adapter.modules[module].kind == "embedding":
+            heads = [(place, separate_head(model, config, place.tensor, found)) for place in places]
+            targets[module] += tuple(replace(place, tensor=head) for place, head in heads if head and head not in known)
+    return replace(found, targets=targets)

@@ -26,11 +26,9 @@ def apply_to_tied(tie: Tie, changes: Changes, label: str, keeps_tie: bool) -> bo
     if touched and tie.shared:
         _apply_to_shared(tie, changes, label, touched)
     one_layer = _share_layer(tie, changes)
-    if keeps_tie and tie.stored and not tie.equal():  # PEFT ties only equal tensors; trained tokens follow the config
-        keeps_tie = False
     replaced = changes.replaced.get(tie.embedding, [])
     deltas = changes.deltas.get(tie.embedding, []) if keeps_tie else []
-    rows = [change for change in replaced if keeps_tie or change.rows is not None or (change.of_base and one_layer)]
+    rows = [change for change in replaced if change.rows is not None or (one_layer if change.of_base else keeps_tie)]
     alone = len(rows) < len(replaced) or (tie.embedding in changes.deltas and not keeps_tie)
     unties = alone or changes.touches(tie.head)
     if rows and tie.head not in changes.replaced:
