@@ -6,11 +6,11 @@ the version of PEFT and on the model; shapes tell, unless Δ is square.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adapterkit.adapter.peft_versions import adds_transposed
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
 from adapterkit.base.architectures import PER_EXPERT, experts_transposed
 from adapterkit.base.target import Target
@@ -140,7 +140,7 @@ def _of_square(
         return adapter.orientation == "transposed"
     if len(seen) == 1:
         return bool(*seen)
-    by_version = _by_version(adapter.peft_version, experts_transposed(config))
+    by_version = adds_transposed(adapter.peft_version, experts_transposed(config))
     if by_version is not None and not seen:
         return by_version
     writer = f"PEFT {adapter.peft_version}" if adapter.peft_version else "an unknown version of PEFT"
@@ -152,20 +152,3 @@ def _of_square(
         hint="give `orientation='transposed'` if PEFT 0.18 or earlier wrote it, or if the model is like gpt-oss; "
         "otherwise `orientation='plain'`",
     )
-
-
-def _by_version(version: str | None, marked: bool | None) -> bool | None:
-    """Return whether this version of PEFT adds the Δ of an expert transposed; None if that is unknown.
-
-    PEFT 0.17 and 0.18 always do, 0.19.0 unless the model's experts are `marked` by `is_transposed`, later ones if they
-    are. Builds between releases can be either.
-    """
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
-    if found is None:
-        return None
-    number = tuple(map(int, found.groups()))
-    if "dev" in version and (0, 18, 2) <= number <= (0, 19, 1):  # type: ignore[operator]
-        return None
-    if number < (0, 19, 0):
-        return True
-    return None if marked is None else marked != (number == (0, 19, 0))

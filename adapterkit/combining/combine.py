@@ -12,6 +12,7 @@ from adapterkit.algebra.truncation import Limit
 from adapterkit.combining.checks import check_fit, check_rank, check_supported, check_truncation
 from adapterkit.combining.method import Value
 from adapterkit.combining.methods import DEFAULT, METHODS
+from adapterkit.combining.orientation import aligned, has_stacks
 from adapterkit.combining.plan import AdapterMade, ModuleDone
 from adapterkit.combining.whole_tensors import WholeTensors, pick_whole_tensors
 
@@ -88,6 +89,7 @@ def plan_combination(
     check_truncation(chosen, limit)
     for one in adapters:
         check_mergeable(one)
+    adapters = aligned(adapters)
     modules = _modules(adapters)
     check_supported(adapters, chosen)
     check_fit(adapters, modules)
@@ -122,7 +124,7 @@ def _adapter_of(plan: Combination, modules: dict[str, LoraWeights[LazyTensor]]) 
         next((one.base_model for one in sources if one.base_model), None),
         agreed(one.base_fingerprint for one in sources) or {},
         task=next((one.task for one in sources if one.task), None),
-        peft_version=next((one.peft_version for one in sources if one.peft_version), None),
+        peft_version=next((one.peft_version for one in sources if has_stacks(one)), None),
     )  # fmt: skip
 
 

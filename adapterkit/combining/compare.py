@@ -15,6 +15,7 @@ from adapterkit.algebra.lowrank import Product, added, decompose, inner, overlap
 from adapterkit.combining.batches import batches, parts_of
 from adapterkit.combining.checks import check_fit
 from adapterkit.combining.method import Part
+from adapterkit.combining.orientation import aligned
 from adapterkit.combining.plan import relative_error
 from adapterkit.errors import FitError, UsageError
 from adapterkit.reprs import Displayed
@@ -89,17 +90,17 @@ def compare(
     pairs = list(combinations(adapters, 2))
     done, total = 0, sum(len(a.adapter.modules.keys() & b.adapter.modules.keys()) for a, b in pairs)
     for pair in pairs:
-        first, second = pair
+        first, second = aligned(pair)
         both = dict.fromkeys(name for name in first.adapter.modules if name in second.adapter.modules)
-        check_fit(pair, dict.fromkeys((*first.adapter.modules, *second.adapter.modules)))
+        check_fit((first, second), dict.fromkeys((*first.adapter.modules, *second.adapter.modules)))
         if not both:
             whole = ", ".join(dict.fromkeys((*first.adapter.replaced, *second.adapter.replaced)))
             raise FitError(
                 f"{first.label} and {second.label}: no low-rank modules to compare, only {whole or 'tokens'}"
             )
         rows: dict[str, tuple[Similarity, _Sums]] = {}
-        for batch in batches(pair, both):
-            a, b = parts_of(pair, batch)
+        for batch in batches((first, second), both):
+            a, b = parts_of((first, second), batch)
             for name, found in zip(batch, _measure(a, b, len(batch)), strict=True):
                 rows[name] = found.as_row(name), found
             on_module(done := done + len(batch), total)

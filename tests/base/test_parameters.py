@@ -173,6 +173,20 @@ def test_parameters_that_disagree(merged: Callable[..., dict[str, torch.Tensor]]
         merged(base, parts, ["one"], "qwen3_moe", peft_version="0.21.2")
 
 
+def test_adapters_of_different_versions_are_merged_together(
+    make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    W, parts = torch.randn(E, 6, 6), [stack("mlp.experts", 6, 6) for _ in range(2)]
+    adapters = [
+        make_adapter(part, version, r=RANK, target_parameters=[DOWN], peft_version=version)
+        for part, version in zip(parts, ("0.18.1", "0.21.2"), strict=True)
+    ]
+    adapterkit.merge(make_base({DOWN: W}, {"model_type": "qwen3_moe"}), adapters, tmp_path / "out")
+    exact = W.double() + delta(parts[0]).mT + delta(parts[1])
+    out = load_file(tmp_path / "out/model.safetensors")[DOWN]
+    assert torch.allclose(out.double(), exact, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("version", ["0.18.1", "0.21.2"])
 @pytest.mark.parametrize("model", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("shape", [(1, 6, 6), (6, 6)], ids=["one expert", "a matrix"])

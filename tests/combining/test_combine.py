@@ -160,6 +160,50 @@ def test_stacked_experts_are_combined_separately(make_adapter: MakeAdapter, tmp_
         assert relative(dense[0], 0.5 * dense[1] + 2.0 * dense[2]) < 1e-6
 
 
+@pytest.mark.parametrize("told_by", ["shape", "another parameter", "versions", "nothing"])
+def test_stacked_experts_of_different_versions_of_peft(told_by: str, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    """PEFT 0.18 stores Δ of experts transposed; which versions differ depends on the model, unless shapes tell."""
+
+    def experts(out: int, inner: int, module: str) -> dict[str, torch.Tensor]:
+        return {
+            f"{module}.lora_A.weight": torch.randn(3 * 2, inner),
+            f"{module}.lora_B.weight": torch.randn(out, 2 * 3),
+        }
+
+    def delta(adapter: Path, name: str) -> torch.Tensor:
+        w = adapterkit.load(adapter)[name]
+        A, B = w.A.double().view(3, w.rank, -1), w.B.double().view(len(w.B), w.rank, 3)
+        return w.scaling * torch.stack([B[:, :, expert] @ A[expert] for expert in range(3)])
+
+    size = (12, 8) if told_by == "shape" else (8, 8)
+    old, new = experts(*size[::-1], "mlp.experts"), experts(*size, "mlp.experts")
+    if told_by == "another parameter":
+        old |= experts(8, 16, "mlp.experts.base_layer")
+        new |= experts(16, 8, "mlp.experts.base_layer")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"][told_by != "another parameter" :]
+    versions = ("0.19.0" if told_by == "versions" else "0.18.1", "0.21.2")
+    given = [
+        make_adapter(parts, version, r=2, target_parameters=targets, target_modules=[], peft_version=version)
+        for parts, version in zip((old, new), versions, strict=True)
+    ]
+    if told_by == "nothing":
+        for call in (lambda: adapterkit.combine(given, tmp_path / "out"), lambda: adapterkit.compare(given)):
+            with pytest.raises(
+                FitError, match=r"PEFT 0\.18\.1 .* PEFT 0\.21\.2, which may store .* shapes do not tell"
+            ):
+                call()
+        return
+    adapterkit.combine(given, tmp_path / "out")
+    for name in targets:
+        exact = delta(given[0], name) + delta(given[1], name).mT
+        torch.testing.assert_close(delta(tmp_path / "out", name), exact, rtol=1e-6, atol=1e-6)
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["peft_version"] == versions[0]
+    [pair] = adapterkit.compare(given)
+    flat = [torch.cat([(delta(one, name).mT if turn else delta(one, name)).flatten() for name in targets])
+            for one, turn in zip(given, (False, True), strict=True)]  # fmt: skip
+    assert abs(pair.total.cosine - torch.cosine_similarity(*flat, dim=0).item()) < 1e-6
+
+
 def test_biases_are_summed_with_their_scalings(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     one, other = torch.randn(24), torch.randn(24)
     a = make_adapter(factors("q", 24, 40) | {"q.lora_B.bias": one}, "a", lora_bias=True)
