@@ -30,6 +30,7 @@ class Details:
     row: AdapterEntry
     summary: Summary | None = None
     fit: str = ""
+    other_base: str | None = None  # a warning if it was made for other weights
     config: dict[str, Any] = field(default_factory=dict)
     card: str = ""
     fetched: str = ""
@@ -66,6 +67,8 @@ class Details:
         problems = [self.problem] if self.problem else []
         if self.summary is not None:
             problems += [f"{problem['where']}: {problem['what']}" for problem in self.summary.problems]
+        if self.other_base:
+            problems.append(self.other_base)
         return problems
 
 
@@ -113,23 +116,28 @@ def _read(row: AdapterEntry, path: Path, base: str, fetched: str) -> Details:
     if row.state == "partial":
         return Details(row, config=config, card=card, problem=row.problem or "some weights are missing")
     adapter = load(path)
-    return Details(row, adapter.summary(), _fit(adapter, base), config, card, fetched)
+    return Details(row, adapter.summary(), *_fit(adapter, base), config, card, fetched)
 
 
-def _fit(adapter: Any, base: str) -> str:
-    """How many modules match the base."""
+def _fit(adapter: Any, base: str) -> tuple[str, str | None]:
+    """How many modules match the base, and a warning if the adapter was made for other weights."""
     if not base:
-        return ""
+        return "", None
     from adapterkit.base.checkpoint import open_checkpoint
-    from adapterkit.inspection.match import match
+    from adapterkit.inspection.match import match, with_rows
 
     try:
         with ExitStack() as outlines:
-            found, _ = match(adapter, open_checkpoint(locate(base, outlines).path), base)
+            place = locate(base, outlines)
+            checkpoint = open_checkpoint(place.path)
+            found, _ = match(adapter, checkpoint, base)
+            found = found if place.headers_only else with_rows(found, adapter, checkpoint)
     except (AdapterkitError, OSError) as error:
-        return f"cannot read {base}: {error}"
+        return f"cannot read {base}: {error}", None
     hint = f"; {found.hint}" if found.missing else ""
-    return f"{found.found} of {counted(found.total, 'target')} found in {base}{hint}"
+    rows = f", {found.rows}" if found.rows else ""
+    other = found.rows.note(base) if found.rows else None
+    return f"{found.found} of {counted(found.total, 'target')} found in {base}{hint}{rows}", other
 
 
 def _text(file: Path) -> str:

@@ -11,13 +11,18 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
+import torch
 import toyformat
 from handmade import adapterkit, write_adapter
 from hostile import FOLDER, steering, write_hostile_adapter, write_hostile_base
+from safetensors.torch import load_file, save_file
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Markdown, Select, Static, TabbedContent
 
+from adapterkit.adapter.fingerprint import encoded
 from adapterkit.adapter.formats import load, save, table
+from adapterkit.base.checkpoint import open_checkpoint
+from adapterkit.base.fingerprint import fingerprint
 from adapterkit.hub.adapter_listing import AdapterEntry, list_folders
 from adapterkit.inspection import cache
 from adapterkit.inspection.module_rows import ModuleRow
@@ -173,6 +178,26 @@ async def test_layers_and_spectrum(folder: Path) -> None:
         largest = max(known, key=lambda row: row["frobenius"])
         assert [10**value for value in curve.y] == pytest.approx(largest["sigma"])
         assert "90% of ‖ΔW‖²" in text_of(spectrum.query_one(Static))
+
+
+async def test_what_stands_out_is_in_the_overview(folder: Path) -> None:
+    """Other weights of the base at once, and figures of the weights once they are measured."""
+    tensors = load_file(folder / "two" / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name] = torch.zeros_like(tensors[name])
+    rows = {tensor: (kind, "0" * 16) for tensor, (kind, _) in fingerprint(open_checkpoint(Path("base"))).items()}
+    save_file(tensors, folder / "two" / "adapter_model.safetensors", encoded(rows))
+    async with running(folder, base="base") as pilot:
+        await pilot.press("j", "j")
+        await settled(pilot)
+        assert "0 of 4 compared rows of its weights equal" in facts(pilot)
+        assert "made for other weights than those of base" in facts(pilot) and "B = 0" not in facts(pilot)
+        await pilot.press("2")
+        await settled(pilot)
+        assert "1 of 4 modules have B = 0" in facts(pilot)
+        await pilot.press("k")
+        await settled(pilot)
+        assert "B = 0" not in facts(pilot) and "other weights" not in facts(pilot)
 
 
 async def test_measurements_are_cached_by_the_bytes_of_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

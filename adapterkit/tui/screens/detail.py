@@ -18,6 +18,7 @@ from textual.worker import get_current_worker
 
 from adapterkit.adapter.formats.table import config_names
 from adapterkit.hub.adapter_listing import AdapterEntry
+from adapterkit.inspection.audit import audit
 from adapterkit.inspection.module_rows import ModuleRow
 from adapterkit.text import visible, visible_lines
 from adapterkit.tui.details import Details, config_text, rows_of
@@ -46,6 +47,7 @@ class Detail(Vertical):
         super().__init__(id=id)
         self.details: Details | None = None
         self._measured: str | None = None  # the adapter drawn or being measured
+        self._findings: list[str] = []  # of the measured adapter
 
     def compose(self) -> ComposeResult:
         with TabbedContent(id="tabs"):
@@ -77,19 +79,23 @@ class Detail(Vertical):
         is_new = self.details is None or self.details.row.name != details.row.name
         self.details = details
         self.border_title = plain(details.row.name)
-        facts = Table.grid(padding=(0, 2, 0, 0))
-        for name, value in details.facts.items():
-            facts.add_row(Text(name, "bold"), Text(visible(value), overflow="fold"))
-        style = "red" if details.problem else "yellow"
-        warnings = [Text(f"\n⚠ {visible(warning)}", style) for warning in details.warnings]
-        self.query_one("#facts", Static).update(Group(facts, *warnings))
+        if is_new:
+            self._measured, self._findings = None, []
+        self._show_facts(details)
         config = Text(config_text(details.config) or f"There is no {' or '.join(config_names())}.", no_wrap=True)
         JSONHighlighter().highlight(config)
         self.query_one("#config-text", Static).update(config)
         self.query_one("#card-text", Markdown).update(visible_lines(details.card) or "*No model card.*")
-        if is_new:
-            self._measured = None
         self._measure_if_shown()
+
+    def _show_facts(self, details: Details) -> None:
+        """Draw the overview; what stands out in the weights is known once they are measured."""
+        facts = Table.grid(padding=(0, 2, 0, 0))
+        for name, value in details.facts.items():
+            facts.add_row(Text(name, "bold"), Text(visible(value), overflow="fold"))
+        style = "red" if details.problem else "yellow"
+        warnings = [Text(f"\n⚠ {visible(line)}", style) for line in (*details.warnings, *self._findings)]
+        self.query_one("#facts", Static).update(Group(facts, *warnings))
 
     def action_toggle_group(self, group: str) -> None:
         """Include or exclude a group of modules on the layers tab."""
@@ -129,6 +135,8 @@ class Detail(Vertical):
             self._wait(found if isinstance(found, str) else "The adapter has no modules.")
             return
         self._wait("")
+        self._findings = [str(finding) for finding in audit(found)]
+        self._show_facts(self.details)
         self.query_one(Layers).show(found)
         self.query_one(Spectrum).show(found)
 
