@@ -23,7 +23,7 @@ INNER = {
     "base": "{architectures checkpoint names_of_multimodal_models names_of_text_models quant rename_option target} < checkpoint_names < {expert_modules parameters} < vocabulary < {models targets tied_embeddings} < {adapter_fit row_reader} < fingerprint",
     "hub": "{client events names} < {remote upload} < download < {locate pull} < adapter_listing < local_removal",
     "merging": "{plan run_options} < {blocks calibration receipts} < {companions live verdict} < {run verify} < unmerge",
-    "combining": "{method orientation plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract factor_saved write}",
+    "combining": "{method orientation plan} < {elementwise whole_tensors} < methods < checks < batches < combine < {compare convert extract factor_saved write} < initial_factors",
     "train": "{products recipe} < {data evaluate_options initial loss} < {causal_lm layers} < {injection loop} < runs",
     "cli": "{data_notes option_names options signals} < output < {complete failures next_commands progress} < {command recipe run_plan views} < {main commands}",
 }

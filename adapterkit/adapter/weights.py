@@ -176,7 +176,7 @@ def load_weights(weights: LoraWeights[LazyTensor]) -> LoraWeights[torch.Tensor]:
     )  # fmt: skip
 
 
-Input = Literal["initial", "quantized base"]
+Input = Literal["initial", "base", "quantized base"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +218,7 @@ class Adapter(Displayed, Mapping[str, "LoraWeights[torch.Tensor]"]):
     base_model: str | None = None
     base_fingerprint: dict[str, tuple[str, str]] = field(default_factory=dict)  # see `fingerprint.py`
     rslora: bool = False  # scaling is alpha / √rank
+    initialization: str = ""  # that moved a part of the base into the factors, such as pissa
     peft_version: str | None = None  # decides, with the model's type, whether Δ of stacked experts is transposed
     orientation: str | None = None  # one of ORIENTATIONS, to decide it instead
     task: str | None = None  # as PEFT names it: CAUSAL_LM, SEQ_CLS …

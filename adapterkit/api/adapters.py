@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ from adapterkit.combining.combine import plan_combination
 from adapterkit.combining.convert import Rescale, ToDora, ToLora, placed_in
 from adapterkit.combining.extract import Extraction
 from adapterkit.combining.factor_saved import plan_factors
+from adapterkit.combining.initial_factors import INITIAL, Rebase
 from adapterkit.combining.plan import AdapterMade, AdapterPlan, Work
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
@@ -147,8 +149,8 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
     """Plan to convert an adapter to `dora`, `lora` or `rslora`; nothing is written.
 
     LoRA to DoRA (exact) and DoRA to LoRA (truncated by `rank` or `energy`) need the `base`. An adapter whose `initial`
-    state changed the base (PiSSA, OLoRA) becomes the LoRA `s·(B·A − B₀·A₀)`, exact or truncated. Between `lora` and
-    `rslora`, only the stored scaling changes.
+    state changed the base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) becomes the LoRA `s·(B·A − B₀·A₀)`, exact or truncated;
+    for PiSSA and OLoRA the `base` also does. Between `lora` and `rslora`, only the stored scaling changes.
 
     Returns:
         The plan: `print` shows it, `run` runs it.
@@ -174,6 +176,9 @@ def plan_convert(o: ConvertOptions) -> AdapterPlan:
     elif o.saved == "factors":
         assert limit is not None
         work = plan_factors(one, models[0], limit, o.to == "rslora", o.seed or 0)
+    elif models and o.to == "lora" and not back:
+        one = replace(one, adapter=one.adapter.given("base"))
+        work = Rebase(placed_in(models[0], one, dora=False), one.adapter.initialization)
     elif not models:
         work = Rescale(one, o.to == "rslora")
     elif back:
@@ -202,7 +207,8 @@ def _check_conversion(o: ConvertOptions, one: WeightedAdapter, limit: Limit | No
             f"{one.label}: `saved=factors` converts LoRA to LoRA, without other changes",
             hint="convert the adapter to lora first, then its saved modules",
         )
-    if (o.to == "dora" or back or factors) is not (o.base is not None):
+    rebased = o.to == "lora" and not (back or factors or o.initial) and one.adapter.initialization in INITIAL
+    if (o.to == "dora" or back or factors) is not (o.base is not None) and not rebased:
         if o.base is None:
             kinds = "saved modules" if factors else "from DoRA" if back else "to DoRA"
             raise UsageError(f"{one.label}: converting {kinds} needs the base model", hint="give `base`")

@@ -72,7 +72,7 @@ class ToDora:
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
         """An event per module, then the adapter."""
-        return _module_by_module(self.placed, self._converted)
+        return convert_modules(self.placed, self._converted)
 
     def _converted(self, name: str, weights: Weights, pieces: Sequence[Piece]) -> Converted:
         import torch
@@ -104,7 +104,7 @@ class ToLora:
 
     def steps(self) -> Iterator[ModuleDone | AdapterMade]:
         """An event per module, then the adapter."""
-        return _module_by_module(self.placed, self._converted)
+        return convert_modules(self.placed, self._converted)
 
     def _converted(self, name: str, weights: Weights, pieces: Sequence[Piece]) -> Converted:
         from adapterkit.algebra.lowrank import Product
@@ -165,7 +165,7 @@ def placed_in(base: Checkpoint, one: WeightedAdapter, dora: bool) -> Placed:
     return Placed(one, base, {name: tuple(targets) for name, targets in places.targets.items()})
 
 
-def _module_by_module(
+def convert_modules(
     placed: Placed, convert: Callable[[str, Weights, Sequence[Piece]], Converted]
 ) -> Iterator[ModuleDone | AdapterMade]:
     """Convert each module: an event per module, then the adapter."""
@@ -208,4 +208,4 @@ def _effective(weights: Weights, pieces: Sequence[Piece]) -> Matrix:
 def _like(adapter: Adapter, modules: dict[str, LoraWeights[LazyTensor]]) -> Adapter:
     """`adapter` with other modules and without its config, which no longer describes them."""
     ordered = {name: modules[name] for name in adapter.modules}
-    return replace(adapter, format="", modules=ordered, rslora=False, config={})
+    return replace(adapter, format="", modules=ordered, rslora=False, initialization="", config={}, problems=())

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterkit
+from adapterkit.combining.initial_factors import INITIAL
 from adapterkit.errors import FitError, FormatError
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -27,6 +28,7 @@ BASE = LlamaConfig(
     num_key_value_heads=2, initializer_range=0.1, tie_word_embeddings=False,
 )  # fmt: skip
 TARGETS = ["q_proj", "v_proj"]
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +99,53 @@ def test_an_unconverted_initialization_is_refused_until_it_is_converted(base: Pa
     trained = train(base, adapter, INITS[init], init_lora_weights=init)
     message = run("merge", base, adapter, "-o", tmp_path / "out").message(3)
     assert message.startswith(f"{init}: adapter_config.json: init_lora_weights: '{init}' moves a part of the base")
-    assert "--to lora --initial INITIAL" in message
+    assert ("--to lora --base BASE" if init in INITIAL else "--to lora --initial INITIAL") in message
     run_ok("convert", adapter, "--to", "lora", "--initial", f"{adapter}-start", "-o", tmp_path / "lora")
     run_ok("merge", base, tmp_path / "lora", "-o", tmp_path / "out")
     assert distance(logits(loaded(tmp_path / "out")), trained) < 1e-5
+    again = run("convert", adapter, "--to", "lora", "--base", base, "-o", tmp_path / "again")
+    assert again.code == (0 if init in INITIAL else 2)
+    if init in INITIAL:
+        expected = logits(PeftModel.from_pretrained(loaded(base), adapter))
+        assert distance(expected, trained) < 1e-5
+        run_ok("merge", base, tmp_path / "again", "-o", tmp_path / "merged")
+        assert distance(logits(loaded(tmp_path / "merged")), expected) < 1e-5
+
+
+@pytest.mark.parametrize("init", INITIAL)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_initial_factors_are_pefts(base: Path, tmp_path: Path, init: str, rslora: bool) -> None:
+    """Also for adapters of several ranks and alphas, and with rsLoRA, for which PEFT has no conversion."""
+    train(
+        base, adapter := tmp_path / "adapter", init_lora_weights=init, use_rslora=rslora, target_modules=LINEAR,
+        rank_pattern={"k_proj": 7, "0.mlp.down_proj": 32}, alpha_pattern={"v_proj": 1.5},
+    )  # fmt: skip
+    start, model = adapterkit.load(f"{adapter}-start"), loaded(base)
+    for name, weights in start.modules.items():
+        W = model.get_submodule(name).weight.data
+        B, A = INITIAL[init](W, weights.rank, weights.scaling)
+        torch.testing.assert_close(B @ A, start[name].B @ start[name].A, atol=1e-5, rtol=1e-4)
+    run_ok("convert", adapter, "--to", "lora", "--base", base, "-o", tmp_path / "lora")
+    run_ok("merge", base, tmp_path / "lora", "-o", tmp_path / "out")
+    expected = logits(PeftModel.from_pretrained(loaded(base), adapter))
+    assert distance(logits(loaded(tmp_path / "out")), expected) < 1e-5
+
+
+def test_with_dora_there_is_no_conversion(base: Path, tmp_path: Path) -> None:
+    train(base, adapter := tmp_path / "adapter", init_lora_weights="pissa", use_dora=True)
+    assert "merge it with PEFT: `merge_and_unload()`" in run("merge", base, adapter, "-o", tmp_path / "out").message(3)
+    for options in (["--base", base, "--rank", "4"], ["--initial", f"{adapter}-start"], ["--rank", "4"], []):
+        assert run("convert", adapter, "--to", "lora", *options, "-o", tmp_path / "out").code in (2, 3)
+
+
+def test_a_base_for_initial_factors_has_16_bits_or_more(base: Path, tmp_path: Path) -> None:
+    train(base, adapter := tmp_path / "adapter", init_lora_weights="pissa")
+    run_ok("quantize", base, "--to", "nf4", "-o", tmp_path / "nf4")
+    message = run("convert", adapter, "--to", "lora", "--base", tmp_path / "nf4", "-o", tmp_path / "out").message(3)
+    assert "nf4: is quantized; pissa starts from the 16-bit base" in message
+    converted = ["convert", adapter, "--to", "lora", "--base", base, "-o", tmp_path / "out"]
+    assert "omit --rank and --energy" in run(*converted, "--rank", "4").message(2)
+    assert "needs no base" in run("convert", f"{adapter}", "--to", "rslora", "--base", base, "-o", "x").message(2)
 
 
 def test_what_peft_converted_on_saving_is_merged(base: Path, tmp_path: Path) -> None:
@@ -137,9 +182,6 @@ def loftq(monkeypatch: pytest.MonkeyPatch) -> None:
         return rounded, A, B
 
     monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", start)
-
-
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.mark.usefixtures("loftq")
@@ -181,7 +223,10 @@ COMMANDS: dict[str, list[str]] = {
     "eval": ["eval", "BASE", "ADAPTER", "DATA"],
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "init_lora_weights": ({"init_lora_weights": "pissa"}, "convert it first: `adapterkit convert"),
+    "init_lora_weights": (
+        {"init_lora_weights": "pissa"},
+        "convert it first: `adapterkit convert ADAPTER --to lora --base BASE",
+    ),
     "alora_invocation_tokens": ({"alora_invocation_tokens": [5, 6]}, "serve the adapter unmerged"),
     "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "build that model first"),
     "nvfp4_merge_aware": (

@@ -22,7 +22,7 @@ from adapterkit.adapter.formats.peft_config import PeftConfig, Strength
 from adapterkit.adapter.formats.peft_config import describe_config as describe_config
 from adapterkit.adapter.formats.peft_names import PREFIX, TASK_HEADS, SortedTensors, saves, sort_tensors
 from adapterkit.adapter.formats.peft_parameters import Owner, owners_of, stored_names
-from adapterkit.adapter.formats.peft_variants import plain, without_blocks
+from adapterkit.adapter.formats.peft_variants import initialization, plain, without_blocks
 from adapterkit.adapter.weights import Adapter, Kind, LazyTensor, LoraWeights, Problem
 from adapterkit.files.safetensors import FLOAT_DTYPES, write_tensors
 
@@ -80,6 +80,7 @@ def read(source: Source, alpha: float | None = None, scaling: float | None = Non
         base_model=config.raw.get(BASE_KEY) or None,
         base_fingerprint=made_for,
         rslora=config.rslora,
+        initialization=initialization(config.raw),
         peft_version=config.peft_version,
         task=config.task,
         config=plain(config.raw),

@@ -56,11 +56,22 @@ REFUSED = {
 # Initializations that move a part of the base into the factors. PEFT sets init_lora_weights to true when it converts
 # the adapter on saving (path_initial_model_for_weight_conversion).
 MOVED = ("pissa", "corda", "olora", "lora_ga")
+REPEATABLE = ("pissa", "olora")  # determined by the base; with a number of iterations, PiSSA is random
 LOFTQ = "loftq"
-CONVERT = (
+WITH_INITIAL = (
     "`adapterkit convert ADAPTER --to lora --initial INITIAL -o NEW`, where INITIAL is the adapter before training"
 )
+WITH_BASE = (
+    "`adapterkit convert ADAPTER --to lora --base BASE -o NEW`, or with --initial and the adapter before training"
+)
 SAVED_BASE = "If the changed base was saved, set init_lora_weights to true in the config and merge into that"
+
+
+def initialization(config: Mapping[str, Any]) -> str:
+    """Return the initialization in `config` that moved a part of the base into the factors; empty if none did."""
+    init = config.get("init_lora_weights")
+    name = init.lower() if isinstance(init, str) else ""
+    return name if name == LOFTQ or name.startswith(MOVED) else ""
 
 
 def variant_problems(config: Mapping[str, Any], file: str) -> Iterator[Problem]:
@@ -68,17 +79,17 @@ def variant_problems(config: Mapping[str, Any], file: str) -> Iterator[Problem]:
     for name, (reason, remedy) in REFUSED.items():
         if config.get(name):
             yield Problem(f"{file}: {name}", reason, remedy=remedy, intact=True)
-    init = config.get("init_lora_weights")
-    if not isinstance(init, str):
-        return
-    where, shown = f"{file}: init_lora_weights", repr(init[:40])
-    if init.lower().startswith(MOVED):
-        yield Problem(
-            where, f"{shown} moves a part of the base into the initial factors; the update is what training added",
-            remedy=f"convert it first: {CONVERT}. {SAVED_BASE}", intact=True, settled_by=("initial",),
-        )  # fmt: skip
-    elif init.lower() == LOFTQ:
+    where, name = f"{file}: init_lora_weights", initialization(config)
+    if name == LOFTQ:
         yield _of_loftq(where, config.get("loftq_config"))
+    elif name:
+        repeatable, dora = name in REPEATABLE, bool(config.get("use_dora"))
+        convert = f"convert it first: {WITH_BASE if repeatable else WITH_INITIAL}"
+        yield Problem(
+            where, f"{name[:40]!r} moves a part of the base into the initial factors; only what training added is Δ",
+            remedy=f"{'merge it with PEFT: `merge_and_unload()`' if dora else convert}. {SAVED_BASE}", intact=True,
+            settled_by=() if dora else ("initial", "base") if repeatable else ("initial",),
+        )  # fmt: skip
 
 
 def _of_loftq(where: str, config: object) -> Problem:
@@ -92,7 +103,7 @@ def _of_loftq(where: str, config: object) -> Problem:
     settled_by: tuple[Input, ...] = ("initial", "quantized base") if once else ("initial",)
     return Problem(
         where, f"{LOFTQ!r} moves the error of quantizing the base into the initial factors, which a 16-bit base lacks",
-        remedy=f"{quantized}convert it: {CONVERT}. {SAVED_BASE}", intact=True, settled_by=settled_by,
+        remedy=f"{quantized}convert it: {WITH_INITIAL}. {SAVED_BASE}", intact=True, settled_by=settled_by,
     )  # fmt: skip
 
 

@@ -105,14 +105,16 @@ class ConvertOptions(FormatOptions):
     _: KW_ONLY
     to: str = option(MISSING, "Kind to convert to", ADAPTER_KINDS)
     base: AnyModel | None = option(
-        None, "Base model, needed to and from DoRA, and with `saved=factors`", metavar="BASE"
+        None,
+        "Base model, needed to and from DoRA, with `saved=factors`, and from PiSSA or OLoRA without `initial`",
+        metavar="BASE",
     )
     saved: str = option(
         "keep", "Modules that the adapter stores whole (modules_to_save): keep them, or turn them into factors",
         ("keep", "factors"), group=SIZE, in_form=False,
     )  # fmt: skip
     initial: AnyAdapter | None = option(
-        None, "Initial state of a PiSSA or OLoRA adapter", metavar="ADAPTER", in_form=False
+        None, "Initial state of a PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ adapter", metavar="ADAPTER", in_form=False
     )
     rank: int | None = option(
         None, "From DoRA, or with `initial` or `saved`: truncate to this rank, optimally", group=SIZE
