@@ -43,7 +43,10 @@ PREFIX_MAPS: tuple[dict[str, str], ...] = (
 )
 
 # Heads are outside the base model, so that the "" prefix does not apply to them.
-HEAD_MODULES = ("lm_head", "score", "embed_out", "proj_out", "output_projection")
+HEAD_MODULES = (
+    "lm_head", "score", "embed_out", "proj_out", "output_projection", "classifier", "pre_classifier", "qa_outputs",
+    "classification_head",
+)  # fmt: skip
 
 # Name segments that differ between the model in memory and some checkpoints; applied if the base has only the latter.
 SEGMENTS = {"mlp": "block_sparse_moe"}  # Mixtral

@@ -6,7 +6,7 @@ Shapes decide the rest; ambiguous cases are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ def fit(
     least = (0, 0)  # missing names, and tensors that would be new
     in_model = names_in_model(config)
     stored = dict(tensors) if in_model is str else {in_model(name): info for name, info in tensors.items()}
-    for prefix_map in PREFIX_MAPS:
+    for prefix_map in (*PREFIX_MAPS, *_stem_maps(adapter, stored)):
         names = _Names(tensors, stored, in_model, prefix_map, rename)
         try:
             candidate = _fit_names(adapter, names, config)
@@ -72,6 +72,16 @@ def fit(
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _stem_maps(adapter: Adapter, stored: Mapping[str, Weight]) -> Iterator[dict[str, str]]:
+    """Yield prefix maps between a model with a head, whose modules are in `bert.` or the like, and one without."""
+    own = {name.partition(".")[0] for name in (*adapter.modules, *adapter.tokens)}
+    of_base = dict.fromkeys(name.partition(".")[0] for name in stored)
+    if len(own) == 1 and own.isdisjoint(of_base):
+        yield {f"{next(iter(own))}.": ""}
+    if own.isdisjoint(of_base):
+        yield from ({"": f"{stem}."} for stem in of_base if stem not in HEAD_MODULES)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
+    BertForTokenClassification,
+    BertModel,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -94,6 +96,35 @@ def test_answers_to_questions(tmp_path: Path) -> None:
     assert written(tmp_path / "out")["architectures"] == ["BertForQuestionAnswering"]
     for found, value in zip(outputs(BertForQuestionAnswering.from_pretrained(tmp_path / "out")), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=0, atol=1e-5 * float(value.abs().max()))
+
+
+def test_a_base_without_a_head_gets_one(tmp_path: Path) -> None:
+    """The base's names have no prefix, and those of the adapter have one."""
+    base, adapter, out = (tmp_path / part for part in ("base", "adapter", "out"))
+    BertModel(BertConfig(**TINY), add_pooling_layer=False).save_pretrained(base)
+    expected = train(base, adapter, "TOKEN_CLS", "query", num_labels=3)
+    plan = adapterkit.plan_merge(base, [adapter], out)
+    adapterkit.merge(base, [adapter], out)
+    assert any("bert. → (nothing)" in note for note in plan.notes) and any(
+        "transformers 5" in note for note in plan.notes
+    )
+    loaded, how = BertForTokenClassification.from_pretrained(out, output_loading_info=True)
+    assert written(out)["architectures"] == ["BertForTokenClassification"] and not any(how.values())
+    for found, value in zip(outputs(loaded), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-5 * float(value.abs().max()))
+    adapterkit.unmerge(out, tmp_path / "back", adapters=[adapter])
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_an_adapter_of_a_model_without_a_head(tmp_path: Path) -> None:
+    """The adapter's names have no prefix, and those of the base have one."""
+    BertForMaskedLM(BertConfig(**TINY)).save_pretrained(tmp_path / "base")
+    model = BertModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=5, target_modules=["query"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merged = BertModel.from_pretrained(tmp_path / "out", add_pooling_layer=False)
+    torch.testing.assert_close(outputs(merged), outputs(model), rtol=0, atol=1e-5)
 
 
 NAMES = {"id2label": {"0": "bad", "1": "fair", "2": "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}

@@ -89,9 +89,12 @@ def check_target(name: str, tensors: Mapping[str, Weight], base: Checkpoint, cha
             )
 
 
-def prefix_note(given: WeightedAdapter, found: Fit) -> list[str]:
+def prefix_note(given: WeightedAdapter, found: Fit, tensors: Mapping[str, Weight]) -> list[str]:
     renames = ", ".join(f"{old or '(nothing)'} → {new or '(nothing)'}" for old, new in found.prefix_map.items())
-    return [f"{given.label}: module prefix differs from the base's, matched as {renames}"] if renames else []
+    notes = [f"{given.label}: module prefix differs from the base's, matched as {renames}"] if renames else []
+    if "" in found.prefix_map.values() and any(name not in tensors for name in found.replaced.values()):
+        notes.append("the output has a head beside names without a prefix, which transformers 5 and later load")
+    return notes
 
 
 def idle_note(given: WeightedAdapter) -> list[str]:

@@ -90,7 +90,7 @@ class _Draft:
             if tie is not None and not allow_partial:
                 _check_tied_head(adapter, found, tie)
             self.skipped += check_missing(adapter, found, self.base, self.tensors, allow_partial)
-            self.notes += prefix_note(adapter, found)
+            self.notes += prefix_note(adapter, found, self.tensors)
             changes = changes_of(number, adapter, found)
             if tie is not None:
                 unties |= apply_to_tied(tie, changes, adapter.label, adapter.adapter.ensure_weight_tying)
