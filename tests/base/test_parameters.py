@@ -15,7 +15,9 @@ from handmade import adapterkit as command
 from safetensors.torch import load_file
 
 import adapterkit
+from adapterkit.adapter.weights import load_weights
 from adapterkit.errors import FitError, UsageError
+from adapterkit.merging.blocks import loading
 
 Make = Callable[..., Path]
 E, RANK, SCALING = 4, 2, 3.0  # alpha 6
@@ -315,3 +317,25 @@ def test_modules_inside_wrappers_of_parameters(make_adapter: Make, tmp_path: Pat
     }
     config = json.loads((tmp_path / "copy/adapter_config.json").read_text())
     assert config["target_modules"] == ["mlp.q"] and sorted(config["target_parameters"]) == sorted(targets)
+
+
+# --- work
+
+
+@pytest.mark.parametrize("layout", [apart, lambda W: {GATE_UP: W}], ids=["apart", "stacked"])
+def test_factors_of_a_stack_are_read_once(
+    layout: Callable[[torch.Tensor], dict[str, torch.Tensor]], make_base: Make, make_adapter: Make, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Not for each of the experts, of which models have hundreds."""
+    W, parts = torch.randn(32, 64, 64), stack("mlp.experts", 64, 64, experts=32)
+    base = make_base(layout(W), {"model_type": "qwen3_moe"})
+    adapter = make_adapter(parts, r=RANK, target_parameters=[GATE_UP], peft_version="0.21.2")
+    plan = adapterkit.plan_merge(base, adapter, tmp_path / "out")
+    read: list[object] = []
+    monkeypatch.setattr(loading, "load_weights", lambda weights: read.append(weights) or load_weights(weights))
+    for _ in adapterkit.run(plan, threads=1):
+        pass
+    assert len(read) == 1
+    out = together(load_file(tmp_path / "out/model.safetensors"))
+    assert torch.equal(out, oracle.rounded(W.double() + delta(parts, experts=32), torch.float32))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from adapterkit.adapter.weights import load_weights
+from adapterkit.adapter.weights import LazyTensor, LoraWeights, load_weights
 from adapterkit.algebra.updates import Update, measure_columns, update_for
 from adapterkit.base.quant.weight import Codes, QuantizedWeight, Quantizer, Rows
 from adapterkit.files.safetensors import TensorInfo
@@ -16,7 +18,7 @@ from adapterkit.merging.blocks.as_trained import trained_rows
 from adapterkit.merging.blocks.device import CPU, ComputeDevice
 from adapterkit.merging.blocks.overflow import check_finite
 from adapterkit.merging.blocks.reading import base_chunks, compute_dtype
-from adapterkit.merging.plan.edits import MergeEdit, ModuleUpdate, RestoreEdit
+from adapterkit.merging.plan.edits import STACK_BYTES, MergeEdit, ModuleUpdate, RestoreEdit
 
 E = TypeVar("E", MergeEdit, RestoreEdit)
 
@@ -53,20 +55,49 @@ class Dequantized:
     slack: Callable[[int, int], torch.Tensor]
 
 
-def load(edit: MergeEdit | RestoreEdit, fd: int) -> Loaded[Any]:
+class FactorReader:
+    """Reads factors, those of stacked experts once for all tensors of the experts, which are neighbours in a file."""
+
+    def __init__(self) -> None:
+        self._stacks: OrderedDict[int, tuple[LazyTensor, LoraWeights[torch.Tensor]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, weights: LoraWeights[LazyTensor]) -> LoraWeights[torch.Tensor]:
+        """Read the factors of one module; of a stack, from memory if they are among the last STACK_BYTES read."""
+        if weights.experts == 1:
+            return load_weights(weights)
+        key = id(weights.A)  # of an object that the entry keeps alive
+        with self._lock:
+            if key in self._stacks:
+                self._stacks.move_to_end(key)
+                return replace(self._stacks[key][1], scaling=weights.scaling)
+        loaded = load_weights(weights)
+        with self._lock:
+            self._stacks[key] = weights.A, loaded
+            while len(self._stacks) > 1 and sum(map(_size, self._stacks.values())) > STACK_BYTES:
+                self._stacks.popitem(last=False)
+        return loaded
+
+
+def _size(entry: tuple[LazyTensor, LoraWeights[torch.Tensor]]) -> int:
+    return entry[1].A.nbytes + entry[1].B.nbytes
+
+
+def load(edit: MergeEdit | RestoreEdit, fd: int, factors: FactorReader) -> Loaded[Any]:
     """Read the factors of `edit`. Raises FitError if one is not finite."""
-    return load_restore(edit, fd) if isinstance(edit, RestoreEdit) else load_merge(edit, fd)
+    return load_restore(edit, fd, factors) if isinstance(edit, RestoreEdit) else load_merge(edit, fd, factors)
 
 
-def load_merge(edit: MergeEdit, fd: int) -> Loaded[MergeEdit]:
+def load_merge(edit: MergeEdit, fd: int, factors: FactorReader | None = None) -> Loaded[MergeEdit]:
     """Read the factors of a merge, the biases, and the scales of quantized weights."""
+    factors = factors or FactorReader()
     columns, dtype = edit.matrix[1], compute_dtype(edit)
     packed = edit.source.open(columns) if isinstance(edit.source, QuantizedWeight) else None
     if edit.as_trained is not None and isinstance(edit.source, TensorInfo):
         packed = trained_rows(edit.source, edit.matrix, edit.as_trained)
     updates: list[Update] = []
     for delta in edit.deltas:
-        update = _update(edit, delta)
+        update = _update(edit, delta, factors)
         if update.magnitude is not None and delta.target.transposed:
             update = measure_columns(update, lambda: base_chunks(edit, packed, fd))
         updates.append(update)
@@ -82,12 +113,12 @@ def load_merge(edit: MergeEdit, fd: int) -> Loaded[MergeEdit]:
     return Loaded(edit, fd, CPU, updates, codes, tuple(added), packed, packer, checked_against)
 
 
-def load_restore(edit: RestoreEdit, fd: int) -> Loaded[RestoreEdit]:
+def load_restore(edit: RestoreEdit, fd: int, factors: FactorReader) -> Loaded[RestoreEdit]:
     """Read the factors of a restored tensor, and the gains by column that its receipt recorded."""
     by_column = next((block.gains for block in edit.recorded if block.gains is not None), None)
     updates: list[Update] = []
     for delta in edit.deltas:
-        update = _update(edit, delta)
+        update = _update(edit, delta, factors)
         if update.magnitude is not None and delta.target.transposed and by_column is not None:  # None: no block uses it
             index = sum(earlier.renormalizes for earlier in updates)
             update = replace(update, gain=by_column.read()[index][None])
@@ -96,9 +127,9 @@ def load_restore(edit: RestoreEdit, fd: int) -> Loaded[RestoreEdit]:
     return Loaded(edit, fd, CPU, updates, codes)
 
 
-def _update(edit: MergeEdit | RestoreEdit, delta: ModuleUpdate) -> Update:
+def _update(edit: MergeEdit | RestoreEdit, delta: ModuleUpdate, factors: FactorReader) -> Update:
     target = delta.target
     return update_for(
-        load_weights(delta.weights), delta.weight, target.rows or (0, edit.matrix[0]), target.delta_rows, target.expert,
+        factors.read(delta.weights), delta.weight, target.rows or (0, edit.matrix[0]), target.delta_rows, target.expert,
         target.transposed, compute_dtype(edit), where=delta.module,
     )  # fmt: skip

@@ -11,6 +11,8 @@ from adapterkit.base.quant import QuantizationSpec, QuantizedWeight
 from adapterkit.base.target import Target
 from adapterkit.files.safetensors import DTYPE_BITS, TensorInfo
 
+STACK_BYTES = 128 << 20  # of factors of stacked experts, kept in memory for the tensors of the other experts
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleUpdate:

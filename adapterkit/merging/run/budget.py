@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.base.quant import QuantizedWeight
 from adapterkit.errors import LossError, NoSpaceError
 from adapterkit.files import os_calls
+from adapterkit.merging.plan.edits import STACK_BYTES
 from adapterkit.merging.plan.types import MergePlan
 from adapterkit.merging.run.hashing import is_copy
 from adapterkit.merging.run.pieces import BLOCK_BYTES
@@ -41,7 +42,8 @@ def estimate_memory(plan: MergePlan, threads: int) -> int:
         blocks += 4  # packed bytes as indices, as float32, and rounded
     if any(edit.packing and edit.packing.rounding.kind == "compensated" for edit in merges):
         blocks += 5
-    return TORCH_BYTES + threads * blocks * BLOCK_BYTES + 2 * sum(factors[-threads:])
+    stacked = any(delta.weights.experts > 1 for file in plan.files for edit in file.edits for delta in edit.deltas)
+    return TORCH_BYTES + threads * blocks * BLOCK_BYTES + 2 * sum(factors[-threads:]) + stacked * STACK_BYTES
 
 
 def check_device(plan: MergePlan, options: RunOptions) -> None:

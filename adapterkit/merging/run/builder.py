@@ -39,6 +39,7 @@ from adapterkit.merging.run_options import RunOptions
 if TYPE_CHECKING:
     from adapterkit.algebra.updates import Retention
     from adapterkit.merging.blocks.device import Buffers
+    from adapterkit.merging.blocks.loading import FactorReader
     from adapterkit.merging.blocks.undo import Undo
 
 
@@ -62,6 +63,13 @@ class Job:
     def records(self) -> bool:
         """Whether sidecars are written."""
         return self.receipt and irreversible(self.plan) is None
+
+    @cached_property
+    def factors(self) -> FactorReader:
+        """Reads the factors of all tensors."""
+        from adapterkit.merging.blocks.loading import FactorReader
+
+        return FactorReader()
 
     @property
     def folder(self) -> Path:
@@ -233,7 +241,7 @@ class FileBuilder:
 
         work, edit = block.work, block.work.edit
         with work.lock:
-            loaded = work.loaded or load(edit, self.input.fd)
+            loaded = work.loaded or load(edit, self.input.fd, self.job.factors)
             work.loaded = loaded = loaded if loaded.place == buffers.place else loaded.at(buffers.place)
         if block.recorded is not None:
             restore_rows(loaded, block.recorded, buffers, data)
