@@ -40,17 +40,20 @@ import adapterkit
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.algebra.residual import Residual
+from adapterkit.api.options.merges import MergeOptions
 from adapterkit.base import quant
 from adapterkit.base.checkpoint import open_checkpoint
 from adapterkit.base.models.config_check import check_described
 from adapterkit.base.quant.schemes.bnb4.quantizer import Spec4bit
 from adapterkit.base.quant.schemes.bnb8 import Spec8bit
+from adapterkit.cli.recipe import read_recipe as read_options
 from adapterkit.errors import AdapterkitError, FormatError
 from adapterkit.files.safetensors import TORCH_NAMES, read_header, tensor_bytes
 from adapterkit.files.staging import RECEIPT
 from adapterkit.merging.blocks import residual_codec
 from adapterkit.merging.plan.planner import make_plan
 from adapterkit.merging.receipts.receipt import find_receipt
+from adapterkit.options import parameters
 from adapterkit.train.recipe import Recipe, read_recipe
 from adapterkit.train.runs import checkpoints
 from adapterkit.train.runs.checkpoints import Log, Progress, State
@@ -672,6 +675,10 @@ def test_recipes(folder: Path, changes: list[Edit]) -> None:
     (folder / "recipe.yaml").write_text(text(edit({"": recipe}, changes)[""]))
     with refusing(changes):
         read_recipe(folder / "recipe.yaml", {})
+    merge = parsed(json.dumps({"base": "b", "adapters": ["a:0.7", {"b": 1}], "weights": {"a:q": 0.3}, "scale": 2}))
+    (folder / "merge.yaml").write_text(text(edit({"": merge}, changes)[""]))
+    with refusing(changes):
+        read_options(folder / "merge.yaml", {one.name: one for one in parameters(MergeOptions)})
 
 
 @settings(fuzzed, max_examples=int(os.environ.get("ADAPTERKIT_FUZZ", 60)))
