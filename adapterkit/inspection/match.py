@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -17,7 +19,9 @@ from adapterkit.base.quant import QuantizedWeight, weights
 from adapterkit.base.row_reader import reader
 from adapterkit.base.target import Target
 from adapterkit.base.targets import Fit
-from adapterkit.files.safetensors import TensorInfo
+from adapterkit.files.safetensors import TensorInfo, Weight
+from adapterkit.inspection.audit import EXPERT
+from adapterkit.text import counted
 
 CHUNK_BYTES = 16 << 20  # rows of W in memory at once, as float32
 
@@ -32,11 +36,19 @@ class Match:
     missing: tuple[str, ...]
     hint: str  # the nearest names in the base; empty if nothing is missing
     rows: RowsCompared | None = None  # with the base that the adapter was made for, where its fingerprint is known
+    idle_experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of the base, by module, without a Δ
 
     def warnings(self) -> list[str]:
         """What does not fit, a line each."""
-        other = self.rows.note(self.base) if self.rows else None
-        return [*([self.hint] if self.missing else []), *([other] if other else [])]
+        found = [self.hint] if self.missing else []
+        if self.rows and (other := self.rows.note(self.base)):
+            found.append(other)
+        if self.idle_experts:
+            count = sum(map(len, self.idle_experts.values()))
+            found.append(
+                f"{counted(count, 'expert')} of {self.base} without an update, in {next(iter(self.idle_experts))}"
+            )
+        return found
 
 
 def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, Fit]:
@@ -49,7 +61,29 @@ def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, F
     places = place_adapter(adapter, tensors, checkpoint)
     hint = explain_misfit(adapter, places, tensors, checkpoint.config) if places.missing else ""
     total = len(adapter.modules)
-    return Match(name, len(places.targets), total, places.missing, hint), places
+    idle = experts_without_update(places, tensors)
+    return Match(name, len(places.targets), total, places.missing, hint, idle_experts=idle), places
+
+
+def experts_without_update(places: Fit, tensors: Mapping[str, Weight]) -> dict[str, tuple[int, ...]]:
+    """The base's experts without a Δ, by module, where other experts of that module have one."""
+    updated: defaultdict[str, set[int]] = defaultdict(set)
+    total: dict[str, set[int]] = {}
+    of_tensor = {name: found for name in tensors if (found := EXPERT.fullmatch(name))}
+    for target in (target for targets in places.targets.values() for target in targets):
+        if found := of_tensor.get(target.tensor):
+            updated[_of_all(found)].add(int(found["number"]))
+        elif target.expert is not None and target.rows is not None and len(shape := tensors[target.tensor].shape) == 3:
+            total[target.tensor] = set(range(shape[0]))
+            updated[target.tensor].add(target.rows[0] // shape[1])
+    for found in of_tensor.values():
+        total.setdefault(_of_all(found), set()).add(int(found["number"]))
+    missing = {name: tuple(sorted(total[name] - numbers)) for name, numbers in updated.items()}
+    return {name: numbers for name, numbers in missing.items() if numbers}
+
+
+def _of_all(found: re.Match[str]) -> str:
+    return f"{found['experts']}.{found['part']}"
 
 
 def with_rows(found: Match, adapter: Adapter, checkpoint: Checkpoint) -> Match:

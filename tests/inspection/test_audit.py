@@ -92,6 +92,26 @@ def test_nothing_stands_out_in_sound_adapters(adapter: str) -> None:
     assert isinstance(report, AdapterReport) and report.findings == []
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_of_the_base_without_an_update_are_named(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], stacked: bool
+) -> None:
+    experts, shapes = "model.layers.0.mlp.experts", {"lora_A": (RANK, 10), "lora_B": (24, RANK)}
+    single = {f"{experts}.{expert}.down_proj.weight": torch.randn(24, 10) for expert in range(6)}
+    base = {f"{experts}.down_proj": torch.randn(6, 24, 10)} if stacked else single
+    chosen = {
+        f"{experts}.{expert}.down_proj.{factor}.weight": torch.randn(shape)
+        for expert in (0, 1, 2, 4) for factor, shape in shapes.items()
+    }  # fmt: skip
+    made, adapter = make_base(base, {"model_type": "qwen3_moe"}), make_adapter(chosen, r=RANK)
+    report = adapterkit.inspect(adapter, against=made, header_only=True)
+    assert isinstance(report, AdapterReport) and report.match is not None
+    [(name, idle)] = report.match.idle_experts.items()
+    assert name.startswith(experts) and idle == (3, 5)
+    assert "2 experts of" in run_adapterkit("inspect", adapter, "--against", made, "--header-only").out
+    run_adapterkit("inspect", adapter, "--against", made, "--json")  # checks that its fields are documented
+
+
 def test_experts_without_an_update_are_counted(make_adapter: Callable[..., Path]) -> None:
     experts = "model.layers.{}.mlp.experts"
     A, B = torch.randn(8 * RANK, 10), torch.randn(24, RANK, 8)
