@@ -192,6 +192,18 @@ def test_other_formats_are_named_by_their_tensors(base: Path, tensor: str, forma
     assert "adapter_model.safetensors: is an adapter, expected a model" in message
 
 
+@pytest.mark.parametrize(
+    "names", [["text_encoder.shared.weight", "decoder.w"], ["prompt_encoder.mask_embed.conv1.weight", "clip_l"], []]
+)
+def test_models_with_names_of_other_formats_stay_models(tmp_path: Path, names: list[str]) -> None:
+    """MusicGen has a text_encoder, SAM a prompt_encoder."""
+    (base := tmp_path / "base").mkdir()
+    tensors = {f"{module}.weight": torch.zeros(ROWS, COLUMNS) for module in MODULES}
+    save_file(tensors | {name: torch.ones(2) for name in names}, base / "model.safetensors")
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    assert adapterkit("merge", base, write_adapter(tmp_path / "a"), "-o", tmp_path / "out").code == 0
+
+
 @pytest.mark.parametrize("name", ["transformer.h.0.attn.c_attn", "model.layers.0.self_attn.q_proj"])
 def test_language_models_are_not_taken_for_diffusion(tmp_path: Path, name: str) -> None:
     tensors = {f"{name}.lora_{k}.weight": torch.ones(2, 2) for k in "AB"}

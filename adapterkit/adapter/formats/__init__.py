@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter.formats import table
-from adapterkit.adapter.formats.foreign import format_of_tensors
+from adapterkit.adapter.formats.foreign import are_foreign, format_of_tensors
 from adapterkit.adapter.formats.source import Source, open_sources
 from adapterkit.adapter.weights import ORIENTATIONS, Adapter, Problem
 from adapterkit.errors import FormatError, OutputExistsError, UsageError
@@ -86,7 +86,7 @@ def holds_adapter(path: Path, tensors: Mapping[str, TensorInfo]) -> bool:
     has_config = any((path / name).is_file() for name in table.config_names()) and not (path / "config.json").exists()
     source = Source(path, tensors, {}, None, path, {})
     known = any(format.detect(source) for format in table.FORMATS)
-    return has_config or known or format_of_tensors(tensors) is not None
+    return has_config or known or are_foreign(tensors)
 
 
 def save(adapter: Adapter, directory: str | os.PathLike[str], *, format: str = table.DEFAULT) -> None:
