@@ -32,6 +32,7 @@ from transformers.models.auto import modeling_auto
 
 import adapterkit
 from adapterkit.base.architectures import TASK_CLASSES, class_for
+from adapterkit.errors import FitError
 
 IDS = torch.arange(3, 12)[None]
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
@@ -161,6 +162,25 @@ def test_labels(case: str, tmp_path: Path) -> None:
     assert AutoModelForSequenceClassification.from_pretrained(out).config.num_labels == 3
     head = load_file(out / "model.safetensors")["score.weight"]  # float32 in the adapter
     assert (head.dtype, head.shape) == (torch.bfloat16, (3, 16))
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_head_with_another_number_of_labels(labels: int, tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / part for part in ("base", "adapter", "out"))
+    names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    BertForTokenClassification(BertConfig(**TINY, **names)).save_pretrained(base)
+    expected = train(base, adapter, "TOKEN_CLS", "query", num_labels=labels, ignore_mismatched_sizes=True)
+    adapterkit.merge(base, [adapter], out)
+    loaded = BertForTokenClassification.from_pretrained(out)
+    assert loaded.config.id2label == {number: f"LABEL_{number}" for number in range(labels)}
+    for found, value in zip(outputs(loaded), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-5 * float(value.abs().max()))
+    assert all(one.fits for one in adapterkit.verify(out, base, [adapter]))
+    adapterkit.unmerge(out, tmp_path / "back", adapters=[adapter])
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (base / file).read_bytes()
+    with pytest.raises(FitError, match=f"the adapter has {labels} labels, the base 3: weight 0.5 would mix them"):
+        adapterkit.plan_merge(base, [(adapter, 0.5)], tmp_path / "half")
 
 
 def test_a_head_of_an_unknown_task(tmp_path: Path) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.architectures import LABEL_LAYERS, TASK_CLASSES, class_for
 from adapterkit.base.checkpoint import CONFIG
+from adapterkit.base.vocabulary import Tensors
+from adapterkit.errors import FitError
 from adapterkit.files.jsonfile import read_json
+from adapterkit.merging.plan.changes import Changes
 from adapterkit.text import counted
 
 
@@ -29,6 +33,26 @@ def describe_heads(
             config = config | classes | labels
             notes += [f"{one.label}: {note}" for note in (*more, *which)]
     return config, notes
+
+
+def with_new_labels(changes: Changes, tensors: Tensors) -> Tensors:
+    """Return `tensors` with the shapes of the layers that an adapter replaces with another number of labels.
+
+    Raises FitError for a weight of the adapter that would mix labels of different heads.
+    """
+    found = dict(tensors)
+    for name, replaced in changes.replaced.items():
+        info = tensors.get(name)
+        whole = [change for change in replaced if change.rows is None]
+        if info is None or len(whole) != 1 or not LABEL_LAYERS.fullmatch(name.rpartition(".")[0]):
+            continue
+        shape = whole[0].values.shape
+        if shape[1:] == info.shape[1:] and shape != info.shape:
+            if whole[0].weight != 1.0:
+                labels = f"the adapter has {counted(shape[0], 'label')}, the base {info.shape[0]}"
+                raise FitError(f"{name}: {labels}: weight {whole[0].weight:g} would mix them", hint="use weight 1")
+            found[name] = replace(info, shape=shape)
+    return found
 
 
 def _label_layers(given: WeightedAdapter) -> dict[str, int]:

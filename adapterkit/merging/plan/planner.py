@@ -34,7 +34,7 @@ from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import FLOAT_DTYPES, OUTPUT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 from adapterkit.files.staging import MADE_BY
 from adapterkit.merging.plan.changes import Changes, changes_of, check_target, idle_note, ledger_of, prefix_note
-from adapterkit.merging.plan.heads import describe_heads
+from adapterkit.merging.plan.heads import describe_heads, with_new_labels
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.resizing import Resizing, kept_rows
 from adapterkit.merging.plan.ties import apply_to_tied, shared_embedding_error
@@ -98,7 +98,7 @@ class _Draft:
             self.ledger[adapter.label] = ledger_of(found)
         implied = tie.head if tie is not None and tie.implied and not unties else None
         resizing.apply(self.changes, self.base, implied)
-        self.vocabulary, resized = resizing.size or None, resizing.after(self.tensors)
+        self.vocabulary, resized = resizing.size or None, with_new_labels(self.changes, resizing.after(self.tensors))
         self.resized = {name: after.shape for name, after in resized.items() if after.shape != self.tensors[name].shape}
         self.config = resizing.config(self.config)
         self.notes += resizing.notes(self.base)
