@@ -101,6 +101,10 @@ def experts_transposed(config: Mapping[str, Any]) -> bool | None:
     return in_out and config.get("model_type") not in EXPERTS_UNMARKED
 
 
+# Modules that all layers share, and that are stored for the first layer that has them.
+SHARED_BY_LAYERS = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
+
+
 # --- ties: the defaults of `tie_word_embeddings` by model_type -------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ Shapes decide the rest; ambiguous cases are refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,9 @@ def _stem_maps(adapter: Adapter, stored: Mapping[str, Weight]) -> Iterator[dict[
         yield from ({"": f"{stem}."} for stem in of_base if stem not in HEAD_MODULES)
 
 
+PERMUTED = re.compile(r"(\w+(\.weight|\.bias)?)$")  # the last name of a parameter, with that of its module
+
+
 @dataclass(frozen=True)
 class _Names:
     """Looks up the adapter's names in the base, through one prefix map and the user's rename.
@@ -100,7 +104,18 @@ class _Names:
     segments: dict[str, bool] = field(default_factory=dict)  # a cache for `lacks`
 
     def find(self, name: str) -> Weight | None:
-        """Return the base's tensor for a tensor's name in the adapter's model."""
+        """Return the base's tensor for a tensor's name in the adapter's model.
+
+        Raises FitError if the base stores it with its rows in another order.
+        """
+        info = self._find(name)
+        if info is None and (permuted := self._find(PERMUTED.sub(r"permuted_\1", name))) is not None:
+            raise FitError(
+                f"{name}: the base stores its rows in another order ({permuted.name}), which is not supported"
+            )
+        return info
+
+    def _find(self, name: str) -> Weight | None:
         mapped = self.mapped(name)
         info = self.stored.get(mapped)
         if info is None and self.in_model is not str:
@@ -240,14 +255,9 @@ def _place_in_fused(
 ) -> tuple[Target, ...]:
     """Place a split module in a fused base: q_proj is a row range of qkv_proj."""
     parent, _, leaf = module.rpartition(".")
-    fused_names = [fused for fused, parts in FUSED.items() if leaf in parts]
-    for name in (leaf, *fused_names):
-        if (info := names.find(f"{parent}.permuted_{name}.weight")) is not None:
-            raise FitError(
-                f"{module}: {info.name} has its rows in another order than the model, which is not supported"
-            )
-    for fused in fused_names:
-        parts = FUSED[fused]
+    for fused, parts in FUSED.items():
+        if leaf not in parts:
+            continue
         info = names.find(f"{parent}.{fused}.weight") or names.find(f"{parent}.{fused}_weight")
         if info is None or len(info.shape) < 2:
             continue

@@ -15,8 +15,13 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
 from adapterkit.base.architectures import FUSED, PER_EXPERT
 from adapterkit.base.checkpoint_names import RENAMED, names_in_model
+from adapterkit.base.targets import fit
+from adapterkit.merging.live.modules import Parameter
+
+Tensors = dict[str, torch.Tensor]
 
 ROWS = {model: row for models, row in RENAMED.items() for model in models.split()}
 
@@ -65,11 +70,36 @@ def test_names_on_disk_become_those_in_the_model(name: str) -> None:
     model = Model(tasks()[name], name)
     with torch.device("meta"):
         made = model.cls(model.config())
-    in_model, tensors = names_in_model(made.config.to_dict()), made.state_dict()
+    config, tensors = made.config.to_dict(), made.state_dict()
+    in_model = names_in_model(config)
     found = {stored: in_model(stored) for stored in revert_weight_conversion(made, dict(tensors))}
     assert {
         stored: name for stored, name in found.items() if not known(name, tensors) and not OTHERWISE_STORED.match(name)
     } == {}
+    check_adapters(config, tensors, revert_weight_conversion(made, dict(tensors)), found)
+
+
+def check_adapters(config: dict[str, Any], model: Tensors, stored: Tensors, found: dict[str, str]) -> None:
+    """Check that adapters with the names in the model, and with those on disk, fit bases with either names."""
+    linear = {
+        name.removesuffix(".weight"): on_disk.removesuffix(".weight")
+        for on_disk, name in found.items()
+        if name in model and name.endswith(".weight") and on_disk.endswith(".weight") and "embed" not in name
+        if model[name].shape == stored[on_disk].shape and model[name].ndim == 2
+    }
+    for tensors, at in ((stored, linear), (model, {name: name for name in linear})):
+        base = {name: Parameter(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+        for names in (linear, linear.values()):
+            modules = {name: factors_of(model[f"{module}.weight"]) for module, name in zip(linear, names, strict=True)}
+            places = fit(Adapter("", modules), base, config)
+            expected = {name: at[module] + ".weight" for module, name in zip(linear, names, strict=True)}
+            assert {name: target.tensor for name, (target,) in places.targets.items()} == expected
+
+
+def factors_of(weight: torch.Tensor) -> LoraWeights[LazyTensor]:
+    """Return factors of the shapes for a linear layer."""
+    A, B = torch.empty(2, weight.shape[1], device="meta"), torch.empty(weight.shape[0], 2, device="meta")
+    return LoraWeights(LazyTensor.of(A), LazyTensor.of(B), 1.0)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -351,6 +351,21 @@ def test_split_modules_land_in_the_rows_of_fused_tensors(
     assert torch.equal(out["m.gate_up_proj.weight"], oracle.rounded(exact, torch.float32))
 
 
+def test_rows_in_another_order_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    base = make_base({"vision_tower.encoder.blocks.0.wqkv.weight": torch.randn(30, 10)}, {"model_type": "kimi_k25"})
+    adapter = make_adapter(factors("model.vision_tower.layers.0.attn.q_proj", 10, 10))
+    with pytest.raises(FitError, match=r"qkv_proj.weight: the base stores its rows in another order \(.*wqkv.weight\)"):
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+
+
+def test_modules_shared_by_layers_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.shared_transf.self_attn.q_proj" for layer in (1, 3)]
+    base = make_base({f"{names[0]}.weight": torch.randn(10, 10)}, {"model_type": "zamba"})
+    adapter = make_adapter({key: tensor for name in names for key, tensor in factors(name, 10, 10).items()})
+    with pytest.raises(FitError, match=r"layers.3.*share one shared_transf"):
+        adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+
+
 def test_a_fused_split_missing_from_the_config_is_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     base = make_base({"a.qkv_proj.weight": torch.randn(20, 12)}, HEADS | {"num_key_value_heads": 2})
     with pytest.raises(FitError, match="but its config does not define the row split"):

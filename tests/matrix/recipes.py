@@ -21,6 +21,8 @@ UNTRAINABLE = {
     **{name: ["out_proj", "dt_proj"] for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")},
     **{name: ["router"] for name in ("llama4", "llama4_text")},
     "deepseek_v4": ["o_a_proj"],
+    "jamba": ["dt_proj"],
+    "longcat_flash": ["classifier"],
 }
 TOKENS = (5, 9, 90)  # trained rows; two of them are in the prompt
 NEW_TOKENS = 3

@@ -72,7 +72,10 @@ def trial(model: Model, recipe: Recipe, base: Path, loaded: PreTrainedModel, fol
 
 
 def train(model: Model, recipe: Recipe, loaded: PreTrainedModel, adapter: Path) -> PeftModel | None:
-    """Save an adapter with random weights, and return the model that PEFT loads with it."""
+    """Save an adapter with random weights, and return the model that PEFT loads with it.
+
+    Or the one that was trained, if PEFT doesn't load that: it renames modules that have the names of the model already.
+    """
     torch.manual_seed(1)
     if recipe.grown:
         loaded.resize_token_embeddings(layers_of(loaded).vocabulary + NEW_TOKENS, mean_resizing=False)
@@ -87,7 +90,9 @@ def train(model: Model, recipe: Recipe, loaded: PreTrainedModel, adapter: Path) 
             if parameter.requires_grad:
                 parameter += torch.randn_like(parameter) * 0.05
     trained.save_pretrained(adapter)
-    return PeftModel.from_pretrained(loaded, adapter).eval()
+    again = PeftModel.from_pretrained(loaded, adapter).eval()
+    one, other = (model.logits(made.eval().get_base_model()) for made in (again, trained))
+    return again if relative(one, other) < RELATIVE else trained
 
 
 def run(*words: object) -> str | None:
