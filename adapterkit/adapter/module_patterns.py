@@ -20,6 +20,12 @@ RANGE = re.compile(r"(\d{1,9})-(\d{1,9})", re.ASCII)
 CHARACTERS = re.compile(r"\\(.)|(\*)|(.)", re.DOTALL)
 
 
+@lru_cache(1 << 17)  # a plan asks for every name several times
+def last_match(patterns: tuple[str, ...], name: str) -> int | None:
+    """Return the index of the last of `patterns` that matches `name`, or None."""
+    return next((index for index in reversed(range(len(patterns))) if matches(patterns[index], name)), None)
+
+
 def matches(pattern: str, name: str) -> bool:
     """Return whether some run of segments of `name` matches `pattern`. Raises UsageError for an invalid pattern."""
     segments = name.split(".")

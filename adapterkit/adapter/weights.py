@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from adapterkit.adapter.module_names import layer_of, target_of
-from adapterkit.adapter.module_patterns import matches
+from adapterkit.adapter.module_patterns import last_match
 from adapterkit.adapter.summary import Summary, distinct
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo, read_tensors, tensor_bytes
@@ -376,8 +376,7 @@ class WeightedAdapter:
 
     def _deciding(self, name: str) -> int | None:
         """The number of the module weight that decides the weight of `name`; None if that is the adapter's own."""
-        numbers = reversed(range(len(self.module_weights)))
-        return next((number for number in numbers if matches(self.module_weights[number][0], name)), None)
+        return last_match(tuple(pattern for pattern, _ in self.module_weights), name) if self.module_weights else None
 
 
 def check_mergeable(one: WeightedAdapter) -> None:

@@ -133,3 +133,41 @@ def test_what_cannot_be_quantized_for_training_is_refused(make_base: Make, make_
         with pytest.raises(FitError, match=r"q\.weight: contains NaN or Inf, which cannot be quantized"):
             adapterkit.merge(base, broken, tmp_path / "out", as_trained=kind)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "fp4", "int8"])
+def test_transformers_computes_pefts_logits_on_what_bitsandbytes_dequantizes(kind: str, tmp_path: Path) -> None:
+    """In float32: PEFT's adapter over the weights that bitsandbytes itself quantized and dequantized."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter, ids = FIXTURES / "tiny-dora", torch.arange(12)[None]
+    model = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            if kind == "int8":
+                codes, scales, _ = functional.int8_vectorwise_quant(layer.weight.data.half())
+                layer.weight.data = codes * scales[:, None] * (1 / 127)
+            else:
+                packed, state = functional.quantize_4bit(
+                    layer.weight.data, blocksize=64, quant_type=kind[:3], compress_statistics=kind.endswith("-dq")
+                )
+                absmax = (
+                    functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+                    if state.nested
+                    else state.absmax
+                )
+                codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().int()
+                values = state.code[codes].view(-1, 64) * absmax[:, None]
+                layer.weight.data = values.view_as(layer.weight)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(model, adapter)(input_ids=ids).logits
+        adapterkit.merge(tmp_path / "base", adapter, tmp_path / "out", as_trained=kind)
+        found, plain = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids=ids).logits
+            for path in (tmp_path / "out", LLAMA)
+        )
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (plain - expected).abs().max() >= 1e-3 * expected.abs().max()

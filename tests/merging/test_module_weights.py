@@ -278,3 +278,22 @@ def test_the_forms_of_the_app_take_weights() -> None:
     for command in ("merge", "combine", "verify"):
         argv = ACTIONS[command].argv({"--weight": "'a:layers.0-9=0.3' a:*.mlp=1.2"})
         assert argv == [command, "--weight", "a:layers.0-9=0.3", "--weight", "a:*.mlp=1.2"]
+
+
+@pytest.mark.parametrize("name", ["tiny-rslora", "tiny-patterns"])
+def test_pefts_scaled_layers_compute_the_same_logits(name: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, ids = FIXTURES / "bases" / "tiny-llama", torch.arange(12)[None]
+    rules = {f"{name}:layers.1": 0.25, f"{name}:*.q_proj": -1.5}
+    adapterkit.merge(base, (FIXTURES / name, 0.5), tmp_path / "out", weights=rules, dtype="fp32")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), FIXTURES / name)
+    for module, layer in model.named_modules():
+        if hasattr(layer, "set_scale"):
+            weight = -1.5 if module.endswith(".q_proj") else 0.25 if ".layers.1." in module else 0.5
+            layer.set_scale("default", weight)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(input_ids=ids).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
