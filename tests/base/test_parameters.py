@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from safetensors.torch import load_file
 
 import adapterkit
 from adapterkit.adapter.weights import load_weights
+from adapterkit.base.targets import fit
 from adapterkit.errors import FitError, UsageError
 from adapterkit.merging.blocks import loading
+from adapterkit.merging.live.modules import Parameter
 
 Make = Callable[..., Path]
 E, RANK, SCALING = 4, 2, 3.0  # alpha 6
@@ -339,3 +342,40 @@ def test_factors_of_a_stack_are_read_once(
     assert len(read) == 1
     out = together(load_file(tmp_path / "out/model.safetensors"))
     assert torch.equal(out, oracle.rounded(W.double() + delta(parts, experts=32), torch.float32))
+
+
+SIZES = (1, 2, 4)
+
+
+@pytest.mark.parametrize("layout", [apart, lambda W: {GATE_UP: W}], ids=["apart", "stacked"])
+def test_updates_cover_all_experts_or_none(
+    layout: Callable[[torch.Tensor], dict[str, torch.Tensor]], make_adapter: Make
+) -> None:
+    """Over sizes at which experts, ranks and features are mistaken for each other, whatever rank the config says."""
+    bases = {
+        experts: {
+            name: Parameter(name, "F32", tuple(W.shape)) for name, W in layout(torch.zeros(experts, 4, 4)).items()
+        }
+        for experts in SIZES
+    }
+    placed = 0
+    for experts, rank, r in product(SIZES, SIZES, SIZES):
+        path = make_adapter(
+            stack("mlp.experts", 4, 4, experts, rank), f"{experts}-{rank}-{r}", r=r, peft_version="0.21.2",
+            target_parameters=["gate_up_proj"],
+        )  # fmt: skip
+        adapter = adapterkit.load(path)
+        for count, base in bases.items():
+            fits = experts * rank == count * r
+            try:
+                [targets] = fit(adapter, base, {"model_type": "qwen3_moe"}).targets.values()
+            except (FitError, ValueError):
+                assert not fits
+                continue
+            assert fits and adapter.modules[GATE_UP].rank == r
+            assert len({(target.tensor, target.rows) for target in targets}) == len(targets)
+            assert sorted({target.expert for target in targets}) == list(range(count))
+            spans = [target.rows or target.delta_rows or (0, 0) for target in targets]
+            assert sum(stop - start for start, stop in spans) == 4 * count
+            placed += 1
+    assert placed == sum(e * k == c * r for e, k, r, c in product(SIZES, SIZES, SIZES, SIZES))
