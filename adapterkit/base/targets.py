@@ -245,8 +245,11 @@ def _transposed(module: str, weights: LoraWeights[LazyTensor], info: Weight, ori
     elif info.shape == delta[::-1]:
         return True
     stored = {"embedding": delta[::-1], "conv": (delta[0], *weights.A.shape[1:])}.get(weights.kind, delta)
+    in_layer = any(part.isdecimal() for part in module.split("."))
+    resized = info.shape[1:] == stored[1:] and not in_layer
     raise FitError(
-        f"{module}: Δ is {stored}, the base weight is {info.shape}. Was this adapter trained on another base?"
+        f"{module}: Δ is {stored}, the base weight is {info.shape}. Was this adapter trained on another base?",
+        hint="resize the base's embeddings first, as in training" if resized else "",
     )
 
 

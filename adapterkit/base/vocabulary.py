@@ -70,22 +70,22 @@ class Vocabulary:
 
         Raises FitError if its tensors have different numbers of rows.
         """
-        shapes = {name: values.shape for name, values in adapter.replaced.items()}
+        shapes = [(name, values.shape) for name, values in adapter.replaced.items()]
         for module, weights in adapter.modules.items():
             delta = (weights.out_features, weights.in_features)
-            shapes[f"{module}.weight"] = delta[::-1] if weights.kind == "embedding" else delta
+            shapes.append((f"{module}.weight", delta[::-1] if weights.kind == "embedding" else delta))
         rows = {
-            name: rows_of(shape)
-            for name, shape in shapes.items()
+            rows_of(shape): name
+            for name, shape in shapes
             if self._has(name) and (shape[1:] == (self.width,) or name.endswith(".bias"))
         }
-        if len(set(rows.values())) > 1:
-            shown = ", ".join(f"{count} in {name}" for name, count in rows.items())
-            raise FitError(f"{label}: its tensors have different numbers of tokens: {shown}")
+        if len(rows) > 1 or 0 in rows:
+            shown = ", ".join(f"{count} for {name}" for count, name in rows.items())
+            raise FitError(f"{label}: has different numbers of tokens, or none: {shown}")
         trained = [
             max(tokens, default=-1) + 1 for name, (tokens, _) in adapter.tokens.items() if self._has(f"{name}.weight")
         ]
-        return next(iter(rows.values()), max(self.size, *trained) if trained else None)
+        return next(iter(rows), max(self.size, *trained) if trained else None)
 
     def _has(self, name: str) -> bool:
         """Whether an adapter's tensor, by its name in memory, is one of these."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adapterkit.adapter.weights import LazyTensor, LoraWeights, WeightedAdapter
 from adapterkit.combining.method import Method
 from adapterkit.combining.methods import DEFAULT
+from adapterkit.combining.whole_tensors import WholeTensors
 from adapterkit.errors import FitError, UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +75,19 @@ def check_fit(adapters: Sequence[WeightedAdapter], modules: Mapping[str, None]) 
                         f"{name}: the {what} of Δ is {ours} in {first.label} and {theirs} in {other.label}",
                         hint="combine adapters of the same base",
                     )
+
+
+def check_whole(adapters: Sequence[WeightedAdapter], whole: WholeTensors) -> None:
+    """Raise FitError if an adapter's update of a weight has another shape than the weight that one of them stores."""
+    for one in adapters:
+        for module, weights in one.adapter.modules.items():
+            shape = layout_of(weights).shape
+            stored = {tensor.shape for _, tensor in whole.replaced.get(f"{module}.weight", ())}
+            if stored - {shape, shape[::-1]}:
+                raise FitError(
+                    f"{module}: Δ is {shape} in {one.label}, but the weight is stored whole as {stored.pop()}",
+                    hint="combine adapters of models with the same tokens",
+                )
 
 
 class Layout(NamedTuple):

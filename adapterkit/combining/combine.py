@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.adapter.fingerprint import agreed
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable
 from adapterkit.algebra.truncation import Limit
-from adapterkit.combining.checks import check_fit, check_rank, check_supported, check_truncation
+from adapterkit.combining.checks import check_fit, check_rank, check_supported, check_truncation, check_whole
 from adapterkit.combining.method import Value
 from adapterkit.combining.methods import DEFAULT, METHODS
 from adapterkit.combining.orientation import aligned, has_stacks
@@ -96,6 +96,7 @@ def plan_combination(
     if limit is not None and limit.rank is not None:
         check_rank(adapters, modules, limit.rank, pad)
     whole_tensors = pick_whole_tensors(adapters, saved)
+    check_whole(adapters, whole_tensors)
     notes = [*_difference_notes(adapters, modules), *(whole_tensors.notes if len(adapters) > 1 else ())]
     return Combination(tuple(adapters), method, limit, settings, whole_tensors, tuple(notes), pad, uniform)
 

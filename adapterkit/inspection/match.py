@@ -19,6 +19,8 @@ from adapterkit.base.quant import QuantizedWeight, weights
 from adapterkit.base.row_reader import reader
 from adapterkit.base.target import Target
 from adapterkit.base.targets import Fit
+from adapterkit.base.tied_embeddings import find_tie
+from adapterkit.base.vocabulary import find_vocabulary
 from adapterkit.files.safetensors import TensorInfo, Weight
 from adapterkit.inspection.audit import EXPERT
 from adapterkit.text import counted
@@ -56,7 +58,9 @@ def match(adapter: Adapter, checkpoint: Checkpoint, name: str) -> tuple[Match, F
 
     Raises FitError if a name is found but its shape does not match.
     """
-    tensors = weights(checkpoint.tensors, checkpoint.config)
+    tensors = _model_weights(checkpoint)
+    if (vocabulary := find_vocabulary(tensors, checkpoint.config)) is not None:
+        tensors = vocabulary.resized(tensors, vocabulary.size_in(adapter, name) or vocabulary.size)
     adapter = replace(adapter, orientation=adapter.orientation or "plain")  # matches the same rows either way
     places = place_adapter(adapter, tensors, checkpoint)
     hint = explain_misfit(adapter, places, tensors, checkpoint.config) if places.missing else ""
@@ -86,6 +90,12 @@ def _of_all(found: re.Match[str]) -> str:
     return f"{found['experts']}.{found['part']}"
 
 
+def _model_weights(checkpoint: Checkpoint) -> dict[str, TensorInfo | QuantizedWeight]:
+    """A base's weights, with a tied head as the embedding's tensor."""
+    tensors, tie = weights(checkpoint.tensors, checkpoint.config), find_tie(checkpoint)
+    return tensors | ({tie.head: tensors[tie.embedding]} if tie is not None and tie.implied else {})
+
+
 def with_rows(found: Match, adapter: Adapter, checkpoint: Checkpoint) -> Match:
     """Add the comparison of a few rows of the base with those that `adapter` was made for; reads these rows."""
     rows = compare_rows(adapter.base_fingerprint, checkpoint)
@@ -97,7 +107,7 @@ def base_norms(places: Fit, checkpoint: Checkpoint) -> Iterator[tuple[str, float
 
     Raises FitError if the base is quantized in an unsupported scheme: the stored numbers are not the weights.
     """
-    tensors = weights(checkpoint.tensors, checkpoint.config)
+    tensors = _model_weights(checkpoint)
     for module, targets in places.targets.items():
         yield module, math.sqrt(sum(_square(tensors[target.tensor], target) for target in targets))
 

@@ -128,8 +128,8 @@ def _check_names(
     for name, weight in before.items():
         expected = plan.resized.get(name, weight.shape)
         if name in after and after[name].shape != expected:
-            where = "the merged model" if name in plan.resized else "the base"
-            raise FitError(f"{name}: shape {expected} in {where}, {after[name].shape} in {merged.path}")
+            where = "with the adapter's tokens" if name in plan.resized else "in the base"
+            raise FitError(f"{name}: shape {expected} {where}, {after[name].shape} in {merged.path}")
 
 
 # --- tensors that adapters modify ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from handmade import adapterkit as run
 from handmade import contents
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     BartConfig,
@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import adapterkit
+from adapterkit.errors import FitError
 from adapterkit.merging.receipts.resume import record_done
 from adapterkit.merging.run import pieces
 from adapterkit.merging.run import run as runner
@@ -397,3 +398,55 @@ def test_a_killed_merge_continues_with_resized_tensors(
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     adapterkit.unmerge(tmp_path / "out", tmp_path / "restored", adapters=[adapter])
     assert contents(tmp_path / "restored") == contents(base)
+
+
+def test_adapters_of_other_vocabularies_do_not_combine(tmp_path: Path) -> None:
+    base = save_base(llama(tied=True), tmp_path / "base")
+    a = adapters_of(
+        base,
+        tmp_path,
+        plain=(66, "untouched", "auto"),
+        fewer=(60, "lora", False),
+        more=(66, "lora", "auto"),
+        most=(68, "lora", "auto"),
+    )
+    message = run("combine", a["plain"], a["fewer"], "-o", tmp_path / "out").message(3)
+    assert message.startswith("lm_head: Δ is (60, 16) in fewer, but the weight is stored whole as (66, 16); ")
+    assert "the shape of Δ is" in run("combine", a["more"], a["most"], "-o", tmp_path / "out").message(3)
+    assert "the shape of Δ is" in run("compare", a["more"], a["most"]).message(3)
+    message = run(
+        "convert",
+        a["plain"],
+        "--to",
+        "lora",
+        "--saved",
+        "factors",
+        "--rank",
+        "4",
+        "--base",
+        base,
+        "-o",
+        tmp_path / "out",
+    ).message(3)
+    assert message.endswith("factors add no rows; merge the adapter instead")
+    with pytest.raises(FitError, match=r"Δ is \(66, 16\), the base weight is \(64, 16\)") as error:
+        adapterkit.apply(loaded(base), adapterkit.load(a["more"]))
+    assert error.value.hint == "resize the base's embeddings first, as in training"
+    torn = shutil.copytree(a["more"], tmp_path / "torn")
+    tensors = load_file(torn / "adapter_model.safetensors")
+    name = "base_model.model.lm_head.base_layer.weight"
+    save_file(tensors | {name: tensors[name][:65].clone()}, torn / "adapter_model.safetensors")
+    message = run("merge", base, torn, "-o", tmp_path / "out").message(3)
+    assert message.startswith("torn: has different numbers of tokens, or none: 65 for lm_head.weight, 66 for ")
+
+
+@pytest.mark.parametrize("name, size", [("lora", 66), ("lora", 60), ("untouched", 66), ("tokens", 66)])
+def test_an_adapter_of_another_vocabulary_matches_its_base(name: str, size: int, tmp_path: Path) -> None:
+    """The norm of a tied head, and of rows that the base has."""
+    base = save_base(llama(tied=True), tmp_path / "base")
+    how = RECIPES[name] | ({"trainable_token_indices": [5]} if name == "tokens" else {})
+    adapter = save_adapter(base, tmp_path / "adapter", resized(size), **how)
+    result = run("inspect", adapter, "--against", base, "--json")
+    assert result.code == 0, result
+    facts = json.loads(result.out)
+    assert facts["against"]["found"] == facts["against"]["total"] == (3 if name == "lora" else 1)

@@ -171,6 +171,8 @@ class _Draft:
         if self.training is not None and as_trained:
             settings = replace(settings, nested=self.training.nested)
         for name, weight in (packed or linear).items():
+            if name in self.resized:
+                raise FitError(f"{name}: quantizing a weight that gains or loses rows is not supported")
             same = isinstance(weight, QuantizedWeight) and weight.kind == settings.kind
             unchanged = same and not self.quantized_base and not self.changes.touches(name)
             self.packings[name] = None if unchanged else spec_for(weight, settings)
