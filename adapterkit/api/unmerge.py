@@ -103,6 +103,11 @@ def _plan(merged: Checkpoint, out: Path, given: Sequence[WeightedAdapter], o: Un
     if o.approximate:
         if original is not None:
             raise UsageError("`base` and `approximate` exclude each other: with the base, undoing is exact")
+        if receipt is not None and receipt.as_trained is not None:
+            raise FitError(
+                f"{merged.path}: merged onto a base quantized to {receipt.as_trained}, which subtraction cannot undo",
+                hint="omit `approximate`, or restore from `base`",
+            )
         if receipt is not None and not given:
             found = find_adapters(receipt, [], merged.path)
             named = [one.weighting(adapter) for adapter, one in zip(found, receipt.adapters, strict=True)]

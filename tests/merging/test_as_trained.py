@@ -108,8 +108,25 @@ def test_the_plan_and_the_records_tell(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "adapterkit_merge.json").read_text())["as_trained"] == [scheme]
     receipt = json.loads((tmp_path / "out" / "adapterkit_receipt.json").read_text())
     assert receipt["method"].startswith(f"W' = dequantize(quantize(W, {scheme})) + ")
+    subtracted = run("unmerge", tmp_path / "out", "-o", tmp_path / "near", "--approximate").message(3)
+    assert f"merged onto a base quantized to {scheme}, which subtraction cannot undo; omit --approximate" in subtracted
     checked = ["verify", tmp_path / "out", "--base", LLAMA, "--adapter", FIXTURES / "tiny-rslora"]
     assert run(*checked).code == 3 and run(*checked, "--as-trained", "nf4-dq").code == 0
+
+
+def test_a_single_file_in_shares_of_a_plan(tmp_path: Path) -> None:
+    """By `run_file`, and back to the same file."""
+    file, adapter = tmp_path / "base.safetensors", FIXTURES / "tiny-rslora"
+    file.write_bytes((LLAMA / "model.safetensors").read_bytes())
+    out, where = tmp_path / "out.safetensors", tmp_path / "made" / "out.safetensors"
+    where.parent.mkdir()
+    plan = adapterkit.plan_merge(file, adapter, out, as_trained="fp4-dq")
+    [part] = plan.files
+    adapterkit.run_file(plan, part, where)
+    adapterkit.merge(file, adapter, out, as_trained="fp4-dq")
+    assert where.read_bytes() == out.read_bytes()
+    adapterkit.unmerge(out, tmp_path / "again.safetensors", adapters=adapter)
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
 
 
 def test_what_cannot_be_quantized_for_training_is_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class Receipt:
     shards: tuple[Shard, ...]
     companions: Companions | None  # None in format 1, which has no hashes of them
     irreversible: str | None  # the reason, if the merge cannot be undone
+    as_trained: str | None = None  # how the base was quantized before, if it was
 
     def sidecar(self, shard: Shard) -> Path:
         return self.folder / sidecar_name(shard.name)
@@ -146,6 +147,7 @@ def as_json(plan: MergePlan, hashes: Hashes, companions: Companions) -> dict[str
         "adapterkit": __version__,
         "method": f"W' = {base} + sum of weight * scaling * B @ A, rounded once to nearest even",
         "base": plan.base.name,
+        "as_trained": "; ".join(plan.trained_as) or None,
         "adapters": [
             {
                 "name": one.label,
@@ -237,7 +239,8 @@ def _parse(folder: Path, facts: dict[str, Any]) -> Receipt:
     if not shards or len({shard.name for shard in shards}) < len(shards):
         raise read.wrong("shards", "one or more with unique names", facts.get("shards"))
     companions = None if version == 1 else read.companions(facts)
-    return Receipt(folder, read.text(facts, "base"), adapters, shards, companions, read.optional(facts, "irreversible"))
+    reasons = read.optional(facts, "irreversible"), read.optional(facts, "as_trained")
+    return Receipt(folder, read.text(facts, "base"), adapters, shards, companions, *reasons)
 
 
 class _Reader:
