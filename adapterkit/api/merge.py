@@ -35,9 +35,11 @@ from adapterkit.base.quant import QuantizationSettings, Rounding, checked
 from adapterkit.errors import UsageError
 from adapterkit.files.hub_cache import check_cached
 from adapterkit.hub import hub_repo, locate_all, resolve
+from adapterkit.hub.locate import Location
 from adapterkit.merging.plan.planner import make_plan
 from adapterkit.merging.plan.planner import plan_quantize as make_quantize_plan
-from adapterkit.merging.plan.tokenizers import check_tokens, with_tokenizer
+from adapterkit.merging.plan.tokenizers import BASE as BASE_TOKENIZER
+from adapterkit.merging.plan.tokenizers import check_tokens, is_tokenizer_file, with_tokenizer
 from adapterkit.merging.plan.types import MergePlan, inputs_of
 from adapterkit.merging.run.budget import default_threads
 from adapterkit.merging.run.finish import Merged
@@ -46,6 +48,8 @@ from adapterkit.options import takes
 
 if TYPE_CHECKING:
     from adapterkit.merging.verdict import Verdict
+
+TOKENIZER_LATER = "an adapter has tokenizer files, which are compared with the base's once they are downloaded"
 
 
 @takes(MergeOptions)
@@ -93,15 +97,24 @@ def plan_merge(o: MergeOptions) -> MergePlan:
         )  # fmt: skip
         if read:
             plan = replace(plan, notes=(*plan.notes, *_other_base(given, plan.base)))
-        return _placed(check_tokens(with_tokenizer(plan, o.tokenizer)), o.overwrite, checkpoint)
+            plan = check_tokens(with_tokenizer(plan, o.tokenizer))
+        return _placed(plan, o.overwrite, checkpoint)
 
     specs = [base, *(what for what, _ in named), o.original]
     with _gc_paused(), locate_all([spec for spec in specs if isinstance(spec, str | os.PathLike)]) as places:
         plan = made(places.path_of, read=not places.headers_only)
         if not (places.headers_only and o.download):
-            return plan
+            found = [places.known[str(what)] for what, _ in named if str(what) in places.known]
+            later = places.headers_only and o.tokenizer != BASE_TOKENIZER and any(map(_may_bring_tokenizer, found))
+            return replace(plan, notes=(*plan.notes, *[TOKENIZER_LATER] * later))
     with _gc_paused():
         return made(resolve)
+
+
+def _may_bring_tokenizer(place: Location) -> bool:
+    """Whether an adapter's folder, here or on the Hub, has files of a tokenizer."""
+    here = place.path.iterdir() if place.path.is_dir() else ()
+    return any(is_tokenizer_file(name) for name in (*place.absent, *(file.name for file in here)))
 
 
 def _other_base(given: Sequence[WeightedAdapter], base: Checkpoint) -> Iterator[str]:

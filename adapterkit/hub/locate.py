@@ -42,6 +42,7 @@ class Location:
     how: Literal["local", "cached", "headers", "downloaded"]
     fetched: int | None = None  # bytes of the headers and configs
     size: int = 0  # bytes of all files on the Hub
+    absent: tuple[str, ...] = ()  # its other files on the Hub, with headers only
 
     @property
     def headers_only(self) -> bool:
@@ -66,7 +67,7 @@ def locate(spec: Spec, headers_until: ExitStack | None = None) -> Location:
             return Location(fetch(download), "cached")
         if headers_until is not None:
             headers = headers_until.enter_context(fetch_headers(remote))
-            return Location(headers.path, "headers", headers.fetched, remote.size)
+            return Location(headers.path, "headers", headers.fetched, remote.size, headers.absent)
         with on_download.get()(f"downloading {id.repo}") as on_bytes:
             return Location(fetch(download, on_bytes), "downloaded")
     except OfflineError as error:

@@ -63,6 +63,7 @@ class HeaderFolder:
 
     path: Path
     fetched: int  # bytes
+    absent: tuple[str, ...]  # the files that were not fetched
 
 
 def find_remote(id: HubId) -> Remote:
@@ -166,7 +167,8 @@ def fetch_headers(remote: Remote) -> Iterator[HeaderFolder]:
         path.mkdir()
         try:
             fetched = sum(parallel_map(lambda file: _fetch_header(remote, file, path), remote.files, PARALLEL_REQUESTS))
-            yield HeaderFolder(path, fetched)
+            names = (file.name.removeprefix(id.at("")) for file in remote.files)
+            yield HeaderFolder(path, fetched, tuple(name for name in names if not (path / name).exists()))
         except AdapterkitError as error:
             raise type(error)(str(error).replace(f"{path}/", f"{id}/").replace(str(path), str(id))) from error
 

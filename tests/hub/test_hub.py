@@ -407,6 +407,18 @@ def test_a_plan_takes_headers_only(hub: Hub, adapter: Path, base: Path, tmp_path
     assert not Path(constants.HF_HUB_CACHE).exists()
 
 
+def test_a_tokenizer_on_the_hub_is_compared_after_the_download(
+    hub: Hub, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    hub.add(ADAPTER, files(adapter) | {"chat_template.jinja": b"{{ messages }}"})
+    for more in ([], ["--tokenizer", "adapter"]):
+        result = adapterkit("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--dry-run", *more)
+        assert (result.code, "compared with the base's once they are downloaded" in result.err) == (0, True)
+    result = adapterkit("merge", BASE, ADAPTER, "-o", tmp_path / "out")
+    assert "whose chat_template.jinja differs from the base's" in result.err and result.code == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
 def test_a_plan_takes_values_where_shapes_are_values(
     hub: Hub, adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
