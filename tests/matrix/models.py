@@ -195,6 +195,24 @@ class Model:
         names = TASKS[self.task][0][self.type]
         return getattr(transformers, names if isinstance(names, str) else names[0])
 
+    @property
+    def multimodal(self) -> bool:
+        """Whether the model has parts that a text does not reach."""
+        parts = self.cls.config_class.sub_configs
+        return self.task == "vision" or any("vision" in part or "audio" in part for part in parts)
+
+    def language_model(self) -> PreTrainedModel:
+        """Return a language model with the backbone of a classifier, as classifiers are trained from it."""
+        tables = (
+            modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            modeling_auto.MODEL_MAPPING_NAMES,
+        )
+        classes = (getattr(transformers, table[self.type]) for table in tables if self.type in table)
+        config = self.config()
+        return next(cls for cls in classes if cls.config_class is type(config))(config)
+
     def config(self) -> PretrainedConfig:
         return tiny(self.cls.config_class, **({} if self.tied is None else {"tie_word_embeddings": self.tied}))
 
@@ -217,8 +235,7 @@ class Model:
             inputs[name] = (
                 torch.zeros(shape) if name in ("pixel_values", "bbox") else torch.ones(shape, dtype=torch.long)
             )
-        with torch.no_grad():
-            return model(**inputs).logits
+        return model(**inputs).logits
 
 
 def registry() -> Iterator[tuple[str, str]]:

@@ -149,7 +149,7 @@ class Recipe:
     of: Callable[[Layers], Config | None]  # None: there is nothing in the model to train so
     ends: bool = False  # it changes the embeddings or the head, which may be tied
     grown: bool = False  # the vocabulary grows by NEW_TOKENS
-    headless: bool = False  # the base is saved without its head
+    headless: bool = False  # the base is a language model, without a classifier's head
     tasks: tuple[str, ...] = ("causal", "seq2seq", "classification", "vision")
 
     def config(self, layers: Layers) -> Config | None:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from adapterkit.cli.main import group
@@ -27,11 +28,11 @@ RELATIVE = 1e-5  # of the logits' norm
 def trials(model: Model, names: Iterable[str], folder: Path) -> dict[str, str]:
     """Return a verdict by recipe: OK, NONE where it does not apply, or who failed (peft, refused, wrong …) and how."""
     made = model.make()
-    model.logits(made)
+    model.logits(made)  # fails before anything else does, if the config is wrong
     bases = {}
     for headless in {RECIPES[name].headless for name in names if model.task in RECIPES[name].tasks}:
         saved = folder / ("headless" if headless else "base")
-        (getattr(made, made.base_model_prefix) if headless else made).save_pretrained(saved)
+        (model.language_model() if headless else made).save_pretrained(saved)
         bases[headless] = saved, model.cls.from_pretrained(saved, **({"num_labels": 3} if headless else {})).eval()
     return {
         name: trial(model, recipe, *bases[recipe.headless], folder)
@@ -47,31 +48,36 @@ def trial(model: Model, recipe: Recipe, base: Path, loaded: PreTrainedModel, fol
         shutil.rmtree(made, ignore_errors=True)
     more = tuple(range(96, 96 + NEW_TOKENS)) if recipe.grown else ()
     try:
-        if (expected := train(model, recipe, copy.deepcopy(loaded), adapter)) is None:
+        if (expected := train(model, recipe, copy.deepcopy(loaded), adapter, more)) is None:
             return NONE
-        logits = model.logits(expected.get_base_model(), more)
+        with torch.no_grad():
+            logits = model.logits(expected.get_base_model(), more)
+            before = model.logits(loaded)
     except Exception as error:
         return f"peft: {said(error)}"
-    if not recipe.grown and relative(logits, model.logits(loaded)) < 100 * RELATIVE:
+    if not recipe.grown and relative(logits, before) < 100 * RELATIVE:
         return "peft: the adapter has no effect"
     if failed := run("merge", base, adapter, "-o", merged):
         return failed
     try:
-        found, loading = load(merged)
-        if failed := compare(model.logits(found, more), logits):
-            return failed
+        found, loading = load(merged, base)
+        with torch.no_grad():
+            if failed := compare(model.logits(found, more), logits):
+                return failed
     except Exception as error:
         return f"wrong: the output does not load or run: {said(error)}"
     if loading:
         return f"wrong: {loading}"
-    if model.task == "vision" and (failed := compare_unseen(found, expected)):
+    if model.multimodal and (failed := compare_unseen(found, expected)):
         return failed
     if failed := run("unmerge", merged, "-o", restored, "--adapter", adapter):
         return f"unmerge {failed}"
     return OK if hashes(restored) == hashes(base) else "wrong: unmerge restores other bytes"
 
 
-def train(model: Model, recipe: Recipe, loaded: PreTrainedModel, adapter: Path) -> PeftModel | None:
+def train(
+    model: Model, recipe: Recipe, loaded: PreTrainedModel, adapter: Path, more: tuple[int, ...]
+) -> PeftModel | None:
     """Save an adapter with random weights, and return the model that PEFT loads with it.
 
     Or the one that was trained, if PEFT doesn't load that: it renames modules that have the names of the model already.
@@ -85,14 +91,32 @@ def train(model: Model, recipe: Recipe, loaded: PreTrainedModel, adapter: Path) 
     task = TASKS[model.task][1] if generates else None  # which PEFT needs that method for
     trained = get_peft_model(copy.deepcopy(loaded), LoraConfig(task_type=task, **config))
     trained.create_or_update_model_card = lambda *_: None  # which takes as long as the rest of saving
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter += torch.randn_like(parameter) * 0.05
+    randomize(trained, model, more)
     trained.save_pretrained(adapter)
     again = PeftModel.from_pretrained(loaded, adapter).eval()
-    one, other = (model.logits(made.eval().get_base_model()) for made in (again, trained))
+    with torch.no_grad():
+        one, other = (model.logits(made.eval().get_base_model(), more) for made in (again, trained))
     return again if relative(one, other) < RELATIVE else trained
+
+
+def randomize(trained: PeftModel, model: Model, more: tuple[int, ...]) -> None:
+    """Add noise to what is trained, but not to what gets no gradient, since no training changes it.
+
+    A text gives none to what sees images or hears, which has noise all the same.
+    """
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += torch.randn_like(parameter) * 0.05
+    if model.multimodal:
+        return
+    with torch.enable_grad():
+        model.logits(trained.get_base_model(), more).square().sum().backward()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            if parameter.grad is None or not parameter.grad.any():
+                parameter.copy_(value)
 
 
 def run(*words: object) -> str | None:
@@ -104,10 +128,15 @@ def run(*words: object) -> str | None:
     return f"{how}: {said(result.exception)}"
 
 
-def load(merged: Path) -> tuple[PreTrainedModel, dict[str, list[str]]]:
-    """Return the model of the class that the config names, and the tensors that are missing, unexpected or misshapen."""
+def load(merged: Path, base: Path) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """Return the model of the class that the config names, and the tensors that are missing, unexpected or misshapen.
+
+    A classifier leaves the base's head out when it loads, as it does from the base.
+    """
     (architecture,) = json.loads((merged / "config.json").read_text())["architectures"]
     found, loading = getattr(transformers, architecture).from_pretrained(merged, output_loading_info=True)
+    with safe_open(base / "model.safetensors", "pt") as file:
+        loading["unexpected_keys"] = set(loading["unexpected_keys"]) - set(file.keys())
     return found.eval(), {what: sorted(names)[:3] for what, names in loading.items() if names and what != "error_msgs"}
 
 
@@ -121,7 +150,7 @@ def compare(found: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 
 def compare_unseen(found: PreTrainedModel, expected: PeftModel) -> str | None:
-    """Compare the weights that a text does not reach, those for images, with PEFT's merge.
+    """Compare the weights that a text does not reach, those for images and sounds, with PEFT's merge.
 
     PEFT merges tied embeddings wrongly, and the logits show them.
     """
