@@ -11,7 +11,7 @@ RENAMED = {
         ^(image_newline|encoder|projector|(acoustic|semantic)_tokenizer_encoder) -> model.\1
         ^model.language_model.model -> model.language_model
         (image|video|vision)_tower.vision_model. -> \1_tower.""",
-    "cohere2_vision deepseek_vl deepseek_vl_hybrid lfm2_vl modernvbert": r"""
+    "cohere2_vision deepseek_vl deepseek_vl_hybrid granite4_vision lfm2_vl modernvbert ultravbert": r"""
         (vision_tower|vision_model).vision_model. -> \1.""",
     "qwen2_vl qwen2_5_vl": r"""
         ^visual -> model.visual
@@ -214,7 +214,9 @@ RENAMED = {
         .attn. -> .self_attn.
         .ln_1. -> .layernorm_before.
         .ln_2. -> .layernorm_after.""",
-    "t5gemma2": r"^(model.)?encoder.(embed_tokens|layers|norm). -> \1encoder.text_model.\2.",
+    "t5gemma2": r"""
+        ^(model.)?encoder.(embed_tokens|layers|norm). -> \1encoder.text_model.\2.
+        vision_tower.vision_model. -> vision_tower.""",
     "vit": """
         encoder.layer. -> layers.
         attention.query -> q_proj

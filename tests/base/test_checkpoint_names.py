@@ -12,7 +12,7 @@ import transformers
 from matrix.models import TASKS, Model
 from matrix.trial import trials
 from transformers import conversion_mapping
-from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
+from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
@@ -34,7 +34,7 @@ OTHERWISE_STORED = re.compile(
 NOT_MADE = """glm5_next_text inkling_mm_model lfm3_vl_vision mistral_large4_text qwen4_exp_text radio step3p5_vision
     t5gemma2_encoder vit"""
 # Models of audio, robots or documents, whose names are left as they are.
-NOT_NAMED = "cohere_asr dots3_note inkling_mm_model nemo_speechlm pi0 ultravbert"
+NOT_NAMED = "cohere_asr dots3_note inkling_mm_model nemo_speechlm pi0"
 
 
 def tasks() -> dict[str, str]:
@@ -76,7 +76,23 @@ def test_names_on_disk_become_those_in_the_model(name: str) -> None:
     assert {
         stored: name for stored, name in found.items() if not known(name, tensors) and not OTHERWISE_STORED.match(name)
     } == {}
+    rules = [rule for rule in conversion_mapping.get_model_conversion_mapping(made) if isinstance(rule, WeightRenaming)]
+    loaded = {published: rename_source_key(published, rules, [])[0] for published in as_published({*found, *tensors})}
+    assert {
+        published: (name, in_model(published))
+        for published, name in loaded.items()
+        if name in tensors and published not in tensors and in_model(published) != name
+    } == {}
     check_adapters(config, tensors, revert_weight_conversion(made, dict(tensors)), found)
+
+
+def as_published(names: set[str]) -> set[str]:
+    """Return names with the prefixes that transformers removed over time, and that published checkpoints have."""
+    tower = re.compile(r"(vision_tower|image_tower|video_tower|vision_model)\.(?!vision_model)")
+    older = {tower.sub(r"\1.vision_model.", name, count=1) for name in names}
+    older |= {name.replace("model.language_model.", "language_model.model.", 1) for name in names}
+    older |= {name.replace("model.language_model.", "model.", 1) for name in names}
+    return {name for name in older | {f"thinker.{name}" for name in names} if not OTHERWISE_STORED.match(name)}
 
 
 def check_adapters(config: dict[str, Any], model: Tensors, stored: Tensors, found: dict[str, str]) -> None:
