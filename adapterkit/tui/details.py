@@ -66,7 +66,8 @@ class Details:
         """The problems of the adapter."""
         problems = [self.problem] if self.problem else []
         if self.summary is not None:
-            problems += [f"{problem['where']}: {problem['what']}" for problem in self.summary.problems]
+            found = ((f"{one['where']}: {one['what']}", one["remedy"]) for one in self.summary.problems)
+            problems += ["; ".join(filter(None, lines)) for lines in found]
         if self.other_base:
             problems.append(self.other_base)
         return problems

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import adapterkit
 from adapterkit.combining.initial_factors import INITIAL
 from adapterkit.errors import FitError, FormatError
+from adapterkit.hub.upload.prepare import prepare
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 BASE = LlamaConfig(
@@ -257,6 +258,21 @@ def test_every_command_that_computes_with_the_update_refuses_it(
         adapterkit.apply(model, adapterkit.load(given["ADAPTER"]))
     shown = run("inspect", given["ADAPTER"]).out
     assert field in shown and "merge refuses it" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_card_says_why_an_intact_adapter_is_not_merged(make_adapter: Callable[..., Path], field: str) -> None:
+    """It loads in PEFT, so it can be published; the card printed a merge that fails."""
+    config, remedy = REFUSED[field]
+    weights = {"q.lora_A.weight": torch.randn(4, 32), "q.lora_B.weight": torch.randn(32, 4)}
+    cards = {}
+    for name, fields in (("refused", config), ("plain", {})):
+        files = prepare(make_adapter(weights, name, **fields), "me/lora", "org/base").files
+        cards[name] = next(file.content or b"" for file in files if file.name == "README.md").decode()
+    assert "adapterkit merge org/base me/lora" in cards["plain"]
+    assert "adapterkit merge org/base me/lora" not in cards["refused"]
+    assert "Not merged as it is: " in cards["refused"]
+    assert remedy.split("`")[0] in cards["refused"]
 
 
 def run_ok(*args: str | Path) -> None:
