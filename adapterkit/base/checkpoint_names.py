@@ -28,6 +28,8 @@ SCOPES = {
     "encoder": r"encoder\.",
 }
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
+
 
 def names_in_model(config: Mapping[str, Any]) -> Callable[[str], str]:
     """Return the function from a tensor's name on disk to its name in the model that `config` describes.
@@ -40,13 +42,20 @@ def names_in_model(config: Mapping[str, Any]) -> Callable[[str], str]:
     ]
     used = [(re.compile(scope), rules) for scope, rules in scopes if rules]
 
+    @lru_cache(1 << 14)
     def rename(name: str) -> str:
         for scope, rules in used:
             if inside := scope.match(name):
                 name = name[: inside.end()] + _apply(rules, name[inside.end() :])
         return name
 
-    return rename if used else str
+    def rename_as_first(name: str) -> str:
+        """Rename tensors of any expert as those of the first, since a model has tens of thousands."""
+        if (expert := EXPERT.search(name)) is None:
+            return rename(name)
+        return rename(EXPERT.sub(".experts.0.", name, count=1)).replace(".experts.0.", expert[0], 1)
+
+    return rename_as_first if used else str
 
 
 def _apply(rules: tuple[tuple[re.Pattern[str], str], ...], name: str) -> str:

@@ -77,7 +77,9 @@ def test_names_on_disk_become_those_in_the_model(name: str) -> None:
         stored: name for stored, name in found.items() if not known(name, tensors) and not OTHERWISE_STORED.match(name)
     } == {}
     rules = [rule for rule in conversion_mapping.get_model_conversion_mapping(made) if isinstance(rule, WeightRenaming)]
-    loaded = {published: rename_source_key(published, rules, [])[0] for published in as_published({*found, *tensors})}
+    loaded = {
+        published: rename_source_key(published, rules, [])[0] for published in sorted(as_published({*found, *tensors}))
+    }
     assert {
         published: (name, in_model(published))
         for published, name in loaded.items()
