@@ -101,6 +101,17 @@ def test_an_error_names_the_line(text: str, recipe: Callable[..., Path], tmp_pat
     assert contents(tmp_path) == before
 
 
+def test_a_single_argument_is_the_adapter_for_the_base_of_the_recipe(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With and without adapters in the recipe."""
+    adapterkit.merge(BASE, ONE, tmp_path / "same", scale=0.5)
+    for number, adapters in enumerate(("", f"adapters: {OTHER}\n")):
+        file = recipe(f"base: {BASE}\nscale: 0.5\n{adapters}")
+        assert run("merge", "--recipe", file, ONE, "-o", tmp_path / f"out{number}").code == 0
+        assert contents(tmp_path / f"out{number}") == contents(tmp_path / "same")
+
+
 def test_what_neither_has_is_missing(recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert "no adapter given" in run("merge", "--recipe", recipe("dtype: fp32")).err
     file = recipe(f"adapters: {ONE}")

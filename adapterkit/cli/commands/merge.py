@@ -44,9 +44,9 @@ def merge_command(given: dict[str, Any], how: dict[str, Any], recipe: str | None
     BASE is a directory, a .safetensors file or a Hub id; without it, the base that ADAPTER names. ADAPTER is a
     directory, a .safetensors or .bin file, or a Hub id; several are summed.
     """
-    given = with_recipe(given, recipe, MergeOptions)
     if "adapters" not in given and "base" in given:  # a single argument is the adapter
         given["adapters"] = [weighted(given.pop("base"))]
+    given = with_recipe(given, recipe, MergeOptions)
     report, resume = bool(how.get("report")), bool(how.get("resume"))
     if dry_run and (report or resume):
         raise UsageError("--report and --resume are about a merge, --dry-run makes none", hint="give one of them")
