@@ -56,8 +56,6 @@ def fingerprint(base: Checkpoint) -> dict[str, tuple[str, str]]:
 
 def compare_rows(made_for: Fingerprint, base: Checkpoint) -> RowsCompared:
     """Compare the rows of a fingerprint with those of `base`, where it has them in the same scheme or a wider dtype."""
-    import torch
-
     tensors, compared, differing = weights(base.tensors, base.config), 0, []
     for name, (kind, hashed) in made_for.items():
         info = tensors.get(name)
@@ -67,6 +65,8 @@ def compare_rows(made_for: Fingerprint, base: Checkpoint) -> RowsCompared:
             continue
         row = _row(info)
         if _kind(info) != kind:
+            import torch
+
             dtype: torch.dtype = getattr(torch, TORCH_NAMES[kind])
             if torch.promote_types(row.dtype, dtype) != row.dtype:
                 continue
