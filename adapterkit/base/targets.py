@@ -164,7 +164,10 @@ def _fit_names(adapter: Adapter, names: _Names, config: Mapping[str, Any]) -> Fi
                 )
             biases[module] = info.name
     for name in adapter.replaced:
-        if (info := names.find(name)) is not None or name in adapter.new_tensors:
+        info = names.find(name)
+        if info is None and name.endswith(".decoder.bias"):  # BERT's, which is tied to the bias of the whole head
+            info = names.find(name.removesuffix("decoder.bias") + "bias")
+        if info is not None or name in adapter.new_tensors:
             replaced[name] = names.mapped(name) if info is None else info.name
         else:
             missing.append(name)

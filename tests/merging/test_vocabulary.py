@@ -18,12 +18,15 @@ from transformers import (
     AutoConfig,
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -114,7 +117,7 @@ def check(base: Path, adapter: Path, resize: Resize, tmp_path: Path, tolerance: 
     found = logits(merged)
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
-    assert merged.config.get_text_config().vocab_size == expected.shape[-1]
+    assert merged.config.get_text_config().vocab_size == model.config.get_text_config().vocab_size
     assert all(verdict.fits for verdict in adapterkit.verify(out, base, [adapter]))
     adapterkit.unmerge(out, tmp_path / "restored", adapters=[adapter])
     assert contents(tmp_path / "restored") == before == contents(base)
@@ -232,6 +235,14 @@ ARCHITECTURES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] =
     ),
     "gpt-neox": (
         lambda: GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=TOKENS, **SMALL)), {"target_modules": ["query_key_value"]},
+    ),
+    "a bias tied to that of the whole head": (
+        lambda: BertForMaskedLM(BertConfig(vocab_size=TOKENS, **SMALL)),
+        {"target_modules": ["query"]},
+    ),
+    "a classifier": (
+        lambda: LlamaForSequenceClassification(LlamaConfig(vocab_size=TOKENS, pad_token_id=0, **SMALL)),
+        {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"},
     ),
     "qwen2-vl": (qwen2_vl, {"target_modules": "model.language_model.*q_proj", "modules_to_save": BOTH}),
 }  # fmt: skip

@@ -43,8 +43,12 @@ BASE_LAYER = re.compile(r"(?:\.token_adapter)?\.base_layer\.(?=[^.]+$)(?!lora_)"
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
 }  # fmt: skip
-# Embeddings, which PEFT saves in full if they are targeted or resized.
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
+# Embeddings and heads, which PEFT saves in full if they are targeted or resized.
+EMBEDDINGS = (
+    "embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "embeddings",
+    "tokens_embed", "tok_embeddings", "word_embedding", "decoder", "vocab_projector", "output_projection", "proj_out",
+    "generator_lm_head", "lm_loss",
+)  # fmt: skip
 
 
 @dataclass
