@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from matrix.models import tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -31,7 +32,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import adapterkit
-from adapterkit.base.architectures import TASK_CLASSES, class_for
+from adapterkit.base.architectures import TASK_CLASSES, UNSAVED_LAYERS, class_for
 from adapterkit.errors import FitError
 
 IDS = torch.arange(3, 12)[None]
@@ -115,6 +116,32 @@ def test_a_base_without_a_head_gets_one(tmp_path: Path) -> None:
         torch.testing.assert_close(found, value, rtol=0, atol=1e-5 * float(value.abs().max()))
     adapterkit.unmerge(out, tmp_path / "back", adapters=[adapter])
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("has_pooler", [True, False])
+def test_a_layer_that_peft_did_not_save(has_pooler: bool, tmp_path: Path) -> None:
+    """Checkpoints of masked language models have no pooler; that of a new classifier is random, and not saved."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    (BertModel if has_pooler else BertForMaskedLM)(BertConfig(**TINY)).save_pretrained(base)
+    train(base, adapter, "SEQ_CLS", "query", num_labels=3)
+    notes = adapterkit.plan_merge(base, [adapter], tmp_path / "out").notes
+    assert (
+        any("neither it nor the base has pooler.dense, which PEFT did not save" in note for note in notes)
+        is not has_pooler
+    )
+
+
+@pytest.mark.slow
+def test_layers_that_peft_does_not_save_are_those_of_transformers() -> None:
+    found = {}
+    for model, name in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.items():
+        if model not in UNSAVED_LAYERS:
+            continue
+        cls = getattr(transformers, name)
+        with torch.device("meta"):
+            names = [name for name, _ in cls(tiny(cls.config_class)).named_parameters()]
+        found[model] = any(f".{name}".endswith(f".{UNSAVED_LAYERS[model]}.weight") for name in names)
+    assert found == dict.fromkeys(UNSAVED_LAYERS, True)
 
 
 def test_an_adapter_of_a_model_without_a_head(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter.weights import WeightedAdapter
-from adapterkit.base.architectures import LABEL_LAYERS, TASK_CLASSES, class_for
+from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.base.architectures import LABEL_LAYERS, TASK_CLASSES, UNSAVED_LAYERS, class_for
 from adapterkit.base.checkpoint import CONFIG
 from adapterkit.base.vocabulary import Tensors
 from adapterkit.errors import FitError
@@ -19,12 +19,17 @@ from adapterkit.text import counted
 
 
 def describe_heads(
-    config: dict[str, Any], given: Sequence[WeightedAdapter], known: Container[str]
+    config: dict[str, Any], given: Sequence[WeightedAdapter], known: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the config of an output with the heads in adapters, and notes; `known` are the base's tensors."""
     notes: list[str] = []
     for one in given:
         layers = _label_layers(one)
+        if (unsaved := _unsaved_layer(config, one.adapter, known)) is not None:
+            notes.append(
+                f"{one.label}: neither it nor the base has {unsaved}, which PEFT did not save: the output has random "
+                "values there; train with it in modules_to_save"
+            )
         if config and layers:
             answers = any(name.endswith("qa_outputs.weight") for name in layers)  # two labels without names
             ending = TASK_CLASSES.get("QUESTION_ANS" if answers else one.adapter.task or "")
@@ -62,6 +67,13 @@ def _label_layers(given: WeightedAdapter) -> dict[str, int]:
         for name, tensor in given.adapter.replaced.items()
         if len(tensor.shape) == 2 and LABEL_LAYERS.fullmatch(name.removesuffix(".weight")) and given.weight_of(name)
     }
+
+
+def _unsaved_layer(config: Mapping[str, Any], adapter: Adapter, known: Collection[str]) -> str | None:
+    """Return the layer of a sequence classifier that neither the adapter nor the base has, if there is one."""
+    layer = UNSAVED_LAYERS.get(str(config.get("model_type"))) if adapter.task == "SEQ_CLS" else None
+    names = (f".{name}" for name in (*known, *adapter.replaced))
+    return None if layer is None or any(name.endswith(f".{layer}.weight") for name in names) else layer
 
 
 def _class(config: Mapping[str, Any], ending: str | None, new: bool) -> tuple[dict[str, Any], list[str]]:
