@@ -3,6 +3,7 @@
 # make check   format, lint, types
 # make wheel   build a wheel, install it into a fresh environment, and show every command's help
 # make slow    the tests that `make test` leaves out, since they take long
+# make matrix  every architecture of transformers × recipes of adapters, into docs/architectures.md; minutes
 # make stress  merge and unmerge the hardest inputs 200 times, and a real model; kill 200 runs; minutes
 # make docs    build the pages of docs/ into site/; broken links fail
 # make examples  run the examples of the README and docs/, and compare what they print; minutes
@@ -20,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # pytest workers; 3 for two cores, since a test waits a fifth of its time
 JOBS ?= 3
 
-.PHONY: demo test suite slow wheel stress check docs examples bench setup base clean
+.PHONY: demo test suite slow wheel stress matrix check docs examples bench setup base clean
 
 setup: $(VENV)/.ready
 
@@ -55,6 +56,11 @@ wheel: setup
 
 slow: base
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# It goes on where it was interrupted, unless the sources have changed.
+matrix: setup
+	$(BIN)/python -m tests.matrix --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/matrix
 
 stress: base
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/merging/stress.py

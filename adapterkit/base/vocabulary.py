@@ -22,7 +22,7 @@ LM_HEADS = ("lm_head.weight", "embed_out.weight")  # names of a head in memory, 
 ZERO_BIAS = "final_logits_bias"  # (1, tokens), a buffer that transformers extends with zeros and PEFT doesn't save
 PER_LAYER = "embed_tokens_per_layer.weight"  # Gemma 3n and 4: resized too, but PEFT doesn't save it
 SECTIONS = ("text_config", "decoder", "generator", "text_encoder", "thinker_config")  # of a config, for the text model
-SIZE_KEYS = ("vocab_size", "n_words", "vocab_size_per_layer_input")
+SIZE_KEYS = ("vocab_size", "decoder_vocab_size", "n_words", "vocab_size_per_layer_input")
 
 
 def input_embeddings(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:

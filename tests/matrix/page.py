@@ -73,8 +73,22 @@ def reason(verdict: str) -> str:
     for pattern, text in REASONS.items():
         if re.search(pattern, verdict):
             return text
-    return verdict
+    return re.sub(r"(\w+\.)+\w+", "…", verdict).replace("|", "\\|")[:200]
 
 
 # What is found in verdicts -> what the page says.
-REASONS: dict[str, str] = {}
+REASONS = {
+    "^not run$": "Not run yet.",
+    "initialized when the base was resized": "Refused: the vocabulary grew, and the new rows of a bias or an embedding "
+    "are random ones, which PEFT doesn't save. Merge into the resized base.",
+    "shared by an encoder and a decoder": "Refused: an encoder and a decoder share the embedding, of which PEFT trains "
+    "a copy that neither of them calls, except for trained tokens.",
+    "modules_to_save cannot be applied to modules of type": "PEFT fails: it saves modules whose names end in "
+    "`classifier`, and cannot train them by LoRA as well.",
+    "PEFT leaves out the norm": "PEFT leaves out the norm that the model applies to its embeddings.",
+    "embed_norm.weight": "Refused: the embedding has a norm of its own, which PEFT saves with it.",
+    "peft: IndexError: index 96 is out of bounds": "transformers cannot resize this vocabulary.",
+    "stores its rows in another order": "Refused: the base stores the rows in another order than the model.",
+    "share one shared_trans": "Refused: layers share one module, which the adapter changes in each of them.",
+    "peft: NotImplementedError: .*resiz": "transformers cannot resize this vocabulary.",
+}
