@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
@@ -15,6 +17,8 @@ from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.targets import Fit, fit
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import Weight
+
+EXPERT = re.compile(r"(?P<experts>.+\.experts)(?:\.[a-z_]+)?\.(?P<number>\d+)(?=\.|$)")  # a module of one expert
 
 
 def place_adapter(
@@ -55,7 +59,32 @@ def check_missing(
             f"{one.label}: {len(found.missing)} of {_count(one.adapter)} not found in {base.name}: "
             f"{explain_misfit(one.adapter, found, tensors, base.config)}"
         )
+    if not allow_partial and (idle := _idle_experts(found, tensors)):
+        raise FitError(
+            f"{one.label}: {idle}: every expert needs its update",
+            hint="check that the adapter was trained on this base; `allow_partial=True` leaves other experts as they are",
+        )
     return [f"{one.label}: {name}" for name in found.missing]
+
+
+def _idle_experts(found: Fit, tensors: Mapping[str, Weight]) -> str:
+    """Describe experts without a module if the others are the first ones in every layer, as of a smaller model's."""
+    trained: defaultdict[str, set[int]] = defaultdict(set)
+    counts: dict[str, int] = {}
+    for module, targets in found.targets.items():
+        if match := EXPERT.match(module):
+            trained[match["experts"]].add(int(match["number"]))
+            weight = tensors[targets[0].tensor]
+            if len(weight.shape) == 3:
+                counts[match["experts"]] = weight.shape[0]
+            elif match["experts"] not in counts and (at := EXPERT.match(weight.name)):
+                names = (f"{at['experts']}.{number}{weight.name[at.end('number') :]}" for number in count())
+                counts[match["experts"]] = next(number for number, name in enumerate(names) if name not in tensors)
+    first = next(iter(trained), "")
+    sizes = {len(numbers) if numbers == {*range(len(numbers))} else 0 for numbers in trained.values()}
+    if len(sizes) != 1 or not 1 < max(sizes) < min((counts.get(name, 0) for name in trained), default=0):
+        return ""
+    return f"has modules of {max(sizes)} experts, the base has {counts[first]} experts ({first})"
 
 
 def explain_misfit(adapter: Adapter, found: Fit, tensors: Mapping[str, Weight], config: Mapping[str, Any]) -> str:

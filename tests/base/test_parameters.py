@@ -256,6 +256,23 @@ def test_bases_whose_experts_are_incomplete(
         merged({f"mlp.experts.{name}": tensor for name, tensor in base.items()}, stack("mlp.experts", 6, 10), [GATE_UP])
 
 
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("numbers", [(0, 1), (0, 1, 2), (0, 1, 2, 3), (1, 2), (0, 2), (3,), (0,)])
+def test_modules_of_the_first_experts_are_of_a_smaller_model(
+    base: str, numbers: tuple[int, ...], make_base: Make, make_adapter: Make, tmp_path: Path
+) -> None:
+    """With a module per expert, as in transformers 4; others were chosen for training."""
+    parts = {
+        name: tensor for number in numbers for name, tensor in factors(f"mlp.experts.{number}.up_proj", 3, 10).items()
+    }
+    given = make_base(BASES[base], {"model_type": "qwen3_moe"}), make_adapter(parts)
+    if numbers in ((0, 1), (0, 1, 2)):
+        with pytest.raises(FitError, match=rf"has modules of {len(numbers)} experts, the base has 4 experts .* every"):
+            adapterkit.plan_merge(*given, tmp_path / "out")
+    plan = adapterkit.plan_merge(*given, tmp_path / "out", allow_partial=numbers in ((0, 1), (0, 1, 2)))
+    assert len(plan.ledger["adapter"]) == len(numbers)
+
+
 def test_wrong_shapes_name_the_base(merged: Callable[..., dict[str, torch.Tensor]]) -> None:
     with pytest.raises(
         FitError, match=r"gate_up_proj: Δ is \(6, 9\), the base has mlp\.experts\.gate_up_proj \(4, 6, 10\)"
