@@ -62,7 +62,7 @@ def check_missing(
     if not allow_partial and (idle := _idle_experts(found, tensors)):
         raise FitError(
             f"{one.label}: {idle}: every expert needs its update",
-            hint="check that the adapter was trained on this base; `allow_partial=True` leaves other experts as they are",
+            hint="check that the adapter was trained on this base; `allow_partial=True` leaves the others unchanged",
         )
     return [f"{one.label}: {name}" for name in found.missing]
 
