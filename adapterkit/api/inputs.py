@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from adapterkit.adapter.formats import holds_adapter, load
-from adapterkit.adapter.formats.table import has_adapter_file, weights_names
+from adapterkit.adapter.formats.table import weights_names
 from adapterkit.adapter.module_patterns import matches
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
-from adapterkit.base.checkpoint import Checkpoint, is_base, open_checkpoint
+from adapterkit.base.checkpoint import Checkpoint, is_adapter, is_base, open_checkpoint
 from adapterkit.base.rename_option import parse_rename
 from adapterkit.errors import UsageError
 from adapterkit.hub import hub_repo, resolve
@@ -39,7 +39,7 @@ def open_base(base: AnyPath, where: Callable[[AnyPath], Path] = resolve, *, hint
     if not isinstance(base, str | os.PathLike) or not os.fspath(base):
         raise UsageError(f"base {base!r}: expected a path or a Hub id")
     path, adapter = where(base), UsageError(f"{base}: is an adapter, expected a model", hint=hint)
-    if path.is_dir() and not is_base(path) and has_adapter_file(os.listdir(path)):
+    if is_adapter(path):
         raise adapter
     checkpoint = open_checkpoint(path, hub_repo(base))
     if holds_adapter(path, checkpoint.tensors):

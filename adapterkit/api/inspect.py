@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import Adapter
-from adapterkit.api.inputs import check_strength
+from adapterkit.api.inputs import check_strength, open_base
 from adapterkit.api.options.inspection import InspectOptions, ListOptions
 from adapterkit.api.progress import downloads_shown, progress_bar
-from adapterkit.base.checkpoint import is_base, open_checkpoint
+from adapterkit.base.checkpoint import is_adapter, is_base, open_checkpoint
 from adapterkit.base.quant import shapes_need_values
 from adapterkit.errors import AdapterkitError, FormatError, MissingFileError, UnknownStrengthError, UsageError
 from adapterkit.files.hub_cache import check_cached
@@ -135,7 +135,9 @@ def find_adapters(o: ListOptions) -> tuple[list[AdapterEntry], AdapterkitError |
 def _base_report(o: InspectOptions, name: str, place: Location) -> BaseReport:
     asked = {"against": o.against, "alpha": o.alpha, "scaling": o.scaling}
     if wrong := next((name for name, value in asked.items() if value), None):
-        raise UsageError(f"{name}: is a base model, and `{wrong}` is about adapters")
+        swapped = o.against is not None and is_adapter(Path(os.path.expanduser(o.against)))
+        hint = f"{o.against} is an adapter: swap the two" if swapped else ""
+        raise UsageError(f"{name}: is a base model, and `{wrong}` is about adapters", hint=hint)
     checkpoint = open_checkpoint(place.path)
     if place.headers_only and shapes_need_values(checkpoint.tensors):
         raise FormatError(
@@ -165,7 +167,7 @@ def _match(adapter: Adapter, base: Location, name: str) -> tuple[Match, BaseNorm
     """How `adapter` fits `base`, called `name`, by headers; and what reads ‖W‖_F by module, where weights are there."""
     from adapterkit.inspection.match import base_norms, match, with_rows
 
-    checkpoint = open_checkpoint(base.path)
+    checkpoint = open_base(name, lambda _: base.path)
     found, places = match(adapter, checkpoint, name)
     if not base.headers_only:
         found = with_rows(found, adapter, checkpoint)

@@ -11,6 +11,7 @@ from adapterkit.adapter.formats.format import ConfigFacts
 from adapterkit.adapter.formats.table import describe_config
 from adapterkit.adapter.weights import Adapter
 from adapterkit.api.inputs import AnyAdapter
+from adapterkit.base.checkpoint import is_base
 from adapterkit.errors import MissingFileError, UsageError
 from adapterkit.hub.locate import locate
 from adapterkit.hub.names import as_hub_id, hub_repo
@@ -49,6 +50,8 @@ def _base_of(adapter: AnyAdapter, headers: ExitStack) -> tuple[str, str]:
         base, name = adapter.base_model, "the adapter"
     else:
         path, name = locate(adapter, headers).path, str(adapter)
+        if is_base(path):
+            raise UsageError(f"{name}: is a model, expected an adapter", hint="give an adapter after it")
         facts = describe_config(path if path.is_dir() else path.parent)
         base = facts.base_model
     if not base:

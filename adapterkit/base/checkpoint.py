@@ -98,6 +98,11 @@ def is_base(path: Path) -> bool:
     return find_weights(path) is None or (path / SINGLE).exists() or any(path.glob(f"*{INDEX_SUFFIX}"))
 
 
+def is_adapter(path: Path) -> bool:
+    """Return whether the directory at `path` holds an adapter rather than a model."""
+    return path.is_dir() and not is_base(path) and has_adapter_file(os.listdir(path))
+
+
 def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     """Open the base model at `path` by reading its headers.
 

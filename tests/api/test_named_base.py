@@ -89,7 +89,7 @@ def test_adapters_that_name_no_base_or_several(base: Path, make: Callable[..., P
         kit.plan_merge(None, [make(base, "one"), make("org/x", "two")])
     with pytest.raises(UsageError, match="no adapter given"):
         kit.plan_merge(None, [])
-    with pytest.raises(UsageError, match="base: is a model, expected an adapter|names no base model"):
+    with pytest.raises(UsageError, match="base: is a model, expected an adapter; give an adapter after it"):
         kit.plan_merge(base)
 
 
@@ -102,6 +102,10 @@ def test_swapped_arguments_are_recognized(base: Path, make: Callable[..., Path],
     assert message == f"{adapter}: is an adapter, expected a model; {base} is a model: swap the two"
     message = adapterkit("merge", adapter, make(None, "other"), "-o", tmp_path / "out").message(2)
     assert message.endswith("is an adapter, expected a model; give the base first, then the adapters")
+    message = adapterkit("inspect", base, "--against", adapter).message(2)
+    assert message.endswith(f"is a base model, and --against is about adapters; {adapter} is an adapter: swap the two")
+    if not pickled:
+        assert f"{adapter}: is an adapter" in adapterkit("inspect", adapter, "--against", adapter).message(2)
 
 
 def test_a_quantized_base_hints_at_its_original(base: Path, make: Callable[..., Path], tmp_path: Path) -> None:

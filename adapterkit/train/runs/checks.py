@@ -7,7 +7,7 @@ from dataclasses import replace
 from adapterkit.adapter.formats import load
 from adapterkit.adapter.weights import WeightedAdapter, check_mergeable
 from adapterkit.base.adapter_fit import check_missing, place_adapter
-from adapterkit.base.checkpoint import CONFIG, Checkpoint, is_base, open_checkpoint
+from adapterkit.base.checkpoint import CONFIG, Checkpoint, is_adapter, is_base, open_checkpoint
 from adapterkit.base.models.config_check import check_described
 from adapterkit.base.models.loading import SMALL_FILES
 from adapterkit.base.quant import kinds
@@ -27,6 +27,8 @@ def open_base(spec: str) -> Checkpoint:
         FormatError: Its config does not match its weights, or a file in the Hub cache differs from the Hub.
     """
     path = resolve(spec)
+    if is_adapter(path):
+        raise UsageError(f"{spec}: is an adapter, expected a model", hint="give the base first")
     if path.exists() and not is_base(path):  # transformers would also load an adapter in the same directory
         raise UsageError(f"{path}: not a transformers model: expected a directory with config.json and no adapter")
     base = open_checkpoint(path, hub_repo(spec))
@@ -39,6 +41,8 @@ def open_base(spec: str) -> Checkpoint:
 def open_fitting(spec: str, base: Checkpoint, quantize: str = "none") -> WeightedAdapter:
     """Load the adapter, checked to be complete and to fit `base`, quantized as loaded."""
     path, tensors = resolve(spec), weights_of(base.tensors, base.config)
+    if is_base(path):
+        raise UsageError(f"{spec}: is a model, expected an adapter")
     adapter = load(path)
     check_cached(adapter.files)
     if "nf4" in (quantize, *kinds(tensors)):
