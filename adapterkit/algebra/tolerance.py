@@ -1,7 +1,7 @@
 """How far a correct merge may lie from the exact one, in the arithmetic of common tools.
 
-Tools compute `round(W + s·B·A)` in float32, in any order of summation: each element of the product then has an error of
-at most `γ_{r+2}·|s|·(|B|·|A|)`, with `γ_k = k·u / (1 − k·u)` (Higham, 2002, section 3.5). It is not relative to Δ,
+Tools compute `round(W + s·B·A)` in float32, in any order of summation: each element then has an error of at most
+`γ_{r+3}·(|W| + |s|·|B|·|A|)`, with `γ_k = k·u / (1 − k·u)` (Higham, 2002, section 3.5). It is not relative to Δ,
 whose terms may cancel. Some tools also round Δ on its own to 16 bits, once or, around the scaling, twice; those that
 merge several adapters one after another round each sum.
 """
@@ -38,10 +38,15 @@ class Tolerance:
         updates: The updates in float64.
         result: The dtype to which W' is rounded.
         stored: The dtypes of the factors; a tool may compute Δ in them.
+        written: The dtype in which W' is written; `result` by default.
     """
 
-    def __init__(self, updates: Sequence[Update], result: torch.dtype, stored: Iterable[torch.dtype]) -> None:
+    def __init__(
+        self, updates: Sequence[Update], result: torch.dtype, stored: Iterable[torch.dtype],
+        written: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.result = result
+        self.written = written if written not in (None, result) and written.itemsize == 2 else None
         narrow = {dtype for dtype in stored if dtype.itemsize == 2}
         self.usual = narrow | {result} if result.itemsize == 2 else set()  # Δ may be rounded to these
         self.renormalized = [update for update in updates if update.renormalizes]
@@ -71,7 +76,8 @@ class Tolerance:
         return exact, self._rounded(exact, error)
 
     def _rounded(self, exact: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-        return error + half_unit(exact.abs() + error, self.result)
+        error = error + half_unit(exact.abs() + error, self.result)
+        return error if self.written is None else error + half_unit(exact.abs() + error, self.written)
 
     def _error(self, rows: Rows, dtypes: Collection[torch.dtype]) -> torch.Tensor:
         """The error of W', before it is rounded, if Δ is rounded to `dtypes`."""
@@ -82,13 +88,14 @@ class Tolerance:
                 continue
             here, own = slice(start - rows.first, stop - rows.first), slice(start - update.start, stop - update.start)
             product = (magnified.left[own] @ magnified.right).double() * magnified.strength
+            product.add_(rows.before[here].abs(), alpha=_gamma(update))  # a sum may begin with W
             if update.renormalizes:
                 product = self._of_direction(update, own, rows.before[here], product, dtypes)
             error[here] += product
         for delta in rows.deltas:
-            for dtype in dtypes:
+            for dtype in dtypes if not self.renormalized else {self.result}.intersection(dtypes):
                 error += self._of_delta(delta, dtype)
-            if self.renormalized:  # W + (W' − W): rounded twice where the difference is inexact
+            if self.renormalized:  # W + (W' − W), in the result's dtype: rounded twice where the difference is inexact
                 error += torch.where(delta.abs() > rows.before.abs(), half_unit(rows.exact, self.result), 0.0)
         if len(rows.deltas) > 1:
             largest = rows.before.abs() + torch.stack(rows.deltas).abs().sum(0)
@@ -123,8 +130,12 @@ class Tolerance:
         error = error + FLOAT32 * direction.abs()
         gain = row_gain(direction, update.magnitude[own]) if update.gain is None else update.gain
         dim = 1 if update.gain is None else 0
-        norms = [torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (error, direction)]
-        off = torch.where(norms[1] > 0, norms[0] / norms[1], 0.0) + (sqrt(direction.shape[dim]) + 3) * FLOAT32
+        square = direction.square().sum(dim, keepdim=True)
+        # The errors of the elements have either sign: 4 deviations of their sum, at most all of them.
+        together = (error * direction).square().sum(dim, keepdim=True).sqrt() * 4
+        most = (error * direction.abs()).sum(dim, keepdim=True)
+        off = torch.where(square > 0, torch.minimum(together, most) / square, 0.0)
+        off = off + (sqrt(direction.shape[dim]) + 3) * FLOAT32
         return abs(update.weight) * gain.abs() * (error + off * direction.abs())
 
 
@@ -138,5 +149,10 @@ def _magnified(update: Update) -> Update:
     """`γ·|s|·|B|·|A|`, the error of a product in float32."""
     return replace(
         update, left=update.left.abs().float(), right=update.right.abs().float(),
-        strength=abs(update.strength) * gamma(update.right.shape[0] + 3, torch.float32),
+        strength=abs(update.strength) * _gamma(update),
     )  # fmt: skip
+
+
+def _gamma(update: Update) -> float:
+    """The relative error of summing the terms of a product in float32."""
+    return gamma(update.right.shape[0] + 3, torch.float32)

@@ -21,7 +21,9 @@ DAMAGE_LIMIT = 1e-3  # up to this share of mismatched elements is damage, not an
 SCALE_TOLERANCE = 0.02  # relative, to recognize a known factor
 NOISE_FACTOR = 1.5  # times the error of two roundings, up to which the adapters explain a change
 NOISE_DEVIATIONS = 4  # standard deviations of a scale, if every element had its largest error
-COARSE_SHARE = 0.1  # of elements, which coarser arithmetic changes at least; fewer are damage
+COARSE_SHARE = 0.01  # of elements, which coarser arithmetic changes at least; fewer are damage
+# The ratio of its bound to the fine one above which it does so: the bounds of float32 are far above usual errors.
+TELLING = {2: 2.5, 4: 4.0, 8: 4.0}  # by the size of the result
 
 # Kinds of verdict, best first. The first two pass.
 EXACT, ROUNDED, SCALED, MISSING, QUANTIZED, DAMAGED, DIFFERENT = (
@@ -69,6 +71,8 @@ class Sums:
     inexact: int = 0  # not the correctly rounded value
     fine: int = 0  # beyond the error of float32
     coarse: int = 0  # beyond that of 16 bits
+    telling: int = 0  # whose bound in 16 bits is much larger
+    coarsened: int = 0  # of those, beyond the error of float32
     first_fine: str = ""
     first_coarse: str = ""
 
@@ -79,7 +83,7 @@ class Sums:
     @property
     def is_coarse(self) -> bool:
         """Whether the tensor was computed in 16 bits: then not only a few elements show it."""
-        return self.fine > COARSE_SHARE * self.checked
+        return self.coarsened >= COARSE_SHARE * self.telling
 
     @property
     def mismatched(self) -> int:
@@ -113,18 +117,22 @@ class Sums:
         self.noise += float(torch.where(finite, error, 0.0).square().sum())
         self.checked += found.numel()
         self.inexact += int(inexact.sum())
-        if not bool(fine.any()):
-            return
-        self.first_fine = self.first_fine or _described(rows, fine, actual)
+        bounds, coarse = tolerance.coarse(rows, actual), fine
+        if bounds is not None:
+            coarse = inexact & ~((actual - bounds[0]).abs() <= bounds[1])
+            telling = bounds[1] > TELLING[found.dtype.itemsize] * error
+            self.telling += int(telling.sum())
+            self.coarsened += int((fine & telling).sum())
         self.fine += int(fine.sum())
-        bounds = tolerance.coarse(rows, actual)
-        coarse = fine if bounds is None else inexact & ~((actual - bounds[0]).abs() <= bounds[1])
-        if bool(coarse.any()):
-            self.first_coarse = self.first_coarse or _described(rows, coarse, actual)
-            self.coarse += int(coarse.sum())
+        self.coarse += int(coarse.sum())
+        self.first_fine = self.first_fine or _described(rows, fine, actual)
+        self.first_coarse = self.first_coarse or _described(rows, coarse, actual)
 
 
 def _described(rows: Rows, mismatched: torch.Tensor, actual: torch.Tensor) -> str:
+    """The first mismatched element, if there is one."""
+    if not bool(mismatched.any()):
+        return ""
     i, j = mismatched.nonzero()[0].tolist()
     return f"[{rows.first + i}, {j}] is {float(actual[i, j]):.6g}, expected {float(rows.exact[i, j]):.6g}"
 

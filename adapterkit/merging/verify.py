@@ -157,7 +157,7 @@ def _readings(edit: MergeEdit, after: torch.dtype) -> Iterator[Reading]:
     stored = set() if edit.source is None else {_torch(edit.source.dtype)}
     # The gains by column of a transposed DoRA are measured with the factors as stored.
     fixed = any(delta.target.transposed and delta.weights.magnitude is not None for delta in edit.deltas)
-    for result in (after, *((torch.bfloat16, torch.float16) if after.itemsize > 2 else ())):
+    for result in dict.fromkeys((after, torch.bfloat16, torch.float16)):
         base, factors = (
             result if any(torch.promote_types(dtype, result) != result for dtype in dtypes) else None
             for dtypes in (stored, set() if fixed else _factor_dtypes(edit))
@@ -196,14 +196,20 @@ class _Repeated:
             for one in (self.exact, *(self.alone if len(self.alone) > 1 else ()))
         )
         stored = {reading.factors} if reading.factors else _factor_dtypes(self.edit)
-        tolerance, sums = Tolerance(exact.updates, reading.result, stored), Sums(len(self.alone))
+        tolerance = Tolerance(exact.updates, reading.result, stored, _torch(self.edit.dtype))
+        sums = Sums(len(self.alone))
         for first, last in _shares(self.edit.spans(_block_rows(self.edit.matrix[1])), share):
             written = self.read(first, last)
             found = written.to(reading.result)
             if not torch.equal(found.to(written.dtype), written) and bool(written.isfinite().all()):
                 return None
-            if reading.as_stored and torch.equal(_merged(self.rounded, first, last, self.buffers), written):
+            if (
+                reading.as_stored
+                and found.dtype == written.dtype
+                and torch.equal(_merged(self.rounded, first, last, self.buffers), written)
+            ):
                 sums.checked += found.numel()  # a tenth of the cost of the float64 check
+                sums.telling += found.numel() if tolerance.coarser else 0
                 continue
             before, merged = replayed(exact, first, last, self.buffers, reading.base)
             pairs = [replayed(part, first, last, self.buffers, reading.base) for part in alone]
