@@ -60,11 +60,13 @@ class SavedMatrix:
 
         def rows(first: int, last: int) -> torch.Tensor:
             before = old(first, last).float()
-            after = before.clone() if self.whole is None else self.whole.read_rows(first, last).float()
+            after = (before if self.whole is None else self.whole.read_rows(first, last).float()).clone()
             here = [(at, row - first) for at, row in enumerate(self.rows) if first <= row < last]
             if here:
                 after[[row for _, row in here]] = values[[at for at, _ in here]]
             delta = after - before
+            if not bool(delta.isfinite().all()):
+                raise FitError(f"{self.module}: W_saved − W contains NaN or Inf: the adapter or the base is broken")
             return delta if left is None or right is None else delta + (left[first:last] @ right).float()
 
         depth, columns = self.base.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from handmade import contents
 from safetensors.torch import load_file
 
 import adapterkit
+from adapterkit.adapter.weights import LazyTensor
 from adapterkit.errors import FitError, UsageError
 
 Make = Callable[..., Path]
@@ -214,6 +216,10 @@ def test_what_factors_cannot_hold_is_refused(base: Path, make_adapter: Make, mak
         adapter = make_adapter(q | parts, name, **saved, **config)
         with pytest.raises((FitError, UsageError), match=says):
             convert(base, adapter, tmp_path / "out")
+    for value in (torch.nan, torch.inf):
+        adapter = make_adapter({"lm_head.weight": torch.full((24, 16), value)}, f"{value}", modules_to_save=["lm_head"])
+        with pytest.raises(FitError, match="lm_head: W_saved − W contains NaN or Inf"):
+            convert(base, adapter, tmp_path / "out")
     plain = make_adapter(q, "plain")
     for how, says in (
         ({}, "plain: stores no module whole; omit `saved`"),
@@ -241,3 +247,20 @@ def test_embeddings_that_may_be_tied_are_refused(
     adapter = make_adapter({"shared.weight": torch.randn(24, 16)}, modules_to_save=["shared"])
     with pytest.raises(FitError, match=says):
         convert(tied, adapter, tmp_path / "out")
+
+
+def test_trained_tokens_over_a_saved_embedding_in_memory(base: Path, make_adapter: Make, tmp_path: Path) -> None:
+    """The tensors of an adapter in memory stay as they are."""
+    saved, rows = torch.randn(24, 16), torch.randn(2, 16)
+    module = "model.embed_tokens.token_adapter"
+    parts = {f"{module}.base_layer.weight": saved, f"{module}.trainable_tokens_delta": rows}
+    config = {"trainable_token_indices": {"embed_tokens": [3, 20]}}
+    opened = adapterkit.load(make_adapter(parts | factors("model.layers.0.q", 16, 16), **config))
+    whole = LazyTensor.of(saved.clone())
+    adapter = replace(opened, replaced={"model.embed_tokens.weight": whole}, config={})
+    made = convert(base, adapter, tmp_path / "out", rank=16)
+    assert torch.equal(whole.read(), saved)
+    expected = saved.clone()
+    expected[[3, 20]] = rows
+    W = load_file(base / "model.safetensors")["model.embed_tokens.weight"].float()
+    assert torch.allclose(delta(made.adapter, "model.embed_tokens").T.float(), expected - W, atol=1e-5)
