@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import factors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -133,3 +134,21 @@ def test_peft_loads_what_is_made_of_adapters_with_heads(trained: Any, tmp_path: 
             == json.loads((adapter / "adapter_config.json").read_text())["task_type"]
         )
         assert_computes(model, expected)
+
+
+def test_counters_in_saved_modules(
+    make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SegFormer's decode head has a batch norm, which counts batches in an integer."""
+    norm = {"weight": torch.randn(4), "running_mean": torch.randn(4)}
+    saved = {f"decode_head.norm.{leaf}": tensor for leaf, tensor in norm.items()}
+    before = {name: torch.zeros(4) for name in saved} | {"q.weight": torch.randn(6, 10)}
+    base = make_base(before | {"decode_head.norm.num_batches_tracked": torch.tensor(3)})
+    counter = {"decode_head.norm.num_batches_tracked": torch.tensor(7)}
+    adapter = make_adapter(factors("q", 6, 10) | saved | counter, modules_to_save=["decode_head"])
+    plan = adapterkit.plan_merge(base, [adapter], tmp_path / "out")
+    assert "adapter: leaves 1 counter of batches (num_batches_tracked)" in plan.notes
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in saved.items())
+    assert merged["decode_head.norm.num_batches_tracked"] == 3

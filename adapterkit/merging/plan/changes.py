@@ -97,6 +97,18 @@ def prefix_note(given: WeightedAdapter, found: Fit, tensors: Mapping[str, Weight
     return notes
 
 
+def counter_note(given: WeightedAdapter) -> list[str]:
+    """A note on counters of batches in saved modules, which only training reads."""
+    counters = sum(_is_counter(name, given) for name in given.adapter.replaced)
+    return (
+        [f"{given.label}: leaves {counted(counters, 'counter')} of batches (num_batches_tracked)"] if counters else []
+    )
+
+
+def _is_counter(name: str, given: WeightedAdapter) -> bool:
+    return name.endswith("num_batches_tracked") and given.adapter.replaced[name].dtype not in FLOAT_DTYPES
+
+
 def idle_note(given: WeightedAdapter) -> list[str]:
     """A note on modules that change nothing, found from headers alone."""
     modules = given.adapter.modules
@@ -124,6 +136,8 @@ def changes_of(number: int, given: WeightedAdapter, found: Fit) -> Changes:
             assert bias is not None
             changes.added[found.biases[module]].append(Addition(bias, given.weight_of(module) * weights.scaling))
     for name, tensor in found.replaced.items():
+        if _is_counter(name, given):
+            continue
         values, of_base = given.adapter.replaced[name], name not in given.adapter.new_tensors
         changes.replaced[tensor].append(Replacement(values, given.weight_of(name), of_base=of_base))
     for module, tensor in found.tokens.items():

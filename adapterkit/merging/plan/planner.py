@@ -33,7 +33,15 @@ from adapterkit.base.vocabulary import find_vocabulary
 from adapterkit.errors import FitError, UsageError
 from adapterkit.files.safetensors import FLOAT_DTYPES, OUTPUT_DTYPES, TORCH_NAMES, Header, TensorInfo, Weight
 from adapterkit.files.staging import MADE_BY
-from adapterkit.merging.plan.changes import Changes, changes_of, check_target, idle_note, ledger_of, prefix_note
+from adapterkit.merging.plan.changes import (
+    Changes,
+    changes_of,
+    check_target,
+    counter_note,
+    idle_note,
+    ledger_of,
+    prefix_note,
+)
 from adapterkit.merging.plan.heads import describe_heads, with_new_labels
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.resizing import Resizing, kept_rows
@@ -84,7 +92,7 @@ class _Draft:
         resizing = Resizing.of(find_vocabulary(self.tensors, self.base.config), given)
         for adapter in given:
             self.notes += [f"{adapter.label}: {problem}" for problem in adapter.adapter.problems if not problem.fatal]
-            self.notes += idle_note(adapter)
+            self.notes += [*idle_note(adapter), *counter_note(adapter)]
         for number, adapter in enumerate(given):
             found = place_adapter(adapter.adapter, resizing.seen_by(number, self.tensors), self.base, rename)
             if tie is not None and not allow_partial:
