@@ -20,6 +20,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -283,6 +285,23 @@ def test_rows_that_no_adapter_holds_are_refused(tmp_path: Path) -> None:
             "; merge into the resized base, or save the adapter again with PEFT's save_embedding_layers=True"
         )
         assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_of_each_layer_are_refused_unless_they_shrink(tmp_path: Path) -> None:
+    """PEFT never saves Gemma 3n's, which are resized with the others."""
+    layers = {"layer_types": ["full_attention"], "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0]}
+    sizes = {"vocab_size_per_layer_input": TOKENS, "hidden_size_per_layer_input": 4, "head_dim": 8, "laurel_rank": 2}
+    small = SMALL | {"intermediate_size": [24], "num_key_value_heads": 1}
+    base = save_base(
+        Gemma3nForCausalLM(Gemma3nTextConfig(vocab_size=TOKENS, **small, **sizes, **layers)), tmp_path / "base"
+    )
+    grown = save_adapter(base, tmp_path / "grown", resized(66), **RECIPES["saved"])
+    message = run("merge", base, grown, "-o", tmp_path / "out").message(3)
+    assert "of model.embed_tokens_per_layer.weight are not in the adapter" in message
+    assert message.endswith("; merge into the resized base")
+    shrunk = save_adapter(base, tmp_path / "shrunk", resized(60), **RECIPES["saved"])
+    out = check(base, shrunk, resized(60), tmp_path)
+    assert json.loads((out / "config.json").read_text())["vocab_size_per_layer_input"] == 60
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from adapterkit.adapter.weights import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
-from adapterkit.base.vocabulary import ZERO_BIAS, Tensors, Vocabulary, first_rows, rows_of
+from adapterkit.base.vocabulary import PER_LAYER, ZERO_BIAS, Tensors, Vocabulary, first_rows, rows_of
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo
 from adapterkit.merging.plan.changes import Changes
@@ -92,10 +92,11 @@ class Resizing:
     def _unknown_rows(self, name: str, base: Checkpoint) -> FitError:
         assert self.vocabulary is not None
         old, label = self.vocabulary.size, self.labels[self.sizes.index(self.size)]
+        saved = "" if name.endswith(PER_LAYER) else ", or save the adapter again with PEFT's save_embedding_layers=True"
         return FitError(
             f"{label}: was trained with {self.size} tokens, {base.name} has {old}; rows {old} to {self.size - 1} of "
             f"{name} are not in the adapter, because they were initialized when the base was resized",
-            hint="merge into the resized base, or save the adapter again with PEFT's save_embedding_layers=True",
+            hint=f"merge into the resized base{saved}",
         )
 
 
