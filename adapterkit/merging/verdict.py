@@ -83,7 +83,7 @@ class Sums:
     @property
     def is_coarse(self) -> bool:
         """Whether the tensor was computed in 16 bits: then not only a few elements show it."""
-        return self.coarsened >= COARSE_SHARE * self.telling
+        return self.coarsened >= int(COARSE_SHARE * self.telling)  # a few telling elements prove nothing
 
     @property
     def mismatched(self) -> int:
