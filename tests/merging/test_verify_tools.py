@@ -230,3 +230,30 @@ def test_an_expert_without_its_update_is_found(make_base: MakeBase, make_adapter
     before = load_file(base / "model.safetensors")[name]
     out = changed(merged, tmp_path / "out", lambda found: found[name][11].copy_(before[11]))
     assert kinds(verdicts(out, base, adapter)) == {"different"}
+
+
+def test_a_merge_in_fp16_written_in_bf16_passes(verified: Callable[..., dict[str, Verdict]]) -> None:
+    """As mergekit writes it with --lora-merge-dtype float16."""
+    W, A, B, _ = parts = case(BF16, FP32)
+    through = peft(W.to(FP16), A, B, None).to(BF16)
+    found = verified({"through fp16": through, "one unit off": (through.view(torch.int16) + 1).view(BF16)}, parts)
+    assert [name for name, verdict in found.items() if not verdict.fits] == ["one unit off"]
+
+
+def test_updates_whose_rounding_rarely_shows_pass(verified: Callable[..., dict[str, Verdict]]) -> None:
+    """Small updates from bf16 factors in fp32: the rounding of Δ is near the last place of W."""
+    W, A, B, _ = case(FP32, BF16)
+    W, A, B = W * 160, A / 30, B / 30
+    found = verified({"axolotl": axolotl(W, A, B, None), "Δ × 1.05": axolotl(W, A * 1.05, B, None)}, (W, A, B, None))
+    assert [name for name, verdict in found.items() if not verdict.fits] == ["Δ × 1.05"]
+
+
+def test_a_sum_that_begins_with_the_weight_passes(verified: Callable[..., dict[str, Verdict]]) -> None:
+    """As a matrix product of high rank adds up: W and each term in turn, in float32."""
+    W, A, B, _ = case(FP32, FP32)
+    W = W * 100
+    in_turn = W.clone()
+    for k in range(RANK):
+        in_turn += B[:, [k]] * A[[k]] * S
+    found = verified({"in turn": in_turn, "off": in_turn * (1 + 1e-5)}, (W, A, B, None))
+    assert [name for name, verdict in found.items() if not verdict.fits] == ["off"]
