@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 
 from adapterkit.adapter.weights import Adapter, WeightedAdapter
-from adapterkit.base.architectures import SHARED_BY_LAYERS
+from adapterkit.base.architectures import SHARED_MODULES
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import supported_schemes
 from adapterkit.base.quant.unsupported import unsupported_scheme
@@ -49,11 +49,11 @@ def check_missing(
     if found.missing and (scheme := unsupported_scheme(tensors, base.quantization)):
         raise FitError(f"{base.path}: is quantized ({scheme}); {merge_into_original()}")
     if found.missing and not (allow_partial and matched):
-        shared = SHARED_BY_LAYERS.get(str(base.config.get("model_type")))
-        if shared and (name := next((name for name in found.missing if f".{shared}." in name), None)):
+        shared = SHARED_MODULES.get(str(base.config.get("model_type")))
+        if shared and (name := next((name for name in found.missing if f".{shared}." in f"{name}."), None)):
             raise FitError(
-                f"{one.label}: changes {name}, while the layers of {base.name} share one {shared}: merging an adapter "
-                "that changes it in each layer is not supported"
+                f"{one.label}: changes {name}, one of several modules that share the weights of one {shared} in "
+                f"{base.name}: merging an adapter that changes them separately is not supported"
             )
         raise FitError(
             f"{one.label}: {len(found.missing)} of {_count(one.adapter)} not found in {base.name}: "

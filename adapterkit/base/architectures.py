@@ -101,8 +101,8 @@ def experts_transposed(config: Mapping[str, Any]) -> bool | None:
     return in_out and config.get("model_type") not in EXPERTS_UNMARKED
 
 
-# Modules that all layers share, and that are stored for the first layer that has them.
-SHARED_BY_LAYERS = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
+# Modules of which a model has several with the same weights, stored once: by layer, or in encoder and decoder.
+SHARED_MODULES = {"prophetnet": "word_embeddings", "zamba": "shared_transf", "zamba2": "shared_transformer"}
 
 
 # --- ties: the defaults of `tie_word_embeddings` by model_type -------------------------------------------------------
@@ -159,6 +159,8 @@ NEVER_TIED = _types(
     nemo_speechlm nemotron_h nemotron_h_omni qwen2_audio reformer rembert voxtral xlstm
     """
 )
+# The ends of the names of classes without a head over the vocabulary.
+OTHER_HEADS = ("Classification", "MultipleChoice", "QuestionAnswering", "ForRewardModel")
 # Tied if either the config or its text_config says so.
 TIED_IF_EITHER = _types(
     """

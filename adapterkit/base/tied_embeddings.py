@@ -14,6 +14,7 @@ from adapterkit.base.architectures import (
     ALWAYS_TIED,
     LFM2_MODELS,
     NEVER_TIED,
+    OTHER_HEADS,
     TEXT_CONFIG_DECIDES,
     TIED,
     TIED_IF_EITHER,
@@ -106,7 +107,10 @@ def find_tie(base: Checkpoint) -> Tie | None:
             return None
     inner = "language_model." if embedding.startswith("language_model.model.") else ""
     others = tuple(name for name in found if name != embedding)
-    return Tie(base, embedding, stored or inner + head, others, stored is not None, tied is True)
+    tie = Tie(base, embedding, stored or inner + head, others, stored is not None, tied is True)
+    classes = base.config.get("architectures")
+    headless = isinstance(classes, list) and any(str(name).endswith(OTHER_HEADS) for name in classes)
+    return None if headless and not (tie.shared or tie.stored) else tie
 
 
 def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:

@@ -358,11 +358,11 @@ def test_rows_in_another_order_are_refused(make_base: Make, make_adapter: Make, 
         adapterkit.plan_merge(base, [adapter], tmp_path / "out")
 
 
-def test_modules_shared_by_layers_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
+def test_modules_that_share_weights_are_refused(make_base: Make, make_adapter: Make, tmp_path: Path) -> None:
     names = [f"model.layers.{layer}.shared_transf.self_attn.q_proj" for layer in (1, 3)]
     base = make_base({f"{names[0]}.weight": torch.randn(10, 10)}, {"model_type": "zamba"})
     adapter = make_adapter({key: tensor for name in names for key, tensor in factors(name, 10, 10).items()})
-    with pytest.raises(FitError, match=r"layers.3.*share one shared_transf"):
+    with pytest.raises(FitError, match=r"layers.3.*share the weights of one shared_transf"):
         adapterkit.plan_merge(base, [adapter], tmp_path / "out")
 
 

@@ -143,6 +143,9 @@ def test_every_head_has_its_name_in_transformers() -> None:
         ({"text_config": {"model_type": "gemma3_text"}}, True),
         ({"model_type": "llava", "text_config": {"model_type": "gemma"}, "tie_word_embeddings": False}, True),
         ({"model_type": "blip-2", "text_config": {"model_type": "opt"}, "tie_word_embeddings": False}, True),
+        ({"model_type": "kimi_linear", "tie_word_embeddings": True}, False),
+        ({"model_type": "bigbird_pegasus", "architectures": ["BigBirdPegasusForCausalLM"]}, False),
+        ({"model_type": "bigbird_pegasus", "architectures": ["BigBirdPegasusForConditionalGeneration"]}, True),
         ({"text_config": None}, None),
         ({"text_config": [True]}, None),
     ],
@@ -182,6 +185,14 @@ FOUND: dict[str, tuple[str | dict[str, Any], str, tuple[str, str, tuple[str, ...
     "a model in a model": (
         {"model_type": "llava", "text_config": {"model_type": "gemma"}}, "language_model.model.embed_tokens vision.x",
         ("language_model.model.embed_tokens.weight", f"language_model.{LM}", (), False, True),
+    ),
+    "a classifier": (
+        {"model_type": "gemma3", "architectures": [None, "Gemma3ForSequenceClassification"]},
+        "model.embed_tokens score", None,
+    ),
+    "a classifier with an encoder and a decoder": (
+        {"model_type": "bart", "architectures": ["BartForSequenceClassification"]}, "model.shared classification_head",
+        ("model.shared.weight", LM, (), False, True),
     ),
     "a head of several tensors": (
         "bert", "bert.embeddings.word_embeddings cls.predictions.transform.dense",

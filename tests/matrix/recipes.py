@@ -22,6 +22,7 @@ UNTRAINABLE = {
     **{name: ["router"] for name in ("llama4", "llama4_text")},
     "deepseek_v4": ["o_a_proj"],
     "jamba": ["dt_proj"],
+    "layoutlmv3": ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"],
     "longcat_flash": ["classifier"],
 }
 TOKENS = (5, 9, 90)  # trained rows; two of them are in the prompt
