@@ -110,6 +110,8 @@ def run_type(task: str, name: str, recipes: Iterable[str] | None = None, keep: P
     lines: list[Line] = []
     for tied, model in variants(task, name).items():
         wanted = [of for of in recipes or RECIPES if not lines or RECIPES[of].ends]
+        if not wanted:
+            continue
         with kept(keep) as folder:
             try:
                 verdicts = trials(model, wanted, folder)

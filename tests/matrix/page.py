@@ -24,7 +24,7 @@ INTRODUCTION = """# Architectures
 Made by `make matrix`, from tiny random models of transformers {transformers} and adapters that PEFT {peft} saved.
 
 ✓ means: the model that transformers loads from the output of `adapterkit merge` has the logits of PEFT's unmerged
-model, within 1e-5 in fp32, and `adapterkit unmerge` restores the base's SHA-256. A number is a reason
+model, within 1e-5 in fp32 (in float64, where the model itself rounds by more), and `adapterkit unmerge` restores the base's SHA-256. A number is a reason
 [below](#reasons); `a / b` stand for tied and untied embeddings; an empty cell: the recipe does not apply.
 """
 

@@ -19,7 +19,7 @@ QUERY_VALUE = re.compile(
 # What PEFT cannot train, by model type: it refuses `out_proj`, the others are no plain linear layers, or are not called.
 UNTRAINABLE = {
     **{name: ["out_proj", "dt_proj"] for name in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")},
-    **{name: ["router"] for name in ("llama4", "llama4_text")},
+    **{name: ["router"] for name in ("llama4", "llama4_text", "phimoe")},
     "deepseek_v4": ["o_a_proj"],
     "jamba": ["dt_proj"],
     "layoutlmv3": ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"],

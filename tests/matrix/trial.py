@@ -22,6 +22,7 @@ from .models import TASKS, Model
 from .recipes import NEW_TOKENS, RECIPES, Recipe, layers_of
 
 OK, NONE = "ok", "none"
+DIFFERENT = "wrong: logits differ by"
 RELATIVE = 1e-5  # of the logits' norm
 
 
@@ -62,7 +63,13 @@ def trial(model: Model, recipe: Recipe, base: Path, loaded: PreTrainedModel, fol
     try:
         found, loading = load(merged, base)
         with torch.no_grad():
-            if failed := compare(model.logits(found, more), logits):
+            failed = compare(model.logits(found, more), logits)
+            if failed and failed.startswith(DIFFERENT):  # by the rounding of a sensitive model's own sums, perhaps
+                models = (found.double(), expected.get_base_model().double())
+                for made in models:
+                    made.set_experts_implementation("eager")  # the others have no float64
+                failed = compare(*(model.logits(made, more) for made in models))
+            if failed:
                 return failed
     except Exception as error:
         return f"wrong: the output does not load or run: {said(error)}"
@@ -145,7 +152,7 @@ def compare(found: torch.Tensor, expected: torch.Tensor) -> str | None:
     if found.shape != expected.shape:
         return f"wrong: logits {tuple(found.shape)}, PEFT's {tuple(expected.shape)}"
     if not (error := relative(found, expected)) < RELATIVE:
-        return f"wrong: logits differ by {error:.1e}"
+        return f"{DIFFERENT} {error:.1e}"
     return None
 
 
