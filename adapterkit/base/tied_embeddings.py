@@ -67,6 +67,11 @@ class Tie:
         return self.certain and not self.stored
 
     @property
+    def follows_tokens(self) -> bool:
+        """Whether PEFT trains tokens in the head too: it reads the outer config alone."""
+        return self.base.config.get("model_type") not in TEXT_CONFIG_DECIDES
+
+    @property
     def shared(self) -> bool:
         """Whether an encoder and a decoder share the embedding, or may."""
         return bool(self.others) or self.embedding.endswith("shared.weight")

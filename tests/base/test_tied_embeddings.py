@@ -447,6 +447,23 @@ def test_the_tied_head_of_a_vision_language_model(kind: str, names: str, tmp_pat
             assert out["tie_word_embeddings"] is out["text_config"].get("tie_word_embeddings", tied) is tied
 
 
+def test_tokens_of_a_model_whose_text_config_ties(tmp_path: Path) -> None:
+    """PEFT reads the outer config alone, so that it trains tokens in the embedding and not in the head."""
+    base, adapter, kind = tmp_path / "base", tmp_path / "adapter", Model("vision", "blip-2", True)
+    kind.make().save_pretrained(base)
+    how = {"target_modules": r".*language_model.*q_proj", "trainable_token_indices": {"embed_tokens": [5, 9]}}
+    model = get_peft_model(kind.cls.from_pretrained(base), LoraConfig(r=2, init_lora_weights=False, **how))
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.3 * ("tokens_delta" in name)
+    model.save_pretrained(adapter)
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    live = kind.cls.from_pretrained(base)
+    adapterkit.apply(live, adapterkit.load(adapter))
+    expected = kind.logits(model.eval())
+    for found in (kind.cls.from_pretrained(tmp_path / "out"), live):
+        torch.testing.assert_close(kind.logits(found.eval()), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("stored", ["equal", "different", "without its prefix"])
 def test_a_tied_head_that_is_also_stored(stored: str, tmp_path: Path) -> None:
     """transformers ties two stored tensors if they are equal; GPT-2's on the Hub are named without the prefix."""

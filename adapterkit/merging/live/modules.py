@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from adapterkit.adapter.weights import Adapter
-from adapterkit.base.architectures import ALWAYS_TIED
+from adapterkit.base.architectures import ALWAYS_TIED, TEXT_CONFIG_DECIDES
 from adapterkit.base.models.quantized_layers import dequantized
 from adapterkit.base.targets import Fit
 from adapterkit.base.tied_embeddings import declared
@@ -83,7 +83,11 @@ def untie(model: nn.Module, adapter: Adapter, found: Fit, undo: list[Callable[[]
     Trained tokens change all tied tensors, and with `ensure_weight_tying` everything does.
     """
     factors = (target.tensor for targets in found.targets.values() for target in targets)
-    changed = dict.fromkeys((*factors, *found.replaced.values(), *found.biases.values()))
+    alone = (
+        getattr(getattr(model, "config", None), "model_type", None) in TEXT_CONFIG_DECIDES
+    )  # PEFT reads the outer one
+    tokens = found.tokens.values() if alone else ()
+    changed = dict.fromkeys((*factors, *found.replaced.values(), *found.biases.values(), *tokens))
     for name in changed:
         parameter = model.get_parameter(name)
         tied = [other for other, value in model.named_parameters(remove_duplicate=False) if value is parameter]

@@ -28,7 +28,11 @@ def apply_to_tied(tie: Tie, changes: Changes, label: str, keeps_tie: bool) -> bo
     one_layer = _share_layer(tie, changes)
     replaced = changes.replaced.get(tie.embedding, [])
     deltas = changes.deltas.get(tie.embedding, []) if keeps_tie else []
-    rows = [change for change in replaced if change.rows is not None or (one_layer if change.of_base else keeps_tie)]
+    rows = [
+        change
+        for change in replaced
+        if (tie.follows_tokens if change.rows is not None else one_layer if change.of_base else keeps_tie)
+    ]
     alone = len(rows) < len(replaced) or (tie.embedding in changes.deltas and not keeps_tie)
     unties = alone or changes.touches(tie.head)
     if rows and tie.head not in changes.replaced:
