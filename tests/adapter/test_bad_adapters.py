@@ -699,7 +699,7 @@ def test_invalid_head_counts(tmp_path: Path, config: dict[str, Any]) -> None:
     (base := tmp_path / "base").mkdir()
     save_file({"layers.0.qkv_proj.weight": torch.ones(96, COLUMNS)}, base / "model.safetensors")
     (base / "config.json").write_text(json.dumps(config))
-    tensors = {"lora_A.weight": torch.ones(RANK, COLUMNS), "lora_B.weight": torch.ones(32, RANK)}
+    tensors = {"lora_A.weight": torch.ones(RANK, COLUMNS), "lora_B.weight": torch.ones(48, RANK)}
     named = {f"base_model.model.layers.0.q_proj.{name}": tensor for name, tensor in tensors.items()}
     message = refused(base, write_adapter(tmp_path / "a", named), 3)
     assert "layers.0.q_proj: " in message
