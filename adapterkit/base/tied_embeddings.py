@@ -97,6 +97,12 @@ class Tie:
         return config | dict.fromkeys(keys, False), note + "unties them"
 
 
+def _classifies(config: Mapping[str, Any]) -> bool:
+    """Whether the model is a classifier, which has no head with a row for each token."""
+    classes = config.get("architectures")
+    return isinstance(classes, list) and bool(classes) and all(str(name).endswith("Classification") for name in classes)
+
+
 def find_tie(base: Checkpoint) -> Tie | None:
     """Return the embedding and the head that `base` ties, or may tie; None if it certainly ties none."""
     tied = declared(base.config)
@@ -106,6 +112,8 @@ def find_tie(base: Checkpoint) -> Tie | None:
     embedding = min(found, key=lambda name: (not name.endswith("shared.weight"), found.index(name)))
     head = head_suffix(base.config)
     stored = next(iter(heads_in(base.tensors, base.config)), None)
+    if stored is None and not embedding.endswith("shared.weight") and _classifies(base.config):
+        return None
     if stored is None and head.endswith(".decoder.weight"):  # a head with more tensors, without which it doesn't exist
         within = head.removesuffix("decoder.weight")
         if not any(name.startswith(within) for name in base.tensors):
