@@ -38,7 +38,7 @@ from tiny import save_tiny_model
 
 import adapterkit
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.algebra.residual import Residual
 from adapterkit.api.options.merges import MergeOptions
 from adapterkit.base import quant

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.algebra.truncation import Limit
 from adapterkit.api.inputs import AnyAdapter, AnyPath, open_adapters, open_base, open_one
 from adapterkit.api.options.adapters import (

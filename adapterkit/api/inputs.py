@@ -17,7 +17,8 @@ from typing import TypeAlias
 from adapterkit.adapter.formats import holds_adapter, load
 from adapterkit.adapter.formats.table import weights_names
 from adapterkit.adapter.module_patterns import matches
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter
 from adapterkit.base.checkpoint import Checkpoint, is_adapter, is_base, open_checkpoint
 from adapterkit.base.rename_option import parse_rename
 from adapterkit.errors import UsageError

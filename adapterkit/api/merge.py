@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.api.inputs import AnyPath, number, open_adapters, open_base, order_hint, renaming, weighted
 from adapterkit.api.named_base import named_base
 from adapterkit.api.options.merges import (

@@ -14,7 +14,8 @@ from itertools import chain
 from pathlib import Path
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter
 from adapterkit.api.inputs import AnyAdapter, open_adapters, open_base, oriented, weighted
 from adapterkit.api.options.merges import UnmergeCall, UnmergeOptions
 from adapterkit.api.run import in_one_call

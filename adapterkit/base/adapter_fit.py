@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter
 from adapterkit.base.architectures import SHARED_MODULES
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import supported_schemes

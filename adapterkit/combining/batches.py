@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from adapterkit.adapter.weights import LoraWeights, WeightedAdapter, load_weights
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import LoraWeights, load_weights
 from adapterkit.algebra.lowrank import Decomposition, Product, decompose, inner, stacked
 from adapterkit.algebra.sketch import sketch
 from adapterkit.algebra.truncation import Limit, tails

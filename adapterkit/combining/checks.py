@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adapterkit.adapter.weights import LazyTensor, LoraWeights, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import LazyTensor, LoraWeights
 from adapterkit.combining.method import Method
 from adapterkit.combining.methods import DEFAULT
 from adapterkit.combining.whole_tensors import WholeTensors

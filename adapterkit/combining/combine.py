@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter.fingerprint import agreed
-from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable
+from adapterkit.adapter.weighted import WeightedAdapter, check_mergeable
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
 from adapterkit.algebra.truncation import Limit
 from adapterkit.combining.checks import check_fit, check_rank, check_supported, check_truncation, check_whole
 from adapterkit.combining.method import Value

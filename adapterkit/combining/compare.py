@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 
 from adapterkit.adapter.module_names import layer_of, target_of
-from adapterkit.adapter.weights import WeightedAdapter, check_mergeable
+from adapterkit.adapter.weighted import WeightedAdapter, check_mergeable
 from adapterkit.algebra.lowrank import Product, added, decompose, inner, overlaps
 from adapterkit.combining.batches import batches, parts_of
 from adapterkit.combining.checks import check_fit

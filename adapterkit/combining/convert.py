@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable, load_weights
+from adapterkit.adapter.weighted import WeightedAdapter, check_mergeable
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, load_weights
 from adapterkit.algebra.truncation import Limit
 from adapterkit.base.adapter_fit import place_adapter
 from adapterkit.base.checkpoint import Checkpoint

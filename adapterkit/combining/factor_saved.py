@@ -8,7 +8,8 @@ from math import prod
 from typing import TYPE_CHECKING, TypeAlias
 
 from adapterkit.adapter.formats.peft_names import TASK_HEADS, saves
-from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter, check_mergeable, load_weights
+from adapterkit.adapter.weighted import WeightedAdapter, check_mergeable
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, load_weights
 from adapterkit.algebra.truncation import Limit
 from adapterkit.base.adapter_fit import check_missing, place_adapter
 from adapterkit.base.architectures import CONV1D_MODELS, CONV1D_NAMES, is_embedding

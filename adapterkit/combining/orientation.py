@@ -8,7 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit.adapter.peft_versions import adds_transposed
-from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
 from adapterkit.errors import FitError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from adapterkit.adapter.formats.table import DEFAULT
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.files.staging import Destination
 from adapterkit.reprs import Displayed

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.adapter.weights import LazyTensor, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import LazyTensor
 from adapterkit.errors import FitError
 from adapterkit.text import counted
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import __version__
-from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.base.checkpoint import CONFIG, INDEX_SUFFIX, Checkpoint
 from adapterkit.errors import UnsafeFileError
 from adapterkit.files.opening import files_below, unsafe_kind

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter
 from adapterkit.base.checkpoint import CONFIG, Checkpoint
 from adapterkit.base.quant import QuantizedWeight, weights
 from adapterkit.base.vocabulary import first_rows, rows_of

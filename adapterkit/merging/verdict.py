@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.algebra.rounding import round_once
 from adapterkit.algebra.tolerance import Rows, Tolerance
 from adapterkit.base.quant import QuantizedWeight

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.algebra.tolerance import Rows, Tolerance
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizationSpec, QuantizedWeight

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from toy_method import powered
 
 import adapterkit
-from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter, LazyTensor, LoraWeights
 from adapterkit.algebra import sketch
 from adapterkit.algebra.lowrank import Product
 from adapterkit.algebra.truncation import Limit

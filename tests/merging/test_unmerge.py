@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from test_merge import TINY
 
 import adapterkit
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter
 from adapterkit.algebra import residual
 from adapterkit.api import inputs
 from adapterkit.cli.next_commands import undo_command

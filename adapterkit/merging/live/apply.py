@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterkit.adapter.weights import Adapter, WeightedAdapter, check_mergeable
+from adapterkit.adapter.weighted import WeightedAdapter, check_mergeable
+from adapterkit.adapter.weights import Adapter
 from adapterkit.base.rename_option import explain_missing
 from adapterkit.base.targets import Fit, fit
 from adapterkit.errors import FitError, UsageError

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.base.adapter_fit import check_overlaps, merge_into_original
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant.unsupported import unsupported_scheme

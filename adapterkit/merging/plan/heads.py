@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter
 from adapterkit.base.architectures import LABEL_LAYERS, TASK_CLASSES, UNSAVED_LAYERS, class_for
 from adapterkit.base.checkpoint import CONFIG
 from adapterkit.base.vocabulary import Tensors

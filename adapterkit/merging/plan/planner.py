@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from adapterkit import __version__
-from adapterkit.adapter.weights import WeightedAdapter, check_mergeable
+from adapterkit.adapter.weighted import WeightedAdapter, check_mergeable
 from adapterkit.base.adapter_fit import check_missing, merge_into_original, place_adapter
 from adapterkit.base.architectures import CONV1D_MODELS, HEAD_MODULES, is_linear
 from adapterkit.base.checkpoint import Checkpoint

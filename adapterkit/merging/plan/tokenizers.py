@@ -10,7 +10,7 @@ from json import JSONDecoder
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.errors import UsageError
 from adapterkit.files.jsonfile import MAX_CONFIG_BYTES, parse_object, read_json

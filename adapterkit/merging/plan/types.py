@@ -11,7 +11,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any, ClassVar
 
-from adapterkit.adapter.weights import WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
 from adapterkit.files.safetensors import Header, TensorInfo

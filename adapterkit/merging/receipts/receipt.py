@@ -19,7 +19,8 @@ from sys import float_info
 from typing import Any
 
 from adapterkit import __version__
-from adapterkit.adapter.weights import Adapter, WeightedAdapter
+from adapterkit.adapter.weighted import WeightedAdapter
+from adapterkit.adapter.weights import Adapter
 from adapterkit.base.target import Target
 from adapterkit.errors import FormatError, UnsafeFileError
 from adapterkit.files.jsonfile import parse_json, read_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from adapterkit.adapter.formats import load
-from adapterkit.adapter.weights import WeightedAdapter, check_mergeable
+from adapterkit.adapter.weighted import WeightedAdapter, check_mergeable
 from adapterkit.base.adapter_fit import check_missing, place_adapter
 from adapterkit.base.checkpoint import CONFIG, Checkpoint, is_adapter, is_base, open_checkpoint
 from adapterkit.base.models.config_check import check_described
