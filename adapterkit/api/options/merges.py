@@ -105,7 +105,7 @@ class MergeOptions(MergedOptions, QuantizingOptions):
     )  # fmt: skip
     tokenizer: str | None = option(
         None, "Tokenizer of the output [default: the adapter's, if its folder brings another]", TOKENIZERS,
-        group="Output", in_form=False,
+        group="Output",
     )  # fmt: skip
     overwrite: bool = overwrite()
     download: bool = option(
