@@ -139,7 +139,6 @@ def test_what_takes_one_adapter_refuses_two(pair: tuple[Path, Path], tmp_path: P
         ({"seed": "1", "quantize": "nf4"}, "seed '1'"),
         ({"rename": 3}, "rename 3: expected \\(old, new\\)"),
         ({"rename": ("a", "b", "c")}, "`rename=a=b=c`"),
-        ({"base": None}, "base None: expected a path or a Hub id"),
         ({"base": ""}, "base ''"),
     ],
 )
@@ -189,7 +188,7 @@ def test_a_dtype_has_many_names(dtype: torch.dtype, pair: tuple[Path, Path], tmp
 
 def test_swapped_arguments_are_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = pair
-    with pytest.raises(UsageError, match="a: is an adapter, expected a model; the base comes first"):
+    with pytest.raises(UsageError, match="a: is an adapter, expected a model; .*base is a model: swap the two"):
         adapterkit.merge(adapter, base, tmp_path / "out")
     with pytest.raises(UsageError, match="adapter_model.safetensors: is an adapter, expected a model"):
         adapterkit.merge(adapter / "adapter_model.safetensors", base, tmp_path / "out")

@@ -104,7 +104,7 @@ def test_downloads_draw_too(hub: Hub, folder: Path, out: Path, capsys: pytest.Ca
     adapterkit.merge("lab/base", "lab/one", "out", progress=True)
     lines = capsys.readouterr().err.rstrip("\n").split("\n")
     assert [line.split("\r")[-1].partition("%")[0] for line in lines] == [
-        "downloading lab/base: 100", "downloading lab/one: 100", "out: 100",
+        "downloading lab/one: 100", "downloading lab/base: 100", "out: 100",
     ]  # fmt: skip
     assert "B/s" in lines[0]
     hub.add("lab/two", {file: data for file, data in contents(folder / "two").items() if data is not None})

@@ -18,7 +18,7 @@ from adapterkit.algebra.updates import Retention
 from adapterkit.files.safetensors import read_header
 from adapterkit.merging.blocks.block import _same, merge_rows
 from adapterkit.merging.blocks.device import Buffers, ComputeDevice
-from adapterkit.merging.blocks.loading import load
+from adapterkit.merging.blocks.loading import FactorReader, load
 from adapterkit.merging.blocks.reading import GROUP_ROWS, chunk_rows, rows_at_a_time
 from adapterkit.merging.plan.edits import Addition, MergeEdit, Replacement
 
@@ -58,7 +58,7 @@ def test_blocks_are_rows_of_the_whole(name: str, weight: float, rows: int, tmp_p
         for edit in (one for one in file.edits if one.name in expected and one.source is not None):
             fd = os.open(file.source, os.O_RDONLY)
             (depth, columns), before = edit.matrix, base[edit.name]
-            loaded, measured, found = load(edit, fd), Retention(), []
+            loaded, measured, found = load(edit, fd, FactorReader()), Retention(), []
             for first in range(0, depth, rows):
                 last = min(depth, first + rows)
                 into = bytearray((last - first) * columns * before.itemsize)
@@ -111,7 +111,7 @@ def test_values_replace_the_base_wherever_it_is_cut(weight: float, kept: int, tm
     exact[list(rows)] += weight * (tokens.double() - exact[list(rows)])
     exact += 0.5 * vector[:, None].double()
     fd = os.open(tmp_path / "m.safetensors", os.O_RDONLY)
-    loaded, buffers = load(edit, fd), Buffers()
+    loaded, buffers = load(edit, fd, FactorReader()), Buffers()
     for chunk in (1, 6, 12, 1000):
         buffers.place = ComputeDevice(torch.device("cpu"), chunk)
         for size in (1, 7, 20):

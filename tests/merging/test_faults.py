@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import cache, partial
@@ -668,7 +667,9 @@ def test_inputs_that_change_under_other_commands(tmp_path: Path, monkeypatch: py
 
 def test_a_file_that_never_stops_changing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(stamps, "_stamp", lambda _: stamps.Stamp(0, 0, 0, 0, time.time_ns()))
+    clock = count(1)
+    monkeypatch.setattr(stamps, "_stamp", lambda _: stamps.Stamp(0, 0, 0, 0, next(clock)))
+    monkeypatch.setattr(stamps.time, "time_ns", lambda: next(clock))
     monkeypatch.setattr(threading.Event, "wait", lambda _, seconds: waited.append(seconds))
     with pytest.raises(ChangedError, match="log: keeps changing"):
         stamps.stamps_of([tmp_path / "log"])

@@ -61,9 +61,7 @@ LOFTQ = "loftq"
 WITH_INITIAL = (
     "`adapterkit convert ADAPTER --to lora --initial INITIAL -o NEW`, where INITIAL is the adapter before training"
 )
-WITH_BASE = (
-    "`adapterkit convert ADAPTER --to lora --base BASE -o NEW`, or with --initial and the adapter before training"
-)
+WITH_BASE = f"`adapterkit convert ADAPTER --to lora --base BASE -o NEW` or {WITH_INITIAL}"
 SAVED_BASE = "If the changed base was saved, set init_lora_weights to true in the config and merge into that"
 
 
