@@ -225,17 +225,17 @@ TASK_CLASSES = {
 LABEL_LAYERS = re.compile(
     r"(.+\.)?((score|classifier|classification_head)(\.out_proj|\.linear_out)?|logits_proj|qa_outputs|sequence_summary\.summary)"
 )
-# Layers of sequence classifiers that checkpoints of language models lack, and that PEFT does not save by itself.
-UNSAVED_LAYERS = {
-    model: layer
-    for layer, models in {
-        "classification_head.out_proj": "bart bigbird_pegasus mbart mt5 mvp plbart t5 umt5",
+# Modules of sequence classifiers that checkpoints of language models lack, and that PEFT does not save by itself.
+UNSAVED_MODULES = {
+    model: tuple(modules.split())
+    for modules, models in {
+        "classification_head": "bart bigbird_pegasus mbart mt5 mvp plbart t5 umt5",
         "dense": "eurobert",
-        "head.dense": "modernbert-decoder modernvbert",
-        "pooler": "albert",
-        "pooler.dense": "bert canine deberta deberta-v2 ernie gte markuplm megatron-bert mobilebert nomic_bert rembert "
-        "roc_bert tapas",
-        "sequence_summary.summary": "flaubert xlm xlnet",
+        "head": "modernbert-decoder modernvbert",
+        "pooler": "albert bert canine deberta deberta-v2 ernie gte markuplm megatron-bert mobilebert nomic_bert "
+        "rembert roc_bert tapas",
+        "sequence_summary": "flaubert xlm",
+        "sequence_summary logits_proj": "xlnet",
     }.items()
     for model in models.split()
 }

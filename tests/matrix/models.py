@@ -206,6 +206,7 @@ class Model:
         tables = (
             modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
             modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
             modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
             modeling_auto.MODEL_MAPPING_NAMES,
         )

@@ -25,6 +25,19 @@ UNTRAINABLE = {
     "layoutlmv3": ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"],
     "longcat_flash": ["classifier"],
 }
+# What new classifiers have, PEFT doesn't save by itself and language models lack: people name it in `modules_to_save`.
+UNSAVED = {
+    name: modules.split()
+    for modules, names in {
+        "classification_head": "bart bigbird_pegasus mbart mt5 mvp plbart t5 umt5",
+        "dense": "eurobert",
+        "head": "modernbert-decoder modernvbert",
+        "pooler": "deberta deberta-v2 gte nomic_bert rembert tapas",
+        "sequence_summary": "flaubert xlm",
+        "sequence_summary logits_proj": "xlnet",
+    }.items()
+    for name in names.split()
+}
 TOKENS = (5, 9, 90)  # trained rows; two of them are in the prompt
 NEW_TOKENS = 3
 
@@ -38,6 +51,7 @@ class Layers:
     linear: list[str]
     query_value: list[str]
     untrainable: list[str]  # what PEFT cannot train: last names, and full names of modules that have those of others
+    unsaved: list[str]  # modules of a new classifier that are saved only by name
     experts: Config  # what targets stacked experts; empty where there are none
     embedding: str
     head: str | None
@@ -67,6 +81,7 @@ def layers_of(model: PreTrainedModel) -> Layers:
         linear=list(dict.fromkeys(linear)),
         query_value=query_value,
         untrainable=never + others,
+        unsaved=UNSAVED.get(model.config.model_type, []),
         experts=_experts(model),
         embedding=names[embedding],
         head=names.get(head),
@@ -139,7 +154,7 @@ def _new_tokens(layers: Layers) -> Config:
 
 
 def _new_head(layers: Layers) -> Config:
-    return {"target_modules": layers.some}
+    return {"target_modules": layers.some} | ({"modules_to_save": layers.unsaved} if layers.unsaved else {})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 import transformers
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from adapterkit.cli.main import group
@@ -141,9 +140,11 @@ def load(merged: Path, base: Path) -> tuple[PreTrainedModel, dict[str, list[str]
     A classifier leaves the base's head out when it loads, as it does from the base.
     """
     (architecture,) = json.loads((merged / "config.json").read_text())["architectures"]
-    found, loading = getattr(transformers, architecture).from_pretrained(merged, output_loading_info=True)
-    with safe_open(base / "model.safetensors", "pt") as file:
-        loading["unexpected_keys"] = set(loading["unexpected_keys"]) - set(file.keys())
+    cls = getattr(transformers, architecture)
+    found, loading = cls.from_pretrained(merged, output_loading_info=True)
+    if loading["unexpected_keys"]:
+        _, of_base = cls.from_pretrained(base, output_loading_info=True, ignore_mismatched_sizes=True)
+        loading["unexpected_keys"] = set(loading["unexpected_keys"]) - set(of_base["unexpected_keys"])
     return found.eval(), {what: sorted(names)[:3] for what, names in loading.items() if names and what != "error_msgs"}
 
 

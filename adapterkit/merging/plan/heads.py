@@ -10,7 +10,7 @@ from typing import Any
 
 from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.adapter.weights import Adapter
-from adapterkit.base.architectures import LABEL_LAYERS, TASK_CLASSES, UNSAVED_LAYERS, class_for
+from adapterkit.base.architectures import LABEL_LAYERS, TASK_CLASSES, UNSAVED_MODULES, class_for
 from adapterkit.base.checkpoint import CONFIG
 from adapterkit.base.vocabulary import Tensors
 from adapterkit.errors import FitError
@@ -25,11 +25,12 @@ def describe_heads(
     """Return the config of an output with the heads in adapters, and notes; `known` are the base's tensors."""
     notes: list[str] = []
     for one in given:
-        layers = _label_layers(one)
-        if (unsaved := _unsaved_layer(config, one.adapter, known)) is not None:
+        layers = _label_layers(one, config)
+        if unsaved := _unsaved_modules(config, one.adapter, known):
             notes.append(
-                f"{one.label}: neither it nor the base has {unsaved}, which PEFT did not save: the output has random "
-                "values there; train with it in modules_to_save"
+                f"{one.label}: neither it nor the base has {' and '.join(unsaved)}, which PEFT did not save: "
+                "transformers fills in random values; train again with modules_to_save: "
+                f"[{', '.join(unsaved)}]"
             )
         if config and layers:
             answers = any(name.endswith("qa_outputs.weight") for name in layers)  # two labels without names
@@ -61,20 +62,23 @@ def with_new_labels(changes: Changes, tensors: Tensors) -> Tensors:
     return found
 
 
-def _label_layers(given: WeightedAdapter) -> dict[str, int]:
+def _label_layers(given: WeightedAdapter, config: Mapping[str, Any]) -> dict[str, int]:
     """Return the weights of layers that compute labels, which an adapter replaces, with the number of labels."""
-    return {
+    found = {
         name: tensor.shape[0]
         for name, tensor in given.adapter.replaced.items()
         if len(tensor.shape) == 2 and LABEL_LAYERS.fullmatch(name.removesuffix(".weight")) and given.weight_of(name)
     }
+    if config.get("model_type") == "xlnet":  # whose summary is no layer of labels, as it is in XLM
+        found.pop("sequence_summary.summary.weight", None)
+    return found
 
 
-def _unsaved_layer(config: Mapping[str, Any], adapter: Adapter, known: Collection[str]) -> str | None:
-    """Return the layer of a sequence classifier that neither the adapter nor the base has, if there is one."""
-    layer = UNSAVED_LAYERS.get(str(config.get("model_type"))) if adapter.task == "SEQ_CLS" else None
-    names = (f".{name}" for name in (*known, *adapter.replaced))
-    return None if layer is None or any(name.endswith(f".{layer}.weight") for name in names) else layer
+def _unsaved_modules(config: Mapping[str, Any], adapter: Adapter, known: Collection[str]) -> list[str]:
+    """Return the modules of a sequence classifier that neither the adapter nor the base has."""
+    modules = UNSAVED_MODULES.get(str(config.get("model_type")), ()) if adapter.task == "SEQ_CLS" else ()
+    names = [f".{name}" for name in (*known, *adapter.replaced)]
+    return [module for module in modules if not any(f".{module}." in name for name in names)]
 
 
 def _class(config: Mapping[str, Any], ending: str | None, new: bool) -> tuple[dict[str, Any], list[str]]:
