@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .models import LEFT_OUT
-from .recipes import RECIPES
+from .recipes import RECIPES, UNSAVED
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
@@ -26,6 +26,7 @@ Made by `make matrix`, from tiny random models of transformers {transformers} an
 ✓ means: the model that transformers loads from the output of `adapterkit merge` has the logits of PEFT's unmerged
 model, within 1e-5 in fp32 (in float64, where the model itself rounds by more), and `adapterkit unmerge` restores the base's SHA-256. A number is a reason
 [below](#reasons); `a / b` stand for tied and untied embeddings; an empty cell: the recipe does not apply.
+A new classifier has `modules_to_save` for what PEFT doesn't save by itself: {unsaved}.
 """
 
 Line = dict[str, Any]
@@ -41,7 +42,8 @@ def record(lines: list[Line], versions: dict[str, str]) -> None:
 def page(lines: list[Line], versions: dict[str, str]) -> str:
     """Return the page for results."""
     reasons: dict[str, int] = {}
-    parts = [INTRODUCTION.format_map(versions)]
+    unsaved = [f"`{'`, `'.join(names)}` ({', '.join(of)})" for names, of in groupby(UNSAVED, UNSAVED.__getitem__)]
+    parts = [INTRODUCTION.format(**versions, unsaved=", ".join(unsaved))]
     for task, of_task in groupby(lines, lambda line: line["task"]):
         names = [name for name, recipe in RECIPES.items() if task in recipe.tasks]
         rows = ["| Model type | " + " | ".join(RECIPES[name].title for name in names) + " |"]
