@@ -102,7 +102,12 @@ def experts_transposed(config: Mapping[str, Any]) -> bool | None:
 
 
 # Modules of which a model has several with the same weights, stored once: by layer, or in encoder and decoder.
-SHARED_MODULES = {"prophetnet": "word_embeddings", "zamba": "shared_transf", "zamba2": "shared_transformer"}
+SHARED_MODULES = {
+    "prophetnet": "word_embeddings",
+    "t5gemma2": "embed_tokens",
+    "zamba": "shared_transf",
+    "zamba2": "shared_transformer",
+}
 
 
 # --- ties: the defaults of `tie_word_embeddings` by model_type -------------------------------------------------------
@@ -181,7 +186,7 @@ HEADS = {
     model: head
     for head, models in {
         "cls.predictions.decoder.weight": "bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert "
-        "mobilebert mra nomic_bert nystromformer roc_bert roformer squeezebert tapas yoso",
+        "mobilebert mra nomic_bert nystromformer rembert roc_bert roformer squeezebert tapas yoso",
         "decoder.weight": "modernbert modernbert-decoder",
         "embed_out.weight": "gpt_neox gpt_neox_japanese",
         "entity_predictions.decoder.weight": "luke",
@@ -189,7 +194,7 @@ HEADS = {
         "head.decoder.weight": "ultrabert",
         "head.weight": "rwkv",
         "lm_head.decoder.weight": "bert-generation camembert data2vec-text esm gte ibert jina_embeddings_v3 longformer "
-        "mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod",
+        "mpnet reformer roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod",
         "lm_head.out_proj.weight": "t5gemma t5gemma2",
         "lm_loss.weight": "xlnet",
         "output.weight": "git",

@@ -78,8 +78,7 @@ class Tie:
 
     def equal(self, other_name: str | None = None) -> bool:
         """Return whether the head, or another tensor, equals the embedding bit for bit, as transformers requires."""
-        one, other = self.base.tensors[self.embedding], self.base.tensors[other_name or self.head]
-        return (one.dtype, one.shape) == (other.dtype, other.shape) and _same_bytes(one, other)
+        return equal_tensors(self.base.tensors[self.embedding], self.base.tensors[other_name or self.head])
 
     def untie(self, config: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Return the config of an output that stores both tensors, and a note about it.
@@ -126,8 +125,10 @@ def find_tie(base: Checkpoint) -> Tie | None:
     return None if headless and not (tie.shared or tie.stored) else tie
 
 
-def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
-    """Return whether two tensors hold the same bytes, compared a few megabytes at a time."""
+def equal_tensors(one: TensorInfo, other: TensorInfo) -> bool:
+    """Return whether two tensors are equal bit for bit; they are compared a few megabytes at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
     step = 1 << 24
     for at in range(0, one.nbytes, step):
         pieces = []

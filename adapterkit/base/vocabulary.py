@@ -21,7 +21,8 @@ Tensors = Mapping[str, TensorInfo | QuantizedWeight]
 LM_HEADS = ("lm_head.weight", "embed_out.weight")  # names of a head in memory, whatever its name on disk
 ZERO_BIAS = "final_logits_bias"  # (1, tokens), a buffer that transformers extends with zeros and PEFT doesn't save
 PER_LAYER = "embed_tokens_per_layer.weight"  # Gemma 3n and 4: resized too, but PEFT doesn't save it
-SECTIONS = ("text_config", "decoder", "generator", "text_encoder", "thinker_config")  # of a config, for the text model
+# Of a config, for the text model.
+SECTIONS = ("text_config", "encoder", "decoder", "generator", "text_encoder", "thinker_config")
 SIZE_KEYS = ("vocab_size", "decoder_vocab_size", "n_words", "vocab_size_per_layer_input")
 
 
@@ -103,6 +104,8 @@ class Vocabulary:
     def resize_config(self, config: Mapping[str, Any], size: int) -> dict[str, Any]:
         """Return `config` with another `vocab_size`, in the text model's section and wherever it has the old one."""
         sections = {name: config[name] for name in SECTIONS if isinstance(config.get(name), dict)}
+        if not {"vocab_size", "text_config"} & sections.get("encoder", {}).keys():  # one of images
+            sections.pop("encoder", None)
         changed = {name: self.resize_config(section, size) for name, section in sections.items()}
         keys = [key for key in SIZE_KEYS if config.get(key) == self.size]
         implied = [] if keys or sections or "vocab_size" in config else ["vocab_size"]  # omitted, as its default

@@ -597,6 +597,29 @@ def test_shared_embeddings_that_differ_are_refused(
         adapterkit.merge(make_base(tensors, {"model_type": "t5"}), [tokens], tmp_path / "out")
 
 
+@pytest.mark.parametrize("recipe", ["tokens", "saved", "factors"])
+def test_an_embedding_that_is_shared_but_not_with_the_head(
+    recipe: str, make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Florence-2's encoder and decoder share theirs, even if the config unties the head."""
+    shared = "model.language_model.shared"
+    text = {"model_type": "bart", "tie_word_embeddings": True}
+    base = make_base(
+        {f"{shared}.weight": torch.randn(16, 8), "lm_head.weight": torch.randn(16, 8)},
+        {"model_type": "florence2", "tie_word_embeddings": False, "text_config": text},
+    )
+    tensors, config = {
+        "tokens": ({"token_adapter.trainable_tokens_delta": torch.randn(2, 8)}, {"trainable_token_indices": {"shared": [1, 5]}}),
+        "saved": ({"weight": torch.randn(16, 8)}, {"modules_to_save": ["shared"]}),
+        "factors": ({"lora_embedding_A": torch.randn(4, 16), "lora_embedding_B": torch.randn(8, 4)}, {}),
+    }[recipe]  # fmt: skip
+    adapter = make_adapter({f"{shared}.{name}": tensor for name, tensor in tensors.items()}, **config)
+    with pytest.raises(
+        FitError, match=rf"{shared}.weight, which is shared by an encoder and a decoder in .*not all mod"
+    ):
+        adapterkit.merge(base, [adapter], tmp_path / "out")
+
+
 def test_two_adapters_of_which_one_ensures_weight_tying(
     make_base: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -133,7 +133,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "radio": {"video_temporal_patch_size": 2, "max_img_size": 64},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 16},
     "reformer": {
-        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8,
+        "axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8,
         "feed_forward_size": 48,
     },
     "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 96, "pronunciation_vocab_size": 96},
@@ -215,7 +215,10 @@ class Model:
         return next(cls for cls in classes if cls.config_class is type(config))(config)
 
     def config(self) -> PretrainedConfig:
-        return tiny(self.cls.config_class, **({} if self.tied is None else {"tie_word_embeddings": self.tied}))
+        more = {} if self.tied is None else {"tie_word_embeddings": self.tied}
+        if self.type == "reformer":
+            more["is_decoder"] = self.task == "causal"
+        return tiny(self.cls.config_class, **more)
 
     def make(self) -> PreTrainedModel:
         """Return the model with random weights, in fp32."""

@@ -91,6 +91,8 @@ REASONS = {
     "embed_norm.weight": "Refused: the embedding has a norm of its own, which PEFT saves with it.",
     "peft: IndexError: index 96 is out of bounds": "transformers cannot resize this vocabulary.",
     "stores its rows in another order": "Refused: the base stores the rows in another order than the model.",
-    "share one shared_trans": "Refused: layers share one module, which the adapter changes in each of them.",
+    "share (the weights of )?one": "Refused: several modules share their weights, and the adapter changes each by itself.",
+    "makes one embedding when": "Refused: an encoder and a decoder have different embeddings, which transformers makes one "
+    "when it resizes them. Merge into the resized base.",
     "peft: NotImplementedError: .*resiz": "transformers cannot resize this vocabulary.",
 }

@@ -117,6 +117,9 @@ def randomize(trained: PeftModel, model: Model, more: tuple[int, ...]) -> None:
             parameter += torch.randn_like(parameter) * 0.05
     if model.multimodal:
         return
+    if model.type == "reformer":  # which computes gradients in this mode only, and from its first layer on
+        trained.train()
+        trained.enable_input_require_grads()
     with torch.enable_grad():
         model.logits(trained.get_base_model(), more).square().sum().backward()
     with torch.no_grad():

@@ -32,10 +32,16 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    RemBertConfig,
+    RemBertForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    T5Gemma2Config,
+    T5Gemma2ForConditionalGeneration,
 )
 
 import adapterkit
@@ -66,6 +72,15 @@ def qwen2_vl() -> PreTrainedModel:
     vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "mlp_ratio": 1}
     tokens = dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 1)
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
+
+
+def t5gemma2() -> PreTrainedModel:
+    heads = {"num_key_value_heads": 1, "head_dim": 8, "layer_types": ["full_attention"]}
+    text = {"vocab_size": TOKENS, **SMALL, **heads}
+    vision = {"image_size": 8, "patch_size": 4, **SMALL}
+    return T5Gemma2ForConditionalGeneration(
+        T5Gemma2Config(encoder={"text_config": text, "vision_config": vision}, decoder=text)
+    )
 
 
 def resized(size: int, multiple: int | None = None) -> Resize:
@@ -242,6 +257,11 @@ ARCHITECTURES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] =
         lambda: BertForMaskedLM(BertConfig(vocab_size=TOKENS, **SMALL)),
         {"target_modules": ["query"]},
     ),
+    "a head of another width, with two biases": (
+        lambda: RemBertForCausalLM(RemBertConfig(vocab_size=TOKENS, input_embedding_size=8, output_embedding_size=12, is_decoder=True, **SMALL)),
+        {"target_modules": ["query"]},
+    ),
+    "one embedding in the configs of encoder and decoder": (t5gemma2, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "out_proj"]}),
     "a classifier": (
         lambda: LlamaForSequenceClassification(LlamaConfig(vocab_size=TOKENS, pad_token_id=0, **SMALL)),
         {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"},
@@ -285,6 +305,27 @@ def test_rows_that_no_adapter_holds_are_refused(tmp_path: Path) -> None:
             "; merge into the resized base, or save the adapter again with PEFT's save_embedding_layers=True"
         )
         assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_that_a_resize_makes_one_are_refused_if_they_differ(tmp_path: Path) -> None:
+    """Only the rows of one of them are in the adapter, and trained rows of the others."""
+    names = ["prophetnet.word_embeddings", "prophetnet.encoder.word_embeddings", "prophetnet.decoder.word_embeddings"]
+    sizes = {"num_encoder_layers": 1, "num_decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"hidden_size": 16, "num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
+    config = ProphetNetConfig(vocab_size=TOKENS, tie_word_embeddings=False, **sizes, **heads)
+    base = save_base(ProphetNetForConditionalGeneration(config), tmp_path / "base")
+    new = {"word_embeddings": [64, 65], "lm_head": [64, 65]}
+    recipe: dict[str, Any] = {"target_modules": ["key_proj"], "trainable_token_indices": new}
+    adapter = save_adapter(base, tmp_path / "adapter", resized(66), **recipe)
+    message = run("merge", base, adapter, "-o", tmp_path / "out").message(3)
+    assert f"different values in {', '.join(sorted(f'{name}.weight' for name in names))}, " in message
+    assert message.endswith("are not in the adapter; merge into the resized base")
+    assert not (tmp_path / "out").exists()
+    tensors = load_file(base / "model.safetensors")
+    for name in names[1:]:
+        tensors[f"{name}.weight"] = tensors[f"{names[0]}.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    check(base, adapter, resized(66), tmp_path)
 
 
 def test_embeddings_of_each_layer_are_refused_unless_they_shrink(tmp_path: Path) -> None:

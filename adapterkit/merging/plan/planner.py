@@ -45,7 +45,7 @@ from adapterkit.merging.plan.changes import (
 from adapterkit.merging.plan.heads import describe_heads, with_new_labels
 from adapterkit.merging.plan.layout import Entry, lay_out
 from adapterkit.merging.plan.resizing import Resizing, kept_rows
-from adapterkit.merging.plan.ties import apply_to_tied, shared_embedding_error
+from adapterkit.merging.plan.ties import apply_to_tied, check_shared, shared_embedding_error
 from adapterkit.merging.plan.types import MergePlan
 
 
@@ -102,6 +102,8 @@ class _Draft:
             changes = changes_of(number, adapter, found)
             if tie is not None:
                 unties |= apply_to_tied(tie, changes, adapter.label, adapter.adapter.ensure_weight_tying)
+            else:
+                check_shared(self.base, changes, adapter.label)
             self.changes.update(changes)
             self.ledger[adapter.label] = ledger_of(found)
         implied = tie.head if tie is not None and tie.implied and not unties else None

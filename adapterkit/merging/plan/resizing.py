@@ -9,6 +9,7 @@ from typing import Any
 from adapterkit.adapter.weighted import WeightedAdapter
 from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.quant import QuantizedWeight
+from adapterkit.base.tied_embeddings import equal_tensors
 from adapterkit.base.vocabulary import PER_LAYER, ZERO_BIAS, Tensors, Vocabulary, first_rows, rows_of
 from adapterkit.errors import FitError
 from adapterkit.files.safetensors import TensorInfo
@@ -75,6 +76,22 @@ class Resizing:
                 changes.deltas[name] = [self._on_own_rows(delta) for delta in changes.deltas[name]]
             if name not in (implied, ZERO_BIAS) and not self._is_known(changes, name):
                 raise self._unknown_rows(name, base)
+        self._check_separate_embeddings(changes, base)
+
+    def _check_separate_embeddings(self, changes: Changes, base: Checkpoint) -> None:
+        """Check that the old rows of different embeddings are known: a resize gives all the rows of the first."""
+        assert self.vocabulary is not None
+        names = [name for name in self.vocabulary.embeddings if not name.endswith(PER_LAYER) and name in base.tensors]
+        for name in names:
+            if any(change.rows is None for change in changes.replaced.get(name, [])):
+                continue
+            if not all(equal_tensors(base.tensors[name], base.tensors[other]) for other in names):
+                raise FitError(
+                    f"{self.labels[self.sizes.index(self.size)]}: was trained with {self.size} tokens, {base.name} has "
+                    f"{self.vocabulary.size} and stores different values in {', '.join(names)}, which transformers "
+                    f"makes one embedding when it resizes the base; the rows of {name} are not in the adapter",
+                    hint="merge into the resized base",
+                )
 
     def _on_own_rows(self, delta: ModuleUpdate) -> ModuleUpdate:
         size = self.sizes[delta.adapter]

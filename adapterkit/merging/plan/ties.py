@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from adapterkit.base.checkpoint import Checkpoint
 from adapterkit.base.tied_embeddings import Tie, unknown_tie
+from adapterkit.base.vocabulary import input_embeddings
 from adapterkit.errors import FitError
 from adapterkit.merging.plan.changes import Changes
 from adapterkit.merging.plan.edits import Replacement
@@ -76,6 +78,24 @@ def _apply_to_shared(tie: Tie, changes: Changes, label: str, touched: list[str])
         if not tie.equal(other):
             raise shared_embedding_error(tie, label, touched[0])
         changes.replaced[other] += replaced
+
+
+def check_shared(base: Checkpoint, changes: Changes, label: str) -> None:
+    """Check an embedding that an encoder and a decoder share, in a base whose head is not tied to it.
+
+    PEFT then trains a copy for the module named `shared`, while other modules call the original. Raises FitError if the
+    adapter has such a copy.
+    """
+    found = input_embeddings(base.tensors, base.config)
+    if len(found) != 1 or not found[0].endswith("shared.weight"):
+        return
+    [name] = found
+    if name in changes.deltas or any(not change.of_base for change in changes.replaced.get(name, ())):
+        raise FitError(
+            f"{label}: changes {name}, which is shared by an encoder and a decoder in {base.name}: PEFT trains a copy "
+            "that not all modules call, which one tensor cannot represent",
+            hint="train an adapter without the shared embedding",
+        )
 
 
 def shared_embedding_error(tie: Tie, label: str, name: str) -> FitError:
