@@ -81,7 +81,7 @@ def layers_of(model: PreTrainedModel) -> Layers:
         linear=list(dict.fromkeys(linear)),
         query_value=query_value,
         untrainable=never + others,
-        unsaved=UNSAVED.get(model.config.model_type, []),
+        unsaved=[*UNSAVED.get(model.config.model_type, [])],  # a copy, to which PEFT adds the head
         experts=_experts(model),
         embedding=names[embedding],
         head=names.get(head),
