@@ -101,6 +101,9 @@ def experts_transposed(config: Mapping[str, Any]) -> bool | None:
     return in_out and config.get("model_type") not in EXPERTS_UNMARKED
 
 
+# Models that normalize the rows of their embedding where they look them up, which PEFT leaves out for what it trains.
+NORMED_EMBEDDINGS = frozenset({"muse_glimmer", "muse_glimmer_text", "muse_spark", "muse_spark_text"})
+
 # Modules of which a model has several with the same weights, stored once: by layer, or in encoder and decoder.
 SHARED_MODULES = {
     "prophetnet": "word_embeddings",
@@ -204,7 +207,7 @@ HEADS = {
         "proj_out.weight": "canary cohere_asr moonshine moonshine_streaming whisper",
         "text_decoder.cls.predictions.decoder.weight": "blip",
         "text_decoder_postnet.lm_head.weight": "speecht5",
-        "text_model.lm_head.weight": "kosmos-2",
+        "text_model.lm_head.weight": "kosmos-2 kosmos-2.5",
         "vocab_projector.weight": "distilbert",
     }.items()
     for model in models.split()

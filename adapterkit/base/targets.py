@@ -17,6 +17,7 @@ from adapterkit.base.architectures import (
     CONV1D_NAMES,
     FUSED,
     HEAD_MODULES,
+    NORMED_EMBEDDINGS,
     PREFIX_MAPS,
     SEGMENTS,
 )
@@ -49,8 +50,16 @@ def fit(
 ) -> Fit:
     """Find the targets of everything in `adapter` among the base's `tensors`.
 
-    Raises FitError if a name matches but its shape doesn't, or if the orientation is ambiguous.
+    Raises FitError if a name matches but its shape doesn't, if the orientation is ambiguous, or if the factors are no
+    update of the weight.
     """
+    embeddings = [name for name, weights in adapter.modules.items() if weights.kind == "embedding"]
+    if config.get("model_type") in NORMED_EMBEDDINGS and (trained := [*embeddings, *adapter.tokens]):
+        raise FitError(
+            f"{trained[0]}: the model normalizes the rows of its embedding, but PEFT adds to normalized ones: no "
+            "weight gives the model that was trained",
+            hint="train the embedding whole, in modules_to_save",
+        )
     best: Fit | None = None
     least = (0, 0)  # missing names, and tensors that would be new
     in_model = names_in_model(config)

@@ -101,6 +101,22 @@ def test_a_prefix_map_applies_to_all_parts_of_a_model(
     assert plan.ledger["saved"][f"{head}.weight"] == (f"{at}.weight",)
 
 
+@pytest.mark.parametrize("model_type", ["muse_glimmer", "llama"])
+def test_factors_of_an_embedding_that_the_model_normalizes_are_refused(
+    make_base: Make, make_adapter: Make, tmp_path: Path, model_type: str
+) -> None:
+    base = make_base({"model.embed_tokens.weight": torch.randn(9, 6)})
+    (base / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    name = "model.embed_tokens.lora_embedding_"
+    adapter = make_adapter({f"{name}A": torch.randn(4, 9), f"{name}B": torch.randn(6, 4)})
+    if model_type == "llama":
+        adapterkit.merge(base, [adapter], tmp_path / "out")
+        return
+    with pytest.raises(FitError, match="embed_tokens: the model normalizes the rows of its embedding"):
+        adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("stored", ["m.weight", "m", "m.in_proj_weight", "m.other_weight"])
 def test_a_weight_may_be_a_parameter_or_that_of_an_attention(
     stored: str, make_base: Make, make_adapter: Make, tmp_path: Path

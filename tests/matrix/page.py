@@ -88,6 +88,7 @@ REASONS = {
     "modules_to_save cannot be applied to modules of type": "PEFT fails: it saves modules whose names end in "
     "`classifier`, and cannot train them by LoRA as well.",
     "PEFT leaves out the norm": "PEFT leaves out the norm that the model applies to its embeddings.",
+    "normalizes the rows of its embedding": "Refused: the model normalizes its embeddings, to which PEFT adds afterwards.",
     "embed_norm.weight": "Refused: the embedding has a norm of its own, which PEFT saves with it.",
     "peft: IndexError: index 96 is out of bounds": "transformers cannot resize this vocabulary.",
     "stores its rows in another order": "Refused: the base stores the rows in another order than the model.",

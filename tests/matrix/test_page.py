@@ -22,5 +22,14 @@ def test_the_results_have_every_architecture_and_recipe() -> None:
         assert list(verdicts) == [of for of, recipe in RECIPES.items() if task in recipe.tasks], name
 
 
+def test_no_result_is_wrong() -> None:
+    """What cannot be merged is refused."""
+    allowed = ("ok", "none", "refused", "peft")
+    verdicts = [
+        (line["type"], recipe, verdict) for line in RECORDED["models"] for recipe, verdict in line["verdicts"].items()
+    ]
+    assert [one for one in verdicts if one[2].split(":")[0] not in allowed] == [] and len(verdicts) > 4000
+
+
 def test_the_page_shows_the_results() -> None:
     assert page.page(RECORDED["models"], RECORDED["versions"]) == page.PAGE.read_text(encoding="utf-8")
